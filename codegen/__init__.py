@@ -1,0 +1,18 @@
+"""The kernel generator: configurations in, CUDA source and cubins out. No GPU, no torch."""
+
+from gqa_cutlass.codegen.config import ARCHES, Arch, DType, KernelConfig, Math
+from gqa_cutlass.codegen.render import render, source_digest
+from gqa_cutlass.codegen.variants import default_config, select, shipped
+
+__all__ = [
+    "ARCHES",
+    "Arch",
+    "DType",
+    "KernelConfig",
+    "Math",
+    "default_config",
+    "render",
+    "select",
+    "shipped",
+    "source_digest",
+]

@@ -1,0 +1,266 @@
+"""The identity of a kernel: a validated configuration with a procedural name."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TypeVar
+
+from gqa_cutlass.errors import ConfigError
+
+
+class Math(StrEnum):
+    """What multiplies: tensor cores (mma.sync) or CUDA cores."""
+
+    TENSOROP = "tensorop"
+    SIMT = "simt"
+
+
+class DType(StrEnum):
+    """Element type of q, k, v, the cache and the output."""
+
+    F16 = "f16"
+    BF16 = "bf16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arch:
+    """A compilation target.
+
+    Args:
+        name: What NVRTC is asked for, for example "sm_90a".
+        shared_per_block: Shared memory that one block may use, in bytes.
+        shared_per_sm: Shared memory of a multiprocessor, in bytes.
+        max_threads_per_sm: Threads resident on a multiprocessor.
+
+    The figures are those of the CUDA C++ Programming Guide, "Compute Capabilities".
+    """
+
+    name: str
+    shared_per_block: int
+    shared_per_sm: int
+    max_threads_per_sm: int
+
+    @property
+    def capability(self) -> int:
+        """Compute capability as one number: 90 for sm_90a."""
+        return int(re.sub(r"\D", "", self.name))
+
+
+_E = TypeVar("_E", bound=StrEnum)
+_KIB = 1024
+ARCHES: dict[str, Arch] = {
+    name: Arch(
+        name=name,
+        shared_per_block=block * _KIB,
+        shared_per_sm=sm * _KIB,
+        max_threads_per_sm=threads,
+    )
+    for name, block, sm, threads in (
+        ("sm_80", 163, 164, 2048),
+        ("sm_86", 99, 100, 1536),
+        ("sm_89", 99, 100, 1536),
+        ("sm_90a", 227, 228, 2048),
+        ("sm_100a", 227, 228, 2048),
+        ("sm_120a", 99, 100, 1536),
+    )
+}
+
+MIN_HEAD_DIM, MAX_HEAD_DIM = 32, 256
+MAX_GROUP_SIZE = 1024
+WARP_SIZE = 32
+_ELEMENT_BYTES = 2
+_SMALLEST_SHARED = min(arch.shared_per_block for arch in ARCHES.values())
+_SCHEDULE = "multistage"
+_NAME = re.compile(
+    rf"gqa_decode_sm80_(?P<math>tensorop|simt)_(?P<dtype>f16|bf16)_(?P=dtype)"
+    r"_d(?P<head_dim>\d+)_g(?P<group_size>\d+)_align(?P<vec_width>\d+)"
+    rf"_{_SCHEDULE}_h(?P<block_h>\d+)n(?P<block_n>\d+)w(?P<num_warps>\d+)s(?P<num_stages>\d+)"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelConfig:
+    """One kernel. Two kernels with equal configurations are the same kernel.
+
+    Args:
+        math: Tensor cores or CUDA cores.
+        dtype: Element type of all tensors.
+        head_dim: Dimension per head; a multiple of 8 from 32 to 256.
+        group_size: Query heads per KV head, at least 1.
+        vec_width: Elements per global memory access: 8, 4 or 2, and 1 for simt. Every address must
+            be a multiple of it.
+        block_h: Query heads that one block handles; larger groups take several blocks.
+        block_n: KV tokens per tile.
+        num_warps: Warps per block.
+        num_stages: K tiles (and V tiles) that a warp keeps in flight.
+
+    Raises:
+        ConfigError: A rule is broken; the message names it.
+    """
+
+    math: Math
+    dtype: DType
+    head_dim: int
+    group_size: int
+    vec_width: int
+    block_h: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "math", _member(Math, "math", self.math))
+        object.__setattr__(self, "dtype", _member(DType, "dtype", self.dtype))
+        for field in ("head_dim", "group_size", "vec_width", "block_h", "block_n", "num_warps"):
+            _check_int(field, getattr(self, field))
+        _check_int("num_stages", self.num_stages)
+        check_head_dim(self.head_dim)
+        tensorop = self.math is Math.TENSOROP
+        widths = (2, 4, 8) if tensorop else (1, 2, 4, 8)
+        _check(
+            "group_size",
+            self.group_size,
+            1 <= self.group_size <= MAX_GROUP_SIZE,
+            f"1 to {MAX_GROUP_SIZE}",
+        )
+        _check(
+            "vec_width",
+            self.vec_width,
+            self.vec_width in widths,
+            f"one of {widths} with {self.math}",
+        )
+        if tensorop:
+            _check(
+                "block_h",
+                self.block_h,
+                self.block_h in (8, 16, 24, 32),
+                "8, 16, 24 or 32 with tensorop (8 is the MMA's N)",
+            )
+            _check(
+                "block_n",
+                self.block_n,
+                self.block_n in (16, 32, 64),
+                "16, 32 or 64 with tensorop (16 is the MMA's M)",
+            )
+        else:
+            _check("block_h", self.block_h, 1 <= self.block_h <= 8, "1 to 8 with simt")
+            _check(
+                "block_n",
+                self.block_n,
+                self.block_n in (16, 32),
+                "16 or 32 with simt (lanes of a warp)",
+            )
+        _check("num_warps", self.num_warps, 1 <= self.num_warps <= 16, "1 to 16")
+        _check("num_stages", self.num_stages, 1 <= self.num_stages <= 8, "1 to 8")
+        _check(
+            "shared memory",
+            self.shared_bytes,
+            self.shared_bytes <= _SMALLEST_SHARED,
+            f"at most {_SMALLEST_SHARED} bytes, so that it runs on every architecture; use fewer warps or stages",
+        )
+
+    @property
+    def name(self) -> str:
+        """The kernel's name: file, symbol, manifest key and log entry."""
+        return (
+            f"gqa_decode_sm80_{self.math}_{self.dtype}_{self.dtype}_d{self.head_dim}"
+            f"_g{self.group_size}_align{self.vec_width}"
+            f"_{_SCHEDULE}_h{self.block_h}n{self.block_n}w{self.num_warps}s{self.num_stages}"
+        )
+
+    @classmethod
+    def from_name(cls, name: str) -> KernelConfig:
+        """Parse what `name` produced.
+
+        Raises:
+            ConfigError: Not the name of a kernel.
+        """
+        match = _NAME.fullmatch(name)
+        if match is None:
+            raise ConfigError(
+                f"kernel name: got {name!r}; allowed: names as `gqa-cutlass list` prints them"
+            )
+        text = match.groupdict()
+        numbers = {k: int(v) for k, v in text.items() if k not in ("math", "dtype")}
+        return cls(math=Math(text["math"]), dtype=DType(text["dtype"]), **numbers)
+
+    @property
+    def num_threads(self) -> int:
+        """Threads per block."""
+        return self.num_warps * WARP_SIZE
+
+    @property
+    def head_blocks(self) -> int:
+        """Blocks that share one KV head."""
+        return -(-self.group_size // self.block_h)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block. Mirrors SharedStorage; every kernel asserts it."""
+        padded = _round_up(self.head_dim, 16)
+        row = (padded // 8 | 1) * 8
+        ring = self.num_stages * 2 * self.block_n * row * _ELEMENT_BYTES
+        partial = self.block_h * (self.head_dim + 4) * 4
+        simt = self.math is Math.SIMT
+        offset = self.num_warps * _round_up(max(ring, partial), 16)
+        offset += 2 * self.num_warps * self.block_h * 4
+        offset = _round_up(offset, 16) + (self.block_h * self.head_dim * 4 if simt else 16)
+        offset = _round_up(offset, 16)
+        offset += self.num_warps * self.block_h * self.block_n * 4 if simt else 16
+        return _round_up(offset + 4, 16)
+
+    @property
+    def min_blocks(self) -> int:
+        """Blocks per multiprocessor that the compiler leaves registers for (launch bound)."""
+        registers = 65536 // (self.num_threads * self._register_estimate())
+        return max(1, min(registers, 228 * _KIB // (self.shared_bytes + _KIB)))
+
+    def blocks_per_sm(self, arch: Arch) -> int:
+        """Blocks that one multiprocessor holds at a time."""
+        by_shared = arch.shared_per_sm // (self.shared_bytes + _KIB)
+        by_threads = arch.max_threads_per_sm // self.num_threads
+        return max(1, min(self.min_blocks, by_shared, by_threads))
+
+    def _register_estimate(self) -> int:
+        """What a thread holds at its peak, rounded up to what keeps the compiler from spilling."""
+        dims = _round_up(self.head_dim, 16) // 16
+        if self.math is Math.TENSOROP:
+            accumulators = self.block_h // 8 * dims * 4
+            queries = self.block_h // 8 * dims * 2
+            held = accumulators + queries + self.block_n // 2 + 72
+        else:
+            held = -(-self.head_dim // 64) * self.block_h * 2 + 104
+        return min(255, _round_up(held, 8))
+
+
+def check_head_dim(head_dim: int) -> None:
+    """Raise ConfigError unless head_dim is a multiple of 8 from 32 to 256."""
+    _check(
+        "head_dim",
+        head_dim,
+        MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM and head_dim % 8 == 0,
+        f"multiples of 8 from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}",
+    )
+
+
+def _member(enum: type[_E], field: str, value: object) -> _E:
+    try:
+        return enum(str(value))
+    except ValueError:
+        allowed = ", ".join(enum)
+        raise ConfigError(f"KernelConfig: {field}: got {value!r}; allowed: {allowed}") from None
+
+
+def _check_int(field: str, value: object) -> None:
+    _check(field, value, type(value) is int, "an int")
+
+
+def _check(field: str, value: object, ok: bool, allowed: str) -> None:
+    if not ok:
+        raise ConfigError(f"KernelConfig: {field}: got {value!r}; allowed: {allowed}")
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

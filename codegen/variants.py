@@ -1,0 +1,106 @@
+"""The shipped grid, as data, and the tile shape of every configuration in or outside of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from functools import cache
+from itertools import product
+
+from gqa_cutlass.codegen.config import DType, KernelConfig, Math, check_head_dim
+from gqa_cutlass.errors import ConfigError
+
+HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
+# (math, head dims, group sizes, vector widths). Groups 3, 5, 6 and 7 are those of Llama-3.2-3B,
+# Qwen2.5-14B, Qwen2.5-1.5B and Qwen2.5-0.5B/7B; narrow vectors serve misaligned views.
+SHIPPED_GRID: tuple[tuple[Math, tuple[int, ...], tuple[int, ...], tuple[int, ...]], ...] = (
+    (Math.TENSOROP, HEAD_DIMS, (1, 2, 4, 8, 16), (8,)),
+    (Math.TENSOROP, (128,), (3, 5, 6, 7), (8,)),
+    (Math.TENSOROP, (64,), (7,), (8,)),
+    (Math.TENSOROP, (64, 128), (32,), (8,)),
+    (Math.TENSOROP, HEAD_DIMS, (4,), (4, 2)),
+    (Math.SIMT, HEAD_DIMS, (1,), (8, 2)),
+    (Math.SIMT, (64, 128), (4,), (4, 2, 1)),
+)
+
+# Warps and stages of a block by the largest head_dim they serve: the ring of K and V tiles stays
+# below the 99 KiB that a block may use on every architecture.
+_RING: tuple[tuple[int, int, int], ...] = ((128, 4, 2), (256, 4, 1))
+
+
+@cache
+def default_config(
+    math: Math, dtype: DType, head_dim: int, group_size: int, vec_width: int
+) -> KernelConfig:
+    """Choose the tile shape for what a problem fixes.
+
+    Args:
+        math: Tensor cores or CUDA cores.
+        dtype: Element type.
+        head_dim: Dimension per head.
+        group_size: Query heads per KV head.
+        vec_width: Elements per access that every address allows.
+
+    Raises:
+        ConfigError: head_dim, group_size or vec_width is out of range.
+    """
+    check_head_dim(head_dim)
+    num_warps, num_stages = next((w, s) for limit, w, s in _RING if head_dim <= limit)
+    return KernelConfig(
+        math=math,
+        dtype=dtype,
+        head_dim=head_dim,
+        group_size=group_size,
+        vec_width=vec_width,
+        block_h=_block_h(math, head_dim, group_size),
+        block_n=16,
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
+
+
+def _block_h(math: Math, head_dim: int, group_size: int) -> int:
+    """Heads per block: as many as the registers hold, and no more blocks than that needs."""
+    if math is Math.SIMT:
+        limit = 8 if head_dim <= 64 else 4 if head_dim <= 128 else 2
+        return -(-group_size // -(-group_size // limit))
+    limit = 32 if head_dim <= 64 else 16 if head_dim <= 128 else 8
+    tiles = -(-group_size // 8)
+    blocks = -(-tiles * 8 // limit)
+    return min(limit, 8 * -(-tiles // blocks))
+
+
+@cache
+def shipped() -> tuple[KernelConfig, ...]:
+    """Every kernel that the package carries as source, in the order of the grid."""
+    return tuple(
+        default_config(math, dtype, head_dim, group_size, vec_width)
+        for math, dims, groups, widths in SHIPPED_GRID
+        for head_dim, group_size, vec_width, dtype in product(dims, groups, widths, DType)
+    )
+
+
+def select(
+    filters: str | None, configs: Iterable[KernelConfig] | None = None
+) -> list[KernelConfig]:
+    """Pick kernels by name, in CUTLASS' `--kernels` syntax.
+
+    Args:
+        filters: Comma-separated entries; each is a `*`-separated list of substrings that must occur
+            in the name in this order. None or empty picks everything.
+        configs: What to pick from; the shipped grid by default.
+
+    Raises:
+        ConfigError: Nothing matches.
+    """
+    pool = list(shipped() if configs is None else configs)
+    if not filters:
+        return pool
+    patterns = [f"*{entry.strip()}*" for entry in filters.split(",") if entry.strip()]
+    picked = [c for c in pool if any(fnmatchcase(c.name, p) for p in patterns)]
+    if not picked:
+        raise ConfigError(
+            f"--kernels: got {filters!r}, which matches none of {len(pool)} kernels; "
+            "`gqa-cutlass list` prints the names"
+        )
+    return picked

@@ -1,0 +1,57 @@
+"""Grouped-query decode attention: the fastest kernels, generated, compiled and run from Python.
+
+Attributes are imported on first use: `import gqa_cutlass.codegen` must not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gqa_cutlass.api import (
+        GQADecodeConfig,
+        check_overflow,
+        explain,
+        gqa_attention_decode,
+        gqa_decode,
+        plan,
+        warmup,
+    )
+    from gqa_cutlass.errors import CacheOverflowError, ConfigError, GqaError, InputError
+    from gqa_cutlass.planning import Plan
+
+_HOMES = {
+    "GQADecodeConfig": "api",
+    "check_overflow": "api",
+    "explain": "api",
+    "gqa_attention_decode": "api",
+    "gqa_decode": "api",
+    "plan": "api",
+    "warmup": "api",
+    "Plan": "planning",
+    "CacheOverflowError": "errors",
+    "ConfigError": "errors",
+    "GqaError": "errors",
+    "InputError": "errors",
+}
+__all__ = [  # noqa: F822 - provided by __getattr__
+    "CacheOverflowError",
+    "ConfigError",
+    "GQADecodeConfig",
+    "GqaError",
+    "InputError",
+    "Plan",
+    "check_overflow",
+    "explain",
+    "gqa_attention_decode",
+    "gqa_decode",
+    "plan",
+    "warmup",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gqa_cutlass' has no attribute {name!r}")
+    return getattr(import_module(f"gqa_cutlass.{_HOMES[name]}"), name)

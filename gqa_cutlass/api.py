@@ -1,0 +1,395 @@
+"""The public calls: validate, then dispatch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gqa_cutlass import inputs, workspace
+from gqa_cutlass.codegen.config import ARCHES, KernelConfig
+from gqa_cutlass.dispatch import Dispatch, choose_config, dispatch, model_device
+from gqa_cutlass.errors import DeviceError, InputError
+from gqa_cutlass.inputs import DTYPES, Problem
+from gqa_cutlass.launcher import Device, describe_device, load
+from gqa_cutlass.planning import Plan, signature
+from gqa_cutlass.store import Store
+
+_MAX_PLANS = 4096
+_plans: dict[object, Plan] = {}
+
+
+def gqa_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    cache_seqlens: int | Tensor,
+    softmax_scale: float | None = None,
+    num_splits: int = 0,
+    return_lse: bool = False,
+    out: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Run one decode step: append the new token's K and V, then attend over everything cached.
+
+    One kernel launch on the current stream; no synchronisation. Can be captured into a CUDA graph,
+    with lengths that change between replays when `cache_seqlens` is a tensor. The caller advances
+    the lengths.
+
+    Args:
+        q: Queries of the new token, float16 or bfloat16, [batch, num_q_heads, head_dim] or
+            [batch, 1, num_q_heads, head_dim]. head_dim is a multiple of 8 from 32 to 256.
+        k_cache: [batch, max_seq_len, num_kv_heads, head_dim], dtype of q; any strides with a
+            contiguous last dimension (an HND cache is a transposed view). num_kv_heads divides
+            num_q_heads. Written at position cache_seqlens[b] when k is given.
+        v_cache: As k_cache.
+        k: The new token's keys, [batch, num_kv_heads, head_dim] or
+            [batch, 1, num_kv_heads, head_dim]. None: attend only, append nothing.
+        v: As k.
+        cache_seqlens: Tokens in the cache before this call: one int for all sequences, or
+            int32 [batch] on q's device, which the host never reads.
+        softmax_scale: Factor on the scores; head_dim ** -0.5 by default.
+        num_splits: Parts that each sequence is cut into; 0 leaves the choice to the dispatcher.
+            Results of the same number of splits are equal to the bit from run to run.
+        return_lse: Also return the logarithm of the softmax's denominator.
+        out: Where to write; q's shape and dtype, sharing no memory with an input.
+
+    Returns:
+        The output, shaped and typed as q; with return_lse also float32 [batch, num_q_heads], the
+        natural logarithm of the sum of the exponentials of the scaled scores. A sequence with
+        nothing to attend to gives zeros and minus infinity.
+
+    Raises:
+        InputError: An argument is not allowed. Nothing was launched.
+        CacheOverflowError: The new token does not fit. With lengths on the device this is found by
+            the kernel: that sequence's output is NaN, its cache is untouched, and a later call (or
+            `check_overflow`) raises.
+        DeviceError: No usable GPU.
+        GqaError: Compiling, storing or launching the kernel failed; see `gqa_cutlass.errors`.
+
+    Source: Ainslie et al., "GQA" (arXiv:2305.13245); split over the sequence as in Flash-Decoding.
+    """
+    tensors = q, k_cache, v_cache, k, v, out
+    lengths_on_device = isinstance(cache_seqlens, Tensor)
+    try:
+        key = (signature(tensors), lengths_on_device, softmax_scale, num_splits, return_lse,
+               torch.is_grad_enabled())  # fmt: skip
+        found = _plans.get(key)
+    except (AttributeError, TypeError):  # no tensors, or not hashable: plan() says what is wrong
+        key = found = None
+    if found is None:
+        found = plan(
+            q, k_cache, v_cache, k, v, cache_seqlens=cache_seqlens, softmax_scale=softmax_scale,
+            num_splits=num_splits, return_lse=return_lse, out=out,
+        )  # fmt: skip
+        if len(_plans) >= _MAX_PLANS:
+            _plans.clear()
+        _plans[key] = found
+    return found.run(q, k_cache, v_cache, k, v, cache_seqlens, out)
+
+
+def plan(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    cache_seqlens: int | Tensor,
+    softmax_scale: float | None = None,
+    num_splits: int = 0,
+    return_lse: bool = False,
+    out: Tensor | None = None,
+) -> Plan:
+    """Resolve everything about a problem once: validate, choose, compile and load the kernel.
+
+    Launches nothing. The plan is then called as `plan(q, k_cache, v_cache, k, v, cache_seqlens,
+    out)` with tensors laid out like these.
+
+    Args:
+        q: As for `gqa_decode`, as are all the others.
+        k_cache: As for `gqa_decode`.
+        v_cache: As for `gqa_decode`.
+        k: As for `gqa_decode`.
+        v: As for `gqa_decode`.
+        cache_seqlens: As for `gqa_decode`; whether it is an int or a tensor is part of the plan.
+        softmax_scale: As for `gqa_decode`.
+        num_splits: As for `gqa_decode`.
+        return_lse: As for `gqa_decode`.
+        out: As for `gqa_decode`; whether and how it is laid out is part of the plan.
+
+    Raises:
+        GqaError: As for `gqa_decode`.
+    """
+    tensors = inputs.gather(q, k_cache, v_cache, k, v, out)
+    problem = inputs.validate(tensors)
+    inputs.check_lengths(problem, cache_seqlens, q.device)
+    inputs.check_out_alias(tensors)
+    inputs.check_splits(num_splits)
+    scale = inputs.check_scale(softmax_scale, problem.head_dim)
+    device = _gpu_of(q)
+    chosen = dispatch(problem, device, num_splits)
+    return Plan(
+        problem=problem,
+        chosen=chosen,
+        kernel=load(chosen.config, device),
+        tensors=tensors,
+        key=signature((q, k_cache, v_cache, k, v, out)),
+        softmax_scale=scale,
+        return_lse=return_lse,
+        device_lengths=isinstance(cache_seqlens, Tensor),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GQADecodeConfig:
+    """The story's configuration of a decode step, plus the cache's capacity.
+
+    Args:
+        batch_size: Sequences.
+        cache_len: Tokens in every sequence's cache before the call, 0 to max_seq_len - 1.
+        num_q_heads: Query heads.
+        num_kv_heads: KV heads; divides num_q_heads.
+        head_dim: Dimension per head; a multiple of 8 from 32 to 256.
+        scale: Factor on the scores, usually head_dim ** -0.5.
+        max_seq_len: Tokens that the cache can hold per sequence.
+    """
+
+    batch_size: int
+    cache_len: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    max_seq_len: int
+
+
+def gqa_attention_decode(
+    output: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_cache_k: Tensor,
+    kv_cache_v: Tensor,
+    config: GQADecodeConfig,
+    stream: torch.cuda.Stream | int | None = None,
+) -> None:
+    """Run one decode step in the story's form; the same kernels as `gqa_decode`.
+
+    Args:
+        output: Written; [batch, 1, num_q_heads * head_dim].
+        q: [batch, 1, num_q_heads, head_dim].
+        k: The new token's keys, [batch, 1, num_kv_heads, head_dim].
+        v: As k.
+        kv_cache_k: [batch, max_seq_len, num_kv_heads, head_dim]; written at position cache_len.
+        kv_cache_v: As kv_cache_k.
+        config: Sizes, which must agree with the tensors, the cache's length and the scale.
+        stream: A torch stream, a stream handle, or None for the current stream.
+
+    Raises:
+        InputError: A tensor's shape differs from what the configuration says.
+        GqaError: As for `gqa_decode`.
+    """
+    c = config
+    query = (c.batch_size, 1, c.num_q_heads, c.head_dim)
+    token = (c.batch_size, 1, c.num_kv_heads, c.head_dim)
+    cache = (c.batch_size, c.max_seq_len, c.num_kv_heads, c.head_dim)
+    flat = (c.batch_size, 1, c.num_q_heads * c.head_dim)
+    for name, tensor, shape in (
+        ("output", output, flat), ("q", q, query), ("k", k, token), ("v", v, token),
+        ("kv_cache_k", kv_cache_k, cache), ("kv_cache_v", kv_cache_v, cache),
+    ):  # fmt: skip
+        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape:
+            got = f"shape {list(tensor.shape)}" if isinstance(tensor, Tensor) else repr(tensor)
+            raise InputError(
+                f"gqa_attention_decode: {name}: got {got}; allowed: {list(shape)}, from the "
+                "configuration. Nothing was launched."
+            )
+    with _on_stream(stream, q.device):
+        gqa_decode(
+            q, kv_cache_k, kv_cache_v, k, v,
+            cache_seqlens=c.cache_len, softmax_scale=c.scale,
+            out=output.unflatten(-1, (c.num_q_heads, c.head_dim)),
+        )  # fmt: skip
+
+
+def warmup(
+    configs: Iterable[KernelConfig | GQADecodeConfig],
+    *,
+    dtype: torch.dtype = torch.float16,
+    device: torch.device | int | str = "cuda",
+) -> list[KernelConfig]:
+    """Compile and load kernels ahead of time, so that no call and no capture compiles anything.
+
+    Args:
+        configs: Kernels, or decode steps as in `GQADecodeConfig` (contiguous tensors are assumed).
+        dtype: Element type for the decode steps.
+        device: The GPU to load them on.
+
+    Returns:
+        The kernels that are now loaded.
+
+    Raises:
+        InputError: The dtype is not supported.
+        GqaError: As for `gqa_decode`.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"warmup: dtype: got {dtype}; allowed: torch.float16, torch.bfloat16.")
+    gpu = _gpu(
+        torch.device(device) if not isinstance(device, int) else torch.device("cuda", device)
+    )
+    kernels = [
+        c if isinstance(c, KernelConfig) else choose_config(_problem(c, dtype))[0] for c in configs
+    ]
+    for config in kernels:
+        load(config, gpu)
+    return kernels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """What a call would run, and why. `str()` of it is a report.
+
+    Args:
+        problem: What the call asks for.
+        device: The GPU that was assumed.
+        dispatch: The kernel, its launch shape and the reasons.
+        cubin: Where the compiled kernel is, or None when the first call would compile it.
+        kv_bytes: Bytes of cache that a call with a full cache reads.
+    """
+
+    problem: Problem
+    device: Device
+    dispatch: Dispatch
+    cubin: Path | None
+    kv_bytes: int
+
+    def __str__(self) -> str:
+        shape = self.dispatch.shape
+        lines = {
+            "kernel": self.dispatch.config.name,
+            "why": "; ".join(self.dispatch.reasons),
+            "arch": f"{self.device.arch.name}, {self.device.num_sms} SMs",
+            "grid": f"{shape.grid} (KV heads x head blocks, splits, batch)",
+            "block": f"{shape.block} threads, {shape.shared_bytes} bytes of shared memory",
+            "workspace": f"{self.dispatch.partial_floats * 4 + self.dispatch.num_tickets * 4} bytes",
+            "reads": f"{self.kv_bytes} bytes of K and V with a full cache",
+            "cubin": str(self.cubin or "not built yet; the first call compiles it"),
+        }
+        return "\n".join(f"{key:<10} {value}" for key, value in lines.items())
+
+
+def explain(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    num_splits: int = 0,
+    out: Tensor | None = None,
+    arch: str | None = None,
+) -> Explanation:
+    """Say which kernel a call would run and why, how it is launched, and where its cubin is.
+
+    Launches and compiles nothing. Works without a GPU: tensors on the CPU or on the meta device
+    are taken to be on a GPU with an H200's number of multiprocessors.
+
+    Args:
+        q: As for `gqa_decode`, as are the other tensors.
+        k_cache: As for `gqa_decode`.
+        v_cache: As for `gqa_decode`.
+        k: As for `gqa_decode`.
+        v: As for `gqa_decode`.
+        num_splits: As for `gqa_decode`.
+        out: As for `gqa_decode`.
+        arch: One of `codegen.ARCHES`, for tensors that are not on a GPU; "sm_90a" by default.
+
+    Raises:
+        InputError: An argument is not allowed.
+    """
+    problem = inputs.validate(inputs.gather(q, k_cache, v_cache, k, v, out))
+    inputs.check_splits(num_splits)
+    if arch is not None and arch not in ARCHES:
+        raise InputError(f"explain: arch: got {arch!r}; allowed: {', '.join(ARCHES)}.")
+    if q.device.type == "cuda" and arch is None:
+        device = _gpu_of(q)
+    else:
+        device = model_device(ARCHES[arch or "sm_90a"])
+    chosen = dispatch(problem, device, num_splits)
+    stored = Store.default().find(chosen.config, device.arch.name)
+    return Explanation(
+        problem=problem,
+        device=device,
+        dispatch=chosen,
+        cubin=stored and stored.path,
+        kv_bytes=2 * k_cache.numel() * k_cache.element_size(),
+    )
+
+
+def check_overflow(device: torch.device | int | str = "cuda") -> None:
+    """Wait for a GPU and report a length that a kernel found not to be allowed, if any.
+
+    Args:
+        device: The GPU.
+
+    Raises:
+        CacheOverflowError: A call since the last report had a sequence in `cache_seqlens` that its
+            cache could not hold.
+        DeviceError: No usable GPU.
+    """
+    gpu = _gpu(
+        torch.device(device) if not isinstance(device, int) else torch.device("cuda", device)
+    )
+    torch.cuda.synchronize(gpu.index)
+    workspace.overflow_flag(gpu.index).raise_if_set()
+
+
+def _problem(config: GQADecodeConfig, dtype: torch.dtype) -> Problem:
+    """The problem that a configuration describes, by way of tensors without memory."""
+    c = config
+    q = torch.empty(c.batch_size, c.num_q_heads, c.head_dim, dtype=dtype, device="meta")
+    token = torch.empty(c.batch_size, c.num_kv_heads, c.head_dim, dtype=dtype, device="meta")
+    cache = torch.empty(
+        c.batch_size, c.max_seq_len, c.num_kv_heads, c.head_dim, dtype=dtype, device="meta"
+    )
+    return inputs.validate(inputs.gather(q, cache, cache, token, token, None))
+
+
+def _gpu_of(tensor: Tensor) -> Device:
+    if tensor.device.type != "cuda":
+        raise DeviceError(
+            f"gqa_decode: got tensors on {tensor.device}; allowed: an NVIDIA GPU of compute "
+            "capability 8.0 or newer. Move q, the cache, k and v there with .to('cuda')."
+        )
+    return _gpu(tensor.device)
+
+
+def _gpu(device: torch.device) -> Device:
+    if device.type != "cuda":
+        raise DeviceError(f"device: got {device}; allowed: a CUDA device, such as 'cuda:0'.")
+    if not torch.cuda.is_available():
+        raise DeviceError(
+            "no usable GPU: torch.cuda.is_available() is False; needed: an NVIDIA GPU of compute "
+            "capability 8.0 or newer, its driver, and a torch built with CUDA. Run "
+            "`gqa-cutlass doctor` to see what was found."
+        )
+    index = torch.cuda.current_device() if device.index is None else device.index
+    torch.cuda.init()
+    return describe_device(index)
+
+
+def _on_stream(
+    stream: torch.cuda.Stream | int | None, device: torch.device
+) -> AbstractContextManager[object]:
+    if stream is None or device.type != "cuda":
+        return nullcontext()
+    if isinstance(stream, int):
+        stream = torch.cuda.ExternalStream(stream, device=device)
+    return torch.cuda.stream(stream)

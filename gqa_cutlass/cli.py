@@ -1,0 +1,190 @@
+"""`gqa-cutlass`: thin commands over the package, each importing only what it needs."""
+
+from __future__ import annotations
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from gqa_cutlass.errors import GqaError
+
+if TYPE_CHECKING:
+    from gqa_cutlass.codegen import KernelConfig
+    from gqa_cutlass.store import StoredKernel
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False
+)
+console = Console()
+
+Kernels = Annotated[
+    str | None,
+    typer.Option(
+        "--kernels",
+        help="Comma-separated entries, each `*`-separated substrings of kernel names. Default: all.",
+    ),
+]
+Archs = Annotated[
+    str, typer.Option("--arch", help="Comma-separated targets, or `all`. Default: sm_90a.")
+]
+
+
+@app.command()
+def generate(
+    out: Annotated[Path, typer.Option(help="Folder to bring up to date.")] = Path("generated"),
+) -> None:
+    """Render every shipped kernel and the manifest. Needs no GPU and no torch."""
+    from gqa_cutlass.codegen.manifest import generate as write
+    from gqa_cutlass.codegen.manifest import generated_files
+
+    changed = write(out)
+    console.print(f"{len(generated_files())} files in {out}, {len(changed)} changed")
+
+
+@app.command("list")
+def list_(kernels: Kernels = None) -> None:
+    """List the shipped kernels with their launch bounds and their GPU evidence."""
+    from gqa_cutlass.codegen import select
+    from gqa_cutlass.evidence import Evidence
+
+    evidence = Evidence.shipped()
+    table = Table("kernel", "threads", "shared", "blocks/KV head", "GPU evidence")
+    for config in select(kernels):
+        table.add_row(
+            config.name, str(config.num_threads), str(config.shared_bytes),
+            str(config.head_blocks), evidence.describe(config),
+        )  # fmt: skip
+    _print_wide(table)
+
+
+@app.command()
+def build(
+    kernels: Kernels = None,
+    arch: Archs = "sm_90a",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for GQA_CUTLASS_KERNEL_DIR. Default: this user's store."),
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Kernels to compile at a time. 0: one per CPU.")] = 0,
+) -> None:
+    """Compile kernels to cubins ahead of time. Needs no GPU."""
+    from gqa_cutlass.codegen import ARCHES, select
+    from gqa_cutlass.store import Store
+
+    store = Store(root=out) if out else Store.default()
+    archs = list(ARCHES) if arch == "all" else [entry.strip() for entry in arch.split(",")]
+    wanted = [(config, a) for a in archs for config in select(kernels)]
+    with Progress(console=console, transient=True) as progress, _pool(jobs) as pool:
+        task = progress.add_task("compiling", total=len(wanted))
+        built = []
+        for stored in pool.map(lambda item: store.get(*item, jit=True), wanted):
+            built.append(stored)
+            progress.advance(task)
+    _print_wide(built_table(built))
+    console.print(f"{sum(s.was_built for s in built)} of {len(built)} compiled, in {store.root}")
+
+
+@app.command()
+def check() -> None:
+    """Fail when generated/ has drifted from the templates, or a kernel lacks GPU evidence."""
+    from gqa_cutlass.codegen import shipped
+    from gqa_cutlass.codegen.manifest import drift
+    from gqa_cutlass.evidence import Evidence
+
+    wrong = drift()
+    for name in wrong:
+        console.print(f"drift: generated/{name}; run `gqa-cutlass generate`")
+    unproven = Evidence.shipped().missing(shipped())
+    for config in unproven:
+        console.print(f"no current GPU evidence: {config.name}; run `make gpu-test` on a GPU")
+    console.print(f"{len(wrong)} files drifted, {len(unproven)} kernels without GPU evidence")
+    if wrong or unproven:
+        raise typer.Exit(1)
+
+
+@app.command()
+def clean() -> None:
+    """Remove this user's compiled kernels."""
+    from gqa_cutlass.store import Store
+
+    store = Store.default()
+    console.print(f"{store.clean()} files removed from {store.root}")
+
+
+@app.command()
+def explain(
+    q_heads: Annotated[int, typer.Option(help="Query heads.")],
+    kv_heads: Annotated[int, typer.Option(help="KV heads.")],
+    head_dim: Annotated[int, typer.Option(help="Dimension per head.")],
+    batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
+    max_seq_len: Annotated[int, typer.Option(help="Tokens that the cache holds.")] = 4096,
+    dtype: Annotated[str, typer.Option(help="float16 or bfloat16.")] = "float16",
+    arch: Annotated[str, typer.Option(help="Target.")] = "sm_90a",
+) -> None:
+    """Say which kernel a decode step would run, why, and how it is launched."""
+    import torch
+
+    from gqa_cutlass.api import explain as explain_call
+    from gqa_cutlass.errors import InputError
+
+    types = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+    if dtype not in types:
+        raise InputError(f"explain: dtype: got {dtype!r}; allowed: {', '.join(types)}.")
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(*shape, dtype=types[dtype], device="meta")
+
+    cache = empty(batch, max_seq_len, kv_heads, head_dim)
+    token = empty(batch, kv_heads, head_dim)
+    q = empty(batch, q_heads, head_dim)
+    print(explain_call(q, cache, cache, token, token, arch=arch))
+
+
+@app.command()
+def doctor() -> None:
+    """Report what the package finds on this machine: compiler, headers, GPU, store."""
+    from gqa_cutlass.doctor import findings
+
+    table = Table("what", "found", show_header=False)
+    for what, found in findings():
+        table.add_row(what, found)
+    _print_wide(table)
+
+
+def main() -> None:
+    """Run a command; an error of ours is one line, not a traceback."""
+    try:
+        app()
+    except GqaError as error:
+        Console(stderr=True).print(f"gqa-cutlass: {error}", markup=False, highlight=False)
+        sys.exit(2)
+
+
+def built_table(built: list[StoredKernel]) -> Table:
+    """Compiled kernels: registers, shared memory, spills, seconds, cubin size."""
+    table = Table("kernel", "arch", "registers", "shared", "spills", "seconds", "cubin")
+    for stored in built:
+        c, config = stored.compiled, stored.config
+        table.add_row(
+            config.name, stored.arch, str(c.registers), str(config.shared_bytes),
+            str(c.spill_bytes), f"{c.seconds:.2f}", f"{len(c.code)}",
+        )  # fmt: skip
+    return table
+
+
+def _pool(jobs: int) -> ThreadPoolExecutor:
+    """Threads: NVRTC compiles outside the GIL."""
+    import os
+
+    return ThreadPoolExecutor(jobs or len(os.sched_getaffinity(0)))
+
+
+def _print_wide(table: Table) -> None:
+    """Print without folding kernel names, however narrow the terminal."""
+    Console(width=max(console.width, 160)).print(table)

@@ -1,0 +1,42 @@
+"""Every error the package raises. All of them say what was wrong, what was given, what is allowed
+and what to do about it."""
+
+
+class GqaError(Exception):
+    """Root of the package's errors."""
+
+
+class ConfigError(GqaError, ValueError):
+    """A kernel configuration breaks a rule; the message names the rule."""
+
+
+class InputError(GqaError, ValueError):
+    """An argument of a call is not allowed. Nothing was launched and nothing was written."""
+
+
+class CacheOverflowError(InputError):
+    """A sequence does not fit into its cache. Its cache rows are untouched."""
+
+
+class CompileError(GqaError, RuntimeError):
+    """NVRTC rejected a kernel; the message carries the compiler's log."""
+
+
+class CompilerMissingError(GqaError, RuntimeError):
+    """NVRTC, or a header it needs, is not installed."""
+
+
+class KernelMissingError(GqaError, RuntimeError):
+    """No cubin of a kernel was found and compiling one is not allowed here."""
+
+
+class StoreError(GqaError, RuntimeError):
+    """The cubin store cannot be used."""
+
+
+class DeviceError(GqaError, RuntimeError):
+    """There is no usable GPU: none at all, one too old, or a driver too old."""
+
+
+class LaunchError(GqaError, RuntimeError):
+    """The CUDA driver refused a kernel."""

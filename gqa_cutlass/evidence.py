@@ -1,0 +1,56 @@
+"""GPU evidence: which kernel sources were tested on which GPU, and how large their errors were.
+
+CI has no GPU, so the repository carries the record. It is written by the GPU test suite alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gqa_cutlass.codegen.config import KernelConfig
+from gqa_cutlass.codegen.render import source_digest
+
+FILE = Path(__file__).parent.parent / "tests" / "gpu_evidence.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """The record.
+
+    Args:
+        run: GPU, driver, CUDA, torch and date of the run that wrote it.
+        kernels: Per kernel name: the source's digest, cases run, and the worst error as a share
+            of what the error rule allows.
+    """
+
+    run: dict[str, str] = field(default_factory=dict)
+    kernels: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def shipped(cls) -> Evidence:
+        """The repository's record; empty outside a checkout."""
+        if not FILE.exists():
+            return cls()
+        return cls(**json.loads(FILE.read_text()))
+
+    def is_current(self, config: KernelConfig) -> bool:
+        """Whether the kernel's present source is what was tested."""
+        return self.kernels.get(config.name, {}).get("digest") == source_digest(config)
+
+    def missing(self, configs: Iterable[KernelConfig]) -> list[KernelConfig]:
+        """Kernels whose present source was not tested."""
+        return [config for config in configs if not self.is_current(config)]
+
+    def describe(self, config: KernelConfig) -> str:
+        """One phrase for a table."""
+        if config.name not in self.kernels:
+            return "none"
+        return f"{self.run['gpu']}, {self.run['date']}" if self.is_current(config) else "outdated"
+
+    def write(self) -> None:
+        """Write the repository's record."""
+        FILE.write_text(json.dumps({"run": self.run, "kernels": self.kernels}, indent=1) + "\n")

@@ -1,0 +1,320 @@
+"""Turns the tensors of a call into a validated problem. Everything here happens before a launch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from gqa_cutlass.codegen.config import MAX_HEAD_DIM, MIN_HEAD_DIM, DType
+from gqa_cutlass.errors import CacheOverflowError, InputError
+
+DTYPES = {torch.float16: DType.F16, torch.bfloat16: DType.BF16}
+MAX_BATCH = 65535  # grid z
+MAX_SEQ_LEN = 2**30  # tile arithmetic is 32-bit
+MAX_SPLITS = 1024
+VECTOR_WIDTHS = (8, 4, 2, 1)
+_ELEMENT_BYTES = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tensors:
+    """The tensors of one call, query-like ones as [batch, heads, head_dim].
+
+    Args:
+        q: [batch, num_q_heads, head_dim].
+        k_cache: [batch, max_seq_len, num_kv_heads, head_dim].
+        v_cache: As k_cache.
+        k: [batch, num_kv_heads, head_dim], or None when nothing is appended.
+        v: As k.
+        out: As q, or None when it is to be allocated.
+    """
+
+    q: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    k: Tensor | None
+    v: Tensor | None
+    out: Tensor | None
+
+    def present(self) -> dict[str, Tensor]:
+        """The tensors that were given, by name."""
+        return {name: t for name, t in vars(self).items() if t is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What a call asks for, apart from the data: the key of the dispatch table.
+
+    Args:
+        batch_size: Sequences.
+        num_q_heads: Query heads.
+        num_kv_heads: KV heads; divides num_q_heads.
+        head_dim: Dimension per head.
+        max_seq_len: Tokens that a sequence's cache can hold.
+        dtype: Element type of every tensor.
+        vec_width: Widest access, in elements, that every address allows.
+        append: Whether a new token comes with the call.
+    """
+
+    batch_size: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_seq_len: int
+    dtype: DType
+    vec_width: int
+    append: bool
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per KV head."""
+        return self.num_q_heads // self.num_kv_heads
+
+
+def gather(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    out: Tensor | None,
+) -> Tensors:
+    """Check types and ranks, and drop the single-token dimension of 4-D queries.
+
+    Raises:
+        InputError: An argument is no tensor or has the wrong rank, or k comes without v.
+    """
+    given = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v, "out": out}
+    for name, tensor in given.items():
+        optional = name in ("k", "v", "out")
+        if not isinstance(tensor, Tensor) and not (optional and tensor is None):
+            _fail(name, f"a {type(tensor).__name__}", "a torch.Tensor" + optional * " or None")
+    if (k is None) != (v is None):
+        missing = "v" if v is None else "k"
+        _fail("k and v", f"no {missing}", "both (append the token) or neither (attend only)")
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if cache.dim() != 4:
+            _fail(name, _shape(cache), "[batch, max_seq_len, num_kv_heads, head_dim]")
+    return Tensors(
+        q=_single_token("q", q),
+        k_cache=k_cache,
+        v_cache=v_cache,
+        k=None if k is None else _single_token("k", k),
+        v=None if v is None else _single_token("v", v),
+        out=None if out is None else _single_token("out", out),
+    )
+
+
+def validate(tensors: Tensors) -> Problem:
+    """Check shapes, types, devices, strides and overlaps, and name the problem.
+
+    Raises:
+        InputError: A rule is broken; the message says which, what was given and what to do.
+    """
+    _check_placement(tensors)
+    problem = _check_shapes(tensors)
+    _check_memory(tensors)
+    return problem
+
+
+def check_lengths(problem: Problem, cache_seqlens: int | Tensor, device: torch.device) -> None:
+    """Check the lengths: all of it for an int, everything but the values for a tensor.
+
+    Raises:
+        CacheOverflowError: The new token does not fit.
+        InputError: Negative, of the wrong type, shape or device.
+    """
+    if isinstance(cache_seqlens, Tensor):
+        ok = (
+            cache_seqlens.dtype == torch.int32
+            and tuple(cache_seqlens.shape) == (problem.batch_size,)
+            and cache_seqlens.device == device
+            and cache_seqlens.is_contiguous()
+        )
+        if not ok:
+            _fail(
+                "cache_seqlens",
+                f"{cache_seqlens.dtype} {_shape(cache_seqlens)} on {cache_seqlens.device}",
+                f"an int, or contiguous torch.int32 [{problem.batch_size}] on {device}",
+            )
+        return
+    if type(cache_seqlens) is not int:
+        _fail("cache_seqlens", f"a {type(cache_seqlens).__name__}", "an int or an int32 tensor")
+    if cache_seqlens < 0:
+        _fail("cache_seqlens", str(cache_seqlens), f"0 to {problem.max_seq_len - problem.append}")
+    if cache_seqlens > problem.max_seq_len - problem.append:
+        raise CacheOverflowError(
+            f"gqa_decode: cache overflow: the cache holds {cache_seqlens} tokens"
+            f"{' and one is to be appended' * problem.append}; max_seq_len is "
+            f"{problem.max_seq_len}. Nothing was written. Evict tokens, or allocate a larger cache."
+        )
+
+
+def check_scale(softmax_scale: float | None, head_dim: int) -> float:
+    """The scale of the scores: head_dim ** -0.5 unless given.
+
+    Raises:
+        InputError: Not a finite number.
+    """
+    if softmax_scale is None:
+        return float(head_dim**-0.5)
+    if not isinstance(softmax_scale, (int, float)) or not math.isfinite(softmax_scale):
+        _fail("softmax_scale", repr(softmax_scale), "a finite number, or None for head_dim ** -0.5")
+    return float(softmax_scale)
+
+
+def check_splits(num_splits: int) -> None:
+    """Raise InputError unless num_splits is an int from 0 (choose) to MAX_SPLITS."""
+    if type(num_splits) is not int or not 0 <= num_splits <= MAX_SPLITS:
+        _fail("num_splits", repr(num_splits), f"0 (the dispatcher decides) to {MAX_SPLITS}")
+
+
+def check_out_alias(tensors: Tensors) -> None:
+    """Raise InputError when `out` shares memory with an input."""
+    if tensors.out is None:
+        return
+    for name, other in tensors.present().items():
+        if name != "out" and _overlap(tensors.out, other):
+            _fail("out", f"memory that {name} also uses", "memory of its own; pass out=None")
+
+
+def _single_token(name: str, tensor: Tensor) -> Tensor:
+    if tensor.dim() == 4 and tensor.shape[1] == 1:
+        return tensor.squeeze(1)
+    if tensor.dim() != 3:
+        _fail(name, _shape(tensor), "[batch, heads, head_dim] or [batch, 1, heads, head_dim]")
+    return tensor
+
+
+def _check_placement(tensors: Tensors) -> None:
+    q = tensors.q
+    if q.dtype not in DTYPES:
+        _fail("q", str(q.dtype), "torch.float16 or torch.bfloat16; convert with .to(...)")
+    for name, tensor in tensors.present().items():
+        if tensor.dtype != q.dtype:
+            _fail(name, str(tensor.dtype), f"q's dtype, {q.dtype}")
+        if tensor.device != q.device:
+            _fail(name, f"a tensor on {tensor.device}", f"q's device, {q.device}")
+        if tensor.requires_grad and torch.is_grad_enabled():
+            _fail(
+                name,
+                "a tensor that requires grad (decode has no backward pass)",
+                "tensors without grad; call it under torch.inference_mode() or torch.no_grad()",
+            )
+
+
+def _check_shapes(tensors: Tensors) -> Problem:
+    batch, num_q_heads, head_dim = tensors.q.shape
+    _, max_seq_len, num_kv_heads, _ = tensors.k_cache.shape
+    if not 1 <= batch <= MAX_BATCH:
+        _fail("batch size", str(batch), f"1 to {MAX_BATCH}")
+    if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM or head_dim % 8:
+        allowed = f"multiples of 8 from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}"
+        _fail("head_dim", str(head_dim), allowed + "; pad q, k, v and the cache with zeros")
+    if not 1 <= max_seq_len <= MAX_SEQ_LEN:
+        _fail("max_seq_len", str(max_seq_len), f"1 to {MAX_SEQ_LEN}")
+    if num_kv_heads < 1 or num_q_heads < 1 or num_q_heads % num_kv_heads:
+        _fail(
+            "head counts",
+            f"{num_q_heads} query heads and {num_kv_heads} KV heads",
+            "a number of query heads that is a multiple of the number of KV heads",
+        )
+    cache_shape = (batch, max_seq_len, num_kv_heads, head_dim)
+    token_shape = (batch, num_kv_heads, head_dim)
+    expected = {"k_cache": cache_shape, "v_cache": cache_shape, "k": token_shape, "v": token_shape}
+    expected["out"] = (batch, num_q_heads, head_dim)
+    for name, tensor in tensors.present().items():
+        if name != "q" and tuple(tensor.shape) != expected[name]:
+            _fail(name, _shape(tensor), f"{list(expected[name])}, from the shapes of q and k_cache")
+    return Problem(
+        batch_size=batch,
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        max_seq_len=max_seq_len,
+        dtype=DTYPES[tensors.q.dtype],
+        vec_width=min(vector_width(tensor) for tensor in tensors.present().values()),
+        append=tensors.k is not None,
+    )
+
+
+def _check_memory(tensors: Tensors) -> None:
+    for name, tensor in tensors.present().items():
+        if tensor.stride(-1) != 1:
+            _fail(
+                name,
+                f"strides {list(tensor.stride())}",
+                "a contiguous last dimension (stride 1); call .contiguous()",
+            )
+    written = {"out": tensors.out}
+    if tensors.k is not None:
+        written |= {"k_cache": tensors.k_cache, "v_cache": tensors.v_cache}
+    for name, target in written.items():
+        if target is not None and _overlaps_itself(target):
+            _fail(name, f"strides {list(target.stride())}", "elements that do not share memory")
+    if tensors.k is not None and _overlap(tensors.k_cache, tensors.v_cache):
+        _fail("v_cache", "memory that k_cache also uses", "two caches that do not share memory")
+
+
+def vector_width(tensor: Tensor) -> int:
+    """Widest access in elements (8, 4, 2 or 1) to which every row of a tensor is aligned."""
+    bits = tensor.data_ptr() // _ELEMENT_BYTES if tensor.device.type != "meta" else 0
+    for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
+        bits |= stride if size > 1 else 0
+    return next(width for width in VECTOR_WIDTHS if bits % width == 0)
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements share an address, for layouts where one dimension nests in the next."""
+    reach = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride < reach:
+                return True
+            reach = stride * (size - 1) + reach
+    return False
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors may share an address.
+
+    Rows of one buffer (the same batch stride) are told apart row by row: slices of a fused
+    projection interleave without touching.
+    """
+    if "meta" in (a.device.type, b.device.type):
+        return False
+    (a_start, a_end), (b_start, b_end) = _extent(a), _extent(b)
+    if a_end <= b_start or b_end <= a_start:
+        return False
+    for dim in range(min(a.dim(), b.dim()) - 1):
+        pitch = a.stride(dim) * _ELEMENT_BYTES
+        if a.stride(dim) == b.stride(dim) and a.shape[dim] > 1:
+            a_row, b_row = _row_extent(a, dim), _row_extent(b, dim)
+            offset = (b_start - a_start) % pitch
+            if a_row <= offset and offset + b_row <= pitch:
+                return False
+    return True
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    start = tensor.data_ptr()
+    reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    return start, start + reach * _ELEMENT_BYTES
+
+
+def _row_extent(tensor: Tensor, dim: int) -> int:
+    row = tensor.select(dim, 0)
+    start, end = _extent(row)
+    return end - start
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"shape {list(tensor.shape)}"
+
+
+def _fail(what: str, got: str, allowed: str) -> NoReturn:
+    raise InputError(f"gqa_decode: {what}: got {got}; allowed: {allowed}. Nothing was launched.")

@@ -1,0 +1,199 @@
+"""Cubins on disk: content-addressed, written atomically, healing itself.
+
+An entry is two files, `<kernel>.<arch>.<digest>.cubin` and the same name with `.json`, which holds
+the cubin's checksum and what the compiler said. The JSON is written last; an entry without it, or
+one whose checksum does not match, is a miss and gets replaced. Processes that want the same kernel
+take turns on a lock file, so each kernel is compiled once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import stat
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from gqa_cutlass import env
+from gqa_cutlass.codegen.compile import (
+    Compiled,
+    compile_kernel,
+    compiler_version,
+    options_digest_text,
+)
+from gqa_cutlass.codegen.config import KernelConfig
+from gqa_cutlass.codegen.render import source_digest
+from gqa_cutlass.errors import CompilerMissingError, KernelMissingError, StoreError
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredKernel:
+    """A cubin and where it came from.
+
+    Args:
+        config: The kernel.
+        arch: What it was compiled for.
+        path: The cubin's file.
+        compiled: The cubin and the compiler's figures.
+        was_built: Whether this call compiled it.
+    """
+
+    config: KernelConfig
+    arch: str
+    path: Path
+    compiled: Compiled
+    was_built: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Store:
+    """A folder of cubins, behind read-only folders that are looked at first.
+
+    Args:
+        root: Where new entries go.
+        read_only: Folders filled ahead of time; entries of any compiler version are taken.
+    """
+
+    root: Path
+    read_only: tuple[Path, ...] = ()
+
+    @classmethod
+    def default(cls) -> Store:
+        """The store that the environment asks for."""
+        return cls(root=env.cache_dir(), read_only=env.kernel_dirs())
+
+    def find(self, config: KernelConfig, arch: str) -> StoredKernel | None:
+        """Look a kernel up without compiling it; a corrupt entry counts as absent."""
+        self._check_private()
+        for folder in (*self.read_only, self.root):
+            stem = folder / entry_stem(config, arch)
+            compiled = _read(stem, any_compiler=folder != self.root)
+            if compiled is not None:
+                return StoredKernel(
+                    config=config, arch=arch, path=_cubin(stem), compiled=compiled, was_built=False
+                )
+        return None
+
+    def get(self, config: KernelConfig, arch: str, *, jit: bool | None = None) -> StoredKernel:
+        """Look a kernel up, or compile and keep it.
+
+        Args:
+            config: The kernel.
+            arch: One of `codegen.ARCHES`.
+            jit: Whether compiling is allowed; None asks the environment.
+
+        Raises:
+            KernelMissingError: Absent, and compiling is not allowed.
+            StoreError: The folder cannot be written.
+            CompileError, CompilerMissingError: Compiling failed.
+        """
+        if found := self.find(config, arch):
+            return found
+        if not (not env.jit_disabled() if jit is None else jit):
+            raise KernelMissingError(
+                f"{config.name} for {arch}: no cubin in {self._places()}, and compiling at run "
+                "time is disabled (GQA_CUTLASS_DISABLE_JIT). Build it ahead of time: "
+                f"gqa-cutlass build --arch {arch} --kernels {config.name}"
+            )
+        try:
+            self._make_root()
+            with FileLock(self.root / f"{entry_stem(config, arch)}.lock"):
+                if found := self.find(config, arch):
+                    return found
+                return self._build(config, arch)
+        except OSError as error:
+            raise StoreError(
+                f"cubin store: cannot write to {self.root} ({error.strerror or error}); needed: a "
+                "folder that this user can write to. Set GQA_CUTLASS_CACHE_DIR to one."
+            ) from error
+
+    def clean(self) -> int:
+        """Remove every entry of the writable folder; returns how many files went."""
+        patterns = ("*.cubin", "*.json", "*.lock", "*.tmp")
+        files = [path for pattern in patterns for path in self.root.glob(f"gqa_decode_{pattern}")]
+        for path in files:
+            path.unlink(missing_ok=True)
+        return len(files)
+
+    def _build(self, config: KernelConfig, arch: str) -> StoredKernel:
+        compiled = compile_kernel(config, arch)
+        stem = self.root / entry_stem(config, arch)
+        _write_atomically(_cubin(stem), compiled.code)
+        meta = {
+            "compiler": compiler_version(),
+            "sha256": hashlib.sha256(compiled.code).hexdigest(),
+            **{k: v for k, v in dataclasses.asdict(compiled).items() if k != "code"},
+        }
+        _write_atomically(_meta(stem), json.dumps(meta, indent=1).encode())
+        return StoredKernel(
+            config=config, arch=arch, path=_cubin(stem), compiled=compiled, was_built=True
+        )
+
+    def _make_root(self) -> None:
+        self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def _check_private(self) -> None:
+        """Refuse a folder that anybody may write to: whoever does runs code on the GPU."""
+        if self.root.is_dir() and self.root.stat().st_mode & stat.S_IWOTH:
+            raise StoreError(
+                f"cubin store: {self.root} is writable by every user; needed: a folder that only "
+                f"its owner can write to. Run chmod go-w {self.root}, or set GQA_CUTLASS_CACHE_DIR."
+            )
+
+    def _places(self) -> str:
+        return ", ".join(str(folder) for folder in (*self.read_only, self.root))
+
+
+def entry_stem(config: KernelConfig, arch: str) -> str:
+    """File name of an entry without its suffix; changes with the source and the options."""
+    text = f"{source_digest(config)} {options_digest_text(arch)}"
+    return f"{config.name}.{arch}.{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def _cubin(stem: Path) -> Path:
+    return stem.with_name(stem.name + ".cubin")
+
+
+def _meta(stem: Path) -> Path:
+    return stem.with_name(stem.name + ".json")
+
+
+def _read(stem: Path, *, any_compiler: bool) -> Compiled | None:
+    """Read an entry, perhaps only if the present compiler made it. Anything odd is a miss."""
+    try:
+        meta = json.loads(_meta(stem).read_bytes())
+        code = _cubin(stem).read_bytes()
+        if meta.pop("sha256") != hashlib.sha256(code).hexdigest():
+            return None
+        made_by = meta.pop("compiler")
+        if not any_compiler and _compiler() not in (None, made_by):
+            return None
+        return Compiled(code=code, **meta)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _compiler() -> str | None:
+    """The present compiler; None where there is none, and what others made must do."""
+    try:
+        return compiler_version()
+    except CompilerMissingError:
+        return None
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,93 @@
+"""What a launch needs beside its tensors: partial outputs, tickets, and the overflow flag.
+
+Partials and tickets belong to a stream, whose launches follow one another. A CUDA-graph capture
+gets tickets of its own (replays may run beside the stream's later launches) and takes its partials
+from the graph's memory pool, as any temporary of the capture does. Tickets are zero before and
+after every launch, so they are zeroed once, when allocated.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gqa_cutlass.errors import CacheOverflowError
+from gqa_cutlass.launcher import allocate_zeroed, capture_id, relaxed_capture
+
+_TICKET_BYTES = 4
+_MIN_TICKETS = 4096
+
+_partials: dict[tuple[int, int], Tensor] = {}
+_tickets: dict[tuple[int, int, int], tuple[int, int]] = {}  # -> address, count
+
+
+@dataclass(frozen=True)
+class OverflowFlag:
+    """A word of host memory that kernels write when a length on the device is not allowed.
+
+    Args:
+        memory: Pinned int32[1]; 0, or 1 + the index of an offending sequence.
+    """
+
+    memory: Tensor
+
+    @property
+    def address(self) -> int:
+        """Where kernels write; the same address on host and device (unified addressing)."""
+        return self.memory.data_ptr()
+
+    def raise_if_set(self) -> None:
+        """Report, once, what a kernel that has finished found.
+
+        Raises:
+            CacheOverflowError: The length of a sequence was negative or too large for its cache.
+        """
+        value = ctypes.c_int32.from_address(self.address).value
+        if value:
+            self.memory.zero_()
+            raise CacheOverflowError(
+                f"gqa_decode: an earlier call found in cache_seqlens[{value - 1}] a length that its "
+                "cache cannot hold: negative, or too large with the new token. That sequence's "
+                "output is NaN and its cache was not written; the other sequences are right. Keep "
+                "0 <= cache_seqlens < max_seq_len."
+            )
+
+
+_flags: dict[int, OverflowFlag] = {}
+
+
+def overflow_flag(device: int) -> OverflowFlag:
+    """The overflow flag of a GPU."""
+    flag = _flags.get(device)
+    if flag is None:
+        with torch.cuda.device(device), relaxed_capture():
+            memory = torch.zeros(1, dtype=torch.int32).pin_memory()
+        flag = _flags.setdefault(device, OverflowFlag(memory))
+    return flag
+
+
+def partials(device: int, stream: int, num_floats: int) -> Tensor:
+    """Float32 memory for partial outputs, to be used by the stream's next launch."""
+    if torch.cuda.is_current_stream_capturing():
+        return torch.empty(num_floats, dtype=torch.float32, device=device)
+    held = _partials.get((device, stream))
+    if held is None or held.numel() < num_floats:
+        held = torch.empty(num_floats, dtype=torch.float32, device=device)
+        _partials[device, stream] = held
+    return held
+
+
+def tickets(device: int, stream: int, count: int) -> int:
+    """Address of `count` zeroed counters for the stream's (or its capture's) launches."""
+    capturing = torch.cuda.is_current_stream_capturing()
+    key = device, stream, capture_id(stream) if capturing else 0
+    address, held = _tickets.get(key, (0, 0))
+    if held < count:
+        held = max(count, _MIN_TICKETS)
+        # A smaller array in use is never freed: launches and graphs keep its address.
+        address = allocate_zeroed(device, held * _TICKET_BYTES)
+        _tickets[key] = address, held
+    return address

@@ -1,0 +1,145 @@
+// Stage 2, score: S = scale * K Q^T for one tile, masked past the end of the sequence.
+//
+// Transposed with respect to prefill: tokens take the MMA's M side and the heads of the group its
+// N side of 8, so a group of 8 wastes nothing and one of 4 half, where heads on M would waste 8 or
+// 12 rows of 16.
+#pragma once
+
+#include <cute/arch/copy_sm75.hpp>
+
+#include "load.cuh"
+
+namespace gqa {
+
+template <class T, Math = T::kMath>
+struct Scorer;
+
+// Tensor cores. Fragment layouts: PTX ISA 9.7.14.5.8, mma.m16n8k16.
+template <class T>
+struct Scorer<T, Math::kTensorOp> {
+  static constexpr int kSteps = T::kHeadDimPadded / 16;
+  static constexpr int kHeadTiles = T::kBlockH / 8;
+  static constexpr int kTokenTiles = T::kBlockN / 16;
+  using Mma = typename MmaOf<typename T::Element>::Atom;
+
+  uint32_t query[kSteps][kHeadTiles][2];  // Q^T, the B operand
+
+  CUTE_DEVICE Scorer(Params const& p, Work<T> const& w, SharedStorage<T>&) {
+    int const lane = threadIdx.x % kWarpSize;
+    auto const* q = static_cast<typename T::Element const*>(p.q) + w.batch * p.q_stride.batch +
+                    w.first_head() * p.q_stride.head;
+    CUTE_UNROLL
+    for (int n = 0; n < kHeadTiles; ++n) {
+      int const head = n * 8 + lane / 4;
+      bool const exists = head < w.num_heads();
+      CUTE_UNROLL
+      for (int i = 0; i < kSteps * 2; ++i) {
+        int const dim = i * 8 + lane % 4 * 2;
+        bool const padding = i * 8 >= T::kHeadDim;
+        query[i / 2][n][i % 2] =
+            exists && !padding
+                ? *reinterpret_cast<uint32_t const*>(q + head * p.q_stride.head + dim)
+                : 0u;
+      }
+    }
+  }
+
+  // Position in the tile of a lane's t-th token.
+  CUTE_DEVICE static int token(int t) { return t * 8 + int(threadIdx.x) % kWarpSize / 4; }
+
+  CUTE_DEVICE void operator()(typename T::Element const* keys, int tokens_left, float scale_log2,
+                              float (&scores)[T::kLaneHeads][T::kLaneTokens]) const {
+    int const lane = threadIdx.x % kWarpSize;
+    CUTE_UNROLL
+    for (int m = 0; m < kTokenTiles; ++m) {
+      // Two independent sums halve the chain of dependent MMAs.
+      float sum[2][kHeadTiles][4] = {};
+      CUTE_UNROLL
+      for (int step = 0; step < kSteps; ++step) {
+        uint32_t k[4];
+        auto const* row = keys + typename T::TileLayout{}(m * 16 + lane % 16, lane / 16 * 8);
+        cute::SM75_U32x4_LDSM_N::copy(*reinterpret_cast<cute::uint128_t const*>(row + step * 16),
+                                      k[0], k[1], k[2], k[3]);
+        CUTE_UNROLL
+        for (int n = 0; n < kHeadTiles; ++n) {
+          float(&s)[4] = sum[step % 2][n];
+          Mma::fma(s[0], s[1], s[2], s[3], k[0], k[1], k[2], k[3], query[step][n][0],
+                   query[step][n][1], s[0], s[1], s[2], s[3]);
+        }
+      }
+      CUTE_UNROLL
+      for (int n = 0; n < kHeadTiles; ++n) {
+        CUTE_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          int const t = 2 * m + i / 2;
+          float const s = (sum[0][n][i] + sum[1][n][i]) * scale_log2;
+          scores[2 * n + i % 2][t] = token(t) < tokens_left ? s : -kInfinity;
+        }
+      }
+    }
+  }
+};
+
+// CUDA cores: kLanesPerToken lanes share a token, each taking every kLanesPerToken-th chunk of it.
+template <class T>
+struct Scorer<T, Math::kSimt> {
+  static constexpr int kChunks = T::kHeadDim / kChunk;
+
+  SharedStorage<T>& shared;
+
+  CUTE_DEVICE Scorer(Params const& p, Work<T> const& w, SharedStorage<T>& storage)
+      : shared(storage) {
+    auto const* q = static_cast<typename T::Element const*>(p.q) + w.batch * p.q_stride.batch +
+                    w.first_head() * p.q_stride.head;
+    for (int i = threadIdx.x; i < T::kBlockH * T::kHeadDim; i += T::kNumThreads) {
+      int const head = i / T::kHeadDim;
+      int const dim = i % T::kHeadDim;
+      shared.query[head][dim] =
+          head < w.num_heads() ? float(q[head * p.q_stride.head + dim]) : 0.f;
+    }
+    __syncthreads();
+  }
+
+  CUTE_DEVICE static int token() { return int(threadIdx.x) % kWarpSize % T::kBlockN; }
+
+  CUTE_DEVICE void operator()(typename T::Element const* keys, int tokens_left, float scale_log2,
+                              float (&scores)[T::kLaneHeads][T::kLaneTokens]) const {
+    int const part = int(threadIdx.x) % kWarpSize / T::kBlockN;
+    float sum[T::kBlockH] = {};
+    CUTE_UNROLL
+    for (int c = 0; c < ceil_div(kChunks, T::kLanesPerToken); ++c) {
+      int const chunk = c * T::kLanesPerToken + part;
+      if (kChunks % T::kLanesPerToken == 0 || chunk < kChunks) accumulate(keys, chunk, sum);
+    }
+    CUTE_UNROLL
+    for (int h = 0; h < T::kBlockH; ++h) {
+      CUTE_UNROLL
+      for (int bit = T::kBlockN; bit < kWarpSize; bit *= 2) {
+        sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], bit);
+      }
+      scores[h][0] = token() < tokens_left ? sum[h] * scale_log2 : -kInfinity;
+    }
+  }
+
+ private:
+  CUTE_DEVICE void accumulate(typename T::Element const* keys, int chunk,
+                              float (&sum)[T::kBlockH]) const {
+    alignas(16) typename T::Element k[kChunk];
+    *reinterpret_cast<cute::uint128_t*>(k) = *reinterpret_cast<cute::uint128_t const*>(
+        keys + typename T::TileLayout{}(token(), chunk * kChunk));
+    CUTE_UNROLL
+    for (int h = 0; h < T::kBlockH; ++h) {
+      auto const* q = reinterpret_cast<float4 const*>(&shared.query[h][chunk * kChunk]);
+      CUTE_UNROLL
+      for (int i = 0; i < kChunk / 4; ++i) {
+        float4 const v = q[i];
+        sum[h] = fmaf(float(k[4 * i]), v.x, sum[h]);
+        sum[h] = fmaf(float(k[4 * i + 1]), v.y, sum[h]);
+        sum[h] = fmaf(float(k[4 * i + 2]), v.z, sum[h]);
+        sum[h] = fmaf(float(k[4 * i + 3]), v.w, sum[h]);
+      }
+    }
+  }
+};
+
+}  // namespace gqa

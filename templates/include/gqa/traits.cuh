@@ -1,0 +1,104 @@
+// The compile-time half of a kernel: what a variant states, and what follows from it.
+#pragma once
+
+#include <cuda/std/limits>
+#include <cute/arch/mma_sm80.hpp>
+#include <cute/layout.hpp>
+#include <cutlass/numeric_types.h>
+
+namespace gqa {
+
+constexpr int kWarpSize = 32;
+constexpr int kChunk = 8;  // elements in 16 bytes, the widest access and the row of an 8x8 matrix
+
+// Stands for the maximum of no scores. Finite, so that exp2(score - max) is never NaN by itself.
+constexpr float kNoMax = -3.402823466e+38f;
+constexpr float kInfinity = cuda::std::numeric_limits<float>::infinity();
+constexpr float kNan = cuda::std::numeric_limits<float>::quiet_NaN();
+
+enum class Math {
+  kTensorOp,  // mma.sync m16n8k16
+  kSimt,      // CUDA cores; needs no alignment beyond the element's
+};
+
+constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
+
+// The tensor core instruction of an element type.
+template <class Element>
+struct MmaOf;
+template <>
+struct MmaOf<cutlass::half_t> {
+  using Atom = cute::SM80_16x8x16_F32F16F16F32_TN;
+  static constexpr uint32_t kOnes = 0x3C003C00u;  // two times 1.0
+};
+template <>
+struct MmaOf<cutlass::bfloat16_t> {
+  using Atom = cute::SM80_16x8x16_F32BF16BF16F32_TN;
+  static constexpr uint32_t kOnes = 0x3F803F80u;
+};
+
+// `Variant` is the struct that a generated file spells out: Element, kMath, kHeadDim, kGroupSize,
+// kVecWidth, kBlockH, kBlockN, kNumWarps, kNumStages, kMinBlocks.
+template <class Variant>
+struct Traits : Variant {
+  using typename Variant::Element;
+  using Variant::kBlockH;
+  using Variant::kBlockN;
+  using Variant::kGroupSize;
+  using Variant::kHeadDim;
+  using Variant::kMath;
+  using Variant::kNumStages;
+  using Variant::kNumWarps;
+  using Variant::kVecWidth;
+
+  static constexpr int kNumThreads = kNumWarps * kWarpSize;
+  static constexpr int kHeadBlocks = ceil_div(kGroupSize, kBlockH);  // blocks that share a KV head
+  static constexpr int kHeadDimPadded = round_up(kHeadDim, 16);      // the K extent of the MMA
+
+  // A tile of K or V in shared memory. Rows lie an odd number of 16-byte chunks apart, so that the
+  // eight rows of an 8x8 matrix fall into different banks whatever the head dimension.
+  static constexpr int kRowStride = (kHeadDimPadded / kChunk | 1) * kChunk;
+  using TileLayout = cute::Layout<cute::Shape<cute::Int<kBlockN>, cute::Int<kHeadDimPadded>>,
+                                  cute::Stride<cute::Int<kRowStride>, cute::Int<1>>>;
+  static constexpr int kTileElements = kBlockN * kRowStride;
+
+  // Partial outputs in shared memory, [head][dim] fp32. The pitch spreads the accumulator
+  // fragments (4 head pairs x 8 dims) over all 32 banks.
+  static constexpr int kPartialPitch = kHeadDim + 4;
+
+  static constexpr int kWarpRingBytes = kNumStages * 2 * kTileElements * int(sizeof(Element));
+  static constexpr int kWarpPartialBytes = kBlockH * kPartialPitch * int(sizeof(float));
+  static constexpr int kWarpBytes =
+      round_up(kWarpRingBytes > kWarpPartialBytes ? kWarpRingBytes : kWarpPartialBytes, 16);
+
+  // How scores lie in a warp: every lane holds kLaneHeads x kLaneTokens of them; lanes that differ
+  // in the bits kFirstLaneBit .. kLastLaneBit hold other tokens of the same heads.
+  static constexpr bool kTensorOp = kMath == Math::kTensorOp;
+  static constexpr int kLanesPerToken = kTensorOp ? 4 : kWarpSize / kBlockN;
+  static constexpr int kLaneHeads = kTensorOp ? kBlockH / 4 : kBlockH;
+  static constexpr int kLaneTokens = kTensorOp ? kBlockN / 8 : 1;
+  static constexpr int kFirstLaneBit = kTensorOp ? 4 : 1;
+  static constexpr int kLastLaneBit = kTensorOp ? 16 : kBlockN / 2;
+
+  static_assert(kHeadDim % 8 == 0 && kHeadDim >= 32 && kHeadDim <= 256);
+  static_assert(kVecWidth == 8 || kVecWidth == 4 || kVecWidth == 2 || (kVecWidth == 1 && !kTensorOp));
+  static_assert(kTensorOp ? kBlockN % 16 == 0 && kBlockH % 8 == 0
+                          : kBlockN == 16 || kBlockN == 32);
+};
+
+// Shared memory of one block; the launcher asks for sizeof(SharedStorage<T>) bytes.
+template <class T>
+struct SharedStorage {
+  // A warp's K and V stages; when its tiles are done, its partial output.
+  alignas(16) unsigned char warp[T::kNumWarps][T::kWarpBytes];
+  float row_max[T::kNumWarps][T::kBlockH];
+  float row_sum[T::kNumWarps][T::kBlockH];
+  // CUDA cores only: the queries in fp32, and each warp's probabilities.
+  alignas(16) float query[T::kTensorOp ? 1 : T::kBlockH][T::kTensorOp ? 4 : T::kHeadDim];
+  alignas(16) float probability[T::kTensorOp ? 1 : T::kNumWarps]
+                               [T::kTensorOp ? 1 : T::kBlockH][T::kTensorOp ? 4 : T::kBlockN];
+  uint32_t is_last;
+};
+
+}  // namespace gqa

@@ -1,0 +1,196 @@
+// Stage 4, value: O^T += V^T P^T and the row sums of P, and the warp's partial output.
+#pragma once
+
+#include <cute/arch/copy_sm75.hpp>
+#include <cutlass/numeric_conversion.h>
+
+#include "load.cuh"
+
+namespace gqa {
+
+template <class T, Math = T::kMath>
+struct Accumulator;
+
+// Tensor cores. P is rounded to the input type for the MMA; the row sums come from an MMA over the
+// same rounded P (times ones), so that rounding cancels in the quotient.
+template <class T>
+struct Accumulator<T, Math::kTensorOp> {
+  static constexpr int kDimTiles = T::kHeadDimPadded / 16;
+  static constexpr int kHeadTiles = T::kBlockH / 8;
+  static constexpr int kTokenTiles = T::kBlockN / 16;
+  using Element = typename T::Element;
+  using Mma = typename MmaOf<Element>::Atom;
+
+  float out[kDimTiles][kHeadTiles][4] = {};  // O^T: dims on M, heads on N
+  float sum[kHeadTiles][4] = {};             // every row of it holds the same sums
+
+  CUTE_DEVICE explicit Accumulator(SharedStorage<T>&) {}
+
+  CUTE_DEVICE void rescale(float const (&factor)[T::kLaneHeads]) {
+    CUTE_UNROLL
+    for (int n = 0; n < kHeadTiles; ++n) {
+      CUTE_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        sum[n][i] *= factor[2 * n + i % 2];
+        CUTE_UNROLL
+        for (int m = 0; m < kDimTiles; ++m) out[m][n][i] *= factor[2 * n + i % 2];
+      }
+    }
+  }
+
+  CUTE_DEVICE void add(Element const* values,
+                       float const (&probability)[T::kLaneHeads][T::kLaneTokens]) {
+    int const lane = threadIdx.x % kWarpSize;
+    CUTE_UNROLL
+    for (int t = 0; t < kTokenTiles; ++t) {
+      uint32_t p[kHeadTiles][2];  // P^T, the B operand: what a lane has by rows, turned to columns
+      CUTE_UNROLL
+      for (int n = 0; n < kHeadTiles; ++n) {
+        CUTE_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          cute::SM75_U32x1_MOVM_T::copy(
+              pack(probability[2 * n][2 * t + half], probability[2 * n + 1][2 * t + half]),
+              p[n][half]);
+        }
+        constexpr uint32_t kOnes = MmaOf<Element>::kOnes;
+        fma(sum[n], {kOnes, kOnes, kOnes, kOnes}, p[n]);
+      }
+      auto const* row =
+          values + typename T::TileLayout{}(t * 16 + lane / 16 * 8 + lane % 8, lane / 8 % 2 * 8);
+      CUTE_UNROLL
+      for (int m = 0; m < kDimTiles; ++m) {
+        uint32_t v[4];
+        cute::SM75_U16x8_LDSM_T::copy(*reinterpret_cast<cute::uint128_t const*>(row + m * 16), v[0],
+                                      v[1], v[2], v[3]);
+        CUTE_UNROLL
+        for (int n = 0; n < kHeadTiles; ++n) fma(out[m][n], v, p[n]);
+      }
+    }
+  }
+
+  CUTE_DEVICE void store(float* partial, float* row_sum) const {
+    int const lane = threadIdx.x % kWarpSize;
+    CUTE_UNROLL
+    for (int n = 0; n < kHeadTiles; ++n) {
+      CUTE_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        int const head = n * 8 + lane % 4 * 2 + i % 2;
+        CUTE_UNROLL
+        for (int m = 0; m < kDimTiles; ++m) {
+          int const dim = m * 16 + i / 2 * 8 + lane / 4;
+          bool const padding = m * 16 + i / 2 * 8 >= T::kHeadDim;
+          if (!padding) partial[head * T::kPartialPitch + dim] = out[m][n][i];
+        }
+        if (i < 2 && lane < 4) row_sum[head] = sum[n][i];
+      }
+    }
+  }
+
+ private:
+  CUTE_DEVICE static void fma(float (&c)[4], uint32_t const (&a)[4], uint32_t const (&b)[2]) {
+    Mma::fma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], b[0], b[1], c[0], c[1], c[2], c[3]);
+  }
+
+  CUTE_DEVICE static uint32_t pack(float low, float high) {
+    cutlass::Array<float, 2> pair;
+    pair[0] = low;
+    pair[1] = high;
+    auto const packed = cutlass::NumericArrayConverter<Element, float, 2>{}(pair);
+    return reinterpret_cast<uint32_t const&>(packed);
+  }
+};
+
+// CUDA cores: a lane owns every 32nd pair of dims and walks the tile's tokens.
+template <class T>
+struct Accumulator<T, Math::kSimt> {
+  static constexpr int kPairs = ceil_div(T::kHeadDim / 2, kWarpSize);
+  using Element = typename T::Element;
+
+  SharedStorage<T>& shared;
+  float out[kPairs][T::kBlockH][2] = {};
+  float sum[T::kBlockH] = {};  // of this lane's tokens only
+
+  CUTE_DEVICE explicit Accumulator(SharedStorage<T>& storage) : shared(storage) {}
+
+  CUTE_DEVICE void rescale(float const (&factor)[T::kLaneHeads]) {
+    CUTE_UNROLL
+    for (int h = 0; h < T::kBlockH; ++h) {
+      sum[h] *= factor[h];
+      CUTE_UNROLL
+      for (int i = 0; i < kPairs; ++i) {
+        out[i][h][0] *= factor[h];
+        out[i][h][1] *= factor[h];
+      }
+    }
+  }
+
+  CUTE_DEVICE void add(Element const* values,
+                       float const (&probability)[T::kLaneHeads][T::kLaneTokens]) {
+    int const lane = threadIdx.x % kWarpSize;
+    auto& p = shared.probability[threadIdx.x / kWarpSize];
+    __syncwarp();  // the previous tile's probabilities have been read
+    CUTE_UNROLL
+    for (int h = 0; h < T::kBlockH; ++h) {
+      sum[h] += probability[h][0];
+      if (lane < T::kBlockN) p[h][lane] = probability[h][0];
+    }
+    __syncwarp();
+    CUTE_UNROLL
+    for (int i = 0; i < kPairs; ++i) {
+      int const dim = 2 * (lane + i * kWarpSize);
+      if (T::kHeadDim % (2 * kWarpSize) == 0 || dim < T::kHeadDim) add_pair(values, dim, p, out[i]);
+    }
+  }
+
+  CUTE_DEVICE void store(float* partial, float* row_sum) const {
+    int const lane = threadIdx.x % kWarpSize;
+    CUTE_UNROLL
+    for (int h = 0; h < T::kBlockH; ++h) {
+      CUTE_UNROLL
+      for (int i = 0; i < kPairs; ++i) {
+        int const dim = 2 * (lane + i * kWarpSize);
+        if (T::kHeadDim % (2 * kWarpSize) == 0 || dim < T::kHeadDim) {
+          *reinterpret_cast<float2*>(&partial[h * T::kPartialPitch + dim]) =
+              make_float2(out[i][h][0], out[i][h][1]);
+        }
+      }
+      float total = sum[h];
+      CUTE_UNROLL
+      for (int bit = T::kFirstLaneBit; bit <= T::kLastLaneBit; bit *= 2) {
+        total += __shfl_xor_sync(0xffffffffu, total, bit);
+      }
+      if (lane == 0) row_sum[h] = total;
+    }
+  }
+
+ private:
+  CUTE_DEVICE static void add_pair(Element const* values, int dim,
+                                   float const (&p)[T::kBlockH][T::kBlockN],
+                                   float (&acc)[T::kBlockH][2]) {
+    CUTE_UNROLL
+    for (int t = 0; t < T::kBlockN; t += 4) {
+      float v[4][2];
+      CUTE_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        alignas(4) Element pair[2];
+        *reinterpret_cast<uint32_t*>(pair) = *reinterpret_cast<uint32_t const*>(
+            values + typename T::TileLayout{}(t + i, dim));
+        v[i][0] = float(pair[0]);
+        v[i][1] = float(pair[1]);
+      }
+      CUTE_UNROLL
+      for (int h = 0; h < T::kBlockH; ++h) {
+        float4 const w = *reinterpret_cast<float4 const*>(&p[h][t]);
+        CUTE_UNROLL
+        for (int e = 0; e < 2; ++e) {
+          acc[h][e] = fmaf(w.x, v[0][e], acc[h][e]);
+          acc[h][e] = fmaf(w.y, v[1][e], acc[h][e]);
+          acc[h][e] = fmaf(w.z, v[2][e], acc[h][e]);
+          acc[h][e] = fmaf(w.w, v[3][e], acc[h][e]);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace gqa
