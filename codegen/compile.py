@@ -44,10 +44,18 @@ class Compiled:
 def compile_kernel(
     config: KernelConfig, arch: str, target: Literal["cubin", "ptx"] = "cubin"
 ) -> Compiled:
-    """Compile one kernel. Needs no GPU.
+    """Compile one kernel. Needs no GPU; arguments and errors as for `compile_source`."""
+    return compile_source(render(config), config.name, arch, target)
+
+
+def compile_source(
+    source: str, name: str, arch: str, target: Literal["cubin", "ptx"] = "cubin"
+) -> Compiled:
+    """Compile CUDA C++. Needs no GPU.
 
     Args:
-        config: The kernel.
+        source: The text; may include `gqa/*.cuh`.
+        name: What the compiler's messages call it.
         arch: One of `ARCHES` for a cubin; for PTX also "compute_80" or "compute_90".
         target: "cubin" or "ptx" (which carries line information).
 
@@ -64,18 +72,17 @@ def compile_kernel(
         lineinfo=target == "ptx",
         include_path=[str(path) for path in _include_paths()],
         ptxas_options=["-v"] if target == "cubin" else None,
-        name=f"{config.name}.cu",
+        name=f"{name}.cu",
         **_OPTIONS,
     )
     log = io.StringIO()
     start = time.perf_counter()
     try:
-        program = program_type(render(config), "c++", options)
-        code = program.compile(target, logs=log).code
+        code = program_type(source, "c++", options).compile(target, logs=log).code
     except Exception as error:  # cuda.core keeps the class it raises private
         raise CompileError(
-            f"NVRTC could not compile {config.name} for {arch}; "
-            f"compiler: {compiler_version()}; log:\n{error}"
+            f"NVRTC could not compile {name} for {arch}; compiler: {compiler_version()}; "
+            f"log:\n{error}"
         ) from error
     seconds = time.perf_counter() - start
     text = log.getvalue()

@@ -106,6 +106,7 @@ def plan(
     num_splits: int = 0,
     return_lse: bool = False,
     out: Tensor | None = None,
+    kernel: KernelConfig | None = None,
 ) -> Plan:
     """Resolve everything about a problem once: validate, choose, compile and load the kernel.
 
@@ -123,6 +124,7 @@ def plan(
         num_splits: As for `gqa_decode`.
         return_lse: As for `gqa_decode`.
         out: As for `gqa_decode`; whether and how it is laid out is part of the plan.
+        kernel: A kernel to use instead of the dispatcher's choice.
 
     Raises:
         GqaError: As for `gqa_decode`.
@@ -134,7 +136,7 @@ def plan(
     inputs.check_splits(num_splits)
     scale = inputs.check_scale(softmax_scale, problem.head_dim)
     device = _gpu_of(q)
-    chosen = dispatch(problem, device, num_splits)
+    chosen = dispatch(problem, device, num_splits, kernel)
     return Plan(
         problem=problem,
         chosen=chosen,

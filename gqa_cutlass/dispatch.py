@@ -7,6 +7,7 @@ from functools import lru_cache
 
 from gqa_cutlass.codegen.config import Arch, KernelConfig, Math
 from gqa_cutlass.codegen.variants import default_config, shipped
+from gqa_cutlass.errors import InputError
 from gqa_cutlass.inputs import Problem
 from gqa_cutlass.launcher import Device, LaunchShape
 
@@ -45,15 +46,25 @@ class Dispatch:
 
 
 @lru_cache(maxsize=4096)
-def dispatch(problem: Problem, device: Device, num_splits: int = 0) -> Dispatch:
+def dispatch(
+    problem: Problem, device: Device, num_splits: int = 0, kernel: KernelConfig | None = None
+) -> Dispatch:
     """Choose a kernel and a launch shape.
 
     Args:
         problem: What is asked for.
         device: Where it will run.
         num_splits: Parts to cut every sequence into; 0 leaves the choice to the model.
+        kernel: A kernel to use instead of the model's choice.
+
+    Raises:
+        InputError: The given kernel cannot solve the problem.
     """
-    config, why_config = choose_config(problem)
+    if kernel is None:
+        config, why_config = choose_config(problem)
+    else:
+        _check_fits(kernel, problem)
+        config, why_config = kernel, "this kernel, as asked"
     if num_splits:
         splits, why_splits = num_splits, f"{num_splits} splits, as asked"
     else:
@@ -65,6 +76,18 @@ def dispatch(problem: Problem, device: Device, num_splits: int = 0) -> Dispatch:
         num_splits=splits,
         reasons=(why_config, why_splits),
     )
+
+
+def _check_fits(kernel: KernelConfig, problem: Problem) -> None:
+    """Raise InputError unless a kernel can solve a problem."""
+    needed = (problem.dtype, problem.head_dim, problem.group_size)
+    offered = (kernel.dtype, kernel.head_dim, kernel.group_size)
+    if needed != offered or problem.vec_width % kernel.vec_width:
+        raise InputError(
+            f"gqa_decode: kernel: got {kernel.name}; allowed: kernels for {problem.dtype}, "
+            f"head_dim {problem.head_dim}, group size {problem.group_size} and an alignment of at "
+            f"most {problem.vec_width} elements. Nothing was launched."
+        )
 
 
 def choose_config(problem: Problem) -> tuple[KernelConfig, str]:
