@@ -19,7 +19,13 @@ from gqa_cutlass.codegen.render import include_dir, render
 from gqa_cutlass.errors import CompileError, CompilerMissingError, ConfigError
 
 _REMEDY = "pip install nvidia-cuda-nvrtc nvidia-cuda-runtime 'nvidia-cuda-cccl<13.2' nvidia-cutlass"
-_OPTIONS = {"std": "c++17", "device_as_default_execution_space": True}
+# CCCL expands its type lists up to this length by macros that NVRTC takes 0.5 s to read, in every
+# kernel; none of ours is that long, and longer ones still work.
+_OPTIONS = {
+    "std": "c++17",
+    "device_as_default_execution_space": True,
+    "define_macro": ("_CCCL_META_UNROLL_LIMIT", "2"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +88,7 @@ def compile_source(
     except Exception as error:  # cuda.core keeps the class it raises private
         raise CompileError(
             f"NVRTC could not compile {name} for {arch}; compiler: {compiler_version()}; "
-            f"log:\n{error}"
+            f"log:\n{str(error).rstrip(chr(0))}"
         ) from error
     seconds = time.perf_counter() - start
     text = log.getvalue()
@@ -150,18 +156,24 @@ def _cccl_version() -> str:
 
 @cache
 def _include_paths() -> tuple[Path, ...]:
-    """Our headers, CuTe's, CUDA's and CCCL's (the last one), in the order they are searched."""
+    """Our headers, CuTe's, CUDA's and CCCL's (the last one), in the order they are searched.
+
+    CUTLASS writes `cccl/cuda/std/...` with CUDA 13, where CCCL's own headers write `cuda/std/...`.
+    """
     library = find_spec("cutlass_library")
-    runtime = locate_nvidia_header_directory("cudart")
-    if library is None or library.origin is None or runtime is None or runtime.abs_path is None:
-        what = "CuTe (nvidia-cutlass)" if library is None else "the CUDA runtime"
-        raise CompilerMissingError(f"headers of {what}: not found; remedy: {_REMEDY}")
-    cuda = Path(runtime.abs_path)
-    cccl = cuda / "cccl"
-    if not (cccl / "cuda" / "std").is_dir():
-        raise CompilerMissingError(f"headers of CCCL: not found in {cccl}; remedy: {_REMEDY}")
+    if library is None or library.origin is None:
+        raise CompilerMissingError(f"headers of CuTe: not found; remedy: {_REMEDY}")
     cute = Path(library.origin).parent / "source" / "include"
-    return Path(str(include_dir())), cute, cuda, cccl
+    cccl = _nvidia_headers("cccl")
+    return Path(str(include_dir())), cute, _nvidia_headers("cudart"), cccl.parent, cccl
+
+
+def _nvidia_headers(name: str) -> Path:
+    """Headers from an installed package, or else from a CUDA toolkit."""
+    found = locate_nvidia_header_directory(name)
+    if found is None or found.abs_path is None:
+        raise CompilerMissingError(f"headers of {name}: not found; remedy: {_REMEDY}")
+    return Path(found.abs_path)
 
 
 def _figure(pattern: str, log: str) -> int:
