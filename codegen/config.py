@@ -158,7 +158,8 @@ class KernelConfig:
             "shared memory",
             self.shared_bytes,
             self.shared_bytes <= _SMALLEST_SHARED,
-            f"at most {_SMALLEST_SHARED} bytes, so that it runs on every architecture; use fewer warps or stages",
+            f"at most {_SMALLEST_SHARED} bytes, so that it runs on every architecture; "
+            "use fewer warps or stages",
         )
 
     @property

@@ -57,7 +57,7 @@ def generate(out: Path) -> list[str]:
 
 
 def drift(out: Traversable | None = None) -> list[str]:
-    """Names of files in generated/ that differ from what the templates give, are missing or stale."""
+    """Names of files in generated/ that differ from the templates' output, are missing or stale."""
     folder = resources.files("gqa_cutlass.generated") if out is None else out
     present = {e.name: e for e in folder.iterdir() if e.name.endswith((".cu", ".json"))}
     expected = generated_files()

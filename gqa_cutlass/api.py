@@ -274,13 +274,14 @@ class Explanation:
 
     def __str__(self) -> str:
         shape = self.dispatch.shape
+        workspace_bytes = 4 * (self.dispatch.partial_floats + self.dispatch.num_tickets)
         lines = {
             "kernel": self.dispatch.config.name,
             "why": "; ".join(self.dispatch.reasons),
             "arch": f"{self.device.arch.name}, {self.device.num_sms} SMs",
             "grid": f"{shape.grid} (KV heads x head blocks, splits, batch)",
             "block": f"{shape.block} threads, {shape.shared_bytes} bytes of shared memory",
-            "workspace": f"{self.dispatch.partial_floats * 4 + self.dispatch.num_tickets * 4} bytes",
+            "workspace": f"{workspace_bytes} bytes",
             "reads": f"{self.kv_bytes} bytes of K and V with a full cache",
             "cubin": str(self.cubin or "not built yet; the first call compiles it"),
         }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +14,6 @@ from rich.table import Table
 from gqa_cutlass.errors import GqaError
 
 if TYPE_CHECKING:
-    from gqa_cutlass.codegen import KernelConfig
     from gqa_cutlass.store import StoredKernel
 
 app = typer.Typer(
@@ -27,7 +25,7 @@ Kernels = Annotated[
     str | None,
     typer.Option(
         "--kernels",
-        help="Comma-separated entries, each `*`-separated substrings of kernel names. Default: all.",
+        help="Comma-separated; each entry is `*`-separated substrings of a name. Default: all.",
     ),
 ]
 Archs = Annotated[
@@ -75,17 +73,15 @@ def build(
 ) -> None:
     """Compile kernels to cubins ahead of time. Needs no GPU."""
     from gqa_cutlass.codegen import ARCHES, select
-    from gqa_cutlass.store import Store
+    from gqa_cutlass.store import Store, build_all
 
     store = Store(root=out) if out else Store.default()
     archs = list(ARCHES) if arch == "all" else [entry.strip() for entry in arch.split(",")]
     wanted = [(config, a) for a in archs for config in select(kernels)]
-    with Progress(console=console, transient=True) as progress, _pool(jobs) as pool:
-        task = progress.add_task("compiling", total=len(wanted))
-        built = []
-        for stored in pool.map(lambda item: store.get(*item, jit=True), wanted):
+    built = []
+    with Progress(console=console, transient=True) as progress:
+        for stored in progress.track(build_all(store, wanted, jobs), total=len(wanted)):
             built.append(stored)
-            progress.advance(task)
     _print_wide(built_table(built))
     console.print(f"{sum(s.was_built for s in built)} of {len(built)} compiled, in {store.root}")
 
@@ -176,13 +172,6 @@ def built_table(built: list[StoredKernel]) -> Table:
             str(c.spill_bytes), f"{c.seconds:.2f}", f"{len(c.code)}",
         )  # fmt: skip
     return table
-
-
-def _pool(jobs: int) -> ThreadPoolExecutor:
-    """Threads: NVRTC compiles outside the GIL."""
-    import os
-
-    return ThreadPoolExecutor(jobs or len(os.sched_getaffinity(0)))
 
 
 def _print_wide(table: Table) -> None:

@@ -1,5 +1,7 @@
-"""Every error the package raises. All of them say what was wrong, what was given, what is allowed
-and what to do about it."""
+"""Every error the package raises.
+
+All of them say what was wrong, what was given, what is allowed and what to do about it.
+"""
 
 
 class GqaError(Exception):

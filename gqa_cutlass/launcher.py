@@ -223,7 +223,8 @@ def check_driver(version: int, compiler_major: int) -> None:
         raise DeviceError(
             f"CUDA driver: supports CUDA {version // 1000}.{version % 1000 // 10}; needed: "
             f"CUDA {compiler_major}.0 or newer, the version of the compiler (NVRTC). Upgrade the "
-            f"NVIDIA driver, or install an older NVRTC: pip install 'nvidia-cuda-nvrtc<{compiler_major}'"
+            "NVIDIA driver, or install an older NVRTC: "
+            f"pip install 'nvidia-cuda-nvrtc<{compiler_major}'"
         )
 
 
@@ -231,6 +232,12 @@ def _runs_on(arch: Arch, capability: int) -> bool:
     if arch.name.endswith("a"):
         return arch.capability == capability
     return arch.capability <= capability < (arch.capability // 10 + 1) * 10
+
+
+def driver_version() -> str:
+    """The CUDA version that the driver supports, "13.0", or its absence."""
+    version = _driver_version()
+    return f"{version // 1000}.{version % 1000 // 10}"
 
 
 def _driver_version() -> int:

@@ -11,9 +11,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import multiprocessing
 import os
 import stat
 import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,6 +150,35 @@ class Store:
 
     def _places(self) -> str:
         return ", ".join(str(folder) for folder in (*self.read_only, self.root))
+
+
+def build_all(
+    store: Store, wanted: Sequence[tuple[KernelConfig, str]], jobs: int = 0
+) -> Iterator[StoredKernel]:
+    """Bring kernels into a store, several at a time, and yield each as it is done, in order.
+
+    Uses processes: within one, NVRTC compiles one program at a time.
+
+    Args:
+        store: Where to.
+        wanted: Kernels, each with its architecture.
+        jobs: Processes; 0 for one per CPU.
+
+    Raises:
+        StoreError, CompileError, CompilerMissingError: As `Store.get`.
+    """
+    jobs = min(jobs or len(os.sched_getaffinity(0)), len(wanted))
+    if jobs <= 1:
+        yield from (store.get(config, arch, jit=True) for config, arch in wanted)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
+        yield from pool.map(_build_one, [(store, *item) for item in wanted])
+
+
+def _build_one(item: tuple[Store, KernelConfig, str]) -> StoredKernel:
+    store, config, arch = item
+    return store.get(config, arch, jit=True)
 
 
 def entry_stem(config: KernelConfig, arch: str) -> str:

@@ -49,8 +49,8 @@ class OverflowFlag:
         if value:
             self.memory.zero_()
             raise CacheOverflowError(
-                f"gqa_decode: an earlier call found in cache_seqlens[{value - 1}] a length that its "
-                "cache cannot hold: negative, or too large with the new token. That sequence's "
+                f"gqa_decode: an earlier call found a length in cache_seqlens[{value - 1}] that "
+                "the cache cannot hold: negative, or too large with the new token. That sequence's "
                 "output is NaN and its cache was not written; the other sequences are right. Keep "
                 "0 <= cache_seqlens < max_seq_len."
             )

@@ -40,8 +40,8 @@ CUTE_DEVICE void attend(Params const& p, Work<T> const& w, SharedStorage<T>& sha
   }
   cute::cp_async_wait<0>();
   __syncwarp();
-  acc.store(reinterpret_cast<float*>(shared.warp[warp]), shared.row_sum[warp]);
-  softmax.store(shared.row_max[warp]);
+  acc.store(reinterpret_cast<float*>(shared.warp[warp]));
+  softmax.store(shared.row_max[warp], shared.row_sum[warp]);
 }
 
 template <class Variant>

@@ -1,9 +1,6 @@
 // Stage 3, softmax: scores -> probabilities relative to a running maximum (online softmax,
-// Milakov & Gimelshein, arXiv:1805.02867).
-//
-// The maximum is kept per warp and raised only when a score exceeds it by more than 2^kSlack
-// (the idea is FlashAttention-4's): until then probabilities stay below 2^kSlack, which fp16 holds
-// exactly as well as values below one, and the accumulator need not be touched.
+// Milakov & Gimelshein, arXiv:1805.02867). The largest score so far has probability one exactly, so
+// a dominating key loses nothing when P is rounded for the MMA.
 #pragma once
 
 #include "ptx.cuh"
@@ -13,9 +10,8 @@ namespace gqa {
 
 template <class T>
 struct OnlineSoftmax {
-  static constexpr float kSlack = 8.f;
-
-  float row_max[T::kLaneHeads];
+  float row_max[T::kLaneHeads];       // of the warp's scores
+  float row_sum[T::kLaneHeads] = {};  // of this lane's probabilities
 
   CUTE_DEVICE OnlineSoftmax() {
     CUTE_UNROLL
@@ -33,7 +29,7 @@ struct OnlineSoftmax {
       tile_max[h] = scores[h][0];
       CUTE_UNROLL
       for (int t = 1; t < T::kLaneTokens; ++t) tile_max[h] = fmaxf(tile_max[h], scores[h][t]);
-      grows |= tile_max[h] > row_max[h] + kSlack;
+      grows |= tile_max[h] > row_max[h];
     }
     if (__any_sync(0xffffffffu, grows)) raise(tile_max, rescale);
     CUTE_UNROLL
@@ -41,17 +37,26 @@ struct OnlineSoftmax {
       CUTE_UNROLL
       for (int t = 0; t < T::kLaneTokens; ++t) {
         scores[h][t] = exp2_approx(scores[h][t] - row_max[h]);
+        row_sum[h] += scores[h][t];
       }
     }
   }
 
-  // One lane per head writes its maximum.
-  CUTE_DEVICE void store(float* out) const {
+  // Writes every head's maximum and sum, [head].
+  CUTE_DEVICE void store(float* max_out, float* sum_out) const {
     int const lane = threadIdx.x % kWarpSize;
     CUTE_UNROLL
     for (int h = 0; h < T::kLaneHeads; ++h) {
       int const head = T::kTensorOp ? h / 2 * 8 + lane * 2 + h % 2 : h;
-      if (lane < T::kBlockH / T::kLaneHeads) out[head] = row_max[h];
+      float sum = row_sum[h];
+      CUTE_UNROLL
+      for (int bit = T::kFirstLaneBit; bit <= T::kLastLaneBit; bit *= 2) {
+        sum += __shfl_xor_sync(0xffffffffu, sum, bit);
+      }
+      if (lane < T::kBlockH / T::kLaneHeads) {
+        max_out[head] = row_max[h];
+        sum_out[head] = sum;
+      }
     }
   }
 
@@ -68,6 +73,7 @@ struct OnlineSoftmax {
       tile_max[h] = fmaxf(tile_max[h], row_max[h]);
       factor[h] = exp2_approx(row_max[h] - tile_max[h]);
       row_max[h] = tile_max[h];
+      row_sum[h] *= factor[h];
     }
     rescale(factor);
   }

@@ -30,12 +30,10 @@ struct MmaOf;
 template <>
 struct MmaOf<cutlass::half_t> {
   using Atom = cute::SM80_16x8x16_F32F16F16F32_TN;
-  static constexpr uint32_t kOnes = 0x3C003C00u;  // two times 1.0
 };
 template <>
 struct MmaOf<cutlass::bfloat16_t> {
   using Atom = cute::SM80_16x8x16_F32BF16BF16F32_TN;
-  static constexpr uint32_t kOnes = 0x3F803F80u;
 };
 
 // `Variant` is the struct that a generated file spells out: Element, kMath, kHeadDim, kGroupSize,

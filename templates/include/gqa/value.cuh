@@ -1,4 +1,4 @@
-// Stage 4, value: O^T += V^T P^T and the row sums of P, and the warp's partial output.
+// Stage 4, value: O^T += V^T P^T, and the warp's partial output.
 #pragma once
 
 #include <cute/arch/copy_sm75.hpp>
@@ -11,8 +11,7 @@ namespace gqa {
 template <class T, Math = T::kMath>
 struct Accumulator;
 
-// Tensor cores. P is rounded to the input type for the MMA; the row sums come from an MMA over the
-// same rounded P (times ones), so that rounding cancels in the quotient.
+// Tensor cores. P is rounded to the input type for the MMA.
 template <class T>
 struct Accumulator<T, Math::kTensorOp> {
   static constexpr int kDimTiles = T::kHeadDimPadded / 16;
@@ -22,7 +21,6 @@ struct Accumulator<T, Math::kTensorOp> {
   using Mma = typename MmaOf<Element>::Atom;
 
   float out[kDimTiles][kHeadTiles][4] = {};  // O^T: dims on M, heads on N
-  float sum[kHeadTiles][4] = {};             // every row of it holds the same sums
 
   CUTE_DEVICE explicit Accumulator(SharedStorage<T>&) {}
 
@@ -31,7 +29,6 @@ struct Accumulator<T, Math::kTensorOp> {
     for (int n = 0; n < kHeadTiles; ++n) {
       CUTE_UNROLL
       for (int i = 0; i < 4; ++i) {
-        sum[n][i] *= factor[2 * n + i % 2];
         CUTE_UNROLL
         for (int m = 0; m < kDimTiles; ++m) out[m][n][i] *= factor[2 * n + i % 2];
       }
@@ -52,8 +49,6 @@ struct Accumulator<T, Math::kTensorOp> {
               pack(probability[2 * n][2 * t + half], probability[2 * n + 1][2 * t + half]),
               p[n][half]);
         }
-        constexpr uint32_t kOnes = MmaOf<Element>::kOnes;
-        fma(sum[n], {kOnes, kOnes, kOnes, kOnes}, p[n]);
       }
       auto const* row =
           values + typename T::TileLayout{}(t * 16 + lane / 16 * 8 + lane % 8, lane / 8 % 2 * 8);
@@ -68,7 +63,7 @@ struct Accumulator<T, Math::kTensorOp> {
     }
   }
 
-  CUTE_DEVICE void store(float* partial, float* row_sum) const {
+  CUTE_DEVICE void store(float* partial) const {
     int const lane = threadIdx.x % kWarpSize;
     CUTE_UNROLL
     for (int n = 0; n < kHeadTiles; ++n) {
@@ -81,7 +76,6 @@ struct Accumulator<T, Math::kTensorOp> {
           bool const padding = m * 16 + i / 2 * 8 >= T::kHeadDim;
           if (!padding) partial[head * T::kPartialPitch + dim] = out[m][n][i];
         }
-        if (i < 2 && lane < 4) row_sum[head] = sum[n][i];
       }
     }
   }
@@ -108,14 +102,12 @@ struct Accumulator<T, Math::kSimt> {
 
   SharedStorage<T>& shared;
   float out[kPairs][T::kBlockH][2] = {};
-  float sum[T::kBlockH] = {};  // of this lane's tokens only
 
   CUTE_DEVICE explicit Accumulator(SharedStorage<T>& storage) : shared(storage) {}
 
   CUTE_DEVICE void rescale(float const (&factor)[T::kLaneHeads]) {
     CUTE_UNROLL
     for (int h = 0; h < T::kBlockH; ++h) {
-      sum[h] *= factor[h];
       CUTE_UNROLL
       for (int i = 0; i < kPairs; ++i) {
         out[i][h][0] *= factor[h];
@@ -131,7 +123,6 @@ struct Accumulator<T, Math::kSimt> {
     __syncwarp();  // the previous tile's probabilities have been read
     CUTE_UNROLL
     for (int h = 0; h < T::kBlockH; ++h) {
-      sum[h] += probability[h][0];
       if (lane < T::kBlockN) p[h][lane] = probability[h][0];
     }
     __syncwarp();
@@ -142,7 +133,7 @@ struct Accumulator<T, Math::kSimt> {
     }
   }
 
-  CUTE_DEVICE void store(float* partial, float* row_sum) const {
+  CUTE_DEVICE void store(float* partial) const {
     int const lane = threadIdx.x % kWarpSize;
     CUTE_UNROLL
     for (int h = 0; h < T::kBlockH; ++h) {
@@ -154,12 +145,6 @@ struct Accumulator<T, Math::kSimt> {
               make_float2(out[i][h][0], out[i][h][1]);
         }
       }
-      float total = sum[h];
-      CUTE_UNROLL
-      for (int bit = T::kFirstLaneBit; bit <= T::kLastLaneBit; bit *= 2) {
-        total += __shfl_xor_sync(0xffffffffu, total, bit);
-      }
-      if (lane == 0) row_sum[h] = total;
     }
   }
 

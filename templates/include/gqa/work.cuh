@@ -26,8 +26,9 @@ struct Work {
         head_block(blockIdx.x % T::kHeadBlocks),
         split(blockIdx.y) {
     int const appended = p.k_new != nullptr;
-    num_cached = p.seqlens != nullptr ? p.seqlens[batch] : p.seqlen;
-    valid = num_cached >= 0 && num_cached <= p.max_seq_len - appended;
+    int const length = p.seqlens != nullptr ? p.seqlens[batch] : p.seqlen;
+    valid = length >= 0 && length <= p.max_seq_len - appended;
+    num_cached = valid ? length : 0;
     num_tokens = num_cached + appended;
     num_tiles = ceil_div(num_tokens, T::kBlockN);
     int const wanted = ceil_div(num_tiles, T::kNumWarps);

@@ -1,0 +1,85 @@
+# Targets run from .venv, which is set up when first needed (Python 3.11 or newer with venv; no GPU).
+# Where torch and the rest are installed already, name the interpreter and nothing is set up:
+#   make gpu-test PYTHON=python3
+# ARGS goes to the command behind a target: make test ARGS='-k manifest'
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help demo test gpu-test bench style format types clean ready
+
+ARGS ?=
+BOOTSTRAP ?= python3
+TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+HAS_GPU := $(shell command -v nvidia-smi)
+
+ifdef PYTHON
+READY := ready
+else
+READY := $(VENV)/.test-ready
+PYTHON := $(BIN)/python
+endif
+
+help: ## List the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+demo: $(READY) ## Generate and compile kernels for real models; on a GPU also decode with them
+	$(PYTHON) examples/demo.py $(ARGS)
+
+test: $(READY) ## Run the tests; those that need a GPU are skipped where there is none
+	$(PYTHON) -m pytest -n auto --maxprocesses 16 --dist worksteal $(ARGS)
+
+gpu-test: $(READY) ## Run the GPU tests and write tests/gpu_evidence.json
+	$(PYTHON) -m pytest -m gpu --gpu-evidence $(ARGS)
+
+bench: $(READY) ## Time the kernels against PyTorch on a GPU
+	$(PYTHON) bench/bench.py $(ARGS)
+
+style: $(VENV)/.style-ready ## Check format, lint, types and generated/ for drift
+	$(BIN)/pre-commit run --all-files $(ARGS)
+
+format: $(VENV)/.style-ready ## Mend what style finds, where a tool can
+	$(BIN)/ruff check --fix --quiet . || true
+	$(BIN)/ruff format --quiet .
+	$(BIN)/clang-format -i $$(git ls-files '*.cuh')
+	$(BIN)/gqa-cutlass generate
+
+# mypy does not follow the folders that pyproject.toml maps into one package, and a link tree needs
+# no reinstall when a module is added. Messages name the real files.
+types: $(VENV)/.style-ready ## Check types only
+	@rm -rf $(VENV)/tree && mkdir -p $(VENV)/tree/gqa_cutlass
+	@ln -s $(CURDIR)/gqa_cutlass/* $(addprefix $(CURDIR)/,codegen templates generated) $(VENV)/tree/gqa_cutlass
+	@MYPYPATH=$(VENV)/tree $(BIN)/mypy -p gqa_cutlass $(ARGS) | \
+	  sed -E 's#^$(VENV)/tree/gqa_cutlass/(codegen|templates|generated)/#\1/#; s#^$(VENV)/tree/##'
+
+clean: ## Remove everything that make and the tools left behind
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+ready:
+	@$(PYTHON) -c 'import gqa_cutlass.codegen' || { \
+	  echo "make: $(PYTHON) has no gqa_cutlass; remedy: $(PYTHON) -m pip install --no-deps --no-build-isolation -e ."; \
+	  exit 1; }
+
+# Without a GPU only the CPU build of torch is taken (200 MB instead of several GB): from the
+# configured package indexes if they have it, or else from PyTorch's own.
+$(VENV)/.test-ready: pyproject.toml constraints.txt
+	@$(BOOTSTRAP) -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "make: $(BOOTSTRAP) is older than Python 3.11 or lacks venv; remedy: apt install python3 python3-venv, or BOOTSTRAP=python3.12"; \
+	  exit 1; }
+	@echo "setting up $(VENV); the first time takes a few minutes"
+	@test -x $(BIN)/python || $(BOOTSTRAP) -m venv $(VENV)
+ifeq ($(HAS_GPU),)
+	@$(INSTALL) '$(TORCH)+cpu' 2>/dev/null || $(INSTALL) --extra-index-url $(TORCH_CPU_INDEX) '$(TORCH)+cpu'
+endif
+	@$(INSTALL) -e '.[test]'
+	@touch $@
+
+$(VENV)/.style-ready: $(VENV)/.test-ready
+	@$(INSTALL) -e '.[test,style]'
+	@touch $@

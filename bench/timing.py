@@ -1,0 +1,73 @@
+"""How calls are timed: CUDA graphs over cold data, contenders taking turns."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from cuda.core import Device, LaunchConfig, ObjectCode, Stream, launch
+
+from gqa_cutlass.codegen.compile import compile_source
+from gqa_cutlass.launcher import describe_device
+
+WARM_UP, ROUNDS = 2, 12
+
+
+class Graph:
+    """One call per buffer set, captured; replaying it finds the caches cold in L2."""
+
+    def __init__(self, call: Callable[[int], object], num_sets: int) -> None:
+        for i in range(min(3, num_sets)):
+            call(i)
+        torch.cuda.synchronize()
+        self._num_sets = num_sets
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            for i in range(num_sets):
+                call(i)
+
+    def micros_per_call(self) -> float:
+        """Replay once and time it."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        self._graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e3 / self._num_sets
+
+
+def interleaved(graphs: dict[str, Graph]) -> dict[str, float]:
+    """Median microseconds per call of every contender, one replay each in turn."""
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    for turn in range(WARM_UP + ROUNDS):
+        for name, graph in graphs.items():
+            micros = graph.micros_per_call()
+            if turn >= WARM_UP:
+                times[name].append(micros)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+class Floor:
+    """The read-only kernel, on several grid sizes."""
+
+    GRIDS = (132, 264, 528, 1056, 2112)
+
+    def __init__(self) -> None:
+        device = Device(torch.cuda.current_device())
+        device.set_current()
+        source = (Path(__file__).parent / "floor.cu").read_text()
+        arch = describe_device(torch.cuda.current_device()).arch.name
+        cubin = compile_source(source, "floor", arch).code
+        self._kernel = ObjectCode.from_cubin(cubin).get_kernel("read_all")
+        self._sink = torch.zeros(1, dtype=torch.int32, device="cuda")
+
+    def read(self, data: torch.Tensor, grid: int) -> None:
+        """Read a tensor once."""
+        import numpy as np
+
+        stream = Stream.from_handle(torch.cuda.current_stream().cuda_stream)
+        count = np.uint64(data.numel() * data.element_size() // 16)
+        arguments = data.data_ptr(), count, self._sink.data_ptr()
+        launch(stream, LaunchConfig(grid=grid, block=256), self._kernel, *arguments)

@@ -1,0 +1,185 @@
+"""Decode steps to test: tensors in many layouts, with guards around every buffer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from reference import Errors, attend, errors
+from torch import Tensor
+
+from gqa_cutlass.codegen import DType
+
+TORCH_DTYPE = {DType.F16: torch.float16, DType.BF16: torch.bfloat16}
+Layout = Literal["NHD", "HND", "padded"]
+_GUARD = 64  # elements on either side of a tensor
+_CANARY = 0x5A5A
+
+
+@dataclass
+class Buffer:
+    """Memory with guards at both ends, and the tensor in its middle."""
+
+    memory: Tensor
+    tensor: Tensor
+
+    def guards_intact(self) -> bool:
+        raw = self.memory.view(torch.int16)
+        inside = torch.zeros_like(raw, dtype=torch.bool)
+        start = self.tensor.storage_offset()
+        inside.as_strided(self.tensor.shape, self.tensor.stride(), start).fill_(True)
+        return bool(((raw == _CANARY) | inside).all())
+
+
+def guarded(
+    shape: tuple[int, ...], dtype: torch.dtype, device: str, offset: int = 0, pad: int = 0
+) -> Buffer:
+    """A tensor whose rows start `offset` elements past a 16-byte boundary, `pad` elements apart."""
+    pitch = shape[-1] + pad
+    numel = pitch
+    for size in shape[:-1]:
+        numel *= size
+    memory = torch.full((numel + 2 * _GUARD + offset,), _CANARY, dtype=torch.int16, device=device)
+    strides = [1]
+    step = pitch
+    for size in reversed(shape[:-1]):
+        strides.append(step)
+        step *= size
+    view = memory.view(dtype).as_strided(shape, strides[::-1], _GUARD + offset)
+    return Buffer(memory, view)
+
+
+@dataclass
+class Step:
+    """One decode step: inputs, where the output goes, and what must not change."""
+
+    q: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    k: Tensor | None
+    v: Tensor | None
+    out: Tensor
+    lengths: list[int]
+    seqlens: Tensor
+    scale: float
+    buffers: list[Buffer]
+    before: dict[str, Tensor] = field(default_factory=dict)
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Positional arguments of `gqa_decode`."""
+        return self.q, self.k_cache, self.v_cache, self.k, self.v
+
+    def attended(self) -> tuple[Tensor, Tensor, list[int]]:
+        """The caches with the new token in place, and how many tokens are attended."""
+        k, v = self.before["k_cache"].clone(), self.before["v_cache"].clone()
+        if self.k is None or self.v is None:
+            return k, v, self.lengths
+        for b, length in enumerate(self.lengths):
+            k[b, length], v[b, length] = self.k[b], self.v[b]
+        return k, v, [length + 1 for length in self.lengths]
+
+    def reference(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+        """Expected output and lse."""
+        k, v, lengths = self.attended()
+        return attend(self.q, k, v, lengths, self.scale, dtype)
+
+    def errors(self, out: Tensor) -> Errors:
+        """The output's errors beside those of PyTorch in the input type."""
+        expected, _ = self.reference()
+        return errors(out, expected, self.reference(self.q.dtype)[0])
+
+    def check_memory(self, rejected: tuple[int, ...] = ()) -> None:
+        """Appended rows are exact, and nothing else has changed, inside the tensors or around.
+
+        Nothing was appended to the sequences in `rejected`.
+        """
+        for name, new in (("k_cache", self.k), ("v_cache", self.v)):
+            expected = self.before[name].clone()
+            if new is not None:
+                for b, length in enumerate(self.lengths):
+                    if b not in rejected:
+                        expected[b, length] = new[b]
+            assert _same_bits(getattr(self, name), expected), f"{name} differs"
+        for name in ("q", "k", "v"):
+            if getattr(self, name) is not None:
+                assert _same_bits(getattr(self, name), self.before[name]), f"{name} was written"
+        assert all(buffer.guards_intact() for buffer in self.buffers), "a guard was overwritten"
+
+
+def make_step(
+    *,
+    dtype: DType = DType.F16,
+    head_dim: int = 128,
+    group_size: int = 4,
+    lengths: list[int],
+    max_seq_len: int,
+    num_kv_heads: int = 2,
+    layout: Layout = "NHD",
+    vec_width: int = 8,
+    append: bool = True,
+    poison: bool = True,
+    seed: int = 0,
+    device: str = "cuda",
+) -> Step:
+    """A step on random data; every address is aligned to `vec_width` elements and no more.
+
+    Args:
+        dtype: Element type.
+        head_dim: Dimension per head.
+        group_size: Query heads per KV head.
+        lengths: Tokens in each sequence's cache.
+        max_seq_len: Tokens a cache can hold.
+        num_kv_heads: KV heads.
+        layout: NHD or HND memory order of the caches, or NHD with gaps between all rows.
+        vec_width: Widest access that the addresses allow.
+        append: Whether a new token comes along.
+        poison: Whether cache rows past the end hold NaN.
+        seed: Of the random data.
+        device: Where.
+    """
+    kind = TORCH_DTYPE[dtype]
+    batch = len(lengths)
+    offset = vec_width % 8
+    pad = 8 + offset if layout == "padded" else 0
+    generator = torch.Generator(device).manual_seed(seed)
+    buffers: list[Buffer] = []
+
+    def random(*shape: int) -> Tensor:
+        buffer = guarded(shape, kind, device, offset, pad)
+        data = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
+        buffer.tensor.copy_(data)
+        buffers.append(buffer)
+        return buffer.tensor
+
+    def cache() -> Tensor:
+        if layout == "HND":
+            return random(batch, num_kv_heads, max_seq_len, head_dim).transpose(1, 2)
+        return random(batch, max_seq_len, num_kv_heads, head_dim)
+
+    q = random(batch, num_kv_heads * group_size, head_dim)
+    k_cache, v_cache = cache(), cache()
+    k = random(batch, num_kv_heads, head_dim) if append else None
+    v = random(batch, num_kv_heads, head_dim) if append else None
+    out = random(batch, num_kv_heads * group_size, head_dim)
+    out.fill_(float("nan"))
+    if poison:
+        for b, length in enumerate(lengths):
+            k_cache[b, length:] = float("nan")
+            v_cache[b, length:] = float("nan")
+    step = Step(
+        q, k_cache, v_cache, k, v, out, lengths,
+        torch.tensor(lengths, dtype=torch.int32, device=device), head_dim**-0.5, buffers,
+    )  # fmt: skip
+    snapshot(step)
+    return step
+
+
+def snapshot(step: Step) -> None:
+    """Take the present inputs as what must be unchanged later."""
+    named = {name: getattr(step, name) for name in ("q", "k_cache", "v_cache", "k", "v")}
+    step.before = {name: t.clone() for name, t in named.items() if t is not None}
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.contiguous().view(torch.int16), b.contiguous().view(torch.int16))

@@ -1,0 +1,87 @@
+"""Options, markers and the GPU evidence file."""
+
+from __future__ import annotations
+
+import datetime
+
+import pytest
+import torch
+
+from gqa_cutlass.codegen import KernelConfig, shipped, source_digest
+from gqa_cutlass.evidence import Evidence
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--gpu-evidence",
+        action="store_true",
+        help="after the whole GPU suite has passed, write tests/gpu_evidence.json",
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a GPU; what it proved on one is in gpu_evidence.json")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+class Record:
+    """What the GPU suite has seen of each kernel in this run."""
+
+    def __init__(self) -> None:
+        self.kernels: dict[str, dict[str, object]] = {}
+
+    def add(self, config: KernelConfig, cases: int, share: float) -> None:
+        """Note a kernel's test: how many cases, and the worst error over what is allowed."""
+        self.kernels[config.name] = {
+            "digest": source_digest(config),
+            "cases": cases,
+            "worst_error_over_bound": round(share, 3),
+        }
+
+
+_RECORD = pytest.StashKey[Record]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_RECORD] = Record()
+
+
+@pytest.fixture(scope="session")
+def record(request: pytest.FixtureRequest) -> Record:
+    """Where tests note what they saw of a kernel."""
+    return request.config.stash[_RECORD]
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Write the evidence of a run that passed and covered every shipped kernel."""
+    if not session.config.getoption("--gpu-evidence") or exitstatus != 0:
+        return
+    kernels = session.config.stash[_RECORD].kernels
+    absent = [config.name for config in shipped() if config.name not in kernels]
+    if absent:
+        raise pytest.UsageError(f"no evidence written: {len(absent)} kernels were not tested")
+    Evidence(run=_run(), kernels=dict(sorted(kernels.items()))).write()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    missing = Evidence.shipped().missing(shipped())
+    terminalreporter.write_line(
+        f"GPU evidence: {len(missing)} of {len(shipped())} shipped kernels lack current evidence"
+    )
+
+
+def _run() -> dict[str, str]:
+    from gqa_cutlass.codegen.compile import compiler_version
+    from gqa_cutlass.launcher import driver_version
+
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "driver": driver_version(),
+        "compiler": compiler_version(),
+        "torch": str(torch.__version__),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+    }

@@ -1,0 +1,189 @@
+"""KernelConfig: every rule, the name as identity, and what follows from a configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import product
+from typing import Any
+
+import pytest
+from hypothesis import given, reject, settings
+from hypothesis import strategies as st
+
+from gqa_cutlass.codegen import ARCHES, DType, KernelConfig, Math, default_config
+from gqa_cutlass.codegen.config import MAX_GROUP_SIZE
+from gqa_cutlass.errors import ConfigError
+
+TENSOROP: dict[str, Any] = {
+    "math": Math.TENSOROP,
+    "dtype": DType.F16,
+    "head_dim": 128,
+    "group_size": 4,
+    "vec_width": 8,
+    "block_h": 8,
+    "block_n": 16,
+    "num_warps": 4,
+    "num_stages": 2,
+}
+SIMT = TENSOROP | {"math": Math.SIMT, "block_h": 4}
+INTEGERS = [name for name in TENSOROP if name not in ("math", "dtype")]
+
+BROKEN_RULES = [
+    (TENSOROP, "math", "wgmma", "tensorop, simt"),
+    (TENSOROP, "dtype", "f32", "f16, bf16"),
+    (TENSOROP, "dtype", None, "f16, bf16"),
+    (TENSOROP, "head_dim", 24, "multiples of 8 from 32 to 256"),
+    (TENSOROP, "head_dim", 100, "multiples of 8 from 32 to 256"),
+    (TENSOROP, "head_dim", 264, "multiples of 8 from 32 to 256"),
+    (TENSOROP, "group_size", 0, f"1 to {MAX_GROUP_SIZE}"),
+    (TENSOROP, "group_size", MAX_GROUP_SIZE + 1, f"1 to {MAX_GROUP_SIZE}"),
+    (TENSOROP, "vec_width", 1, "(2, 4, 8) with tensorop"),
+    (TENSOROP, "vec_width", 16, "(2, 4, 8) with tensorop"),
+    (SIMT, "vec_width", 3, "(1, 2, 4, 8) with simt"),
+    (TENSOROP, "block_h", 4, "8, 16, 24 or 32 with tensorop"),
+    (TENSOROP, "block_h", 40, "8, 16, 24 or 32 with tensorop"),
+    (SIMT, "block_h", 0, "1 to 8 with simt"),
+    (SIMT, "block_h", 9, "1 to 8 with simt"),
+    (TENSOROP, "block_n", 8, "16, 32 or 64 with tensorop"),
+    (SIMT, "block_n", 64, "16 or 32 with simt"),
+    (TENSOROP, "num_warps", 0, "1 to 16"),
+    (TENSOROP, "num_warps", 17, "1 to 16"),
+    (TENSOROP, "num_stages", 0, "1 to 8"),
+    (TENSOROP, "num_stages", 9, "1 to 8"),
+]
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> KernelConfig:
+    """Any valid configuration, shipped or not."""
+    math = draw(st.sampled_from(Math))
+    tensorop = math is Math.TENSOROP
+    try:
+        return KernelConfig(
+            math=math,
+            dtype=draw(st.sampled_from(DType)),
+            head_dim=8 * draw(st.integers(4, 32)),
+            group_size=draw(st.integers(1, MAX_GROUP_SIZE)),
+            vec_width=draw(st.sampled_from((2, 4, 8) if tensorop else (1, 2, 4, 8))),
+            block_h=draw(st.sampled_from((8, 16, 24, 32)) if tensorop else st.integers(1, 8)),
+            block_n=draw(st.sampled_from((16, 32, 64) if tensorop else (16, 32))),
+            num_warps=draw(st.integers(1, 16)),
+            num_stages=draw(st.integers(1, 8)),
+        )
+    except ConfigError:  # too much shared memory
+        reject()
+
+
+@pytest.mark.parametrize("base", [TENSOROP, SIMT], ids=["tensorop", "simt"])
+def test_valid_configuration_is_accepted(base: dict[str, Any]) -> None:
+    config = KernelConfig(**base)
+    assert dataclasses.asdict(config) == base
+
+
+@pytest.mark.parametrize(
+    ("base", "field", "value", "allowed"),
+    BROKEN_RULES,
+    ids=[f"{base['math']}-{field}-{value}" for base, field, value, _ in BROKEN_RULES],
+)
+def test_broken_rule_is_named_with_what_was_given_and_what_is_allowed(
+    base: dict[str, Any], field: str, value: object, allowed: str
+) -> None:
+    with pytest.raises(ConfigError) as raised:
+        KernelConfig(**base | {field: value})
+    message = str(raised.value)
+    assert message.startswith(f"KernelConfig: {field}: got {value!r}; allowed: ")
+    assert allowed in message
+
+
+@pytest.mark.parametrize("field", INTEGERS)
+@pytest.mark.parametrize("kind", [float, bool, str])
+def test_numbers_must_be_of_type_int(field: str, kind: type) -> None:
+    value = kind(TENSOROP[field])
+    with pytest.raises(ConfigError, match=rf"{field}: got .*; allowed: an int"):
+        KernelConfig(**TENSOROP | {field: value})
+
+
+def test_shared_memory_limit_is_that_of_the_smallest_architecture() -> None:
+    smallest = min(arch.shared_per_block for arch in ARCHES.values())
+    assert KernelConfig(**TENSOROP).shared_bytes <= smallest
+    with pytest.raises(ConfigError, match=rf"shared memory: got \d+; .*{smallest} bytes.*fewer"):
+        KernelConfig(**TENSOROP | {"num_stages": 8})
+
+
+def test_math_and_dtype_may_be_given_as_text() -> None:
+    config = KernelConfig(**TENSOROP | {"math": "tensorop", "dtype": "f16"})
+    assert config == KernelConfig(**TENSOROP)
+    assert config.math is Math.TENSOROP and config.dtype is DType.F16
+
+
+def test_configuration_is_immutable() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        KernelConfig(**TENSOROP).head_dim = 64  # type: ignore[misc]
+
+
+def test_name_spells_the_configuration_most_significant_first() -> None:
+    expected = "gqa_decode_sm80_tensorop_f16_f16_d128_g4_align8_multistage_h8n16w4s2"
+    assert KernelConfig(**TENSOROP).name == expected
+
+
+@settings(deadline=None)
+@given(configs())
+def test_name_round_trips(config: KernelConfig) -> None:
+    assert KernelConfig.from_name(config.name) == config
+
+
+@settings(deadline=None)
+@given(configs(), configs())
+def test_configurations_are_equal_exactly_when_their_names_are(
+    a: KernelConfig, b: KernelConfig
+) -> None:
+    assert (a == b) == (a.name == b.name)
+    assert a != b or hash(a) == hash(b)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "gqa_decode",
+        "gqa_decode_sm80_tensorop_f16_bf16_d128_g4_align8_multistage_h8n16w4s2",
+        "gqa_decode_sm80_tensorop_f16_f16_d0128_g4_align8_multistage_h8n16w4s2",
+        "gqa_decode_sm80_tensorop_f16_f16_d128_g4_align8_multistage_h8n16w4s2.cu",
+    ],
+)
+def test_what_is_not_a_name_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="kernel name: got .*; allowed: names as `gqa-cutlass"):
+        KernelConfig.from_name(name)
+
+
+def test_name_of_an_invalid_configuration_names_the_rule() -> None:
+    name = KernelConfig(**TENSOROP).name.replace("_d128_", "_d100_")
+    with pytest.raises(ConfigError, match="head_dim: got 100"):
+        KernelConfig.from_name(name)
+
+
+@pytest.mark.parametrize("head_dim", range(32, 257, 8))
+def test_every_head_dim_group_and_alignment_has_a_kernel(head_dim: int) -> None:
+    widths = [(Math.TENSOROP, width) for width in (8, 4, 2)]
+    widths += [(Math.SIMT, width) for width in (8, 4, 2, 1)]
+    for (math, width), group_size, dtype in product(widths, (*range(1, 17), 32, 64), DType):
+        config = default_config(math, dtype, head_dim, group_size, width)
+        assert (config.math, config.dtype, config.head_dim) == (math, dtype, head_dim)
+        assert (config.group_size, config.vec_width) == (group_size, width)
+        assert (config.head_blocks - 1) * config.block_h < group_size
+        assert config.head_blocks * config.block_h >= group_size
+
+
+@settings(deadline=None)
+@given(configs(), st.sampled_from(list(ARCHES.values())))
+def test_blocks_that_are_promised_fit_on_a_multiprocessor(config: KernelConfig, arch: Any) -> None:
+    blocks = config.blocks_per_sm(arch)
+    assert blocks >= 1
+    assert blocks * config.num_threads <= max(arch.max_threads_per_sm, config.num_threads)
+    assert blocks == 1 or blocks * (config.shared_bytes + 1024) <= arch.shared_per_sm
+    assert config.min_blocks * config.num_threads <= 2048
+
+
+@pytest.mark.parametrize(("name", "capability"), [("sm_80", 80), ("sm_90a", 90), ("sm_120a", 120)])
+def test_architecture_states_its_capability(name: str, capability: int) -> None:
+    assert ARCHES[name].capability == capability

@@ -1,0 +1,62 @@
+"""Who may import what: the import rules of the design, read from the sources."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+from helpers import REPOSITORY
+
+CODEGEN = sorted((REPOSITORY / "codegen").glob("*.py"))
+RUNTIME = sorted((REPOSITORY / "gqa_cutlass").rglob("*.py"))
+
+
+def _imports(path: Path) -> set[str]:
+    """Modules that a file imports, `from a import b` as `a.b`."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def _users(of: str) -> list[str]:
+    return [
+        path.name
+        for path in (*CODEGEN, *RUNTIME)
+        if any(f"{name}.".startswith(f"{of}.") for name in _imports(path))
+    ]
+
+
+@pytest.mark.parametrize("path", CODEGEN, ids=lambda path: path.name)
+def test_the_generator_never_imports_the_runtime_or_torch(path: Path) -> None:
+    ours = {name for name in _imports(path) if name.split(".")[0] == "gqa_cutlass"}
+    allowed = ("gqa_cutlass.codegen", "gqa_cutlass.errors")
+    assert [name for name in ours if not name.startswith(allowed)] == []
+    assert [name for name in _imports(path) if name.split(".")[0] == "torch"] == []
+
+
+def test_configurations_depend_on_no_other_part_of_the_generator() -> None:
+    ours = {n for n in _imports(REPOSITORY / "codegen" / "config.py") if n.startswith("gqa_")}
+    assert ours == {"gqa_cutlass.errors.ConfigError"}
+
+
+def test_one_module_compiles() -> None:
+    assert _users("cuda.core") == ["compile.py"]
+
+
+def test_one_module_talks_to_the_driver() -> None:
+    assert _users("cuda.bindings.driver") == ["launcher.py"]
+
+
+def test_one_module_reads_the_environment() -> None:
+    readers = [
+        path.name
+        for path in (*CODEGEN, *RUNTIME)
+        if "os.environ" in path.read_text() or "getenv" in path.read_text()
+    ]
+    assert readers == ["env.py"]
