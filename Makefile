@@ -44,7 +44,7 @@ style: $(VENV)/.style-ready ## Check format, lint, types and generated/ for drif
 	$(BIN)/pre-commit run --all-files $(ARGS)
 
 format: $(VENV)/.style-ready ## Mend what style finds, where a tool can
-	$(BIN)/ruff check --fix --quiet . || true
+	$(BIN)/ruff check --fix --exit-zero --quiet .
 	$(BIN)/ruff format --quiet .
 	$(BIN)/clang-format -i $$(git ls-files '*.cuh')
 	$(BIN)/gqa-cutlass generate
@@ -69,7 +69,7 @@ ready:
 # Without a GPU only the CPU build of torch is taken (200 MB instead of several GB): from the
 # configured package indexes if they have it, or else from PyTorch's own.
 $(VENV)/.test-ready: pyproject.toml constraints.txt
-	@$(BOOTSTRAP) -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' || { \
+	@$(BOOTSTRAP) -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "make: $(BOOTSTRAP) is older than Python 3.11 or lacks venv; remedy: apt install python3 python3-venv, or BOOTSTRAP=python3.12"; \
 	  exit 1; }
 	@echo "setting up $(VENV); the first time takes a few minutes"

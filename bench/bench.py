@@ -9,7 +9,6 @@ token; SDPA only attends. Each point is checked against float32 before it is tim
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import subprocess
 import sys
@@ -24,8 +23,8 @@ from timing import Floor, Graph, interleaved
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import gqa_cutlass
-from gqa_cutlass.codegen.compile import compiler_version
-from gqa_cutlass.launcher import driver_version
+from gqa_cutlass.codegen import source_digest
+from gqa_cutlass.evidence import provenance
 
 RESULTS = Path(__file__).parent / "results"
 ROTATE_BYTES, MAX_SETS = 256 << 20, 512
@@ -104,6 +103,7 @@ def measure(point: Point, pool: torch.Tensor, floor: Floor) -> dict[str, object]
         "point": str(point),
         "mib": point.cache_bytes / 2**20,
         "kernel": plan.dispatch.config.name,
+        "source_digest": source_digest(plan.dispatch.config),
         "num_splits": plan.dispatch.num_splits,
         "relative_error": error,
         "floor": lowest,
@@ -132,19 +132,10 @@ def report(rows: list[dict[str, object]], run: dict[str, str]) -> None:
     console.print(f"geometric mean {mean:.2f}x, worst {min(ratios):.2f}x of the best SDPA backend")
 
 
-def provenance() -> dict[str, str]:
-    """What the numbers depend on."""
-    query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem", "--format=csv,noheader"]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "driver": driver_version(),
-        "torch": str(torch.__version__),
-        "compiler": compiler_version(),
-        "clocks": subprocess.run(query, capture_output=True, text=True).stdout.strip(),
-        "commit": commit.stdout.strip() or "unknown",
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-    }
+def clocks() -> str:
+    """Clocks of the GPU just after the run."""
+    query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem", "--format=csv,noheader", "--id=0"]
+    return subprocess.run(query, capture_output=True, text=True).stdout.strip()
 
 
 def main() -> None:
@@ -157,7 +148,7 @@ def main() -> None:
     pool = torch.randn(7 << 28, dtype=torch.float16, device="cuda")
     floor = Floor()
     rows = [measure(p, pool, floor) for p in GRID if options.points in str(p)]
-    run = provenance()
+    run = {**provenance(), "clocks": clocks()}
     report(rows, run)
     name = run["gpu"].lower().replace(" ", "-")
     out = options.out or RESULTS / f"{name}.json"

@@ -5,7 +5,9 @@ CI has no GPU, so the repository carries the record. It is written by the GPU te
 
 from __future__ import annotations
 
+import datetime
 import json
+import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,3 +56,29 @@ class Evidence:
     def write(self) -> None:
         """Write the repository's record."""
         FILE.write_text(json.dumps({"run": self.run, "kernels": self.kernels}, indent=1) + "\n")
+
+
+def provenance() -> dict[str, str]:
+    """What a result on this machine's GPU depends on: GPU, driver, compiler, torch and date.
+
+    Raises:
+        DeviceError: No usable GPU.
+        CompilerMissingError: NVRTC or a header is not installed.
+    """
+    import torch
+
+    from gqa_cutlass.codegen.compile import compiler_version
+    from gqa_cutlass.launcher import driver_version
+
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        driver = "unknown"
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "driver": f"{driver} (CUDA {driver_version()})",
+        "compiler": compiler_version(),
+        "torch": str(torch.__version__),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+    }

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import datetime
-
 import pytest
 import torch
 
 from gqa_cutlass.codegen import KernelConfig, shipped, source_digest
-from gqa_cutlass.evidence import Evidence
+from gqa_cutlass.evidence import Evidence, provenance
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -64,7 +62,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     absent = [config.name for config in shipped() if config.name not in kernels]
     if absent:
         raise pytest.UsageError(f"no evidence written: {len(absent)} kernels were not tested")
-    Evidence(run=_run(), kernels=dict(sorted(kernels.items()))).write()
+    Evidence(run=provenance(), kernels=dict(sorted(kernels.items()))).write()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -72,16 +70,3 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.write_line(
         f"GPU evidence: {len(missing)} of {len(shipped())} shipped kernels lack current evidence"
     )
-
-
-def _run() -> dict[str, str]:
-    from gqa_cutlass.codegen.compile import compiler_version
-    from gqa_cutlass.launcher import driver_version
-
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "driver": driver_version(),
-        "compiler": compiler_version(),
-        "torch": str(torch.__version__),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-    }

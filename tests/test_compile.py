@@ -1,0 +1,155 @@
+"""NVRTC makes cubins of every shipped kernel, for every architecture, with no GPU at hand."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from itertools import product
+
+import pytest
+from cuda.bindings import nvrtc
+from helpers import by_name, compiled, registers_allowed
+
+from gqa_cutlass.codegen import ARCHES, DType, KernelConfig, Math, default_config, shipped
+from gqa_cutlass.codegen import compile as compiler
+from gqa_cutlass.codegen.compile import Compiled, compile_kernel, compile_source, compiler_version
+from gqa_cutlass.errors import CompileError, CompilerMissingError, ConfigError, GqaError
+
+SAMPLE = [
+    default_config(Math.TENSOROP, DType.F16, 128, 4, 8),
+    default_config(Math.TENSOROP, DType.BF16, 64, 32, 8),
+    default_config(Math.TENSOROP, DType.BF16, 256, 16, 8),
+    default_config(Math.SIMT, DType.F16, 80, 1, 2),
+]
+NOT_SHIPPED = [
+    default_config(Math.TENSOROP, DType.F16, 32, 12, 8),
+    default_config(Math.TENSOROP, DType.BF16, 40, 3, 4),
+    default_config(Math.TENSOROP, DType.F16, 104, 32, 2),
+    default_config(Math.TENSOROP, DType.BF16, 232, 12, 8),
+    default_config(Math.TENSOROP, DType.F16, 256, 32, 8),
+    default_config(Math.SIMT, DType.BF16, 40, 12, 1),
+    default_config(Math.SIMT, DType.F16, 256, 3, 1),
+]
+
+
+def check_registers(result: Compiled, allowed: int) -> None:
+    """Everything is in registers, and as many blocks fit as the launch bound promises."""
+    assert (result.spill_bytes, result.stack_bytes) == (0, 0)
+    assert 16 <= result.registers <= allowed
+    assert result.code[:4] == b"\x7fELF"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", by_name(shipped()))
+def test_shipped_kernel_compiles_without_spills(config: KernelConfig) -> None:
+    result = compiled(config)
+    check_registers(result, registers_allowed(config))
+    assert config.name.encode() in result.code
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("config", by_name(SAMPLE))
+def test_every_architecture_compiles_without_spills(config: KernelConfig, arch: str) -> None:
+    check_registers(compiled(config, arch), registers_allowed(config))
+
+
+@pytest.mark.parametrize("config", by_name(NOT_SHIPPED))
+def test_kernels_outside_the_grid_compile_without_spills(config: KernelConfig) -> None:
+    assert config not in shipped()
+    check_registers(compiled(config), registers_allowed(config))
+
+
+@pytest.mark.parametrize(("config", "arch"), [
+    pytest.param(config, arch, id=f"{config.name}-{arch}")
+    for config, arch in product((SAMPLE[0], SAMPLE[3]), ("compute_80", "compute_90"))
+])  # fmt: skip
+def test_ptx_needs_no_driver_and_names_source_lines(config: KernelConfig, arch: str) -> None:
+    result = compile_kernel(config, arch, "ptx")
+    text = result.code.decode()
+    assert f".target {arch.replace('compute', 'sm')}" in text
+    assert f".entry {config.name}(" in text
+    assert ".loc" in text and "decode.cuh" in text
+    assert (result.registers, result.spill_bytes, result.stack_bytes) == (0, 0, 0)
+    assert "\0" not in text
+
+
+def test_tensor_core_kernels_are_one_schedule_on_ptx() -> None:
+    text = compile_kernel(SAMPLE[0], "compute_80", "ptx").code.decode()
+    assert "mma.sync.aligned.m16n8k16" in text and "cp.async.cg" in text
+
+
+def test_compiling_twice_gives_the_same_cubin() -> None:
+    first, second = (compile_kernel(SAMPLE[0], "sm_90a").code for _ in range(2))
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("arch", "target"), [("sm_70", "cubin"), ("compute_90", "cubin"), ("", "ptx"), ("sm_75", "ptx")]
+)
+def test_unknown_architecture_is_refused(arch: str, target: str) -> None:
+    with pytest.raises(ConfigError, match=f"arch: got '{arch}'; allowed: sm_80, .*sm_120a"):
+        compile_source("", "empty", arch, target)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("arch", "target"), [("sm_90a", "cubin"), ("compute_90", "ptx")])
+def test_broken_source_raises_with_the_log_and_what_was_compiled(arch: str, target: str) -> None:
+    with pytest.raises(CompileError) as raised:
+        compile_source("\nint broken = ;", "planted", arch, target)  # type: ignore[arg-type]
+    message = str(raised.value)
+    assert isinstance(raised.value, GqaError)
+    assert f"could not compile planted for {arch}" in message
+    assert "planted.cu(2): error" in message
+    assert compiler_version() in message
+
+
+def test_shared_memory_that_differs_from_the_configuration_does_not_compile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = compiler.render(SAMPLE[0]).replace(f"== {SAMPLE[0].shared_bytes})", "== 16)")
+    monkeypatch.setattr(compiler, "render", lambda config: source)
+    with pytest.raises(CompileError, match="static assertion failed"):
+        compile_kernel(SAMPLE[0], "sm_90a")
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """The compiler module knows nothing about this machine yet, and forgets what the test did."""
+    remembered = [f for f in vars(compiler).values() if hasattr(f, "cache_clear")]
+    remembered = [f for f in remembered if f.__module__ == compiler.__name__]
+    for function in remembered:
+        function.cache_clear()
+    yield
+    for function in remembered:
+        function.cache_clear()
+
+
+def _not_found(*_: object) -> None:
+    raise RuntimeError("libnvrtc.so.13: cannot open shared object file")
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("ask", [lambda: compile_kernel(SAMPLE[0], "sm_90a"), compiler_version],
+                         ids=["compile", "version"])  # fmt: skip
+def test_missing_nvrtc_names_the_remedy(
+    monkeypatch: pytest.MonkeyPatch, ask: Callable[[], object]
+) -> None:
+    monkeypatch.setattr(nvrtc, "nvrtcVersion", _not_found)
+    with pytest.raises(CompilerMissingError, match="NVRTC: not found.*; needed: .*13.*pip install"):
+        ask()
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize(
+    ("function", "what"),
+    [("find_spec", "headers of CuTe"), ("locate_nvidia_header_directory", "headers of ")],
+)
+def test_missing_headers_name_the_remedy(
+    monkeypatch: pytest.MonkeyPatch, function: str, what: str
+) -> None:
+    monkeypatch.setattr(compiler, function, lambda name: None)
+    with pytest.raises(CompilerMissingError, match=f"{what}.*not found; remedy: pip install"):
+        compile_kernel(SAMPLE[0], "sm_90a")
+
+
+def test_identity_of_the_compiler_names_every_part() -> None:
+    assert re.fullmatch(r"nvrtc-\d+\S* cccl-\d+ cutlass-\d\S*", compiler_version())

@@ -1,0 +1,103 @@
+"""The instructions of compiled kernels: wide asynchronous copies, tensor cores, no local memory."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import subprocess
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import pytest
+from helpers import by_name, compiled
+
+from gqa_cutlass.codegen import DType, KernelConfig, Math, default_config
+
+TENSOROP = [
+    default_config(Math.TENSOROP, DType.F16, 128, 4, 8),
+    default_config(Math.TENSOROP, DType.BF16, 64, 7, 8),
+    default_config(Math.TENSOROP, DType.BF16, 256, 8, 8),
+    default_config(Math.TENSOROP, DType.F16, 128, 4, 4),
+    default_config(Math.TENSOROP, DType.F16, 128, 4, 2),
+]
+SIMT = [
+    default_config(Math.SIMT, DType.F16, 128, 1, 8),
+    default_config(Math.SIMT, DType.BF16, 64, 4, 4),
+    default_config(Math.SIMT, DType.BF16, 80, 1, 2),
+    default_config(Math.SIMT, DType.F16, 64, 4, 1),
+]
+COPY_BITS = {8: ".128", 4: ".64", 2: ""}  # how SASS spells the width of a copy
+
+
+def _nvdisasm() -> Path:
+    try:
+        files = importlib.metadata.files("nvidia-cuda-nvdisasm") or []
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("needs nvdisasm: pip install nvidia-cuda-nvdisasm")
+    return Path(str(next(file for file in files if file.stem == "nvdisasm").locate()))
+
+
+@cache
+def _disassemble(config: KernelConfig, folder: Path) -> Counter[str]:
+    cubin = folder / f"{config.name}.cubin"
+    cubin.write_bytes(compiled(config).code)
+    text = subprocess.run(
+        [_nvdisasm(), "-c", cubin], check=True, capture_output=True, text=True
+    ).stdout
+    return Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", text, re.M))
+
+
+@pytest.fixture
+def opcodes(config: KernelConfig, tmp_path_factory: pytest.TempPathFactory) -> Counter[str]:
+    """How often each instruction occurs in a kernel for sm_90a."""
+    return _disassemble(config, tmp_path_factory.getbasetemp())
+
+
+def _starting(opcodes: Counter[str], *prefixes: str) -> set[str]:
+    return {opcode for opcode in opcodes if opcode.startswith(prefixes)}
+
+
+@pytest.mark.parametrize("config", by_name(TENSOROP + SIMT))
+def test_nothing_lives_in_local_memory(opcodes: Counter[str]) -> None:
+    assert opcodes["EXIT"] > 0
+    assert _starting(opcodes, "LDL", "STL") == set()
+
+
+@pytest.mark.parametrize("config", by_name(TENSOROP))
+def test_tensorop_multiplies_on_tensor_cores(opcodes: Counter[str]) -> None:
+    assert _starting(opcodes, "HMMA") >= {_hmma(opcodes)}
+    assert _starting(opcodes, "LDSM")  # fragments by ldmatrix
+
+
+def _hmma(opcodes: Counter[str]) -> str:
+    return next(iter(_starting(opcodes, "HMMA.16816.F32")), "HMMA.16816.F32")
+
+
+@pytest.mark.parametrize("config", by_name(SIMT))
+def test_simt_uses_no_tensor_core(opcodes: Counter[str]) -> None:
+    assert opcodes["FFMA"] > 0
+    assert _starting(opcodes, "HMMA", "LDSM") == set()
+
+
+@pytest.mark.parametrize("config", by_name(c for c in TENSOROP + SIMT if c.vec_width > 1))
+def test_the_cache_is_copied_asynchronously_and_at_full_width(
+    config: KernelConfig, opcodes: Counter[str]
+) -> None:
+    copies = _starting(opcodes, "LDGSTS")
+    assert copies
+    assert {re.sub(r"[^.]*LTC\w+|.(E|BYPASS)|LDGSTS", "", c).strip(".") for c in copies} == {
+        COPY_BITS[config.vec_width].strip(".")
+    }
+    assert all((".BYPASS" in copy) == (config.vec_width == 8) for copy in copies)
+
+
+@pytest.mark.parametrize("config", by_name(c for c in SIMT if c.vec_width == 1))
+def test_single_elements_are_copied_through_registers(opcodes: Counter[str]) -> None:
+    assert _starting(opcodes, "LDGSTS") == set()
+    assert opcodes["LDG.E.U16"] > 0
+
+
+@pytest.mark.parametrize("config", by_name(TENSOROP[:1] + SIMT[:1]))
+def test_new_token_is_appended_at_full_width(opcodes: Counter[str]) -> None:
+    assert opcodes["LDG.E.128"] > 0 and opcodes["STG.E.128"] > 0
