@@ -1,17 +1,22 @@
-"""Source text to cubin or PTX, by NVRTC. The only user of cuda.core's Program."""
+"""Source text to cubin or PTX, by NVRTC; the only user of NVRTC.
+
+Through cuda.bindings, for cuda.core's Program asks the driver before it gives PTX.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
-import io
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from cuda.bindings import nvrtc
 from cuda.pathfinder import locate_nvidia_header_directory
 
 from gqa_cutlass.codegen.config import ARCHES, KernelConfig
@@ -21,11 +26,7 @@ from gqa_cutlass.errors import CompileError, CompilerMissingError, ConfigError
 _REMEDY = "pip install nvidia-cuda-nvrtc nvidia-cuda-runtime 'nvidia-cuda-cccl<13.2' nvidia-cutlass"
 # CCCL expands its type lists up to this length by macros that NVRTC takes 0.5 s to read, in every
 # kernel; none of ours is that long, and longer ones still work.
-_OPTIONS = {
-    "std": "c++17",
-    "device_as_default_execution_space": True,
-    "define_macro": ("_CCCL_META_UNROLL_LIMIT", "2"),
-}
+_OPTIONS = ("-std=c++17", "-default-device", "-D_CCCL_META_UNROLL_LIMIT=2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,32 +73,23 @@ def compile_source(
     """
     if arch not in ARCHES and not (target == "ptx" and arch in ("compute_80", "compute_90")):
         raise ConfigError(f"arch: got {arch!r}; allowed: {', '.join(ARCHES)}")
-    program_type, options_type = _nvrtc()
-    options = options_type(
-        arch=arch,
-        lineinfo=target == "ptx",
-        include_path=[str(path) for path in _include_paths()],
-        ptxas_options=["-v"] if target == "cubin" else None,
-        name=f"{name}.cu",
-        **_OPTIONS,
-    )
-    log = io.StringIO()
+    options = [*_OPTIONS, f"-arch={arch}", *(f"-I{path}" for path in _include_paths())]
+    options.append("-lineinfo" if target == "ptx" else "--ptxas-options=-v")
     start = time.perf_counter()
-    try:
-        code = program_type(source, "c++", options).compile(target, logs=log).code
-    except Exception as error:  # cuda.core keeps the class it raises private
-        raise CompileError(
-            f"NVRTC could not compile {name} for {arch}; compiler: {compiler_version()}; "
-            f"log:\n{str(error).rstrip(chr(0))}"
-        ) from error
-    seconds = time.perf_counter() - start
-    text = log.getvalue()
+    with _program(source, name) as program:
+        ok, log = _compile(program, options)
+        if not ok:
+            raise CompileError(
+                f"NVRTC could not compile {name} for {arch}; compiler: {compiler_version()}; "
+                f"log:\n{log}"
+            )
+        code = _result(program, target)
     return Compiled(
-        code=code.encode() if isinstance(code, str) else bytes(code),
-        registers=_figure(r"Used (\d+) registers", text),
-        spill_bytes=_figure(r"(\d+) bytes spill stores", text),
-        stack_bytes=_figure(r"(\d+) bytes stack frame", text),
-        seconds=seconds,
+        code=code,
+        registers=_figure(r"Used (\d+) registers", log),
+        spill_bytes=_figure(r"(\d+) bytes spill stores", log),
+        stack_bytes=_figure(r"(\d+) bytes stack frame", log),
+        seconds=time.perf_counter() - start,
     )
 
 
@@ -115,28 +107,50 @@ def compiler_version() -> str:
 
 def options_digest_text(arch: str) -> str:
     """The compiler options that a cubin depends on, as text."""
-    return f"{arch} {sorted(_OPTIONS.items())}"
+    return " ".join((arch, *_OPTIONS))
 
 
-def _nvrtc() -> tuple[type, type]:
+@contextmanager
+def _program(source: str, name: str) -> Iterator[Any]:
+    _nvrtc_version()  # is there a compiler at all?
+    program = _check(nvrtc.nvrtcCreateProgram(source.encode(), f"{name}.cu".encode(), 0, [], []))
     try:
-        from cuda.core import Program, ProgramOptions
+        yield program
+    finally:
+        _check(nvrtc.nvrtcDestroyProgram(program))
 
-        _nvrtc_version()
-    except (ImportError, RuntimeError) as error:
-        raise CompilerMissingError(
-            f"NVRTC: not found ({error}); needed: NVRTC 13.0 or newer; remedy: {_REMEDY}"
-        ) from error
-    return Program, ProgramOptions
+
+def _compile(program: Any, options: list[str]) -> tuple[bool, str]:
+    """Compile; returns whether it worked, and the log."""
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
+    log = bytearray(_check(nvrtc.nvrtcGetProgramLogSize(program)))
+    _check(nvrtc.nvrtcGetProgramLog(program, log))
+    return status == nvrtc.nvrtcResult.NVRTC_SUCCESS, log.decode(errors="replace").rstrip("\0")
+
+
+def _result(program: Any, target: Literal["cubin", "ptx"]) -> bytes:
+    ptx = target == "ptx"
+    size = nvrtc.nvrtcGetPTXSize(program) if ptx else nvrtc.nvrtcGetCUBINSize(program)
+    code = bytearray(_check(size))
+    _check(nvrtc.nvrtcGetPTX(program, code) if ptx else nvrtc.nvrtcGetCUBIN(program, code))
+    return bytes(code).rstrip(b"\0") if ptx else bytes(code)
+
+
+def _check(result: tuple[Any, ...]) -> Any:
+    status, *values = result
+    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        raise CompileError(f"NVRTC: {nvrtc.nvrtcGetErrorString(status)[1].decode()}")
+    return values[0] if values else None
 
 
 @cache
 def _nvrtc_version() -> str:
-    from cuda.bindings import nvrtc
-
-    status, major, minor = nvrtc.nvrtcVersion()
-    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        raise RuntimeError(f"nvrtcVersion: {status}")
+    try:
+        _, major, minor = nvrtc.nvrtcVersion()
+    except RuntimeError as error:  # the library is loaded on first use
+        raise CompilerMissingError(
+            f"NVRTC: not found ({error}); needed: NVRTC 13.0 or newer; remedy: {_REMEDY}"
+        ) from error
     return _distribution("nvidia-cuda-nvrtc") or f"{major}.{minor}"
 
 

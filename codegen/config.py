@@ -185,7 +185,10 @@ class KernelConfig:
             )
         text = match.groupdict()
         numbers = {k: int(v) for k, v in text.items() if k not in ("math", "dtype")}
-        return cls(math=Math(text["math"]), dtype=DType(text["dtype"]), **numbers)
+        config = cls(math=Math(text["math"]), dtype=DType(text["dtype"]), **numbers)
+        if config.name != name:  # leading zeros
+            raise ConfigError(f"kernel name: got {name!r}; allowed: {config.name!r}")
+        return config
 
     @property
     def num_threads(self) -> int:
@@ -211,6 +214,12 @@ class KernelConfig:
         offset = _round_up(offset, 16)
         offset += self.num_warps * self.block_h * self.block_n * 4 if simt else 16
         return _round_up(offset + 4, 16)
+
+    @property
+    def bytes_in_flight(self) -> int:
+        """Bytes of K and V that one block can have under way."""
+        tile = self.block_n * self.head_dim * _ELEMENT_BYTES
+        return self.num_warps * self.num_stages * 2 * tile
 
     @property
     def min_blocks(self) -> int:

@@ -64,7 +64,7 @@ def _block_h(math: Math, head_dim: int, group_size: int) -> int:
     if math is Math.SIMT:
         limit = 8 if head_dim <= 64 else 4 if head_dim <= 128 else 2
         return -(-group_size // -(-group_size // limit))
-    limit = 32 if head_dim <= 64 else 16 if head_dim <= 128 else 8
+    limit = 32 if head_dim <= 64 else 16
     tiles = -(-group_size // 8)
     blocks = -(-tiles * 8 // limit)
     return min(limit, 8 * -(-tiles // blocks))

@@ -77,6 +77,7 @@ def gqa_decode(
     """
     tensors = q, k_cache, v_cache, k, v, out
     lengths_on_device = isinstance(cache_seqlens, Tensor)
+    key: object
     try:
         key = (signature(tensors), lengths_on_device, softmax_scale, num_splits, return_lse,
                torch.is_grad_enabled())  # fmt: skip
@@ -331,7 +332,7 @@ def explain(
         problem=problem,
         device=device,
         dispatch=chosen,
-        cubin=stored and stored.path,
+        cubin=None if stored is None else stored.path,
         kv_bytes=2 * k_cache.numel() * k_cache.element_size(),
     )
 

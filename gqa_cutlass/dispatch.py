@@ -11,9 +11,12 @@ from gqa_cutlass.errors import InputError
 from gqa_cutlass.inputs import Problem
 from gqa_cutlass.launcher import Device, LaunchShape
 
-# A launch whose last wave of blocks is this full, relative to the best, is good enough: fewer
-# splits are cheaper to merge. The rule and the figure are Flash-Decoding's.
-_GOOD_ENOUGH = 0.85
+# The cost model's figures, measured on an H200. A split costs its merge; a multiprocessor draws its
+# share of the bandwidth only with so many bytes under way (1x131072 of 8 heads took 143 us with
+# half as many and 124 us with these and with more).
+_BYTES_PER_SM_AND_MICROSECOND = 33_500
+_MICROSECONDS_PER_SPLIT = 0.08
+_BYTES_IN_FLIGHT = 64 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,23 +107,48 @@ def choose_config(problem: Problem) -> tuple[KernelConfig, str]:
 
 
 def choose_splits(problem: Problem, config: KernelConfig, device: Device) -> tuple[int, str]:
-    """As many splits as fill the GPU, and no more than give every warp a tile."""
+    """The number of splits that the cost model finds cheapest for a full cache.
+
+    No more than let all blocks be resident at once, or than leave every warp a tile. (The kernel
+    itself uses fewer for sequences that are too short for so many.)
+    """
     blocks = problem.num_kv_heads * config.head_blocks * problem.batch_size
+    tiles = -(-problem.max_seq_len // config.block_n)
     slots = device.num_sms * config.blocks_per_sm(device.arch)
-    most = -(-problem.max_seq_len // (config.block_n * config.num_warps))
-    candidates = range(1, max(1, min(most, slots // blocks or 1)) + 1)
-    fullness = {splits: _fullness(blocks * splits, slots) for splits in candidates}
-    best = max(fullness.values())
-    splits = next(s for s in candidates if fullness[s] >= _GOOD_ENOUGH * best)
+    most = max(1, min(-(-tiles // config.num_warps), slots // blocks))
+    costs = {
+        splits: read_cost(blocks, tiles, splits, config, device) for splits in range(1, most + 1)
+    }
+    splits = min(costs, key=lambda s: (costs[s], s))
     return splits, (
-        f"{splits} splits: {blocks} blocks without, room for {slots} "
-        f"({device.num_sms} SMs x {slots // device.num_sms}), at most {most} with tiles to do"
+        f"{splits} splits of at most {most}: {blocks * splits} blocks of {config.num_warps} warps "
+        f"for {blocks * tiles} tiles on {device.num_sms} SMs; modelled reading and merging "
+        f"{costs[splits]:.1f} us"
     )
 
 
-def _fullness(blocks: int, slots: int) -> float:
-    waves = -(-blocks // slots)
-    return blocks / (waves * slots)
+def read_cost(blocks: int, tiles: int, splits: int, config: KernelConfig, device: Device) -> float:
+    """Modelled microseconds to read the cache and merge the splits (launch latency excluded).
+
+    Args:
+        blocks: Blocks per split.
+        tiles: Tiles per sequence.
+        splits: Parts that a sequence is cut into.
+        config: The kernel.
+        device: The GPU.
+    """
+    total = 2 * blocks * tiles * config.block_n * config.head_dim * 2
+    ideal = total / (device.num_sms * _BYTES_PER_SM_AND_MICROSECOND)
+    busy_warps = _share_used(tiles, config.num_warps * splits)
+    busy_sms = _share_used(blocks * splits, device.num_sms)
+    resident = min(-(-blocks * splits // device.num_sms), config.blocks_per_sm(device.arch))
+    fed = min(1.0, resident * config.bytes_in_flight / _BYTES_IN_FLIGHT)
+    return ideal / (busy_warps * busy_sms * fed) + _MICROSECONDS_PER_SPLIT * (splits - 1)
+
+
+def _share_used(work: int, workers: int) -> float:
+    """Share of the workers' time used when equal pieces of work are dealt out in rounds."""
+    return work / (-(-work // workers) * workers)
 
 
 def model_device(arch: Arch) -> Device:

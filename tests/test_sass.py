@@ -27,7 +27,6 @@ SIMT = [
     default_config(Math.SIMT, DType.BF16, 80, 1, 2),
     default_config(Math.SIMT, DType.F16, 64, 4, 1),
 ]
-COPY_BITS = {8: ".128", 4: ".64", 2: ""}  # how SASS spells the width of a copy
 
 
 def _nvdisasm() -> Path:
@@ -66,12 +65,9 @@ def test_nothing_lives_in_local_memory(opcodes: Counter[str]) -> None:
 
 @pytest.mark.parametrize("config", by_name(TENSOROP))
 def test_tensorop_multiplies_on_tensor_cores(opcodes: Counter[str]) -> None:
-    assert _starting(opcodes, "HMMA") >= {_hmma(opcodes)}
-    assert _starting(opcodes, "LDSM")  # fragments by ldmatrix
-
-
-def _hmma(opcodes: Counter[str]) -> str:
-    return next(iter(_starting(opcodes, "HMMA.16816.F32")), "HMMA.16816.F32")
+    assert _starting(opcodes, "HMMA.16816.F32")
+    assert _starting(opcodes, "LDSM.16.M88.4")  # fragments by ldmatrix
+    assert _starting(opcodes, "LDSM.16.MT88.4")
 
 
 @pytest.mark.parametrize("config", by_name(SIMT))
@@ -84,12 +80,15 @@ def test_simt_uses_no_tensor_core(opcodes: Counter[str]) -> None:
 def test_the_cache_is_copied_asynchronously_and_at_full_width(
     config: KernelConfig, opcodes: Counter[str]
 ) -> None:
-    copies = _starting(opcodes, "LDGSTS")
-    assert copies
-    assert {re.sub(r"[^.]*LTC\w+|.(E|BYPASS)|LDGSTS", "", c).strip(".") for c in copies} == {
-        COPY_BITS[config.vec_width].strip(".")
-    }
-    assert all((".BYPASS" in copy) == (config.vec_width == 8) for copy in copies)
+    copies = _starting(opcodes, "LDGSTS")  # cp.async
+    assert {_bits(copy) for copy in copies} == {16 * config.vec_width}
+    assert {".BYPASS" in copy for copy in copies} == {config.vec_width == 8}  # past the L1 cache
+
+
+def _bits(opcode: str) -> int:
+    """Width of an access, which is the last part of its name unless it is 32 bits."""
+    match = re.search(r"\.(64|128)$", opcode)
+    return int(match.group(1)) if match else 32
 
 
 @pytest.mark.parametrize("config", by_name(c for c in SIMT if c.vec_width == 1))

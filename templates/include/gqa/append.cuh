@@ -21,7 +21,8 @@ CUTE_DEVICE void append_row(void const* new_base, Strides new_stride, void* cach
 
 template <class T>
 CUTE_DEVICE void append(Params const& p, Work<T> const& w) {
-  bool const mine = w.split == 0 && w.head_block == 0 && threadIdx.x / kWarpSize == T::kNumWarps - 1;
+  bool const mine =
+      w.split == 0 && w.head_block == 0 && threadIdx.x / kWarpSize == T::kNumWarps - 1;
   if (p.k_new == nullptr || !mine) return;
   append_row(p.k_new, p.k_new_stride, p.k_cache, p.k_cache_stride, w);
   append_row(p.v_new, p.v_new_stride, p.v_cache, p.v_cache_stride, w);

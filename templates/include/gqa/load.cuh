@@ -1,13 +1,14 @@
 // Stage 1, load: rows of the KV cache into a warp's tiles in shared memory.
 //
 // Every warp owns kNumStages slots for K and as many for V and fills them with cp.async, so no warp
-// ever waits for another one. The row at position `num_cached` is the new token: it is read from the
-// k and v arguments, never through the cache that this very launch writes. Rows past the end are
-// filled with zeros (their probability is zero, and zero times NaN would not be).
+// ever waits for another one. The row at position `num_cached` is the new token: it is read from
+// the k and v arguments, never through the cache that this very launch writes. Rows past the end
+// are filled with zeros (their probability is zero, and zero times NaN would not be).
 #pragma once
 
 #include <cute/arch/copy_sm80.hpp>
 
+#include "ptx.cuh"
 #include "work.cuh"
 
 namespace gqa {
@@ -18,11 +19,9 @@ using Vector = cute::uint_bit_t<T::kVecWidth * 16>;
 
 // Copies one vector to shared memory, or zeros where there is nothing to read.
 template <class Vec>
-CUTE_DEVICE void copy_or_zero(Vec const* source, Vec* target, bool exists) {
-  if constexpr (sizeof(Vec) == 16) {
-    cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<Vec>::copy(*source, *target, exists);
-  } else if constexpr (sizeof(Vec) >= 4) {
-    cute::SM80_CP_ASYNC_CACHEALWAYS_ZFILL<Vec>::copy(*source, *target, exists);
+CUTE_DEVICE void copy_or_zero(Vec const* source, Vec* target, bool exists, uint64_t policy) {
+  if constexpr (sizeof(Vec) >= 4) {
+    copy_async(source, target, exists, policy);
   } else {
     *target = exists ? *source : Vec(0);  // cp.async moves no less than four bytes
   }
@@ -34,6 +33,7 @@ struct RowSource {
   typename T::Element const* cache;
   typename T::Element const* new_token;
   int64_t stride;
+  uint64_t policy;
 
   CUTE_DEVICE static RowSource keys(Params const& p, Work<T> const& w) {
     return RowSource(p.k_cache, p.k_cache_stride, p.k_new, p.k_new_stride, w);
@@ -57,7 +57,7 @@ struct RowSource {
         if (kVecs % kWarpSize == 0 || vec < kVecs) {
           copy_or_zero(reinterpret_cast<Vector<T> const*>(source + dim),
                        reinterpret_cast<Vector<T>*>(target + typename T::TileLayout{}(row, dim)),
-                       token < w.num_tokens);
+                       token < w.num_tokens, policy);
         }
       }
     }
@@ -69,10 +69,12 @@ struct RowSource {
                         Strides new_stride, Work<T> const& w)
       : cache(static_cast<typename T::Element const*>(cache_base) + w.batch * cache_stride.batch +
               w.kv_head * cache_stride.head),
-        new_token(new_base == nullptr ? cache  // never read: num_cached == num_tokens
-                                      : static_cast<typename T::Element const*>(new_base) +
-                                            w.batch * new_stride.batch + w.kv_head * new_stride.head),
-        stride(cache_stride.token) {}
+        new_token(new_base == nullptr
+                      ? cache  // never read: num_cached == num_tokens
+                      : static_cast<typename T::Element const*>(new_base) +
+                            w.batch * new_stride.batch + w.kv_head * new_stride.head),
+        stride(cache_stride.token),
+        policy(evict_first_policy()) {}
 };
 
 // The slots of one warp. Loads are committed in the order K0 V0 K1 V1 ..., and a slot is filled
@@ -130,7 +132,8 @@ class TileRing {
 
   // The MMA reads kHeadDimPadded columns of K; those that no load fills must not hold NaN.
   CUTE_DEVICE void clear_padding() {
-    for (int row = int(threadIdx.x) % kWarpSize; row < T::kNumStages * T::kBlockN; row += kWarpSize) {
+    for (int row = int(threadIdx.x) % kWarpSize; row < T::kNumStages * T::kBlockN;
+         row += kWarpSize) {
       Element* slot = key_slot(row / T::kBlockN);
       *reinterpret_cast<cute::uint128_t*>(
           slot + typename T::TileLayout{}(row % T::kBlockN, T::kHeadDim)) = cute::uint128_t(0);

@@ -62,7 +62,7 @@ struct Scorer<T, Math::kTensorOp> {
                                       k[0], k[1], k[2], k[3]);
         CUTE_UNROLL
         for (int n = 0; n < kHeadTiles; ++n) {
-          float(&s)[4] = sum[step % 2][n];
+          float (&s)[4] = sum[step % 2][n];
           Mma::fma(s[0], s[1], s[2], s[3], k[0], k[1], k[2], k[3], query[step][n][0],
                    query[step][n][1], s[0], s[1], s[2], s[3]);
         }
@@ -94,8 +94,7 @@ struct Scorer<T, Math::kSimt> {
     for (int i = threadIdx.x; i < T::kBlockH * T::kHeadDim; i += T::kNumThreads) {
       int const head = i / T::kHeadDim;
       int const dim = i % T::kHeadDim;
-      shared.query[head][dim] =
-          head < w.num_heads() ? float(q[head * p.q_stride.head + dim]) : 0.f;
+      shared.query[head][dim] = head < w.num_heads() ? float(q[head * p.q_stride.head + dim]) : 0.f;
     }
     __syncthreads();
   }

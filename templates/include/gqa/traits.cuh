@@ -37,7 +37,7 @@ struct MmaOf<cutlass::bfloat16_t> {
 };
 
 // `Variant` is the struct that a generated file spells out: Element, kMath, kHeadDim, kGroupSize,
-// kVecWidth, kBlockH, kBlockN, kNumWarps, kNumStages, kMinBlocks.
+// kVecWidth, kBlockH, kBlockN, kNumWarps, kNumStages.
 template <class Variant>
 struct Traits : Variant {
   using typename Variant::Element;
@@ -80,9 +80,9 @@ struct Traits : Variant {
   static constexpr int kLastLaneBit = kTensorOp ? 16 : kBlockN / 2;
 
   static_assert(kHeadDim % 8 == 0 && kHeadDim >= 32 && kHeadDim <= 256);
-  static_assert(kVecWidth == 8 || kVecWidth == 4 || kVecWidth == 2 || (kVecWidth == 1 && !kTensorOp));
-  static_assert(kTensorOp ? kBlockN % 16 == 0 && kBlockH % 8 == 0
-                          : kBlockN == 16 || kBlockN == 32);
+  static_assert(kVecWidth == 8 || kVecWidth == 4 || kVecWidth == 2 ||
+                (kVecWidth == 1 && !kTensorOp));
+  static_assert(kTensorOp ? kBlockN % 16 == 0 && kBlockH % 8 == 0 : kBlockN == 16 || kBlockN == 32);
 };
 
 // Shared memory of one block; the launcher asks for sizeof(SharedStorage<T>) bytes.
@@ -94,8 +94,8 @@ struct SharedStorage {
   float row_sum[T::kNumWarps][T::kBlockH];
   // CUDA cores only: the queries in fp32, and each warp's probabilities.
   alignas(16) float query[T::kTensorOp ? 1 : T::kBlockH][T::kTensorOp ? 4 : T::kHeadDim];
-  alignas(16) float probability[T::kTensorOp ? 1 : T::kNumWarps]
-                               [T::kTensorOp ? 1 : T::kBlockH][T::kTensorOp ? 4 : T::kBlockN];
+  alignas(16) float probability[T::kTensorOp ? 1 : T::kNumWarps][T::kTensorOp ? 1 : T::kBlockH]
+                               [T::kTensorOp ? 4 : T::kBlockN];
   uint32_t is_last;
 };
 

@@ -158,8 +158,8 @@ struct Accumulator<T, Math::kSimt> {
       CUTE_UNROLL
       for (int i = 0; i < 4; ++i) {
         alignas(4) Element pair[2];
-        *reinterpret_cast<uint32_t*>(pair) = *reinterpret_cast<uint32_t const*>(
-            values + typename T::TileLayout{}(t + i, dim));
+        *reinterpret_cast<uint32_t*>(pair) =
+            *reinterpret_cast<uint32_t const*>(values + typename T::TileLayout{}(t + i, dim));
         v[i][0] = float(pair[0]);
         v[i][1] = float(pair[1]);
       }

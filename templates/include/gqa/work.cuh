@@ -14,11 +14,11 @@ namespace gqa {
 template <class T>
 struct Work {
   int batch, kv_head, head_block, split;
-  int num_cached;   // tokens in the cache before the call
-  int num_tokens;   // tokens attended: cached ones and the new one
+  int num_cached;  // tokens in the cache before the call
+  int num_tokens;  // tokens attended: cached ones and the new one
   int num_tiles;
-  int num_splits;   // splits that have tiles; the others have nothing to do
-  bool valid;       // the length is one that the cache can hold
+  int num_splits;  // splits that have tiles; the others have nothing to do
+  bool valid;      // the length is one that the cache can hold
 
   CUTE_DEVICE explicit Work(Params const& p)
       : batch(blockIdx.z),
@@ -44,9 +44,7 @@ struct Work {
     int const left = T::kGroupSize - head_block * T::kBlockH;
     return left < T::kBlockH ? left : T::kBlockH;
   }
-  CUTE_DEVICE int first_head() const {
-    return kv_head * T::kGroupSize + head_block * T::kBlockH;
-  }
+  CUTE_DEVICE int first_head() const { return kv_head * T::kGroupSize + head_block * T::kBlockH; }
 
   // This block's partial output among all partial outputs of the launch.
   CUTE_DEVICE int64_t partial_index(Params const& p, int of_split) const {

@@ -1,0 +1,209 @@
+"""The public calls where there is no usable GPU: every one an error with a remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from cuda.bindings import driver
+from helpers import call_tensors
+
+import gqa_cutlass
+from gqa_cutlass import (  # fmt: skip
+    GQADecodeConfig,
+    check_overflow,
+    errors,
+    gqa_attention_decode,
+    gqa_decode,
+    launcher,
+    plan,
+    warmup,
+)
+from gqa_cutlass.codegen import ARCHES, shipped
+from gqa_cutlass.errors import DeviceError, GqaError, InputError, LaunchError
+
+CONFIG = GQADecodeConfig(
+    batch_size=2, cache_len=3, num_q_heads=8, num_kv_heads=2, head_dim=64, scale=0.125,
+    max_seq_len=16,
+)  # fmt: skip
+
+
+def story_tensors() -> dict[str, Any]:
+    """Valid tensors of `gqa_attention_decode` for CONFIG."""
+    t = call_tensors()
+    tokens = {name: t[name].unsqueeze(1) for name in ("q", "k", "v")}
+    caches = {"kv_cache_k": t["k_cache"], "kv_cache_v": t["v_cache"]}
+    return {"output": t["out"].view(2, 1, 512), **tokens, **caches}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: gqa_decode(**call_tensors(), cache_seqlens=3),
+        lambda: plan(**call_tensors(), cache_seqlens=torch.zeros(2, dtype=torch.int32)),
+        lambda: gqa_attention_decode(**story_tensors(), config=CONFIG),
+        lambda: gqa_decode(**call_tensors(device="meta"), cache_seqlens=3),
+    ],
+    ids=["gqa_decode", "plan", "gqa_attention_decode", "meta"],
+)
+def test_tensors_that_are_not_on_a_gpu_are_refused(call: Callable[[], object]) -> None:
+    with pytest.raises(DeviceError, match=r"got tensors on \w+; allowed: an NVIDIA GPU.*\.to\("):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "got"),
+    [
+        ("output", lambda t: t["output"].view(2, 512), "shape [2, 512]"),
+        ("q", lambda t: t["q"][:, 0], "shape [2, 8, 64]"),
+        ("k", lambda t: None, "None"),
+        ("v", lambda t: t["v"][:1], "shape [1, 1, 2, 64]"),
+        ("kv_cache_k", lambda t: t["kv_cache_k"][:, :15], "shape [2, 15, 2, 64]"),
+        ("kv_cache_v", lambda t: "cache", "'cache'"),
+    ],
+)
+def test_tensors_that_contradict_the_storys_configuration_are_refused(
+    name: str, bad: Callable[[Any], Any], got: str
+) -> None:
+    tensors = story_tensors()
+    with pytest.raises(InputError) as raised:
+        gqa_attention_decode(**tensors | {name: bad(tensors)}, config=CONFIG)
+    assert f"gqa_attention_decode: {name}: got {got}; allowed: [2, " in str(raised.value)
+    assert "Nothing was launched." in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("cache_len", 16, "cache overflow: the cache holds 16 tokens"),
+        ("cache_len", -1, "cache_seqlens: got -1"),
+        ("scale", float("nan"), "softmax_scale: got nan"),
+        ("num_kv_heads", 4, "k: got shape"),
+    ],
+)
+def test_the_storys_configuration_is_checked(field: str, value: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        gqa_attention_decode(**story_tensors(), config=replace(CONFIG, **{field: value}))
+
+
+def test_story_configuration_that_is_none_is_refused() -> None:
+    with pytest.raises(InputError, match="config: got .*; allowed: a GQADecodeConfig"):
+        gqa_attention_decode(**story_tensors(), config={"batch_size": 2})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8, "float16"])
+def test_warmup_for_an_unsupported_type_is_refused(dtype: Any) -> None:
+    with pytest.raises(InputError, match="warmup: dtype: got .*; allowed: torch.float16, torch.bf"):
+        warmup([CONFIG], dtype=dtype)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("call", [lambda d: warmup([shipped()[0]], device=d), check_overflow],
+                         ids=["warmup", "check_overflow"])  # fmt: skip
+def test_devices_that_are_no_gpus_are_refused(call: Callable[[str], object], device: str) -> None:
+    with pytest.raises(DeviceError, match=f"got {device}; allowed: a CUDA device"):
+        call(device)
+
+
+@pytest.mark.parametrize("call", [lambda d: warmup([CONFIG], device=d), check_overflow],
+                         ids=["warmup", "check_overflow"])  # fmt: skip
+@pytest.mark.parametrize("device", [0, "cuda", "cuda:0"])
+def test_without_a_gpu_the_remedy_is_named(
+    monkeypatch: pytest.MonkeyPatch, call: Callable[[Any], object], device: int | str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(DeviceError, match="no usable GPU.*; needed: .*8.0.*gqa-cutlass doctor"):
+        call(device)
+
+
+@pytest.mark.parametrize(
+    ("capability", "arch"),
+    [(80, "sm_80"), (86, "sm_86"), (87, "sm_86"), (89, "sm_89"), (90, "sm_90a"), (100, "sm_100a"),
+     (120, "sm_120a")],
+)  # fmt: skip
+def test_known_gpus_have_a_target(capability: int, arch: str) -> None:
+    assert launcher.arch_of(capability) is ARCHES[arch]
+
+
+@pytest.mark.parametrize("capability", [60, 70, 75])
+def test_old_gpus_are_refused(capability: int) -> None:
+    with pytest.raises(DeviceError, match=rf"{capability / 10}: too old; allowed: 8.0 \(Ampere\)"):
+        launcher.arch_of(capability)
+
+
+@pytest.mark.parametrize("capability", [99, 140])
+def test_unknown_gpus_name_what_is_known(capability: int) -> None:
+    with pytest.raises(DeviceError, match=rf"{capability / 10}: not known.*sm_120a.*Upgrade"):
+        launcher.arch_of(capability)
+
+
+@pytest.mark.parametrize("version", [13000, 13020, 14000])
+def test_driver_of_the_compilers_major_version_or_newer_will_do(version: int) -> None:
+    launcher.check_driver(version, 13)
+
+
+def test_old_driver_names_both_remedies() -> None:
+    expected = "supports CUDA 12.8; needed: CUDA 13.0 or newer.*Upgrade.*nvidia-cuda-nvrtc<13"
+    with pytest.raises(DeviceError, match=expected):
+        launcher.check_driver(12080, 13)
+
+
+@pytest.fixture
+def unknown_devices() -> Any:
+    launcher.describe_device.cache_clear()
+    yield
+    launcher.describe_device.cache_clear()
+
+
+def _no_libcuda(*_: object) -> Any:
+    raise RuntimeError("libcuda.so.1: cannot open shared object file")
+
+
+@pytest.mark.usefixtures("unknown_devices")
+@pytest.mark.parametrize(
+    ("init", "why"),
+    [
+        (_no_libcuda, "libcuda.so.1"),
+        (lambda flags: (driver.CUresult.CUDA_ERROR_NO_DEVICE,), "CUDA_ERROR_NO_DEVICE"),
+    ],
+    ids=["no-driver", "no-device"],
+)
+def test_machine_without_driver_or_gpu_says_so(
+    monkeypatch: pytest.MonkeyPatch, init: Callable[..., Any], why: str
+) -> None:
+    monkeypatch.setattr(launcher.driver, "cuInit", init)
+    monkeypatch.setattr(
+        launcher.driver, "cuGetErrorString", lambda _: (driver.CUresult.CUDA_SUCCESS, b"none")
+    )
+    with pytest.raises(DeviceError, match=f"no usable GPU: .*{why}.*; needed: .*doctor"):
+        launcher.describe_device(0)
+
+
+def test_refusal_of_the_driver_names_the_kernel_and_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    status = driver.CUresult.CUDA_ERROR_INVALID_VALUE
+    monkeypatch.setattr(launcher.driver, "cuLaunchKernelEx", lambda *_: (status,))
+    monkeypatch.setattr(
+        launcher.driver, "cuGetErrorString", lambda _: (driver.CUresult.CUDA_SUCCESS, b"invalid")
+    )
+    config, device = shipped()[0], launcher.Device(index=0, arch=ARCHES["sm_80"], num_sms=1)
+    kernel = launcher.LoadedKernel(config, device, driver.CUfunction(0))
+    prepared = kernel.prepare(launcher.LaunchShape(grid=(1, 1, 1), block=32, shared_bytes=16))
+    with pytest.raises(LaunchError, match=f"launching {config.name}: CUDA_ERROR_INVALID_VALUE"):
+        kernel.launch(prepared, 0, launcher.Params())
+
+
+def test_every_error_of_the_package_is_a_gqa_error() -> None:
+    own = [e for e in vars(errors).values() if isinstance(e, type)]
+    assert len(own) > 8
+    assert all(issubclass(error, GqaError) for error in own)
+
+
+def test_everything_public_is_there() -> None:
+    assert all(getattr(gqa_cutlass, name) is not None for name in gqa_cutlass.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'gqa_prefill'"):
+        gqa_cutlass.gqa_prefill  # noqa: B018

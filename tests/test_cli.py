@@ -1,0 +1,216 @@
+"""`gqa-cutlass`: what each command prints, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from gqa_cutlass import evidence as evidence_module
+from gqa_cutlass import store as store_module
+from gqa_cutlass.cli import app, main
+from gqa_cutlass.codegen import manifest, select, shipped, source_digest
+from gqa_cutlass.codegen.compile import Compiled
+from gqa_cutlass.errors import CompilerMissingError
+
+ONE = shipped()[0]
+
+
+@pytest.fixture(autouse=True)
+def store_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every test has a store of its own, and a working directory that is not the repository."""
+    monkeypatch.setenv("GQA_CUTLASS_CACHE_DIR", str(tmp_path / "store"))
+    monkeypatch.delenv("GQA_CUTLASS_KERNEL_DIR", raising=False)
+    monkeypatch.delenv("GQA_CUTLASS_DISABLE_JIT", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def proven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An evidence file by which every shipped kernel was tested."""
+    file = tmp_path / "gpu_evidence.json"
+    kernels = {config.name: {"digest": source_digest(config)} for config in shipped()}
+    run = {"gpu": "Testing GPU", "date": "2026-01-01"}
+    file.write_text(json.dumps({"run": run, "kernels": kernels}))
+    monkeypatch.setattr(evidence_module, "FILE", file)
+    return file
+
+
+def _edit(file: Path, name: str, entry: dict[str, str] | None) -> None:
+    record = json.loads(file.read_text())
+    record["kernels"][name] = entry
+    if entry is None:
+        del record["kernels"][name]
+    file.write_text(json.dumps(record))
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def words(result: Result) -> str:
+    """What a command printed, wherever the terminal's width made it break lines."""
+    return " ".join(result.output.split())
+
+
+def fail(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
+    """Run the console script, which must exit; returns the status."""
+    monkeypatch.setattr(sys, "argv", ["gqa-cutlass", *map(str, arguments)])
+    with pytest.raises(SystemExit) as raised:
+        main()
+    assert isinstance(raised.value.code, int)
+    return raised.value.code
+
+
+def test_generate_writes_once_and_then_changes_nothing(tmp_path: Path) -> None:
+    first, second = run("generate", "--out", tmp_path / "out"), run("generate", "--out", "out")
+    total = len(manifest.generated_files())
+    assert (first.exit_code, second.exit_code) == (0, 0)
+    assert f"{total} files in" in words(first) and words(first).endswith(f", {total} changed")
+    assert words(second).endswith(", 0 changed")
+    assert manifest.drift(tmp_path / "out") == []
+
+
+def test_list_names_every_shipped_kernel_on_a_line_of_its_own() -> None:
+    result = run("list")
+    assert result.exit_code == 0
+    for config in shipped():
+        assert re.search(rf"\b{config.name}\b.*\b{config.num_threads}\b", result.output)
+
+
+def test_list_filters() -> None:
+    output = run("list", "--kernels", "simt*d128*align2").output
+    names = set(re.findall(r"gqa_decode_\w+", output))
+    assert names == {config.name for config in select("simt*d128*align2")}
+
+
+def test_list_shows_evidence(proven: Path) -> None:
+    outdated, absent = shipped()[1].name, shipped()[2].name
+    _edit(proven, outdated, {"digest": "of an older source"})
+    _edit(proven, absent, None)
+    lines = {match: line for line in run("list").output.splitlines()
+             for match in re.findall(r"gqa_decode_\w+", line)}  # fmt: skip
+    assert "Testing GPU, 2026-01-01" in lines[ONE.name]
+    assert "outdated" in lines[outdated]
+    assert "none" in lines[absent]
+
+
+def test_build_compiles_one_kernel_once_into_a_folder(tmp_path: Path, store_root: Path) -> None:
+    arguments = ("build", "--kernels", ONE.name, "--arch", "sm_80,sm_90a", "--out", "built")
+    first, second = run(*arguments), run(*arguments)
+    assert (first.exit_code, second.exit_code) == (0, 0), first.output
+    assert "2 of 2 compiled" in first.output and "0 of 2 compiled" in second.output
+    assert first.output.count(ONE.name) == 2
+    assert {"registers", "shared", "spills", "seconds", "cubin"} <= set(first.output.split())
+    cubins = sorted(path.name for path in (tmp_path / "built").glob("*.cubin"))
+    assert [name.split(".")[:2] for name in cubins] == [[ONE.name, "sm_80"], [ONE.name, "sm_90a"]]
+    assert not store_root.exists()
+
+
+def test_build_goes_to_the_users_store_by_default(
+    store_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = Compiled(code=b"cubin", registers=1, spill_bytes=0, stack_bytes=0, seconds=0.1)
+    monkeypatch.setattr(store_module, "compile_kernel", lambda config, arch: compiled)
+    assert run("build", "--kernels", ONE.name, "--jobs", "1").exit_code == 0
+    assert len(list(store_root.glob("*.cubin"))) == 1
+
+
+def test_check_passes_without_drift_and_with_evidence(
+    proven: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifest, "drift", lambda: [])
+    result = run("check")
+    assert result.exit_code == 0
+    assert "0 files drifted, 0 kernels without GPU evidence" in words(result)
+
+
+def test_check_fails_on_drift(proven: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest, "drift", lambda: ["edited.cu"])
+    result = run("check")
+    assert result.exit_code == 1
+    assert "drift: generated/edited.cu; run `gqa-cutlass generate`" in result.output
+
+
+@pytest.mark.parametrize("entry", [None, {"digest": "of an older source"}])
+def test_check_fails_on_a_kernel_without_current_evidence(
+    proven: Path, monkeypatch: pytest.MonkeyPatch, entry: dict[str, str] | None
+) -> None:
+    monkeypatch.setattr(manifest, "drift", lambda: [])
+    _edit(proven, ONE.name, entry)
+    result = run("check")
+    assert result.exit_code == 1
+    assert f"no current GPU evidence: {ONE.name}" in words(result)
+    assert "1 kernels without GPU evidence" in words(result)
+
+
+def test_explain_prints_the_report() -> None:
+    result = run("explain", "--q-heads", "32", "--kv-heads", "8", "--head-dim", "128",
+                 "--dtype", "bfloat16", "--arch", "sm_80")  # fmt: skip
+    assert result.exit_code == 0
+    assert re.search(r"^kernel +gqa_decode_sm80_tensorop_bf16_bf16_d128_g4_", result.output, re.M)
+    assert re.search(r"^arch +sm_80, 132 SMs$", result.output, re.M)
+
+
+def test_doctor_reports_every_part(store_root: Path) -> None:
+    output = run("doctor").output
+    for what in ("compiler and headers", "torch", "GPU", "store", "kernel folders", "compiling"):
+        assert what in output
+    assert re.search(r"nvrtc-\d+", output)
+
+
+def test_doctor_reports_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> str:
+        raise CompilerMissingError("NVRTC: not found; remedy: pip install nvidia-cuda-nvrtc")
+
+    monkeypatch.setattr("gqa_cutlass.codegen.compile.compiler_version", missing)
+    monkeypatch.setenv("GQA_CUTLASS_DISABLE_JIT", "1")
+    result = run("doctor")
+    assert result.exit_code == 0
+    assert "MISSING: NVRTC: not found" in result.output and "disabled" in result.output
+
+
+def test_clean_empties_the_store(store_root: Path) -> None:
+    assert "0 files removed" in run("clean").output
+    store_root.mkdir()
+    entry = store_root / f"{ONE.name}.sm_90a.0123.cubin"
+    entry.write_bytes(b"")
+    assert "1 files removed" in run("clean").output
+    assert not entry.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["list", "--kernels", "fp8"], "--kernels: got 'fp8', which matches none"),
+        (["build", "--kernels", "fp8"], "--kernels: got 'fp8', which matches none"),
+        (["build", "--kernels", ONE.name, "--arch", "sm_70"], "arch: got 'sm_70'; allowed: sm_80"),
+        (["explain", "--q-heads", "30", "--kv-heads", "8", "--head-dim", "128"],
+         "head counts: got 30 query heads and 8 KV heads"),
+        (["explain", "--q-heads", "32", "--kv-heads", "8", "--head-dim", "128", "--dtype", "int8"],
+         "explain: dtype: got 'int8'; allowed: float16, bfloat16"),
+    ],
+    ids=["list", "build", "build-arch", "explain", "explain-dtype"],
+)  # fmt: skip
+def test_error_is_one_line_and_status_2(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    assert fail(monkeypatch, *arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("gqa-cutlass: ") and message in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out.strip() == ""
+
+
+def test_no_command_prints_the_commands() -> None:
+    output = run().output
+    for command in ("generate", "list", "build", "check", "clean", "explain", "doctor"):
+        assert command in output

@@ -1,0 +1,213 @@
+"""Dispatch: which kernel, how many splits, what launch shape, and how `explain` says so."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from helpers import call_tensors
+
+from gqa_cutlass import explain
+from gqa_cutlass.codegen import ARCHES, DType, KernelConfig, Math, default_config, shipped
+from gqa_cutlass.dispatch import choose_config, dispatch, model_device
+from gqa_cutlass.errors import InputError
+from gqa_cutlass.inputs import MAX_SPLITS, Problem
+
+H200 = model_device(ARCHES["sm_90a"])
+LLAMA_3_8B = Problem(
+    batch_size=1,
+    num_q_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    max_seq_len=4096,
+    dtype=DType.F16,
+    vec_width=8,
+    append=True,
+)
+MODELS = {  # query heads, KV heads, head_dim
+    "llama-3-8b": (32, 8, 128),
+    "llama-3-70b": (64, 8, 128),
+    "qwen2.5-0.5b": (14, 2, 64),
+    "qwen2.5-7b": (28, 4, 128),
+    "qwen3-30b-a3b": (32, 4, 128),
+    "phi-3-mini": (32, 32, 96),
+    "phi-3-medium": (40, 10, 128),
+    "gemma-2-9b": (16, 8, 256),
+}
+PROBLEMS = [
+    replace(LLAMA_3_8B, batch_size=batch, max_seq_len=tokens, num_q_heads=heads, head_dim=dim)
+    for batch in (1, 3, 32, 500)
+    for tokens in (1, 100, 4096, 131072)
+    for heads, dim in ((8, 64), (32, 128), (256, 128), (64, 256))
+]
+
+
+@pytest.mark.parametrize("vec_width", [8, 4, 2])
+def test_tensor_cores_serve_what_cp_async_can_move(vec_width: int) -> None:
+    config, why = choose_config(replace(LLAMA_3_8B, vec_width=vec_width))
+    assert (config.math, config.vec_width) == (Math.TENSOROP, vec_width)
+    assert f"aligned to {2 * vec_width} bytes" in why
+
+
+def test_cuda_cores_serve_single_elements() -> None:
+    config, why = choose_config(replace(LLAMA_3_8B, vec_width=1))
+    assert (config.math, config.vec_width) == (Math.SIMT, 1)
+    assert "simt" in why and "aligned to 2 bytes" in why
+
+
+@pytest.mark.parametrize(("head_dim", "origin"), [(128, "shipped"), (104, "compiled on first use")])
+def test_reason_says_where_the_kernel_comes_from(head_dim: int, origin: str) -> None:
+    assert origin in choose_config(replace(LLAMA_3_8B, head_dim=head_dim))[1]
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+@pytest.mark.parametrize("arch", ARCHES)
+def test_splits_fill_the_gpu_and_give_every_warp_a_tile(problem: Problem, arch: str) -> None:
+    device = model_device(ARCHES[arch])
+    chosen = dispatch(problem, device)
+    config, (x, y, z) = chosen.config, chosen.shape.grid
+    slots = device.num_sms * config.blocks_per_sm(device.arch)
+    tiles = -(-problem.max_seq_len // config.block_n)
+    assert y == chosen.num_splits >= 1
+    assert y == 1 or x * y * z <= slots
+    assert y == 1 or (y - 1) * config.num_warps < tiles
+    assert y <= MAX_SPLITS
+
+
+def test_long_sequences_of_one_request_are_split() -> None:
+    chosen = dispatch(replace(LLAMA_3_8B, max_seq_len=131072), H200)
+    assert chosen.shape.grid[0] * chosen.num_splits >= 0.8 * H200.num_sms
+
+
+def test_full_gpu_and_short_sequences_are_not_split() -> None:
+    assert dispatch(replace(LLAMA_3_8B, batch_size=500), H200).num_splits == 1
+    assert dispatch(replace(LLAMA_3_8B, max_seq_len=16), H200).num_splits == 1
+
+
+@pytest.mark.parametrize("num_splits", [1, 2, 7, MAX_SPLITS])
+def test_splits_that_are_asked_for_are_used(num_splits: int) -> None:
+    chosen = dispatch(LLAMA_3_8B, H200, num_splits)
+    assert chosen.num_splits == chosen.shape.grid[1] == num_splits
+    assert f"{num_splits} splits, as asked" in chosen.reasons
+
+
+@pytest.mark.parametrize("group_size", [1, 4, 7, 16, 32, 48])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_grid_covers_every_head_of_every_sequence_once(group_size: int, head_dim: int) -> None:
+    problem = replace(
+        LLAMA_3_8B, batch_size=3, num_q_heads=8 * group_size, head_dim=head_dim, vec_width=8
+    )
+    chosen = dispatch(problem, H200, num_splits=2)
+    blocks = -(-group_size // chosen.config.block_h)
+    assert chosen.shape.grid == (8 * blocks, 2, 3)
+    assert chosen.shape.block == 32 * chosen.config.num_warps
+    assert chosen.shape.shared_bytes == chosen.config.shared_bytes
+
+
+def test_large_groups_take_several_blocks_per_kv_head() -> None:
+    one_kv_head = replace(LLAMA_3_8B, num_q_heads=32, num_kv_heads=1)
+    chosen = dispatch(one_kv_head, H200)
+    assert chosen.config.block_h < 32
+    assert chosen.shape.grid[0] == 32 // chosen.config.block_h
+
+
+def test_workspace_holds_every_blocks_partial_output() -> None:
+    chosen = dispatch(replace(LLAMA_3_8B, batch_size=2), H200, num_splits=3)
+    blocks = 8 * chosen.config.head_blocks * 3 * 2
+    assert chosen.partial_floats == blocks * chosen.config.block_h * (128 + 2)  # O, m and l
+    assert chosen.num_tickets == 8 * chosen.config.head_blocks * 2
+
+
+def test_one_split_needs_no_workspace() -> None:
+    chosen = dispatch(LLAMA_3_8B, H200, num_splits=1)
+    assert (chosen.partial_floats, chosen.num_tickets) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        default_config(Math.SIMT, DType.F16, 128, 4, 8),
+        default_config(Math.TENSOROP, DType.F16, 128, 4, 2),
+        replace(default_config(Math.TENSOROP, DType.F16, 128, 4, 8), num_warps=2),
+    ],
+    ids=lambda kernel: kernel.name,
+)
+def test_kernel_that_fits_may_be_chosen_by_hand(kernel: KernelConfig) -> None:
+    chosen = dispatch(LLAMA_3_8B, H200, 0, kernel)
+    assert chosen.config == kernel
+    assert chosen.shape.block == kernel.num_threads
+    assert chosen.reasons[0] == "this kernel, as asked"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "vec_width"),
+    [
+        (default_config(Math.TENSOROP, DType.BF16, 128, 4, 8), 8),
+        (default_config(Math.TENSOROP, DType.F16, 64, 4, 8), 8),
+        (default_config(Math.TENSOROP, DType.F16, 128, 8, 8), 8),
+        (default_config(Math.TENSOROP, DType.F16, 128, 4, 8), 4),
+    ],
+    ids=["dtype", "head_dim", "group_size", "alignment"],
+)
+def test_kernel_that_does_not_fit_is_refused(kernel: KernelConfig, vec_width: int) -> None:
+    with pytest.raises(InputError) as raised:
+        dispatch(replace(LLAMA_3_8B, vec_width=vec_width), H200, 0, kernel)
+    message = str(raised.value)
+    assert f"kernel: got {kernel.name}; allowed: kernels for f16, head_dim 128" in message
+    assert f"group size 4 and an alignment of at most {vec_width} elements" in message
+
+
+def _explain(q_heads: int, kv_heads: int, head_dim: int, **changes: Any) -> Any:
+    tensors = call_tensors(
+        q_heads=q_heads, kv_heads=kv_heads, head_dim=head_dim, max_seq_len=4096,
+        dtype=torch.bfloat16, device="meta",
+    )  # fmt: skip
+    return explain(**tensors, **changes)
+
+
+@pytest.fixture(autouse=True)
+def _own_store(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GQA_CUTLASS_CACHE_DIR", str(tmp_path))
+
+
+@pytest.mark.parametrize("arch", [None, "sm_80", "sm_120a"])
+@pytest.mark.parametrize("model", MODELS)
+def test_real_models_run_shipped_kernels(model: str, arch: str | None) -> None:
+    found = _explain(*MODELS[model], arch=arch)
+    assert found.dispatch.config in shipped()
+    assert found.dispatch.config.math is Math.TENSOROP
+    assert found.device.arch.name == (arch or "sm_90a")
+
+
+def test_explanation_is_a_readable_report() -> None:
+    found = _explain(*MODELS["llama-3-8b"], num_splits=2)
+    lines = dict(line.split(maxsplit=1) for line in str(found).splitlines())
+    assert lines["kernel"] == found.dispatch.config.name
+    assert lines["why"].startswith("tensorop: ") and "2 splits, as asked" in lines["why"]
+    assert lines["arch"] == "sm_90a, 132 SMs"
+    assert lines["grid"].startswith("(8, 2, 2)")
+    assert f"{found.dispatch.shape.block} threads" in lines["block"]
+    assert lines["reads"].startswith(f"{2 * 2 * 4096 * 8 * 128 * 2} bytes")
+    assert lines["cubin"].startswith("not built yet")
+
+
+def test_explanation_of_misaligned_tensors_names_the_reason() -> None:
+    tensors = call_tensors(head_dim=128, max_seq_len=64)
+    tensors["q"] = torch.ones(2 * 8 * 128 + 1, dtype=torch.float16)[1:].view(2, 8, 128)
+    found = explain(**tensors)
+    assert found.dispatch.config.math is Math.SIMT
+    assert "aligned to 2 bytes" in str(found)
+
+
+def test_unknown_architecture_is_refused() -> None:
+    with pytest.raises(InputError, match="arch: got 'sm_70'; allowed: sm_80, .*sm_120a"):
+        _explain(*MODELS["llama-3-8b"], arch="sm_70")
+
+
+def test_explaining_bad_input_raises_as_the_call_does() -> None:
+    with pytest.raises(InputError, match="head counts: got 30 query heads and 8 KV heads"):
+        _explain(30, 8, 128)
+    with pytest.raises(InputError, match="num_splits: got -1"):
+        _explain(*MODELS["llama-3-8b"], num_splits=-1)

@@ -1,0 +1,138 @@
+"""The wheel and the sdist: complete, tidy, and enough to generate from, outside the repository."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path, PurePosixPath
+
+import pytest
+from helpers import REPOSITORY
+
+from gqa_cutlass.codegen.manifest import generated_files
+
+pytestmark = pytest.mark.slow
+
+IGNORED = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info")
+
+
+def _run(*command: object, cwd: Path) -> str:
+    """Run a command without what would let the repository in; fails where it fails."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    done = subprocess.run(
+        [str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the sdist, and the wheel made from it."""
+    folder = tmp_path_factory.mktemp("packaging")
+    shutil.copytree(REPOSITORY, folder / "source", ignore=IGNORED)
+    build = ("-m", "build", "--no-isolation", "--outdir", folder / "dist")
+    _run(sys.executable, *build, folder / "source", cwd=folder)
+    return folder / "dist"
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> set[PurePosixPath]:
+    """Files in the wheel."""
+    with zipfile.ZipFile(next(built.glob("*.whl"))) as archive:
+        return {PurePosixPath(name) for name in archive.namelist()}
+
+
+@pytest.fixture(scope="module")
+def sdist(built: Path) -> set[PurePosixPath]:
+    """Files in the sdist, below its top folder."""
+    with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
+        names = [PurePosixPath(member.name) for member in archive if member.isfile()]
+    return {name.relative_to(name.parts[0]) for name in names}
+
+
+@pytest.fixture(scope="module")
+def installed(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the commands of a fresh environment that holds the wheel.
+
+    Dependencies are those of the present environment: nothing is downloaded.
+    """
+    folder = tmp_path_factory.mktemp("installed")
+    _run(sys.executable, "-m", "venv", "--without-pip", folder / "venv", cwd=folder)
+    python = folder / "venv" / "bin" / "python"
+    where = "import site; print(site.getsitepackages()[0])"
+    library = Path(_run(python, "-c", where, cwd=folder).strip())
+    present = Path(sysconfig.get_path("purelib"))
+    for dependency in present.iterdir():
+        if not dependency.name.startswith(("gqa_cutlass", "__editable__", "__pycache__")):
+            (library / dependency.name).symlink_to(dependency)
+    options = ("--no-deps", "--no-index", "--disable-pip-version-check", "--quiet")
+    pip = (sys.executable, "-m", "pip", "--python", python, "install")
+    _run(*pip, *options, next(built.glob("*.whl")), cwd=folder)
+    return python.parent
+
+
+def _repository_files(folder: str, *patterns: str) -> set[str]:
+    paths = [path for pattern in patterns for path in (REPOSITORY / folder).rglob(pattern)]
+    return {str(path.relative_to(REPOSITORY)) for path in paths}
+
+
+def test_wheel_holds_every_module_template_header_and_kernel(wheel: set[PurePosixPath]) -> None:
+    expected = _repository_files("gqa_cutlass", "*.py")
+    for folder, patterns in (
+        ("codegen", ("*.py",)),
+        ("templates", ("*.py", "*.jinja", "*.cuh")),
+    ):
+        expected |= {f"gqa_cutlass/{name}" for name in _repository_files(folder, *patterns)}
+    expected |= {f"gqa_cutlass/generated/{name}" for name in generated_files()}
+    assert expected - {str(name) for name in wheel} == set()
+
+
+def test_wheel_has_one_top_level_package(wheel: set[PurePosixPath]) -> None:
+    tops = {name.parts[0] for name in wheel}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"gqa_cutlass"}
+
+
+def test_wheel_declares_its_command(built: Path) -> None:
+    with zipfile.ZipFile(next(built.glob("*.whl"))) as archive:
+        name = next(n for n in archive.namelist() if n.endswith(".dist-info/entry_points.txt"))
+        assert "gqa-cutlass = gqa_cutlass.cli:main" in archive.read(name).decode()
+
+
+def test_sdist_holds_what_the_wheel_is_made_from(sdist: set[PurePosixPath]) -> None:
+    expected = _repository_files("gqa_cutlass", "*.py") | _repository_files("codegen", "*.py")
+    expected |= _repository_files("templates", "*.py", "*.jinja", "*.cuh")
+    expected |= {f"generated/{name}" for name in generated_files()}
+    expected |= {"pyproject.toml", "README.md"}
+    assert expected - {str(name) for name in sdist} == set()
+
+
+def test_installed_package_is_the_wheels(installed: Path, tmp_path: Path) -> None:
+    code = "import gqa_cutlass.codegen as c, gqa_cutlass as g; print(g.__file__); print(c.__file__)"
+    for line in _run(installed / "python", "-c", code, cwd=tmp_path).splitlines():
+        assert Path(line).is_relative_to(installed.parent)
+
+
+def test_installed_package_generates_what_is_committed(installed: Path, tmp_path: Path) -> None:
+    _run(installed / "gqa-cutlass", "generate", "--out", "out", cwd=tmp_path)
+    written = {path.name: path.read_text() for path in (tmp_path / "out").iterdir()}
+    assert written == {
+        name: (REPOSITORY / "generated" / name).read_text() for name in generated_files()
+    }
+
+
+def test_installed_package_lists_its_kernels(installed: Path, tmp_path: Path) -> None:
+    output = _run(installed / "gqa-cutlass", "list", cwd=tmp_path)
+    names = {name.removesuffix(".cu") for name in generated_files() if name.endswith(".cu")}
+    assert all(name in output for name in names)
+
+
+def test_installed_package_compiles(installed: Path, tmp_path: Path) -> None:
+    build = ("build", "--kernels", "tensorop*_f16*d64_g1_*align8", "--out", "built")
+    output = _run(installed / "gqa-cutlass", *build, cwd=tmp_path)
+    assert "1 of 1 compiled" in output
