@@ -199,6 +199,11 @@ def gqa_attention_decode(
         InputError: A tensor's shape differs from what the configuration says.
         GqaError: As for `gqa_decode`.
     """
+    if not isinstance(config, GQADecodeConfig):
+        raise InputError(
+            f"gqa_attention_decode: config: got {config!r}; allowed: a GQADecodeConfig. "
+            "Nothing was launched."
+        )
     c = config
     query = (c.batch_size, 1, c.num_q_heads, c.head_dim)
     token = (c.batch_size, 1, c.num_kv_heads, c.head_dim)

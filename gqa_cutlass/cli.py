@@ -158,7 +158,7 @@ def main() -> None:
     try:
         app()
     except GqaError as error:
-        Console(stderr=True).print(f"gqa-cutlass: {error}", markup=False, highlight=False)
+        print(f"gqa-cutlass: {error}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -282,34 +282,36 @@ def _overlaps_itself(tensor: Tensor) -> bool:
 def _overlap(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors may share an address.
 
-    Rows of one buffer (the same batch stride) are told apart row by row: slices of a fused
-    projection interleave without touching.
+    Tensors that interleave are told apart by a common pitch: if each lies, modulo some stride, in
+    an interval of its own, they do not touch (slices of a fused projection, K and V in one buffer).
     """
     if "meta" in (a.device.type, b.device.type):
         return False
     (a_start, a_end), (b_start, b_end) = _extent(a), _extent(b)
     if a_end <= b_start or b_end <= a_start:
         return False
-    for dim in range(min(a.dim(), b.dim()) - 1):
-        pitch = a.stride(dim) * _ELEMENT_BYTES
-        if a.stride(dim) == b.stride(dim) and a.shape[dim] > 1:
-            a_row, b_row = _row_extent(a, dim), _row_extent(b, dim)
-            offset = (b_start - a_start) % pitch
-            if a_row <= offset and offset + b_row <= pitch:
-                return False
+    for pitch in {s for s, n in zip(a.stride(), a.shape, strict=True) if n > 1 and s > 0}:
+        offset = (b_start - a_start) % pitch
+        a_reach, b_reach = _reach_within(a, pitch), _reach_within(b, pitch)
+        if a_reach and b_reach and a_reach <= offset and offset + b_reach <= pitch:
+            return False
     return True
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
-    start = tensor.data_ptr()
+    """First address and the one past the last, in elements."""
+    start = tensor.data_ptr() // _ELEMENT_BYTES
     reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-    return start, start + reach * _ELEMENT_BYTES
+    return start, start + reach
 
 
-def _row_extent(tensor: Tensor, dim: int) -> int:
-    row = tensor.select(dim, 0)
-    start, end = _extent(row)
-    return end - start
+def _reach_within(tensor: Tensor, pitch: int) -> int:
+    """Length of the interval, modulo pitch, that holds every element; 0 where there is none."""
+    reach = 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        if size > 1 and stride % pitch:
+            reach += (size - 1) * stride if stride < pitch else pitch
+    return reach if reach <= pitch else 0
 
 
 def _shape(tensor: Tensor) -> str:

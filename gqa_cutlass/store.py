@@ -72,8 +72,8 @@ class Store:
 
     def find(self, config: KernelConfig, arch: str) -> StoredKernel | None:
         """Look a kernel up without compiling it; a corrupt entry counts as absent."""
-        self._check_private()
         for folder in (*self.read_only, self.root):
+            _check_private(folder)
             stem = folder / entry_stem(config, arch)
             compiled = _read(stem, any_compiler=folder != self.root)
             if compiled is not None:
@@ -140,14 +140,6 @@ class Store:
     def _make_root(self) -> None:
         self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
 
-    def _check_private(self) -> None:
-        """Refuse a folder that anybody may write to: whoever does runs code on the GPU."""
-        if self.root.is_dir() and self.root.stat().st_mode & stat.S_IWOTH:
-            raise StoreError(
-                f"cubin store: {self.root} is writable by every user; needed: a folder that only "
-                f"its owner can write to. Run chmod go-w {self.root}, or set GQA_CUTLASS_CACHE_DIR."
-            )
-
     def _places(self) -> str:
         return ", ".join(str(folder) for folder in (*self.read_only, self.root))
 
@@ -185,6 +177,15 @@ def entry_stem(config: KernelConfig, arch: str) -> str:
     """File name of an entry without its suffix; changes with the source and the options."""
     text = f"{source_digest(config)} {options_digest_text(arch)}"
     return f"{config.name}.{arch}.{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def _check_private(folder: Path) -> None:
+    """Refuse a folder that anybody may write to: whoever does runs code on the GPU."""
+    if folder.is_dir() and folder.stat().st_mode & stat.S_IWOTH:
+        raise StoreError(
+            f"cubin store: {folder} is writable by every user; needed: a folder that only its "
+            f"owner can write to. Run chmod o-w {folder}, or name another folder."
+        )
 
 
 def _cubin(stem: Path) -> Path:

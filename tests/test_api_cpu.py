@@ -89,7 +89,7 @@ def test_the_storys_configuration_is_checked(field: str, value: Any, message: st
         gqa_attention_decode(**story_tensors(), config=replace(CONFIG, **{field: value}))
 
 
-def test_story_configuration_that_is_none_is_refused() -> None:
+def test_configuration_of_another_type_is_refused() -> None:
     with pytest.raises(InputError, match="config: got .*; allowed: a GQADecodeConfig"):
         gqa_attention_decode(**story_tensors(), config={"batch_size": 2})  # type: ignore[arg-type]
 

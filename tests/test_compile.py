@@ -73,9 +73,13 @@ def test_ptx_needs_no_driver_and_names_source_lines(config: KernelConfig, arch: 
     assert "\0" not in text
 
 
-def test_tensor_core_kernels_are_one_schedule_on_ptx() -> None:
-    text = compile_kernel(SAMPLE[0], "compute_80", "ptx").code.decode()
-    assert "mma.sync.aligned.m16n8k16" in text and "cp.async.cg" in text
+def test_ptx_is_that_of_the_configured_schedule() -> None:
+    tensorop, simt = (
+        compile_kernel(config, "compute_80", "ptx").code.decode()
+        for config in (SAMPLE[0], SAMPLE[3])
+    )
+    assert "mma.sync.aligned.m16n8k16" in tensorop and "cp.async" in tensorop
+    assert "mma.sync" not in simt and "cp.async" in simt
 
 
 def test_compiling_twice_gives_the_same_cubin() -> None:
