@@ -149,7 +149,8 @@ def _nvrtc_version() -> str:
         _, major, minor = nvrtc.nvrtcVersion()
     except RuntimeError as error:  # the library is loaded on first use
         raise CompilerMissingError(
-            f"NVRTC: not found ({error}); needed: NVRTC 13.0 or newer; remedy: {_REMEDY}"
+            f"NVRTC: not found ({' '.join(str(error).split())}); needed: NVRTC 13.0 or newer; "
+            f"remedy: {_REMEDY}"
         ) from error
     return _distribution("nvidia-cuda-nvrtc") or f"{major}.{minor}"
 
@@ -164,7 +165,12 @@ def _distribution(name: str) -> str:
 @cache
 def _cccl_version() -> str:
     header = _include_paths()[-1] / "cuda" / "std" / "__cccl" / "version.h"
-    match = re.search(r"define CCCL_VERSION (\d+)", header.read_text())
+    try:
+        match = re.search(r"define CCCL_VERSION (\d+)", header.read_text())
+    except OSError as error:
+        raise CompilerMissingError(
+            f"headers of CCCL: {header} cannot be read ({error.strerror}); remedy: {_REMEDY}"
+        ) from error
     return match.group(1) if match else "unknown"
 
 

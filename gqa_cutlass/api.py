@@ -82,7 +82,7 @@ def gqa_decode(
         key = (signature(tensors), lengths_on_device, softmax_scale, num_splits, return_lse,
                torch.is_grad_enabled())  # fmt: skip
         found = _plans.get(key)
-    except (AttributeError, TypeError):  # no tensors, or not hashable: plan() says what is wrong
+    except (AttributeError, TypeError, RuntimeError):  # no dense tensors: plan() says what is wrong
         key = found = None
     if found is None:
         found = plan(
@@ -133,7 +133,7 @@ def plan(
     tensors = inputs.gather(q, k_cache, v_cache, k, v, out)
     problem = inputs.validate(tensors)
     inputs.check_lengths(problem, cache_seqlens, q.device)
-    inputs.check_out_alias(tensors)
+    inputs.check_aliases(tensors, cache_seqlens)
     inputs.check_splits(num_splits)
     scale = inputs.check_scale(softmax_scale, problem.head_dim)
     device = _gpu_of(q)

@@ -154,10 +154,10 @@ def doctor() -> None:
 
 
 def main() -> None:
-    """Run a command; an error of ours is one line, not a traceback."""
+    """Run a command; an error is one line, not a traceback."""
     try:
         app()
-    except GqaError as error:
+    except (GqaError, OSError) as error:
         print(f"gqa-cutlass: {error}", file=sys.stderr)
         sys.exit(2)
 

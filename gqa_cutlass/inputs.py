@@ -93,6 +93,9 @@ def gather(
         optional = name in ("k", "v", "out")
         if not isinstance(tensor, Tensor) and not (optional and tensor is None):
             _fail(name, f"a {type(tensor).__name__}", "a torch.Tensor" + optional * " or None")
+        if tensor is not None and (tensor.layout is not torch.strided or tensor.is_nested):
+            kind = "nested" if tensor.is_nested else tensor.layout
+            _fail(name, f"a {kind} tensor", "a dense (strided) tensor")
     if (k is None) != (v is None):
         missing = "v" if v is None else "k"
         _fail("k and v", f"no {missing}", "both (append the token) or neither (attend only)")
@@ -173,12 +176,15 @@ def check_splits(num_splits: int) -> None:
         _fail("num_splits", repr(num_splits), f"0 (the dispatcher decides) to {MAX_SPLITS}")
 
 
-def check_out_alias(tensors: Tensors) -> None:
-    """Raise InputError when `out` shares memory with an input."""
+def check_aliases(tensors: Tensors, cache_seqlens: int | Tensor) -> None:
+    """Raise InputError when what is written shares memory with what it must not."""
+    if tensors.k is not None and _overlap(tensors.k_cache, tensors.v_cache):
+        _fail("v_cache", "memory that k_cache also uses", "two caches that do not share memory")
     if tensors.out is None:
         return
-    for name, other in tensors.present().items():
-        if name != "out" and _overlap(tensors.out, other):
+    read = tensors.present() | {"cache_seqlens": cache_seqlens}
+    for name, other in read.items():
+        if name != "out" and isinstance(other, Tensor) and _overlap(tensors.out, other):
             _fail("out", f"memory that {name} also uses", "memory of its own; pass out=None")
 
 
@@ -244,6 +250,8 @@ def _check_shapes(tensors: Tensors) -> Problem:
 
 def _check_memory(tensors: Tensors) -> None:
     for name, tensor in tensors.present().items():
+        if tensor.device.type != "meta" and tensor.data_ptr() % _ELEMENT_BYTES:
+            _fail(name, f"address {tensor.data_ptr():#x}", "an address that is a multiple of 2")
         if tensor.stride(-1) != 1:
             _fail(
                 name,
@@ -256,8 +264,6 @@ def _check_memory(tensors: Tensors) -> None:
     for name, target in written.items():
         if target is not None and _overlaps_itself(target):
             _fail(name, f"strides {list(target.stride())}", "elements that do not share memory")
-    if tensors.k is not None and _overlap(tensors.k_cache, tensors.v_cache):
-        _fail("v_cache", "memory that k_cache also uses", "two caches that do not share memory")
 
 
 def vector_width(tensor: Tensor) -> int:
@@ -287,30 +293,32 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
     """
     if "meta" in (a.device.type, b.device.type):
         return False
-    (a_start, a_end), (b_start, b_end) = _extent(a), _extent(b)
+    (a_start, a_end), (b_start, b_end) = byte_span(a), byte_span(b)
     if a_end <= b_start or b_end <= a_start:
         return False
-    for pitch in {s for s, n in zip(a.stride(), a.shape, strict=True) if n > 1 and s > 0}:
-        offset = (b_start - a_start) % pitch
-        a_reach, b_reach = _reach_within(a, pitch), _reach_within(b, pitch)
-        if a_reach and b_reach and a_reach <= offset and offset + b_reach <= pitch:
-            return False
+    for pitch in {s * a.element_size() for s, n in zip(a.stride(), a.shape, strict=True) if n > 1}:
+        if pitch:
+            offset = (b_start - a_start) % pitch
+            a_reach, b_reach = _reach_within(a, pitch), _reach_within(b, pitch)
+            if a_reach and b_reach and a_reach <= offset and offset + b_reach <= pitch:
+                return False
     return True
 
 
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    """First address and the one past the last, in elements."""
-    start = tensor.data_ptr() // _ELEMENT_BYTES
+def byte_span(tensor: Tensor) -> tuple[int, int]:
+    """Address of a tensor's first byte, and the one past its last."""
+    start = tensor.data_ptr()
     reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-    return start, start + reach
+    return start, start + reach * tensor.element_size()
 
 
 def _reach_within(tensor: Tensor, pitch: int) -> int:
-    """Length of the interval, modulo pitch, that holds every element; 0 where there is none."""
-    reach = 1
+    """Length of the interval of bytes, modulo pitch, that holds all elements; 0 for none."""
+    reach = tensor.element_size()
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        if size > 1 and stride % pitch:
-            reach += (size - 1) * stride if stride < pitch else pitch
+        step = stride * tensor.element_size()
+        if size > 1 and step % pitch:
+            reach += (size - 1) * step if step < pitch else pitch
     return reach if reach <= pitch else 0
 
 

@@ -60,6 +60,7 @@ class Plan:
         self._device_lengths = device_lengths
         self._flag = workspace.overflow_flag(kernel.device.index)
         self._lock = threading.Lock()
+        self._reach = tuple(map(_reach, vars(tensors).values()))
         self._params = _params(problem, chosen, tensors, softmax_scale, self._flag.address)
 
     def __call__(
@@ -101,15 +102,41 @@ class Plan:
     ) -> Tensor | tuple[Tensor, Tensor]:
         """As `__call__`, for callers that have compared the signature already."""
         inputs.check_lengths(self.problem, cache_seqlens, q.device)
-        if out is not None:
-            inputs.check_out_alias(
-                Tensors(q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v, out=out)
-            )
+        self._check_aliases(q, k_cache, v_cache, k, v, cache_seqlens, out)
         self._flag.raise_if_set()
         if torch.cuda.current_device() != self._kernel.device.index:
             with torch.cuda.device(self._kernel.device.index):
                 return self._launch(q, k_cache, v_cache, k, v, cache_seqlens, out)
         return self._launch(q, k_cache, v_cache, k, v, cache_seqlens, out)
+
+    def _check_aliases(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        cache_seqlens: int | Tensor,
+        out: Tensor | None,
+    ) -> None:
+        """Compare spans of memory, which is cheap, and look closer only where some meet."""
+        keys, values = k_cache.data_ptr(), v_cache.data_ptr()
+        apart = keys + self._reach[1] <= values or values + self._reach[2] <= keys
+        if apart and out is None:
+            return
+        if out is not None:
+            start = out.data_ptr()
+            end = start + self._reach[5]
+            for tensor, reach in zip((q, k_cache, v_cache, k, v), self._reach, strict=False):
+                if tensor is not None:
+                    other = tensor.data_ptr()
+                    apart = apart and (end <= other or other + reach <= start)
+            if isinstance(cache_seqlens, Tensor):
+                other = cache_seqlens.data_ptr()
+                apart = apart and (end <= other or other + 4 * self.problem.batch_size <= start)
+        if not apart:
+            tensors = Tensors(q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v, out=out)
+            inputs.check_aliases(tensors, cache_seqlens)
 
     def _launch(
         self,
@@ -152,9 +179,10 @@ class Plan:
         chosen, index = self.dispatch, self._kernel.device.index
         if chosen.num_splits == 1:
             return None
-        partials = workspace.partials(index, stream, chosen.partial_floats)
+        partials, params.tickets = workspace.borrow(
+            index, stream, chosen.partial_floats, chosen.num_tickets
+        )
         params.partials = partials.data_ptr()
-        params.tickets = workspace.tickets(index, stream, chosen.num_tickets)
         return partials
 
     def _log(self, stream: int) -> None:
@@ -168,6 +196,12 @@ class Plan:
             problem.num_kv_heads, problem.head_dim, problem.max_seq_len, problem.append,
             self._kernel.device.index, stream,
         )  # fmt: skip
+
+
+def _reach(tensor: Tensor | None) -> int:
+    """Bytes from a tensor's first to the one past its last."""
+    start, end = (0, 0) if tensor is None else inputs.byte_span(tensor)
+    return end - start
 
 
 def _params(

@@ -69,25 +69,34 @@ def overflow_flag(device: int) -> OverflowFlag:
     return flag
 
 
-def partials(device: int, stream: int, num_floats: int) -> Tensor:
-    """Float32 memory for partial outputs, to be used by the stream's next launch."""
+def borrow(device: int, stream: int, num_floats: int, num_tickets: int) -> tuple[Tensor, int]:
+    """Memory for the stream's next launch.
+
+    Args:
+        device: The GPU.
+        stream: The current stream's handle.
+        num_floats: Float32 elements for partial outputs.
+        num_tickets: Counters.
+
+    Returns:
+        The partials, to be held until the launch, and the address of the zeroed counters.
+    """
     if torch.cuda.is_current_stream_capturing():
-        return torch.empty(num_floats, dtype=torch.float32, device=device)
+        temporary = torch.empty(num_floats, dtype=torch.float32, device=device)
+        return temporary, _tickets_for((device, stream, capture_id(stream)), num_tickets)
     held = _partials.get((device, stream))
     if held is None or held.numel() < num_floats:
         held = torch.empty(num_floats, dtype=torch.float32, device=device)
         _partials[device, stream] = held
-    return held
+    return held, _tickets_for((device, stream, 0), num_tickets)
 
 
-def tickets(device: int, stream: int, count: int) -> int:
-    """Address of `count` zeroed counters for the stream's (or its capture's) launches."""
-    capturing = torch.cuda.is_current_stream_capturing()
-    key = device, stream, capture_id(stream) if capturing else 0
+def _tickets_for(key: tuple[int, int, int], count: int) -> int:
+    """Address of `count` zeroed counters for a (device, stream, capture)."""
     address, held = _tickets.get(key, (0, 0))
     if held < count:
         held = max(count, _MIN_TICKETS)
         # A smaller array in use is never freed: launches and graphs keep its address.
-        address = allocate_zeroed(device, held * _TICKET_BYTES)
+        address = allocate_zeroed(key[0], held * _TICKET_BYTES)
         _tickets[key] = address, held
     return address

@@ -46,10 +46,23 @@ def _replaced(**sizes: Any) -> dict[str, Change]:
     return {name: lambda t, name=name: call_tensors(**sizes)[name] for name in NAMES}  # type: ignore[misc]
 
 
+def _at_odd_address(tensor: Tensor) -> Tensor:
+    memory = bytearray(tensor.numel() * 2 + 2)
+    start = 1 - torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % 2
+    flat = torch.frombuffer(memory, dtype=tensor.dtype, offset=start, count=tensor.numel())
+    return flat.view(tensor.shape)
+
+
 RANKS = "[batch, heads, head_dim] or [batch, 1, heads, head_dim]"
 BROKEN_RULES = [
     *(bad(n, "a list", "a torch.Tensor", **{n: lambda t: [1.0]}) for n in NAMES),
     *(bad(n, "a NoneType", "a torch.Tensor", **{n: lambda t: None}) for n in NAMES[:3]),
+    *(
+        bad(n, "a torch.sparse_coo tensor", "a dense", **{n: lambda t, n=n: t[n].to_sparse()})
+        for n in NAMES
+    ),
+    bad("q", "a nested tensor", "a dense", q=lambda t: torch.nested.nested_tensor(list(t["q"]))),
+    bad("k", "address 0x", "a multiple of 2", k=lambda t: _at_odd_address(t["k"])),
     bad("k and v", "no v", "both (append the token) or neither", v=lambda t: None),
     bad("k and v", "no k", "both (append the token) or neither", k=lambda t: None),
     bad("q", "shape [8, 64]", RANKS, q=lambda t: t["q"][0]),
@@ -143,7 +156,9 @@ def test_broken_rule_raises_and_nothing_is_written(
     valid = call_tensors()
     arguments = {"cache_seqlens": 3} | valid | {n: change(valid) for n, change in changes.items()}
     tensors = {
-        n: t for n, t in arguments.items() if isinstance(t, Tensor) and t.device.type == "cpu"
+        n: t
+        for n, t in arguments.items()
+        if isinstance(t, Tensor) and t.device.type == "cpu" and not (t.is_sparse or t.is_nested)
     }
     before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     with pytest.raises(InputError) as raised:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gqa_cutlass.errors import InputError
-from gqa_cutlass.inputs import Tensors, check_out_alias, gather, validate
+from gqa_cutlass.inputs import Tensors, check_aliases, gather, validate
 
 
 def vec_width(**changes: Tensor) -> int:
@@ -92,7 +92,15 @@ def test_slices_of_a_fused_projection_are_accepted(batch: int) -> None:
     q, k, v, out = fused.split((8, 2, 2, 8), dim=1)
     tensors = gather(**call_tensors(batch=batch) | {"q": q, "k": k, "v": v, "out": out})  # type: ignore[arg-type]
     validate(tensors)
-    check_out_alias(tensors)
+    check_aliases(tensors, 0)
+
+
+def test_output_over_the_lengths_is_refused() -> None:
+    tensors: dict[str, Any] = call_tensors()
+    lengths = torch.zeros(tensors["out"].numel() // 2, dtype=torch.int32)
+    tensors["out"] = lengths.view(torch.float16).view(tensors["q"].shape)
+    with pytest.raises(InputError, match="out: got memory that cache_seqlens also uses"):
+        check_aliases(gather(**tensors), lengths[:2])
 
 
 def test_inputs_that_are_only_read_may_repeat() -> None:
@@ -132,6 +140,6 @@ def test_output_that_shares_an_element_is_refused(out: Tensor, other: Tensor) ->
     mine, theirs = _addresses(out), _addresses(other)
     if mine & theirs:
         with pytest.raises(InputError, match="out: got memory that q also uses"):
-            check_out_alias(tensors)
+            check_aliases(tensors, 0)
     elif max(mine) < min(theirs) or max(theirs) < min(mine):
-        check_out_alias(tensors)
+        check_aliases(tensors, 0)
