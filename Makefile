@@ -32,7 +32,7 @@ demo: $(READY) ## Generate and compile kernels for real models; on a GPU also de
 	$(PYTHON) examples/demo.py $(ARGS)
 
 test: $(READY) ## Run the tests; those that need a GPU are skipped where there is none
-	$(PYTHON) -m pytest -n auto --maxprocesses 16 --dist worksteal $(ARGS)
+	$(PYTHON) -m pytest -n auto --maxprocesses 16 --dist loadgroup $(ARGS)
 
 gpu-test: $(READY) ## Run the GPU tests and write tests/gpu_evidence.json
 	$(PYTHON) -m pytest -m gpu --gpu-evidence $(ARGS)

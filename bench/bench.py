@@ -2,8 +2,8 @@
 
 Protocol: one CUDA graph per contender holds one call per buffer set; sets rotate through at least
 256 MiB, four times an H200's L2, so the cache is cold. Contenders take turns in one process; the
-median of twelve turns counts. Data are random, rows past the end are NaN. Ours appends the new
-token; SDPA only attends. Each point is checked against float32 before it is timed.
+median of twelve turns counts. Data are random. Ours appends the new token; SDPA only attends. Each
+point is checked against float32 before it is timed, with NaN where the new token goes.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def report(rows: list[dict[str, object]], run: dict[str, str]) -> None:
     for row in rows:
         ours = float(row["ours"])
         peers = [float(row[name]) for name in PEERS if name in row]
-        ratios.append(min(peers) / ours)
+        ratios.append(min(peers, default=float("nan")) / ours)
         flash = float(row["SDPA flash"]) / ours if "SDPA flash" in row else float("nan")
         table.add_row(
             str(row["point"]), f"{row['mib']:.1f}", f"{row['floor']:.2f}", f"{ours:.2f}",
@@ -135,7 +135,10 @@ def report(rows: list[dict[str, object]], run: dict[str, str]) -> None:
 def clocks() -> str:
     """Clocks of the GPU just after the run."""
     query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem", "--format=csv,noheader", "--id=0"]
-    return subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def main() -> None:
@@ -143,17 +146,19 @@ def main() -> None:
     parser.add_argument("--points", default="", help="only points whose name contains this")
     parser.add_argument("--out", type=Path, help="JSON file; default: bench/results/<gpu>.json")
     options = parser.parse_args()
+    if options.points and not options.out:
+        parser.error("--points measures a part of the grid: name a file with --out")
     if not torch.cuda.is_available():
         sys.exit("bench: needs a GPU; the last results are in bench/results/")
     pool = torch.randn(7 << 28, dtype=torch.float16, device="cuda")
     floor = Floor()
     rows = [measure(p, pool, floor) for p in GRID if options.points in str(p)]
     run = {**provenance(), "clocks": clocks()}
-    report(rows, run)
     name = run["gpu"].lower().replace(" ", "-")
     out = options.out or RESULTS / f"{name}.json"
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps({"run": run, "microseconds": rows}, indent=1) + "\n")
+    report(rows, run)
 
 
 if __name__ == "__main__":

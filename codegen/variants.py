@@ -70,6 +70,14 @@ def _block_h(math: Math, head_dim: int, group_size: int) -> int:
     return min(limit, 8 * -(-tiles // blocks))
 
 
+def _named(name: str) -> KernelConfig | None:
+    """The kernel of this name, if it is one."""
+    try:
+        return KernelConfig.from_name(name)
+    except ConfigError:
+        return None
+
+
 @cache
 def shipped() -> tuple[KernelConfig, ...]:
     """Every kernel that the package carries as source, in the order of the grid."""
@@ -87,7 +95,8 @@ def select(
 
     Args:
         filters: Comma-separated entries; each is a `*`-separated list of substrings that must occur
-            in the name in this order. None or empty picks everything.
+            in the name in this order, or a kernel's whole name, which need not be shipped. None or
+            empty picks everything.
         configs: What to pick from; the shipped grid by default.
 
     Raises:
@@ -96,8 +105,9 @@ def select(
     pool = list(shipped() if configs is None else configs)
     if not filters:
         return pool
-    patterns = [f"*{entry.strip()}*" for entry in filters.split(",") if entry.strip()]
-    picked = [c for c in pool if any(fnmatchcase(c.name, p) for p in patterns)]
+    entries = [entry.strip() for entry in filters.split(",") if entry.strip()]
+    pool += [config for config in map(_named, entries) if config and config not in pool]
+    picked = [c for c in pool if any(fnmatchcase(c.name, f"*{e}*") for e in entries)]
     if not picked:
         raise ConfigError(
             f"--kernels: got {filters!r}, which matches none of {len(pool)} kernels; "

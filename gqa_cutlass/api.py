@@ -20,6 +20,7 @@ from gqa_cutlass.planning import Plan, signature
 from gqa_cutlass.store import Store
 
 _MAX_PLANS = 4096
+_PER_THREAD_STREAM = 2  # up to here handles are names of default streams, not streams
 _plans: dict[object, Plan] = {}
 
 
@@ -77,6 +78,7 @@ def gqa_decode(
     """
     tensors = q, k_cache, v_cache, k, v, out
     lengths_on_device = isinstance(cache_seqlens, Tensor)
+    inputs.check_splits(num_splits)  # here, for True == 1 would find the plan of 1
     key: object
     try:
         key = (signature(tensors), lengths_on_device, softmax_scale, num_splits, return_lse,
@@ -91,7 +93,8 @@ def gqa_decode(
         )  # fmt: skip
         if len(_plans) >= _MAX_PLANS:
             _plans.clear()
-        _plans[key] = found
+        if key is not None:
+            _plans[key] = found
     return found.run(q, k_cache, v_cache, k, v, cache_seqlens, out)
 
 
@@ -141,7 +144,7 @@ def plan(
     return Plan(
         problem=problem,
         chosen=chosen,
-        kernel=load(chosen.config, device),
+        kernel=load(chosen.config, device, jit=_may_compile()),
         tensors=tensors,
         key=signature((q, k_cache, v_cache, k, v, out)),
         softmax_scale=scale,
@@ -360,6 +363,11 @@ def check_overflow(device: torch.device | int | str = "cuda") -> None:
     workspace.overflow_flag(gpu.index).raise_if_set()
 
 
+def _may_compile() -> bool | None:
+    """False while a CUDA graph is being captured; None where the environment decides."""
+    return False if torch.cuda.is_current_stream_capturing() else None
+
+
 def _problem(config: GQADecodeConfig, dtype: torch.dtype) -> Problem:
     """The problem that a configuration describes, by way of tensors without memory."""
     c = config
@@ -397,8 +405,15 @@ def _gpu(device: torch.device) -> Device:
 def _on_stream(
     stream: torch.cuda.Stream | int | None, device: torch.device
 ) -> AbstractContextManager[object]:
-    if stream is None or device.type != "cuda":
+    """Make a stream current; None keeps the one that is."""
+    if stream is None:
         return nullcontext()
-    if isinstance(stream, int):
+    if type(stream) is int and stream > _PER_THREAD_STREAM and device.type == "cuda":
         stream = torch.cuda.ExternalStream(stream, device=device)
+    if not isinstance(stream, torch.cuda.Stream) or stream.device != device:
+        raise InputError(
+            f"gqa_attention_decode: stream: got {stream!r}; allowed: a torch.cuda.Stream on "
+            f"{device}, the handle of one that cudaStreamCreate made, or None for the current "
+            "stream. Nothing was launched."
+        )
     return torch.cuda.stream(stream)

@@ -91,11 +91,13 @@ def check() -> None:
     """Fail when generated/ has drifted from the templates, or a kernel lacks GPU evidence."""
     from gqa_cutlass.codegen import shipped
     from gqa_cutlass.codegen.manifest import drift
-    from gqa_cutlass.evidence import Evidence
+    from gqa_cutlass.evidence import FILE, Evidence
 
     wrong = drift()
     for name in wrong:
         console.print(f"drift: generated/{name}; run `gqa-cutlass generate`")
+    if not FILE.parent.is_dir():
+        raise GqaError("check: works in a checkout of the repository, whose evidence it reads")
     unproven = Evidence.shipped().missing(shipped())
     for config in unproven:
         console.print(f"no current GPU evidence: {config.name}; run `make gpu-test` on a GPU")

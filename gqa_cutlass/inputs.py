@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from gqa_cutlass.codegen.config import MAX_HEAD_DIM, MIN_HEAD_DIM, DType
+from gqa_cutlass.codegen.config import MAX_GROUP_SIZE, MAX_HEAD_DIM, MIN_HEAD_DIM, DType
 from gqa_cutlass.errors import CacheOverflowError, InputError
 
 DTYPES = {torch.float16: DType.F16, torch.bfloat16: DType.BF16}
 MAX_BATCH = 65535  # grid z
 MAX_SEQ_LEN = 2**30  # tile arithmetic is 32-bit
 MAX_SPLITS = 1024
+MAX_SCALE = 1e38  # times log2(e) it is still a float32
 VECTOR_WIDTHS = (8, 4, 2, 1)
 _ELEMENT_BYTES = 2
 
@@ -161,12 +161,15 @@ def check_scale(softmax_scale: float | None, head_dim: int) -> float:
     """The scale of the scores: head_dim ** -0.5 unless given.
 
     Raises:
-        InputError: Not a finite number.
+        InputError: Not a number, or too large for float32.
     """
     if softmax_scale is None:
         return float(head_dim**-0.5)
-    if not isinstance(softmax_scale, (int, float)) or not math.isfinite(softmax_scale):
-        _fail("softmax_scale", repr(softmax_scale), "a finite number, or None for head_dim ** -0.5")
+    number = isinstance(softmax_scale, (int, float)) and not isinstance(softmax_scale, bool)
+    # Compared before it is converted: an int may be too large for a float.
+    if not number or not -MAX_SCALE <= softmax_scale <= MAX_SCALE:
+        allowed = f"a number from {-MAX_SCALE:g} to {MAX_SCALE:g}, or None for head_dim ** -0.5"
+        _fail("softmax_scale", repr(softmax_scale)[:80], allowed)
     return float(softmax_scale)
 
 
@@ -229,6 +232,8 @@ def _check_shapes(tensors: Tensors) -> Problem:
             f"{num_q_heads} query heads and {num_kv_heads} KV heads",
             "a number of query heads that is a multiple of the number of KV heads",
         )
+    if num_q_heads // num_kv_heads > MAX_GROUP_SIZE:
+        _fail("group size", str(num_q_heads // num_kv_heads), f"1 to {MAX_GROUP_SIZE}")
     cache_shape = (batch, max_seq_len, num_kv_heads, head_dim)
     token_shape = (batch, num_kv_heads, head_dim)
     expected = {"k_cache": cache_shape, "v_cache": cache_shape, "k": token_shape, "v": token_shape}

@@ -104,18 +104,24 @@ class LoadedKernel:
         """
         prepared.hStream = stream
         pointer = ctypes.c_void_p(ctypes.addressof(params))
-        _check(
-            driver.cuLaunchKernelEx(prepared, self._function, ctypes.addressof(pointer), 0),
-            f"launching {self.config.name}",
-        )
+        result = driver.cuLaunchKernelEx(prepared, self._function, ctypes.addressof(pointer), 0)
+        if result[0] == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:  # a thread new to CUDA
+            _check(driver.cuCtxSetCurrent(_primary_context(self.device.index)), "entering CUDA")
+            result = driver.cuLaunchKernelEx(prepared, self._function, ctypes.addressof(pointer), 0)
+        _check(result, f"launching {self.config.name}")
 
 
 _loaded: dict[tuple[KernelConfig, int], LoadedKernel] = {}
 _loading = threading.Lock()
 
 
-def load(config: KernelConfig, device: Device, store: Store | None = None) -> LoadedKernel:
+def load(config: KernelConfig, device: Device, *, jit: bool | None = None) -> LoadedKernel:
     """Load a kernel on a device, compiling it if need be; the second time it is at hand.
+
+    Args:
+        config: The kernel.
+        device: Where.
+        jit: Whether compiling is allowed; None asks the environment.
 
     Raises:
         LaunchError: The driver refused the cubin.
@@ -125,13 +131,13 @@ def load(config: KernelConfig, device: Device, store: Store | None = None) -> Lo
     kernel = _loaded.get(key)
     if kernel is None:
         with _loading:
-            kernel = _loaded.get(key) or _load(config, device, store or Store.default())
+            kernel = _loaded.get(key) or _load(config, device, jit)
             _loaded[key] = kernel
     return kernel
 
 
-def _load(config: KernelConfig, device: Device, store: Store) -> LoadedKernel:
-    stored = store.get(config, device.arch.name)
+def _load(config: KernelConfig, device: Device, jit: bool | None) -> LoadedKernel:
+    stored = Store.default().get(config, device.arch.name, jit=jit)
     with _context(device.index):
         # Loading allocates, which a capture on another thread of the process would forbid.
         with relaxed_capture():
@@ -264,12 +270,17 @@ def _attribute(handle: Any, attribute: Any) -> int:
     return int(_check(driver.cuDeviceGetAttribute(attribute, handle), f"asking for {attribute}"))
 
 
+@cache
+def _primary_context(index: int) -> Any:
+    """The context that torch uses, retained for good."""
+    handle = _check(driver.cuDeviceGet(index), f"asking for GPU {index}")
+    return _check(driver.cuDevicePrimaryCtxRetain(handle), f"opening GPU {index}")
+
+
 @contextmanager
 def _context(index: int) -> Iterator[None]:
-    """Make the device's primary context (the one that torch uses) current on this thread."""
-    handle = _check(driver.cuDeviceGet(index), f"asking for GPU {index}")
-    context = _check(driver.cuDevicePrimaryCtxRetain(handle), f"opening GPU {index}")
-    _check(driver.cuCtxPushCurrent(context), "entering the GPU's context")
+    """Make the device's primary context current on this thread for a while."""
+    _check(driver.cuCtxPushCurrent(_primary_context(index)), "entering the GPU's context")
     try:
         yield
     finally:

@@ -60,7 +60,7 @@ class Plan:
         self._device_lengths = device_lengths
         self._flag = workspace.overflow_flag(kernel.device.index)
         self._lock = threading.Lock()
-        self._reach = tuple(map(_reach, vars(tensors).values()))
+        self._reaches = tuple(map(_reach, vars(tensors).values()))
         self._params = _params(problem, chosen, tensors, softmax_scale, self._flag.address)
 
     def __call__(
@@ -68,9 +68,9 @@ class Plan:
         q: Tensor,
         k_cache: Tensor,
         v_cache: Tensor,
-        k: Tensor | None = None,
-        v: Tensor | None = None,
-        cache_seqlens: int | Tensor = 0,
+        k: Tensor | None,
+        v: Tensor | None,
+        cache_seqlens: int | Tensor,
         out: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Run one decode step; arguments as for `gqa_decode`, laid out as when the plan was made.
@@ -79,7 +79,11 @@ class Plan:
             InputError: A tensor's layout differs from the plan's, or a length is not allowed.
             CacheOverflowError: The new token does not fit, or did not in an earlier call.
         """
-        if signature((q, k_cache, v_cache, k, v, out)) != self._key:
+        try:
+            same = signature((q, k_cache, v_cache, k, v, out)) == self._key
+        except (AttributeError, RuntimeError):  # no dense tensors
+            same = False
+        if not same:
             raise InputError(
                 "plan: a tensor's shape, strides, dtype, device or alignment differs from what the "
                 "plan was made for (or k, v or out was given then and not now, or the reverse). "
@@ -121,13 +125,12 @@ class Plan:
     ) -> None:
         """Compare spans of memory, which is cheap, and look closer only where some meet."""
         keys, values = k_cache.data_ptr(), v_cache.data_ptr()
-        apart = keys + self._reach[1] <= values or values + self._reach[2] <= keys
-        if apart and out is None:
-            return
+        keys_end, values_end = keys + self._reaches[1], values + self._reaches[2]
+        apart = k is None or keys_end <= values or values_end <= keys
         if out is not None:
             start = out.data_ptr()
-            end = start + self._reach[5]
-            for tensor, reach in zip((q, k_cache, v_cache, k, v), self._reach, strict=False):
+            end = start + self._reaches[5]
+            for tensor, reach in zip((q, k_cache, v_cache, k, v), self._reaches, strict=False):
                 if tensor is not None:
                     other = tensor.data_ptr()
                     apart = apart and (end <= other or other + reach <= start)

@@ -1,7 +1,8 @@
 """Cubins on disk: content-addressed, written atomically, healing itself.
 
-An entry is two files, `<kernel>.<arch>.<digest>.cubin` and the same name with `.json`, which holds
-the cubin's checksum and what the compiler said. The JSON is written last; an entry without it, or
+An entry is two files, `<kernel>.<arch>.<source>.<compiler>.cubin` (digests of the source with the
+options, and of the compiler's version) and the same name with `.json`, which holds the cubin's
+checksum and what the compiler said. The JSON is written last; an entry without it, or
 one whose checksum does not match, is a miss and gets replaced. Processes that want the same kernel
 take turns on a lock file, so each kernel is compiled once.
 """
@@ -17,6 +18,7 @@ import stat
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,12 +76,13 @@ class Store:
         """Look a kernel up without compiling it; a corrupt entry counts as absent."""
         for folder in (*self.read_only, self.root):
             _check_private(folder)
-            stem = folder / entry_stem(config, arch)
-            compiled = _read(stem, any_compiler=folder != self.root)
-            if compiled is not None:
-                return StoredKernel(
-                    config=config, arch=arch, path=_cubin(stem), compiled=compiled, was_built=False
-                )
+            for stem in _candidates(folder, config, arch, any_compiler=folder != self.root):
+                compiled = _read(stem)
+                if compiled is not None:
+                    return StoredKernel(
+                        config=config, arch=arch, path=_cubin(stem), compiled=compiled,
+                        was_built=False,
+                    )  # fmt: skip
         return None
 
     def get(self, config: KernelConfig, arch: str, *, jit: bool | None = None) -> StoredKernel:
@@ -97,23 +100,15 @@ class Store:
         """
         if found := self.find(config, arch):
             return found
-        if not (not env.jit_disabled() if jit is None else jit):
+        if jit is False or (jit is None and env.jit_disabled()):
             raise KernelMissingError(
-                f"{config.name} for {arch}: no cubin in {self._places()}, and compiling at run "
-                "time is disabled (GQA_CUTLASS_DISABLE_JIT). Build it ahead of time: "
+                f"{config.name} for {arch}: no cubin in {self._places()}, and nothing is compiled "
+                "during a CUDA-graph capture or with GQA_CUTLASS_DISABLE_JIT. Call "
+                "gqa_cutlass.warmup() before the capture, or build the kernel ahead of time: "
                 f"gqa-cutlass build --arch {arch} --kernels {config.name}"
             )
-        try:
-            self._make_root()
-            with FileLock(self.root / f"{entry_stem(config, arch)}.lock"):
-                if found := self.find(config, arch):
-                    return found
-                return self._build(config, arch)
-        except OSError as error:
-            raise StoreError(
-                f"cubin store: cannot write to {self.root} ({error.strerror or error}); needed: a "
-                "folder that this user can write to. Set GQA_CUTLASS_CACHE_DIR to one."
-            ) from error
+        with self._locked(f"{entry_stem(config, arch)}.lock"):
+            return self.find(config, arch) or self._build(config, arch)
 
     def clean(self) -> int:
         """Remove every entry of the writable folder; returns how many files went."""
@@ -125,20 +120,39 @@ class Store:
 
     def _build(self, config: KernelConfig, arch: str) -> StoredKernel:
         compiled = compile_kernel(config, arch)
-        stem = self.root / entry_stem(config, arch)
-        _write_atomically(_cubin(stem), compiled.code)
+        stem = self.root / f"{entry_stem(config, arch)}.{_digest(compiler_version())}"
         meta = {
             "compiler": compiler_version(),
             "sha256": hashlib.sha256(compiled.code).hexdigest(),
             **{k: v for k, v in dataclasses.asdict(compiled).items() if k != "code"},
         }
-        _write_atomically(_meta(stem), json.dumps(meta, indent=1).encode())
+        with self._writing():
+            _write_atomically(_cubin(stem), compiled.code)
+            _write_atomically(_meta(stem), json.dumps(meta, indent=1).encode())
         return StoredKernel(
             config=config, arch=arch, path=_cubin(stem), compiled=compiled, was_built=True
         )
 
-    def _make_root(self) -> None:
-        self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    @contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        with self._writing():
+            self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            lock = FileLock(self.root / name)
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StoreError(
+                f"cubin store: cannot write to {self.root} ({error.strerror or error}); needed: a "
+                "folder that this user can write to. Set GQA_CUTLASS_CACHE_DIR to one."
+            ) from error
 
     def _places(self) -> str:
         return ", ".join(str(folder) for folder in (*self.read_only, self.root))
@@ -174,9 +188,21 @@ def _build_one(item: tuple[Store, KernelConfig, str]) -> StoredKernel:
 
 
 def entry_stem(config: KernelConfig, arch: str) -> str:
-    """File name of an entry without its suffix; changes with the source and the options."""
-    text = f"{source_digest(config)} {options_digest_text(arch)}"
-    return f"{config.name}.{arch}.{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    """First part of an entry's file name; changes with the source and the options."""
+    return f"{config.name}.{arch}.{_digest(source_digest(config) + options_digest_text(arch))}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _candidates(folder: Path, config: KernelConfig, arch: str, *, any_compiler: bool) -> list[Path]:
+    """Paths, without suffix, of entries that may serve: this compiler's, or if allowed anyone's."""
+    stem = entry_stem(config, arch)
+    compiler = _compiler()
+    if compiler is not None and not any_compiler:
+        return [folder / f"{stem}.{_digest(compiler)}"]
+    return sorted(path.with_suffix("") for path in folder.glob(f"{stem}.*.json"))
 
 
 def _check_private(folder: Path) -> None:
@@ -196,16 +222,14 @@ def _meta(stem: Path) -> Path:
     return stem.with_name(stem.name + ".json")
 
 
-def _read(stem: Path, *, any_compiler: bool) -> Compiled | None:
-    """Read an entry, perhaps only if the present compiler made it. Anything odd is a miss."""
+def _read(stem: Path) -> Compiled | None:
+    """Read an entry. Anything odd is a miss."""
     try:
         meta = json.loads(_meta(stem).read_bytes())
         code = _cubin(stem).read_bytes()
         if meta.pop("sha256") != hashlib.sha256(code).hexdigest():
             return None
-        made_by = meta.pop("compiler")
-        if not any_compiler and _compiler() not in (None, made_by):
-            return None
+        del meta["compiler"]
         return Compiled(code=code, **meta)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -1,14 +1,15 @@
 """What a launch needs beside its tensors: partial outputs, tickets, and the overflow flag.
 
-Partials and tickets belong to a stream, whose launches follow one another. A CUDA-graph capture
-gets tickets of its own (replays may run beside the stream's later launches) and takes its partials
-from the graph's memory pool, as any temporary of the capture does. Tickets are zero before and
-after every launch, so they are zeroed once, when allocated.
+Partials and tickets belong to a stream, whose launches follow one another. A CUDA-graph capture by
+torch (`torch.cuda.graph`) gets tickets of its own, since replays may run beside the stream's later
+launches, and takes its partials from the graph's memory pool, as any temporary of the capture does.
+Tickets are zero before and after every launch, so they are zeroed once, when allocated.
 """
 
 from __future__ import annotations
 
 import ctypes
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -18,10 +19,12 @@ from gqa_cutlass.errors import CacheOverflowError
 from gqa_cutlass.launcher import allocate_zeroed, capture_id, relaxed_capture
 
 _TICKET_BYTES = 4
-_MIN_TICKETS = 4096
+_ARENA_TICKETS = 65536
 
 _partials: dict[tuple[int, int], Tensor] = {}
 _tickets: dict[tuple[int, int, int], tuple[int, int]] = {}  # -> address, count
+_arenas: dict[int, tuple[int, int]] = {}  # device -> address and count of tickets not given away
+_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -45,14 +48,15 @@ class OverflowFlag:
         Raises:
             CacheOverflowError: The length of a sequence was negative or too large for its cache.
         """
-        value = ctypes.c_int32.from_address(self.address).value
+        word = ctypes.c_int32.from_address(self.address)
+        value = word.value
         if value:
-            self.memory.zero_()
+            word.value = 0
             raise CacheOverflowError(
                 f"gqa_decode: an earlier call found a length in cache_seqlens[{value - 1}] that "
                 "the cache cannot hold: negative, or too large with the new token. That sequence's "
-                "output is NaN and its cache was not written; the other sequences are right. Keep "
-                "0 <= cache_seqlens < max_seq_len."
+                "output is NaN and its cache was not written; the other sequences are right. This "
+                "call was not launched: repeat it, with 0 <= cache_seqlens < max_seq_len."
             )
 
 
@@ -64,7 +68,7 @@ def overflow_flag(device: int) -> OverflowFlag:
     flag = _flags.get(device)
     if flag is None:
         with torch.cuda.device(device), relaxed_capture():
-            memory = torch.zeros(1, dtype=torch.int32).pin_memory()
+            memory = torch.zeros(1, dtype=torch.int32, device="cpu").pin_memory()
         flag = _flags.setdefault(device, OverflowFlag(memory))
     return flag
 
@@ -92,11 +96,18 @@ def borrow(device: int, stream: int, num_floats: int, num_tickets: int) -> tuple
 
 
 def _tickets_for(key: tuple[int, int, int], count: int) -> int:
-    """Address of `count` zeroed counters for a (device, stream, capture)."""
+    """Address of `count` zeroed counters for a (device, stream, capture).
+
+    They are cut from arenas and never given back: launches and graphs keep their addresses.
+    """
     address, held = _tickets.get(key, (0, 0))
-    if held < count:
-        held = max(count, _MIN_TICKETS)
-        # A smaller array in use is never freed: launches and graphs keep its address.
-        address = allocate_zeroed(key[0], held * _TICKET_BYTES)
-        _tickets[key] = address, held
-    return address
+    if held >= count:
+        return address
+    with _lock:
+        free, left = _arenas.get(key[0], (0, 0))
+        if left < count:
+            left = max(count, _ARENA_TICKETS)
+            free = allocate_zeroed(key[0], left * _TICKET_BYTES)
+        _arenas[key[0]] = free + count * _TICKET_BYTES, left - count
+        _tickets[key] = free, count
+    return free

@@ -14,7 +14,7 @@ from gqa_cutlass.codegen import DType
 TORCH_DTYPE = {DType.F16: torch.float16, DType.BF16: torch.bfloat16}
 Layout = Literal["NHD", "HND", "padded"]
 _GUARD = 64  # elements on either side of a tensor
-_CANARY = 0x5A5A
+_CANARY = 0x7FA5  # a NaN in float16 and in bfloat16: it shows when it is read
 
 
 @dataclass

@@ -18,6 +18,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.xdist_group("gpu"))  # one process: they measure time
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a GPU; what it proved on one is in gpu_evidence.json")
@@ -42,10 +45,17 @@ class Record:
 
 
 _RECORD = pytest.StashKey[Record]()
+_PARTIAL = pytest.StashKey[bool]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_RECORD] = Record()
+    config.stash[_PARTIAL] = config.args_source is pytest.Config.ArgsSource.ARGS
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.config.stash[_PARTIAL] |= "gpu" in item.keywords
 
 
 @pytest.fixture(scope="session")
@@ -58,6 +68,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Write the evidence of a run that passed and covered every shipped kernel."""
     if not session.config.getoption("--gpu-evidence") or exitstatus != 0:
         return
+    if session.config.stash[_PARTIAL]:
+        raise pytest.UsageError("no evidence written: only a part of the GPU suite was run")
     kernels = session.config.stash[_RECORD].kernels
     absent = [config.name for config in shipped() if config.name not in kernels]
     if absent:

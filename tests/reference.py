@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -44,12 +45,16 @@ class Errors:
 
     @property
     def share(self) -> float:
-        """The larger of the two errors, as a share of what the rule allows; NaN is infinite."""
+        """The larger of the two errors, as a share of what the rule allows.
+
+        Infinite where either result is not a number, or PyTorch's is no measure.
+        """
         share = max(
             self.max / (MAX_RATIO * self.max_torch + SLACK),
             self.mean / (MEAN_RATIO * self.mean_torch + SLACK),
         )
-        return share if share == share else float("inf")
+        meaningful = math.isfinite(self.max_torch) and not math.isnan(share)
+        return share if meaningful else float("inf")
 
 
 def errors(out: Tensor, expected: Tensor, torch_out: Tensor) -> Errors:

@@ -72,7 +72,7 @@ def test_missing_file_is_drift_and_gets_written(touched: Path) -> None:
 
 def test_stale_kernel_is_drift_and_gets_removed(touched: Path) -> None:
     stale = touched.with_name("gqa_decode_no_longer_shipped.cu")
-    stale.write_text("")
+    stale.write_text(touched.read_text())
     assert drift(touched.parent) == [stale.name]
     assert generate(touched.parent) == [stale.name]
     assert not stale.exists()
@@ -83,8 +83,9 @@ def test_edited_manifest_is_drift(touched: Path) -> None:
     assert drift(touched.parent) == [MANIFEST]
 
 
-def test_files_of_others_are_left_alone(touched: Path) -> None:
-    other = touched.with_name("__init__.py")
+@pytest.mark.parametrize("name", ["__init__.py", "mine.cu", "gqa_decode_mine.cu"])
+def test_files_of_others_are_left_alone(touched: Path, name: str) -> None:
+    other = touched.with_name(name)
     other.write_text("# mine\n")
     assert drift(touched.parent) == [] == generate(touched.parent)
     assert other.read_text() == "# mine\n"

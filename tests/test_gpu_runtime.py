@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+import textwrap
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 from cases import Step, make_step, snapshot
+from helpers import run_python
 
 import gqa_cutlass
 from gqa_cutlass import GQADecodeConfig, gqa_attention_decode, gqa_decode
 from gqa_cutlass.codegen import DType, Math, default_config
-from gqa_cutlass.errors import CacheOverflowError, InputError
+from gqa_cutlass.errors import CacheOverflowError, InputError, KernelMissingError
 
 pytestmark = pytest.mark.gpu
 
@@ -132,17 +135,24 @@ def test_graph_replays_with_changing_lengths() -> None:
 
 
 def test_graph_and_eager_launches_side_by_side() -> None:
-    captured, eager = (make_step(lengths=[3000], max_seq_len=4096, seed=s) for s in (1, 2))
-    expected = run(make_step(lengths=[3000], max_seq_len=4096, seed=1))
+    def step(seed: int) -> Step:
+        return make_step(lengths=[3000], max_seq_len=4096, seed=seed)
+
+    expected = [run(step(seed)) for seed in (1, 2)]
+    captured, eager = step(1), step(2)
+    streams = [torch.cuda.Stream() for _ in range(3)]
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=streams[0]):
         out = run(captured)
-    for _ in range(50):
-        graph.replay()
-        with torch.cuda.stream(torch.cuda.Stream()):
-            run(eager)
     torch.cuda.synchronize()
-    assert torch.equal(out, expected)
+    outs = []
+    for i in range(60):
+        graph.replay()
+        with torch.cuda.stream(streams[i % 3]):  # the first is the one that was captured on
+            outs.append(run(eager))
+    torch.cuda.synchronize()
+    assert torch.equal(out, expected[0])
+    assert all(torch.equal(other, expected[1]) for other in outs)
 
 
 def test_first_call_may_happen_inside_a_capture_once_warmed_up() -> None:
@@ -167,19 +177,65 @@ def test_first_call_may_happen_inside_a_capture_once_warmed_up() -> None:
     check(step, out)
 
 
+def test_an_unknown_kernel_is_not_compiled_during_a_capture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GQA_CUTLASS_CACHE_DIR", str(tmp_path))
+    step = make_step(lengths=[5], max_seq_len=16, head_dim=88, group_size=11)
+    with (
+        pytest.raises(KernelMissingError, match="warmup"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        run(step)
+    torch.cuda.synchronize()
+    step.check_memory(rejected=(0,))
+
+
 def test_runs_on_the_current_stream() -> None:
     step = make_step(lengths=[500], max_seq_len=512)
+    run(step)
+    late_q = torch.randn_like(step.q)
+    torch.cuda.synchronize()
     stream = torch.cuda.Stream()
-    gate = torch.zeros(1, device="cuda")
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)
-        gate += 1
+        step.q.copy_(late_q)  # a kernel on any other stream would see the old queries
         out = run(step)
         assert not stream.query(), "the call waited for the stream"
-        done = gate + out.sum() * 0
     stream.synchronize()
-    assert done.item() == 1
+    step.before["q"] = late_q
     check(step, out)
+
+
+def test_a_thread_that_never_used_cuda_can_call_a_plan() -> None:
+    step = make_step(lengths=[500], max_seq_len=512)
+    plan = gqa_cutlass.plan(*step.tensors(), cache_seqlens=step.seqlens, num_splits=1, out=step.out)
+    plan(*step.tensors(), step.seqlens, step.out)
+    step.out.fill_(float("nan"))
+    torch.cuda.synchronize()
+    thread = threading.Thread(target=plan, args=(*step.tensors(), step.seqlens, step.out))
+    thread.start()
+    thread.join()
+    torch.cuda.synchronize()
+    check(step, step.out)
+
+
+def test_default_device_and_inference_mode_do_not_matter() -> None:
+    code = """
+        import torch, gqa_cutlass
+        torch.set_default_device("cuda")
+        kind = dict(dtype=torch.float16)
+        shapes = (1, 8, 64), (1, 16, 2, 64), (1, 2, 64)
+        q, cache, token = (torch.randn(*shape, **kind) for shape in shapes)
+        seqlens = torch.tensor([16], dtype=torch.int32)
+        with torch.inference_mode():
+            gqa_cutlass.gqa_decode(q, cache, cache.clone(), token, token, cache_seqlens=seqlens)
+        try:
+            gqa_cutlass.check_overflow()
+        except gqa_cutlass.CacheOverflowError:
+            print("reported")
+    """
+    assert run_python(textwrap.dedent(code)) == "reported\n"
 
 
 def test_threads_share_a_plan() -> None:
@@ -288,6 +344,18 @@ def test_a_plan_refuses_other_layouts() -> None:
     with pytest.raises(InputError, match="plan was made for"):
         plan(*step.tensors(), 100)
     other.check_memory(rejected=(0,))
+    step.check_memory(rejected=(0,))
+
+
+def test_a_second_call_with_aliased_caches_is_refused() -> None:
+    step = make_step(lengths=[100], max_seq_len=128)
+    run(step)
+    snapshot(step)
+    with pytest.raises(InputError, match="memory that k_cache also uses"):
+        gqa_decode(step.q, step.k_cache, step.k_cache, step.k, step.v, cache_seqlens=step.seqlens)
+    with pytest.raises(InputError, match="memory that q also uses"):
+        gqa_decode(*step.tensors(), cache_seqlens=step.seqlens, out=step.q)
+    torch.cuda.synchronize()
     step.check_memory(rejected=(0,))
 
 

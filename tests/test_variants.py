@@ -86,6 +86,13 @@ def test_full_name_selects_one_kernel() -> None:
     assert select(config.name) == [config]
 
 
+def test_full_name_selects_a_kernel_that_is_not_shipped() -> None:
+    config = default_config(Math.TENSOROP, DType.F16, 72, 3, 8)
+    assert config not in shipped()
+    assert select(config.name) == [config]
+    assert select(f"{shipped()[0].name}, {config.name}") == [shipped()[0], config]
+
+
 def test_filter_that_matches_nothing_says_so() -> None:
     with pytest.raises(ConfigError, match=r"--kernels: got 'fp8'.* none of \d+ kernels.*list"):
         select("fp8")
