@@ -6,7 +6,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu-test bench style format types clean ready
+.PHONY: help demo test gpu-test sanitize bench style format types clean ready
 
 ARGS ?=
 BOOTSTRAP ?= python3
@@ -36,6 +36,11 @@ test: $(READY) ## Run the tests; those that need a GPU are skipped where there i
 
 gpu-test: $(READY) ## Run the GPU tests and write tests/gpu_evidence.json
 	$(PYTHON) -m pytest -m gpu --gpu-evidence $(ARGS)
+
+sanitize: $(READY) ## Run numerical GPU tests under compute-sanitizer
+	for tool in memcheck racecheck synccheck; do \
+	  compute-sanitizer --tool $$tool --report-api-errors no --error-exitcode 1 \
+	    $(PYTHON) -m pytest -q -m gpu tests/test_gpu_numerics.py $(ARGS); done
 
 bench: $(READY) ## Time the kernels against PyTorch on a GPU
 	$(PYTHON) bench/bench.py $(ARGS)

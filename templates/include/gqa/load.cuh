@@ -44,27 +44,35 @@ struct RowSource {
 
   // Copies one tile and commits it as one group of cp.async. All lanes take part.
   CUTE_DEVICE void load_tile(int tile, Work<T> const& w, typename T::Element* target) const {
-    if (tile < w.num_tiles) {
-      constexpr int kVecsPerRow = T::kHeadDim / T::kVecWidth;
-      constexpr int kVecs = T::kBlockN * kVecsPerRow;
-      _Pragma("unroll 8")
-      for (int i = 0; i < kVecs; i += kWarpSize) {
-        int const vec = i + int(threadIdx.x) % kWarpSize;
-        int const row = vec / kVecsPerRow;
-        int const dim = vec % kVecsPerRow * T::kVecWidth;
-        int const token = tile * T::kBlockN + row;
-        auto const* source = token < w.num_cached ? cache + token * stride : new_token;
-        if (kVecs % kWarpSize == 0 || vec < kVecs) {
-          copy_or_zero(reinterpret_cast<Vector<T> const*>(source + dim),
-                       reinterpret_cast<Vector<T>*>(target + typename T::TileLayout{}(row, dim)),
-                       token < w.num_tokens, policy);
-        }
-      }
-    }
+    if (tile < w.num_tiles) copy_rows(tile * T::kBlockN, w, target);
     cute::cp_async_fence();
   }
 
  private:
+  // Every instruction of the warp copies whole rows, as many as fit into it, and the last lanes
+  // idle where head_dim is no power of two: rows cut in two would ask for the same lines twice.
+  CUTE_DEVICE void copy_rows(int first_token, Work<T> const& w, typename T::Element* target) const {
+    constexpr int kVecs = T::kHeadDim / T::kVecWidth;
+    constexpr int kLanes = kVecs < kWarpSize ? kVecs : kWarpSize;  // lanes per row
+    constexpr int kRows = kWarpSize / kLanes;
+    int const lane = threadIdx.x % kWarpSize;
+    if (kRows * kLanes < kWarpSize && lane >= kRows * kLanes) return;
+    _Pragma("unroll 8")
+    for (int i = 0; i < ceil_div(T::kBlockN, kRows); ++i) {
+      int const row = i * kRows + lane / kLanes;
+      if (T::kBlockN % kRows != 0 && row >= T::kBlockN) return;
+      int const token = first_token + row;
+      auto const* source = token < w.num_cached ? cache + token * stride : new_token;
+      CUTE_UNROLL
+      for (int dim = lane % kLanes * T::kVecWidth; dim < T::kHeadDim;
+           dim += kLanes * T::kVecWidth) {
+        copy_or_zero(reinterpret_cast<Vector<T> const*>(source + dim),
+                     reinterpret_cast<Vector<T>*>(target + typename T::TileLayout{}(row, dim)),
+                     token < w.num_tokens, policy);
+      }
+    }
+  }
+
   CUTE_DEVICE RowSource(void const* cache_base, Strides cache_stride, void const* new_base,
                         Strides new_stride, Work<T> const& w)
       : cache(static_cast<typename T::Element const*>(cache_base) + w.batch * cache_stride.batch +
