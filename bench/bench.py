@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import gqa_cutlass
 from gqa_cutlass.codegen import source_digest
-from gqa_cutlass.evidence import provenance
+from gqa_cutlass.evidence import ask_gpu, provenance
 
 RESULTS = Path(__file__).parent / "results"
 ROTATE_BYTES, MAX_SETS = 256 << 20, 512
@@ -132,15 +131,6 @@ def report(rows: list[dict[str, object]], run: dict[str, str]) -> None:
     console.print(f"geometric mean {mean:.2f}x, worst {min(ratios):.2f}x of the best SDPA backend")
 
 
-def clocks() -> str:
-    """Clocks of the GPU just after the run."""
-    query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem", "--format=csv,noheader", "--id=0"]
-    try:
-        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--points", default="", help="only points whose name contains this")
@@ -153,7 +143,7 @@ def main() -> None:
     pool = torch.randn(7 << 28, dtype=torch.float16, device="cuda")
     floor = Floor()
     rows = [measure(p, pool, floor) for p in GRID if options.points in str(p)]
-    run = {**provenance(), "clocks": clocks()}
+    run = {**provenance(), "clocks": ask_gpu("clocks.sm,clocks.mem")}
     name = run["gpu"].lower().replace(" ", "-")
     out = options.out or RESULTS / f"{name}.json"
     out.parent.mkdir(exist_ok=True)

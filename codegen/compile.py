@@ -94,15 +94,32 @@ def compile_source(
 
 
 @cache
+def nvrtc_version() -> tuple[int, int]:
+    """Major and minor version of NVRTC.
+
+    Raises:
+        CompilerMissingError: It is not installed.
+    """
+    try:
+        _, major, minor = nvrtc.nvrtcVersion()
+    except RuntimeError as error:  # the library is loaded on first use
+        raise CompilerMissingError(
+            f"NVRTC: not found ({' '.join(str(error).split())}); needed: NVRTC 13.0 or newer; "
+            f"remedy: {_REMEDY}"
+        ) from error
+    return major, minor
+
+
+@cache
 def compiler_version() -> str:
     """NVRTC and the third-party headers, as part of a cubin's identity.
 
     Raises:
         CompilerMissingError: NVRTC or a header is not installed.
     """
-    return (
-        f"nvrtc-{_nvrtc_version()} cccl-{_cccl_version()} cutlass-{_distribution('nvidia-cutlass')}"
-    )
+    major, minor = nvrtc_version()
+    compiler = _distribution("nvidia-cuda-nvrtc") or f"{major}.{minor}"
+    return f"nvrtc-{compiler} cccl-{_cccl_version()} cutlass-{_distribution('nvidia-cutlass')}"
 
 
 def options_digest_text(arch: str) -> str:
@@ -112,7 +129,7 @@ def options_digest_text(arch: str) -> str:
 
 @contextmanager
 def _program(source: str, name: str) -> Iterator[Any]:
-    _nvrtc_version()  # is there a compiler at all?
+    nvrtc_version()  # is there a compiler at all?
     program = _check(nvrtc.nvrtcCreateProgram(source.encode(), f"{name}.cu".encode(), 0, [], []))
     try:
         yield program
@@ -141,18 +158,6 @@ def _check(result: tuple[Any, ...]) -> Any:
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         raise CompileError(f"NVRTC: {nvrtc.nvrtcGetErrorString(status)[1].decode()}")
     return values[0] if values else None
-
-
-@cache
-def _nvrtc_version() -> str:
-    try:
-        _, major, minor = nvrtc.nvrtcVersion()
-    except RuntimeError as error:  # the library is loaded on first use
-        raise CompilerMissingError(
-            f"NVRTC: not found ({' '.join(str(error).split())}); needed: NVRTC 13.0 or newer; "
-            f"remedy: {_REMEDY}"
-        ) from error
-    return _distribution("nvidia-cuda-nvrtc") or f"{major}.{minor}"
 
 
 def _distribution(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeVar
@@ -67,16 +68,32 @@ ARCHES: dict[str, Arch] = {
     )
 }
 
-MIN_HEAD_DIM, MAX_HEAD_DIM = 32, 256
+HEAD_DIMS = range(32, 257, 8)
+HEAD_DIM_RULE = f"multiples of 8 from {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}"
 MAX_GROUP_SIZE = 1024
 WARP_SIZE = 32
 _ELEMENT_BYTES = 2
+_REGISTERS_PER_SM = 65536
 _SMALLEST_SHARED = min(arch.shared_per_block for arch in ARCHES.values())
+_LARGEST_SHARED_PER_SM = max(arch.shared_per_sm for arch in ARCHES.values())
 _SCHEDULE = "multistage"
 _NAME = re.compile(
     rf"gqa_decode_sm80_(?P<math>tensorop|simt)_(?P<dtype>f16|bf16)_(?P=dtype)"
     r"_d(?P<head_dim>[1-9]\d*)_g(?P<group_size>[1-9]\d*)_align(?P<vec_width>[1-9]\d*)"
     rf"_{_SCHEDULE}_h(?P<block_h>[1-9]\d*)n(?P<block_n>[1-9]\d*)w(?P<num_warps>[1-9]\d*)s(?P<num_stages>[1-9]\d*)"
+)
+
+# What each math allows of a field, and how to say it.
+_Rules = tuple[tuple[str, Container[int], str], ...]
+_TENSOROP_RULES: _Rules = (
+    ("vec_width", (2, 4, 8), "one of (2, 4, 8) with tensorop"),
+    ("block_h", (8, 16, 24, 32), "8, 16, 24 or 32 with tensorop (8 is the MMA's N)"),
+    ("block_n", (16, 32, 64), "16, 32 or 64 with tensorop (16 is the MMA's M)"),
+)
+_SIMT_RULES: _Rules = (
+    ("vec_width", (1, 2, 4, 8), "one of (1, 2, 4, 8) with simt"),
+    ("block_h", range(1, 9), "1 to 8 with simt"),
+    ("block_n", (16, 32), "16 or 32 with simt (lanes of a warp)"),
 )
 
 
@@ -113,47 +130,17 @@ class KernelConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "math", _member(Math, "math", self.math))
         object.__setattr__(self, "dtype", _member(DType, "dtype", self.dtype))
-        for field in ("head_dim", "group_size", "vec_width", "block_h", "block_n", "num_warps"):
-            _check_int(field, getattr(self, field))
-        _check_int("num_stages", self.num_stages)
+        for field in ("head_dim", "group_size", "vec_width", "block_h", "block_n", "num_warps",
+                      "num_stages"):  # fmt: skip
+            _check(field, getattr(self, field), type(getattr(self, field)) is int, "an int")
         check_head_dim(self.head_dim)
-        tensorop = self.math is Math.TENSOROP
-        widths = (2, 4, 8) if tensorop else (1, 2, 4, 8)
-        _check(
-            "group_size",
-            self.group_size,
-            1 <= self.group_size <= MAX_GROUP_SIZE,
-            f"1 to {MAX_GROUP_SIZE}",
-        )
-        _check(
-            "vec_width",
-            self.vec_width,
-            self.vec_width in widths,
-            f"one of {widths} with {self.math}",
-        )
-        if tensorop:
-            _check(
-                "block_h",
-                self.block_h,
-                self.block_h in (8, 16, 24, 32),
-                "8, 16, 24 or 32 with tensorop (8 is the MMA's N)",
-            )
-            _check(
-                "block_n",
-                self.block_n,
-                self.block_n in (16, 32, 64),
-                "16, 32 or 64 with tensorop (16 is the MMA's M)",
-            )
-        else:
-            _check("block_h", self.block_h, 1 <= self.block_h <= 8, "1 to 8 with simt")
-            _check(
-                "block_n",
-                self.block_n,
-                self.block_n in (16, 32),
-                "16 or 32 with simt (lanes of a warp)",
-            )
-        _check("num_warps", self.num_warps, 1 <= self.num_warps <= 16, "1 to 16")
-        _check("num_stages", self.num_stages, 1 <= self.num_stages <= 8, "1 to 8")
+        for field, allowed, text in (
+            ("group_size", range(1, MAX_GROUP_SIZE + 1), f"1 to {MAX_GROUP_SIZE}"),
+            *(_TENSOROP_RULES if self.math is Math.TENSOROP else _SIMT_RULES),
+            ("num_warps", range(1, 17), "1 to 16"),
+            ("num_stages", range(1, 9), "1 to 8"),
+        ):
+            _check(field, getattr(self, field), getattr(self, field) in allowed, text)
         _check(
             "shared memory",
             self.shared_bytes,
@@ -195,7 +182,7 @@ class KernelConfig:
     @property
     def head_blocks(self) -> int:
         """Blocks that share one KV head."""
-        return -(-self.group_size // self.block_h)
+        return ceil_div(self.group_size, self.block_h)
 
     @property
     def shared_bytes(self) -> int:
@@ -213,43 +200,51 @@ class KernelConfig:
         return _round_up(offset + 4, 16)
 
     @property
+    def tile_bytes(self) -> int:
+        """Bytes of a tile of K and one of V, as they lie in the cache."""
+        return 2 * self.block_n * self.head_dim * _ELEMENT_BYTES
+
+    @property
     def bytes_in_flight(self) -> int:
         """Bytes of K and V that one block can have under way."""
-        tile = self.block_n * self.head_dim * _ELEMENT_BYTES
-        return self.num_warps * self.num_stages * 2 * tile
+        return self.num_warps * self.num_stages * self.tile_bytes
 
     @property
     def min_blocks(self) -> int:
         """Blocks per multiprocessor that the compiler leaves registers for (launch bound)."""
-        registers = 65536 // (self.num_threads * self._register_estimate())
-        return max(1, min(registers, 228 * _KIB // (self.shared_bytes + _KIB)))
+        by_registers = _REGISTERS_PER_SM // (self.num_threads * self._register_estimate())
+        return max(1, min(by_registers, self._blocks_by_shared(_LARGEST_SHARED_PER_SM)))
 
     def blocks_per_sm(self, arch: Arch) -> int:
         """Blocks that one multiprocessor holds at a time."""
-        by_shared = arch.shared_per_sm // (self.shared_bytes + _KIB)
         by_threads = arch.max_threads_per_sm // self.num_threads
+        by_shared = self._blocks_by_shared(arch.shared_per_sm)
         return max(1, min(self.min_blocks, by_shared, by_threads))
+
+    def _blocks_by_shared(self, shared_per_sm: int) -> int:
+        """Blocks that fit into shared memory, of which the system takes 1 KiB per block."""
+        return shared_per_sm // (self.shared_bytes + _KIB)
 
     def _register_estimate(self) -> int:
         """What a thread holds at its peak, rounded up to what keeps the compiler from spilling."""
-        dims = _round_up(self.head_dim, 16) // 16
+        dims = ceil_div(self.head_dim, 16)
         if self.math is Math.TENSOROP:
             accumulators = self.block_h // 8 * dims * 4
             queries = self.block_h // 8 * dims * 2
             held = accumulators + queries + self.block_n // 2 + 72
         else:
-            held = -(-self.head_dim // 64) * self.block_h * 2 + 104
+            held = ceil_div(self.head_dim, 64) * self.block_h * 2 + 104
         return min(255, _round_up(held, 8))
 
 
 def check_head_dim(head_dim: int) -> None:
     """Raise ConfigError unless head_dim is a multiple of 8 from 32 to 256."""
-    _check(
-        "head_dim",
-        head_dim,
-        MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM and head_dim % 8 == 0,
-        f"multiples of 8 from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}",
-    )
+    _check("head_dim", head_dim, head_dim in HEAD_DIMS, HEAD_DIM_RULE)
+
+
+def ceil_div(a: int, b: int) -> int:
+    """Quotient, rounded up."""
+    return -(-a // b)
 
 
 def _member(enum: type[_E], field: str, value: object) -> _E:
@@ -260,14 +255,10 @@ def _member(enum: type[_E], field: str, value: object) -> _E:
         raise ConfigError(f"KernelConfig: {field}: got {value!r}; allowed: {allowed}") from None
 
 
-def _check_int(field: str, value: object) -> None:
-    _check(field, value, type(value) is int, "an int")
-
-
 def _check(field: str, value: object, ok: bool, allowed: str) -> None:
     if not ok:
         raise ConfigError(f"KernelConfig: {field}: got {value!r}; allowed: {allowed}")
 
 
 def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+    return ceil_div(value, multiple) * multiple

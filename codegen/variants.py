@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from functools import cache
 from itertools import product
 
-from gqa_cutlass.codegen.config import DType, KernelConfig, Math, check_head_dim
+from gqa_cutlass.codegen.config import DType, KernelConfig, Math, ceil_div, check_head_dim
 from gqa_cutlass.errors import ConfigError
 
 HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
@@ -63,11 +63,11 @@ def _block_h(math: Math, head_dim: int, group_size: int) -> int:
     """Heads per block: as many as the registers hold, and no more blocks than that needs."""
     if math is Math.SIMT:
         limit = 8 if head_dim <= 64 else 4 if head_dim <= 128 else 2
-        return -(-group_size // -(-group_size // limit))
+        return ceil_div(group_size, ceil_div(group_size, limit))
     limit = 32 if head_dim <= 64 else 16
-    tiles = -(-group_size // 8)
-    blocks = -(-tiles * 8 // limit)
-    return min(limit, 8 * -(-tiles // blocks))
+    tiles = ceil_div(group_size, 8)
+    blocks = ceil_div(tiles * 8, limit)
+    return min(limit, 8 * ceil_div(tiles, blocks))
 
 
 def _named(name: str) -> KernelConfig | None:

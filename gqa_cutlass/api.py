@@ -95,7 +95,7 @@ def gqa_decode(
             _plans.clear()
         if key is not None:
             _plans[key] = found
-    return found.run(q, k_cache, v_cache, k, v, cache_seqlens, out)
+    return found.run(tensors, cache_seqlens)
 
 
 def plan(
@@ -252,9 +252,7 @@ def warmup(
     """
     if dtype not in DTYPES:
         raise InputError(f"warmup: dtype: got {dtype}; allowed: torch.float16, torch.bfloat16.")
-    gpu = _gpu(
-        torch.device(device) if not isinstance(device, int) else torch.device("cuda", device)
-    )
+    gpu = _gpu(device)
     kernels = [
         c if isinstance(c, KernelConfig) else choose_config(_problem(c, dtype))[0] for c in configs
     ]
@@ -356,9 +354,7 @@ def check_overflow(device: torch.device | int | str = "cuda") -> None:
             cache could not hold.
         DeviceError: No usable GPU.
     """
-    gpu = _gpu(
-        torch.device(device) if not isinstance(device, int) else torch.device("cuda", device)
-    )
+    gpu = _gpu(device)
     torch.cuda.synchronize(gpu.index)
     workspace.overflow_flag(gpu.index).raise_if_set()
 
@@ -388,7 +384,8 @@ def _gpu_of(tensor: Tensor) -> Device:
     return _gpu(tensor.device)
 
 
-def _gpu(device: torch.device) -> Device:
+def _gpu(device: torch.device | int | str) -> Device:
+    device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
     if device.type != "cuda":
         raise DeviceError(f"device: got {device}; allowed: a CUDA device, such as 'cuda:0'.")
     if not torch.cuda.is_available():

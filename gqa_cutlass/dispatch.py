@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from gqa_cutlass.codegen.config import Arch, KernelConfig, Math
+from gqa_cutlass.codegen.config import Arch, KernelConfig, Math, ceil_div
 from gqa_cutlass.codegen.variants import default_config, shipped
 from gqa_cutlass.errors import InputError
 from gqa_cutlass.inputs import Problem
@@ -26,26 +26,29 @@ class Dispatch:
     Args:
         config: The kernel.
         shape: Grid, block and shared memory.
-        num_splits: Parts that a sequence is cut into.
         reasons: Why, one sentence per decision.
     """
 
     config: KernelConfig
     shape: LaunchShape
-    num_splits: int
     reasons: tuple[str, ...]
+
+    @property
+    def num_splits(self) -> int:
+        """Parts that a sequence is cut into."""
+        return self.shape.grid[1]
 
     @property
     def partial_floats(self) -> int:
         """Floats of workspace for the partial outputs of all splits."""
-        x, y, z = self.shape.grid
-        return x * y * z * self.config.block_h * (self.config.head_dim + 2) * (y > 1)
+        per_block = self.config.block_h * (self.config.head_dim + 2)
+        return self.num_tickets * self.num_splits * per_block
 
     @property
     def num_tickets(self) -> int:
-        """Counters that the split merge needs."""
-        x, y, z = self.shape.grid
-        return x * z * (y > 1)
+        """Counters that the split merge needs; none without splits."""
+        x, _, z = self.shape.grid
+        return x * z if self.num_splits > 1 else 0
 
 
 @lru_cache(maxsize=4096)
@@ -76,7 +79,6 @@ def dispatch(
     return Dispatch(
         config=config,
         shape=LaunchShape(grid=grid, block=config.num_threads, shared_bytes=config.shared_bytes),
-        num_splits=splits,
         reasons=(why_config, why_splits),
     )
 
@@ -113,9 +115,9 @@ def choose_splits(problem: Problem, config: KernelConfig, device: Device) -> tup
     itself uses fewer for sequences that are too short for so many.)
     """
     blocks = problem.num_kv_heads * config.head_blocks * problem.batch_size
-    tiles = -(-problem.max_seq_len // config.block_n)
+    tiles = ceil_div(problem.max_seq_len, config.block_n)
     slots = device.num_sms * config.blocks_per_sm(device.arch)
-    most = max(1, min(-(-tiles // config.num_warps), slots // blocks))
+    most = max(1, min(ceil_div(tiles, config.num_warps), slots // blocks))
     costs = {
         splits: read_cost(blocks, tiles, splits, config, device) for splits in range(1, most + 1)
     }
@@ -137,18 +139,17 @@ def read_cost(blocks: int, tiles: int, splits: int, config: KernelConfig, device
         config: The kernel.
         device: The GPU.
     """
-    total = 2 * blocks * tiles * config.block_n * config.head_dim * 2
-    ideal = total / (device.num_sms * _BYTES_PER_SM_AND_MICROSECOND)
+    ideal = blocks * tiles * config.tile_bytes / (device.num_sms * _BYTES_PER_SM_AND_MICROSECOND)
     busy_warps = _share_used(tiles, config.num_warps * splits)
     busy_sms = _share_used(blocks * splits, device.num_sms)
-    resident = min(-(-blocks * splits // device.num_sms), config.blocks_per_sm(device.arch))
+    resident = min(ceil_div(blocks * splits, device.num_sms), config.blocks_per_sm(device.arch))
     fed = min(1.0, resident * config.bytes_in_flight / _BYTES_IN_FLIGHT)
     return ideal / (busy_warps * busy_sms * fed) + _MICROSECONDS_PER_SPLIT * (splits - 1)
 
 
 def _share_used(work: int, workers: int) -> float:
     """Share of the workers' time used when equal pieces of work are dealt out in rounds."""
-    return work / (-(-work // workers) * workers)
+    return work / (ceil_div(work, workers) * workers)
 
 
 def model_device(arch: Arch) -> Device:

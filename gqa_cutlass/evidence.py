@@ -70,15 +70,19 @@ def provenance() -> dict[str, str]:
     from gqa_cutlass.codegen.compile import compiler_version
     from gqa_cutlass.launcher import driver_version
 
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
-    try:
-        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        driver = "unknown"
     return {
         "gpu": torch.cuda.get_device_name(),
-        "driver": f"{driver} (CUDA {driver_version()})",
+        "driver": f"{ask_gpu('driver_version')} (CUDA {driver_version()})",
         "compiler": compiler_version(),
         "torch": str(torch.__version__),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
     }
+
+
+def ask_gpu(fields: str) -> str:
+    """What nvidia-smi says of the first GPU; "unknown" where it cannot be asked."""
+    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

@@ -8,7 +8,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from gqa_cutlass.codegen.config import MAX_GROUP_SIZE, MAX_HEAD_DIM, MIN_HEAD_DIM, DType
+from gqa_cutlass.codegen.config import HEAD_DIM_RULE, HEAD_DIMS, MAX_GROUP_SIZE, DType
 from gqa_cutlass.errors import CacheOverflowError, InputError
 
 DTYPES = {torch.float16: DType.F16, torch.bfloat16: DType.BF16}
@@ -221,9 +221,9 @@ def _check_shapes(tensors: Tensors) -> Problem:
     _, max_seq_len, num_kv_heads, _ = tensors.k_cache.shape
     if not 1 <= batch <= MAX_BATCH:
         _fail("batch size", str(batch), f"1 to {MAX_BATCH}")
-    if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM or head_dim % 8:
-        allowed = f"multiples of 8 from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}"
-        _fail("head_dim", str(head_dim), allowed + "; pad q, k, v and the cache with zeros")
+    if head_dim not in HEAD_DIMS:
+        allowed = f"{HEAD_DIM_RULE}; pad q, k, v and the cache with zeros"
+        _fail("head_dim", str(head_dim), allowed)
     if not 1 <= max_seq_len <= MAX_SEQ_LEN:
         _fail("max_seq_len", str(max_seq_len), f"1 to {MAX_SEQ_LEN}")
     if num_kv_heads < 1 or num_q_heads < 1 or num_q_heads % num_kv_heads:
@@ -236,10 +236,11 @@ def _check_shapes(tensors: Tensors) -> Problem:
         _fail("group size", str(num_q_heads // num_kv_heads), f"1 to {MAX_GROUP_SIZE}")
     cache_shape = (batch, max_seq_len, num_kv_heads, head_dim)
     token_shape = (batch, num_kv_heads, head_dim)
-    expected = {"k_cache": cache_shape, "v_cache": cache_shape, "k": token_shape, "v": token_shape}
-    expected["out"] = (batch, num_q_heads, head_dim)
+    query_shape = (batch, num_q_heads, head_dim)
+    expected = dict(q=query_shape, out=query_shape, k_cache=cache_shape, v_cache=cache_shape,
+                    k=token_shape, v=token_shape)  # fmt: skip
     for name, tensor in tensors.present().items():
-        if name != "q" and tuple(tensor.shape) != expected[name]:
+        if tuple(tensor.shape) != expected[name]:
             _fail(name, _shape(tensor), f"{list(expected[name])}, from the shapes of q and k_cache")
     return Problem(
         batch_size=batch,
@@ -298,8 +299,8 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
     """
     if "meta" in (a.device.type, b.device.type):
         return False
-    (a_start, a_end), (b_start, b_end) = byte_span(a), byte_span(b)
-    if a_end <= b_start or b_end <= a_start:
+    a_start, b_start = a.data_ptr(), b.data_ptr()
+    if a_start + byte_reach(a) <= b_start or b_start + byte_reach(b) <= a_start:
         return False
     for pitch in {s * a.element_size() for s, n in zip(a.stride(), a.shape, strict=True) if n > 1}:
         if pitch:
@@ -310,11 +311,10 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
     return True
 
 
-def byte_span(tensor: Tensor) -> tuple[int, int]:
-    """Address of a tensor's first byte, and the one past its last."""
-    start = tensor.data_ptr()
-    reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-    return start, start + reach * tensor.element_size()
+def byte_reach(tensor: Tensor) -> int:
+    """Bytes from a tensor's first to the one past its last."""
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
 
 
 def _reach_within(tensor: Tensor, pitch: int) -> int:

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from cuda.bindings import driver, nvrtc
+from cuda.bindings import driver
 
+from gqa_cutlass.codegen.compile import nvrtc_version
 from gqa_cutlass.codegen.config import ARCHES, Arch, KernelConfig
-from gqa_cutlass.errors import DeviceError, LaunchError
+from gqa_cutlass.errors import CompilerMissingError, DeviceError, LaunchError
 from gqa_cutlass.store import Store
 
 MIN_CAPABILITY = 80
@@ -257,12 +258,11 @@ def _driver_version() -> int:
         ) from error
 
 
-@cache
 def _compiler_major() -> int:
     """Major version of NVRTC; 0 without it, when kernels come from elsewhere."""
     try:
-        return int(nvrtc.nvrtcVersion()[1])
-    except RuntimeError:
+        return nvrtc_version()[0]
+    except CompilerMissingError:
         return 0
 
 

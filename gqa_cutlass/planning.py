@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,10 +18,15 @@ from gqa_cutlass.launcher import LoadedKernel, Params
 _LOG = logging.getLogger("gqa_cutlass")
 _ALIGNMENT = 16
 
+# q, k_cache, v_cache, k, v, out; the last three may be absent. Their addresses go into _FIELDS.
+Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+_FIELDS = ("q", "k_cache", "v_cache", "k_new", "v_new", "out")
+_K_CACHE, _V_CACHE, _OUT = 1, 2, 5
+
 Signature = tuple[object, ...]
 
 
-def signature(tensors: Sequence[Tensor | None]) -> Signature:
+def signature(tensors: Arguments) -> Signature:
     """What a plan depends on: layouts, types, devices and alignments, but not addresses."""
     return tuple(
         None
@@ -60,7 +64,7 @@ class Plan:
         self._device_lengths = device_lengths
         self._flag = workspace.overflow_flag(kernel.device.index)
         self._lock = threading.Lock()
-        self._reaches = tuple(map(_reach, vars(tensors).values()))
+        self._may_meet = _may_meet(tensors, problem.batch_size if device_lengths else 0)
         self._params = _params(problem, chosen, tensors, softmax_scale, self._flag.address)
 
     def __call__(
@@ -79,8 +83,9 @@ class Plan:
             InputError: A tensor's layout differs from the plan's, or a length is not allowed.
             CacheOverflowError: The new token does not fit, or did not in an earlier call.
         """
+        tensors = q, k_cache, v_cache, k, v, out
         try:
-            same = signature((q, k_cache, v_cache, k, v, out)) == self._key
+            same = signature(tensors) == self._key
         except (AttributeError, RuntimeError):  # no dense tensors
             same = False
         if not same:
@@ -92,67 +97,45 @@ class Plan:
         if isinstance(cache_seqlens, Tensor) != self._device_lengths:
             kind = "an int32 tensor" if self._device_lengths else "an int"
             raise InputError(f"plan: cache_seqlens: the plan was made for {kind}; make a new plan.")
-        return self.run(q, k_cache, v_cache, k, v, cache_seqlens, out)
+        return self.run(tensors, cache_seqlens)
 
     def run(
-        self,
-        q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        k: Tensor | None,
-        v: Tensor | None,
-        cache_seqlens: int | Tensor,
-        out: Tensor | None,
+        self, tensors: Arguments, cache_seqlens: int | Tensor
     ) -> Tensor | tuple[Tensor, Tensor]:
         """As `__call__`, for callers that have compared the signature already."""
-        inputs.check_lengths(self.problem, cache_seqlens, q.device)
-        self._check_aliases(q, k_cache, v_cache, k, v, cache_seqlens, out)
+        inputs.check_lengths(self.problem, cache_seqlens, tensors[0].device)
+        addresses = [0 if t is None else t.data_ptr() for t in tensors]
+        lengths = cache_seqlens.data_ptr() if isinstance(cache_seqlens, Tensor) else 0
+        self._check_aliases(tensors, cache_seqlens, [*addresses, lengths])
         self._flag.raise_if_set()
         if torch.cuda.current_device() != self._kernel.device.index:
             with torch.cuda.device(self._kernel.device.index):
-                return self._launch(q, k_cache, v_cache, k, v, cache_seqlens, out)
-        return self._launch(q, k_cache, v_cache, k, v, cache_seqlens, out)
+                return self._launch(tensors, cache_seqlens, addresses, lengths)
+        return self._launch(tensors, cache_seqlens, addresses, lengths)
 
     def _check_aliases(
-        self,
-        q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        k: Tensor | None,
-        v: Tensor | None,
-        cache_seqlens: int | Tensor,
-        out: Tensor | None,
+        self, tensors: Arguments, cache_seqlens: int | Tensor, addresses: list[int]
     ) -> None:
         """Compare spans of memory, which is cheap, and look closer only where some meet."""
-        keys, values = k_cache.data_ptr(), v_cache.data_ptr()
-        keys_end, values_end = keys + self._reaches[1], values + self._reaches[2]
-        apart = k is None or keys_end <= values or values_end <= keys
-        if out is not None:
-            start = out.data_ptr()
-            end = start + self._reaches[5]
-            for tensor, reach in zip((q, k_cache, v_cache, k, v), self._reaches, strict=False):
-                if tensor is not None:
-                    other = tensor.data_ptr()
-                    apart = apart and (end <= other or other + reach <= start)
-            if isinstance(cache_seqlens, Tensor):
-                other = cache_seqlens.data_ptr()
-                apart = apart and (end <= other or other + 4 * self.problem.batch_size <= start)
-        if not apart:
-            tensors = Tensors(q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v, out=out)
-            inputs.check_aliases(tensors, cache_seqlens)
+        for a, a_reach, b, b_reach in self._may_meet:
+            start, other = addresses[a], addresses[b]
+            if start < other + b_reach and other < start + a_reach:
+                q, k_cache, v_cache, k, v, out = tensors
+                named = Tensors(q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v, out=out)
+                inputs.check_aliases(named, cache_seqlens)
+                return
 
     def _launch(
         self,
-        q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        k: Tensor | None,
-        v: Tensor | None,
+        tensors: Arguments,
         cache_seqlens: int | Tensor,
-        out: Tensor | None,
+        addresses: list[int],
+        lengths: int,
     ) -> Tensor | tuple[Tensor, Tensor]:
+        q, *_, out = tensors
         if out is None:
             out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+            addresses[_OUT] = out.data_ptr()
         lse = None
         if self.return_lse:
             shape = self.problem.batch_size, self.problem.num_q_heads
@@ -161,12 +144,10 @@ class Plan:
         stream = torch._C._cuda_getCurrentRawStream(self._kernel.device.index)
         with self._lock:
             params = self._params
-            params.q, params.out = q.data_ptr(), out.data_ptr()
-            params.k_cache, params.v_cache = k_cache.data_ptr(), v_cache.data_ptr()
-            if k is not None and v is not None:
-                params.k_new, params.v_new = k.data_ptr(), v.data_ptr()
+            for field, address in zip(_FIELDS, addresses, strict=True):
+                setattr(params, field, address)
             if isinstance(cache_seqlens, Tensor):
-                params.seqlens = cache_seqlens.data_ptr()
+                params.seqlens = lengths
             else:
                 params.seqlen = cache_seqlens
             params.lse = None if lse is None else lse.data_ptr()
@@ -201,10 +182,16 @@ class Plan:
         )  # fmt: skip
 
 
-def _reach(tensor: Tensor | None) -> int:
-    """Bytes from a tensor's first to the one past its last."""
-    start, end = (0, 0) if tensor is None else inputs.byte_span(tensor)
-    return end - start
+def _may_meet(tensors: Tensors, num_lengths: int) -> tuple[tuple[int, int, int, int], ...]:
+    """What must not share memory: pairs of argument positions, each with its reach in bytes.
+
+    The lengths on the device, if there are any, stand behind the tensors.
+    """
+    reach = [0 if t is None else inputs.byte_reach(t) for t in vars(tensors).values()]
+    reach.append(num_lengths * 4)
+    pairs = [(_K_CACHE, _V_CACHE)] if tensors.k is not None else []
+    pairs += [(_OUT, other) for other in range(len(reach)) if other != _OUT]
+    return tuple((a, reach[a], b, reach[b]) for a, b in pairs if reach[a] and reach[b])
 
 
 def _params(

@@ -184,6 +184,15 @@ def test_aliases_are_refused_by_a_plan_that_exists(notes: Notes) -> None:
     assert len(notes.launches) == 1
 
 
+def test_output_over_the_lengths_is_refused_by_a_plan_that_exists(notes: Notes) -> None:
+    tensors = call_tensors()
+    gqa_decode(**tensors, cache_seqlens=torch.zeros(2, dtype=torch.int32))
+    lengths = tensors["out"].view(torch.int32).flatten()[:2]
+    with pytest.raises(InputError, match="out: got memory that cache_seqlens also uses"):
+        gqa_decode(**tensors, cache_seqlens=lengths)
+    assert len(notes.launches) == 1
+
+
 def test_a_plan_takes_its_layout_and_no_other(notes: Notes) -> None:
     tensors = inputs_of()
     plan = gqa_cutlass.plan(**tensors, cache_seqlens=3)
