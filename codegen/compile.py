@@ -23,6 +23,8 @@ from gqa_cutlass.codegen.config import ARCHES, KernelConfig
 from gqa_cutlass.codegen.render import include_dir, render
 from gqa_cutlass.errors import CompileError, CompilerMissingError, ConfigError
 
+Target = Literal["cubin", "ptx"]
+PTX_ARCHES = ("compute_80", "compute_90")  # virtual architectures
 _REMEDY = "pip install nvidia-cuda-nvrtc nvidia-cuda-runtime 'nvidia-cuda-cccl<13.2' nvidia-cutlass"
 # CCCL expands its type lists up to this length by macros that NVRTC takes 0.5 s to read, in every
 # kernel; none of ours is that long, and longer ones still work.
@@ -48,31 +50,27 @@ class Compiled:
     seconds: float
 
 
-def compile_kernel(
-    config: KernelConfig, arch: str, target: Literal["cubin", "ptx"] = "cubin"
-) -> Compiled:
+def compile_kernel(config: KernelConfig, arch: str) -> Compiled:
     """Compile one kernel. Needs no GPU; arguments and errors as for `compile_source`."""
-    return compile_source(render(config), config.name, arch, target)
+    return compile_source(render(config), config.name, arch)
 
 
-def compile_source(
-    source: str, name: str, arch: str, target: Literal["cubin", "ptx"] = "cubin"
-) -> Compiled:
+def compile_source(source: str, name: str, arch: str) -> Compiled:
     """Compile CUDA C++. Needs no GPU.
 
     Args:
         source: The text; may include `gqa/*.cuh`.
         name: What the compiler's messages call it.
-        arch: One of `ARCHES` for a cubin; for PTX also "compute_80" or "compute_90".
-        target: "cubin" or "ptx" (which carries line information).
+        arch: One of `ARCHES` for a cubin; one of `PTX_ARCHES` for PTX with line information.
 
     Raises:
         ConfigError: The architecture is unknown.
         CompilerMissingError: NVRTC or a header is not installed.
         CompileError: NVRTC rejected the source.
     """
-    if arch not in ARCHES and not (target == "ptx" and arch in ("compute_80", "compute_90")):
-        raise ConfigError(f"arch: got {arch!r}; allowed: {', '.join(ARCHES)}")
+    if arch not in ARCHES and arch not in PTX_ARCHES:
+        raise ConfigError(f"arch: got {arch!r}; allowed: {', '.join((*ARCHES, *PTX_ARCHES))}")
+    target: Target = "ptx" if arch in PTX_ARCHES else "cubin"
     options = [*_OPTIONS, f"-arch={arch}", *(f"-I{path}" for path in _include_paths())]
     options.append("-lineinfo" if target == "ptx" else "--ptxas-options=-v")
     start = time.perf_counter()
@@ -145,7 +143,7 @@ def _compile(program: Any, options: list[str]) -> tuple[bool, str]:
     return status == nvrtc.nvrtcResult.NVRTC_SUCCESS, log.decode(errors="replace").rstrip("\0")
 
 
-def _result(program: Any, target: Literal["cubin", "ptx"]) -> bytes:
+def _result(program: Any, target: Target) -> bytes:
     ptx = target == "ptx"
     size = nvrtc.nvrtcGetPTXSize(program) if ptx else nvrtc.nvrtcGetCUBINSize(program)
     code = bytearray(_check(size))

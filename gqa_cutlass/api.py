@@ -16,7 +16,7 @@ from gqa_cutlass.dispatch import Dispatch, choose_config, dispatch, model_device
 from gqa_cutlass.errors import DeviceError, InputError
 from gqa_cutlass.inputs import DTYPES, Problem
 from gqa_cutlass.launcher import Device, describe_device, load
-from gqa_cutlass.planning import Plan, signature
+from gqa_cutlass.planning import GpuPlan, Plan, Settings, signature
 from gqa_cutlass.store import Store
 
 _MAX_PLANS = 4096
@@ -41,7 +41,8 @@ def gqa_decode(
 
     One kernel launch on the current stream; no synchronisation. Can be captured into a CUDA graph,
     with lengths that change between replays when `cache_seqlens` is a tensor. The caller advances
-    the lengths.
+    the lengths. CPU tensors run through the same dispatch and kernel in ptxsim, which interprets
+    the kernel's PTX: for tests and trying things out, a fraction of a second per call and more.
 
     Args:
         q: Queries of the new token, float16 or bfloat16, [batch, num_q_heads, head_dim] or
@@ -71,7 +72,7 @@ def gqa_decode(
         CacheOverflowError: The new token does not fit. With lengths on the device this is found by
             the kernel: that sequence's output is NaN, its cache is untouched, and a later call (or
             `check_overflow`) raises.
-        DeviceError: No usable GPU.
+        DeviceError: No usable GPU, for tensors on one.
         GqaError: Compiling, storing or launching the kernel failed; see `gqa_cutlass.errors`.
 
     Source: Ainslie et al., "GQA" (arXiv:2305.13245); split over the sequence as in Flash-Decoding.
@@ -139,18 +140,22 @@ def plan(
     inputs.check_aliases(tensors, cache_seqlens)
     inputs.check_splits(num_splits)
     scale = inputs.check_scale(softmax_scale, problem.head_dim)
-    device = _gpu_of(q)
+    device = _device_of(q)
     chosen = dispatch(problem, device, num_splits, kernel)
-    return Plan(
+    settings = Settings(
         problem=problem,
         chosen=chosen,
-        kernel=load(chosen.config, device, jit=_may_compile()),
         tensors=tensors,
         key=signature((q, k_cache, v_cache, k, v, out)),
         softmax_scale=scale,
         return_lse=return_lse,
         device_lengths=isinstance(cache_seqlens, Tensor),
     )
+    if device.index == workspace.CPU:
+        from gqa_cutlass.simulation import CpuPlan  # which only CPU tensors need
+
+        return CpuPlan(**settings)
+    return GpuPlan(load(chosen.config, device, jit=_may_compile()), **settings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,7 +246,7 @@ def warmup(
     Args:
         configs: Kernels, or decode steps as in `GQADecodeConfig` (contiguous tensors are assumed).
         dtype: Element type for the decode steps.
-        device: The GPU to load them on.
+        device: The GPU to load them on, or "cpu" for ptxsim.
 
     Returns:
         The kernels that are now loaded.
@@ -252,12 +257,17 @@ def warmup(
     """
     if dtype not in DTYPES:
         raise InputError(f"warmup: dtype: got {dtype}; allowed: torch.float16, torch.bfloat16.")
-    gpu = _gpu(device)
     kernels = [
         c if isinstance(c, KernelConfig) else choose_config(_problem(c, dtype))[0] for c in configs
     ]
+    gpu = None if _is_cpu(device) else _gpu(device)
     for config in kernels:
-        load(config, gpu)
+        if gpu is None:
+            from gqa_cutlass.simulation import program_of
+
+            program_of(config)
+        else:
+            load(config, gpu)
     return kernels
 
 
@@ -329,7 +339,7 @@ def explain(
     if arch is not None and arch not in ARCHES:
         raise InputError(f"explain: arch: got {arch!r}; allowed: {', '.join(ARCHES)}.")
     if q.device.type == "cuda" and arch is None:
-        device = _gpu_of(q)
+        device = _device_of(q)
     else:
         device = model_device(ARCHES[arch or "sm_90a"])
     chosen = dispatch(problem, device, num_splits)
@@ -347,16 +357,18 @@ def check_overflow(device: torch.device | int | str = "cuda") -> None:
     """Wait for a GPU and report a length that a kernel found not to be allowed, if any.
 
     Args:
-        device: The GPU.
+        device: The GPU, or "cpu".
 
     Raises:
         CacheOverflowError: A call since the last report had a sequence in `cache_seqlens` that its
             cache could not hold.
         DeviceError: No usable GPU.
     """
-    gpu = _gpu(device)
-    torch.cuda.synchronize(gpu.index)
-    workspace.overflow_flag(gpu.index).raise_if_set()
+    index = workspace.CPU
+    if not _is_cpu(device):
+        index = _gpu(device).index
+        torch.cuda.synchronize(index)
+    workspace.overflow_flag(index).raise_if_set()
 
 
 def _may_compile() -> bool | None:
@@ -375,13 +387,21 @@ def _problem(config: GQADecodeConfig, dtype: torch.dtype) -> Problem:
     return inputs.validate(inputs.gather(q, cache, cache, token, token, None))
 
 
-def _gpu_of(tensor: Tensor) -> Device:
+def _device_of(tensor: Tensor) -> Device:
+    """Where a tensor's kernel runs; for CPU tensors, the GPU whose dispatch ptxsim follows."""
+    if tensor.device.type == "cpu":
+        return model_device(ARCHES["sm_90a"])
     if tensor.device.type != "cuda":
         raise DeviceError(
             f"gqa_decode: got tensors on {tensor.device}; allowed: an NVIDIA GPU of compute "
-            "capability 8.0 or newer. Move q, the cache, k and v there with .to('cuda')."
+            "capability 8.0 or newer, or the CPU (simulated, slow). Move q, the cache, k and v "
+            "there with .to('cuda')."
         )
     return _gpu(tensor.device)
+
+
+def _is_cpu(device: torch.device | int | str) -> bool:
+    return not isinstance(device, int) and torch.device(device).type == "cpu"
 
 
 def _gpu(device: torch.device | int | str) -> Device:

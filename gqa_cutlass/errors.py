@@ -42,3 +42,11 @@ class DeviceError(GqaError, RuntimeError):
 
 class LaunchError(GqaError, RuntimeError):
     """The CUDA driver refused a kernel."""
+
+
+class PtxError(GqaError, ValueError):
+    """PTX that ptxsim cannot run: cut short, or with something it does not know."""
+
+
+class KernelFault(GqaError, RuntimeError):
+    """A kernel in ptxsim did what no kernel may: the message says what, where and who."""

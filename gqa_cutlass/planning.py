@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import threading
+from abc import ABC, abstractmethod
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -15,12 +17,12 @@ from gqa_cutlass.errors import InputError
 from gqa_cutlass.inputs import Problem, Tensors
 from gqa_cutlass.launcher import LoadedKernel, Params
 
-_LOG = logging.getLogger("gqa_cutlass")
+LOG = logging.getLogger("gqa_cutlass")
 _ALIGNMENT = 16
 
-# q, k_cache, v_cache, k, v, out; the last three may be absent. Their addresses go into _FIELDS.
+# q, k_cache, v_cache, k, v, out; the last three may be absent. Their addresses go into FIELDS.
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
-_FIELDS = ("q", "k_cache", "v_cache", "k_new", "v_new", "out")
+FIELDS = ("q", "k_cache", "v_cache", "k_new", "v_new", "out")
 _K_CACHE, _V_CACHE, _OUT = 1, 2, 5
 
 Signature = tuple[object, ...]
@@ -36,7 +38,19 @@ def signature(tensors: Arguments) -> Signature:
     )
 
 
-class Plan:
+class Settings(TypedDict):
+    """What every plan is made from, wherever it runs."""
+
+    problem: Problem
+    chosen: Dispatch
+    tensors: Tensors
+    key: Signature
+    softmax_scale: float
+    return_lse: bool
+    device_lengths: bool
+
+
+class Plan(ABC):
     """Runs decode steps of one problem: the lowest-overhead call.
 
     A plan holds no tensors. It can be called from several threads and on any stream, and captured
@@ -48,24 +62,22 @@ class Plan:
         *,
         problem: Problem,
         chosen: Dispatch,
-        kernel: LoadedKernel,
         tensors: Tensors,
         key: Signature,
         softmax_scale: float,
         return_lse: bool,
         device_lengths: bool,
+        flag: workspace.OverflowFlag,
     ) -> None:
         self.problem = problem
         self.dispatch = chosen
         self.return_lse = return_lse
-        self._kernel = kernel
-        self._prepared = kernel.prepare(chosen.shape)
         self._key = key
         self._device_lengths = device_lengths
-        self._flag = workspace.overflow_flag(kernel.device.index)
+        self._flag = flag
         self._lock = threading.Lock()
         self._may_meet = _may_meet(tensors, problem.batch_size if device_lengths else 0)
-        self._params = _params(problem, chosen, tensors, softmax_scale, self._flag.address)
+        self._params = _params(problem, chosen, tensors, softmax_scale, flag.address)
 
     def __call__(
         self,
@@ -108,9 +120,6 @@ class Plan:
         lengths = cache_seqlens.data_ptr() if isinstance(cache_seqlens, Tensor) else 0
         self._check_aliases(tensors, cache_seqlens, [*addresses, lengths])
         self._flag.raise_if_set()
-        if torch.cuda.current_device() != self._kernel.device.index:
-            with torch.cuda.device(self._kernel.device.index):
-                return self._launch(tensors, cache_seqlens, addresses, lengths)
         return self._launch(tensors, cache_seqlens, addresses, lengths)
 
     def _check_aliases(
@@ -140,24 +149,82 @@ class Plan:
         if self.return_lse:
             shape = self.problem.batch_size, self.problem.num_q_heads
             lse = torch.empty(shape, dtype=torch.float32, device=q.device)
-        # What Inductor and Triton use: torch.cuda.current_stream() costs 5 us more.
-        stream = torch._C._cuda_getCurrentRawStream(self._kernel.device.index)
         with self._lock:
             params = self._params
-            for field, address in zip(_FIELDS, addresses, strict=True):
+            for field, address in zip(FIELDS, addresses, strict=True):
                 setattr(params, field, address)
             if isinstance(cache_seqlens, Tensor):
                 params.seqlens = lengths
             else:
                 params.seqlen = cache_seqlens
             params.lse = None if lse is None else lse.data_ptr()
-            # Held until the launch: a capture may give the memory to its next allocation.
-            partials = self._bind_workspace(params, stream)
-            self._kernel.launch(self._prepared, stream, params)
-            del partials
-        if _LOG.isEnabledFor(logging.DEBUG):
-            self._log(stream)
+            self._submit(params, (*tensors[:_OUT], out), cache_seqlens, lse)
         return out if lse is None else (out, lse)
+
+    @abstractmethod
+    def _submit(
+        self,
+        params: Params,
+        tensors: Arguments,
+        cache_seqlens: int | Tensor,
+        lse: Tensor | None,
+    ) -> None:
+        """Bind the workspace and run the kernel; `tensors` have the output in place."""
+
+    def log(self, device: object, stream: int) -> None:
+        """Log a launch, at DEBUG."""
+        shape, problem = self.dispatch.shape, self.problem
+        LOG.debug(
+            "launch kernel=%s grid=%s cluster=(1, 1, 1) block=%d shared_bytes=%d num_splits=%d "
+            "batch_size=%d num_q_heads=%d num_kv_heads=%d head_dim=%d max_seq_len=%d append=%s "
+            "device=%s stream=%#x",
+            self.dispatch.config.name, shape.grid, shape.block, shape.shared_bytes,
+            self.dispatch.num_splits, problem.batch_size, problem.num_q_heads,
+            problem.num_kv_heads, problem.head_dim, problem.max_seq_len, problem.append,
+            device, stream,
+        )  # fmt: skip
+
+
+class GpuPlan(Plan):
+    """A plan for a GPU.
+
+    Args:
+        kernel: The kernel, loaded there.
+        settings: As for `Plan`.
+    """
+
+    def __init__(self, kernel: LoadedKernel, **settings: Unpack[Settings]) -> None:
+        super().__init__(flag=workspace.overflow_flag(kernel.device.index), **settings)
+        self._kernel = kernel
+        self._prepared = kernel.prepare(self.dispatch.shape)
+
+    def _launch(
+        self,
+        tensors: Arguments,
+        cache_seqlens: int | Tensor,
+        addresses: list[int],
+        lengths: int,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if torch.cuda.current_device() != self._kernel.device.index:
+            with torch.cuda.device(self._kernel.device.index):
+                return super()._launch(tensors, cache_seqlens, addresses, lengths)
+        return super()._launch(tensors, cache_seqlens, addresses, lengths)
+
+    def _submit(
+        self,
+        params: Params,
+        tensors: Arguments,
+        cache_seqlens: int | Tensor,
+        lse: Tensor | None,
+    ) -> None:
+        # What Inductor and Triton use: torch.cuda.current_stream() costs 5 us more.
+        stream = torch._C._cuda_getCurrentRawStream(self._kernel.device.index)
+        # Held until the launch: a capture may give the memory to its next allocation.
+        partials = self._bind_workspace(params, stream)
+        self._kernel.launch(self._prepared, stream, params)
+        del partials
+        if LOG.isEnabledFor(logging.DEBUG):
+            self.log(self._kernel.device.index, stream)
 
     def _bind_workspace(self, params: Params, stream: int) -> Tensor | None:
         chosen, index = self.dispatch, self._kernel.device.index
@@ -168,18 +235,6 @@ class Plan:
         )
         params.partials = partials.data_ptr()
         return partials
-
-    def _log(self, stream: int) -> None:
-        shape, problem = self.dispatch.shape, self.problem
-        _LOG.debug(
-            "launch kernel=%s grid=%s cluster=(1, 1, 1) block=%d shared_bytes=%d num_splits=%d "
-            "batch_size=%d num_q_heads=%d num_kv_heads=%d head_dim=%d max_seq_len=%d append=%s "
-            "device=%d stream=%#x",
-            self.dispatch.config.name, shape.grid, shape.block, shape.shared_bytes,
-            self.dispatch.num_splits, problem.batch_size, problem.num_q_heads,
-            problem.num_kv_heads, problem.head_dim, problem.max_seq_len, problem.append,
-            self._kernel.device.index, stream,
-        )  # fmt: skip
 
 
 def _may_meet(tensors: Tensors, num_lengths: int) -> tuple[tuple[int, int, int, int], ...]:

@@ -1,8 +1,8 @@
-"""Cubins on disk: content-addressed, written atomically, healing itself.
+"""Compiled kernels on disk: content-addressed, written atomically, healing itself.
 
-An entry is two files, `<kernel>.<arch>.<source>.<compiler>.cubin` (digests of the source with the
-options, and of the compiler's version) and the same name with `.json`, which holds the cubin's
-checksum and what the compiler said. The JSON is written last; an entry without it, or
+An entry is two files, `<kernel>.<arch>.<source>.<compiler>.cubin` (or `.ptx`; digests of the source
+with the options, and of the compiler's version) and the same name with `.json`, which holds the
+code's checksum and what the compiler said. The JSON is written last; an entry without it, or
 one whose checksum does not match, is a miss and gets replaced. Processes that want the same kernel
 take turns on a lock file, so each kernel is compiled once.
 """
@@ -80,7 +80,7 @@ class Store:
                 compiled = _read(stem)
                 if compiled is not None:
                     return StoredKernel(
-                        config=config, arch=arch, path=_cubin(stem), compiled=compiled,
+                        config=config, arch=arch, path=_code(stem), compiled=compiled,
                         was_built=False,
                     )  # fmt: skip
         return None
@@ -90,7 +90,7 @@ class Store:
 
         Args:
             config: The kernel.
-            arch: One of `codegen.ARCHES`.
+            arch: One of `codegen.ARCHES`, or a virtual architecture for PTX.
             jit: Whether compiling is allowed; None asks the environment.
 
         Raises:
@@ -112,7 +112,7 @@ class Store:
 
     def clean(self) -> int:
         """Remove every entry of the writable folder; returns how many files went."""
-        patterns = ("*.cubin", "*.json", "*.lock", "*.tmp")
+        patterns = ("*.cubin", "*.ptx", "*.json", "*.lock", "*.tmp")
         files = [path for pattern in patterns for path in self.root.glob(f"gqa_decode_{pattern}")]
         for path in files:
             path.unlink(missing_ok=True)
@@ -127,10 +127,10 @@ class Store:
             **{k: v for k, v in dataclasses.asdict(compiled).items() if k != "code"},
         }
         with self._writing():
-            _write_atomically(_cubin(stem), compiled.code)
+            _write_atomically(_code(stem), compiled.code)
             _write_atomically(_meta(stem), json.dumps(meta, indent=1).encode())
         return StoredKernel(
-            config=config, arch=arch, path=_cubin(stem), compiled=compiled, was_built=True
+            config=config, arch=arch, path=_code(stem), compiled=compiled, was_built=True
         )
 
     @contextmanager
@@ -214,8 +214,9 @@ def _check_private(folder: Path) -> None:
         )
 
 
-def _cubin(stem: Path) -> Path:
-    return stem.with_name(stem.name + ".cubin")
+def _code(stem: Path) -> Path:
+    suffix = ".ptx" if ".compute_" in stem.name else ".cubin"
+    return stem.with_name(stem.name + suffix)
 
 
 def _meta(stem: Path) -> Path:
@@ -226,7 +227,7 @@ def _read(stem: Path) -> Compiled | None:
     """Read an entry. Anything odd is a miss."""
     try:
         meta = json.loads(_meta(stem).read_bytes())
-        code = _cubin(stem).read_bytes()
+        code = _code(stem).read_bytes()
         if meta.pop("sha256") != hashlib.sha256(code).hexdigest():
             return None
         del meta["compiler"]

@@ -18,6 +18,7 @@ from torch import Tensor
 from gqa_cutlass.errors import CacheOverflowError
 from gqa_cutlass.launcher import allocate_zeroed, capture_id, relaxed_capture
 
+CPU = -1  # instead of a GPU's index
 _TICKET_BYTES = 4
 _ARENA_TICKETS = 65536
 
@@ -32,7 +33,7 @@ class OverflowFlag:
     """A word of host memory that kernels write when a length on the device is not allowed.
 
     Args:
-        memory: Pinned int32[1]; 0, or 1 + the index of an offending sequence.
+        memory: Int32[1], pinned for a GPU; 0, or 1 + the index of an offending sequence.
     """
 
     memory: Tensor
@@ -64,9 +65,11 @@ _flags: dict[int, OverflowFlag] = {}
 
 
 def overflow_flag(device: int) -> OverflowFlag:
-    """The overflow flag of a GPU."""
+    """The overflow flag of a GPU, or of the CPU."""
     flag = _flags.get(device)
-    if flag is None:
+    if flag is None and device == CPU:
+        flag = _flags.setdefault(CPU, OverflowFlag(torch.zeros(1, dtype=torch.int32)))
+    elif flag is None:
         with torch.cuda.device(device), relaxed_capture():
             memory = torch.zeros(1, dtype=torch.int32, device="cpu").pin_memory()
         flag = _flags.setdefault(device, OverflowFlag(memory))

@@ -39,19 +39,10 @@ def story_tensors() -> dict[str, Any]:
     return {"output": t["out"].view(2, 1, 512), **tokens, **caches}
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda: gqa_decode(**call_tensors(), cache_seqlens=3),
-        lambda: plan(**call_tensors(), cache_seqlens=torch.zeros(2, dtype=torch.int32)),
-        lambda: gqa_attention_decode(**story_tensors(), config=CONFIG),
-        lambda: gqa_decode(**call_tensors(device="meta"), cache_seqlens=3),
-    ],
-    ids=["gqa_decode", "plan", "gqa_attention_decode", "meta"],
-)
-def test_tensors_that_are_not_on_a_gpu_are_refused(call: Callable[[], object]) -> None:
-    with pytest.raises(DeviceError, match=r"got tensors on \w+; allowed: an NVIDIA GPU.*\.to\("):
-        call()
+@pytest.mark.parametrize("call", [gqa_decode, plan])
+def test_tensors_that_are_on_no_device_are_refused(call: Callable[..., object]) -> None:
+    with pytest.raises(DeviceError, match=r"got tensors on meta; allowed: an NVIDIA GPU.*\.to\("):
+        call(**call_tensors(device="meta"), cache_seqlens=3)
 
 
 @pytest.mark.parametrize(
@@ -100,12 +91,11 @@ def test_warmup_for_an_unsupported_type_is_refused(dtype: Any) -> None:
         warmup([CONFIG], dtype=dtype)
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("call", [lambda d: warmup([shipped()[0]], device=d), check_overflow],
                          ids=["warmup", "check_overflow"])  # fmt: skip
-def test_devices_that_are_no_gpus_are_refused(call: Callable[[str], object], device: str) -> None:
-    with pytest.raises(DeviceError, match=f"got {device}; allowed: a CUDA device"):
-        call(device)
+def test_devices_that_run_no_kernels_are_refused(call: Callable[[str], object]) -> None:
+    with pytest.raises(DeviceError, match="got meta; allowed: a CUDA device"):
+        call("meta")
 
 
 @pytest.mark.parametrize("call", [lambda d: warmup([CONFIG], device=d), check_overflow],

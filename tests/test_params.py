@@ -27,7 +27,7 @@ def layout() -> dict[str, int]:
     lines += [f"VALUE(offset_{f}, offsetof(gqa::Params, {f}))" for f in FIELDS]
     lines += [f"VALUE(size_{f}, sizeof(static_cast<gqa::Params*>(nullptr)->{f}))" for f in FIELDS]
     lines += [f"VALUE(strides_{f}, offsetof(gqa::Strides, {f}))" for f, _ in STRIDES._fields_]
-    text = compile_source(PROBE + "\n".join(lines), "probe", "compute_80", "ptx").code.decode()
+    text = compile_source(PROBE + "\n".join(lines), "probe", "compute_80").code.decode()
     found = re.findall(r"\.u64 (\w+)(?: = (\d+))?;", text)
     return {name: int(value or 0) for name, value in found}
 

@@ -58,7 +58,7 @@ class NotedKernel:
 def notes(monkeypatch: pytest.MonkeyPatch) -> Notes:
     notes = Notes()
     monkeypatch.setattr(api, "_plans", {})
-    monkeypatch.setattr(api, "_gpu_of", lambda tensor: GPU)
+    monkeypatch.setattr(api, "_device_of", lambda tensor: GPU)
     monkeypatch.setattr(api, "load", notes.load)
     monkeypatch.setattr(workspace, "borrow", notes.borrow)
     monkeypatch.setattr(workspace, "overflow_flag", lambda device: notes.flag)

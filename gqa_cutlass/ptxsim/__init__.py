@@ -1,0 +1,1 @@
+"""An interpreter of NVIDIA PTX in NumPy: each instruction runs for all threads of many warps."""

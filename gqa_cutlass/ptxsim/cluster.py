@@ -1,0 +1,177 @@
+"""Blocks of a cluster: addresses in one another's shared memory, and their common barrier."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gqa_cutlass.ptxsim.clocks import WARP, Vector
+from gqa_cutlass.ptxsim.memory import CLUSTER_SHIFT, SHARED_WINDOW, WINDOW_BYTES
+from gqa_cutlass.ptxsim.program import Action, Members, Slots, unknown
+from gqa_cutlass.ptxsim.ptx import Instruction
+
+if TYPE_CHECKING:
+    from gqa_cutlass.ptxsim.machine import Group, Machine
+
+Mask = NDArray[np.bool_]
+
+
+class ClusterBarriers:
+    """`barrier.cluster` of every cluster of one machine."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._lanes = machine.threads * machine.context.launch.cluster_size
+        clusters = machine.num_lanes // self._lanes
+        self._phase = np.zeros(clusters, dtype=np.int64)
+        self._arrivals = np.zeros(machine.num_lanes, dtype=np.int64)  # of every lane so far
+        self._vectors: list[list[Vector]] = [[] for _ in range(clusters)]
+        self._passed: list[Vector | None] = [None] * clusters
+        self._waiting: list[tuple[int, NDArray[np.int64]]] = []  # pc and lanes
+
+    def arrive(self, group: Group, release: bool) -> None:
+        """Lanes arrive and go on."""
+        machine = self._machine
+        clusters = group.lanes // self._lanes
+        again = self._arrivals[group.lanes] > self._phase[clusters]
+        if again.any():
+            raise machine.fault(
+                "barrier.cluster: a thread arrives twice without having waited",
+                int(group.lanes[again.argmax()]),
+            )
+        self._arrivals[group.lanes] += 1
+        if release:
+            warps = group.lanes // WARP
+            for warp in np.unique(warps):
+                vector = machine.clocks.release(group.lanes[warps == warp])
+                self._vectors[int(warp) * WARP // self._lanes].append(vector)
+        for cluster in np.unique(clusters):
+            self._complete(int(cluster))
+
+    def _complete(self, cluster: int) -> None:
+        machine = self._machine
+        lanes = slice(cluster * self._lanes, (cluster + 1) * self._lanes)
+        missing = machine.live[lanes] & (self._arrivals[lanes] <= self._phase[cluster])
+        if missing.any():
+            return
+        self._phase[cluster] += 1
+        vectors = self._vectors[cluster]
+        self._passed[cluster] = np.maximum.reduce(vectors) if vectors else None
+        self._vectors[cluster] = []
+        waiting, self._waiting = self._waiting, []
+        for pc, held in waiting:
+            mine = held // self._lanes == cluster
+            if mine.any():
+                mask = np.zeros(machine.num_lanes, dtype=bool)
+                mask[held[mine]] = True
+                machine.resume(mask, pc)
+            if not mine.all():
+                self._waiting.append((pc, held[~mine]))
+
+    def wait(self, group: Group, acquire: bool) -> Mask:
+        """Which lanes of a group need not wait; the others are held at this instruction."""
+        machine = self._machine
+        clusters = group.lanes // self._lanes
+        early = self._arrivals[group.lanes] < self._phase[clusters]
+        never = self._arrivals[group.lanes] == 0
+        if (early | never).any():
+            raise machine.fault(
+                "barrier.cluster.wait without an arrival", int(group.lanes[(early | never).argmax()])
+            )
+        done = self._arrivals[group.lanes] == self._phase[clusters]
+        if not done.all():
+            self._waiting.append((machine.pc, group.lanes[~done]))
+        going = np.zeros(machine.num_lanes, dtype=bool)
+        going[group.lanes[done]] = True
+        if acquire:
+            warps = group.lanes[done] // WARP
+            for warp in np.unique(warps):
+                passed = self._passed[int(warp) * WARP // self._lanes]
+                if passed is not None:
+                    machine.clocks.acquire(group.lanes[done][warps == warp], passed)
+        return going
+
+    def recheck(self) -> None:
+        """Lanes have exited: an arrival of theirs is no longer needed."""
+        for cluster in range(len(self._phase)):
+            lanes = slice(cluster * self._lanes, (cluster + 1) * self._lanes)
+            if (self._arrivals[lanes] > self._phase[cluster]).any():
+                self._complete(cluster)
+
+    def waiting(self) -> list[tuple[int, Mask, str]]:
+        """Who waits where, for reports."""
+        found = []
+        for pc, lanes in self._waiting:
+            mask = np.zeros(self._machine.num_lanes, dtype=bool)
+            mask[lanes] = True
+            found.append((pc, mask, "the barrier of the cluster"))
+        return found
+
+
+def build_cluster_barrier(instruction: Instruction, slots: Slots) -> Action:
+    """`barrier.cluster.arrive` and `.wait`."""
+    verb, *rest = (w for w in instruction.opcode[2:] if w != "aligned")
+    if verb == "arrive" and rest in ([], ["release"], ["relaxed"]):
+        release = rest != ["relaxed"]
+        return Action(
+            step=lambda machine, group: machine.cluster_barriers.arrive(group, release),
+            members=Members(),
+        )
+    if verb == "wait" and rest in ([], ["acquire"], ["relaxed"]):
+        return Action(step=_wait(rest != ["relaxed"]), ends=True, members=Members())
+    raise unknown(instruction)
+
+
+def _wait(acquire: bool):  # type: ignore[no-untyped-def]
+    def step(machine: Machine, group: Group) -> Group:
+        from gqa_cutlass.ptxsim.machine import Group as Part
+
+        return Part(machine.cluster_barriers.wait(group, acquire), machine)
+
+    return step
+
+
+def build_mapa(instruction: Instruction, slots: Slots) -> Action:
+    """`mapa`: the address of a variable in the shared memory of a block of the cluster."""
+    space, kind = instruction.opcode[1:] if len(instruction.opcode) == 3 else ("generic", "")
+    kind = kind or instruction.opcode[1]
+    if space not in ("generic", "shared::cluster") or kind not in ("u32", "u64"):
+        raise unknown(instruction)
+    width = int(kind[1:])
+    target = slots.register(instruction.operands[0], instruction)
+    where = slots.source(instruction.operands[1], width, instruction)
+    rank = slots.source(instruction.operands[2], 32, instruction)
+    window = SHARED_WINDOW if space == "generic" else 0
+
+    def step(machine: Machine, group: Group) -> None:
+        ranks = machine.value(rank, group).astype(np.int64)
+        size = machine.context.launch.cluster_size
+        if (ranks >= size).any():
+            raise machine.fault(
+                f"mapa: block {int(ranks.max())} of a cluster of {size}",
+                int(group.lanes[(ranks >= size).argmax()]),
+            )
+        local = machine.value(where, group).astype(np.int64) & (1 << CLUSTER_SHIFT) - 1
+        mapped = window + ((ranks + 1) << CLUSTER_SHIFT) + local
+        dtype = np.uint32 if width == 32 else np.uint64
+        machine.assign_lanes(target, mapped.astype(dtype), group)
+
+    return Action(step=step)
+
+
+def build_getctarank(instruction: Instruction, slots: Slots) -> Action:
+    """`getctarank`: the block whose shared memory an address lies in."""
+    width = int(instruction.opcode[-1][1:])
+    target = slots.register(instruction.operands[0], instruction)
+    where = slots.source(instruction.operands[1], width, instruction)
+
+    def step(machine: Machine, group: Group) -> None:
+        addresses = machine.value(where, group).astype(np.int64) & WINDOW_BYTES - 1
+        rank = addresses >> CLUSTER_SHIFT
+        own = machine.block_of[group.lanes] % machine.context.launch.cluster_size
+        value = np.where(rank > 0, rank - 1, own).astype(np.uint32)
+        machine.assign_lanes(target, value, group)
+
+    return Action(step=step)

@@ -1,0 +1,161 @@
+"""cp.async: copies that finish when they are waited for (PTX ISA 9.7.9.25.3).
+
+The bytes are there at once, but nobody may look: their granules are under way until the lane that
+started the copy has waited for its group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gqa_cutlass.ptxsim.access import note_global
+from gqa_cutlass.ptxsim.memory import AccessError
+from gqa_cutlass.ptxsim.operands import integer, pointer
+from gqa_cutlass.ptxsim.program import Action, Slots, unknown
+from gqa_cutlass.ptxsim.ptx import Instruction
+from gqa_cutlass.ptxsim.shadow import ShadowError
+
+if TYPE_CHECKING:
+    from gqa_cutlass.ptxsim.machine import Group, Machine
+
+Ints = NDArray[np.int64]
+_HINTS = ("L2::cache_hint", "L2::64B", "L2::128B", "L2::256B")
+_SIZES = {"ca": (4, 8, 16), "cg": (16,)}
+
+
+@dataclass(kw_only=True)
+class _Copy:
+    """One instruction's copies: lanes, the group that each belongs to, granules [n, k]."""
+
+    lanes: Ints
+    group: Ints
+    cells: Ints
+
+
+class Copies:
+    """Copies under way of one machine."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._committed = np.zeros(machine.num_lanes, dtype=np.int64)
+        self._under_way: list[_Copy] = []
+
+    def start(self, group: Group, target: Ints, source: Ints, size: int, length: Ints) -> None:
+        """Copy `length` bytes for every lane, zeros up to `size`."""
+        machine, lanes = self._machine, group.lanes
+        data = np.zeros((len(lanes), size // 4), dtype=np.uint32)
+        try:
+            self._read(data, lanes, source, size, length)
+        except AccessError as error:
+            raise machine.memory_fault(error, lanes, "global") from None
+        try:
+            at = machine.shared.index(machine.block_of[lanes], target, size)
+        except AccessError as error:
+            raise machine.memory_fault(error, lanes, "shared") from None
+        try:
+            cells = machine.shadow.begin_copy(lanes, at, size)
+        except ShadowError as error:
+            raise machine.shadow_fault(error, lanes, target) from None
+        machine.shared.store(at, data if size > 4 else data[:, 0])
+        self._under_way.append(_Copy(lanes=lanes, group=self._committed[lanes], cells=cells))
+        if machine.context.stats is not None:
+            machine.context.stats.shared(machine.pc, lanes, target, size)
+
+    def _read(self, data: NDArray[np.uint32], lanes: Ints, source: Ints, size: int, length: Ints) -> None:
+        machine = self._machine
+        wrong = (length < 0) | (length > size)
+        if wrong.any():
+            raise machine.fault(
+                f"cp.async: source size {int(length[wrong][0])}; allowed: 0 to {size}",
+                int(lanes[wrong.argmax()]),
+            )
+        for bytes_read in np.unique(length[length > 0]).tolist():
+            rows = np.flatnonzero(length == bytes_read)
+            if len(rows) == len(lanes):
+                rows = np.arange(len(lanes))
+            where = source[rows]
+            misaligned = where % size != 0
+            if misaligned.any():
+                position = int(rows[misaligned.argmax()])
+                raise AccessError(position, int(source[position]), f"not a multiple of {size} bytes")
+            try:
+                unit = 8 * min(bytes_read & -bytes_read, 4)
+                words = bytes_read * 8 // unit
+                view = data.view(f"u{unit // 8}")
+                if words & words - 1 == 0 and words <= 4:
+                    loaded = machine.context.memory.load(where, unit, words)
+                    view[rows, :words] = loaded.reshape(len(rows), words)
+                else:
+                    for i in range(words):
+                        view[rows, i] = machine.context.memory.load(where + i * unit // 8, unit, 1)
+            except AccessError as error:
+                raise AccessError(int(rows[error.position]), error.address, str(error)) from None
+            note_global(machine, lanes[rows], where, bytes_read, write=False, strong=False)
+
+    def commit(self, group: Group) -> None:
+        """Close the open group of every lane."""
+        self._committed[group.lanes] += 1
+
+    def wait(self, group: Group, newest: int) -> None:
+        """Wait until all but the newest groups of every lane have finished."""
+        limit = self._committed - newest
+        left = []
+        for copy in self._under_way:
+            done = copy.group < limit[copy.lanes]
+            if not group.full:
+                done &= group.mask[copy.lanes]
+            if done.all():
+                self._machine.shadow.end_copy(copy.lanes, copy.cells)
+            elif done.any():
+                self._machine.shadow.end_copy(copy.lanes[done], copy.cells[done])
+                left.append(
+                    _Copy(lanes=copy.lanes[~done], group=copy.group[~done], cells=copy.cells[~done])
+                )
+            else:
+                left.append(copy)
+        self._under_way = left
+
+
+def build_cp_async(instruction: Instruction, slots: Slots) -> Action:
+    """`cp.async`: the copy, commit_group, wait_group and wait_all."""
+    words = instruction.opcode[2:]
+    if words == ("commit_group",):
+        return Action(step=lambda machine, group: machine.copies.commit(group))
+    if words == ("wait_all",):
+        return Action(step=_wait_all)
+    if words == ("wait_group",):
+        newest = integer(instruction.operands[0], instruction)
+        return Action(step=lambda machine, group: machine.copies.wait(group, newest))
+    cache, *rest = words
+    if cache not in _SIZES or rest[:2] not in (["shared", "global"], ["shared::cta", "global"]):
+        raise unknown(instruction)
+    if any(word not in _HINTS for word in rest[2:]):
+        raise unknown(instruction, f"modifier {rest[2:]}")
+    operands = list(instruction.operands)
+    if "L2::cache_hint" in rest:
+        operands.pop()
+    size = integer(operands[2], instruction)
+    if size not in _SIZES[cache] or len(operands) not in (3, 4):
+        raise unknown(instruction, f"size {size}")
+    target = pointer(operands[0], slots, instruction)
+    source = pointer(operands[1], slots, instruction)
+    length = slots.source(operands[3], 32, instruction) if len(operands) == 4 else None
+
+    def step(machine: Machine, group: Group) -> None:
+        lengths = np.full(len(group), size)
+        if length is not None:
+            lengths = machine.value(length, group).astype(np.int32).astype(np.int64)
+        machine.copies.start(
+            group, target.addresses(machine, group), source.addresses(machine, group), size, lengths
+        )
+
+    return Action(step=step, shared_width=size)
+
+
+def _wait_all(machine: Machine, group: Group) -> None:
+    machine.copies.commit(group)
+    machine.copies.wait(group, 0)

@@ -1,0 +1,198 @@
+"""Accesses to global memory, compared when the launch is over: what was not ordered is a race.
+
+Most of global memory is only read, so looking at every access when it happens would be a waste.
+What is compared are accesses to bytes that somebody wrote: each read with the write before and the
+write after it, and each write with the one before. Blocks are ordered by releases and acquisitions
+through atomics alone (see `clocks`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gqa_cutlass.ptxsim.clocks import WARP, Clocks, Vector
+
+Ints = NDArray[np.int64]
+# What a cluster's blocks are known to have done, by the cluster's number.
+Foreign = dict[int, Vector]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Accesses:
+    """One instruction's accesses, [n] each."""
+
+    start: Ints
+    size: int
+    lanes: Ints  # of the launch
+    stamps: Ints
+    synced: Ints
+    versions: Ints
+    write: bool
+    strong: bool
+    pc: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Race:
+    """Two accesses that nothing orders: lanes of the launch, and positions in the code."""
+
+    address: int
+    lane: int
+    pc: int
+    write: bool
+    other_lane: int
+    other_pc: int
+    other_write: bool
+
+
+class GlobalLedger:
+    """All accesses to global memory of one launch.
+
+    Args:
+        lanes_per_cluster: Threads of a cluster.
+    """
+
+    def __init__(self, lanes_per_cluster: int) -> None:
+        self._cluster = lanes_per_cluster
+        self._log: list[_Accesses] = []
+        self._clocks: list[tuple[int, Clocks]] = []  # first lane of a batch of blocks
+        self._foreign: dict[int, list[Foreign]] = {}
+
+    def begin(self, first_lane: int, clocks: Clocks) -> None:
+        """A batch of blocks starts, whose lanes count from `first_lane`."""
+        self._clocks.append((first_lane, clocks))
+
+    def note(
+        self, lanes: Ints, addresses: Ints, size: int, *, write: bool, strong: bool, pc: int
+    ) -> None:
+        """Note accesses of lanes of the present batch."""
+        first, clocks = self._clocks[-1]
+        warps = lanes // WARP
+        self._log.append(
+            _Accesses(
+                start=addresses, size=size, lanes=lanes + first, stamps=clocks.stamps(lanes),
+                synced=clocks.synced[warps], versions=clocks.versions(lanes),
+                write=write, strong=strong, pc=pc,
+            )  # fmt: skip
+        )
+
+    def acquire(self, lanes: Ints, seen: Foreign) -> None:
+        """Lanes of one warp of the present batch learn what was published."""
+        first, clocks = self._clocks[-1]
+        cluster = (int(lanes[0]) + first) // self._cluster
+        held = self._foreign.setdefault(cluster, [{}])
+        known = dict(held[-1])
+        for other, vector in seen.items():
+            if other != cluster:
+                known[other] = np.maximum(known[other], vector) if other in known else vector
+        held.append(known)
+        learned = seen.get(cluster, np.zeros(clocks.columns, dtype=np.int32)).copy()
+        learned[-1] = len(held) - 1
+        clocks.acquire(lanes, learned)
+
+    def publish(self, lane: int, vector: Vector) -> Foreign:
+        """What a lane of the present batch releases: its own cluster's doings, and what it knows."""
+        first, _ = self._clocks[-1]
+        cluster = (lane + first) // self._cluster
+        known = self._foreign.get(cluster, [{}])[int(vector[-1])]
+        return {**known, cluster: vector}
+
+    def races(self, limit: int = 1) -> list[Race]:
+        """Pairs of accesses that nothing orders; at most `limit`."""
+        writes = [a for a in self._log if a.write]
+        if not writes:
+            return []
+        unit = min(a.size for a in self._log)
+        touched = np.unique(np.concatenate([_units(a, unit).reshape(-1) for a in writes]))
+        cells, entries, rows = [], [], []
+        for i, access in enumerate(self._log):
+            units = _units(access, unit)
+            at = np.searchsorted(touched, units)
+            hit = touched[np.minimum(at, len(touched) - 1)] == units
+            row, column = np.nonzero(hit)
+            cells.append(units[row, column])
+            rows.append(row)
+            entries.append(np.full(len(row), i))
+        return self._compare(
+            np.concatenate(cells), np.concatenate(entries), np.concatenate(rows), unit, limit
+        )
+
+    def _compare(self, cells: Ints, entries: Ints, rows: Ints, unit: int, limit: int) -> list[Race]:
+        """Accesses to the same cell, in the order in which they happened."""
+        order = np.lexsort((entries, cells))
+        cells, entries, rows = cells[order], entries[order], rows[order]
+        write = np.array([a.write for a in self._log])[entries]
+        index = np.arange(len(cells))
+        first = np.concatenate(([True], cells[1:] != cells[:-1]))
+        start = np.maximum.accumulate(np.where(first, index, 0))
+        last_write = np.maximum.accumulate(np.where(write, index, -1))
+        before = np.concatenate(([-1], last_write[:-1]))
+        later = before >= start  # has a write before it in the same cell
+        pairs = [(before[later], index[later])]
+        next_write = np.where(write, index, len(index))[::-1]
+        next_write = np.minimum.accumulate(next_write)[::-1]
+        has_next = ~write & (next_write < len(index))
+        has_next[has_next] &= cells[next_write[has_next]] == cells[has_next]
+        pairs.append((index[has_next], next_write[has_next]))
+        a = np.concatenate([p[0] for p in pairs])
+        b = np.concatenate([p[1] for p in pairs])
+        found = []
+        for i in np.flatnonzero(~self._ordered(entries[a], rows[a], entries[b], rows[b]))[:limit]:
+            found.append(self._race(int(cells[a[i]]) * unit, a[i], b[i], entries, rows))
+        return found
+
+    def _race(self, address: int, a: int, b: int, entries: Ints, rows: Ints) -> Race:
+        one, two = self._log[entries[a]], self._log[entries[b]]
+        return Race(
+            address=address,
+            lane=int(two.lanes[rows[b]]), pc=two.pc, write=two.write,
+            other_lane=int(one.lanes[rows[a]]), other_pc=one.pc, other_write=one.write,
+        )  # fmt: skip
+
+    def _ordered(self, a: Ints, a_row: Ints, b: Ints, b_row: Ints) -> NDArray[np.bool_]:
+        """Whether each access a happened before b, or both are atomic."""
+        fine = np.zeros(len(a), dtype=bool)
+        strong = np.array([x.strong for x in self._log])
+        fine |= strong[a] & strong[b]
+        keys = a * len(self._log) + b
+        for key in np.unique(keys[~fine]):
+            which = np.flatnonzero((keys == key) & ~fine)
+            one, two = self._log[int(key) // len(self._log)], self._log[int(key) % len(self._log)]
+            fine[which] = self._pairs(one, a_row[which], two, b_row[which])
+        return fine
+
+    def _pairs(self, a: _Accesses, a_row: Ints, b: _Accesses, b_row: Ints) -> NDArray[np.bool_]:
+        lane_a, lane_b = a.lanes[a_row], b.lanes[b_row]
+        epoch = a.stamps[a_row] >> 32
+        fine = lane_a == lane_b
+        same_warp = lane_a // WARP == lane_b // WARP
+        fine |= same_warp & (epoch <= b.synced[b_row])
+        rest = np.flatnonzero(~fine & ~same_warp)
+        of_a, of_b = lane_a[rest] // self._cluster, lane_b[rest] // self._cluster
+        most = int(max(of_a.max(initial=0), of_b.max(initial=0))) + 1
+        keys = (b.versions[b_row[rest]] * most + of_b) * most + of_a
+        for key in np.unique(keys):
+            which = rest[keys == key]
+            row = self._knowledge(int(lane_b[which[0]]), int(key) // most // most, int(key) % most)
+            if row is not None:
+                fine[which] = row[lane_a[which] % self._cluster] >= epoch[which]
+        return fine
+
+    def _knowledge(self, lane: int, version: int, of_cluster: int) -> Vector | None:
+        """What a lane knew of a cluster's lanes."""
+        row = self._clocks_of(lane).history[version]
+        cluster = lane // self._cluster
+        if cluster == of_cluster:
+            return row
+        return self._foreign.get(cluster, [{}])[int(row[-1])].get(of_cluster)
+
+    def _clocks_of(self, lane: int) -> Clocks:
+        return next(clocks for first, clocks in reversed(self._clocks) if first <= lane)
+
+
+def _units(access: _Accesses, unit: int) -> Ints:
+    """The cells of `unit` bytes that accesses touch: [n, k]."""
+    return access.start[:, None] // unit + np.arange(access.size // unit)

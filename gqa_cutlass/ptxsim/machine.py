@@ -1,0 +1,350 @@
+"""Runs the blocks of a launch together: one NumPy operation executes an instruction for all lanes.
+
+Lanes that stand at the same instruction form a group, and the group that is furthest behind goes
+first, so lanes that diverged meet again where their paths join. Instructions that a whole warp must
+execute together, and barriers, hold lanes back until the others are there; if nobody can go on and
+somebody waits, that is reported as a deadlock.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gqa_cutlass.errors import KernelFault
+from gqa_cutlass.ptxsim.atomics import Atomics, Cells
+from gqa_cutlass.ptxsim.bits import Bits
+from gqa_cutlass.ptxsim.clocks import WARP, Clocks
+from gqa_cutlass.ptxsim.cluster import ClusterBarriers
+from gqa_cutlass.ptxsim.copies import Copies
+from gqa_cutlass.ptxsim.ledger import GlobalLedger
+from gqa_cutlass.ptxsim.mbarrier import MBarriers
+from gqa_cutlass.ptxsim.memory import CLUSTER_SHIFT, AccessError, GlobalMemory, SharedMemory
+from gqa_cutlass.ptxsim.prepare import Launch, Program
+from gqa_cutlass.ptxsim.program import Code, Members
+from gqa_cutlass.ptxsim.shadow import Shadow, ShadowError
+from gqa_cutlass.ptxsim.stats import Stats
+from gqa_cutlass.ptxsim.sync import Barriers
+
+Mask = NDArray[np.bool_]
+Lanes = NDArray[np.int64]
+_PATIENCE = 4096  # turns after which a group that is ahead gets one: spinning ends by others' work
+
+
+class Group:
+    """Lanes that execute the same instruction.
+
+    Args:
+        mask: Of all lanes of the machine.
+        machine: Whose lanes.
+    """
+
+    __slots__ = ("_machine", "_whole", "covers", "full", "lanes", "mask")
+
+    def __init__(self, mask: Mask, machine: Machine) -> None:
+        self.mask = mask
+        self.lanes: Lanes = np.flatnonzero(mask)
+        self.full = len(self.lanes) == len(mask)  # every lane there ever was
+        self.covers = len(self.lanes) == machine.num_live  # every lane that has not exited
+        self._machine = machine
+        self._whole: bool | None = None
+
+    def __len__(self) -> int:
+        return len(self.lanes)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the group consists of complete warps."""
+        if self._whole is None:
+            per_warp = self.mask.reshape(-1, WARP)
+            self._whole = bool((per_warp.all(axis=1) == per_warp.any(axis=1)).all())
+        return self._whole
+
+    @property
+    def num_warps(self) -> int:
+        """Warps that have lanes in the group."""
+        return int(np.count_nonzero(self.mask.reshape(-1, WARP).any(axis=1)))
+
+
+@dataclass(kw_only=True)
+class Context:
+    """What one launch shares between its batches of blocks."""
+
+    program: Program
+    launch: Launch
+    params: NDArray[np.uint8]
+    memory: GlobalMemory
+    ledger: GlobalLedger | None
+    stats: Stats | None
+    max_steps: int
+    cells: Cells = field(default_factory=dict)  # what atomics on global memory published
+
+
+class Machine:
+    """One batch of blocks.
+
+    Args:
+        context: The launch.
+        block_ids: [n, 3], whole clusters.
+        first_block: Position of the first one among all blocks of the launch.
+        races: Whether to look for races.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        block_ids: NDArray[np.int64],
+        first_block: int,
+        races: bool,
+    ) -> None:
+        launch, program = context.launch, context.program
+        self.context = context
+        self.block_ids = block_ids
+        self.first_block = first_block
+        self.threads = launch.block
+        self.num_blocks = len(block_ids)
+        self.num_lanes = self.num_blocks * launch.block
+        self.num_live = self.num_lanes
+        self.live: Mask = np.ones(self.num_lanes, dtype=bool)
+        self.block_of: Lanes = np.arange(self.num_lanes) // launch.block
+        self.regs: list[Bits | None] = program.registers(launch, block_ids)
+        self.defined: dict[int, Mask] = {
+            slot: np.zeros(self.num_lanes, dtype=bool) for slot in program.watched
+        }
+        self.clocks = Clocks(self.num_blocks, launch.block, launch.cluster_size)
+        self.shared = SharedMemory(self.num_blocks, program.shared_base, program.shared_size(launch))
+        self.shadow = Shadow(
+            len(self.shared.bytes), program.granule, self.clocks, races and context.ledger is not None
+        )
+        self.local = np.zeros(0, dtype=np.uint8)
+        if program.local_bytes:
+            self.local = np.zeros(self.num_lanes * program.local_bytes, dtype=np.uint8)
+        self.copies = Copies(self)
+        self.atomics = Atomics(self, context.cells)
+        self.barriers = Barriers(self)
+        self.mbarriers = MBarriers(self)
+        self.cluster_barriers = ClusterBarriers(self)
+        self.groups: dict[int, Mask] = {}
+        self._held: dict[int, Mask] = {}  # lanes waiting for the rest of their warp
+        self.pc = 0
+        self._steps = 0
+        if context.ledger is not None:
+            context.ledger.begin(first_block * launch.block, self.clocks)
+
+    # Scheduling
+
+    def run(self) -> None:
+        """Execute until every lane has exited.
+
+        Raises:
+            KernelFault: What a kernel may not do, or a deadlock.
+        """
+        self.groups[0] = self.live.copy()
+        turns = 0
+        while self.num_live:
+            if not self.groups:
+                self._deadlock()
+            turns += 1
+            behind = turns % _PATIENCE or len(self.groups) == 1
+            pc = min(self.groups) if behind else max(self.groups)
+            self._advance(pc, self.groups.pop(pc))
+
+    def resume(self, mask: Mask, pc: int) -> None:
+        """Let lanes go on at an instruction."""
+        other = self.groups.get(pc)
+        self.groups[pc] = mask if other is None else mask | other
+
+    def _advance(self, pc: int, mask: Mask) -> None:
+        """Execute up to where lanes part, meet others or wait."""
+        program = self.context.program
+        group: Group | None = Group(mask, self)
+        while group is not None:
+            code = program.code[pc]
+            self.pc = pc
+            acting = group if code.guard is None else self._guarded(code, group)
+            members = code.action.members
+            if members is not None and len(acting) and not acting.whole:
+                group = acting = self._together(members, group, acting)
+            if len(acting):
+                group = self._execute(code, group, acting)
+            pc += 1
+            if group is not None and self.groups and pc in program.leaders:
+                self.resume(group.mask, pc)
+                return
+
+    def _execute(self, code: Code, group: Group, acting: Group) -> Group | None:
+        """Execute one instruction; returns who goes on behind it."""
+        self._steps += 1
+        if self._steps > self.context.max_steps:
+            raise self.fault(
+                f"no end after {self.context.max_steps} instructions: the kernel loops, or waits "
+                "for what does not happen",
+                int(group.lanes[0]),
+            )
+        if self.defined:
+            self._check_defined(code, group, acting)
+        if self.context.stats is not None:
+            self.context.stats.count(self.pc, acting)
+        going = code.action.step(self, acting)
+        if not code.action.ends:
+            if group.full:
+                for slot in code.dead:
+                    self.regs[slot] = None
+            return group
+        stay = group.mask & ~acting.mask
+        if going is not None:
+            stay |= going.mask
+        return Group(stay, self) if stay.any() else None
+
+    def _guarded(self, code: Code, group: Group) -> Group:
+        """The lanes of a group whose guard holds."""
+        predicate = self.regs[code.guard]  # type: ignore[index]
+        mask = group.mask & (~predicate if code.instruction.negated else predicate)  # type: ignore[operator]
+        count = np.count_nonzero(mask)
+        return group if count == len(group) else Group(mask, self)
+
+    def _together(self, members: Members, group: Group, acting: Group) -> Group:
+        """Warps of which everybody is here who must be; the others are held back.
+
+        Lanes whose guard does not hold go on.
+        """
+        passing = group.mask & ~acting.mask
+        if passing.any():
+            self.resume(passing, self.pc + 1)
+        held = self._held.pop(self.pc, None)
+        mask = acting.mask if held is None else acting.mask | held
+        here = mask.reshape(-1, WARP)
+        needed = self.live.reshape(-1, WARP) | members.strict
+        if members.mask is not None:
+            words = np.where(here, self.whole(members.mask), np.uint32(0))
+            asked = np.bitwise_or.reduce(words, axis=1)[:, None]
+            needed = (asked >> np.arange(WARP, dtype=np.uint32) & np.uint32(1)).astype(bool)
+        ready = here & ~(needed & ~here).any(axis=1)[:, None]
+        rest = (here & ~ready).reshape(-1)
+        if rest.any():
+            self._held[self.pc] = rest
+        return Group(ready.reshape(-1), self)
+
+    def retire(self, group: Group) -> None:
+        """Lanes have exited."""
+        self.live = self.live & ~group.mask
+        self.num_live = int(np.count_nonzero(self.live))
+        self.barriers.recheck()
+        self.cluster_barriers.recheck()
+
+    def _check_defined(self, code: Code, group: Group, acting: Group) -> None:
+        for slot in code.reads:
+            defined = self.defined.get(slot)
+            readers = group if slot == code.guard else acting
+            if defined is not None and not defined[readers.lanes].all():
+                lane = int(readers.lanes[~defined[readers.lanes]][0])
+                name = self.context.program.slot_name(slot)
+                raise self.fault(f"register {name} is read and was never written", lane)
+        for slot in code.writes:
+            if slot in self.defined:
+                self.defined[slot] |= acting.mask
+
+    def shared_places(self, lanes: Lanes, addresses: Lanes, space: str) -> tuple[Lanes, Lanes]:
+        """Blocks of the machine, and addresses in them, of accesses to shared memory.
+
+        Raises:
+            AccessError: A block that is not of the cluster.
+        """
+        blocks = self.block_of[lanes]
+        if space != "cluster":
+            return blocks, addresses
+        size = self.context.launch.cluster_size
+        rank = addresses >> CLUSTER_SHIFT
+        wrong = (rank > size) | (rank < 0)
+        if wrong.any():
+            position = int(wrong.argmax())
+            raise AccessError(position, int(addresses[position]), "outside the cluster")
+        remote = blocks // size * size + rank - 1
+        return np.where(rank > 0, remote, blocks), addresses & (1 << CLUSTER_SHIFT) - 1
+
+    # Values
+
+    def value(self, slot: int, group: Group) -> Bits:
+        """A register's value for every lane of a group."""
+        value = self.regs[slot]
+        assert value is not None
+        if group.full:
+            return value if len(value) == self.num_lanes else np.repeat(value, self.num_lanes)
+        return value[group.lanes] if len(value) > 1 else np.repeat(value, len(group))
+
+    def whole(self, slot: int) -> Bits:
+        """A register's value for all lanes of the machine, [warps, 32]."""
+        value = self.regs[slot]
+        if value is None:  # read for lanes that are not there
+            value = np.zeros(1, dtype=self.context.program.dtype(slot))
+        return np.broadcast_to(value, self.num_lanes).reshape(-1, WARP)
+
+    def assign(self, slot: int, value: Bits, group: Group) -> None:
+        """Write a register, given values for all lanes of the machine (or one for all of them)."""
+        if not group.covers:
+            old = self.regs[slot]
+            if old is None:
+                old = np.zeros(1, dtype=value.dtype)
+            value = np.where(group.mask, value, old)
+        self.regs[slot] = value
+
+    def assign_lanes(self, slot: int, value: Bits, group: Group) -> None:
+        """Write a register, given one value per lane of the group."""
+        if group.full:
+            self.regs[slot] = value
+            return
+        old = self.regs[slot]
+        new = np.zeros(self.num_lanes, dtype=value.dtype)
+        if old is not None and not group.covers:
+            new[:] = old
+        new[group.lanes] = value
+        self.regs[slot] = new
+
+    # Reports
+
+    def lane_name(self, lane: int) -> str:
+        """Block, warp and lane in words."""
+        block = tuple(int(i) for i in self.block_ids[lane // self.threads])
+        thread = lane % self.threads
+        return f"block {block}, warp {thread // WARP}, lane {thread % WARP}"
+
+    def fault(self, what: str, lane: int, address: int | None = None, pc: int | None = None) -> KernelFault:
+        """The error for what a lane did."""
+        return self.context.program.fault(
+            what, self.lane_name(lane), self.pc if pc is None else pc, address
+        )
+
+    def memory_fault(self, error: AccessError, lanes: Lanes, space: str) -> KernelFault:
+        """The error for an access that memory refused."""
+        where = f"; {self.context.memory.locate(error.address)}" if space == "global" else ""
+        return self.fault(f"{space} access {error}{where}", int(lanes[error.position]), error.address)
+
+    def shadow_fault(self, error: ShadowError, lanes: Lanes, addresses: Lanes) -> KernelFault:
+        """The error for an access that shared memory's shadow refused."""
+        lane = int(lanes[error.row])
+        address = int(addresses[error.row]) + error.column * self.shadow.granule
+        other = ""
+        if error.other is not None:
+            size = self.threads * self.context.launch.cluster_size
+            other = f" ({self.lane_name(lane // size * size + error.other)})"
+        return self.fault(f"{error}{other}", lane, address)
+
+    def _deadlock(self) -> None:
+        """Report who waits where."""
+        waiting: list[str] = []
+        first: tuple[int, int] | None = None
+        held = [(pc, mask, "the rest of its warp") for pc, mask in self._held.items()]
+        waits = (self.barriers, self.mbarriers, self.cluster_barriers)
+        for pc, mask, what in [*held, *(w for b in waits for w in b.waiting())]:
+            lanes = np.flatnonzero(mask)
+            if len(lanes):
+                first = first or (int(lanes[0]), pc)
+                where = self.context.program.code[pc].instruction
+                waiting.append(
+                    f"{len(lanes)} threads, first {self.lane_name(int(lanes[0]))}, wait for {what} "
+                    f"in `{where.name}` at {where.where}"
+                )
+        lane, pc = first or (0, self.pc)
+        raise self.fault("deadlock: nobody can go on; " + "; ".join(waiting), lane, pc=pc)

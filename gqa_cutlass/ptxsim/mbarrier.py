@@ -1,0 +1,429 @@
+"""mbarrier objects, and the bulk copies that complete on them (PTX ISA 9.7.13.15, 9.7.9.25.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gqa_cutlass.ptxsim.access import note_global
+from gqa_cutlass.ptxsim.clocks import WARP, Vector
+from gqa_cutlass.ptxsim.memory import WINDOW_BYTES, AccessError
+from gqa_cutlass.ptxsim.operands import Pointer, pointer
+from gqa_cutlass.ptxsim.program import Action, Slots, unknown
+from gqa_cutlass.ptxsim.ptx import Instruction, Reg
+from gqa_cutlass.ptxsim.shadow import ShadowError
+
+if TYPE_CHECKING:
+    from gqa_cutlass.ptxsim.machine import Group, Machine
+
+Ints = NDArray[np.int64]
+_BYTES = 8
+_MAX_COUNT = (1 << 20) - 1
+_UNIT = 16  # bytes, of a bulk copy
+Key = tuple[int, int]  # block of the machine, address in its shared memory
+
+
+@dataclass(kw_only=True)
+class _Copy:
+    """A bulk copy under way: the lane that started it, and granules [n, k]."""
+
+    lane: int
+    cells: Ints
+
+
+@dataclass(kw_only=True)
+class _Object:
+    """One mbarrier."""
+
+    count: int
+    pending: int
+    bytes: int = 0  # still to come in this phase
+    phase: int = 0
+    arrived: Vector | None = None  # what arrivals of this phase published
+    passed: Vector | None = None  # what those of completed phases did
+    copies: list[_Copy] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class _Waiter:
+    """Lanes at a try_wait whose phase has not completed."""
+
+    pc: int
+    lanes: Ints
+    key: Key
+
+
+class MBarriers:
+    """The mbarriers and bulk copies of one machine."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._objects: dict[Key, _Object] = {}
+        self._waiters: list[_Waiter] = []
+
+    def locate(self, group: Group, place: Pointer, space: str) -> list[tuple[Key, Ints]]:
+        """Lanes of a group by the mbarrier that they name, which must be whole."""
+        machine = self._machine
+        addresses = place.addresses(machine, group) & WINDOW_BYTES - 1
+        try:
+            where = "cluster" if space == "generic" else space
+            blocks, local = machine.shared_places(group.lanes, addresses, where)
+            machine.shared.index(blocks, local, _BYTES)
+        except AccessError as error:
+            raise machine.memory_fault(error, group.lanes, "shared") from None
+        found: dict[Key, list[int]] = {}
+        for lane, block, at in zip(
+            group.lanes.tolist(), blocks.tolist(), local.tolist(), strict=True
+        ):
+            found.setdefault((block, at), []).append(lane)
+        return [(key, np.array(lanes)) for key, lanes in found.items()]
+
+    def init(self, key: Key, lanes: Ints, count: int) -> None:
+        """`mbarrier.init`."""
+        machine = self._machine
+        if not 0 < count <= _MAX_COUNT:
+            raise machine.fault(f"mbarrier.init: count {count}; allowed: 1 to {_MAX_COUNT}", lanes[0])
+        if len(lanes) > 1:
+            raise machine.fault("mbarrier.init by several threads", int(lanes[1]), key[1])
+        self._shadow(machine.shadow.write, key, lanes)
+        self._objects[key] = _Object(count=count, pending=count)
+
+    def invalidate(self, key: Key, lanes: Ints) -> None:
+        """`mbarrier.inval`."""
+        self.known(key, lanes)
+        del self._objects[key]
+
+    def known(self, key: Key, lanes: Ints) -> _Object:
+        """An mbarrier that these lanes may use: initialised, and they know it."""
+        found = self._objects.get(key)
+        if found is None:
+            raise self._machine.fault("mbarrier that was not initialised", int(lanes[0]), key[1])
+        self._shadow(self._machine.shadow.read_strong, key, lanes)
+        return found
+
+    def _shadow(self, note: Callable[[Ints, Ints, int], None], key: Key, lanes: Ints) -> None:
+        machine = self._machine
+        at = np.full(len(lanes), key[0] * machine.shared.pitch + key[1])
+        try:
+            note(lanes, at, _BYTES)
+        except ShadowError as error:
+            addresses = np.full(len(lanes), key[1])
+            raise machine.shadow_fault(error, lanes, addresses) from None
+
+    def expect(self, key: Key, lanes: Ints, amount: int) -> None:
+        """More bytes will come in this phase (or, negative, have come)."""
+        barrier = self.known(key, lanes)
+        barrier.bytes += amount
+        self._complete(key, barrier)
+
+    def arrive(self, key: Key, lanes: Ints, count: int, release: bool, drop: bool) -> int:
+        """Every lane arrives `count` times; returns the phase that it arrived in."""
+        barrier = self.known(key, lanes)
+        phase = barrier.phase
+        if release:
+            warps = lanes // WARP
+            for warp in np.unique(warps):
+                self._publish(barrier, self._machine.clocks.release(lanes[warps == warp]))
+        barrier.pending -= count * len(lanes)
+        if drop:
+            barrier.count -= count * len(lanes)
+        if barrier.pending < 0:
+            raise self._machine.fault(
+                f"mbarrier: {-barrier.pending} arrivals too many; {barrier.count} were expected",
+                int(lanes[-1]),
+                key[1],
+            )
+        self._complete(key, barrier)
+        return phase
+
+    def _publish(self, barrier: _Object, vector: Vector) -> None:
+        held = barrier.arrived
+        barrier.arrived = vector if held is None else np.maximum(held, vector)
+
+    def _complete(self, key: Key, barrier: _Object) -> None:
+        """Go on to the next phase when nothing is missing."""
+        if barrier.pending or barrier.bytes:
+            return
+        machine = self._machine
+        for copy in barrier.copies:
+            lanes = np.full(len(copy.cells), copy.lane)
+            machine.shadow.end_copy(lanes, copy.cells)
+            self._publish(barrier, machine.clocks.release(lanes[:1]))
+        vectors = [v for v in (barrier.arrived, barrier.passed) if v is not None]
+        barrier.passed = np.maximum.reduce(vectors) if vectors else None
+        barrier.arrived, barrier.copies = None, []
+        barrier.phase += 1
+        barrier.pending = barrier.count
+        self._wake(key)
+
+    def _wake(self, key: Key) -> None:
+        for waiter in [w for w in self._waiters if w.key == key]:
+            self._waiters.remove(waiter)
+            mask = np.zeros(self._machine.num_lanes, dtype=bool)
+            mask[waiter.lanes] = True
+            self._machine.resume(mask, waiter.pc)
+
+    def acquire(self, barrier: _Object, lanes: Ints) -> None:
+        """Lanes saw that a phase completed."""
+        if barrier.passed is None:
+            return
+        warps = lanes // WARP
+        for warp in np.unique(warps):
+            self._machine.clocks.acquire(lanes[warps == warp], barrier.passed)
+
+    def hold(self, key: Key, lanes: Ints) -> None:
+        """Lanes wait at the present instruction for a phase to complete."""
+        self._waiters.append(_Waiter(pc=self._machine.pc, lanes=lanes, key=key))
+
+    def waiting(self) -> list[tuple[int, NDArray[np.bool_], str]]:
+        """Who waits where, for reports."""
+        found = []
+        for waiter in self._waiters:
+            mask = np.zeros(self._machine.num_lanes, dtype=bool)
+            mask[waiter.lanes] = True
+            barrier = self._objects[waiter.key]
+            what = (
+                f"mbarrier {waiter.key[1]:#x}, {barrier.pending} arrivals and {barrier.bytes} "
+                f"bytes from the end of phase {barrier.phase}"
+            )
+            found.append((waiter.pc, mask, what))
+        return found
+
+    def copy_in(self, lane: int, target: Key, source: int, size: int, key: Key) -> None:
+        """`cp.async.bulk` from global memory: `size` bytes that complete on an mbarrier."""
+        machine = self._machine
+        barrier = self.known(key, np.array([lane]))
+        data, lanes = self._read_global(lane, source, size)
+        at, addresses = self._units(lane, target, size)
+        self._begin(barrier, lane, lanes, at, addresses)
+        machine.shared.store(at, data)
+        barrier.bytes -= size
+        self._complete(key, barrier)
+
+    def copy_across(self, lane: int, target: Key, source: Key, size: int, key: Key) -> None:
+        """`cp.async.bulk` from the block's shared memory to one of its cluster."""
+        machine = self._machine
+        barrier = self.known(key, np.array([lane]))
+        from_at, from_addresses = self._units(lane, source, size)
+        lanes = np.full(len(from_at), lane)
+        try:
+            machine.shadow.read(lanes, from_at, _UNIT)
+        except ShadowError as error:
+            raise machine.shadow_fault(error, lanes, from_addresses) from None
+        data = machine.shared.load(from_at, 64, 2)
+        at, addresses = self._units(lane, target, size)
+        self._begin(barrier, lane, lanes, at, addresses)
+        machine.shared.store(at, data)
+        barrier.bytes -= size
+        self._complete(key, barrier)
+
+    def copy_out(self, lane: int, source: Key, target: int, size: int) -> None:
+        """`cp.async.bulk` from shared to global memory; done when it is issued."""
+        machine = self._machine
+        at, addresses = self._units(lane, source, size)
+        lanes = np.full(len(at), lane)
+        try:
+            machine.shadow.read(lanes, at, _UNIT)
+        except ShadowError as error:
+            raise machine.shadow_fault(error, lanes, addresses) from None
+        where = target + np.arange(0, size, _UNIT)
+        note_global(machine, lanes, where, _UNIT, write=True, strong=False)
+        try:
+            machine.context.memory.store(where, machine.shared.load(at, 64, 2))
+        except AccessError as error:
+            raise machine.memory_fault(error, lanes, "global") from None
+
+    def _read_global(self, lane: int, source: int, size: int) -> tuple[NDArray[np.uint64], Ints]:
+        machine = self._machine
+        where = source + np.arange(0, size, _UNIT)
+        lanes = np.full(len(where), lane)
+        try:
+            data = machine.context.memory.load(where, 64, 2)
+        except AccessError as error:
+            raise machine.memory_fault(error, lanes, "global") from None
+        note_global(machine, lanes, where, _UNIT, write=False, strong=False)
+        return data, lanes
+
+    def _units(self, lane: int, target: Key, size: int) -> tuple[Ints, Ints]:
+        machine = self._machine
+        if size <= 0 or size % _UNIT:
+            raise machine.fault(
+                f"cp.async.bulk: {size} bytes; allowed: positive multiples of {_UNIT}", lane
+            )
+        addresses = target[1] + np.arange(0, size, _UNIT)
+        try:
+            blocks = np.full(len(addresses), target[0])
+            return machine.shared.index(blocks, addresses, _UNIT), addresses
+        except AccessError as error:
+            raise machine.memory_fault(error, np.full(len(addresses), lane), "shared") from None
+
+    def _begin(self, barrier: _Object, lane: int, lanes: Ints, at: Ints, addresses: Ints) -> None:
+        machine = self._machine
+        try:
+            cells = machine.shadow.begin_copy(lanes, at, _UNIT)
+        except ShadowError as error:
+            raise machine.shadow_fault(error, lanes, addresses) from None
+        barrier.copies.append(_Copy(lane=lane, cells=cells))
+
+
+_SPACES = {"shared": "shared", "shared::cta": "shared", "shared::cluster": "cluster"}
+
+
+def _parse(instruction: Instruction) -> tuple[list[str], str, str]:
+    """What an mbarrier instruction does, where, and in which order ("" if it does not say)."""
+    words = [w for w in instruction.opcode[1:] if w not in ("b64", "cta", "cluster")]
+    space = next((_SPACES[w] for w in words if w in _SPACES), "generic")
+    order = next((w for w in words if w in ("release", "acquire", "relaxed")), "")
+    rest = [w for w in words if w not in _SPACES and w != order]
+    return rest, space, order
+
+
+def build_mbarrier(instruction: Instruction, slots: Slots) -> Action:
+    """`mbarrier`."""
+    (verb, *more), space, order = _parse(instruction)
+    if verb in ("test_wait", "try_wait") and more in ([], ["parity"]):
+        return _build_wait(instruction, slots, space, verb == "try_wait", bool(more), order)
+    if verb in ("arrive", "arrive_drop") and more in ([], ["expect_tx"], ["noComplete"]):
+        return _build_arrive(instruction, slots, space, "expect_tx" in more, order)
+    if more or verb not in ("init", "inval", "expect_tx", "complete_tx"):
+        raise unknown(instruction)
+    place = pointer(instruction.operands[0], slots, instruction)
+    amount = slots.constant(0, 32)
+    if verb != "inval":
+        amount = slots.source(instruction.operands[1], 32, instruction)
+
+    def step(machine: Machine, group: Group) -> None:
+        amounts = dict(zip(group.lanes.tolist(), machine.value(amount, group).tolist(), strict=True))
+        for key, lanes in machine.mbarriers.locate(group, place, space):
+            if verb == "init":
+                machine.mbarriers.init(key, lanes, amounts[int(lanes[0])])
+            elif verb == "inval":
+                machine.mbarriers.invalidate(key, lanes)
+            else:
+                total = sum(amounts[lane] for lane in lanes.tolist())
+                machine.mbarriers.expect(key, lanes, total if verb == "expect_tx" else -total)
+
+    return Action(step=step, shared_width=_BYTES)
+
+
+def _build_arrive(
+    instruction: Instruction, slots: Slots, space: str, expects: bool, order: str
+) -> Action:
+    state, where, *rest = instruction.operands
+    target = None if state == Reg("_") else slots.register(state, instruction)
+    place = pointer(where, slots, instruction)
+    count = slots.source(rest[0], 32, instruction) if rest else slots.constant(1, 32)
+    drop = instruction.opcode[1] == "arrive_drop"
+
+    def step(machine: Machine, group: Group) -> None:
+        given = dict(zip(group.lanes.tolist(), machine.value(count, group).tolist(), strict=True))
+        phases: dict[int, int] = {}
+        for key, lanes in machine.mbarriers.locate(group, place, space):
+            for lane in lanes.tolist():
+                one = np.array([lane])
+                times = 1 if expects else given[lane]
+                if expects:
+                    machine.mbarriers.known(key, one).bytes += given[lane]
+                phases[lane] = machine.mbarriers.arrive(key, one, times, order != "relaxed", drop)
+        if target is not None:
+            values = np.array([phases[lane] for lane in group.lanes.tolist()], dtype=np.uint64)
+            machine.assign_lanes(target, values, group)
+
+    return Action(step=step, shared_width=_BYTES)
+
+
+def _build_wait(
+    instruction: Instruction, slots: Slots, space: str, blocks: bool, parity: bool, order: str
+) -> Action:
+    """try_wait holds its lanes until the phase completes; test_wait answers at once."""
+    result, where, wanted, *_ = instruction.operands
+    target = slots.register(result, instruction)
+    place = pointer(where, slots, instruction)
+    which = slots.source(wanted, 32 if parity else 64, instruction)
+
+    def step(machine: Machine, group: Group) -> Group | None:
+        from gqa_cutlass.ptxsim.machine import Group as Part
+
+        wanted_of = dict(zip(group.lanes.tolist(), machine.value(which, group).tolist(), strict=True))
+        answer = np.zeros(machine.num_lanes, dtype=bool)
+        held = np.zeros(machine.num_lanes, dtype=bool)
+        for key, lanes in machine.mbarriers.locate(group, place, space):
+            barrier = machine.mbarriers.known(key, lanes)
+            asked = np.array([wanted_of[lane] for lane in lanes.tolist()])
+            done = (asked & 1) != (barrier.phase & 1) if parity else asked < barrier.phase
+            answer[lanes[done]] = True
+            if done.any() and order != "relaxed":
+                machine.mbarriers.acquire(barrier, lanes[done])
+            if blocks and not done.all():
+                machine.mbarriers.hold(key, lanes[~done])
+                held[lanes[~done]] = True
+        going = Part(group.mask & ~held, machine)
+        if len(going):
+            machine.assign(target, answer, going)
+        return going
+
+    return Action(step=step, ends=blocks, shared_width=_BYTES)
+
+
+def build_bulk(instruction: Instruction, slots: Slots) -> Action:
+    """`cp.async.bulk`, not its tensor forms."""
+    words = list(instruction.opcode[3:])
+    if words in (["commit_group"], ["wait_group"], ["wait_group", "read"]):
+        return Action(step=lambda machine, group: None)
+    hint = "L2::cache_hint" in words
+    words = [w for w in words if w != "L2::cache_hint"]
+    if words == ["global", "shared::cta", "bulk_group"]:
+        return _build_copy_out(instruction, slots)
+    to, source, *rest = words
+    inward = source == "global" and to in ("shared::cluster", "shared::cta")
+    across = source == "shared::cta" and to == "shared::cluster"
+    if not (inward or across) or rest != ["mbarrier::complete_tx::bytes"]:
+        raise unknown(instruction)
+    if len(instruction.operands) != 4 + hint:
+        raise unknown(instruction, "number of operands")
+    target, origin, barrier = (
+        pointer(instruction.operands[i], slots, instruction) for i in (0, 1, 3)
+    )
+    size = slots.source(instruction.operands[2], 32, instruction)
+
+    def step(machine: Machine, group: Group) -> None:
+        sizes = machine.value(size, group).tolist()
+        origins = origin.addresses(machine, group).tolist()
+        for i, (goal, key) in enumerate(
+            zip(_keys(machine, group, target), _keys(machine, group, barrier), strict=True)
+        ):
+            lane = int(group.lanes[i])
+            if inward:
+                machine.mbarriers.copy_in(lane, goal, origins[i], sizes[i], key)
+            else:
+                own = machine.block_of[lane].item(), origins[i] & WINDOW_BYTES - 1
+                machine.mbarriers.copy_across(lane, goal, own, sizes[i], key)
+
+    return Action(step=step, shared_width=_UNIT)
+
+
+def _build_copy_out(instruction: Instruction, slots: Slots) -> Action:
+    target, origin = (pointer(o, slots, instruction) for o in instruction.operands[:2])
+    size = slots.source(instruction.operands[2], 32, instruction)
+
+    def step(machine: Machine, group: Group) -> None:
+        sizes = machine.value(size, group).tolist()
+        goals = target.addresses(machine, group).tolist()
+        for i, own in enumerate(_keys(machine, group, origin)):
+            machine.mbarriers.copy_out(int(group.lanes[i]), own, goals[i], sizes[i])
+
+    return Action(step=step, shared_width=_UNIT)
+
+
+def _keys(machine: Machine, group: Group, place: Pointer) -> Iterator[Key]:
+    """Block and address of every lane's pointer into the cluster's shared memory."""
+    addresses = place.addresses(machine, group) & WINDOW_BYTES - 1
+    try:
+        blocks, local = machine.shared_places(group.lanes, addresses, "cluster")
+    except AccessError as error:
+        raise machine.memory_fault(error, group.lanes, "shared") from None
+    yield from zip(blocks.tolist(), local.tolist(), strict=True)

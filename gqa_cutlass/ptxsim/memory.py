@@ -1,0 +1,324 @@
+"""Global and shared memory: real bytes, with the bounds of every tensor.
+
+Global addresses are the host's own, so a kernel gets the very pointers that the tensors have.
+Shared and local memory and the parameters lie in windows that no host address falls into.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gqa_cutlass.ptxsim.program import UNSIGNED, Bits
+
+SHARED_WINDOW = 1 << 60  # generic addresses; a block's own shared memory
+LOCAL_WINDOW = 1 << 61
+PARAM_WINDOW = 1 << 62
+WINDOW_BYTES = 1 << 32
+CLUSTER_SHIFT = 24  # a shared::cluster address: 1 + the block's rank, and the address in the block
+_ALIGN = 16  # widest access
+
+_READ, _WRITE = 1, 2
+Indices = NDArray[np.int64]
+
+
+class AccessError(Exception):
+    """An access that memory refuses: which lanes' access (a position), and why."""
+
+    def __init__(self, position: int, address: int, why: str) -> None:
+        super().__init__(why)
+        self.position = position
+        self.address = address
+
+
+@dataclass(frozen=True, kw_only=True)
+class Region:
+    """A tensor, or another piece of global memory that a kernel may use.
+
+    Args:
+        name: What messages call it.
+        address: Of its first element.
+        shape: Elements in every dimension.
+        strides: Bytes between neighbours in every dimension, not negative.
+        itemsize: Bytes per element.
+        readable: Whether the kernel may read it.
+        writable: Whether it may write it.
+        fresh: Its contents are not defined before the kernel writes them.
+    """
+
+    name: str
+    address: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    itemsize: int
+    readable: bool = True
+    writable: bool = False
+    fresh: bool = False
+
+    @property
+    def span(self) -> int:
+        """Bytes from the first element's start to the last one's end."""
+        if 0 in self.shape:
+            return 0
+        return self.itemsize + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
+
+    @property
+    def dense(self) -> bool:
+        """Whether the elements fill the span."""
+        return self.span == self.itemsize * int(np.prod(self.shape, dtype=np.int64))
+
+    def describe(self) -> str:
+        """Name, size and place."""
+        return f"{self.name} ({self.span} bytes at {self.address:#x})"
+
+
+class _Segment:
+    """Regions that share memory, or one alone: a view of bytes, and who may touch which."""
+
+    def __init__(self, regions: Sequence[Region]) -> None:
+        self.regions = regions
+        self.start = min(r.address for r in regions)
+        self.end = max(r.address + r.span for r in regions)
+        self.base = self.start - self.start % _ALIGN
+        length = -(-(self.end - self.base) // _ALIGN) * _ALIGN
+        raw = (ctypes.c_uint8 * length).from_address(self.base)
+        self.bytes: NDArray[np.uint8] = np.frombuffer(raw, dtype=np.uint8)
+        self.allowed = self._allowed()
+
+    def _allowed(self) -> NDArray[np.uint8] | int:
+        """What is allowed: one answer for all bytes, or one for each."""
+        first = self.regions[0]
+        if len(self.regions) == 1 and first.dense and not first.fresh:
+            return _READ * first.readable | _WRITE * first.writable
+        allowed = np.zeros(len(self.bytes), dtype=np.uint8)
+        for r in self.regions:
+            flags = _READ * (r.readable and not r.fresh) | _WRITE * r.writable
+            cells = np.lib.stride_tricks.as_strided(
+                allowed[r.address - self.base :], (*r.shape, r.itemsize), (*r.strides, 1)
+            )
+            cells |= flags
+        return allowed
+
+    def view(self, width: int, count: int) -> NDArray[Any]:
+        """The bytes as elements of `width` bits, or rows of `count` of them."""
+        elements = self.bytes.view(UNSIGNED[width])
+        return elements.reshape(-1, count) if count > 1 else elements
+
+    def check(self, addresses: Indices, size: int, wanted: int) -> int | None:
+        """Position of the first access that is not allowed."""
+        if isinstance(self.allowed, int):
+            return None if self.allowed & wanted else 0
+        at = addresses - self.base
+        cells = self.allowed[at[:, None] + np.arange(size)]
+        wrong = ~((cells & wanted) == wanted).all(axis=1)
+        return int(wrong.argmax()) if wrong.any() else None
+
+    def written(self, addresses: Indices, size: int) -> None:
+        """What was written can be read from now on."""
+        if not isinstance(self.allowed, int):
+            at = addresses - self.base
+            self.allowed[at[:, None] + np.arange(size)] |= _READ
+
+
+class GlobalMemory:
+    """All regions of a launch.
+
+    Args:
+        regions: May share memory with one another; then a byte allows what any of them allows.
+    """
+
+    def __init__(self, regions: Sequence[Region]) -> None:
+        self.regions = [r for r in regions if r.span]
+        self.segments = [_Segment(group) for group in _overlapping(self.regions)]
+        self._starts = np.array([s.start for s in self.segments], dtype=np.int64)
+
+    def load(self, addresses: Indices, width: int, count: int) -> Bits:
+        """Read `count` elements of `width` bits at every address.
+
+        Returns:
+            [n] or, for count > 1, [n, count].
+
+        Raises:
+            AccessError: Outside all tensors, or not readable.
+        """
+        size = width * count // 8
+        shape = (len(addresses), count) if count > 1 else (len(addresses),)
+        parts = self._split(addresses, size, _READ)
+        if len(parts) == 1:
+            segment, _ = parts[0]
+            return _gather(segment, addresses, width, count)
+        result = np.zeros(shape, dtype=UNSIGNED[width])
+        for segment, at in parts:
+            result[at] = _gather(segment, addresses[at], width, count)
+        return result
+
+    def store(self, addresses: Indices, values: Bits) -> None:
+        """Write values, [n] or [n, count].
+
+        Raises:
+            AccessError: Outside all tensors, or not writable.
+        """
+        count = values.shape[1] if values.ndim > 1 else 1
+        width = values.dtype.itemsize * 8
+        size = width * count // 8
+        for segment, at in self._split(addresses, size, _WRITE):
+            some, data = addresses[at], values[at]
+            segment.view(width, count)[(some - segment.base) // size] = data
+            segment.written(some, size)
+
+    def cells(self, addresses: Indices, kind: str) -> Callable[[int], tuple[NDArray[Any], int]]:
+        """Where single elements of a NumPy type lie, to be read and written one after another.
+
+        Returns:
+            From the position of an address, an array and an index into it.
+
+        Raises:
+            AccessError: Outside all tensors, or not both readable and writable.
+        """
+        size = int(kind[1:])
+        self._split(addresses, size, _READ | _WRITE)
+
+        def cell(i: int) -> tuple[NDArray[Any], int]:
+            address = int(addresses[i])
+            segment = self.segments[int(np.searchsorted(self._starts, address, "right")) - 1]
+            return segment.bytes.view(kind), (address - segment.base) // size
+
+        return cell
+
+    def locate(self, address: int) -> str:
+        """Where an address lies, in words."""
+        near = sorted(self.regions, key=lambda r: _distance(r, address))
+        if not near:
+            return "no tensor was given"
+        r = near[0]
+        if address < r.address:
+            return f"{r.address - address} bytes before {r.describe()}"
+        if address >= r.address + r.span:
+            return f"{address - r.address - r.span} bytes past the end of {r.describe()}"
+        return f"at byte {address - r.address} of {r.describe()}"
+
+    def _split(
+        self, addresses: Indices, size: int, wanted: int
+    ) -> list[tuple[_Segment, Indices | slice]]:
+        """Accesses by segment, all of them checked."""
+        if len(addresses) == 0:
+            return []
+        if not self.segments:
+            raise AccessError(0, int(addresses[0]), "outside all tensors")
+        misaligned = addresses & (size - 1)
+        if misaligned.any():
+            position = int(misaligned.argmax())
+            raise AccessError(position, int(addresses[position]), f"not a multiple of {size} bytes")
+        low, high = int(addresses.min()), int(addresses.max()) + size
+        first = max(0, int(np.searchsorted(self._starts, low, "right")) - 1)
+        segment = self.segments[first]
+        if segment.start <= low and high <= segment.end:
+            self._check(segment, addresses, size, wanted, None)
+            return [(segment, slice(None))]
+        index = np.searchsorted(self._starts, addresses, "right") - 1
+        parts: list[tuple[_Segment, Indices | slice]] = []
+        for i in np.unique(index):
+            at = np.flatnonzero(index == i)
+            segment = self.segments[max(0, int(i))]
+            outside = (addresses[at] < segment.start) | (addresses[at] + size > segment.end)
+            if outside.any():
+                position = int(at[outside.argmax()])
+                raise AccessError(position, int(addresses[position]), "outside all tensors")
+            self._check(segment, addresses[at], size, wanted, at)
+            parts.append((segment, at))
+        return parts
+
+    def _check(
+        self, segment: _Segment, addresses: Indices, size: int, wanted: int, at: Indices | None
+    ) -> None:
+        wrong = segment.check(addresses, size, wanted)
+        if wrong is None:
+            return
+        address = int(addresses[wrong])
+        inside = [r for r in segment.regions if r.address <= address < r.address + r.span]
+        if wanted == _WRITE:
+            why = "not to be written" if any(not r.writable for r in inside) else "outside all tensors"
+        else:
+            fresh = any(r.fresh for r in inside)
+            why = "never written before" if fresh else "outside all tensors, or not to be read"
+        raise AccessError(wrong if at is None else int(at[wrong]), address, why)
+
+
+def _gather(segment: _Segment, addresses: Indices, width: int, count: int) -> NDArray[Any]:
+    rows: NDArray[Any] = segment.view(width, count)[
+        (addresses - segment.base) // (width * count // 8)
+    ]
+    return rows
+
+
+def _distance(region: Region, address: int) -> int:
+    return max(region.address - address, address - region.address - region.span + 1, 0)
+
+
+def _overlapping(regions: Sequence[Region]) -> list[list[Region]]:
+    """Regions in the order of their addresses, those that share memory together."""
+    groups: list[list[Region]] = []
+    end = -1
+    for region in sorted(regions, key=lambda r: r.address):
+        if groups and region.address < end:
+            groups[-1].append(region)
+        else:
+            groups.append([region])
+        end = max(end, region.address + region.span)
+    return groups
+
+
+class SharedMemory:
+    """The shared memory of the blocks that run together.
+
+    Args:
+        blocks: How many blocks.
+        base: Address of the first byte; addresses below are not a block's to use.
+        size: Bytes of a block.
+    """
+
+    def __init__(self, blocks: int, base: int, size: int) -> None:
+        self.base = base
+        self.size = size
+        self.pitch = -(-(base + size) // 128) * 128
+        self.bytes = np.zeros(blocks * self.pitch, dtype=np.uint8)
+
+    def index(self, blocks: Indices, addresses: Indices, size: int) -> Indices:
+        """Positions in `bytes` of accesses of `size` bytes.
+
+        Raises:
+            AccessError: Outside the block's shared memory, or misaligned.
+        """
+        wrong = (addresses < self.base) | (addresses > self.base + self.size - size)
+        if wrong.any():
+            position = int(wrong.argmax())
+            raise AccessError(
+                position,
+                int(addresses[position]),
+                f"outside the block's {self.size} bytes of shared memory at {self.base:#x}",
+            )
+        misaligned = addresses & (size - 1)
+        if misaligned.any():
+            position = int(misaligned.argmax())
+            raise AccessError(position, int(addresses[position]), f"not a multiple of {size} bytes")
+        return blocks * self.pitch + addresses
+
+    def load(self, at: Indices, width: int, count: int) -> NDArray[Any]:
+        """Read `count` elements of `width` bits at every position."""
+        rows: NDArray[Any] = self._view(width, count)[at // (width * count // 8)]
+        return rows
+
+    def store(self, at: Indices, values: NDArray[Any]) -> None:
+        """Write values, [n] or [n, count]."""
+        count = values.shape[1] if values.ndim > 1 else 1
+        width = values.dtype.itemsize * 8
+        self._view(width, count)[at // (width * count // 8)] = values
+
+    def _view(self, width: int, count: int) -> NDArray[Any]:
+        elements = self.bytes.view(UNSIGNED[width])
+        return elements.reshape(-1, count) if count > 1 else elements

@@ -1,0 +1,485 @@
+"""PTX text to instructions. Knows the grammar (PTX ISA 4), not what an instruction does."""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from gqa_cutlass.errors import PtxError
+
+_TOKEN = re.compile(
+    r"""(?P<skip>[ \t\r]+|//[^\n]*|/\*.*?\*/)
+      | (?P<newline>\n)
+      | (?P<loc>\.(?:loc|file)\b[^\n]*)
+      | (?P<string>"[^"\n]*")
+      | (?P<number>0[fF][0-9a-fA-F]{8}\b|0[dD][0-9a-fA-F]{16}\b|0[xX][0-9a-fA-F]+U?
+                   |\d+\.\d+|\d+U?\b)
+      | (?P<word>[.%$_A-Za-z](?:[\w$.%]|::)*)
+      | (?P<mark>[{}()\[\],;@!|+=<>:-])""",
+    re.VERBOSE | re.DOTALL,
+)
+_LOC = re.compile(r"\.loc\s+(\d+)\s+(\d+)")
+_FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', re.MULTILINE)
+_SIZES = {"pred": 1} | {f"{kind}{bits}": bits for kind in "busf" for bits in (8, 16, 32, 64)} | {
+    "f16x2": 32, "bf16": 16, "bf16x2": 32, "b128": 128,
+}  # fmt: skip
+_SPACES = (".global", ".shared", ".local", ".param", ".const")
+
+
+@dataclass(frozen=True)
+class Reg:
+    """A register, or a special register such as %tid.x."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Imm:
+    """An immediate operand: an integer, or the bits of a float of `bits` bits."""
+
+    value: int
+    float_bits: int = 0
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """A variable, parameter or label."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Address:
+    """A memory operand: [base + offset]. No base: an absolute address."""
+
+    base: Reg | Symbol | None
+    offset: int
+
+
+@dataclass(frozen=True)
+class Vector:
+    """Operands in braces."""
+
+    items: tuple[Operand, ...]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two destinations, `p|q`."""
+
+    first: Operand
+    second: Operand
+
+
+@dataclass(frozen=True)
+class Not:
+    """A negated predicate operand."""
+
+    reg: Reg
+
+
+Operand = Reg | Imm | Symbol | Address | Vector | Pair | Not
+
+
+@dataclass(frozen=True, kw_only=True)
+class Instruction:
+    """One instruction.
+
+    Args:
+        opcode: The mnemonic, split at its dots.
+        operands: In PTX's order, destinations first.
+        guard: Predicate under which it executes, if any.
+        negated: Whether the guard is negated.
+        line: Line of the PTX text.
+        source: Where it comes from, "file:line", or "" without line information.
+    """
+
+    opcode: tuple[str, ...]
+    operands: tuple[Operand, ...]
+    guard: Reg | None
+    negated: bool
+    line: int
+    source: str
+
+    @property
+    def name(self) -> str:
+        """The mnemonic as written."""
+        return ".".join(self.opcode)
+
+    @property
+    def where(self) -> str:
+        """The source line if there is one, and the line of the PTX text."""
+        return f"{self.source} (PTX line {self.line})" if self.source else f"PTX line {self.line}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variable:
+    """A variable in memory.
+
+    Args:
+        space: "shared", "local", "global", "const" or "param".
+        align: In bytes.
+        size: In bytes; 0 for an array whose size the launch decides.
+        initial: First bytes, for global and const.
+    """
+
+    space: str
+    align: int
+    size: int
+    initial: bytes = b""
+
+
+@dataclass(kw_only=True)
+class Kernel:
+    """One entry of a module.
+
+    Args:
+        name: Its symbol.
+        registers: Width in bits of every register.
+        variables: Its parameters, shared and local variables, and the module's variables.
+        instructions: In order.
+        labels: Label to the index of the instruction behind it.
+        directives: Such as {"reqntid": (128, 1, 1)}.
+    """
+
+    name: str
+    registers: dict[str, int] = field(default_factory=dict)
+    variables: dict[str, Variable] = field(default_factory=dict)
+    instructions: list[Instruction] = field(default_factory=list)
+    labels: dict[str, int] = field(default_factory=dict)
+    directives: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+def parse(text: str, name: str) -> Kernel:
+    """Read one kernel.
+
+    Args:
+        text: A PTX module.
+        name: The kernel's symbol.
+
+    Raises:
+        PtxError: The text is not complete or not PTX, or has no such kernel.
+    """
+    return _Parser(text).kernel(name)
+
+
+@dataclass(frozen=True)
+class _Token:
+    kind: str
+    text: str
+    line: int
+
+
+def _tokens(text: str) -> Iterator[_Token]:
+    line, at = 1, 0
+    while at < len(text):
+        match = _TOKEN.match(text, at)
+        if match is None:
+            raise PtxError(f"PTX line {line}: got {text[at]!r}; allowed: the tokens of PTX")
+        kind = match.lastgroup or ""
+        if kind not in ("skip", "newline"):
+            yield _Token(kind, match.group(), line)
+        line += match.group().count("\n")
+        at = match.end()
+
+
+class _Parser:
+    """Recursive descent over the tokens of a module."""
+
+    def __init__(self, text: str) -> None:
+        self._files = {number: path for number, path in _FILE.findall(text)}
+        # Debug sections come last and are most of the text.
+        self._tokens = list(_tokens(re.split(r"^\s*\.section\b", text, maxsplit=1, flags=re.M)[0]))
+        self._at = 0
+        self._source = ""
+
+    def kernel(self, name: str) -> Kernel:
+        kernel = Kernel(name=name)
+        found = False
+        while self._at < len(self._tokens):
+            token = self._next()
+            if token.text == ".entry":
+                found |= self._entry(kernel)
+            elif token.text == ".func":
+                self._skip_function()
+            elif token.text in _SPACES:
+                self._variable(token.text, kernel)
+            elif token.text in (".version", ".target", ".address_size"):
+                self._directive()
+        if not found:
+            raise PtxError(f"PTX: got no kernel {name!r}; needed: an .entry of that name")
+        return kernel
+
+    def _peek(self) -> _Token:
+        if self._at >= len(self._tokens):
+            line = self._tokens[-1].line if self._tokens else 1
+            raise PtxError(
+                f"PTX: the text ends at line {line}, inside a kernel or a statement; needed: the "
+                "whole module as the compiler wrote it. Compile it again."
+            )
+        return self._tokens[self._at]
+
+    def _next(self) -> _Token:
+        token = self._peek()
+        self._at += 1
+        return token
+
+    def _accept(self, text: str) -> bool:
+        if self._peek().text == text:
+            self._at += 1
+            return True
+        return False
+
+    def _expect(self, text: str) -> None:
+        token = self._next()
+        if token.text != text:
+            raise PtxError(f"PTX line {token.line}: got {token.text!r}; needed: {text!r}")
+
+    def _directive(self) -> None:
+        """Skip a directive that ends with its line."""
+        line = self._tokens[self._at - 1].line
+        while self._at < len(self._tokens) and self._tokens[self._at].line == line:
+            self._at += 1
+
+    def _skip_function(self) -> None:
+        """Skip a device function or its declaration; a call of it is an error when executed."""
+        while self._peek().text not in ("{", ";"):
+            self._at += 1
+        depth = 0
+        while True:
+            text = self._next().text
+            depth += (text == "{") - (text == "}")
+            if depth == 0 and text in ("}", ";"):
+                return
+
+    def _entry(self, kernel: Kernel) -> bool:
+        if self._next().text != kernel.name:
+            self._skip_function()
+            return False
+        if self._accept("("):
+            while not self._accept(")"):
+                self._expect(".param")
+                self._variable(".param", kernel, end=(",", ")"))
+                self._accept(",")
+        while self._peek().text != "{":
+            self._entry_directive(kernel)
+        self._at += 1
+        self._body(kernel, _Scope(None, "", kernel))
+        return True
+
+    def _entry_directive(self, kernel: Kernel) -> None:
+        name = self._next().text.removeprefix(".")
+        values = []
+        while self._peek().kind == "number" or self._peek().text == ",":
+            token = self._next()
+            if token.kind == "number":
+                values.append(int(token.text))
+        kernel.directives[name] = tuple(values)
+
+    def _variable(
+        self, space: str, kernel: Kernel, end: tuple[str, ...] = (";",), scope: _Scope | None = None
+    ) -> None:
+        """What follows `.shared` and the like."""
+        align, bits, count, name = 0, 0, 1, ""
+        initial: list[int] = []
+        while self._peek().text not in end:
+            text = self._next().text
+            if text == ".align":
+                align = int(self._next().text)
+            elif text.startswith(".") and text[1:] in _SIZES:
+                bits = _SIZES[text[1:]]
+            elif text == "[":
+                size = self._next().text
+                count *= 0 if size == "]" else int(size)
+                if size != "]":
+                    self._expect("]")
+            elif text == "=":
+                initial = self._initial(end)
+            elif not text.startswith("."):
+                name = text
+        if ";" in end:
+            self._expect(";")
+        width = max(bits, 8) // 8
+        data = b"".join((value % (1 << 8 * width)).to_bytes(width, "little") for value in initial)
+        unique = scope.declare(name) if scope else name
+        kernel.variables[unique] = Variable(
+            space=space[1:], align=align or width, size=count * width, initial=data
+        )
+
+    def _initial(self, end: tuple[str, ...]) -> list[int]:
+        values: list[int] = []
+        sign = 1
+        while self._peek().text not in end:
+            token = self._next()
+            if token.kind == "number":
+                values.append(sign * _number(token.text).value)
+            sign = -1 if token.text == "-" else 1
+        return values
+
+    def _body(self, kernel: Kernel, scope: _Scope) -> None:
+        """Statements up to the closing brace."""
+        while not self._accept("}"):
+            token = self._next()
+            if token.kind == "loc":
+                self._locate(token.text)
+            elif token.text == "{":
+                self._body(kernel, _Scope(scope, f"{token.line}.{self._at}", kernel))
+            elif token.text == ".reg":
+                self._registers(kernel, scope)
+            elif token.text in _SPACES:
+                self._variable(token.text, kernel, scope=scope)
+            elif token.text == ".pragma":
+                while self._next().text != ";":
+                    pass
+            elif token.text != ";":
+                self._statement(token, kernel, scope)
+        scope.resolve()
+
+    def _locate(self, text: str) -> None:
+        match = _LOC.match(text)
+        if match:
+            self._source = f"{self._files.get(match.group(1), '?')}:{match.group(2)}"
+
+    def _registers(self, kernel: Kernel, scope: _Scope) -> None:
+        kind = self._next()
+        width = _SIZES.get(kind.text.removeprefix("."))
+        if width is None:
+            raise PtxError(f"PTX line {kind.line}: got registers of type {kind.text!r}")
+        while True:
+            name = self._next().text
+            if self._accept("<"):
+                for i in range(int(self._next().text)):
+                    kernel.registers[scope.declare(f"{name}{i}")] = width
+                self._expect(">")
+            else:
+                kernel.registers[scope.declare(name)] = width
+            if self._accept(";"):
+                return
+            self._expect(",")
+
+    def _statement(self, token: _Token, kernel: Kernel, scope: _Scope) -> None:
+        if token.kind == "word" and self._accept(":"):
+            kernel.labels[scope.declare(token.text)] = len(kernel.instructions)
+            return
+        guard, negated = None, False
+        if token.text == "@":
+            negated = self._accept("!")
+            guard = Reg(scope.find(self._next().text))
+            token = self._next()
+        if token.kind != "word":
+            raise PtxError(f"PTX line {token.line}: got {token.text!r}; needed: an instruction")
+        operands: list[Operand] = []
+        while not self._accept(";"):
+            operands.append(self._operand(scope))
+            if self._peek().text != ";":
+                self._expect(",")
+        instruction = Instruction(
+            opcode=tuple(token.text.split(".")),
+            operands=tuple(operands),
+            guard=guard,
+            negated=negated,
+            line=token.line,
+            source=self._source,
+        )
+        scope.add(instruction)
+
+    def _operand(self, scope: _Scope) -> Operand:
+        operand = self._simple(scope)
+        return Pair(operand, self._simple(scope)) if self._accept("|") else operand
+
+    def _simple(self, scope: _Scope) -> Operand:
+        token = self._next()
+        if token.text == "{":
+            items = []
+            while not self._accept("}"):
+                items.append(self._operand(scope))
+                self._accept(",")
+            return Vector(tuple(items))
+        if token.text == "[":
+            return self._address(scope)
+        if token.text == "!":
+            return Not(Reg(scope.find(self._next().text)))
+        if token.text == "-":
+            return Imm(-_number(self._next().text).value)
+        if token.kind == "number":
+            return _number(token.text)
+        if token.kind == "word":
+            return _named(scope.find(token.text), scope.kernel)
+        raise PtxError(f"PTX line {token.line}: got {token.text!r}; needed: an operand")
+
+    def _address(self, scope: _Scope) -> Address:
+        token = self._next()
+        base: Reg | Symbol | None = None
+        offset = 0
+        if token.kind == "number":
+            offset = _number(token.text).value
+        else:
+            base = _named(scope.find(token.text), scope.kernel)
+        while not self._accept("]"):
+            sign = self._next()
+            if sign.text == "+":
+                sign_of = -1 if self._accept("-") else 1
+            elif sign.text == "-":
+                sign_of = -1
+            else:
+                raise PtxError(f"PTX line {sign.line}: got {sign.text!r}; needed: ']' or an offset")
+            offset += sign_of * _number(self._next().text).value
+        return Address(base, offset)
+
+
+class _Scope:
+    """Names declared between braces; inline assembly declares the same ones over and over."""
+
+    def __init__(self, parent: _Scope | None, tag: str, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self._parent = parent
+        self._tag = tag
+        self._names: dict[str, str] = {}
+        self._start = len(kernel.instructions)
+
+    def declare(self, name: str) -> str:
+        self._names[name] = f"{name}@{self._tag}" if self._tag else name
+        return self._names[name]
+
+    def find(self, name: str) -> str:
+        scope: _Scope | None = self
+        while scope is not None:
+            if name in scope._names:
+                return scope._names[name]
+            scope = scope._parent
+        return name
+
+    def add(self, instruction: Instruction) -> None:
+        self.kernel.instructions.append(instruction)
+
+    def resolve(self) -> None:
+        """Point forward branches at this scope's labels, which were not known when they came."""
+        if not self._tag:
+            return
+        code = self.kernel.instructions
+        for i in range(self._start, len(code)):
+            if code[i].opcode[0] == "bra":
+                target = code[i].operands[0]
+                if isinstance(target, Symbol) and target.name in self._names:
+                    fields = {**vars(code[i]), "operands": (Symbol(self._names[target.name]),)}
+                    code[i] = Instruction(**fields)
+
+
+def _named(name: str, kernel: Kernel) -> Reg | Symbol:
+    is_register = name in kernel.registers or name.startswith("%") or name == "_"
+    return Reg(name) if is_register else Symbol(name)
+
+
+def _number(text: str) -> Imm:
+    if text[:2] in ("0f", "0F"):
+        return Imm(int(text[2:], 16), 32)
+    if text[:2] in ("0d", "0D"):
+        return Imm(int(text[2:], 16), 64)
+    try:
+        if "." in text:
+            return Imm(int.from_bytes(struct.pack("<f", float(text)), "little"), 32)
+        return Imm(int(text.removesuffix("U"), 0))
+    except ValueError as error:
+        raise PtxError(f"PTX: got {text!r}; needed: a number") from error

@@ -1,0 +1,114 @@
+"""Runs a launch: the blocks in batches, then the accesses to global memory compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gqa_cutlass.errors import PtxError
+from gqa_cutlass.ptxsim.ledger import GlobalLedger, Race
+from gqa_cutlass.ptxsim.machine import Context, Machine
+from gqa_cutlass.ptxsim.memory import GlobalMemory, Region
+from gqa_cutlass.ptxsim.prepare import Launch, Program
+from gqa_cutlass.ptxsim.stats import Stats
+
+_LANES_TOGETHER = 16384  # registers of so many lanes stay in the caches
+_MAX_SHARED = 227 * 1024
+_MAX_THREADS, _MAX_CLUSTER = 1024, 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checks:
+    """What is looked for. Bounds, alignment and what was never written always are.
+
+    Args:
+        races: Races in shared and in global memory.
+        max_steps: Instructions after which a batch of blocks is taken to hang.
+    """
+
+    races: bool = True
+    max_steps: int = 20_000_000
+
+
+def simulate(
+    program: Program,
+    launch: Launch,
+    params: bytes,
+    regions: Sequence[Region],
+    checks: Checks = Checks(),  # noqa: B008 - frozen
+    stats: Stats | None = None,
+) -> None:
+    """Run a kernel.
+
+    Args:
+        program: The kernel.
+        launch: Grid, block, cluster and shared memory.
+        params: The parameters, as they lie in memory.
+        regions: All global memory that it may use, at the host's addresses.
+        checks: What to look for.
+        stats: Where to count, if at all.
+
+    Raises:
+        PtxError: The launch is not possible.
+        KernelFault: The kernel did what it may not. What it wrote before is written.
+    """
+    _check_launch(program, launch, params)
+    cluster_lanes = launch.block * launch.cluster_size
+    context = Context(
+        program=program,
+        launch=launch,
+        params=np.frombuffer(params, dtype=np.uint8),
+        memory=GlobalMemory(regions),
+        ledger=GlobalLedger(cluster_lanes) if checks.races else None,
+        stats=stats,
+        max_steps=checks.max_steps,
+    )
+    blocks = launch.block_ids()
+    together = max(1, _LANES_TOGETHER // cluster_lanes) * launch.cluster_size
+    with np.errstate(all="ignore"):
+        for first in range(0, len(blocks), together):
+            Machine(context, blocks[first : first + together], first, checks.races).run()
+    if context.ledger is not None:
+        for race in context.ledger.races():
+            raise _race_fault(context, blocks, race)
+
+
+def _check_launch(program: Program, launch: Launch, params: bytes) -> None:
+    name = program.kernel.name
+    total = program.shared_size(launch)
+    for wrong, got, allowed in (
+        (total > _MAX_SHARED or launch.shared_bytes < 0, f"{total} bytes of shared memory",
+         f"0 to {_MAX_SHARED} bytes per block"),
+        (not 0 < launch.block <= _MAX_THREADS or launch.block % 32, f"{launch.block} threads",
+         f"multiples of 32 up to {_MAX_THREADS}"),
+        (min(launch.grid) < 1, f"grid {launch.grid}", "at least 1 block in every direction"),
+        (any(g % c for g, c in zip(launch.grid, launch.cluster, strict=True)),
+         f"grid {launch.grid} of clusters {launch.cluster}", "whole clusters"),
+        (launch.cluster_size > _MAX_CLUSTER, f"{launch.cluster_size} blocks per cluster",
+         f"up to {_MAX_CLUSTER}"),
+        (len(params) != program.param_bytes, f"{len(params)} bytes of parameters",
+         f"{program.param_bytes} bytes, as the kernel declares"),
+    ):  # fmt: skip
+        if wrong:
+            raise PtxError(f"{name}: got {got}; allowed: {allowed}. Nothing was run.")
+
+
+def _race_fault(context: Context, blocks: np.ndarray, race: Race) -> Exception:  # type: ignore[type-arg]
+    program, threads = context.program, context.launch.block
+
+    def who(lane: int) -> str:
+        block = tuple(int(i) for i in blocks[lane // threads])
+        return f"block {block}, warp {lane % threads // 32}, lane {lane % 32}"
+
+    other = program.code[race.other_pc].instruction
+    verb = {True: "writes", False: "reads"}
+    return program.fault(
+        f"race in global memory: {verb[race.write]} what {who(race.other_lane)} "
+        f"{verb[race.other_write]} in `{other.name}` at {other.where}, and nothing orders the two; "
+        f"{context.memory.locate(race.address)}",
+        who(race.lane),
+        race.pc,
+        race.address,
+    )

@@ -1,0 +1,204 @@
+"""Barriers of warps, blocks and clusters, and fences (PTX ISA 9.7.13)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gqa_cutlass.ptxsim.clocks import WARP, Vector
+from gqa_cutlass.ptxsim.program import Action, Members, Slots, unknown
+from gqa_cutlass.ptxsim.ptx import Instruction
+
+if TYPE_CHECKING:
+    from gqa_cutlass.ptxsim.machine import Group, Machine
+
+Mask = NDArray[np.bool_]
+_MAX_BARRIER = 15
+_CLUSTER = -1  # the number under which the barrier of a cluster goes
+
+
+@dataclass(kw_only=True)
+class _Barrier:
+    """A barrier that lanes have come to but not all have passed."""
+
+    expected: int  # threads; 0: all of the block (or cluster) that have not exited
+    waiting: dict[int, list[int]] = field(default_factory=dict)  # warp -> its pc and lanes
+    count: int = 0
+    arrived: list[Vector] = field(default_factory=list)  # from warps that did not wait
+
+
+@dataclass(kw_only=True)
+class _Waiting:
+    """Lanes of one warp that wait, and where they go on."""
+
+    lanes: NDArray[np.int64]
+    pc: int
+
+
+class Barriers:
+    """Barriers of the blocks of one machine: bar.sync, bar.arrive, barrier.cluster."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._waiting: dict[tuple[int, int], list[_Waiting]] = {}
+        self._count: dict[tuple[int, int], int] = {}
+        self._expected: dict[tuple[int, int], int] = {}
+        self._published: dict[tuple[int, int], list[Vector]] = {}
+
+    def sync(self, group: Group, number: NDArray[np.int64], expected: NDArray[np.int64]) -> None:
+        """Lanes come to a barrier of their block, and wait; each by its number and its count."""
+        for key, lanes in self._by_barrier(group, number, expected):
+            self._waiting.setdefault(key, []).append(_Waiting(lanes=lanes, pc=self._machine.pc))
+            self._complete(key)
+
+    def arrive(self, group: Group, number: NDArray[np.int64], expected: NDArray[np.int64]) -> None:
+        """Lanes come to a barrier, and go on."""
+        for key, lanes in self._by_barrier(group, number, expected):
+            self._published.setdefault(key, []).extend(self._publish(lanes))
+            self._complete(key)
+
+    def _by_barrier(
+        self, group: Group, number: NDArray[np.int64], expected: NDArray[np.int64]
+    ) -> list[tuple[tuple[int, int], NDArray[np.int64]]]:
+        machine = self._machine
+        arrivals = []
+        blocks = machine.block_of[group.lanes]
+        place = blocks * (_MAX_BARRIER + 1) + number
+        for at in np.unique(place).tolist():
+            mine = place == at
+            lanes, wanted = group.lanes[mine], expected[mine]
+            key = at // (_MAX_BARRIER + 1), at % (_MAX_BARRIER + 1)
+            held = self._expected.setdefault(key, int(wanted[0]))
+            if (wanted != held).any():
+                raise machine.fault(
+                    f"barrier {key[1]}: arrivals for {held} and for {int(wanted[-1])} threads",
+                    int(lanes[-1]),
+                )
+            self._count[key] = self._count.get(key, 0) + len(lanes)
+            arrivals.append((key, lanes))
+        return arrivals
+
+    def _publish(self, lanes: NDArray[np.int64]) -> list[Vector]:
+        warps = lanes // WARP
+        return [
+            self._machine.clocks.release(lanes[warps == warp]) for warp in np.unique(warps)
+        ]
+
+    def _needed(self, key: tuple[int, int]) -> int:
+        expected = self._expected[key]
+        if expected:
+            return expected
+        threads = self._machine.threads
+        return int(np.count_nonzero(self._machine.live[key[0] * threads : (key[0] + 1) * threads]))
+
+    def _complete(self, key: tuple[int, int]) -> None:
+        """Let everybody go if nobody is missing."""
+        machine, needed = self._machine, self._needed(key)
+        count = self._count[key]
+        waiting = self._waiting.get(key, [])
+        if count > needed:
+            lane = int(waiting[0].lanes[0]) if waiting else key[0] * machine.threads
+            raise machine.fault(
+                f"barrier {key[1]}: {count} threads came, {needed} were expected", lane
+            )
+        if count < needed:
+            return
+        exited = machine.threads - needed
+        if not self._expected[key] and exited:
+            raise machine.fault(
+                f"unbalanced barrier {key[1]}: {exited} threads of the block have exited without "
+                "coming to it",
+                int(waiting[0].lanes[0]),
+                pc=waiting[0].pc,
+            )
+        published = self._published.pop(key, [])
+        for table in (self._waiting, self._count, self._expected):
+            table.pop(key, None)
+        self._meet([w.lanes for w in waiting], published)
+        for w in waiting:
+            mask = np.zeros(machine.num_lanes, dtype=bool)
+            mask[w.lanes] = True
+            machine.resume(mask, w.pc + 1)
+
+    def _meet(self, waiting: list[NDArray[np.int64]], published: list[Vector]) -> None:
+        """Everybody who waited knows what everybody did."""
+        clocks = self._machine.clocks
+        if not waiting:
+            return
+        lanes = np.concatenate(waiting)
+        warps = np.unique(lanes // WARP)
+        clocks.barrier(warps[None, :])
+        for vector in published:
+            for warp in warps:
+                clocks.acquire(warp * WARP + np.arange(WARP), vector)
+
+    def recheck(self) -> None:
+        """Lanes have exited: somebody may have waited for them alone."""
+        for key in list(self._count):
+            if not self._expected[key] and self._waiting.get(key):
+                self._complete(key)
+
+    def waiting(self) -> list[tuple[int, Mask, str]]:
+        """Who waits where, for reports."""
+        found = []
+        for (_, number), entries in self._waiting.items():
+            for entry in entries:
+                mask = np.zeros(self._machine.num_lanes, dtype=bool)
+                mask[entry.lanes] = True
+                found.append((entry.pc, mask, f"barrier {number}"))
+        return found
+
+
+def build_bar(instruction: Instruction, slots: Slots) -> Action:
+    """`bar{.cta}` and `barrier{.cta}`: sync and arrive; `bar.warp.sync`."""
+    words = [w for w in instruction.opcode[1:] if w not in ("cta", "aligned")]
+    if words == ["warp", "sync"]:
+        mask = slots.source(instruction.operands[0], 32, instruction)
+        return Action(step=_warp_sync, members=Members(mask=mask))
+    if words not in (["sync"], ["arrive"]):
+        raise unknown(instruction)
+    number = slots.source(instruction.operands[0], 32, instruction)
+    given = instruction.operands[1] if len(instruction.operands) > 1 else None
+    count = slots.constant(0, 32) if given is None else slots.source(given, 32, instruction)
+    waits = words == ["sync"]
+
+    def step(machine: Machine, group: Group) -> Group | None:
+        numbers = machine.value(number, group).astype(np.int64)
+        expected = machine.value(count, group).astype(np.int64)
+        wrong = (numbers > _MAX_BARRIER) | (expected % WARP != 0) | (expected > machine.threads)
+        if wrong.any():
+            i = int(wrong.argmax())
+            raise machine.fault(
+                f"barrier {int(numbers[i])} for {int(expected[i])} threads; allowed: barriers 0 to "
+                f"{_MAX_BARRIER}, multiples of {WARP} threads up to {machine.threads}",
+                int(group.lanes[i]),
+            )
+        if waits:
+            machine.barriers.sync(group, numbers, expected)
+            return None
+        machine.barriers.arrive(group, numbers, expected)
+        return group
+
+    return Action(step=step, ends=waits, members=Members())
+
+
+def _warp_sync(machine: Machine, group: Group) -> None:
+    """Only complete warps gain knowledge of one another; a part of a warp gains none."""
+    per_warp = group.mask.reshape(-1, WARP) | ~machine.live.reshape(-1, WARP)
+    machine.clocks.warp_sync(
+        np.flatnonzero(per_warp.all(axis=1) & group.mask.reshape(-1, WARP).any(axis=1))
+    )
+
+
+def build_fence(instruction: Instruction, slots: Slots) -> Action:
+    """`fence` and `membar`. Proxy fences order what this simulator runs in order anyway."""
+    words = instruction.opcode[1:]
+    if words and words[0] in ("proxy", "mbarrier_init"):
+        return Action(step=lambda machine, group: None)
+    allowed = {"sc", "acq_rel", "cta", "cluster", "gpu", "sys", "gl", "acquire", "release"}
+    if any(word not in allowed for word in words):
+        raise unknown(instruction)
+    return Action(step=lambda machine, group: machine.atomics.fence(group))

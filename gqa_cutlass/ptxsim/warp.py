@@ -1,0 +1,240 @@
+"""Warp-level instructions: what `exchange` and `matrix` compute, between registers and memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gqa_cutlass.ptxsim import exchange, matrix
+from gqa_cutlass.ptxsim.clocks import WARP
+from gqa_cutlass.ptxsim.memory import AccessError
+from gqa_cutlass.ptxsim.operands import items, pointer
+from gqa_cutlass.ptxsim.program import Action, Bits, Members, Slots, unknown
+from gqa_cutlass.ptxsim.ptx import Instruction, Operand, Pair, Reg
+from gqa_cutlass.ptxsim.shadow import ShadowError
+
+if TYPE_CHECKING:
+    from gqa_cutlass.ptxsim.machine import Group, Machine
+
+_ALL = Members(strict=True)
+
+
+def _two(operand: Operand, slots: Slots, instruction: Instruction) -> list[int | None]:
+    """Slots of `d|p`, of which either may be missing."""
+    both = (operand.first, operand.second) if isinstance(operand, Pair) else (operand,)
+    found = [None if o == Reg("_") else slots.register(o, instruction) for o in both]
+    return [*found, None][:2]
+
+
+def _uniform(machine: Machine, slot: int) -> Bits:
+    """A register as [warps, 32], or as [1, 1] where all threads share it."""
+    value = machine.regs[slot]
+    if value is not None and len(value) == 1:
+        return value.reshape(1, 1)
+    return machine.whole(slot)
+
+
+def build_shfl(instruction: Instruction, slots: Slots) -> Action:
+    """`shfl.sync`."""
+    words = instruction.opcode
+    if len(words) != 4 or words[1] != "sync" or words[3] != "b32":
+        raise unknown(instruction)
+    mode = words[2]
+    if mode not in ("up", "down", "bfly", "idx"):
+        raise unknown(instruction, f"mode {mode}")
+    result, predicate = _two(instruction.operands[0], slots, instruction)
+    value, lane, clamp, mask = (
+        slots.source(o, 32, instruction) for o in instruction.operands[1:]
+    )
+
+    def step(machine: Machine, group: Group) -> None:
+        active = group.mask.reshape(-1, WARP)
+        read, in_range, absent = exchange.shfl(
+            mode, machine.whole(value), _uniform(machine, lane), _uniform(machine, clamp), active
+        )
+        if absent.any():
+            raise machine.fault(
+                "shfl reads a lane that does not take part", int(absent.reshape(-1).argmax())
+            )
+        if result is not None:
+            machine.assign(result, read.reshape(-1), group)
+        if predicate is not None:
+            machine.assign(predicate, np.broadcast_to(in_range, active.shape).reshape(-1), group)
+
+    return Action(step=step, members=Members(mask=mask))
+
+
+def build_vote(instruction: Instruction, slots: Slots) -> Action:
+    """`vote.sync`."""
+    words = instruction.opcode
+    kinds = {"all": "pred", "any": "pred", "uni": "pred", "ballot": "b32"}
+    if len(words) != 4 or words[1] != "sync" or kinds.get(words[2]) != words[3]:
+        raise unknown(instruction)
+    result = slots.register(instruction.operands[0], instruction)
+    predicate = slots.predicate(instruction.operands[1], instruction)
+    mask = slots.source(instruction.operands[2], 32, instruction)
+
+    def step(machine: Machine, group: Group) -> None:
+        votes = machine.whole(predicate.slot)
+        votes = ~votes if predicate.negated else votes
+        active = group.mask.reshape(-1, WARP)
+        value = exchange.vote(words[2], votes, _uniform(machine, mask), active)
+        machine.assign(result, np.broadcast_to(value, active.shape).reshape(-1), group)
+
+    return Action(step=step, members=Members(mask=mask))
+
+
+def build_match(instruction: Instruction, slots: Slots) -> Action:
+    """`match.sync`."""
+    words = instruction.opcode
+    if len(words) != 4 or words[2] not in ("any", "all") or words[3] not in ("b32", "b64"):
+        raise unknown(instruction)
+    result, predicate = _two(instruction.operands[0], slots, instruction)
+    value = slots.source(instruction.operands[1], int(words[3][1:]), instruction)
+    mask = slots.source(instruction.operands[2], 32, instruction)
+
+    def step(machine: Machine, group: Group) -> None:
+        active = group.mask.reshape(-1, WARP)
+        found, agreed = exchange.match(
+            words[2], machine.whole(value), _uniform(machine, mask), active
+        )
+        if result is not None:
+            machine.assign(result, np.broadcast_to(found, active.shape).reshape(-1), group)
+        if predicate is not None:
+            machine.assign(predicate, np.broadcast_to(agreed, active.shape).reshape(-1), group)
+
+    return Action(step=step, members=Members(mask=mask))
+
+
+def build_redux(instruction: Instruction, slots: Slots) -> Action:
+    """`redux.sync` of integers."""
+    words = instruction.opcode
+    if len(words) != 4 or (words[2], words[3]) not in exchange.REDUCTIONS:
+        raise unknown(instruction)
+    result = slots.register(instruction.operands[0], instruction)
+    value, mask = (slots.source(o, 32, instruction) for o in instruction.operands[1:])
+
+    def step(machine: Machine, group: Group) -> None:
+        active = group.mask.reshape(-1, WARP)
+        total = exchange.redux(
+            words[2], words[3], machine.whole(value), _uniform(machine, mask), active
+        )
+        machine.assign(result, np.broadcast_to(total, active.shape).reshape(-1), group)
+
+    return Action(step=step, members=Members(mask=mask))
+
+
+def build_elect(instruction: Instruction, slots: Slots) -> Action:
+    """`elect.sync`."""
+    if instruction.opcode != ("elect", "sync"):
+        raise unknown(instruction)
+    leader, predicate = _two(instruction.operands[0], slots, instruction)
+    mask = slots.source(instruction.operands[1], 32, instruction)
+
+    def step(machine: Machine, group: Group) -> None:
+        active = group.mask.reshape(-1, WARP)
+        lane, elected = exchange.elect(_uniform(machine, mask), active)
+        if leader is not None:
+            machine.assign(leader, np.broadcast_to(lane, active.shape).reshape(-1), group)
+        if predicate is not None:
+            machine.assign(predicate, np.broadcast_to(elected, active.shape).reshape(-1), group)
+
+    return Action(step=step, members=Members(mask=mask))
+
+
+def build_activemask(instruction: Instruction, slots: Slots) -> Action:
+    """`activemask.b32`."""
+    result = slots.register(instruction.operands[0], instruction)
+
+    def step(machine: Machine, group: Group) -> None:
+        active = group.mask.reshape(-1, WARP)
+        everyone = np.ones((1, WARP), dtype=bool)
+        word = exchange.vote("ballot", everyone, np.array([[0xFFFFFFFF]], np.uint32), active)
+        machine.assign(result, np.broadcast_to(word, active.shape).reshape(-1), group)
+
+    return Action(step=step)
+
+
+def build_mma(instruction: Instruction, slots: Slots) -> Action:
+    """`mma.sync`."""
+    found = matrix.lookup_mma(instruction.opcode)
+    if found is None:
+        raise unknown(instruction)
+    mma = found
+    d, a, b, c = ([slots.source(o, 32, instruction) for o in items(x)] for x in instruction.operands)
+    if (len(a), len(b), len(c)) != mma.registers or len(d) != len(c):
+        raise unknown(instruction, "number of registers")
+
+    def step(machine: Machine, group: Group) -> None:
+        results = mma.run(*([machine.whole(s) for s in part] for part in (a, b, c)))
+        for slot, value in zip(d, results, strict=True):
+            machine.assign(slot, value.reshape(-1), group)
+
+    return Action(step=step, members=_ALL)
+
+
+def build_movmatrix(instruction: Instruction, slots: Slots) -> Action:
+    """`movmatrix`."""
+    if instruction.opcode != ("movmatrix", "sync", "aligned", "m8n8", "trans", "b16"):
+        raise unknown(instruction)
+    target, source = (slots.register(o, instruction) for o in instruction.operands)
+
+    def step(machine: Machine, group: Group) -> None:
+        machine.assign(target, matrix.movmatrix(machine.whole(source)).reshape(-1), group)
+
+    return Action(step=step, members=_ALL)
+
+
+def build_ldmatrix(instruction: Instruction, slots: Slots) -> Action:
+    """`ldmatrix` and `stmatrix` of 8x8 matrices of 16-bit elements."""
+    head, *words = instruction.opcode
+    rest = [w for w in words if w not in ("sync", "aligned", "m8n8", "shared", "shared::cta", "b16")]
+    transposed = "trans" in rest
+    number = next((w for w in rest if w in ("x1", "x2", "x4")), "")
+    if not number or set(rest) - {"trans", number} or not {"m8n8", "b16"} <= set(words):
+        raise unknown(instruction)
+    num = int(number[1:])
+    is_load = head == "ldmatrix"
+    registers, place = instruction.operands if is_load else instruction.operands[::-1]
+    slots_of = [slots.register(r, instruction) for r in items(registers)]
+    where = pointer(place, slots, instruction)
+    providers = matrix.ldmatrix_rows(num).reshape(-1)
+    if len(slots_of) != num:
+        raise unknown(instruction, "number of registers")
+
+    def rows(machine: Machine, group: Group) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Lanes that give the rows' addresses, the addresses, and where those lie."""
+        warps = group.lanes[::WARP] // WARP
+        lanes = (warps[:, None] * WARP + providers).reshape(-1)
+        given = where.addresses(machine, group).reshape(-1, WARP)
+        addresses = given[:, providers].reshape(-1) & 0xFFFFFFFF
+        try:
+            return lanes, addresses, machine.shared.index(machine.block_of[lanes], addresses, 16)
+        except AccessError as error:
+            raise machine.memory_fault(error, lanes, "shared") from None
+
+    def run_load(machine: Machine, group: Group) -> None:
+        lanes, addresses, at = rows(machine, group)
+        try:
+            machine.shadow.read(lanes, at, 16)
+        except ShadowError as error:
+            raise machine.shadow_fault(error, lanes, addresses) from None
+        if machine.context.stats is not None:
+            machine.context.stats.shared(machine.pc, lanes, addresses, 16)
+        data = machine.shared.load(at, 32, 4).reshape(-1, num, 8, 4)
+        for slot, value in zip(slots_of, matrix.distribute(data, num, transposed), strict=True):
+            machine.assign_lanes(slot, value.reshape(-1), group)
+
+    def run_store(machine: Machine, group: Group) -> None:
+        lanes, addresses, at = rows(machine, group)
+        try:
+            machine.shadow.write(lanes, at, 16)
+        except ShadowError as error:
+            raise machine.shadow_fault(error, lanes, addresses) from None
+        if machine.context.stats is not None:
+            machine.context.stats.shared(machine.pc, lanes, addresses, 16, write=True)
+        values = [machine.value(s, group).reshape(-1, WARP) for s in slots_of]
+        machine.shared.store(at, matrix.collect(values, num, transposed).reshape(-1, 4))
+
+    return Action(step=run_load if is_load else run_store, members=_ALL, shared_width=16)

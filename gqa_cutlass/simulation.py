@@ -1,0 +1,153 @@
+"""Runs kernels on CPU tensors, through ptxsim: the same PTX, dispatch and arguments as on a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Mapping
+from functools import cache, lru_cache
+from typing import Unpack
+
+import torch
+from torch import Tensor
+
+from gqa_cutlass import workspace
+from gqa_cutlass.codegen.config import KernelConfig
+from gqa_cutlass.inputs import Problem
+from gqa_cutlass.launcher import LaunchShape, Params
+from gqa_cutlass.planning import FIELDS, LOG, Arguments, Plan, Settings
+from gqa_cutlass.ptxsim.memory import Region
+from gqa_cutlass.ptxsim.prepare import Launch, Program
+from gqa_cutlass.ptxsim.ptx import parse
+from gqa_cutlass.ptxsim.simulate import Checks, simulate
+from gqa_cutlass.ptxsim.stats import Stats
+from gqa_cutlass.store import Store
+
+PTX_ARCH = "compute_80"
+_SECONDS_PER_LAUNCH, _SECONDS_PER_MEGABYTE = 0.04, 0.1  # measured on a 2-core CPU
+_WRITTEN = ("out", "lse", "status")  # and never read
+_WORKSPACE = ("partials",)  # contents undefined before the launch
+_BOTH = ("tickets",)
+_CACHES = ("k_cache", "v_cache")
+
+
+class CpuPlan(Plan):
+    """A plan for CPU tensors: the kernel's PTX runs in ptxsim.
+
+    Args:
+        settings: As for `Plan`.
+    """
+
+    def __init__(self, **settings: Unpack[Settings]) -> None:
+        super().__init__(flag=workspace.overflow_flag(workspace.CPU), **settings)
+        self._program = program_of(self.dispatch.config)
+
+    def _submit(
+        self,
+        params: Params,
+        tensors: Arguments,
+        cache_seqlens: int | Tensor,
+        lse: Tensor | None,
+    ) -> None:
+        _announce(self.problem)
+        bound = dict(zip(FIELDS, tensors, strict=True))
+        bound |= {"lse": lse, "status": self._flag.memory}
+        if isinstance(cache_seqlens, Tensor):
+            bound["seqlens"] = cache_seqlens
+        if self.dispatch.num_splits > 1:
+            bound["partials"] = torch.empty(self.dispatch.partial_floats, dtype=torch.float32)
+            bound["tickets"] = torch.zeros(self.dispatch.num_tickets, dtype=torch.int32)
+            params.partials = bound["partials"].data_ptr()
+            params.tickets = bound["tickets"].data_ptr()
+        if LOG.isEnabledFor(logging.DEBUG):
+            self.log("cpu", 0)
+        regions = regions_of(bound, self.problem.append)
+        run(self._program, self.dispatch.shape, params, regions)
+
+
+@lru_cache(maxsize=512)
+def program_of(config: KernelConfig, jit: bool | None = None) -> Program:
+    """A kernel's PTX, compiled if need be, ready for ptxsim.
+
+    Args:
+        config: The kernel.
+        jit: Whether compiling is allowed; None asks the environment.
+
+    Raises:
+        KernelMissingError, StoreError, CompileError, CompilerMissingError: As `Store.get`.
+    """
+    stored = Store.default().get(config, PTX_ARCH, jit=jit)
+    return program_from(stored.compiled.code.decode(), config.name)
+
+
+@cache
+def _announce_once() -> None:
+    LOG.info(
+        "CPU tensors: kernels run in ptxsim, which interprets their PTX. It is meant for tests, "
+        "debugging and trying things out."
+    )
+
+
+def _announce(problem: Problem) -> None:
+    """Say at INFO, once, what runs on a CPU, and for long problems how long that may take."""
+    _announce_once()
+    elements = (
+        2 * problem.batch_size * problem.max_seq_len * problem.num_kv_heads * problem.head_dim
+    )
+    seconds = _SECONDS_PER_LAUNCH + _SECONDS_PER_MEGABYTE * elements * 2 / 2**20
+    if seconds >= 1:
+        LOG.info("ptxsim: this call may take %.0f seconds with a full cache", seconds)
+
+
+def program_from(ptx: str, name: str) -> Program:
+    """PTX text, ready for ptxsim.
+
+    Raises:
+        PtxError: It is cut short, or has what ptxsim does not know.
+    """
+    return Program(parse(ptx, name))
+
+
+def regions_of(tensors: Mapping[str, Tensor | None], append: bool) -> list[Region]:
+    """What a launch may read and write: the tensors, under the names of `Params`.
+
+    Args:
+        tensors: Each by its field of `Params`; None for those that are absent.
+        append: Whether a new token is written to the caches.
+    """
+    regions = []
+    for name, t in tensors.items():
+        if t is not None:
+            size = t.element_size()
+            regions.append(
+                Region(
+                    name=name,
+                    address=t.data_ptr(),
+                    shape=tuple(t.shape),
+                    strides=tuple(stride * size for stride in t.stride()),
+                    itemsize=size,
+                    readable=name not in _WRITTEN,
+                    writable=name in (*_WRITTEN, *_WORKSPACE, *_BOTH)
+                    or (append and name in _CACHES),
+                    fresh=name in _WORKSPACE,
+                )
+            )
+    return regions
+
+
+def run(
+    program: Program,
+    shape: LaunchShape,
+    params: Params,
+    regions: list[Region],
+    checks: Checks | None = None,
+    stats: Stats | None = None,
+) -> None:
+    """Run one launch on the CPU.
+
+    Raises:
+        KernelFault: The kernel did what no kernel may.
+    """
+    launch = Launch(grid=shape.grid, block=shape.block, shared_bytes=shape.shared_bytes)
+    simulate(program, launch, ctypes.string_at(ctypes.addressof(params), ctypes.sizeof(params)),
+             regions, checks or Checks(), stats)  # fmt: skip
