@@ -14,7 +14,9 @@ from rich.table import Table
 from gqa_cutlass.errors import GqaError
 
 if TYPE_CHECKING:
+    from gqa_cutlass.ptxsim.prepare import Program
     from gqa_cutlass.store import StoredKernel
+    from gqa_cutlass.trial import Trial
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False
@@ -145,6 +147,27 @@ def explain(
 
 
 @app.command()
+def sim(
+    kernel: Annotated[str, typer.Option(help="A kernel's name, as `list` prints it.")],
+    cache_len: Annotated[int, typer.Option(help="Tokens in the cache before the step.")],
+    batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
+    kv_heads: Annotated[int, typer.Option(help="KV heads.")] = 1,
+    splits: Annotated[int, typer.Option(help="Parts per sequence. 0: as dispatched.")] = 0,
+    trace: Annotated[bool, typer.Option("--trace", help="Print every instruction.")] = False,
+    no_races: Annotated[bool, typer.Option("--no-races", help="Do not look for races.")] = False,
+) -> None:
+    """Run one kernel without a GPU: check it, and count what it does."""
+    from gqa_cutlass.codegen import KernelConfig
+    from gqa_cutlass.trial import run_trial
+
+    trial = run_trial(
+        KernelConfig.from_name(kernel), cache_len=cache_len, batch=batch, kv_heads=kv_heads,
+        num_splits=splits, races=not no_races, trace=_print_step if trace else None,
+    )  # fmt: skip
+    _print_trial(trial)
+
+
+@app.command()
 def doctor() -> None:
     """Report what the package finds on this machine: compiler, headers, GPU, store."""
     from gqa_cutlass.doctor import findings
@@ -174,6 +197,47 @@ def built_table(built: list[StoredKernel]) -> Table:
             str(c.spill_bytes), f"{c.seconds:.2f}", f"{len(c.code)}",
         )  # fmt: skip
     return table
+
+
+def _print_step(program: Program, pc: int, warps: int, lanes: int) -> None:
+    """One line of a trace."""
+    instruction = program.code[pc].instruction
+    print(f"{pc:5} {warps:4} warps {lanes:6} lanes  {instruction.name:40} {instruction.where}")
+
+
+def _print_trial(trial: Trial) -> None:
+    """The result against the reference, then what was executed and moved."""
+    from gqa_cutlass.ptxsim import report
+
+    shape, stats = trial.shape, trial.stats
+    moved, stored = report.global_bytes(stats)
+    for what, value in (
+        ("launch", f"grid {shape.grid}, {shape.block} threads, {shape.shared_bytes} bytes shared"),
+        ("ptxsim", f"{trial.seconds:.2f} s, no fault"),
+        ("output", f"error {trial.error:.2e}; PyTorch in the same type: {trial.error_torch:.2e}"),
+        ("lse", f"error {trial.lse_error:.2e}"),
+        ("append", "exact to the bit" if trial.appended else "WRONG"),
+        ("reads", f"{moved} bytes; at least {trial.least_bytes} ({moved / trial.least_bytes:.3f}x)"),
+        ("writes", f"{stored} bytes"),
+    ):
+        print(f"{what:<8} {value}")
+    mix = report.instruction_mix(trial.program, stats)
+    table = Table("instruction", "warps", "share", title="instruction mix")
+    for name, count in mix.most_common(24):
+        table.add_row(name, str(count), f"{count / mix.total():.1%}")
+    _print_wide(table)
+    for title, unit, accesses in (
+        ("shared memory", "passes", report.shared_accesses(trial.program, stats)),
+        ("global memory", "sectors", report.global_accesses(trial.program, stats)),
+    ):
+        table = Table("instruction", "source", "requests", unit, "least", "excess", title=title)
+        for access in accesses:
+            a = access.stats
+            table.add_row(
+                access.instruction, access.source, str(a.requests), str(a.passes), str(a.ideal),
+                f"{access.excess:.2f}x",
+            )  # fmt: skip
+        _print_wide(table)
 
 
 def _print_wide(table: Table) -> None:

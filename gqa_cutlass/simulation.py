@@ -34,13 +34,17 @@ _CACHES = ("k_cache", "v_cache")
 class CpuPlan(Plan):
     """A plan for CPU tensors: the kernel's PTX runs in ptxsim.
 
+    What is checked and what is counted can be set between calls (`checks`, `stats`).
+
     Args:
         settings: As for `Plan`.
     """
 
     def __init__(self, **settings: Unpack[Settings]) -> None:
         super().__init__(flag=workspace.overflow_flag(workspace.CPU), **settings)
-        self._program = program_of(self.dispatch.config)
+        self.program = program_of(self.dispatch.config)
+        self.checks = Checks()
+        self.stats: Stats | None = None
 
     def _submit(
         self,
@@ -62,7 +66,7 @@ class CpuPlan(Plan):
         if LOG.isEnabledFor(logging.DEBUG):
             self.log("cpu", 0)
         regions = regions_of(bound, self.problem.append)
-        run(self._program, self.dispatch.shape, params, regions)
+        run(self.program, self.dispatch.shape, params, regions, self.checks, self.stats)
 
 
 @lru_cache(maxsize=512)
@@ -140,7 +144,7 @@ def run(
     shape: LaunchShape,
     params: Params,
     regions: list[Region],
-    checks: Checks | None = None,
+    checks: Checks,
     stats: Stats | None = None,
 ) -> None:
     """Run one launch on the CPU.
@@ -150,4 +154,4 @@ def run(
     """
     launch = Launch(grid=shape.grid, block=shape.block, shared_bytes=shape.shared_bytes)
     simulate(program, launch, ctypes.string_at(ctypes.addressof(params), ctypes.sizeof(params)),
-             regions, checks or Checks(), stats)  # fmt: skip
+             regions, checks, stats)  # fmt: skip

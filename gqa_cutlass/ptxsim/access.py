@@ -34,6 +34,7 @@ _WINDOWS = {
     "shared": SHARED_WINDOW, "shared::cta": SHARED_WINDOW, "shared::cluster": SHARED_WINDOW,
     "local": LOCAL_WINDOW, "param": PARAM_WINDOW, "global": 0, "const": 0,
 }  # fmt: skip
+_WINDOW_STARTS = (SHARED_WINDOW, LOCAL_WINDOW, PARAM_WINDOW)
 _TYPES = {f"{kind}{bits}": bits for kind in "bus" for bits in (8, 16, 32, 64)} | {
     "f32": 32, "f64": 64, "f16": 16, "bf16": 16, "f16x2": 32, "bf16x2": 32,
 }  # fmt: skip
@@ -80,6 +81,8 @@ def modifiers(instruction: Instruction) -> Modifiers:
             m.rest.append(word)
     if not m.type:
         raise unknown(instruction, "type")
+    if m.width * m.count > 128:
+        raise unknown(instruction, f"vector of {m.count}")
     return m
 
 
@@ -155,7 +158,7 @@ def _private(
     """Local memory or parameters, and the positions of accesses in them."""
     memory, limit, start = machine.local, machine.context.program.local_bytes, lanes
     if space == "param":
-        memory, limit = machine.context.params, len(machine.context.params)
+        memory, limit = machine.context.params, machine.context.program.param_bytes
         start = np.zeros_like(lanes)
     wrong = (addresses < 0) | (addresses > limit - size) | (addresses % size != 0)
     if wrong.any():
@@ -189,7 +192,7 @@ def by_space(
         (SHARED_WINDOW, "cluster"), (LOCAL_WINDOW, "local"), (PARAM_WINDOW, "param"),
         (0, "global"),
     ):  # fmt: skip
-        mine = windows == window if window else windows < SHARED_WINDOW
+        mine = windows == window if window else ~np.isin(windows, _WINDOW_STARTS)
         if mine.all():
             yield group, name, addresses - window
             return

@@ -36,10 +36,12 @@ class Clocks:
         self.epoch = np.ones(num_warps, dtype=np.int64)
         self.synced = np.zeros(num_warps, dtype=np.int64)  # epoch of the last sync of all lanes
         self.known = np.zeros((num_warps, self.columns), dtype=np.int32)
-        self._partial: dict[int, tuple[frozenset[int], Vector]] = {}
+        # Of every warp, what single lanes know besides.
+        self._partial: dict[int, dict[int, Vector]] = {}
         # What a warp knew at earlier times, for accesses that are compared only at the end.
         self.history: list[Vector] = [np.zeros(self.columns, dtype=np.int32)]
         self._version = np.zeros(num_warps, dtype=np.int64)
+        self._versions_of_lanes: dict[int, tuple[Vector, int, int]] = {}
 
     def stamps(self, lanes: Lanes) -> NDArray[np.int64]:
         """Stamps of accesses by lanes: the epoch, and the lane in its cluster."""
@@ -57,12 +59,11 @@ class Clocks:
         me = lanes[:, None]
         warp = me // WARP
         same_warp = owner // WARP == me % self.lanes // WARP
-        if same_warp.all():
-            limit = np.broadcast_to(self.synced[warp], owner.shape)
-        else:
-            others = self.known.reshape(-1)[warp * self.columns + owner]
-            limit = np.where(same_warp, self.synced[warp], others)
-        fine: NDArray[np.bool_] = (epoch <= limit) | (owner == me % self.lanes)
+        fine: NDArray[np.bool_] = (owner == me % self.lanes) | same_warp & (
+            epoch <= self.synced[warp]
+        )
+        if not fine.all():
+            fine |= epoch <= self.known.reshape(-1)[warp * self.columns + owner]
         if self._partial and not fine.all():
             for row, column in np.argwhere(~fine):
                 vector = self._partial_of(int(lanes[row]))
@@ -82,7 +83,7 @@ class Clocks:
     def warp_sync(self, warps: Lanes) -> None:
         """All lanes of these warps have met."""
         for warp in self._partial.keys() & set(warps.tolist()) if self._partial else ():
-            self._learn(warp, self._partial.pop(warp)[1])
+            self._learn(warp, np.maximum.reduce(list(self._partial.pop(warp).values())))
         self.synced[warps] = self.epoch[warps]
         self.epoch[warps] += 1
 
@@ -95,7 +96,8 @@ class Clocks:
             if extra is not None:
                 np.maximum(vector, extra, out=vector)
         first = warp * WARP % self.lanes
-        vector[first : first + WARP] = self.synced[warp]
+        own = vector[first : first + WARP]
+        np.maximum(own, self.synced[warp], out=own)
         vector[lanes % self.lanes] = self.epoch[warp]
         self.epoch[warp] += 1
         return vector
@@ -118,12 +120,9 @@ class Clocks:
         if len(lanes) == WARP:
             self._learn(warp, vector)
             return
-        who = frozenset(lanes.tolist())
-        held = self._partial.get(warp)
-        if held is not None:
-            shared = who & held[0]
-            who, vector = shared or who, np.maximum(vector, held[1]) if shared else vector
-        self._partial[warp] = (who, vector)
+        held = self._partial.setdefault(warp, {})
+        for lane in lanes.tolist():
+            held[lane] = np.maximum(vector, held[lane]) if lane in held else vector
 
     def _learn(self, warp: int, vector: Vector) -> None:
         np.maximum(self.known[warp], vector, out=self.known[warp])
@@ -136,10 +135,18 @@ class Clocks:
         for i, lane in enumerate(lanes.tolist() if self._partial else ()):
             extra = self._partial_of(lane)
             if extra is not None:
-                versions[i] = len(self.history)
-                self.history.append(np.maximum(self.known[lane // WARP], extra))
+                versions[i] = self._version_of_lane(lane, extra, int(versions[i]))
         return versions
+
+    def _version_of_lane(self, lane: int, extra: Vector, of_warp: int) -> int:
+        """Position in `history` of what a lane knows besides its warp."""
+        held = self._versions_of_lanes.get(lane)
+        if held is None or held[0] is not extra or held[1] != of_warp:
+            held = extra, of_warp, len(self.history)
+            self._versions_of_lanes[lane] = held
+            self.history.append(np.maximum(self.known[lane // WARP], extra))
+        return held[2]
 
     def _partial_of(self, lane: int) -> Vector | None:
         held = self._partial.get(lane // WARP)
-        return held[1] if held is not None and lane in held[0] else None
+        return None if held is None else held.get(lane)

@@ -9,7 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from gqa_cutlass.ptxsim.bits import Arithmetic, Bits, Builder, Kind, Numbers, Opcode, Run
+from gqa_cutlass.ptxsim.bits import (
+    Arithmetic,
+    Bits,
+    Builder,
+    Kind,
+    Numbers,
+    Opcode,
+    Run,
+    join_lanes,
+)
 from gqa_cutlass.ptxsim.exact import odd_sum
 from gqa_cutlass.ptxsim.formats import (
     F16,
@@ -236,12 +245,10 @@ def _packed(op: Opcode) -> Arithmetic:
     shape = FORMATS[op.kinds[0].lane.name]
     rounded, finish = _rounded(shape, F32, op.rounding), after(op, shape)
 
-    def half(value: Bits) -> Bits:
-        bits: Bits = rounded(value)
-        return bits if finish is None else finish(bits)
-
     def run(upper: Bits, lower: Bits) -> Bits:
-        return np.left_shift(half(upper), 16, dtype=np.uint32) | half(lower)
+        halves = np.empty((max(len(upper), len(lower)), 2), np.uint16)
+        halves[:, 0], halves[:, 1] = rounded(lower), rounded(upper)
+        return join_lanes(halves if finish is None else finish(halves))
 
     return Arithmetic(results=(32,), sources=(32, 32), signed=False, run=run)
 

@@ -67,44 +67,64 @@ def _by_rounding(name: str, shape: Format, mode: str, *, ftz: bool = False) -> R
     return run
 
 
-def _fma_single(left: Bits, right: Bits, base: Bits) -> Bits:
+def _repaired(result: Bits, doubtful: Bits, exact: Run, sources: tuple[Bits, ...]) -> Bits:
+    """Recompute doubtful elements the slow way."""
+    if doubtful.any():
+        result[doubtful] = exact(*(source[doubtful] for source in np.broadcast_arrays(*sources)))
+    return result
+
+
+def _fma_single(*sources: Bits) -> Bits:
     """Fuse multiply and add in f32, with the detour over round to odd only where it can matter.
 
     The product is exact in float64 and the sum is rounded twice, to 53 and to 24 bits. This goes
     wrong only if the first rounding lands halfway between two numbers of f32.
     """
-    left, right, base = (side.view(np.float32) for side in (left, right, base))
+    left, right, base = (source.view(np.float32) for source in sources)
     total = np.multiply(left, right, dtype=np.float64) + base
     result = total.astype(np.float32)
-    halfway = total.view(np.uint64) & 0x1FFFFFFF == 0x10000000
-    if halfway.any() or _underflows(total, result):
-        sources = (side.view(np.uint32) for side in (left, right, base))
-        bits: Bits = _by_rounding("fma", F32, "rn")(*sources)
-        return bits
-    return write(result, F32)
-
-
-def _underflows(total: Numbers, result: Numbers) -> bool:
-    """Tell whether some total is subnormal in f32, where halfway points have other bits."""
-    if np.abs(result).min() > _LEAST:
-        return False
-    return bool(((np.abs(total) < _LEAST) & (total != 0)).any())
+    doubtful = total.view(np.uint64) & 0x1FFFFFFF == 0x10000000
+    if np.abs(result).min() <= _LEAST:
+        # Where the result is subnormal, halfway points have other bits.
+        doubtful |= (np.abs(total) < _LEAST) & (total != 0)
+    return _repaired(write(result, F32), doubtful, _FMA_SINGLE, sources)
 
 
 _LEAST = np.finfo(np.float32).smallest_normal
+_FMA_SINGLE = _by_rounding("fma", F32, "rn")
+
+
+def _brain(name: str, function: Callable[..., Numbers], below: int) -> Run:
+    """Return an operation in bf16 that computes in f32 first.
+
+    Both have the same exponents. Rounding twice goes wrong only if the first lands halfway.
+
+    Args:
+        name: The operation.
+        function: What computes it, from and to float32.
+        below: The magnitude of f32, as bits, from which on the first rounding cannot matter.
+    """
+    exact = _by_rounding(name, BF16, "rn")
+
+    def run(*sources: Bits) -> Bits:
+        bits = function(*(read(source, BF16) for source in sources)).view(np.uint32)
+        result, magnitudes = nearest_brain(bits), bits & F32.magnitude
+        if magnitudes.min() >= below:
+            return result
+        doubtful = (magnitudes < below) & (bits & 0xFFFF == 0x8000)
+        return _repaired(result, doubtful, exact, sources)
+
+    return run
+
+
+def _fma_brain(left: Numbers, right: Numbers, base: Numbers) -> Numbers:
+    return (np.multiply(left, right, dtype=np.float64) + base).astype(np.float32)
 
 
 def _by_numpy(function: Callable[..., Numbers], shape: Format) -> Run:
     """Return an operation that NumPy rounds correctly in the format's own dtype."""
     return lambda *sources: write(
         function(*(source.view(shape.numbers) for source in sources)), shape
-    )
-
-
-def _brain(function: np.ufunc) -> Run:
-    """Return a sum in bf16: f32 has more than twice its bits, so rounding twice is harmless."""
-    return lambda left, right: nearest_brain(
-        function(read(left, BF16), read(right, BF16)).view(np.uint32)
     )
 
 
@@ -121,8 +141,11 @@ _NEAREST: dict[tuple[str, str], Run] = {
     ("sub", "f16"): _by_numpy(np.subtract, F16),
     ("mul", "f16"): _by_numpy(np.multiply, F16),
     ("fma", "f16"): _by_numpy(_fma_half, F16),
-    ("add", "bf16"): _brain(np.add),
-    ("sub", "bf16"): _brain(np.subtract),
+    # Sums of two are exact or far from halfway, and products are exact unless they underflow.
+    ("add", "bf16"): _brain("add", np.add, below=0),
+    ("sub", "bf16"): _brain("sub", np.subtract, below=0),
+    ("mul", "bf16"): _brain("mul", np.multiply, below=F32.smallest),
+    ("fma", "bf16"): _brain("fma", _fma_brain, below=F32.infinity),
     ("add", "f32"): _by_numpy(np.add, F32),
     ("sub", "f32"): _by_numpy(np.subtract, F32),
     ("mul", "f32"): _by_numpy(np.multiply, F32),

@@ -170,7 +170,7 @@ class GlobalLedger:
         fine = lane_a == lane_b
         same_warp = lane_a // WARP == lane_b // WARP
         fine |= same_warp & (epoch <= b.synced[b_row])
-        rest = np.flatnonzero(~fine & ~same_warp)
+        rest = np.flatnonzero(~fine)
         of_a, of_b = lane_a[rest] // self._cluster, lane_b[rest] // self._cluster
         most = int(max(of_a.max(initial=0), of_b.max(initial=0))) + 1
         keys = (b.versions[b_row[rest]] * most + of_b) * most + of_a

@@ -98,8 +98,12 @@ def _lop3(a: Bits, b: Bits, c: Bits, table: Bits) -> Bits:
     without, with_a = entries & 15, entries >> 4 & 15
     base = _PAIRWISE[without](b, c)
     result = base if without == with_a else base ^ (a & _PAIRWISE[without ^ with_a](b, c))
-    # A table that ignores a source drops its shape as well.
-    shape = np.broadcast_shapes(a.shape, b.shape, c.shape)
+    return _spread(result, a, b, c)
+
+
+def _spread(result: Bits, *sources: Bits) -> Bits:
+    """Give a result that ignores some of the sources the shape that they have together."""
+    shape = np.broadcast_shapes(*(source.shape for source in sources))
     return result if result.shape == shape else np.broadcast_to(result, shape)
 
 
@@ -153,13 +157,13 @@ def _permute_alike(a: Bits, b: Bits, selector: int) -> Bits:
     """Permute by one selector for all threads."""
     words = (a, b)
     copied, replicated = _moves(selector)
-    result = np.zeros(np.broadcast_shapes(a.shape, b.shape), np.uint32)
-    for (source, shift), mask in copied.items():
-        word = words[source]
-        result |= (word << shift if shift >= 0 else word >> -shift) & np.uint32(mask)
-    for (source, bit), mask in replicated.items():
-        result |= (words[source] >> bit & 1) * np.uint32(mask)
-    return result
+    terms = [_shift(words[source], shift) & mask for (source, shift), mask in copied.items()]
+    terms += [(words[source] >> bit & 1) * mask for (source, bit), mask in replicated.items()]
+    return _spread(functools.reduce(np.bitwise_or, terms), a, b)
+
+
+def _shift(word: Bits, count: int) -> Bits:
+    return word << count if count >= 0 else word >> -count
 
 
 def _permute(a: Bits, b: Bits, selectors: Bits) -> Bits:

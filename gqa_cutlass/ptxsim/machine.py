@@ -30,7 +30,9 @@ from gqa_cutlass.ptxsim.sync import Barriers
 
 Mask = NDArray[np.bool_]
 Lanes = NDArray[np.int64]
-_PATIENCE = 4096  # turns after which a group that is ahead gets one: spinning ends by others' work
+_LANES = np.arange(WARP, dtype=np.uint32)
+_EVERYBODY = 0xFFFFFFFF  # as a membermask
+_PATIENCE = 4096  # turns after which another group gets one: spinning ends by others' work
 
 
 class Group:
@@ -147,8 +149,9 @@ class Machine:
             if not self.groups:
                 self._deadlock()
             turns += 1
-            behind = turns % _PATIENCE or len(self.groups) == 1
-            pc = min(self.groups) if behind else max(self.groups)
+            pc = min(self.groups)
+            if turns % _PATIENCE == 0:
+                pc = sorted(self.groups)[turns // _PATIENCE % len(self.groups)]
             self._advance(pc, self.groups.pop(pc))
 
     def resume(self, mask: Mask, pc: int) -> None:
@@ -165,8 +168,10 @@ class Machine:
             self.pc = pc
             acting = group if code.guard is None else self._guarded(code, group)
             members = code.action.members
-            if members is not None and len(acting) and not acting.whole:
+            if members is not None and len(acting) and not self._complete(members, acting):
                 group = acting = self._together(members, group, acting)
+                if not len(group):
+                    return
             if len(acting):
                 group = self._execute(code, group, acting)
             pc += 1
@@ -184,7 +189,7 @@ class Machine:
                 int(group.lanes[0]),
             )
         if self.defined:
-            self._check_defined(code, group, acting)
+            self._check_defined(code, acting)
         if self.context.stats is not None:
             self.context.stats.count(self.pc, acting)
         going = code.action.step(self, acting)
@@ -200,10 +205,19 @@ class Machine:
 
     def _guarded(self, code: Code, group: Group) -> Group:
         """The lanes of a group whose guard holds."""
+        if code.guard in self.defined:
+            self._check_read(code.guard, group)
         predicate = self.regs[code.guard]  # type: ignore[index]
         mask = group.mask & (~predicate if code.instruction.negated else predicate)  # type: ignore[operator]
         count = np.count_nonzero(mask)
         return group if count == len(group) else Group(mask, self)
+
+    def _complete(self, members: Members, acting: Group) -> bool:
+        """Whether lanes are whole warps that name one another, by far the most common case."""
+        if members.mask is None:
+            return acting.whole
+        words = self.regs[members.mask]
+        return acting.whole and len(words) == 1 and words[0] == _EVERYBODY  # type: ignore[arg-type,index]
 
     def _together(self, members: Members, group: Group, acting: Group) -> Group:
         """Warps of which everybody is here who must be; the others are held back.
@@ -219,8 +233,13 @@ class Machine:
         needed = self.live.reshape(-1, WARP) | members.strict
         if members.mask is not None:
             words = np.where(here, self.whole(members.mask), np.uint32(0))
+            missing = here & (words >> _LANES & np.uint32(1) == 0)
+            if missing.any():
+                lane = int(missing.reshape(-1).argmax())
+                mask_of = int(words.reshape(-1)[lane])
+                raise self.fault(f"the lane is not in its membermask, {mask_of:#010x}", lane)
             asked = np.bitwise_or.reduce(words, axis=1)[:, None]
-            needed = (asked >> np.arange(WARP, dtype=np.uint32) & np.uint32(1)).astype(bool)
+            needed = (asked >> _LANES & np.uint32(1)).astype(bool)
         ready = here & ~(needed & ~here).any(axis=1)[:, None]
         rest = (here & ~ready).reshape(-1)
         if rest.any():
@@ -231,20 +250,28 @@ class Machine:
         """Lanes have exited."""
         self.live = self.live & ~group.mask
         self.num_live = int(np.count_nonzero(self.live))
+        held, self._held = self._held, {}
+        for pc, mask in held.items():  # they may have waited for these lanes
+            self.resume(mask, pc)
         self.barriers.recheck()
         self.cluster_barriers.recheck()
 
-    def _check_defined(self, code: Code, group: Group, acting: Group) -> None:
+    def _check_defined(self, code: Code, acting: Group) -> None:
         for slot in code.reads:
-            defined = self.defined.get(slot)
-            readers = group if slot == code.guard else acting
-            if defined is not None and not defined[readers.lanes].all():
-                lane = int(readers.lanes[~defined[readers.lanes]][0])
-                name = self.context.program.slot_name(slot)
-                raise self.fault(f"register {name} is read and was never written", lane)
+            if slot in self.defined:
+                self._check_read(slot, acting)
         for slot in code.writes:
             if slot in self.defined:
                 self.defined[slot] |= acting.mask
+
+    def _check_read(self, slot: int, readers: Group) -> None:
+        undefined = ~self.defined[slot][readers.lanes]
+        if undefined.any():
+            name = self.context.program.slot_name(slot)
+            raise self.fault(
+                f"register {name} is read and was never written",
+                int(readers.lanes[undefined.argmax()]),
+            )
 
     def shared_places(self, lanes: Lanes, addresses: Lanes, space: str) -> tuple[Lanes, Lanes]:
         """Blocks of the machine, and addresses in them, of accesses to shared memory.

@@ -24,6 +24,7 @@ CLUSTER_SHIFT = 24  # a shared::cluster address: 1 + the block's rank, and the a
 _ALIGN = 16  # widest access
 
 _READ, _WRITE = 1, 2
+_FRESH = 4  # can be read once it has been written
 Indices = NDArray[np.int64]
 
 
@@ -97,7 +98,9 @@ class _Segment:
             return _READ * first.readable | _WRITE * first.writable
         allowed = np.zeros(len(self.bytes), dtype=np.uint8)
         for r in self.regions:
-            flags = _READ * (r.readable and not r.fresh) | _WRITE * r.writable
+            flags = _WRITE * r.writable
+            if r.readable:
+                flags |= _FRESH if r.fresh else _READ
             cells = np.lib.stride_tricks.as_strided(
                 allowed[r.address - self.base :], (*r.shape, r.itemsize), (*r.strides, 1)
             )
@@ -112,7 +115,7 @@ class _Segment:
     def check(self, addresses: Indices, size: int, wanted: int) -> int | None:
         """Position of the first access that is not allowed."""
         if isinstance(self.allowed, int):
-            return None if self.allowed & wanted else 0
+            return None if self.allowed & wanted == wanted else 0
         at = addresses - self.base
         cells = self.allowed[at[:, None] + np.arange(size)]
         wrong = ~((cells & wanted) == wanted).all(axis=1)
@@ -122,7 +125,8 @@ class _Segment:
         """What was written can be read from now on."""
         if not isinstance(self.allowed, int):
             at = addresses - self.base
-            self.allowed[at[:, None] + np.arange(size)] |= _READ
+            cells = at[:, None] + np.arange(size)
+            self.allowed[cells] |= (self.allowed[cells] & _FRESH) // _FRESH * _READ
 
 
 class GlobalMemory:
@@ -241,11 +245,13 @@ class GlobalMemory:
             return
         address = int(addresses[wrong])
         inside = [r for r in segment.regions if r.address <= address < r.address + r.span]
-        if wanted == _WRITE:
-            why = "not to be written" if any(not r.writable for r in inside) else "outside all tensors"
-        else:
-            fresh = any(r.fresh for r in inside)
-            why = "never written before" if fresh else "outside all tensors, or not to be read"
+        why = "outside all tensors"
+        if inside and wanted & _WRITE and not any(r.writable for r in inside):
+            why = "not to be written"
+        elif inside and wanted & _READ and not any(r.readable for r in inside):
+            why = "not to be read"
+        elif any(r.fresh for r in inside) and wanted & _READ:
+            why = "never written before"
         raise AccessError(wrong if at is None else int(at[wrong]), address, why)
 
 

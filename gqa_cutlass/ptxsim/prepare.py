@@ -132,7 +132,7 @@ class Program:
     def registers(self, launch: Launch, block_ids: NDArray[np.int64]) -> list[Bits | None]:
         """The register file before the first instruction: constants and special registers."""
         values = list(self._slots.values)
-        for name, value in _special_values(launch, block_ids).items():
+        for name, value in _special_values(launch, block_ids, self.shared_size(launch)).items():
             values[self._slots.named(name)] = value
         return values
 
@@ -175,7 +175,9 @@ def _blank(name: str) -> Bits:
     return np.zeros(1, dtype=kind)
 
 
-def _special_values(launch: Launch, block_ids: NDArray[np.int64]) -> dict[str, Bits]:
+def _special_values(
+    launch: Launch, block_ids: NDArray[np.int64], total_shared: int
+) -> dict[str, Bits]:
     """Special registers (PTX ISA 10): one value per lane, or one for all."""
     blocks, threads = len(block_ids), launch.block
     thread = np.tile(np.arange(threads), blocks)
@@ -190,7 +192,7 @@ def _special_values(launch: Launch, block_ids: NDArray[np.int64]) -> dict[str, B
         "%cluster_nctarank": [size],
         "%lanemask_eq": bit, "%lanemask_lt": bit - one, "%lanemask_le": bit * 2 - one,
         "%lanemask_gt": (1 << 32) - bit * 2, "%lanemask_ge": (1 << 32) - bit,
-        "%dynamic_smem_size": [launch.shared_bytes], "%total_smem_size": [launch.shared_bytes],
+        "%dynamic_smem_size": [launch.shared_bytes], "%total_smem_size": [total_shared],
         "%is_explicit_cluster": [size > 1],
     }  # fmt: skip
     for i, axis in enumerate(_AXES):

@@ -6,6 +6,7 @@ import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import PurePath
 
 from gqa_cutlass.errors import PtxError
 
@@ -15,17 +16,25 @@ _TOKEN = re.compile(
       | (?P<loc>\.(?:loc|file)\b[^\n]*)
       | (?P<string>"[^"\n]*")
       | (?P<number>0[fF][0-9a-fA-F]{8}\b|0[dD][0-9a-fA-F]{16}\b|0[xX][0-9a-fA-F]+U?
-                   |\d+\.\d+|\d+U?\b)
+                   |0[bB][01]+U?\b|\d+\.\d*(?:[eE][+-]?\d+)?\b|\d+U?\b)
       | (?P<word>[.%$_A-Za-z](?:[\w$.%]|::)*)
       | (?P<mark>[{}()\[\],;@!|+=<>:-])""",
     re.VERBOSE | re.DOTALL,
 )
-_LOC = re.compile(r"\.loc\s+(\d+)\s+(\d+)")
+_LOC = re.compile(
+    r"\.loc\s+(\d+)\s+(\d+)\s+(\d+)(?:.*\binlined_at\s+(\d+)\s+(\d+)\s+(\d+))?"
+)
 _FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', re.MULTILINE)
 _SIZES = {"pred": 1} | {f"{kind}{bits}": bits for kind in "busf" for bits in (8, 16, 32, 64)} | {
     "f16x2": 32, "bf16": 16, "bf16x2": 32, "b128": 128,
 }  # fmt: skip
 _SPACES = (".global", ".shared", ".local", ".param", ".const")
+_ENDS = ("ret", "exit", "bra")
+_LINKAGE = (".visible", ".extern", ".weak", ".common")
+_MAX_DEPTH, _MAX_REGISTERS, _MAX_INLINED = 64, 1 << 20, 16
+_SIGNS = {32: 1 << 31, 64: 1 << 63}
+
+Place = tuple[int, int, int]  # number of a source file, line, column
 
 
 @dataclass(frozen=True)
@@ -93,7 +102,8 @@ class Instruction:
         guard: Predicate under which it executes, if any.
         negated: Whether the guard is negated.
         line: Line of the PTX text.
-        source: Where it comes from, "file:line", or "" without line information.
+        source: Where it comes from, "file:line" and where that was inlined, or "" without line
+            information.
     """
 
     opcode: tuple[str, ...]
@@ -101,7 +111,7 @@ class Instruction:
     guard: Reg | None
     negated: bool
     line: int
-    source: str
+    source: str = ""
 
     @property
     def name(self) -> str:
@@ -189,11 +199,12 @@ class _Parser:
     """Recursive descent over the tokens of a module."""
 
     def __init__(self, text: str) -> None:
-        self._files = {number: path for number, path in _FILE.findall(text)}
+        self._files = {int(number): PurePath(path).name for number, path in _FILE.findall(text)}
         # Debug sections come last and are most of the text.
         self._tokens = list(_tokens(re.split(r"^\s*\.section\b", text, maxsplit=1, flags=re.M)[0]))
         self._at = 0
         self._source = ""
+        self._inlined: dict[Place, Place | None] = {}  # the call that each place was inlined at
 
     def kernel(self, name: str) -> Kernel:
         kernel = Kernel(name=name)
@@ -208,6 +219,8 @@ class _Parser:
                 self._variable(token.text, kernel)
             elif token.text in (".version", ".target", ".address_size"):
                 self._directive()
+            elif token.kind != "loc" and token.text not in _LINKAGE:
+                raise _unexpected(token, "a function or a variable")
         if not found:
             raise PtxError(f"PTX: got no kernel {name!r}; needed: an .entry of that name")
         return kernel
@@ -235,7 +248,14 @@ class _Parser:
     def _expect(self, text: str) -> None:
         token = self._next()
         if token.text != text:
-            raise PtxError(f"PTX line {token.line}: got {token.text!r}; needed: {text!r}")
+            raise _unexpected(token, repr(text))
+
+    def _integer(self) -> int:
+        token = self._next()
+        number = _number(token) if token.kind == "number" else None
+        if number is None or number.float_bits:
+            raise _unexpected(token, "an integer")
+        return number.value
 
     def _directive(self) -> None:
         """Skip a directive that ends with its line."""
@@ -267,15 +287,25 @@ class _Parser:
             self._entry_directive(kernel)
         self._at += 1
         self._body(kernel, _Scope(None, "", kernel))
+        self._close(kernel)
         return True
+
+    def _close(self, kernel: Kernel) -> None:
+        """Let the end of the body exit, if the last instruction may go on there or a branch leads there."""
+        code = kernel.instructions
+        ends = bool(code) and code[-1].guard is None and code[-1].opcode[0] in _ENDS
+        if not ends or len(code) in kernel.labels.values():
+            line = self._tokens[self._at - 1].line
+            code.append(
+                Instruction(opcode=("ret",), operands=(), guard=None, negated=False, line=line)
+            )
 
     def _entry_directive(self, kernel: Kernel) -> None:
         name = self._next().text.removeprefix(".")
         values = []
-        while self._peek().kind == "number" or self._peek().text == ",":
-            token = self._next()
-            if token.kind == "number":
-                values.append(int(token.text))
+        while self._peek().kind == "number":
+            values.append(self._integer())
+            self._accept(",")
         kernel.directives[name] = tuple(values)
 
     def _variable(
@@ -285,27 +315,39 @@ class _Parser:
         align, bits, count, name = 0, 0, 1, ""
         initial: list[int] = []
         while self._peek().text not in end:
-            text = self._next().text
-            if text == ".align":
-                align = int(self._next().text)
-            elif text.startswith(".") and text[1:] in _SIZES:
-                bits = _SIZES[text[1:]]
-            elif text == "[":
-                size = self._next().text
-                count *= 0 if size == "]" else int(size)
-                if size != "]":
-                    self._expect("]")
-            elif text == "=":
+            token = self._next()
+            if token.text == ".align":
+                align = self._integer()
+            elif token.text == ".ptr":  # what is said of the memory that the pointer points to
+                while self._peek().text.startswith("."):
+                    if self._next().text == ".align":
+                        self._integer()
+            elif token.text.removeprefix(".") in _SIZES and not bits:
+                bits = _SIZES[token.text[1:]]
+            elif token.text in (".v2", ".v4"):
+                count *= int(token.text[2:])
+            elif token.text == "[":
+                count *= 0 if self._peek().text == "]" else self._integer()
+                self._expect("]")
+            elif token.text == "=":
                 initial = self._initial(end)
-            elif not text.startswith("."):
-                name = text
+            elif token.kind == "word" and not token.text.startswith(".") and not name:
+                name = token.text
+            else:
+                raise _unexpected(token, "a variable")
+        last = self._peek()
+        if not name or not bits:
+            raise _unexpected(last, "the name and the type of a variable")
         if ";" in end:
             self._expect(";")
         width = max(bits, 8) // 8
         data = b"".join((value % (1 << 8 * width)).to_bytes(width, "little") for value in initial)
         unique = scope.declare(name) if scope else name
+        align = align or width
+        if align & align - 1:
+            raise _unexpected(last, f"an alignment that is a power of two, not {align},")
         kernel.variables[unique] = Variable(
-            space=space[1:], align=align or width, size=count * width, initial=data
+            space=space[1:], align=align, size=count * width, initial=data
         )
 
     def _initial(self, end: tuple[str, ...]) -> list[int]:
@@ -314,17 +356,20 @@ class _Parser:
         while self._peek().text not in end:
             token = self._next()
             if token.kind == "number":
-                values.append(sign * _number(token.text).value)
+                values.append(sign * _number(token).value)
             sign = -1 if token.text == "-" else 1
         return values
 
     def _body(self, kernel: Kernel, scope: _Scope) -> None:
         """Statements up to the closing brace."""
+        self._declare_labels(scope)
         while not self._accept("}"):
             token = self._next()
             if token.kind == "loc":
                 self._locate(token.text)
             elif token.text == "{":
+                if scope.depth == _MAX_DEPTH:
+                    raise _unexpected(token, f"at most {_MAX_DEPTH} levels of braces")
                 self._body(kernel, _Scope(scope, f"{token.line}.{self._at}", kernel))
             elif token.text == ".reg":
                 self._registers(kernel, scope)
@@ -335,25 +380,50 @@ class _Parser:
                     pass
             elif token.text != ";":
                 self._statement(token, kernel, scope)
-        scope.resolve()
+
+    def _declare_labels(self, scope: _Scope) -> None:
+        """Name the labels of a scope in advance: branches may go forward."""
+        depth = 0
+        for i in range(self._at, len(self._tokens)):
+            text = self._tokens[i].text
+            depth += (text == "{") - (text == "}")
+            if depth < 0:
+                return
+            if text == ":" and depth == 0 and self._tokens[i - 1].kind == "word":
+                scope.declare(self._tokens[i - 1].text)
 
     def _locate(self, text: str) -> None:
+        """Read a `.loc`: where the next instructions come from."""
         match = _LOC.match(text)
-        if match:
-            self._source = f"{self._files.get(match.group(1), '?')}:{match.group(2)}"
+        if match is None:
+            return
+        numbers = [int(number or 0) for number in match.groups()]
+        place: Place | None = (numbers[0], numbers[1], numbers[2])
+        call = (numbers[3], numbers[4], numbers[5]) if match.group(4) else None
+        self._inlined[(numbers[0], numbers[1], numbers[2])] = call
+        places: list[str] = []
+        while place is not None and place[1] and len(places) < _MAX_INLINED:
+            places.append(f"{self._files.get(place[0], '?')}:{place[1]}")
+            place = self._inlined.get(place)
+        self._source = ", inlined at ".join(places)
 
     def _registers(self, kernel: Kernel, scope: _Scope) -> None:
         kind = self._next()
         width = _SIZES.get(kind.text.removeprefix("."))
         if width is None:
-            raise PtxError(f"PTX line {kind.line}: got registers of type {kind.text!r}")
+            raise _unexpected(kind, "the type of registers")
         while True:
-            name = self._next().text
+            token = self._next()
+            if token.kind != "word":
+                raise _unexpected(token, "the name of a register")
+            names = [token.text]
             if self._accept("<"):
-                for i in range(int(self._next().text)):
-                    kernel.registers[scope.declare(f"{name}{i}")] = width
+                count = self._integer()
+                if count > _MAX_REGISTERS:
+                    raise _unexpected(token, f"at most {_MAX_REGISTERS} registers")
+                names = [f"{token.text}{i}" for i in range(count)]
                 self._expect(">")
-            else:
+            for name in names:
                 kernel.registers[scope.declare(name)] = width
             if self._accept(";"):
                 return
@@ -361,15 +431,18 @@ class _Parser:
 
     def _statement(self, token: _Token, kernel: Kernel, scope: _Scope) -> None:
         if token.kind == "word" and self._accept(":"):
-            kernel.labels[scope.declare(token.text)] = len(kernel.instructions)
+            label = scope.find(token.text)
+            if label in kernel.labels:
+                raise _unexpected(token, "a label that is not there yet")
+            kernel.labels[label] = len(kernel.instructions)
             return
         guard, negated = None, False
         if token.text == "@":
             negated = self._accept("!")
-            guard = Reg(scope.find(self._next().text))
+            guard = self._register(scope)
             token = self._next()
         if token.kind != "word":
-            raise PtxError(f"PTX line {token.line}: got {token.text!r}; needed: an instruction")
+            raise _unexpected(token, "an instruction")
         operands: list[Operand] = []
         while not self._accept(";"):
             operands.append(self._operand(scope))
@@ -383,7 +456,13 @@ class _Parser:
             line=token.line,
             source=self._source,
         )
-        scope.add(instruction)
+        kernel.instructions.append(instruction)
+
+    def _register(self, scope: _Scope) -> Reg:
+        token = self._next()
+        if token.kind != "word":
+            raise _unexpected(token, "a register")
+        return Reg(scope.find(token.text))
 
     def _operand(self, scope: _Scope) -> Operand:
         operand = self._simple(scope)
@@ -392,40 +471,48 @@ class _Parser:
     def _simple(self, scope: _Scope) -> Operand:
         token = self._next()
         if token.text == "{":
-            items = []
-            while not self._accept("}"):
-                items.append(self._operand(scope))
-                self._accept(",")
-            return Vector(tuple(items))
+            return self._vector(scope)
         if token.text == "[":
             return self._address(scope)
         if token.text == "!":
-            return Not(Reg(scope.find(self._next().text)))
-        if token.text == "-":
-            return Imm(-_number(self._next().text).value)
+            return Not(self._register(scope))
+        if token.text == "-" and self._peek().kind == "number":
+            number = _number(self._next())
+            if number.float_bits:
+                return Imm(number.value ^ _SIGNS[number.float_bits], number.float_bits)
+            return Imm(-number.value)
         if token.kind == "number":
-            return _number(token.text)
+            return _number(token)
         if token.kind == "word":
             return _named(scope.find(token.text), scope.kernel)
-        raise PtxError(f"PTX line {token.line}: got {token.text!r}; needed: an operand")
+        raise _unexpected(token, "an operand")
+
+    def _vector(self, scope: _Scope) -> Vector:
+        items = []
+        while True:
+            if self._peek().text == "{":
+                raise _unexpected(self._peek(), "an operand")
+            items.append(self._operand(scope))
+            if self._accept("}"):
+                return Vector(tuple(items))
+            self._expect(",")
 
     def _address(self, scope: _Scope) -> Address:
-        token = self._next()
         base: Reg | Symbol | None = None
         offset = 0
-        if token.kind == "number":
-            offset = _number(token.text).value
+        if self._peek().kind == "number":
+            offset = self._integer()
         else:
+            token = self._next()
+            if token.kind != "word":
+                raise _unexpected(token, "a register or a variable")
             base = _named(scope.find(token.text), scope.kernel)
         while not self._accept("]"):
             sign = self._next()
-            if sign.text == "+":
-                sign_of = -1 if self._accept("-") else 1
-            elif sign.text == "-":
-                sign_of = -1
-            else:
-                raise PtxError(f"PTX line {sign.line}: got {sign.text!r}; needed: ']' or an offset")
-            offset += sign_of * _number(self._next().text).value
+            if sign.text not in ("+", "-"):
+                raise _unexpected(sign, "']' or an offset")
+            negative = (sign.text == "-") ^ self._accept("-")
+            offset += -self._integer() if negative else self._integer()
         return Address(base, offset)
 
 
@@ -434,10 +521,10 @@ class _Scope:
 
     def __init__(self, parent: _Scope | None, tag: str, kernel: Kernel) -> None:
         self.kernel = kernel
+        self.depth: int = parent.depth + 1 if parent else 0
         self._parent = parent
         self._tag = tag
         self._names: dict[str, str] = {}
-        self._start = len(kernel.instructions)
 
     def declare(self, name: str) -> str:
         self._names[name] = f"{name}@{self._tag}" if self._tag else name
@@ -451,28 +538,14 @@ class _Scope:
             scope = scope._parent
         return name
 
-    def add(self, instruction: Instruction) -> None:
-        self.kernel.instructions.append(instruction)
-
-    def resolve(self) -> None:
-        """Point forward branches at this scope's labels, which were not known when they came."""
-        if not self._tag:
-            return
-        code = self.kernel.instructions
-        for i in range(self._start, len(code)):
-            if code[i].opcode[0] == "bra":
-                target = code[i].operands[0]
-                if isinstance(target, Symbol) and target.name in self._names:
-                    fields = {**vars(code[i]), "operands": (Symbol(self._names[target.name]),)}
-                    code[i] = Instruction(**fields)
-
 
 def _named(name: str, kernel: Kernel) -> Reg | Symbol:
     is_register = name in kernel.registers or name.startswith("%") or name == "_"
     return Reg(name) if is_register else Symbol(name)
 
 
-def _number(text: str) -> Imm:
+def _number(token: _Token) -> Imm:
+    text = token.text
     if text[:2] in ("0f", "0F"):
         return Imm(int(text[2:], 16), 32)
     if text[:2] in ("0d", "0D"):
@@ -480,6 +553,11 @@ def _number(text: str) -> Imm:
     try:
         if "." in text:
             return Imm(int.from_bytes(struct.pack("<f", float(text)), "little"), 32)
-        return Imm(int(text.removesuffix("U"), 0))
-    except ValueError as error:
-        raise PtxError(f"PTX: got {text!r}; needed: a number") from error
+        digits = text.removesuffix("U")
+        return Imm(int(digits, 8 if re.fullmatch("0[0-7]+", digits) else 0))
+    except (ValueError, OverflowError) as error:
+        raise _unexpected(token, "a number") from error
+
+
+def _unexpected(token: _Token, needed: str) -> PtxError:
+    return PtxError(f"PTX line {token.line}: got {token.text!r}; needed: {needed}")

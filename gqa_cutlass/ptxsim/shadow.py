@@ -170,15 +170,12 @@ class Shadow:
         own = (read >> _LANE_BITS <= clocks.synced[warps][:, None]) | (
             read & (1 << _LANE_BITS) - 1 == (lanes % WARP)[:, None]
         )
-        if (by_me & ~own).any():
-            lane = column * WARP + (read & WARP - 1)
-            raise _error(by_me & ~own, "race: writes what another thread reads", lane)
-        by_others = readers & ~mine != 0
-        if by_others.any():
+        suspect = readers & ~mine != 0  # read by another warp, or by another lane of mine
+        suspect |= by_me & ~own
+        if suspect.any():
             for warp in range(clocks.warps):
-                asked = by_others & (readers >> np.uint64(warp) & np.uint64(1) != 0) & ~(
-                    column == warp
-                )
+                asked = suspect & (readers >> np.uint64(warp) & np.uint64(1) != 0)
+                asked &= (column != warp) | ~own
                 rows, columns = np.nonzero(asked)
                 if len(rows):
                     self._check_reader(lanes[rows], cells[rows, columns], warp, rows, columns)

@@ -59,7 +59,7 @@ def simulate(
     context = Context(
         program=program,
         launch=launch,
-        params=np.frombuffer(params, dtype=np.uint8),
+        params=np.frombuffer(params.ljust(-(-len(params) // 16) * 16, b"\0"), dtype=np.uint8),
         memory=GlobalMemory(regions),
         ledger=GlobalLedger(cluster_lanes) if checks.races else None,
         stats=stats,
@@ -84,7 +84,8 @@ def _check_launch(program: Program, launch: Launch, params: bytes) -> None:
         (not 0 < launch.block <= _MAX_THREADS or launch.block % 32, f"{launch.block} threads",
          f"multiples of 32 up to {_MAX_THREADS}"),
         (min(launch.grid) < 1, f"grid {launch.grid}", "at least 1 block in every direction"),
-        (any(g % c for g, c in zip(launch.grid, launch.cluster, strict=True)),
+        (min(launch.cluster) < 1, f"cluster {launch.cluster}", "at least 1 block in every direction"),
+        (any(c > 0 and g % c for g, c in zip(launch.grid, launch.cluster, strict=True)),
          f"grid {launch.grid} of clusters {launch.cluster}", "whole clusters"),
         (launch.cluster_size > _MAX_CLUSTER, f"{launch.cluster_size} blocks per cluster",
          f"up to {_MAX_CLUSTER}"),

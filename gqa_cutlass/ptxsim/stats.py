@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -35,15 +36,28 @@ class AccessStats:
     bytes: int = 0
     write: bool = False
 
+    def plus(self, other: AccessStats) -> AccessStats:
+        """The sum of two."""
+        return AccessStats(
+            requests=self.requests + other.requests,
+            passes=self.passes + other.passes,
+            ideal=self.ideal + other.ideal,
+            bytes=self.bytes + other.bytes,
+            write=self.write,
+        )
+
 
 class Stats:
     """Figures of one launch, by position in the code.
 
     Args:
         length: Instructions of the kernel.
+        trace: Called for every instruction with its position, and how many warps and lanes
+            executed it.
     """
 
-    def __init__(self, length: int) -> None:
+    def __init__(self, length: int, trace: Callable[[int, int, int], None] | None = None) -> None:
+        self._trace = trace
         self.executed = [0] * length  # warps
         self.shared_memory: dict[int, AccessStats] = {}
         self.global_memory: dict[int, AccessStats] = {}
@@ -51,6 +65,8 @@ class Stats:
     def count(self, pc: int, group: Group) -> None:
         """An instruction was executed."""
         self.executed[pc] += group.num_warps
+        if self._trace is not None:
+            self._trace(pc, group.num_warps, len(group))
 
     def shared(self, pc: int, lanes: Ints, addresses: Ints, size: int, write: bool = False) -> None:
         """An access to shared memory: a pass serves 128 bytes, of different banks or equal words.
@@ -74,8 +90,9 @@ class Stats:
         entry = self.global_memory.setdefault(pc, AccessStats(write=write))
         warps = lanes // WARP
         sectors = np.unique(np.stack([warps, addresses // _SECTOR], axis=1), axis=0)
-        _, bytes_of = np.unique(warps, return_counts=True)
+        distinct = np.unique(np.stack([warps, addresses], axis=1), axis=0)
+        _, pieces = np.unique(distinct[:, 0], return_counts=True)
         entry.passes += len(sectors)
-        entry.ideal += int((-(-bytes_of * size // _SECTOR)).sum())
-        entry.requests += len(bytes_of)
+        entry.ideal += int((-(-pieces * size // _SECTOR)).sum())
+        entry.requests += len(pieces)
         entry.bytes += len(lanes) * size

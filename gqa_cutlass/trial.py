@@ -1,0 +1,135 @@
+"""One decode step of one kernel in ptxsim, on random data: is it right, and what does it do?"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gqa_cutlass.api import plan
+from gqa_cutlass.codegen.config import KernelConfig
+from gqa_cutlass.errors import InputError
+from gqa_cutlass.inputs import DTYPES
+from gqa_cutlass.launcher import LaunchShape
+from gqa_cutlass.ptxsim.prepare import Program
+from gqa_cutlass.ptxsim.simulate import Checks
+from gqa_cutlass.ptxsim.stats import Stats
+from gqa_cutlass.simulation import CpuPlan
+
+_TORCH = {kind: dtype for dtype, kind in DTYPES.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """What came of it.
+
+    Args:
+        program: The kernel.
+        shape: How it was launched.
+        stats: What it did.
+        seconds: How long ptxsim took.
+        error: Largest difference of the output from attention in float64.
+        error_torch: The same of PyTorch's attention in the input type.
+        lse_error: Largest difference of the lse.
+        appended: Whether the new token's K and V are in the caches bit for bit.
+        least_bytes: Bytes that a step must at least read: the caches' tokens, q, and the new token.
+    """
+
+    program: Program
+    shape: LaunchShape
+    stats: Stats
+    seconds: float
+    error: float
+    error_torch: float
+    lse_error: float
+    appended: bool
+    least_bytes: int
+
+
+def run_trial(
+    config: KernelConfig,
+    *,
+    cache_len: int,
+    batch: int = 1,
+    kv_heads: int = 1,
+    num_splits: int = 0,
+    races: bool = True,
+    trace: Callable[[Program, int, int, int], None] | None = None,
+) -> Trial:
+    """Run one decode step.
+
+    Args:
+        config: The kernel.
+        cache_len: Tokens in every sequence's cache before the step.
+        batch: Sequences.
+        kv_heads: KV heads.
+        num_splits: Parts that each sequence is cut into; 0 leaves the choice to the dispatcher.
+        races: Whether to look for races.
+        trace: Called for every instruction with the kernel, the instruction's position, and how
+            many warps and lanes execute it.
+
+    Raises:
+        InputError: A size is not allowed.
+        KernelFault: The kernel did what no kernel may.
+    """
+    for name, value, least in (
+        ("cache_len", cache_len, 0), ("batch", batch, 1), ("kv_heads", kv_heads, 1),
+    ):  # fmt: skip
+        if value < least:
+            raise InputError(f"sim: {name}: got {value}; allowed: {least} and more.")
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(_TORCH[config.dtype])
+
+    dim = config.head_dim
+    q = random(batch, kv_heads * config.group_size, dim)
+    k_cache, v_cache = (random(batch, cache_len + 1, kv_heads, dim) for _ in range(2))
+    k, v = random(batch, kv_heads, dim), random(batch, kv_heads, dim)
+    tensors = q, k_cache, v_cache, k, v
+    made = plan(
+        *tensors, cache_seqlens=cache_len, num_splits=num_splits, return_lse=True, kernel=config
+    )
+    assert isinstance(made, CpuPlan)
+    program = made.program
+    follow = None
+    if trace is not None:
+        follow = lambda pc, warps, lanes: trace(program, pc, warps, lanes)  # noqa: E731
+    made.checks = Checks(races=races)
+    made.stats = Stats(len(program.code), follow)
+    start = time.perf_counter()
+    out, lse = made(*tensors, cache_len)
+    seconds = time.perf_counter() - start
+    exact, exact_lse = _attention(q.double(), k_cache.double(), v_cache.double())
+    typed, _ = _attention(q, k_cache, v_cache)
+    return Trial(
+        program=program,
+        shape=made.dispatch.shape,
+        stats=made.stats,
+        seconds=seconds,
+        error=_distance(out, exact),
+        error_torch=_distance(typed, exact),
+        lse_error=_distance(lse, exact_lse),
+        appended=_same_bits(k_cache[:, -1], k) and _same_bits(v_cache[:, -1], v),
+        least_bytes=2 * (2 * k_cache.numel() + q.numel()),
+    )
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention in the type of its inputs, and the logarithm of its denominators."""
+    batch, heads, dim = q.shape
+    grouped = q.view(batch, k.shape[2], -1, dim)
+    scores = torch.einsum("bhgd,bthd->bhgt", grouped, k) * dim**-0.5
+    out = torch.einsum("bhgt,bthd->bhgd", torch.softmax(scores, dim=-1), v)
+    return out.reshape(batch, heads, dim), torch.logsumexp(scores, dim=-1).reshape(batch, heads)
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return (a.double() - b.double()).abs().max().item()
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.contiguous().view(torch.int16), b.contiguous().view(torch.int16))
