@@ -40,7 +40,7 @@ gpu-test: $(READY) ## Run the GPU tests and write tests/gpu_evidence.json
 sanitize: $(READY) ## Run numerical GPU tests under compute-sanitizer
 	for tool in memcheck racecheck synccheck; do \
 	  compute-sanitizer --tool $$tool --report-api-errors no --error-exitcode 1 \
-	    $(PYTHON) -m pytest -q -m gpu tests/test_gpu_numerics.py $(ARGS); done
+	    $(PYTHON) -m pytest -q -m gpu tests/test_numerics.py $(ARGS); done
 
 bench: $(READY) ## Time the kernels against PyTorch on a GPU
 	$(PYTHON) bench/bench.py $(ARGS)

@@ -29,6 +29,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where a kernel runs: in ptxsim, and on a GPU if there is one."""
+    return str(request.param)
+
+
 class Record:
     """What the GPU suite has seen of each kernel in this run."""
 

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from cases import Step
 from torch import Tensor
 
+from gqa_cutlass import gqa_decode
 from gqa_cutlass.codegen import KernelConfig
 from gqa_cutlass.codegen.compile import Compiled
 from gqa_cutlass.store import Store
@@ -72,3 +74,14 @@ def run_python(code: str, *args: object, **environment: object) -> str:
     )
     assert finished.returncode == 0, finished.stderr
     return finished.stdout
+
+
+def run(step: Step, **options: object) -> Any:
+    """Run a decode step through the public call."""
+    return gqa_decode(*step.tensors(), cache_seqlens=step.seqlens, **options)
+
+
+def check(step: Step, out: Tensor) -> None:
+    """The step's memory is as it should be, and its output right."""
+    step.check_memory()
+    assert step.errors(out).share <= 1

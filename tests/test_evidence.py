@@ -29,7 +29,7 @@ def test_evidence_counts_for_the_source_that_was_tested() -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["-m", "gpu", "tests/test_gpu_numerics.py"],
+        ["-m", "gpu", "tests/test_numerics.py"],
         ["-m", "gpu", "-k", "test_softmax_scale"],
         ["-m", "not gpu", "-k", "test_gather"],
     ],

@@ -138,11 +138,12 @@ class TileRing {
   CUTE_DEVICE Element* key_slot(int stage) { return slots_ + 2 * stage * T::kTileElements; }
   CUTE_DEVICE Element* value_slot(int stage) { return slots_ + (2 * stage + 1) * T::kTileElements; }
 
-  // The MMA reads kHeadDimPadded columns of K; those that no load fills must not hold NaN.
+  // The MMA reads kHeadDimPadded columns. Those that no load fills must not hold NaN in K; in V
+  // their products are dropped.
   CUTE_DEVICE void clear_padding() {
-    for (int row = int(threadIdx.x) % kWarpSize; row < T::kNumStages * T::kBlockN;
+    for (int row = int(threadIdx.x) % kWarpSize; row < 2 * T::kNumStages * T::kBlockN;
          row += kWarpSize) {
-      Element* slot = key_slot(row / T::kBlockN);
+      Element* slot = slots_ + row / T::kBlockN * T::kTileElements;
       *reinterpret_cast<cute::uint128_t*>(
           slot + typename T::TileLayout{}(row % T::kBlockN, T::kHeadDim)) = cute::uint128_t(0);
     }

@@ -47,7 +47,7 @@ struct OnlineSoftmax {
     int const lane = threadIdx.x % kWarpSize;
     CUTE_UNROLL
     for (int h = 0; h < T::kLaneHeads; ++h) {
-      int const head = T::kTensorOp ? h / 2 * 8 + lane * 2 + h % 2 : h;
+      int const head = T::head_of(lane, h);
       float sum = row_sum[h];
       CUTE_UNROLL
       for (int bit = T::kFirstLaneBit; bit <= T::kLastLaneBit; bit *= 2) {

@@ -79,6 +79,11 @@ struct Traits : Variant {
   static constexpr int kFirstLaneBit = kTensorOp ? 4 : 1;
   static constexpr int kLastLaneBit = kTensorOp ? 16 : kBlockN / 2;
 
+  // Head of a lane's h-th score, and of the accumulators that belong to it.
+  static constexpr int head_of(int lane, int h) {
+    return kTensorOp ? h / 2 * 8 + lane % 4 * 2 + h % 2 : h;
+  }
+
   static_assert(kHeadDim % 8 == 0 && kHeadDim >= 32 && kHeadDim <= 256);
   static_assert(kVecWidth == 8 || kVecWidth == 4 || kVecWidth == 2 ||
                 (kVecWidth == 1 && !kTensorOp));

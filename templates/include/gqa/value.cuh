@@ -69,7 +69,7 @@ struct Accumulator<T, Math::kTensorOp> {
     for (int n = 0; n < kHeadTiles; ++n) {
       CUTE_UNROLL
       for (int i = 0; i < 4; ++i) {
-        int const head = n * 8 + lane % 4 * 2 + i % 2;
+        int const head = T::head_of(lane, 2 * n + i % 2);
         CUTE_UNROLL
         for (int m = 0; m < kDimTiles; ++m) {
           int const dim = m * 16 + i / 2 * 8 + lane / 4;

@@ -1,4 +1,4 @@
-"""Hard numbers on a GPU: extreme logits, limits of the types, signed zeros and denormals."""
+"""Hard numbers, in ptxsim and on a GPU: extreme logits, limits of the types, signed zeros."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from cases import TORCH_DTYPE, Step, make_step, snapshot
 
 import gqa_cutlass
 from gqa_cutlass.codegen import DType, KernelConfig, Math, default_config
-
-pytestmark = pytest.mark.gpu
 
 KERNELS = [
     default_config(math, dtype, head_dim, 4, width)
@@ -24,13 +22,14 @@ LENGTHS = [150, 0, 15, 299]
 every_kernel = pytest.mark.parametrize("config", KERNELS, ids=lambda config: config.name)
 
 
-def step_for(config: KernelConfig, lengths: list[int] = LENGTHS) -> Step:
+def step_for(config: KernelConfig, device: str, lengths: list[int] = LENGTHS) -> Step:
     return make_step(
         dtype=config.dtype,
         head_dim=config.head_dim,
         group_size=config.group_size,
         lengths=lengths,
         max_seq_len=300,
+        device=device,
     )
 
 
@@ -51,8 +50,10 @@ def rounding(config: KernelConfig) -> float:
 
 @every_kernel
 @pytest.mark.parametrize("sign", [1, -1], ids=["huge", "hugely-negative"])
-def test_equal_extreme_logits_average_the_values(config: KernelConfig, sign: int) -> None:
-    step = step_for(config)
+def test_equal_extreme_logits_average_the_values(
+    config: KernelConfig, sign: int, device: str
+) -> None:
+    step = step_for(config, device)
     step.q.fill_(64)
     step.k_cache.fill_(64 * sign)
     step.k.fill_(64 * sign)
@@ -63,8 +64,8 @@ def test_equal_extreme_logits_average_the_values(config: KernelConfig, sign: int
 
 
 @every_kernel
-def test_one_dominating_key_returns_its_value(config: KernelConfig) -> None:
-    step = step_for(config, [299])
+def test_one_dominating_key_returns_its_value(config: KernelConfig, device: str) -> None:
+    step = step_for(config, device, [299])
     step.q.fill_(8)
     step.k_cache.fill_(-8)
     step.k.fill_(-8)
@@ -75,10 +76,10 @@ def test_one_dominating_key_returns_its_value(config: KernelConfig) -> None:
 
 
 @every_kernel
-def test_dominating_keys_that_rise_token_by_token(config: KernelConfig) -> None:
-    step = step_for(config, [299])
+def test_dominating_keys_that_rise_token_by_token(config: KernelConfig, device: str) -> None:
+    step = step_for(config, device, [299])
     step.q.fill_(1)
-    ramp = torch.linspace(-8, 8, 300, device="cuda").to(step.q.dtype)
+    ramp = torch.linspace(-8, 8, 300, device=device).to(step.q.dtype)
     step.k_cache.copy_(ramp[None, :, None, None].expand_as(step.k_cache))
     step.k.fill_(8)
     out, _ = run(step, config)
@@ -86,8 +87,8 @@ def test_dominating_keys_that_rise_token_by_token(config: KernelConfig) -> None:
 
 
 @every_kernel
-def test_all_logits_equal_gives_the_mean(config: KernelConfig) -> None:
-    step = step_for(config)
+def test_all_logits_equal_gives_the_mean(config: KernelConfig, device: str) -> None:
+    step = step_for(config, device)
     step.q.zero_()
     out, lse = run(step, config)
     expected, expected_lse = step.reference()
@@ -96,8 +97,8 @@ def test_all_logits_equal_gives_the_mean(config: KernelConfig) -> None:
 
 
 @every_kernel
-def test_values_at_the_fp16_limit_stay_finite(config: KernelConfig) -> None:
-    step = step_for(config)
+def test_values_at_the_fp16_limit_stay_finite(config: KernelConfig, device: str) -> None:
+    step = step_for(config, device)
     limit = torch.finfo(torch.float16).max
     step.v_cache.fill_(limit)
     step.v.fill_(limit)
@@ -107,8 +108,8 @@ def test_values_at_the_fp16_limit_stay_finite(config: KernelConfig) -> None:
 
 
 @every_kernel
-def test_keys_and_queries_at_the_fp16_limit(config: KernelConfig) -> None:
-    step = step_for(config)
+def test_keys_and_queries_at_the_fp16_limit(config: KernelConfig, device: str) -> None:
+    step = step_for(config, device)
     limit = torch.finfo(torch.float16).max
     step.q.fill_(limit)
     step.k_cache.copy_(torch.where(step.k_cache > 0, limit, -limit))
@@ -118,11 +119,11 @@ def test_keys_and_queries_at_the_fp16_limit(config: KernelConfig) -> None:
 
 
 @every_kernel
-def test_appended_bits_survive(config: KernelConfig) -> None:
-    step = step_for(config)
+def test_appended_bits_survive(config: KernelConfig, device: str) -> None:
+    step = step_for(config, device)
     odd = torch.tensor(
         [-0.0, 0.0, 6e-8, -6e-8, 1e-40, float("inf"), float("-inf"), 65504.0],
-        device="cuda",
+        device=device,
         dtype=torch.float32,
     ).to(step.q.dtype)
     step.k.copy_(odd.repeat(config.head_dim // 8).expand_as(step.k))
@@ -131,8 +132,8 @@ def test_appended_bits_survive(config: KernelConfig) -> None:
 
 
 @every_kernel
-def test_denormal_inputs_count(config: KernelConfig) -> None:
-    step = step_for(config)
+def test_denormal_inputs_count(config: KernelConfig, device: str) -> None:
+    step = step_for(config, device)
     tiny = torch.finfo(torch.float16).smallest_normal / 4
     step.q.zero_()
     step.v_cache.fill_(tiny)
@@ -142,8 +143,8 @@ def test_denormal_inputs_count(config: KernelConfig) -> None:
 
 
 @every_kernel
-def test_nan_in_one_sequence_stays_there(config: KernelConfig) -> None:
-    step = step_for(config, [100, 100])
+def test_nan_in_one_sequence_stays_there(config: KernelConfig, device: str) -> None:
+    step = step_for(config, device, [100, 100])
     step.k_cache[0, 50, 0, 0] = float("nan")
     out, _ = run(step, config)
     assert out[0, : config.group_size].isnan().all()
@@ -151,8 +152,8 @@ def test_nan_in_one_sequence_stays_there(config: KernelConfig) -> None:
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, -0.5, 1e-3])
-def test_softmax_scale(scale: float) -> None:
-    step = make_step(lengths=[70, 200], max_seq_len=256)
+def test_softmax_scale(scale: float, device: str) -> None:
+    step = make_step(lengths=[70, 200], max_seq_len=256, device=device)
     step.scale = scale
     out = gqa_cutlass.gqa_decode(*step.tensors(), cache_seqlens=step.seqlens, softmax_scale=scale)
     assert step.errors(out).share <= 1
