@@ -217,7 +217,7 @@ def _print_trial(trial: Trial) -> None:
         ("output", f"error {trial.error:.2e}; PyTorch in the same type: {trial.error_torch:.2e}"),
         ("lse", f"error {trial.lse_error:.2e}"),
         ("append", "exact to the bit" if trial.appended else "WRONG"),
-        ("reads", f"{moved} bytes; at least {trial.least_bytes} ({moved / trial.least_bytes:.3f}x)"),
+        ("reads", f"{moved} bytes, {moved / trial.least_bytes:.2f}x the least possible"),
         ("writes", f"{stored} bytes"),
     ):
         print(f"{what:<8} {value}")

@@ -141,7 +141,7 @@ class Plan(ABC):
         addresses: list[int],
         lengths: int,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        q, *_, out = tensors
+        q, k_cache, v_cache, k, v, out = tensors
         if out is None:
             out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
             addresses[_OUT] = out.data_ptr()
@@ -158,7 +158,8 @@ class Plan(ABC):
             else:
                 params.seqlen = cache_seqlens
             params.lse = None if lse is None else lse.data_ptr()
-            self._submit(params, (*tensors[:_OUT], out), cache_seqlens, lse)
+            bound = (q, k_cache, v_cache, k, v, out)
+            self._submit(params, bound, cache_seqlens, lse)
         return out if lse is None else (out, lse)
 
     @abstractmethod

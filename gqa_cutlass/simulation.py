@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 from collections.abc import Mapping
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Unpack
 
 import torch
@@ -45,6 +45,11 @@ class CpuPlan(Plan):
         self.program = program_of(self.dispatch.config)
         self.checks = Checks()
         self.stats: Stats | None = None
+        LOG.info(
+            "CPU tensors: ptxsim interprets the PTX of %s, for tests and trying things out; a call "
+            "may take %.1f s with a full cache",
+            self.dispatch.config.name, _seconds(self.problem),
+        )  # fmt: skip
 
     def _submit(
         self,
@@ -53,16 +58,15 @@ class CpuPlan(Plan):
         cache_seqlens: int | Tensor,
         lse: Tensor | None,
     ) -> None:
-        _announce(self.problem)
         bound = dict(zip(FIELDS, tensors, strict=True))
         bound |= {"lse": lse, "status": self._flag.memory}
         if isinstance(cache_seqlens, Tensor):
             bound["seqlens"] = cache_seqlens
         if self.dispatch.num_splits > 1:
-            bound["partials"] = torch.empty(self.dispatch.partial_floats, dtype=torch.float32)
-            bound["tickets"] = torch.zeros(self.dispatch.num_tickets, dtype=torch.int32)
-            params.partials = bound["partials"].data_ptr()
-            params.tickets = bound["tickets"].data_ptr()
+            partials = torch.empty(self.dispatch.partial_floats, dtype=torch.float32)
+            tickets = torch.zeros(self.dispatch.num_tickets, dtype=torch.int32)
+            params.partials, params.tickets = partials.data_ptr(), tickets.data_ptr()
+            bound |= {"partials": partials, "tickets": tickets}
         if LOG.isEnabledFor(logging.DEBUG):
             self.log("cpu", 0)
         regions = regions_of(bound, self.problem.append)
@@ -84,23 +88,10 @@ def program_of(config: KernelConfig, jit: bool | None = None) -> Program:
     return program_from(stored.compiled.code.decode(), config.name)
 
 
-@cache
-def _announce_once() -> None:
-    LOG.info(
-        "CPU tensors: kernels run in ptxsim, which interprets their PTX. It is meant for tests, "
-        "debugging and trying things out."
-    )
-
-
-def _announce(problem: Problem) -> None:
-    """Say at INFO, once, what runs on a CPU, and for long problems how long that may take."""
-    _announce_once()
-    elements = (
-        2 * problem.batch_size * problem.max_seq_len * problem.num_kv_heads * problem.head_dim
-    )
-    seconds = _SECONDS_PER_LAUNCH + _SECONDS_PER_MEGABYTE * elements * 2 / 2**20
-    if seconds >= 1:
-        LOG.info("ptxsim: this call may take %.0f seconds with a full cache", seconds)
+def _seconds(problem: Problem) -> float:
+    """About how long a call takes with a full cache."""
+    elements = problem.batch_size * problem.max_seq_len * problem.num_kv_heads * problem.head_dim
+    return _SECONDS_PER_LAUNCH + _SECONDS_PER_MEGABYTE * 4 * elements / 2**20
 
 
 def program_from(ptx: str, name: str) -> Program:

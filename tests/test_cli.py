@@ -214,3 +214,42 @@ def test_no_command_prints_the_commands() -> None:
     output = run().output
     for command in ("generate", "list", "build", "check", "clean", "explain", "doctor"):
         assert command in output
+
+
+SIM = ("sim", "--kernel", ONE.name, "--cache-len", "20")
+
+
+def test_sim_reports_the_result_and_what_was_moved() -> None:
+    result = run(*SIM, "--batch", "2", "--kv-heads", "2", "--splits", "1")
+    assert result.exit_code == 0, result.output
+    text = words(result)
+    assert "no fault" in text and "exact to the bit" in text
+    assert "instruction mix" in text and "shared memory" in text and "global memory" in text
+    for part in (r"grid \(2, 1, 2\)", r"output error \d", r"lse error \d", r"bytes, 1\.\d+x",
+                 r"load\.cuh:\d+"):  # fmt: skip
+        assert re.search(part, text), part
+
+
+def test_sim_traces_every_instruction() -> None:
+    lines = run(*SIM, "--trace", "--no-races").output.splitlines()
+    steps = [line for line in lines if re.match(r" *\d+ +\d+ warps +\d+ lanes ", line)]
+    assert len(steps) > 500
+    assert any("cp.async" in step and "load.cuh" in step for step in steps)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--kernel", "nonsense", "--cache-len", "5"), "kernel name: got 'nonsense'"),
+        (("--kernel", ONE.name, "--cache-len", "-5"), "sim: cache_len: got -5"),
+    ],
+)
+def test_sim_refuses_what_it_cannot_run(
+    options: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["gqa-cutlass", "sim", *options])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err

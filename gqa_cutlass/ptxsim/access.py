@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gqa_cutlass.ptxsim.bits import Bits
 from gqa_cutlass.ptxsim.memory import (
     LOCAL_WINDOW,
     PARAM_WINDOW,
@@ -17,7 +19,7 @@ from gqa_cutlass.ptxsim.memory import (
     AccessError,
 )
 from gqa_cutlass.ptxsim.operands import Addresses, Pointer, items, pointer
-from gqa_cutlass.ptxsim.program import UNSIGNED, Action, Bits, Slots, unknown
+from gqa_cutlass.ptxsim.program import UNSIGNED, Action, Slots, unknown
 from gqa_cutlass.ptxsim.ptx import Instruction, Reg
 from gqa_cutlass.ptxsim.shadow import ShadowError
 
@@ -56,6 +58,12 @@ class Modifiers:
     def width(self) -> int:
         """Bits of an element."""
         return _TYPES[self.type]
+
+    @property
+    def shared_width(self) -> int:
+        """Bytes of an access, if it may be one to shared memory, else 0."""
+        shared = self.space in ("generic", "shared", "cluster")
+        return self.width * self.count // 8 if shared else 0
 
     @property
     def strong(self) -> bool:
@@ -101,7 +109,8 @@ def load(machine: Machine, group: Group, space: str, addresses: Addresses, m: Mo
             blocks, local = machine.shared_places(lanes, addresses, space)
             at = machine.shared.index(blocks, local, size)
             try:
-                machine.shadow.read(lanes, at, size)
+                note = machine.shadow.read_strong if m.strong else machine.shadow.read
+                note(lanes, at, size)
             except ShadowError as error:
                 raise machine.shadow_fault(error, lanes, addresses) from None
             if machine.context.stats is not None:
@@ -126,7 +135,8 @@ def store(
             blocks, local = machine.shared_places(lanes, addresses, space)
             at = machine.shared.index(blocks, local, size)
             try:
-                machine.shadow.write(lanes, at, size)
+                note = machine.shadow.write_strong if strong else machine.shadow.write
+                note(lanes, at, size)
             except ShadowError as error:
                 raise machine.shadow_fault(error, lanes, addresses) from None
             if machine.context.stats is not None:
@@ -142,7 +152,13 @@ def store(
 
 
 def note_global(
-    machine: Machine, lanes: Addresses, addresses: Addresses, size: int, *, write: bool, strong: bool
+    machine: Machine,
+    lanes: Addresses,
+    addresses: Addresses,
+    size: int,
+    *,
+    write: bool,
+    strong: bool,
 ) -> None:
     """Enter accesses to global memory into the ledger and the statistics."""
     context = machine.context
@@ -214,8 +230,10 @@ def build_ld(instruction: Instruction, slots: Slots) -> Action:
     place = pointer(instruction.operands[1], slots, instruction)
     dtypes = [UNSIGNED[slots.width(t)] for t in targets]
     signed = m.type.startswith("s")
-    if len(targets) != m.count:
+    if len(targets) != m.count or len(instruction.operands) != 2 + m.hint:
         raise unknown(instruction, f"{len(targets)} destinations")
+    if any(slots.width(t) < m.width for t in targets):
+        raise unknown(instruction, f"destination of fewer than {m.width} bits")
 
     def step(machine: Machine, group: Group) -> None:
         for part, space, addresses in by_space(machine, group, place, m.space):
@@ -226,7 +244,7 @@ def build_ld(instruction: Instruction, slots: Slots) -> Action:
             if m.strong:
                 machine.atomics.read(part, space, addresses, m.order == "acquire")
 
-    return Action(step=step, shared_width=m.width * m.count // 8 if m.space != "global" else 0)
+    return Action(step=step, shared_width=m.shared_width)
 
 
 def resize(values: Bits, dtype: type[np.generic], signed: bool) -> Bits:
@@ -246,8 +264,10 @@ def build_st(instruction: Instruction, slots: Slots) -> Action:
         raise unknown(instruction, f"modifier {m.rest or m.order}")
     place = pointer(instruction.operands[0], slots, instruction)
     sources = [slots.source(s, m.width, instruction) for s in items(instruction.operands[1])]
-    if len(sources) != m.count:
+    if len(sources) != m.count or len(instruction.operands) != 2 + m.hint:
         raise unknown(instruction, f"{len(sources)} sources")
+    if any(slots.width(s) < m.width for s in sources):
+        raise unknown(instruction, f"source of fewer than {m.width} bits")
 
     def step(machine: Machine, group: Group) -> None:
         for part, space, addresses in by_space(machine, group, place, m.space):
@@ -259,7 +279,7 @@ def build_st(instruction: Instruction, slots: Slots) -> Action:
             data = np.stack(values, axis=1) if m.count > 1 else values[0]
             store(machine, part, space, addresses, data, m.strong)
 
-    return Action(step=step, shared_width=m.width * m.count // 8 if m.space != "global" else 0)
+    return Action(step=step, shared_width=m.shared_width)
 
 
 def build_cvta(instruction: Instruction, slots: Slots) -> Action:
@@ -307,6 +327,17 @@ _UPDATES: dict[str, _Update] = {
     "dec": _wrap_dec,
     "cas": lambda old, compare, b: b if old == compare else old,
 }
+_UPDATE_TYPES = {
+    "add": ("u32", "s32", "u64", "f32"),
+    "min": ("u32", "s32", "u64", "s64"), "max": ("u32", "s32", "u64", "s64"),
+    "and": ("b32", "b64"), "or": ("b32", "b64"), "xor": ("b32", "b64"),
+    "exch": ("b32", "b64"), "cas": ("b32", "b64"), "inc": ("u32",), "dec": ("u32",),
+}  # fmt: skip
+
+
+def _flushed(value: float) -> float:
+    """A subnormal as a zero of its sign: what `add.f32` on global memory makes of it."""
+    return math.copysign(0.0, value) if abs(value) < 2.0**-126 else value
 
 
 def build_atom(instruction: Instruction, slots: Slots) -> Action:
@@ -314,9 +345,9 @@ def build_atom(instruction: Instruction, slots: Slots) -> Action:
     m = modifiers(instruction)
     if m.order == "weak":
         m.order = "relaxed"
-    if len(m.rest) != 1 or m.rest[0] not in _UPDATES or m.count != 1 or m.width < 32:
+    if len(m.rest) != 1 or m.type not in _UPDATE_TYPES.get(m.rest[0], ()) or m.count != 1:
         raise unknown(instruction, f"modifiers {m.rest}")
-    if m.type.startswith("f") and (m.rest[0] != "add" or m.type != "f32"):
+    if instruction.opcode[0] == "red" and m.rest[0] in ("exch", "cas"):
         raise unknown(instruction)
     is_atom = instruction.opcode[0] == "atom"
     operands = instruction.operands[is_atom:]
@@ -329,14 +360,20 @@ def build_atom(instruction: Instruction, slots: Slots) -> Action:
     if len(operands) != 1 + wanted + m.hint:
         raise unknown(instruction, f"{len(operands)} operands")
     sources = [slots.source(v, m.width, instruction) for v in values]
+    if any(slots.width(s) != m.width for s in sources) or (
+        target is not None and slots.width(target) != m.width
+    ):
+        raise unknown(instruction, f"operand of other than {m.width} bits")
     update = _UPDATES[m.rest[0]]
     kind = "f4" if m.type == "f32" else ("i" if m.type[0] == "s" else "u") + str(m.width // 8)
     modulus = None if kind[0] == "f" else 1 << m.width
 
-    def one(old: Any, arguments: list[Any]) -> Any:
-        new = update(old, *arguments)
+    def one(old: Any, arguments: list[Any], flush: bool) -> Any:
         if modulus is None:
-            return np.float32(new)
+            values = [_flushed(v) if flush else v for v in (old, *arguments)]
+            total = np.float32(update(*values))
+            return np.float32(_flushed(float(total))) if flush else total
+        new = update(old, *arguments)
         new %= modulus
         return new - modulus if kind[0] == "i" and new >= modulus // 2 else new
 
@@ -351,11 +388,11 @@ def build_atom(instruction: Instruction, slots: Slots) -> Action:
             for i in range(len(part)):
                 memory, at = cells(i)
                 olds[i] = memory[at]
-                memory[at] = one(memory[at].item(), [g[i].item() for g in given])
+                memory[at] = one(memory[at].item(), [g[i].item() for g in given], space == "global")
             if target is not None:
                 machine.assign_lanes(target, olds.view(UNSIGNED[m.width]), part)
 
-    return Action(step=step, shared_width=m.width // 8 if m.space != "global" else 0)
+    return Action(step=step, shared_width=m.shared_width)
 
 
 def _cells(

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from gqa_cutlass.ptxsim.clocks import WARP
 from gqa_cutlass.ptxsim.ledger import Foreign
+from gqa_cutlass.ptxsim.memory import AccessError
 
 if TYPE_CHECKING:
     from gqa_cutlass.ptxsim.machine import Group, Machine
@@ -93,7 +94,11 @@ class Atomics:
         if space == "global":
             return "global", 0, address
         machine = self._machine
-        blocks, local = machine.shared_places(np.array([lane]), np.array([address]), space)
+        lanes = np.array([lane])
+        try:
+            blocks, local = machine.shared_places(lanes, np.array([address]), space)
+        except AccessError as error:
+            raise machine.memory_fault(error, lanes, space) from None
         return "shared", machine.first_block + int(blocks[0]), int(local[0])
 
     def _by_cell(

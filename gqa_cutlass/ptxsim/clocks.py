@@ -2,7 +2,7 @@
 
 The happens-before order of PTX's memory model (PTX ISA 8), as FastTrack keeps it (Flanagan and
 Freund, PLDI 2009), adapted to warps: all lanes of a warp share one epoch, which moves on whenever
-one of them synchronises, and what a warp knows of others is kept per warp. What a part of a warp
+one of them synchronises, and what a warp knows of others is kept per warp. What single lanes
 acquired is kept apart until the warp synchronises.
 """
 
@@ -14,13 +14,15 @@ from numpy.typing import NDArray
 WARP = 32
 Lanes = NDArray[np.int64]
 Vector = NDArray[np.int32]
+_ALWAYS = np.iinfo(np.int32).max
 
 
 class Clocks:
     """Clocks of the blocks that run together.
 
-    A vector has one entry per lane of the cluster, and a last one: how many acquisitions of other
-    blocks' writes to global memory (`GlobalLedger`) are known.
+    A vector has two entries per lane of the cluster: the epoch up to which the lane's doings are
+    known, and behind all of these how many of its acquisitions of other clusters' writes to global
+    memory are (see `GlobalLedger`).
 
     Args:
         blocks: How many blocks.
@@ -31,20 +33,20 @@ class Clocks:
     def __init__(self, blocks: int, threads: int, cluster: int) -> None:
         self.lanes = threads * cluster
         self.warps = threads // WARP * cluster
-        self.columns = self.lanes + 1
+        self.columns = 2 * self.lanes
         num_warps = blocks * (threads // WARP)
         self.epoch = np.ones(num_warps, dtype=np.int64)
         self.synced = np.zeros(num_warps, dtype=np.int64)  # epoch of the last sync of all lanes
+        # Of a warp's own lanes no less than `synced`.
         self.known = np.zeros((num_warps, self.columns), dtype=np.int32)
-        # Of every warp, what single lanes know besides.
-        self._partial: dict[int, dict[int, Vector]] = {}
+        self._partial: dict[int, dict[int, Vector]] = {}  # by warp and lane
         # What a warp knew at earlier times, for accesses that are compared only at the end.
         self.history: list[Vector] = [np.zeros(self.columns, dtype=np.int32)]
         self._version = np.zeros(num_warps, dtype=np.int64)
-        self._versions_of_lanes: dict[int, tuple[Vector, int, int]] = {}
+        self._partial_version: dict[int, tuple[int, int]] = {}  # of lanes, from the warp's version
 
     def stamps(self, lanes: Lanes) -> NDArray[np.int64]:
-        """Stamps of accesses by lanes: the epoch, and the lane in its cluster."""
+        """Stamps of accesses by lanes, positive: the epoch, and the lane in its cluster."""
         return self.epoch[lanes // WARP] << 32 | lanes % self.lanes
 
     def is_known(self, lanes: Lanes, stamps: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -57,13 +59,12 @@ class Clocks:
         owner = stamps & 0xFFFFFFFF
         epoch = stamps >> 32
         me = lanes[:, None]
-        warp = me // WARP
-        same_warp = owner // WARP == me % self.lanes // WARP
-        fine: NDArray[np.bool_] = (owner == me % self.lanes) | same_warp & (
-            epoch <= self.synced[warp]
-        )
-        if not fine.all():
-            fine |= epoch <= self.known.reshape(-1)[warp * self.columns + owner]
+        warp, own = me // WARP, me % self.lanes
+        fine: NDArray[np.bool_] = (epoch <= self.synced[warp]) & (owner // WARP == own // WARP)
+        fine |= owner == own
+        if fine.all():
+            return fine
+        fine |= epoch <= self.known.reshape(-1)[warp * self.columns + owner]
         if self._partial and not fine.all():
             for row, column in np.argwhere(~fine):
                 vector = self._partial_of(int(lanes[row]))
@@ -71,13 +72,17 @@ class Clocks:
                     fine[row, column] = vector[owner[row, column]] >= epoch[row, column]
         return fine
 
-    def known_by(self, lanes: Lanes) -> Vector:
-        """What lanes know of every lane of other warps: [n, columns]."""
-        known = self.known[lanes // WARP]
-        for i, lane in enumerate(lanes.tolist() if self._partial else ()):
+    def known_of(self, lanes: Lanes, warp: int) -> Vector:
+        """Up to which epoch lanes know the doings of a warp of their cluster: [n, 32]."""
+        first = warp * WARP
+        known = self.known[lanes // WARP, first : first + WARP]
+        for row, lane in enumerate(lanes.tolist() if self._partial else ()):
             extra = self._partial_of(lane)
             if extra is not None:
-                np.maximum(known[i], extra, out=known[i])
+                np.maximum(known[row], extra[first : first + WARP], out=known[row])
+        place = lanes % self.lanes - first
+        mine = np.flatnonzero((place >= 0) & (place < WARP))
+        known[mine, place[mine]] = _ALWAYS
         return known
 
     def warp_sync(self, warps: Lanes) -> None:
@@ -85,31 +90,26 @@ class Clocks:
         for warp in self._partial.keys() & set(warps.tolist()) if self._partial else ():
             self._learn(warp, np.maximum.reduce(list(self._partial.pop(warp).values())))
         self.synced[warps] = self.epoch[warps]
+        own = (warps * WARP % self.lanes)[:, None] + np.arange(WARP)
+        self.known[warps[:, None], own] = self.synced[warps][:, None]
         self.epoch[warps] += 1
 
     def release(self, lanes: Lanes) -> Vector:
         """What these lanes of one warp publish: what they did and what they know. [columns]."""
         warp = int(lanes[0]) // WARP
         vector = self.known[warp].copy()
-        for lane in lanes:
-            extra = self._partial_of(int(lane))
+        for lane in lanes.tolist() if self._partial else ():
+            extra = self._partial_of(lane)
             if extra is not None:
                 np.maximum(vector, extra, out=vector)
-        first = warp * WARP % self.lanes
-        own = vector[first : first + WARP]
-        np.maximum(own, self.synced[warp], out=own)
         vector[lanes % self.lanes] = self.epoch[warp]
         self.epoch[warp] += 1
         return vector
 
     def barrier(self, warps: Lanes) -> None:
         """Barriers that all lanes of these warps passed, one per row: [barriers, warps]."""
-        flat = warps.reshape(-1)
-        self.warp_sync(flat)
+        self.warp_sync(warps.reshape(-1))
         joined = self.known[warps].max(axis=1)
-        own = (flat * WARP % self.lanes)[:, None] + np.arange(WARP)
-        row = np.repeat(np.arange(len(warps)), warps.shape[1])[:, None]
-        joined[row, own] = self.synced[flat][:, None]
         self.known[warps] = joined[:, None, :]
         self._version[warps] = len(self.history) + np.arange(len(warps))[:, None]
         self.history.extend(joined)
@@ -122,7 +122,8 @@ class Clocks:
             return
         held = self._partial.setdefault(warp, {})
         for lane in lanes.tolist():
-            held[lane] = np.maximum(vector, held[lane]) if lane in held else vector
+            held[lane] = np.maximum(held[lane], vector) if lane in held else vector
+            self._partial_version.pop(lane, None)
 
     def _learn(self, warp: int, vector: Vector) -> None:
         np.maximum(self.known[warp], vector, out=self.known[warp])
@@ -135,17 +136,17 @@ class Clocks:
         for i, lane in enumerate(lanes.tolist() if self._partial else ()):
             extra = self._partial_of(lane)
             if extra is not None:
-                versions[i] = self._version_of_lane(lane, extra, int(versions[i]))
+                versions[i] = self._version_with(lane, extra, int(versions[i]))
         return versions
 
-    def _version_of_lane(self, lane: int, extra: Vector, of_warp: int) -> int:
-        """Position in `history` of what a lane knows besides its warp."""
-        held = self._versions_of_lanes.get(lane)
-        if held is None or held[0] is not extra or held[1] != of_warp:
-            held = extra, of_warp, len(self.history)
-            self._versions_of_lanes[lane] = held
+    def _version_with(self, lane: int, extra: Vector, base: int) -> int:
+        """Position in `history` of what a lane knows beyond its warp, entered once."""
+        found = self._partial_version.get(lane)
+        if found is None or found[0] != base:
+            found = base, len(self.history)
+            self._partial_version[lane] = found
             self.history.append(np.maximum(self.known[lane // WARP], extra))
-        return held[2]
+        return found[1]
 
     def _partial_of(self, lane: int) -> Vector | None:
         held = self._partial.get(lane // WARP)

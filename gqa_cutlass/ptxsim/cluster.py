@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +12,7 @@ from gqa_cutlass.ptxsim.clocks import WARP, Vector
 from gqa_cutlass.ptxsim.memory import CLUSTER_SHIFT, SHARED_WINDOW, WINDOW_BYTES
 from gqa_cutlass.ptxsim.program import Action, Members, Slots, unknown
 from gqa_cutlass.ptxsim.ptx import Instruction
+from gqa_cutlass.ptxsim.shadow import ShadowError
 
 if TYPE_CHECKING:
     from gqa_cutlass.ptxsim.machine import Group, Machine
@@ -27,6 +29,7 @@ class ClusterBarriers:
         clusters = machine.num_lanes // self._lanes
         self._phase = np.zeros(clusters, dtype=np.int64)
         self._arrivals = np.zeros(machine.num_lanes, dtype=np.int64)  # of every lane so far
+        self._waits = np.zeros(machine.num_lanes, dtype=np.int64)
         self._vectors: list[list[Vector]] = [[] for _ in range(clusters)]
         self._passed: list[Vector | None] = [None] * clusters
         self._waiting: list[tuple[int, NDArray[np.int64]]] = []  # pc and lanes
@@ -35,7 +38,7 @@ class ClusterBarriers:
         """Lanes arrive and go on."""
         machine = self._machine
         clusters = group.lanes // self._lanes
-        again = self._arrivals[group.lanes] > self._phase[clusters]
+        again = self._arrivals[group.lanes] > self._waits[group.lanes]
         if again.any():
             raise machine.fault(
                 "barrier.cluster: a thread arrives twice without having waited",
@@ -74,17 +77,17 @@ class ClusterBarriers:
         """Which lanes of a group need not wait; the others are held at this instruction."""
         machine = self._machine
         clusters = group.lanes // self._lanes
-        early = self._arrivals[group.lanes] < self._phase[clusters]
-        never = self._arrivals[group.lanes] == 0
-        if (early | never).any():
+        never = self._arrivals[group.lanes] == self._waits[group.lanes]
+        if never.any():
             raise machine.fault(
-                "barrier.cluster.wait without an arrival", int(group.lanes[(early | never).argmax()])
+                "barrier.cluster.wait without an arrival", int(group.lanes[never.argmax()])
             )
         done = self._arrivals[group.lanes] == self._phase[clusters]
         if not done.all():
             self._waiting.append((machine.pc, group.lanes[~done]))
         going = np.zeros(machine.num_lanes, dtype=bool)
         going[group.lanes[done]] = True
+        self._waits[group.lanes[done]] += 1
         if acquire:
             warps = group.lanes[done] // WARP
             for warp in np.unique(warps):
@@ -92,6 +95,25 @@ class ClusterBarriers:
                 if passed is not None:
                     machine.clocks.acquire(group.lanes[done][warps == warp], passed)
         return going
+
+    def leave(self, group: Group) -> None:
+        """Lanes have exited, and with them perhaps the last ones of a block."""
+        machine = self._machine
+        if machine.context.launch.cluster_size == 1:
+            return
+        shared = machine.shared
+        for block in np.unique(machine.block_of[group.lanes]).tolist():
+            first = block * machine.threads
+            if machine.live[first : first + machine.threads].any():
+                continue
+            warps = np.arange(first, first + machine.threads, WARP) // WARP
+            machine.clocks.barrier(warps[None, :])
+            try:
+                machine.shadow.leave(first, block * shared.pitch + shared.base, shared.size)
+            except ShadowError as error:
+                rows = np.arange(error.row + 1)
+                addresses = shared.base + rows * machine.shadow.granule
+                raise machine.shadow_fault(error, np.full_like(rows, first), addresses) from None
 
     def recheck(self) -> None:
         """Lanes have exited: an arrival of theirs is no longer needed."""
@@ -124,7 +146,7 @@ def build_cluster_barrier(instruction: Instruction, slots: Slots) -> Action:
     raise unknown(instruction)
 
 
-def _wait(acquire: bool):  # type: ignore[no-untyped-def]
+def _wait(acquire: bool) -> Callable[[Machine, Group], Group]:
     def step(machine: Machine, group: Group) -> Group:
         from gqa_cutlass.ptxsim.machine import Group as Part
 

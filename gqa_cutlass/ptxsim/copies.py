@@ -65,7 +65,10 @@ class Copies:
         if machine.context.stats is not None:
             machine.context.stats.shared(machine.pc, lanes, target, size)
 
-    def _read(self, data: NDArray[np.uint32], lanes: Ints, source: Ints, size: int, length: Ints) -> None:
+    def _read(
+        self, data: NDArray[np.uint32], lanes: Ints, source: Ints, size: int, length: Ints
+    ) -> None:
+        """Fill rows of `data` with as many bytes as each lane asks for."""
         machine = self._machine
         wrong = (length < 0) | (length > size)
         if wrong.any():
@@ -81,20 +84,21 @@ class Copies:
             misaligned = where % size != 0
             if misaligned.any():
                 position = int(rows[misaligned.argmax()])
-                raise AccessError(position, int(source[position]), f"not a multiple of {size} bytes")
+                why = f"not a multiple of {size} bytes"
+                raise AccessError(position, int(source[position]), why)
             try:
                 unit = 8 * min(bytes_read & -bytes_read, 4)
                 words = bytes_read * 8 // unit
                 view = data.view(f"u{unit // 8}")
-                if words & words - 1 == 0 and words <= 4:
-                    loaded = machine.context.memory.load(where, unit, words)
-                    view[rows, :words] = loaded.reshape(len(rows), words)
-                else:
-                    for i in range(words):
-                        view[rows, i] = machine.context.memory.load(where + i * unit // 8, unit, 1)
+                together = words if words & words - 1 == 0 and words <= 4 else 1
+                for i in range(0, words, together):
+                    place = where + i * unit // 8
+                    loaded = machine.context.memory.load(place, unit, together)
+                    view[rows, i : i + together] = loaded.reshape(len(rows), together)
+                    size_of = together * unit // 8
+                    note_global(machine, lanes[rows], place, size_of, write=False, strong=False)
             except AccessError as error:
                 raise AccessError(int(rows[error.position]), error.address, str(error)) from None
-            note_global(machine, lanes[rows], where, bytes_read, write=False, strong=False)
 
     def commit(self, group: Group) -> None:
         """Close the open group of every lane."""
@@ -144,10 +148,13 @@ def build_cp_async(instruction: Instruction, slots: Slots) -> Action:
     target = pointer(operands[0], slots, instruction)
     source = pointer(operands[1], slots, instruction)
     length = slots.source(operands[3], 32, instruction) if len(operands) == 4 else None
+    ignores = length is not None and slots.width(length) == 1  # a predicate: ignore-src
 
     def step(machine: Machine, group: Group) -> None:
         lengths = np.full(len(group), size)
-        if length is not None:
+        if ignores:
+            lengths = np.where(machine.value(length, group), 0, size)
+        elif length is not None:
             lengths = machine.value(length, group).astype(np.int32).astype(np.int64)
         machine.copies.start(
             group, target.addresses(machine, group), source.addresses(machine, group), size, lengths

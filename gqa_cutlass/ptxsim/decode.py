@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -89,7 +89,7 @@ def _build_pack(instruction: Instruction, slots: Slots) -> Action:
         targets = [None if t == Reg("_") else slots.register(t, instruction) for t in parts]
 
         def unpack(machine: Machine, group: Group) -> None:
-            value = np.ascontiguousarray(machine.regs[whole])
+            value = machine.read(whole)
             columns = value.view(UNSIGNED[part]).reshape(-1, len(parts)).T
             for slot, column in zip(targets, columns, strict=True):
                 if slot is not None:
@@ -100,7 +100,7 @@ def _build_pack(instruction: Instruction, slots: Slots) -> Action:
     result = slots.register(target, instruction)
 
     def pack(machine: Machine, group: Group) -> None:
-        columns = np.broadcast_arrays(*(machine.regs[s] for s in sources))
+        columns = np.broadcast_arrays(*(machine.read(s) for s in sources))
         value = np.ascontiguousarray(np.stack(columns, axis=1)).view(UNSIGNED[width])
         machine.assign(result, value.reshape(-1), group)
 
@@ -114,7 +114,8 @@ def _build_arithmetic(instruction: Instruction, slots: Slots) -> Action:
         raise unknown(instruction)
     targets = _targets(instruction.operands[0], found, slots, instruction)
     sources = _sources(instruction.operands[1:], found, slots, instruction)
-    fits = all(t is None or slots.width(t) == w for t, w in zip(targets, found.results, strict=True))
+    results = zip(targets, found.results, strict=True)
+    fits = all(t is None or slots.width(t) == w for t, w in results)
     narrow = [
         (i, UNSIGNED[w])
         for i, ((s, _), w) in enumerate(zip(sources, found.sources, strict=True))
@@ -126,11 +127,11 @@ def _build_arithmetic(instruction: Instruction, slots: Slots) -> Action:
         return Action(step=_plain(found, targets[0], where))
 
     def step(machine: Machine, group: Group) -> None:
-        values = [machine.regs[s] for s in where]
+        values = [machine.read(s) for s in where]
         for i, dtype in narrow:
-            values[i] = values[i].astype(dtype)  # type: ignore[union-attr]
+            values[i] = values[i].astype(dtype)
         for i in negated:
-            values[i] = ~values[i]  # type: ignore[operator]
+            values[i] = ~values[i]
         result = found.run(*values)
         results = result if isinstance(result, tuple) else (result,)
         for slot, value in zip(targets, results, strict=True):
@@ -143,7 +144,7 @@ def _build_arithmetic(instruction: Instruction, slots: Slots) -> Action:
 
 def _plain(found: Arithmetic, target: int, where: tuple[int, ...]) -> Callable[..., None]:
     """The common case: registers of the right width in, one out."""
-    run = found.run
+    run: Callable[..., Any] = found.run
     if len(where) == 1:
         (one,) = where
         return lambda machine, group: machine.assign(target, run(machine.regs[one]), group)
@@ -247,7 +248,7 @@ def build(instruction: Instruction, slots: Slots) -> Action:
             break
     try:
         return builder(instruction, slots)
-    except (IndexError, ValueError, AttributeError) as error:
+    except (IndexError, ValueError, AttributeError, KeyError, TypeError) as error:
         if isinstance(error, PtxError):
             raise
         raise unknown(instruction, "form") from error

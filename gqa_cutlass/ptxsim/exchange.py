@@ -40,7 +40,7 @@ _VOTES: dict[str, Callable[[U32, U32], NDArray[Any]]] = {
 }
 
 # Reduction, type in which it is done, and the value that changes nothing.
-_REDUCTIONS: dict[tuple[str, str], tuple[np.ufunc, type[np.generic], int]] = {
+REDUCTIONS: dict[tuple[str, str], tuple[np.ufunc, type[np.generic], int]] = {
     ("add", "u32"): (np.add, np.uint32, 0),
     ("add", "s32"): (np.add, np.uint32, 0),
     ("min", "u32"): (np.minimum, np.uint32, 2**32 - 1),
@@ -140,7 +140,7 @@ def redux(op: str, dtype: str, value: U32, membermask: U32, active: Bool) -> U32
     Raises:
         KeyError: The instruction set has no such operation on the type.
     """
-    ufunc, kind, identity = _REDUCTIONS[op, dtype]
+    ufunc, kind, identity = REDUCTIONS[op, dtype]
     # (reading warp, reading lane, source lane); a common mask keeps the middle axis at one.
     members = ((membermask[:, :, None] >> _LANE_U32) & 1).astype(np.bool_) & active[:, None, :]
     terms = np.where(members, value.view(kind)[:, None, :], np.array(identity, kind))

@@ -2,12 +2,14 @@
 
 Most of global memory is only read, so looking at every access when it happens would be a waste.
 What is compared are accesses to bytes that somebody wrote: each read with the write before and the
-write after it, and each write with the one before. Blocks are ordered by releases and acquisitions
-through atomics alone (see `clocks`).
+write after it, and each write with the one before; where there are strong accesses, which nothing
+need order among themselves, each of the others with all of them. Blocks are ordered by releases and
+acquisitions through atomics alone (see `clocks`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,7 +61,8 @@ class GlobalLedger:
         self._cluster = lanes_per_cluster
         self._log: list[_Accesses] = []
         self._clocks: list[tuple[int, Clocks]] = []  # first lane of a batch of blocks
-        self._foreign: dict[int, list[Foreign]] = {}
+        # What each lane of the launch acquired of other clusters: after its first time, its second...
+        self._acquired: dict[int, list[Foreign]] = {}
 
     def begin(self, first_lane: int, clocks: Clocks) -> None:
         """A batch of blocks starts, whose lanes count from `first_lane`."""
@@ -73,39 +76,58 @@ class GlobalLedger:
         warps = lanes // WARP
         self._log.append(
             _Accesses(
-                start=addresses, size=size, lanes=lanes + first, stamps=clocks.stamps(lanes),
-                synced=clocks.synced[warps], versions=clocks.versions(lanes),
-                write=write, strong=strong, pc=pc,
+                start=addresses,
+                size=size,
+                lanes=lanes + first,
+                stamps=clocks.stamps(lanes),
+                synced=clocks.synced[warps],
+                versions=clocks.versions(lanes),
+                write=write,
+                strong=strong,
+                pc=pc,
             )  # fmt: skip
         )
 
     def acquire(self, lanes: Ints, seen: Foreign) -> None:
         """Lanes of one warp of the present batch learn what was published."""
         first, clocks = self._clocks[-1]
-        cluster = (int(lanes[0]) + first) // self._cluster
-        held = self._foreign.setdefault(cluster, [{}])
-        known = dict(held[-1])
-        for other, vector in seen.items():
-            if other != cluster:
-                known[other] = np.maximum(known[other], vector) if other in known else vector
-        held.append(known)
-        learned = seen.get(cluster, np.zeros(clocks.columns, dtype=np.int32)).copy()
-        learned[-1] = len(held) - 1
-        clocks.acquire(lanes, learned)
+        for lane in lanes.tolist():
+            cluster = (lane + first) // self._cluster
+            learned = seen.get(cluster, np.zeros(clocks.columns, dtype=np.int32)).copy()
+            others = {c: vector for c, vector in seen.items() if c != cluster}
+            if others:
+                learned[clocks.lanes + lane % clocks.lanes] = self._enter(lane + first, others)
+            clocks.acquire(np.array([lane]), learned)
+
+    def _enter(self, lane: int, seen: Foreign) -> int:
+        """Add to what a lane acquired; returns how many times it has."""
+        held = self._acquired.setdefault(lane, [])
+        before = held[-1] if held else {}
+        if any(c not in before or (v > before[c]).any() for c, v in seen.items()):
+            held.append(merged(before, seen))
+        return len(held)
 
     def publish(self, lane: int, vector: Vector) -> Foreign:
         """What a lane of the present batch releases: its own cluster's doings, and what it knows."""
         first, _ = self._clocks[-1]
         cluster = (lane + first) // self._cluster
-        known = self._foreign.get(cluster, [{}])[int(vector[-1])]
+        known: Foreign = {}
+        for acquired in self._foreign(cluster, vector):
+            known = merged(known, acquired)
         return {**known, cluster: vector}
+
+    def _foreign(self, cluster: int, vector: Vector) -> Iterator[Foreign]:
+        """What is known of other clusters by who knows a vector of this one."""
+        times = vector[self._cluster :]
+        for place in np.flatnonzero(times).tolist():
+            yield self._acquired[cluster * self._cluster + place][times[place] - 1]
 
     def races(self, limit: int = 1) -> list[Race]:
         """Pairs of accesses that nothing orders; at most `limit`."""
         writes = [a for a in self._log if a.write]
         if not writes:
             return []
-        unit = min(a.size for a in self._log)
+        unit = min(a.size & -a.size for a in self._log)
         touched = np.unique(np.concatenate([_units(a, unit).reshape(-1) for a in writes]))
         cells, entries, rows = [], [], []
         for i, access in enumerate(self._log):
@@ -137,12 +159,30 @@ class GlobalLedger:
         has_next = ~write & (next_write < len(index))
         has_next[has_next] &= cells[next_write[has_next]] == cells[has_next]
         pairs.append((index[has_next], next_write[has_next]))
+        pairs.append(self._mixed(cells, write, np.array([a.strong for a in self._log])[entries]))
         a = np.concatenate([p[0] for p in pairs])
         b = np.concatenate([p[1] for p in pairs])
         found = []
         for i in np.flatnonzero(~self._ordered(entries[a], rows[a], entries[b], rows[b]))[:limit]:
             found.append(self._race(int(cells[a[i]]) * unit, a[i], b[i], entries, rows))
         return found
+
+    def _mixed(
+        self, cells: Ints, write: NDArray[np.bool_], strong: NDArray[np.bool_]
+    ) -> tuple[Ints, Ints]:
+        """Pairs of a plain and a strong access to the same cell, in the order of the cells."""
+        _, start, cell, count = np.unique(
+            cells, return_index=True, return_inverse=True, return_counts=True
+        )
+        has_strong = np.bincount(cell, strong).astype(bool)
+        plain = np.flatnonzero(~strong & has_strong[cell])
+        length = count[cell[plain]]
+        one = np.repeat(plain, length)
+        ends = np.cumsum(length)
+        other = np.arange(len(one)) - np.repeat(ends - length - start[cell[plain]], length)
+        both = strong[other] & (write[one] | write[other])
+        one, other = one[both], other[both]
+        return np.minimum(one, other), np.maximum(one, other)
 
     def _race(self, address: int, a: int, b: int, entries: Ints, rows: Ints) -> Race:
         one, two = self._log[entries[a]], self._log[entries[b]]
@@ -187,7 +227,8 @@ class GlobalLedger:
         cluster = lane // self._cluster
         if cluster == of_cluster:
             return row
-        return self._foreign.get(cluster, [{}])[int(row[-1])].get(of_cluster)
+        found = [f[of_cluster] for f in self._foreign(cluster, row) if of_cluster in f]
+        return np.maximum.reduce(found) if found else None
 
     def _clocks_of(self, lane: int) -> Clocks:
         return next(clocks for first, clocks in reversed(self._clocks) if first <= lane)
@@ -196,3 +237,10 @@ class GlobalLedger:
 def _units(access: _Accesses, unit: int) -> Ints:
     """The cells of `unit` bytes that accesses touch: [n, k]."""
     return access.start[:, None] // unit + np.arange(access.size // unit)
+
+
+def merged(a: Foreign, b: Foreign) -> Foreign:
+    """What was published by either."""
+    if not a or not b:
+        return a or b
+    return {**a, **{c: np.maximum(a[c], v) if c in a else v for c, v in b.items()}}

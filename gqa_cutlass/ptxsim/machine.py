@@ -249,6 +249,7 @@ class Machine:
     def retire(self, group: Group) -> None:
         """Lanes have exited."""
         self.live = self.live & ~group.mask
+        self.cluster_barriers.leave(group)
         self.num_live = int(np.count_nonzero(self.live))
         held, self._held = self._held, {}
         for pc, mask in held.items():  # they may have waited for these lanes
@@ -288,8 +289,12 @@ class Machine:
         if wrong.any():
             position = int(wrong.argmax())
             raise AccessError(position, int(addresses[position]), "outside the cluster")
-        remote = blocks // size * size + rank - 1
-        return np.where(rank > 0, remote, blocks), addresses & (1 << CLUSTER_SHIFT) - 1
+        places = np.where(rank > 0, blocks // size * size + rank - 1, blocks)
+        gone = ~self.live.reshape(-1, self.threads).any(axis=1)
+        if gone.any() and gone[places].any():
+            position = int(gone[places].argmax())
+            raise AccessError(position, int(addresses[position]), "to a block that has exited")
+        return places, addresses & (1 << CLUSTER_SHIFT) - 1
 
     # Values
 
@@ -300,6 +305,12 @@ class Machine:
         if group.full:
             return value if len(value) == self.num_lanes else np.repeat(value, self.num_lanes)
         return value[group.lanes] if len(value) > 1 else np.repeat(value, len(group))
+
+    def read(self, slot: int) -> Bits:
+        """A register as it is held: one value per lane of the machine, or one for all of them."""
+        value = self.regs[slot]
+        assert value is not None, "the lanes that read a register wrote it before"
+        return value
 
     def whole(self, slot: int) -> Bits:
         """A register's value for all lanes of the machine, [warps, 32]."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from gqa_cutlass.ptxsim.access import note_global
 from gqa_cutlass.ptxsim.clocks import WARP, Vector
-from gqa_cutlass.ptxsim.memory import WINDOW_BYTES, AccessError
+from gqa_cutlass.ptxsim.memory import SHARED_WINDOW, WINDOW_BYTES, AccessError
 from gqa_cutlass.ptxsim.operands import Pointer, pointer
 from gqa_cutlass.ptxsim.program import Action, Slots, unknown
 from gqa_cutlass.ptxsim.ptx import Instruction, Reg
@@ -68,7 +68,14 @@ class MBarriers:
     def locate(self, group: Group, place: Pointer, space: str) -> list[tuple[Key, Ints]]:
         """Lanes of a group by the mbarrier that they name, which must be whole."""
         machine = self._machine
-        addresses = place.addresses(machine, group) & WINDOW_BYTES - 1
+        addresses = place.addresses(machine, group)
+        outside = addresses & -WINDOW_BYTES != SHARED_WINDOW
+        if space == "generic" and outside.any():
+            i = int(outside.argmax())
+            raise machine.fault(
+                "mbarrier outside shared memory", int(group.lanes[i]), int(addresses[i])
+            )
+        addresses = addresses & WINDOW_BYTES - 1
         try:
             where = "cluster" if space == "generic" else space
             blocks, local = machine.shared_places(group.lanes, addresses, where)
@@ -86,7 +93,15 @@ class MBarriers:
         """`mbarrier.init`."""
         machine = self._machine
         if not 0 < count <= _MAX_COUNT:
-            raise machine.fault(f"mbarrier.init: count {count}; allowed: 1 to {_MAX_COUNT}", lanes[0])
+            raise machine.fault(
+                f"mbarrier.init: count {count}; allowed: 1 to {_MAX_COUNT}", int(lanes[0])
+            )
+        if key in self._objects:
+            raise machine.fault(
+                "mbarrier.init of an mbarrier that is in use, without mbarrier.inval",
+                int(lanes[0]),
+                key[1],
+            )
         if len(lanes) > 1:
             raise machine.fault("mbarrier.init by several threads", int(lanes[1]), key[1])
         self._shadow(machine.shadow.write, key, lanes)
@@ -114,15 +129,26 @@ class MBarriers:
             addresses = np.full(len(lanes), key[1])
             raise machine.shadow_fault(error, lanes, addresses) from None
 
-    def expect(self, key: Key, lanes: Ints, amount: int) -> None:
+    def expect(self, key: Key, lanes: Ints, amount: int, complete: bool = True) -> None:
         """More bytes will come in this phase (or, negative, have come)."""
         barrier = self.known(key, lanes)
         barrier.bytes += amount
-        self._complete(key, barrier)
+        if abs(barrier.bytes) > _MAX_COUNT:
+            raise self._machine.fault(
+                f"mbarrier: {barrier.bytes} bytes to come; allowed: up to {_MAX_COUNT}",
+                int(lanes[0]),
+                key[1],
+            )
+        if complete:
+            self._complete(key, barrier)
 
     def arrive(self, key: Key, lanes: Ints, count: int, release: bool, drop: bool) -> int:
         """Every lane arrives `count` times; returns the phase that it arrived in."""
         barrier = self.known(key, lanes)
+        if not 0 < count <= _MAX_COUNT:
+            raise self._machine.fault(
+                f"mbarrier: {count} arrivals; allowed: 1 to {_MAX_COUNT}", int(lanes[0]), key[1]
+            )
         phase = barrier.phase
         if release:
             warps = lanes // WARP
@@ -282,6 +308,11 @@ def _parse(instruction: Instruction) -> tuple[list[str], str, str]:
     return rest, space, order
 
 
+def _per_lane(machine: Machine, group: Group, slot: int) -> dict[int, int]:
+    """A register's value by lane."""
+    return dict(zip(group.lanes.tolist(), machine.value(slot, group).tolist(), strict=True))
+
+
 def build_mbarrier(instruction: Instruction, slots: Slots) -> Action:
     """`mbarrier`."""
     (verb, *more), space, order = _parse(instruction)
@@ -297,7 +328,7 @@ def build_mbarrier(instruction: Instruction, slots: Slots) -> Action:
         amount = slots.source(instruction.operands[1], 32, instruction)
 
     def step(machine: Machine, group: Group) -> None:
-        amounts = dict(zip(group.lanes.tolist(), machine.value(amount, group).tolist(), strict=True))
+        amounts = _per_lane(machine, group, amount)
         for key, lanes in machine.mbarriers.locate(group, place, space):
             if verb == "init":
                 machine.mbarriers.init(key, lanes, amounts[int(lanes[0])])
@@ -320,14 +351,14 @@ def _build_arrive(
     drop = instruction.opcode[1] == "arrive_drop"
 
     def step(machine: Machine, group: Group) -> None:
-        given = dict(zip(group.lanes.tolist(), machine.value(count, group).tolist(), strict=True))
+        given = _per_lane(machine, group, count)
         phases: dict[int, int] = {}
         for key, lanes in machine.mbarriers.locate(group, place, space):
             for lane in lanes.tolist():
                 one = np.array([lane])
                 times = 1 if expects else given[lane]
                 if expects:
-                    machine.mbarriers.known(key, one).bytes += given[lane]
+                    machine.mbarriers.expect(key, one, given[lane], complete=False)
                 phases[lane] = machine.mbarriers.arrive(key, one, times, order != "relaxed", drop)
         if target is not None:
             values = np.array([phases[lane] for lane in group.lanes.tolist()], dtype=np.uint64)
@@ -348,7 +379,7 @@ def _build_wait(
     def step(machine: Machine, group: Group) -> Group | None:
         from gqa_cutlass.ptxsim.machine import Group as Part
 
-        wanted_of = dict(zip(group.lanes.tolist(), machine.value(which, group).tolist(), strict=True))
+        wanted_of = _per_lane(machine, group, which)
         answer = np.zeros(machine.num_lanes, dtype=bool)
         held = np.zeros(machine.num_lanes, dtype=bool)
         for key, lanes in machine.mbarriers.locate(group, place, space):

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gqa_cutlass.ptxsim.program import UNSIGNED, Bits
+from gqa_cutlass.ptxsim.bits import Bits
+from gqa_cutlass.ptxsim.program import UNSIGNED
 
 SHARED_WINDOW = 1 << 60  # generic addresses; a block's own shared memory
 LOCAL_WINDOW = 1 << 61
@@ -88,7 +89,7 @@ class _Segment:
         self.base = self.start - self.start % _ALIGN
         length = -(-(self.end - self.base) // _ALIGN) * _ALIGN
         raw = (ctypes.c_uint8 * length).from_address(self.base)
-        self.bytes: NDArray[np.uint8] = np.frombuffer(raw, dtype=np.uint8)
+        self.bytes: NDArray[np.uint8] = np.ctypeslib.as_array(raw)
         self.allowed = self._allowed()
 
     def _allowed(self) -> NDArray[np.uint8] | int:

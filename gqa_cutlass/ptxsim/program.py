@@ -137,7 +137,7 @@ class Slots:
         return found
 
     def source(self, operand: Operand, width: int, instruction: Instruction) -> int:
-        """Slot of a source operand of a type of `width` bits; wider registers are narrowed later."""
+        """Slot of a source operand of `width` bits; wider registers are narrowed later."""
         match operand:
             case Reg():
                 return self.register(operand, instruction)

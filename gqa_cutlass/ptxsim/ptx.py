@@ -291,7 +291,7 @@ class _Parser:
         return True
 
     def _close(self, kernel: Kernel) -> None:
-        """Let the end of the body exit, if the last instruction may go on there or a branch leads there."""
+        """Let the end of the body exit, if it can be reached."""
         code = kernel.instructions
         ends = bool(code) and code[-1].guard is None and code[-1].opcode[0] in _ENDS
         if not ends or len(code) in kernel.labels.values():
@@ -322,7 +322,7 @@ class _Parser:
                 while self._peek().text.startswith("."):
                     if self._next().text == ".align":
                         self._integer()
-            elif token.text.removeprefix(".") in _SIZES and not bits:
+            elif token.text[:1] == "." and token.text[1:] in _SIZES and not bits:
                 bits = _SIZES[token.text[1:]]
             elif token.text in (".v2", ".v4"):
                 count *= int(token.text[2:])
@@ -409,7 +409,7 @@ class _Parser:
 
     def _registers(self, kernel: Kernel, scope: _Scope) -> None:
         kind = self._next()
-        width = _SIZES.get(kind.text.removeprefix("."))
+        width = _SIZES.get(kind.text[1:]) if kind.text.startswith(".") else None
         if width is None:
             raise _unexpected(kind, "the type of registers")
         while True:
@@ -444,10 +444,11 @@ class _Parser:
         if token.kind != "word":
             raise _unexpected(token, "an instruction")
         operands: list[Operand] = []
-        while not self._accept(";"):
+        if not self._accept(";"):
             operands.append(self._operand(scope))
-            if self._peek().text != ";":
+            while not self._accept(";"):
                 self._expect(",")
+                operands.append(self._operand(scope))
         instruction = Instruction(
             opcode=tuple(token.text.split(".")),
             operands=tuple(operands),

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from gqa_cutlass.errors import PtxError
+from gqa_cutlass.errors import KernelFault, PtxError
 from gqa_cutlass.ptxsim.ledger import GlobalLedger, Race
 from gqa_cutlass.ptxsim.machine import Context, Machine
 from gqa_cutlass.ptxsim.memory import GlobalMemory, Region
@@ -96,7 +97,7 @@ def _check_launch(program: Program, launch: Launch, params: bytes) -> None:
             raise PtxError(f"{name}: got {got}; allowed: {allowed}. Nothing was run.")
 
 
-def _race_fault(context: Context, blocks: np.ndarray, race: Race) -> Exception:  # type: ignore[type-arg]
+def _race_fault(context: Context, blocks: NDArray[np.int64], race: Race) -> KernelFault:
     program, threads = context.program, context.launch.block
 
     def who(lane: int) -> str:

@@ -72,10 +72,13 @@ class Barriers:
             lanes, wanted = group.lanes[mine], expected[mine]
             key = at // (_MAX_BARRIER + 1), at % (_MAX_BARRIER + 1)
             held = self._expected.setdefault(key, int(wanted[0]))
-            if (wanted != held).any():
+            everybody = machine.threads  # what no count means
+            other = np.where(wanted == 0, everybody, wanted) != (held or everybody)
+            if other.any():
                 raise machine.fault(
-                    f"barrier {key[1]}: arrivals for {held} and for {int(wanted[-1])} threads",
-                    int(lanes[-1]),
+                    f"barrier {key[1]}: arrivals for {held or everybody} and for "
+                    f"{int(wanted[other][0])} threads",
+                    int(lanes[other.argmax()]),
                 )
             self._count[key] = self._count.get(key, 0) + len(lanes)
             arrivals.append((key, lanes))
@@ -164,6 +167,8 @@ def build_bar(instruction: Instruction, slots: Slots) -> Action:
     given = instruction.operands[1] if len(instruction.operands) > 1 else None
     count = slots.constant(0, 32) if given is None else slots.source(given, 32, instruction)
     waits = words == ["sync"]
+    if given is None and not waits:
+        raise unknown(instruction, "form without a count")
 
     def step(machine: Machine, group: Group) -> Group | None:
         numbers = machine.value(number, group).astype(np.int64)

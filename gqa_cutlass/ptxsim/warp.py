@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gqa_cutlass.ptxsim import exchange, matrix
+from gqa_cutlass.ptxsim.bits import Bits
 from gqa_cutlass.ptxsim.clocks import WARP
 from gqa_cutlass.ptxsim.memory import AccessError
 from gqa_cutlass.ptxsim.operands import items, pointer
-from gqa_cutlass.ptxsim.program import Action, Bits, Members, Slots, unknown
+from gqa_cutlass.ptxsim.program import Action, Members, Slots, unknown
 from gqa_cutlass.ptxsim.ptx import Instruction, Operand, Pair, Reg
 from gqa_cutlass.ptxsim.shadow import ShadowError
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from gqa_cutlass.ptxsim.machine import Group, Machine
 
 _ALL = Members(strict=True)
+_LDMATRIX_WORDS = ("sync", "aligned", "m8n8", "shared", "shared::cta", "b16")
 
 
 def _two(operand: Operand, slots: Slots, instruction: Instruction) -> list[int | None]:
@@ -162,7 +164,9 @@ def build_mma(instruction: Instruction, slots: Slots) -> Action:
     if found is None:
         raise unknown(instruction)
     mma = found
-    d, a, b, c = ([slots.source(o, 32, instruction) for o in items(x)] for x in instruction.operands)
+    d, a, b, c = (
+        [slots.source(o, 32, instruction) for o in items(x)] for x in instruction.operands
+    )
     if (len(a), len(b), len(c)) != mma.registers or len(d) != len(c):
         raise unknown(instruction, "number of registers")
 
@@ -189,7 +193,7 @@ def build_movmatrix(instruction: Instruction, slots: Slots) -> Action:
 def build_ldmatrix(instruction: Instruction, slots: Slots) -> Action:
     """`ldmatrix` and `stmatrix` of 8x8 matrices of 16-bit elements."""
     head, *words = instruction.opcode
-    rest = [w for w in words if w not in ("sync", "aligned", "m8n8", "shared", "shared::cta", "b16")]
+    rest = [w for w in words if w not in _LDMATRIX_WORDS]
     transposed = "trans" in rest
     number = next((w for w in rest if w in ("x1", "x2", "x4")), "")
     if not number or set(rest) - {"trans", number} or not {"m8n8", "b16"} <= set(words):

@@ -1,0 +1,99 @@
+"""CPU tensors: what is said about them, what they need, and how fast they are."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from cases import make_step
+from helpers import call_tensors, check, run
+
+import gqa_cutlass
+from gqa_cutlass import api
+from gqa_cutlass.codegen import DType, KernelConfig, Math, default_config
+from gqa_cutlass.errors import KernelMissingError, PtxError
+from gqa_cutlass.simulation import PTX_ARCH, program_from, program_of
+from gqa_cutlass.store import Store
+
+SMALL = default_config(Math.TENSOROP, DType.F16, 64, 4, 8)
+
+
+@pytest.fixture
+def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a new process: no plans and no programs."""
+    monkeypatch.setattr(api, "_plans", {})
+    program_of.cache_clear()
+
+
+@pytest.mark.usefixtures("nothing_known")
+def test_a_plan_says_once_what_runs_and_how_long_it_may_take(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO, logger="gqa_cutlass"):
+        for _ in range(2):
+            gqa_cutlass.gqa_decode(**call_tensors(max_seq_len=8192), cache_seqlens=3)
+    (line,) = [r.getMessage() for r in caplog.records if r.name == "gqa_cutlass"]
+    assert "CPU tensors" in line and "ptxsim" in line and "gqa_decode_sm80" in line
+    assert "may take 0.8 s" in line  # 8 MiB of cache
+
+
+def test_warmup_prepares_ptx(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    program_of.cache_clear()
+    monkeypatch.setenv("GQA_CUTLASS_CACHE_DIR", str(tmp_path))
+    assert gqa_cutlass.warmup([SMALL], device="cpu") == [SMALL]
+    assert [path.suffix for path in tmp_path.glob("*compute_80*") if "lock" not in path.name] in (
+        [".ptx", ".json"], [".json", ".ptx"],
+    )  # fmt: skip
+    monkeypatch.setenv("GQA_CUTLASS_DISABLE_JIT", "1")
+    program_of.cache_clear()
+    assert program_of(SMALL).kernel.name == SMALL.name
+    assert Store.default().clean() == 3  # the text, what is known of it, and its lock
+
+
+@pytest.mark.usefixtures("nothing_known")
+def test_without_a_compiler_missing_ptx_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("GQA_CUTLASS_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("GQA_CUTLASS_DISABLE_JIT", "1")
+    with pytest.raises(KernelMissingError, match=PTX_ARCH):
+        gqa_cutlass.gqa_decode(**call_tensors(), cache_seqlens=3)
+
+
+def test_truncated_ptx_is_refused() -> None:
+    text = Store.default().get(SMALL, PTX_ARCH, jit=True).compiled.code.decode()
+    body = text.index("{")
+    for end in (0, body // 2, body + 1, body + 5000):
+        with pytest.raises(PtxError):
+            program_from(text[:end], SMALL.name)
+
+
+@pytest.mark.parametrize("splits", [0, 1])
+def test_a_2048_token_cache_of_8_heads_decodes_in_two_seconds(splits: int) -> None:
+    step = make_step(lengths=[2047], max_seq_len=2048, num_kv_heads=8, device="cpu")
+    run(step, num_splits=splits)  # compiled and parsed
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        out = run(step, num_splits=splits)
+        seconds.append(time.perf_counter() - start)
+    check(step, out)
+    assert min(seconds) < 2
+
+
+def test_a_plan_and_a_call_agree_to_the_bit() -> None:
+    steps = [make_step(lengths=[300, 17], max_seq_len=512, device="cpu") for _ in range(2)]
+    plan = gqa_cutlass.plan(*steps[0].tensors(), cache_seqlens=steps[0].seqlens)
+    first = plan(*steps[0].tensors(), steps[0].seqlens)
+    assert torch.equal(first, run(steps[1]))
+    assert plan.dispatch.config.name in str(gqa_cutlass.explain(*steps[0].tensors()))
+
+
+def test_dispatch_is_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = call_tensors(max_seq_len=4096)
+    on_cpu = gqa_cutlass.plan(**tensors, cache_seqlens=3).dispatch
+    assert on_cpu == gqa_cutlass.explain(**tensors).dispatch
+    assert isinstance(on_cpu.config, KernelConfig) and on_cpu.num_splits > 1
