@@ -34,8 +34,9 @@ demo: $(READY) ## Generate and compile kernels for real models; on a GPU also de
 test: $(READY) ## Run the tests; those that need a GPU are skipped where there is none
 	$(PYTHON) -m pytest -n auto --maxprocesses 16 --dist loadgroup $(ARGS)
 
-gpu-test: $(READY) ## Run the GPU tests and write tests/gpu_evidence.json
+gpu-test: $(READY) ## Run the GPU tests, write their records in tests/ and the table in docs/ptxsim.md
 	$(PYTHON) -m pytest -m gpu --gpu-evidence $(ARGS)
+	$(PYTHON) tests/calibration.py
 
 sanitize: $(READY) ## Run numerical GPU tests under compute-sanitizer
 	for tool in memcheck racecheck synccheck; do \

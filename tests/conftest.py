@@ -1,9 +1,10 @@
-"""Options, markers and the GPU evidence file."""
+"""Options, markers, and the files that a whole GPU run writes."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from calibration import Calibration
 
 from gqa_cutlass.codegen import KernelConfig, shipped, source_digest
 from gqa_cutlass.evidence import Evidence, provenance
@@ -13,7 +14,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--gpu-evidence",
         action="store_true",
-        help="after the whole GPU suite has passed, write tests/gpu_evidence.json",
+        help="after the whole GPU suite has passed, write gpu_evidence and gpu_calibration.json",
     )
 
 
@@ -51,11 +52,13 @@ class Record:
 
 
 _RECORD = pytest.StashKey[Record]()
+_CALIBRATION = pytest.StashKey[Calibration]()
 _PARTIAL = pytest.StashKey[bool]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_RECORD] = Record()
+    config.stash[_CALIBRATION] = Calibration()
     config.stash[_PARTIAL] = config.args_source is pytest.Config.ArgsSource.ARGS
 
 
@@ -70,8 +73,14 @@ def record(request: pytest.FixtureRequest) -> Record:
     return request.config.stash[_RECORD]
 
 
+@pytest.fixture(scope="session")
+def calibration(request: pytest.FixtureRequest) -> Calibration:
+    """Where tests note how ptxsim compares with a GPU."""
+    return request.config.stash[_CALIBRATION]
+
+
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Write the evidence of a run that passed and covered every shipped kernel."""
+    """Write the evidence and the calibration of a run that passed and missed no shipped kernel."""
     if not session.config.getoption("--gpu-evidence") or exitstatus != 0:
         return
     if session.config.stash[_PARTIAL]:
@@ -80,7 +89,9 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     absent = [config.name for config in shipped() if config.name not in kernels]
     if absent:
         raise pytest.UsageError(f"no evidence written: {len(absent)} kernels were not tested")
-    Evidence(run=provenance(), kernels=dict(sorted(kernels.items()))).write()
+    run = provenance()
+    Evidence(run=run, kernels=dict(sorted(kernels.items()))).write()
+    session.config.stash[_CALIBRATION].write(run)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

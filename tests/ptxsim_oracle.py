@@ -131,6 +131,11 @@ class Form:
         return WIDTH[self.type]
 
     @property
+    def lanes(self) -> int:
+        """Return what repeats a value of the type in every lane, as a factor."""
+        return 0x10001 if self.types[-1] in PACKED else 1
+
+    @property
     def mode(self) -> str:
         return next((word for word in self.words if word in ROUNDINGS), "rn")
 
@@ -452,7 +457,7 @@ def _shf(form: Form, low: int, high: int, count: int) -> int:
     return form.wrap(both << amount >> 32) if form.has("l") else form.wrap(both >> amount)
 
 
-_PRMT = {
+PRMT = {
     "f4e": lambda c: [c, c + 1, c + 2, c + 3],
     "b4e": lambda c: [c, (c - 1) % 8, (c - 2) % 8, (c - 3) % 8],
     "rc8": lambda c: [c] * 4,
@@ -464,7 +469,7 @@ _PRMT = {
 
 def _prmt(form: Form, a: int, b: int, control: int) -> int:
     if form.words:
-        chosen = _PRMT[form.words[0]](control & 3)
+        chosen = PRMT[form.words[0]](control & 3)
     else:
         chosen = [control >> 4 * place & 15 for place in range(4)]
     pool, result = b << 32 | a, 0

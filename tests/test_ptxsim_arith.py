@@ -1,213 +1,18 @@
-"""The element-wise instructions, bit for bit against exact arithmetic on edge cases and at random."""
+"""The element-wise instructions, bit for bit against exact arithmetic."""
 
 from __future__ import annotations
 
 import itertools
-import random
-import struct
-import zlib
-from collections.abc import Iterable
+import math
+from collections.abc import Callable
 from fractions import Fraction
 
 import numpy as np
 import ptxsim_oracle as oracle
 import pytest
+from ptxsim_cases import FEW, MANY, Opcode, arrays, cases, compare, execute, found, name
 
-from gqa_cutlass.ptxsim.arith import APPROXIMATE, Arithmetic, forms, lookup
-
-Opcode = tuple[str, ...]
-Case = tuple[int, ...]
-
-COUNTS = [
-    0,
-    1,
-    4,
-    7,
-    8,
-    15,
-    16,
-    17,
-    24,
-    31,
-    32,
-    33,
-    40,
-    63,
-    64,
-    65,
-    255,
-    256,
-    300,
-    2**31,
-    2**32 - 1,
-]
-# 1 to 4 operands: how many cases of edge values only, and how many in all.
-MANY, FEW = (160, 260), (14, 24)
-
-
-def name(opcode: Opcode) -> str:
-    return ".".join(opcode)
-
-
-def found(opcode: Opcode) -> Arithmetic:
-    instruction = lookup(opcode)
-    assert instruction is not None
-    return instruction
-
-
-def integer_edges(width: int) -> list[int]:
-    top = 1 << width - 1
-    values = [0, 1, 2, 3, top - 2, top - 1, top, top + 1, 2 * top - 2, 2 * top - 1]
-    return values + [0x55 * (2 * top - 1) // 255, 0xFF, 0x80, 0x7F]
-
-
-def float_edges(kind: str) -> list[int]:
-    """Zeros, ends of the subnormal and normal ranges, one and its neighbours, infinity, NaNs."""
-    exponent, fraction = oracle.FORMATS[kind]
-    sign, least = 1 << exponent + fraction, 1 << fraction
-    infinity, one = oracle.infinity(kind, False), oracle.infinity(kind, False) >> 1 & -least
-    sizes = [0, 1, 2, least // 2, least - 1, least, least + 1, one - 1, one, one + 1]
-    sizes += [one + least // 2, one + least, one + least * (fraction + 1) + 1, infinity - least]
-    sizes += [
-        infinity - 1,
-        infinity,
-        infinity + 1,
-        infinity + least // 2,
-        infinity + least // 2 + 5,
-    ]
-    return sizes + [size | sign for size in sizes]
-
-
-def conversion_edges(kind: str) -> list[int]:
-    """Numbers about the halves and the ends of the integer ranges and of the narrower formats."""
-    marks = [Fraction(2) ** power for power in (-26, -25, -24, -15, -14, 7, 8, 15, 16, 24, 31, 32)]
-    marks += [
-        Fraction(2) ** power for power in (53, 63, 64, 127, 128, -126, -134, -133, -149, -150)
-    ]
-    marks += [Fraction(half, 2) for half in (1, 3, 5, 255, 511, 131039, 131040, 65535, 4294967295)]
-    bits = [oracle.encode(mark, kind, "rn", negative_zero=False) for mark in marks]
-    near = {abs(each + step) for each in bits for step in (-1, 0, 1)}
-    return sorted(near | {each | 1 << oracle.WIDTH[kind] - 1 for each in near})
-
-
-def edges(opcode: Opcode, place: int, width: int) -> list[int]:
-    """Return the interesting values of a source."""
-    form = oracle.Form.of(opcode)
-    if width == 1:
-        return [0, 1]
-    counted = {"bfe": 1, "bfi": 2, "shl": 1, "shr": 1, "shf": 2, "bmsk": 0, "szext": 1}
-    if place >= counted.get(opcode[0], 9):
-        return COUNTS
-    if opcode[0] == "slct":
-        kind = form.types[1 if place == 2 else 0]
-    else:
-        kind = form.types[-1]
-    lane = kind.removesuffix("x2")
-    if lane not in oracle.FORMATS:
-        return (
-            [pair(value) for value in integer_edges(16)] if "x2" in kind else integer_edges(width)
-        )
-    values = float_edges(lane)
-    if opcode[0] == "cvt":
-        values = values + conversion_edges(lane)
-    return [pair(value) for value in values] if "x2" in kind else values
-
-
-def pair(low: int) -> int:
-    """Pack a half with another one, made from it."""
-    return low | (low * 40503 + 1 & 0xFFFF) << 16
-
-
-def cases(opcode: Opcode, amount: tuple[int, int]) -> list[Case]:
-    """Return operands: every pair of edges if there are few, a sample of them, and random bits."""
-    instruction, (some, total) = found(opcode), amount
-    generator = random.Random(zlib.crc32(name(opcode).encode()))
-    pools = [edges(opcode, place, width) for place, width in enumerate(instruction.sources)]
-    if len(pools) == 1:
-        chosen = [(value,) for value in pools[0]]
-    else:
-        chosen = [tuple(generator.choice(pool) for pool in pools) for _ in range(some)]
-    while len(chosen) < total:
-        random_bits = (generator.getrandbits(width) for width in instruction.sources)
-        close = [
-            bits if generator.random() < 0.7 else generator.choice(pool)
-            for bits, pool in zip(random_bits, pools, strict=True)
-        ]
-        chosen.append(tuple(close))
-    return chosen + traps(opcode, generator)
-
-
-def traps(opcode: Opcode, generator: random.Random) -> list[Case]:
-    """Return what a fused multiply and add gets wrong when it rounds twice.
-
-    The product has one bit more than the format and ends in a one, so it lies halfway between two
-    numbers; the addend is far too small to show, but decides.
-    """
-    form = oracle.Form.of(opcode)
-    if opcode[0] not in ("fma", "mad", "add", "mul") or form.type not in oracle.FORMATS:
-        return []
-    exponent, fraction = oracle.FORMATS[form.type]
-    shift = (1 << exponent - 1) - 2 + fraction
-    found_traps: list[Case] = []
-    while len(found_traps) < 30:
-        left = generator.getrandbits(fraction // 2) * 2 + 1
-        right = generator.getrandbits(fraction - fraction // 2) * 2 + 1
-        if (left * right).bit_length() != fraction + 2:
-            continue
-        scale = generator.choice([0, 3, -shift // 2, -shift // 2 - 1, -(shift + fraction) // 2])
-        other = generator.choice([0, scale, scale - 1, -shift - scale - 5])
-        tiny = generator.choice([-shift, -shift + 3, scale + other - 40, scale + other - 60])
-        terms = ((left, scale), (right, other), (generator.choice([1, -1]), tiny))
-        numbers = [Fraction(size) * Fraction(2) ** power for size, power in terms]
-        found_traps.append(encoded(numbers, form.type, len(found(opcode).sources)))
-    return found_traps
-
-
-def encoded(numbers: list[Fraction], kind: str, amount: int) -> Case:
-    bits = [oracle.encode(number, kind, "rn", negative_zero=False) for number in numbers[-amount:]]
-    return tuple(each * 0x10001 if False else each for each in bits)
-
-
-def arrays(opcode: Opcode, rows: Iterable[Case]) -> list[np.ndarray]:
-    columns = zip(*rows, strict=True)
-    widths = found(opcode).sources
-    return [np.array(column, dtype(width)) for column, width in zip(columns, widths, strict=True)]
-
-
-def dtype(width: int) -> np.dtype:
-    return np.dtype(bool) if width == 1 else np.dtype(f"u{width // 8}")
-
-
-def execute(opcode: Opcode, sources: list[np.ndarray]) -> list[np.ndarray]:
-    """Run and check what every instruction promises of its results."""
-    instruction = found(opcode)
-    before = [source.copy() for source in sources]
-    with np.errstate(all="ignore"):
-        results = instruction.run(*sources)
-    assert isinstance(results, tuple) == (len(instruction.results) > 1)
-    results = list(results) if isinstance(results, tuple) else [results]
-    size = max(len(source) for source in sources)
-    for result, width in zip(results, instruction.results, strict=True):
-        assert result.shape == (size,) and result.dtype == dtype(width), name(opcode)
-    assert all((source == old).all() for source, old in zip(sources, before, strict=True))
-    return results
-
-
-def compare(opcode: Opcode, rows: list[Case]) -> None:
-    results = execute(opcode, immediate_table(opcode, arrays(opcode, rows)))
-    for row, *got in zip(rows, *results, strict=True):
-        expected = oracle.run(opcode, *row)
-        shown = [hex(value) for value in row]
-        assert tuple(map(int, got)) == tuple(map(int, expected)), (
-            f"{name(opcode)} {shown}: {[hex(int(value)) for value in got]}, "
-            f"expected {[hex(int(value)) for value in expected]}"
-        )
-
-
-def immediate_table(opcode: Opcode, sources: list[np.ndarray]) -> list[np.ndarray]:
-    if opcode[0] == "lop3":
-        sources[3] = sources[3][:1]
-    return sources
+from gqa_cutlass.ptxsim.arith import APPROXIMATE, forms, lookup
 
 
 def exact_forms(*families: str) -> list[Opcode]:
@@ -299,42 +104,187 @@ def test_conversion(group: list[Opcode]) -> None:
         compare(opcode, cases(opcode, (40, 60)))
 
 
-@pytest.mark.parametrize(
-    "opcode", [("lop3", "b32"), ("lop3", "and", "b32"), ("lop3", "or", "b32")], ids=name
-)
-def test_every_table_of_lop3(opcode: Opcode) -> None:
-    widths = found(opcode).sources
+LOP3 = [("lop3", "b32"), ("lop3", "and", "b32"), ("lop3", "or", "b32")]
+PRMT = [("prmt", "b32", *mode) for mode in ((), *((mode,) for mode in oracle.PRMT))]
+SELECTORS = [0, 1, 2, 3, 0x3210, 0x7654, 0x5410, 0x7632, 0xFEDC, 0x8080, 0x19F3, 0xABCD0123]
+
+
+@pytest.mark.parametrize("opcode", LOP3, ids=name)
+def test_lop3_with_every_table(opcode: Opcode) -> None:
+    predicates = [(0,), (1,)] if len(opcode) == 3 else [()]
+    words = [(0xF0F0A5A5, 0xCCCC1234, 0xAAAA8001), (0, 0, 0), (0, 0xFFFFFFFF, 0)]
     for table in range(256):
-        rows = [
-            tuple(0xF0CCAA00 ^ place << 4 if width == 32 else place & 1 for width in widths)
-            for place in range(4)
+        compare(opcode, [(*row, table, *last) for row in words for last in predicates])
+
+
+@pytest.mark.parametrize("opcode", PRMT, ids=name)
+def test_prmt_with_an_immediate(opcode: Opcode) -> None:
+    first, second = np.array([0x83C2F1A0, 0x01028304], np.uint32), np.array([0x7F80, 5], np.uint32)
+    for control in SELECTORS:
+        (got,) = execute(opcode, [first, second, np.array([control], np.uint32)])
+        expected = [
+            oracle.run(opcode, int(a), int(b), control)[0]
+            for a, b in zip(first, second, strict=True)
         ]
-        rows = [
-            (0xF0F0A5A5, 0xCCCC1234, 0xAAAA8001 * row & 0xFFFFFFFF, table, *row_predicate)
-            for row in range(3)
-            for row_predicate in ([(0,), (1,)] if len(widths) == 5 else [()])
-        ]
-        compare(opcode, rows)
+        assert got.tolist() == expected, hex(control)
+
+
+INF, ONE, NAN = 0x7F800000, 0x3F800000, 0x7FFFFFFF
+SIGN, LEAST, TINY = 0x80000000, 0x00800000, 0x00000001
+NEGATIVE = SIGN | ONE
+# The tables of corner cases in the ISA; "ftz" opcodes are listed where they differ.
+CORNERS: dict[str, dict[tuple[int, ...], int]] = {
+    "ex2.approx.f32": {(SIGN | INF,): 0, (SIGN,): ONE, (0,): ONE, (INF,): INF, (INF + 1,): NAN},
+    "lg2.approx.f32": {
+        (SIGN,): SIGN | INF,
+        (0,): SIGN | INF,
+        (INF,): INF,
+        (NEGATIVE,): NAN,
+        (SIGN | INF,): NAN,
+        (TINY,): 0xC3150000,
+    },
+    "lg2.approx.ftz.f32": {(TINY,): SIGN | INF, (SIGN | TINY,): SIGN | INF},
+    "rcp.approx.f32": {(SIGN | INF,): SIGN, (SIGN,): SIGN | INF, (0,): INF, (INF,): 0, (NAN,): NAN},
+    "rcp.approx.ftz.f32": {(TINY,): INF, (SIGN | TINY,): SIGN | INF, (INF - 1,): 0},
+    "sqrt.approx.f32": {(SIGN | INF,): NAN, (NEGATIVE,): NAN, (SIGN,): SIGN, (INF,): INF},
+    "sqrt.approx.ftz.f32": {(TINY,): 0, (SIGN | TINY,): SIGN},
+    "rsqrt.approx.f32": {(NEGATIVE,): NAN, (SIGN,): SIGN | INF, (0,): INF, (INF,): 0},
+    "rsqrt.approx.ftz.f32": {(SIGN | TINY,): SIGN | INF},
+    "sin.approx.f32": {(SIGN,): SIGN, (0,): 0, (INF,): NAN, (SIGN | INF,): NAN},
+    "cos.approx.f32": {(SIGN,): ONE, (0,): ONE, (INF,): NAN},
+    "tanh.approx.f32": {(SIGN | INF,): NEGATIVE, (SIGN,): SIGN, (INF,): ONE, (NAN,): NAN},
+    "div.approx.f32": {
+        (ONE, 0x7E800000): LEAST,
+        (ONE, 0x7E800001): 0,
+        (INF, 0x7F000000): NAN,
+        (NEGATIVE, INF - 1): SIGN,
+        (ONE, INF): 0,
+        (ONE, 0): INF,
+    },
+    "div.full.f32": {(ONE, 0x7F000000): 0x00400000, (0, 0): NAN},
+    "div.full.ftz.f32": {(ONE, 0x7F000000): 0, (TINY, TINY): NAN},
+    "ex2.approx.f16": {(0xFC00,): 0, (0x8000,): 0x3C00, (0x7C00,): 0x7C00, (0xCE00,): 0x0001},
+    "ex2.approx.ftz.bf16": {(0xFF80,): 0, (0x8001,): 0x3F80, (0xC300,): 0, (0x7F81,): 0x7FFF},
+    "tanh.approx.bf16": {(0xFF80,): 0xBF80, (0x8000,): 0x8000, (0x7F80,): 0x3F80},
+    "rcp.approx.ftz.f64": {
+        (0xFFF0 << 48,): 1 << 63,
+        (1,): 0x7FF0 << 48,
+        (0x7FF1 << 48,): NAN << 32,
+        (0x40080000FFFFFFFF,): 0x3FD55555 << 32,
+    },
+    "rsqrt.approx.ftz.f64": {(1 << 63,): 0xFFF0 << 48, (0xBFF0 << 48,): NAN << 32},
+    "rsqrt.approx.f64": {(0x4010 << 48,): 0x3FE0 << 48, (0x7FF0 << 48,): 0},
+}
+
+
+@pytest.mark.parametrize("opcode", [tuple(text.split(".")) for text in CORNERS], ids=name)
+def test_approximation_of_corner_cases(opcode: Opcode) -> None:
+    corners = CORNERS[name(opcode)]
+    (got,) = execute(opcode, arrays(opcode, corners))
+    shown = {row: hex(int(bits)) for row, bits in zip(corners, got, strict=True)}
+    assert shown == {row: hex(bits) for row, bits in corners.items()}
+
+
+FUNCTIONS: dict[str, Callable[..., float]] = {
+    "ex2": lambda x: 2.0**x,
+    "lg2": lambda x: math.log2(abs(x)),
+    "sin": math.sin,
+    "cos": math.cos,
+    "tanh": math.tanh,
+    "rcp": lambda x: 1 / x,
+    "rsqrt": lambda x: 1 / math.sqrt(abs(x)),
+    "sqrt": lambda x: math.sqrt(abs(x)),
+    "div": lambda x, y: x / y,
+}
 
 
 @pytest.mark.parametrize(
-    "mode", [(), *((mode,) for mode in ("f4e", "b4e", "rc8", "ecl", "ecr", "rc16"))], ids=name
+    "opcode", [form for form in forms() if "approx" in form or "full" in form], ids=name
 )
-def test_byte_permutation_by_an_immediate(mode: Opcode) -> None:
-    opcode = ("prmt", "b32", *mode)
-    words = np.array([0x83C2F1A0, 0x01028304], np.uint32)
-    for control in [
-        *range(4),
-        0x3210,
-        0x7654,
-        0x5410,
-        0x7632,
-        0xFEDC,
-        0xBA98,
-        0x8080,
-        0x19F3,
-        0xABCD0123,
-    ]:
-        got = execute(opcode, [words, words[::-1], np.array([control], np.uint32)])[0]
-        for value, a, b in zip(got, words, words[::-1], strict=True):
-            assert int(value) == oracle.run(opcode, int(a), int(b), control)[0]
+def test_approximation_is_the_rounded_value(opcode: Opcode) -> None:
+    form = oracle.Form.of(opcode)
+    amount, positive = len(found(opcode).sources), form.name in ("lg2", "sqrt", "rsqrt")
+    values = [0.0313, 0.37, 0.9, 1.0, 1.75, 2.5, 5.0, 7.3]
+    values += [] if positive else [-value for value in values]
+    rows = list(itertools.product([bits_of(value, form.type) for value in values], repeat=amount))
+    (got,) = execute(
+        opcode, arrays(opcode, [tuple(bits * form.lanes for bits in row) for row in rows])
+    )
+    for row, bits in zip(rows, got.tolist(), strict=True):
+        exact = FUNCTIONS[form.name](*(float(oracle.decode(each, form.type).value) for each in row))
+        expected = bits_of(exact, form.type)
+        if form.type == "f64" and "ftz" in opcode:
+            assert abs(bits - expected) < 2 << 32 and bits % (1 << 32) == 0
+        else:
+            assert abs(bits // form.lanes - expected) <= 1 and bits % form.lanes == 0
+
+
+def bits_of(value: float, kind: str) -> int:
+    return oracle.encode(Fraction(value), kind, "rn", negative_zero=False)
+
+
+def test_error_bound_is_documented_for_every_approximation() -> None:
+    approximate = {form for form in forms() if "approx" in form or "full" in form}
+    assert {name(tuple(p for p in form if p != "ftz")) for form in approximate} == set(APPROXIMATE)
+
+
+def test_each_source_may_be_shared_by_all_threads() -> None:
+    for opcode in forms():
+        sources = arrays(opcode, cases(opcode, (4, 8)))
+        for place, source in enumerate(sources):
+            shared = [*sources[:place], source[:1], *sources[place + 1 :]]
+            spread = [*sources[:place], source[:1].repeat(len(source)), *sources[place + 1 :]]
+            table = slice(3, 4) if opcode[0] == "lop3" else slice(0)
+            shared[table], spread[table] = [[s[:1] for s in sources[table]]] * 2
+            for got, expected in zip(execute(opcode, shared), execute(opcode, spread), strict=True):
+                assert (got == expected).all(), (name(opcode), place)
+
+
+def test_a_thread_alone_computes_the_same() -> None:
+    """Rare operands, which send all threads a slow way, change nothing for the others."""
+    for opcode in exact_forms(
+        "add", "sub", "mul", "fma", "div", "rcp", "sqrt", "min", "max", "cvt"
+    ):
+        sources = arrays(opcode, cases(opcode, (8, 12)))
+        together = execute(opcode, sources)[0]
+        alone = [execute(opcode, [s[place : place + 1] for s in sources])[0] for place in range(12)]
+        assert np.array_equal(together[:12], np.concatenate(alone)), name(opcode)
+
+
+UNKNOWN = """
+add add.s8 add.b32 add.rn.s32 add.sat.u32 add.ftz.f64 add.rn.rn.f32 add.rz.f16 add.ftz.rn.f32
+add.cc.u32 addc.u32 add.f32.f16 add.rn.f32x2 add.sat.bf16 sub.u16x2 mul.s32 mul.wide.s64 mul.lo.f32
+fma.f32 fma.rn.sat.relu.f16 fma.rz.f16 fma.rn.oob.f16 mad.lo.sat.s32 mad.lo.cc.u32 div.f32
+div.approx.f64 rcp.approx.f64 sqrt.f32 rsqrt.rn.f32 ex2.f32 ex2.approx.bf16 tanh.approx.ftz.f32
+min.relu.u32 max.xorsign.f32 max.NaN.f64 min.f32.f32 neg.u32 abs.ftz.bf16 and.s32 xor.f32 not.u32
+lop3.u32 lop3.xor.b32 shl.s32 shr.pred shf.l.b32 prmt.b64 prmt.f4e.b32 popc.u32 bfind.b32 bfe.b32
+setp.s32 setp.lt.b32 setp.lo.s32 setp.equ.u32 setp.lt.ftz.f64 setp.lt.not.s32 set.lt.s32 selp.pred
+slct.ftz.s32.s32 mov mov.v2.b32 mov.f16 mov.b128 cvt.s32 cvt.f32.s32 cvt.rni.s32.s32 cvt.rn.f64.f32
+cvt.sat.u64.u32 cvt.rzi.f32.f64 cvt.f16.f32 cvt.rn.f16x2.f16x2 cvt.rm.f16x2.f32 cvt.rn.f32.f32
+cvt.rn.satfinite.e4m3x2.f32 cvt.rna.f16.f32 cvt.pack.sat.u16.s32.b32 cvta.to.global.u64
+ld.global.f32 st.shared.b32 bra.uni bar.sync shfl.sync.bfly.b32 mma.sync atom.global.add.u32 ret
+"""
+
+
+@pytest.mark.parametrize("text", UNKNOWN.split())
+def test_unknown_combination_is_no_instruction(text: str) -> None:
+    assert lookup(tuple(text.split("."))) is None
+
+
+def test_an_unknown_modifier_is_never_ignored() -> None:
+    known = set(forms())
+    for opcode in known:
+        for place in range(1, len(opcode) + 1):
+            assert lookup((*opcode[:place], "bogus", *opcode[place:])) is None
+        assert (lookup(opcode[:-1]) is None) == (opcode[:-1] not in known)
+
+
+def test_lookup_describes_operands() -> None:
+    wide, packed = found(("mul", "wide", "s32")), found(("cvt", "rn", "f16x2", "f32"))
+    assert (wide.results, wide.sources, wide.signed) == ((64,), (32, 32), True)
+    assert (packed.results, packed.sources) == ((32,), (32, 32))
+    setp = found(("setp", "lt", "and", "s32"))
+    assert (setp.results, setp.sources) == ((1, 1), (32, 32, 1))
+    byte = found(("cvt", "s8", "s32"))
+    assert (byte.results, byte.signed) == ((8,), True)
+    assert lookup(("mul", "wide", "s32")) is wide

@@ -26,7 +26,7 @@ from gqa_cutlass.ptxsim.shadow import ShadowError
 if TYPE_CHECKING:
     from gqa_cutlass.ptxsim.machine import Group, Machine
 
-_SCOPES = {"cta", "cluster", "gpu", "sys"}
+_SCOPES = {"cta": "cta", "cluster": "cluster", "gpu": "gpu", "sys": "gpu"}
 _CACHE = {"ca", "cg", "cs", "lu", "cv", "nc", "wb", "wt"}
 _SPACES = {
     "global": "global", "shared": "shared", "shared::cta": "shared", "shared::cluster": "cluster",
@@ -49,6 +49,7 @@ class Modifiers:
 
     space: str = "generic"
     order: str = "weak"
+    scope: str = "gpu"
     count: int = 1
     type: str = ""
     hint: bool = False  # a cache policy is the last operand
@@ -85,7 +86,9 @@ def modifiers(instruction: Instruction) -> Modifiers:
             m.type = word
         elif word == "L2::cache_hint":
             m.hint = True
-        elif word not in _SCOPES | _CACHE | {"weak"} and not word.startswith(("L1::", "L2::")):
+        elif word in _SCOPES:
+            m.scope = _SCOPES[word]
+        elif word not in _CACHE | {"weak"} and not word.startswith(("L1::", "L2::")):
             m.rest.append(word)
     if not m.type:
         raise unknown(instruction, "type")
@@ -135,8 +138,7 @@ def store(
             blocks, local = machine.shared_places(lanes, addresses, space)
             at = machine.shared.index(blocks, local, size)
             try:
-                note = machine.shadow.write_strong if strong else machine.shadow.write
-                note(lanes, at, size)
+                machine.shadow.write(lanes, at, size, strong)
             except ShadowError as error:
                 raise machine.shadow_fault(error, lanes, addresses) from None
             if machine.context.stats is not None:
@@ -242,7 +244,7 @@ def build_ld(instruction: Instruction, slots: Slots) -> Action:
             for target, dtype, column in zip(targets, dtypes, columns, strict=True):
                 machine.assign_lanes(target, resize(column, dtype, signed), part)
             if m.strong:
-                machine.atomics.read(part, space, addresses, m.order == "acquire")
+                machine.atomics.read(part, space, addresses, m.scope, m.order == "acquire")
 
     return Action(step=step, shared_width=m.shared_width)
 
@@ -275,7 +277,7 @@ def build_st(instruction: Instruction, slots: Slots) -> Action:
                 resize(machine.value(s, part), UNSIGNED[m.width], False) for s in sources
             ]
             if m.strong:
-                machine.atomics.write(part, space, addresses, m.order == "release")
+                machine.atomics.write(part, space, addresses, m.scope, m.order == "release")
             data = np.stack(values, axis=1) if m.count > 1 else values[0]
             store(machine, part, space, addresses, data, m.strong)
 
@@ -381,7 +383,7 @@ def build_atom(instruction: Instruction, slots: Slots) -> Action:
         for part, space, addresses in by_space(machine, group, place, m.space):
             if space not in ("global", "shared", "cluster"):
                 raise machine.fault(f"atomic on {space} memory", int(part.lanes[0]))
-            machine.atomics.update(part, space, addresses, m.order)
+            machine.atomics.update(part, space, addresses, m.scope, m.order)
             given = [machine.value(s, part).view(kind) for s in sources]
             olds = np.zeros(len(part), dtype=kind)
             cells = _cells(machine, part, space, addresses, kind)
@@ -407,7 +409,7 @@ def _cells(
         blocks, local = machine.shared_places(group.lanes, addresses, space)
         at = machine.shared.index(blocks, local, size)
         try:
-            machine.shadow.read_strong(group.lanes, at, size)
+            machine.shadow.update(group.lanes, at, size)
         except ShadowError as error:
             raise machine.shadow_fault(error, group.lanes, addresses) from None
     except AccessError as error:

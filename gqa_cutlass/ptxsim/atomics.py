@@ -7,16 +7,21 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from gqa_cutlass.ptxsim.clocks import WARP
-from gqa_cutlass.ptxsim.ledger import Foreign
+from gqa_cutlass.ptxsim.clocks import WARP, Vector
+from gqa_cutlass.ptxsim.ledger import Foreign, merged
 from gqa_cutlass.ptxsim.memory import AccessError
 
 if TYPE_CHECKING:
     from gqa_cutlass.ptxsim.machine import Group, Machine
 
 Ints = NDArray[np.int64]
+SCOPES = ("cta", "cluster", "gpu")  # the narrower, the earlier; the system is one GPU
+
+# Whose accesses of a scope include one another: the scope, and which block or cluster.
+Place = tuple[str, int]
+Published = dict[Place, Foreign]
 # What was published through a cell, by space, block (of shared memory) and address.
-Cells = dict[tuple[str, int, int], Foreign]
+Cells = dict[tuple[str, int, int], Published]
 
 
 class Atomics:
@@ -24,7 +29,9 @@ class Atomics:
 
     A release publishes what a lane did and knows through a cell; a read-modify-write adds to what
     others published there, a store replaces it. A fence lets later relaxed accesses publish what
-    came before it, and makes known what earlier ones saw.
+    came before it, and makes known what earlier ones saw. Two accesses order something if the scope
+    of each includes the other's thread: so a release of a scope is published in the lane's place at
+    this scope and at all narrower ones, and an acquisition looks in as many.
 
     Args:
         machine: Whose lanes.
@@ -34,61 +41,89 @@ class Atomics:
     def __init__(self, machine: Machine, cells: Cells) -> None:
         self._machine = machine
         self._cells = cells
-        self._fenced: dict[int, Foreign] = {}
-        self._observed: dict[int, Foreign] = {}
+        self._fenced: dict[int, Published] = {}  # by lane
+        self._observed: dict[int, Published] = {}
 
-    def read(self, group: Group, space: str, addresses: Ints, acquire: bool) -> None:
+    def read(self, group: Group, space: str, addresses: Ints, scope: str, acquire: bool) -> None:
         """Lanes read strongly."""
         if self._machine.context.ledger is None:
             return
         for key, lanes in self._by_cell(group, space, addresses).items():
-            self._see(lanes, self._cells.get(key[1:], {}), acquire)
+            self._see(lanes, self._cells.get(key[1:], {}), scope, acquire)
 
-    def write(self, group: Group, space: str, addresses: Ints, release: bool) -> None:
+    def write(self, group: Group, space: str, addresses: Ints, scope: str, release: bool) -> None:
         """Lanes store strongly."""
         if self._machine.context.ledger is None:
             return
         for key, lanes in self._by_cell(group, space, addresses).items():
-            self._cells[key[1:]] = self._published(int(lanes[-1]), release)
+            self._cells[key[1:]] = self._published(int(lanes[-1]), scope, release)
 
-    def update(self, group: Group, space: str, addresses: Ints, order: str) -> None:
+    def update(self, group: Group, space: str, addresses: Ints, scope: str, order: str) -> None:
         """Lanes read, modify and write, one after another."""
         if self._machine.context.ledger is None:
             return
-        for lane, address in zip(group.lanes, addresses, strict=True):
-            key = self._key(int(lane), space, int(address))
+        for lane, address in zip(group.lanes.tolist(), addresses.tolist(), strict=True):
+            key = self._key(lane, space, address)
             seen = self._cells.get(key, {})
-            published = self._published(int(lane), order in ("release", "acq_rel"))
-            self._see(np.array([lane]), seen, order in ("acquire", "acq_rel"))
-            self._cells[key] = merged(seen, published)
+            published = self._published(lane, scope, order in ("release", "acq_rel"))
+            self._see(np.array([lane]), seen, scope, order in ("acquire", "acq_rel"))
+            self._cells[key] = _joined(seen, published)
 
-    def fence(self, group: Group) -> None:
+    def fence(self, group: Group, scope: str) -> None:
         """Lanes execute a fence."""
         if self._machine.context.ledger is None:
             return
         for lane in group.lanes.tolist():
-            seen = self._observed.pop(lane, None)
-            if seen:
-                self._machine.context.ledger.acquire(np.array([lane]), seen)
-            self._fenced[lane] = self._publish(lane)
+            self._acquire(np.array([lane]), self._observed.get(lane, {}), scope)
+            published = self._published(lane, scope, release=True)
+            self._fenced[lane] = {**self._fenced.get(lane, {}), **published}
 
-    def _publish(self, lane: int) -> Foreign:
+    def fenced(self, lane: int, scope: str) -> Vector | None:
+        """What a fence lets a relaxed arrival of a lane publish to its cluster."""
+        places = self._places(lane, scope)
+        cluster = self._places(lane, "cluster")[-1][1]
+        return self._fenced.get(lane, {}).get(places[-1], {}).get(cluster)
+
+    def observe(self, lanes: Ints, vector: Vector, scope: str) -> None:
+        """Lanes of a warp saw, relaxed, what others of their cluster published by arriving."""
+        if self._machine.context.ledger is not None:
+            lane = int(lanes[0])
+            seen = {self._places(lane, "cluster")[-1][1]: vector}
+            self._see(lanes, {self._places(lane, scope)[-1]: seen}, scope, acquire=False)
+
+    def _places(self, lane: int, scope: str) -> list[Place]:
+        machine = self._machine
+        block = machine.first_block + lane // machine.threads
+        numbers = (block, block // machine.context.launch.cluster_size, 0)
+        count = SCOPES.index(scope) + 1
+        return list(zip(SCOPES[:count], numbers, strict=False))
+
+    def _published(self, lane: int, scope: str, release: bool) -> Published:
+        places = self._places(lane, scope)
+        if not release:
+            fenced = self._fenced.get(lane, {})
+            return {place: fenced[place] for place in places if place in fenced}
         ledger = self._machine.context.ledger
-        assert ledger is not None
-        return ledger.publish(lane, self._machine.clocks.release(np.array([lane])))
+        assert ledger is not None, "nothing is published without a ledger"
+        vector = self._machine.clocks.release(np.array([lane]))
+        return dict.fromkeys(places, ledger.publish(lane, vector))
 
-    def _published(self, lane: int, release: bool) -> Foreign:
-        return self._publish(lane) if release else self._fenced.get(lane, {})
-
-    def _see(self, lanes: Ints, seen: Foreign, acquire: bool) -> None:
-        if not seen:
-            return
+    def _see(self, lanes: Ints, seen: Published, scope: str, acquire: bool) -> None:
         if acquire:
-            assert self._machine.context.ledger is not None
-            self._machine.context.ledger.acquire(lanes, seen)
+            self._acquire(lanes, seen, scope)
             return
-        for lane in lanes.tolist():
-            self._observed[lane] = merged(self._observed.get(lane, {}), seen)
+        mine = {p: seen[p] for p in self._places(int(lanes[0]), scope) if p in seen}
+        for lane in lanes.tolist() if mine else ():
+            self._observed[lane] = _joined(self._observed.get(lane, {}), mine)
+
+    def _acquire(self, lanes: Ints, seen: Published, scope: str) -> None:
+        """Lanes of a warp learn what is in their places."""
+        known: Foreign = {}
+        for place in self._places(int(lanes[0]), scope):
+            known = merged(known, seen.get(place, {}))
+        ledger = self._machine.context.ledger
+        if known and ledger is not None:
+            ledger.acquire(lanes, known)
 
     def _key(self, lane: int, space: str, address: int) -> tuple[str, int, int]:
         if space == "global":
@@ -111,8 +146,6 @@ class Atomics:
         return {key: np.array(lanes) for key, lanes in cells.items()}
 
 
-def merged(a: Foreign, b: Foreign) -> Foreign:
+def _joined(a: Published, b: Published) -> Published:
     """What was published by either."""
-    if not a or not b:
-        return a or b
-    return {**a, **{c: np.maximum(a[c], v) if c in a else v for c, v in b.items()}}
+    return {place: merged(a.get(place, {}), b.get(place, {})) for place in a.keys() | b.keys()}

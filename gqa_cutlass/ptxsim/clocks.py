@@ -8,6 +8,8 @@ acquired is kept apart until the warp synchronises.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -97,7 +99,7 @@ class Clocks:
     def release(self, lanes: Lanes) -> Vector:
         """What these lanes of one warp publish: what they did and what they know. [columns]."""
         warp = int(lanes[0]) // WARP
-        vector = self.known[warp].copy()
+        vector: Vector = self.known[warp].copy()
         for lane in lanes.tolist() if self._partial else ():
             extra = self._partial_of(lane)
             if extra is not None:
@@ -151,3 +153,10 @@ class Clocks:
     def _partial_of(self, lane: int) -> Vector | None:
         held = self._partial.get(lane // WARP)
         return None if held is None else held.get(lane)
+
+
+def by_warp(lanes: Lanes) -> Iterator[Lanes]:
+    """The lanes of every warp."""
+    warps = lanes // WARP
+    for warp in np.unique(warps):
+        yield lanes[warps == warp]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from gqa_cutlass.ptxsim.clocks import WARP, Vector
+from gqa_cutlass.ptxsim.clocks import WARP, Vector, by_warp
 from gqa_cutlass.ptxsim.memory import CLUSTER_SHIFT, SHARED_WINDOW, WINDOW_BYTES
 from gqa_cutlass.ptxsim.program import Action, Members, Slots, unknown
 from gqa_cutlass.ptxsim.ptx import Instruction
@@ -45,11 +45,13 @@ class ClusterBarriers:
                 int(group.lanes[again.argmax()]),
             )
         self._arrivals[group.lanes] += 1
-        if release:
-            warps = group.lanes // WARP
-            for warp in np.unique(warps):
-                vector = machine.clocks.release(group.lanes[warps == warp])
-                self._vectors[int(warp) * WARP // self._lanes].append(vector)
+        for lanes in by_warp(group.lanes):
+            vectors = self._vectors[int(lanes[0]) // self._lanes]
+            if release:
+                vectors.append(machine.clocks.release(lanes))
+            else:
+                found = (machine.atomics.fenced(lane, "cluster") for lane in lanes.tolist())
+                vectors.extend(vector for vector in found if vector is not None)
         for cluster in np.unique(clusters):
             self._complete(int(cluster))
 
@@ -88,12 +90,12 @@ class ClusterBarriers:
         going = np.zeros(machine.num_lanes, dtype=bool)
         going[group.lanes[done]] = True
         self._waits[group.lanes[done]] += 1
-        if acquire:
-            warps = group.lanes[done] // WARP
-            for warp in np.unique(warps):
-                passed = self._passed[int(warp) * WARP // self._lanes]
-                if passed is not None:
-                    machine.clocks.acquire(group.lanes[done][warps == warp], passed)
+        for lanes in by_warp(group.lanes[done]):
+            passed = self._passed[int(lanes[0]) // self._lanes]
+            if passed is not None and acquire:
+                machine.clocks.acquire(lanes, passed)
+            elif passed is not None:
+                machine.atomics.observe(lanes, passed, "cluster")
         return going
 
     def leave(self, group: Group) -> None:

@@ -61,7 +61,7 @@ class GlobalLedger:
         self._cluster = lanes_per_cluster
         self._log: list[_Accesses] = []
         self._clocks: list[tuple[int, Clocks]] = []  # first lane of a batch of blocks
-        # What each lane of the launch acquired of other clusters: after its first time, its second...
+        # What each lane of the launch knew of other clusters after each time that it acquired.
         self._acquired: dict[int, list[Foreign]] = {}
 
     def begin(self, first_lane: int, clocks: Clocks) -> None:
@@ -108,7 +108,7 @@ class GlobalLedger:
         return len(held)
 
     def publish(self, lane: int, vector: Vector) -> Foreign:
-        """What a lane of the present batch releases: its own cluster's doings, and what it knows."""
+        """What a lane of the present batch releases: its cluster's doings and what it knows."""
         first, _ = self._clocks[-1]
         cluster = (lane + first) // self._cluster
         known: Foreign = {}
@@ -162,27 +162,28 @@ class GlobalLedger:
         pairs.append(self._mixed(cells, write, np.array([a.strong for a in self._log])[entries]))
         a = np.concatenate([p[0] for p in pairs])
         b = np.concatenate([p[1] for p in pairs])
-        found = []
-        for i in np.flatnonzero(~self._ordered(entries[a], rows[a], entries[b], rows[b]))[:limit]:
-            found.append(self._race(int(cells[a[i]]) * unit, a[i], b[i], entries, rows))
-        return found
+        wrong = np.flatnonzero(~self._ordered(entries[a], rows[a], entries[b], rows[b]))
+        wrong = wrong[np.lexsort((entries[a[wrong]], entries[b[wrong]]))]  # what came first
+        return [
+            self._race(int(cells[a[i]]) * unit, a[i], b[i], entries, rows) for i in wrong[:limit]
+        ]
 
     def _mixed(
         self, cells: Ints, write: NDArray[np.bool_], strong: NDArray[np.bool_]
     ) -> tuple[Ints, Ints]:
         """Pairs of a plain and a strong access to the same cell, in the order of the cells."""
+        at = np.flatnonzero(np.isin(cells, np.unique(cells[strong])))
         _, start, cell, count = np.unique(
-            cells, return_index=True, return_inverse=True, return_counts=True
+            cells[at], return_index=True, return_inverse=True, return_counts=True
         )
-        has_strong = np.bincount(cell, strong).astype(bool)
-        plain = np.flatnonzero(~strong & has_strong[cell])
-        length = count[cell[plain]]
-        one = np.repeat(plain, length)
-        ends = np.cumsum(length)
-        other = np.arange(len(one)) - np.repeat(ends - length - start[cell[plain]], length)
+        plain = np.flatnonzero(~strong[at])
+        length, begin = count[cell[plain]], start[cell[plain]]
+        one = at[np.repeat(plain, length)]
+        # 0, 1, ..., length - 1 for every plain access, counted from the start of its cell.
+        steps = np.arange(len(one)) - np.repeat(np.cumsum(length) - length, length)
+        other = at[np.repeat(begin, length) + steps]
         both = strong[other] & (write[one] | write[other])
-        one, other = one[both], other[both]
-        return np.minimum(one, other), np.maximum(one, other)
+        return np.minimum(one, other)[both], np.maximum(one, other)[both]
 
     def _race(self, address: int, a: int, b: int, entries: Ints, rows: Ints) -> Race:
         one, two = self._log[entries[a]], self._log[entries[b]]
@@ -207,7 +208,7 @@ class GlobalLedger:
     def _pairs(self, a: _Accesses, a_row: Ints, b: _Accesses, b_row: Ints) -> NDArray[np.bool_]:
         lane_a, lane_b = a.lanes[a_row], b.lanes[b_row]
         epoch = a.stamps[a_row] >> 32
-        fine = lane_a == lane_b
+        fine: NDArray[np.bool_] = lane_a == lane_b
         same_warp = lane_a // WARP == lane_b // WARP
         fine |= same_warp & (epoch <= b.synced[b_row])
         rest = np.flatnonzero(~fine)

@@ -32,7 +32,8 @@ Mask = NDArray[np.bool_]
 Lanes = NDArray[np.int64]
 _LANES = np.arange(WARP, dtype=np.uint32)
 _EVERYBODY = 0xFFFFFFFF  # as a membermask
-_PATIENCE = 4096  # turns after which another group gets one: spinning ends by others' work
+# Turns after which another group gets one, since spinning ends by others' work; then half as many.
+_PATIENCE, _LEAST_PATIENCE = 1024, 16
 
 
 class Group:
@@ -144,14 +145,17 @@ class Machine:
             KernelFault: What a kernel may not do, or a deadlock.
         """
         self.groups[0] = self.live.copy()
-        turns = 0
+        turns, patience, others = 0, _PATIENCE, 0
         while self.num_live:
             if not self.groups:
                 self._deadlock()
             turns += 1
             pc = min(self.groups)
-            if turns % _PATIENCE == 0:
-                pc = sorted(self.groups)[turns // _PATIENCE % len(self.groups)]
+            if len(self.groups) == 1:
+                turns, patience = 0, _PATIENCE
+            elif turns > patience:  # who is behind may wait for what others have to do
+                turns, patience, others = 0, max(patience // 2, _LEAST_PATIENCE), others + 1
+                pc = sorted(self.groups)[others % len(self.groups)]
             self._advance(pc, self.groups.pop(pc))
 
     def resume(self, mask: Mask, pc: int) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gqa_cutlass.ptxsim.access import note_global
-from gqa_cutlass.ptxsim.clocks import WARP, Vector
+from gqa_cutlass.ptxsim.clocks import Vector, by_warp
 from gqa_cutlass.ptxsim.memory import SHARED_WINDOW, WINDOW_BYTES, AccessError
 from gqa_cutlass.ptxsim.operands import Pointer, pointer
 from gqa_cutlass.ptxsim.program import Action, Slots, unknown
@@ -150,10 +150,14 @@ class MBarriers:
                 f"mbarrier: {count} arrivals; allowed: 1 to {_MAX_COUNT}", int(lanes[0]), key[1]
             )
         phase = barrier.phase
-        if release:
-            warps = lanes // WARP
-            for warp in np.unique(warps):
-                self._publish(barrier, self._machine.clocks.release(lanes[warps == warp]))
+        for of_warp in by_warp(lanes):
+            if release:
+                self._publish(barrier, self._machine.clocks.release(of_warp))
+                continue
+            for lane in of_warp.tolist():
+                vector = self._machine.atomics.fenced(lane, "cta")
+                if vector is not None:
+                    self._publish(barrier, vector)
         barrier.pending -= count * len(lanes)
         if drop:
             barrier.count -= count * len(lanes)
@@ -193,13 +197,14 @@ class MBarriers:
             mask[waiter.lanes] = True
             self._machine.resume(mask, waiter.pc)
 
-    def acquire(self, barrier: _Object, lanes: Ints) -> None:
+    def see(self, barrier: _Object, lanes: Ints, acquire: bool) -> None:
         """Lanes saw that a phase completed."""
-        if barrier.passed is None:
-            return
-        warps = lanes // WARP
-        for warp in np.unique(warps):
-            self._machine.clocks.acquire(lanes[warps == warp], barrier.passed)
+        passed = barrier.passed
+        for of_warp in by_warp(lanes) if passed is not None else ():
+            if acquire:
+                self._machine.clocks.acquire(of_warp, passed)
+            else:
+                self._machine.atomics.observe(of_warp, passed, "cta")
 
     def hold(self, key: Key, lanes: Ints) -> None:
         """Lanes wait at the present instruction for a phase to complete."""
@@ -387,8 +392,7 @@ def _build_wait(
             asked = np.array([wanted_of[lane] for lane in lanes.tolist()])
             done = (asked & 1) != (barrier.phase & 1) if parity else asked < barrier.phase
             answer[lanes[done]] = True
-            if done.any() and order != "relaxed":
-                machine.mbarriers.acquire(barrier, lanes[done])
+            machine.mbarriers.see(barrier, lanes[done], order != "relaxed")
             if blocks and not done.all():
                 machine.mbarriers.hold(key, lanes[~done])
                 held[lanes[~done]] = True

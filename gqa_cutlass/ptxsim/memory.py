@@ -67,7 +67,9 @@ class Region:
         """Bytes from the first element's start to the last one's end."""
         if 0 in self.shape:
             return 0
-        return self.itemsize + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
+        return self.itemsize + sum(
+            (n - 1) * s for n, s in zip(self.shape, self.strides, strict=True)
+        )
 
     @property
     def dense(self) -> bool:

@@ -166,7 +166,7 @@ class Slots:
 
 def branch_target(instruction: Instruction, labels: dict[str, int]) -> int:
     """Position of the instruction that a branch goes to."""
-    operand = instruction.operands[0]
+    operand = instruction.operands[0] if instruction.operands else None
     if not isinstance(operand, Symbol) or operand.name not in labels:
         raise unknown(instruction, f"label {operand}")
     return labels[operand.name]
@@ -210,7 +210,7 @@ def written(instruction: Instruction) -> list[str]:
     head = instruction.opcode[0]
     no_result = head in _NO_RESULT
     if head == "mbarrier":
-        no_result = instruction.opcode[1] in ("init", "inval", "expect_tx", "complete_tx")
+        no_result = not {"init", "inval", "expect_tx", "complete_tx"}.isdisjoint(instruction.opcode)
     if no_result or not instruction.operands:
         return []
     return registers_of(instruction.operands[:1])

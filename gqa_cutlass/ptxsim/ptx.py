@@ -21,9 +21,7 @@ _TOKEN = re.compile(
       | (?P<mark>[{}()\[\],;@!|+=<>:-])""",
     re.VERBOSE | re.DOTALL,
 )
-_LOC = re.compile(
-    r"\.loc\s+(\d+)\s+(\d+)\s+(\d+)(?:.*\binlined_at\s+(\d+)\s+(\d+)\s+(\d+))?"
-)
+_LOC = re.compile(r"\.loc\s+(\d+)\s+(\d+)\s+(\d+)(?:.*\binlined_at\s+(\d+)\s+(\d+)\s+(\d+))?")
 _FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', re.MULTILINE)
 _SIZES = {"pred": 1} | {f"{kind}{bits}": bits for kind in "busf" for bits in (8, 16, 32, 64)} | {
     "f16x2": 32, "bf16": 16, "bf16x2": 32, "b128": 128,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -84,8 +85,11 @@ def _check_launch(program: Program, launch: Launch, params: bytes) -> None:
          f"0 to {_MAX_SHARED} bytes per block"),
         (not 0 < launch.block <= _MAX_THREADS or launch.block % 32, f"{launch.block} threads",
          f"multiples of 32 up to {_MAX_THREADS}"),
+        (launch.block not in _block_sizes(program), f"{launch.block} threads",
+         f"{_block_sizes(program)} threads, as the kernel was compiled for"),
         (min(launch.grid) < 1, f"grid {launch.grid}", "at least 1 block in every direction"),
-        (min(launch.cluster) < 1, f"cluster {launch.cluster}", "at least 1 block in every direction"),
+        (min(launch.cluster) < 1, f"cluster {launch.cluster}",
+         "at least 1 block in every direction"),
         (any(c > 0 and g % c for g, c in zip(launch.grid, launch.cluster, strict=True)),
          f"grid {launch.grid} of clusters {launch.cluster}", "whole clusters"),
         (launch.cluster_size > _MAX_CLUSTER, f"{launch.cluster_size} blocks per cluster",
@@ -95,6 +99,15 @@ def _check_launch(program: Program, launch: Launch, params: bytes) -> None:
     ):  # fmt: skip
         if wrong:
             raise PtxError(f"{name}: got {got}; allowed: {allowed}. Nothing was run.")
+
+
+def _block_sizes(program: Program) -> range:
+    """How many threads a block may have by the kernel's own word (PTX ISA 11.4)."""
+    directives = program.kernel.directives
+    if "reqntid" in directives:
+        exactly = math.prod(directives["reqntid"])
+        return range(exactly, exactly + 1)
+    return range(1, math.prod(directives.get("maxntid", (_MAX_THREADS,))) + 1)
 
 
 def _race_fault(context: Context, blocks: NDArray[np.int64], race: Race) -> KernelFault:

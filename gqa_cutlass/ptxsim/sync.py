@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,18 +17,8 @@ if TYPE_CHECKING:
     from gqa_cutlass.ptxsim.machine import Group, Machine
 
 Mask = NDArray[np.bool_]
+Key = tuple[int, int]  # block of the machine, number of the barrier
 _MAX_BARRIER = 15
-_CLUSTER = -1  # the number under which the barrier of a cluster goes
-
-
-@dataclass(kw_only=True)
-class _Barrier:
-    """A barrier that lanes have come to but not all have passed."""
-
-    expected: int  # threads; 0: all of the block (or cluster) that have not exited
-    waiting: dict[int, list[int]] = field(default_factory=dict)  # warp -> its pc and lanes
-    count: int = 0
-    arrived: list[Vector] = field(default_factory=list)  # from warps that did not wait
 
 
 @dataclass(kw_only=True)
@@ -39,14 +30,16 @@ class _Waiting:
 
 
 class Barriers:
-    """Barriers of the blocks of one machine: bar.sync, bar.arrive, barrier.cluster."""
+    """Barriers of the blocks of one machine: bar.sync and bar.arrive."""
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
-        self._waiting: dict[tuple[int, int], list[_Waiting]] = {}
-        self._count: dict[tuple[int, int], int] = {}
-        self._expected: dict[tuple[int, int], int] = {}
-        self._published: dict[tuple[int, int], list[Vector]] = {}
+        self._waiting: dict[Key, list[_Waiting]] = {}
+        # Of barriers that somebody has come to: how many threads, how many are expected (0: all of
+        # the block), and what was known to those that did not wait.
+        self._count: dict[Key, int] = {}
+        self._expected: dict[Key, int] = {}
+        self._published: dict[Key, list[Vector]] = {}
 
     def sync(self, group: Group, number: NDArray[np.int64], expected: NDArray[np.int64]) -> None:
         """Lanes come to a barrier of their block, and wait; each by its number and its count."""
@@ -62,42 +55,46 @@ class Barriers:
 
     def _by_barrier(
         self, group: Group, number: NDArray[np.int64], expected: NDArray[np.int64]
-    ) -> list[tuple[tuple[int, int], NDArray[np.int64]]]:
-        machine = self._machine
-        arrivals = []
-        blocks = machine.block_of[group.lanes]
-        place = blocks * (_MAX_BARRIER + 1) + number
+    ) -> Iterator[tuple[Key, NDArray[np.int64]]]:
+        """Arrivals, one after another: of the lanes of a warp, or of all that come to a barrier."""
+        place = self._machine.block_of[group.lanes] * (_MAX_BARRIER + 1) + number
         for at in np.unique(place).tolist():
             mine = place == at
-            lanes, wanted = group.lanes[mine], expected[mine]
             key = at // (_MAX_BARRIER + 1), at % (_MAX_BARRIER + 1)
-            held = self._expected.setdefault(key, int(wanted[0]))
-            everybody = machine.threads  # what no count means
-            other = np.where(wanted == 0, everybody, wanted) != (held or everybody)
-            if other.any():
-                raise machine.fault(
-                    f"barrier {key[1]}: arrivals for {held or everybody} and for "
-                    f"{int(wanted[other][0])} threads",
-                    int(lanes[other.argmax()]),
-                )
-            self._count[key] = self._count.get(key, 0) + len(lanes)
-            arrivals.append((key, lanes))
-        return arrivals
+            lanes, wanted = group.lanes[mine], expected[mine]
+            if len(lanes) <= int(wanted.min()) or not wanted.any():
+                self._enter(key, lanes, wanted)
+                yield key, lanes
+                continue
+            for warp in np.unique(lanes // WARP):  # some may complete it before others come
+                of_warp = lanes // WARP == warp
+                self._enter(key, lanes[of_warp], wanted[of_warp])
+                yield key, lanes[of_warp]
+
+    def _enter(self, key: Key, lanes: NDArray[np.int64], wanted: NDArray[np.int64]) -> None:
+        machine = self._machine
+        everybody = machine.threads  # what no count means
+        held = self._expected.setdefault(key, int(wanted[0])) or everybody
+        other = np.where(wanted == 0, everybody, wanted) != held
+        if other.any():
+            raise machine.fault(
+                f"barrier {key[1]}: arrivals for {held} and for {int(wanted[other][0])} threads",
+                int(lanes[other.argmax()]),
+            )
+        self._count[key] = self._count.get(key, 0) + len(lanes)
 
     def _publish(self, lanes: NDArray[np.int64]) -> list[Vector]:
         warps = lanes // WARP
-        return [
-            self._machine.clocks.release(lanes[warps == warp]) for warp in np.unique(warps)
-        ]
+        return [self._machine.clocks.release(lanes[warps == warp]) for warp in np.unique(warps)]
 
-    def _needed(self, key: tuple[int, int]) -> int:
+    def _needed(self, key: Key) -> int:
         expected = self._expected[key]
         if expected:
             return expected
         threads = self._machine.threads
         return int(np.count_nonzero(self._machine.live[key[0] * threads : (key[0] + 1) * threads]))
 
-    def _complete(self, key: tuple[int, int]) -> None:
+    def _complete(self, key: Key) -> None:
         """Let everybody go if nobody is missing."""
         machine, needed = self._machine, self._needed(key)
         count = self._count[key]
@@ -206,4 +203,5 @@ def build_fence(instruction: Instruction, slots: Slots) -> Action:
     allowed = {"sc", "acq_rel", "cta", "cluster", "gpu", "sys", "gl", "acquire", "release"}
     if any(word not in allowed for word in words):
         raise unknown(instruction)
-    return Action(step=lambda machine, group: machine.atomics.fence(group))
+    scope = next((word for word in words if word in ("cta", "cluster")), "gpu")
+    return Action(step=lambda machine, group: machine.atomics.fence(group, scope))

@@ -90,8 +90,10 @@ def build_vote(instruction: Instruction, slots: Slots) -> Action:
 def build_match(instruction: Instruction, slots: Slots) -> Action:
     """`match.sync`."""
     words = instruction.opcode
-    if len(words) != 4 or words[2] not in ("any", "all") or words[3] not in ("b32", "b64"):
+    if len(words) != 4 or words[2] != "sync" or words[1] not in ("any", "all"):
         raise unknown(instruction)
+    if words[3] not in ("b32", "b64"):
+        raise unknown(instruction, f"type {words[3]}")
     result, predicate = _two(instruction.operands[0], slots, instruction)
     value = slots.source(instruction.operands[1], int(words[3][1:]), instruction)
     mask = slots.source(instruction.operands[2], 32, instruction)
@@ -99,7 +101,7 @@ def build_match(instruction: Instruction, slots: Slots) -> Action:
     def step(machine: Machine, group: Group) -> None:
         active = group.mask.reshape(-1, WARP)
         found, agreed = exchange.match(
-            words[2], machine.whole(value), _uniform(machine, mask), active
+            words[1], machine.whole(value), _uniform(machine, mask), active
         )
         if result is not None:
             machine.assign(result, np.broadcast_to(found, active.shape).reshape(-1), group)

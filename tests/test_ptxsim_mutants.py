@@ -1,0 +1,662 @@
+"""ptxsim finds bugs: each one here is planted in the kernels' own source, compiled and run.
+
+What breaks the rules of memory or of concurrency must end in a fault that names it. What only
+computes something else must show in what the launch leaves behind.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache
+
+import pytest
+import torch
+from cases import Layout, Step, make_step
+from torch import Tensor
+
+from gqa_cutlass import inputs
+from gqa_cutlass.codegen import ARCHES, DType, KernelConfig, Math, render
+from gqa_cutlass.codegen.compile import compile_source
+from gqa_cutlass.codegen.render import include_dir
+from gqa_cutlass.dispatch import dispatch, model_device
+from gqa_cutlass.errors import KernelFault
+from gqa_cutlass.planning import FIELDS, _params
+from gqa_cutlass.ptxsim.prepare import Program
+from gqa_cutlass.simulation import PTX_ARCH, Checks, program_from, regions_of, run
+
+_MAX_STEPS = 10_000  # the longest of the runs that end takes a third of them
+_INCLUDE = re.compile(r'#include ["<](?:gqa/)?(\w+\.cuh)[">]\n')
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A small problem, and the kernel that solves it."""
+
+    math: Math = Math.TENSOROP
+    head_dim: int = 64
+    group_size: int = 4
+    block_h: int = 8
+    num_warps: int = 2
+    num_stages: int = 1
+    lengths: tuple[int, ...] = (100,)
+    max_seq_len: int = 128
+    heads: int = 1
+    splits: int = 1
+    layout: Layout = "NHD"
+    append: bool = True
+
+    @property
+    def config(self) -> KernelConfig:
+        return KernelConfig(
+            math=self.math, dtype=DType.F16, head_dim=self.head_dim, group_size=self.group_size,
+            vec_width=8, block_h=self.block_h, block_n=16, num_warps=self.num_warps,
+            num_stages=self.num_stages,
+        )  # fmt: skip
+
+    def step(self) -> Step:
+        return make_step(
+            head_dim=self.head_dim, group_size=self.group_size, lengths=list(self.lengths),
+            max_seq_len=self.max_seq_len, num_kv_heads=self.heads, layout=self.layout,
+            append=self.append, device="cpu",
+        )  # fmt: skip
+
+
+# Seven tiles for two warps: every ring is refilled.
+PLAIN = Case()
+TWO_STAGES = Case(num_stages=2)
+TWO_HEADS = Case(heads=2, lengths=(20,))
+FULL = Case(lengths=(127,))
+READ_ONLY = Case(lengths=(125,), max_seq_len=125, append=False)
+EMPTY = Case(lengths=(0, 5), append=False)
+PADDED_ROWS = Case(lengths=(20,), layout="padded")
+SPLIT = Case(splits=3)
+SPLIT_HEADS = Case(splits=2, heads=2, lengths=(40,))
+RAGGED = Case(splits=3, lengths=(100, 40, 5))
+ODD_DIM = Case(head_dim=40, lengths=(9,))  # no multiple of the MMA's 16
+ODD_EMPTY = Case(head_dim=40, lengths=(0,), append=False)
+SIMT = Case(math=Math.SIMT, block_h=4, lengths=(70,))
+CASES = {name: case for name, case in globals().items() if isinstance(case, Case)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mutant:
+    """One bug.
+
+    Args:
+        name: What is wrong.
+        header: Where, in gqa/.
+        old: Text that occurs once there.
+        new: What it becomes.
+        fault: What the fault says, a regular expression.
+        wrong: What else the launch gets wrong, if there is no fault.
+        case: What shows it.
+    """
+
+    name: str
+    header: str
+    old: str
+    new: str
+    fault: str = ""
+    wrong: str = ""
+    case: Case = PLAIN
+
+
+_UNWRITTEN = "reads what another thread wrote"
+_STILL_READ = "writes what another thread reads"
+_TOO_EARLY = "an asynchronous copy has not finished"
+_UNDER_WAY = "writes where an asynchronous copy is under way"
+_GLOBAL_RACE = "race in global memory"
+
+MUTANTS = (
+    # The ring of tiles
+    Mutant(
+        name="no syncwarp behind the wait for a tile",
+        header="load.cuh",
+        old="cute::cp_async_wait<2 * T::kNumStages - 1>();\n    __syncwarp();",
+        new="cute::cp_async_wait<2 * T::kNumStages - 1>();",
+        fault=_UNWRITTEN,
+    ),
+    Mutant(
+        name="keys refilled while other lanes read them",
+        header="load.cuh",
+        old="__syncwarp();\n    keys_",
+        new="keys_",
+        fault=f"{_STILL_READ}.* at ptx.cuh",
+    ),
+    Mutant(
+        name="values refilled while other lanes read them",
+        header="load.cuh",
+        old="__syncwarp();\n    values_",
+        new="values_",
+        fault=f"{_STILL_READ}.* at ptx.cuh",
+    ),
+    Mutant(
+        name="one group too many left in flight",
+        header="load.cuh",
+        old="cp_async_wait<2 * T::kNumStages - 1>",
+        new="cp_async_wait<2 * T::kNumStages>",
+        fault=_TOO_EARLY,
+    ),
+    Mutant(
+        name="half of the lanes wait",
+        header="load.cuh",
+        old="cute::cp_async_wait<2 * T::kNumStages - 1>();",
+        new="if (threadIdx.x % 32 < 16) cute::cp_async_wait<2 * T::kNumStages - 1>();",
+        fault=_TOO_EARLY,
+    ),
+    Mutant(
+        name="no group committed past the last tile",
+        header="load.cuh",
+        old="if (tile < w.num_tiles) copy_rows(tile * T::kBlockN, w, target);\n"
+        "    cute::cp_async_fence();",
+        new="if (tile >= w.num_tiles) return;\n    copy_rows(tile * T::kBlockN, w, target);\n"
+        "    cute::cp_async_fence();",
+        fault=_TOO_EARLY,
+    ),
+    Mutant(
+        name="the slot at the head never moves on",
+        header="load.cuh",
+        old="stage_ = stage_ + 1 == T::kNumStages ? 0 : stage_ + 1;",
+        new="",
+        fault=_TOO_EARLY,
+        case=TWO_STAGES,
+    ),
+    Mutant(
+        name="keys and values share their slots",
+        header="load.cuh",
+        old="slots_ + (2 * stage + 1) * T::kTileElements",
+        new="slots_ + 2 * stage * T::kTileElements",
+        fault=_UNDER_WAY,
+    ),
+    Mutant(
+        name="refilled with the next tile instead of the next but one",
+        header="load.cuh",
+        old="keys_.load_tile(tile + T::kNumStages * work_.tile_step()",
+        new="keys_.load_tile(tile + work_.tile_step()",
+        wrong="output",
+        case=TWO_STAGES,
+    ),
+    Mutant(
+        name="padding behind the rows not cleared",
+        header="load.cuh",
+        old="if constexpr (T::kHeadDim != T::kHeadDimPadded) clear_padding();",
+        new="",
+        fault="reads shared memory that was never written.* at score.cuh",
+        case=ODD_DIM,
+    ),
+    Mutant(
+        name="partials over padding that other lanes clear",
+        header="decode.cuh",
+        old="cute::cp_async_wait<0>();\n  __syncwarp();",
+        new="cute::cp_async_wait<0>();",
+        fault="writes over what another thread wrote.* at value.cuh",
+        case=ODD_EMPTY,
+    ),
+    # Global memory
+    Mutant(
+        name="rows from one element further",
+        header="load.cuh",
+        old="<Vector<T> const*>(source + dim)",
+        new="<Vector<T> const*>(source + dim + 1)",
+        fault="global access not a multiple of 16 bytes.* at ptx.cuh",
+    ),
+    Mutant(
+        name="the new token read from the cache",
+        header="load.cuh",
+        old="token < w.num_cached ? cache + token * stride : new_token",
+        new="cache + token * stride",
+        fault=f"{_GLOBAL_RACE}.* of k_cache",
+    ),
+    Mutant(
+        name="queries past the group read",
+        header="score.cuh",
+        old="exists && !padding",
+        new="!padding",
+        fault="outside all tensors.* past the end of q .* at score.cuh",
+    ),
+    Mutant(
+        name="queries read past the head_dim",
+        header="score.cuh",
+        old="exists && !padding",
+        new="exists",
+        fault="outside all tensors.* past the end of q .* at score.cuh",
+        case=ODD_EMPTY,
+    ),
+    Mutant(
+        name="appended one row too early",
+        header="append.cuh",
+        old="w.num_cached * cache_stride.token",
+        new="(w.num_cached - 1) * cache_stride.token",
+        fault=f"{_GLOBAL_RACE}.* of k_cache",
+    ),
+    Mutant(
+        name="appended one row too late",
+        header="append.cuh",
+        old="w.num_cached * cache_stride.token",
+        new="w.num_tokens * cache_stride.token",
+        wrong="caches",
+    ),
+    Mutant(
+        name="appended behind the cache",
+        header="append.cuh",
+        old="w.num_cached * cache_stride.token",
+        new="w.num_tokens * cache_stride.token",
+        fault="outside all tensors.* past the end of k_cache.* at append.cuh",
+        case=FULL,
+    ),
+    Mutant(
+        name="more appended than there is",
+        header="append.cuh",
+        old="vec < T::kHeadDim / T::kVecWidth;",
+        new="vec <= T::kHeadDim / T::kVecWidth;",
+        fault="outside all tensors.* past the end of k_new.* at append.cuh",
+    ),
+    Mutant(
+        name="every split appends",
+        header="append.cuh",
+        old="w.split == 0 && ",
+        new="",
+        fault=f"{_GLOBAL_RACE}.* of k_cache.* at append.cuh",
+        case=SPLIT,
+    ),
+    Mutant(
+        name="nothing appended", header="decode.cuh", old="append(p, w);", new="", wrong="caches"
+    ),
+    Mutant(
+        name="output rows as if they were dense",
+        header="merge.cuh",
+        old="head * p.out_stride.head",
+        new="head * T::kHeadDim",
+        fault="outside all tensors.* at merge.cuh",
+        case=PADDED_ROWS,
+    ),
+    Mutant(
+        name="heads counted from the block's first",
+        header="merge.cuh",
+        old="int const head = w.first_head() + s.head;",
+        new="int const head = s.head;",
+        fault=f"{_GLOBAL_RACE}.* of (out|lse).* at merge.cuh",
+        case=TWO_HEADS,
+    ),
+    Mutant(
+        name="lse of the neighbour",
+        header="merge.cuh",
+        old="num_q_heads + head]",
+        new="num_q_heads + (head ^ 1)]",
+        wrong="lse",
+    ),
+    Mutant(
+        name="shared memory used behind its end",
+        header="decode.cuh",
+        old="<SharedStorage<T>*>(storage)",
+        new="<SharedStorage<T>*>(storage + 16)",
+        fault="outside the block's .* bytes of shared memory",
+        case=SPLIT,
+    ),
+    # Warps and blocks meet
+    Mutant(
+        name="no barrier before warps merge",
+        header="decode.cuh",
+        old="attend(p, w, shared);\n    __syncthreads();",
+        new="attend(p, w, shared);",
+        fault=f"{_UNWRITTEN}.* at merge.cuh",
+    ),
+    Mutant(
+        name="no barrier before the ticket",
+        header="merge.cuh",
+        old="if (alone) return;\n\n  __syncthreads();",
+        new="if (alone) return;\n",
+        fault=f"{_GLOBAL_RACE}.* of partials",
+        case=SPLIT,
+    ),
+    Mutant(
+        name="no barrier behind the ticket",
+        header="merge.cuh",
+        old="__syncthreads();\n  if (!shared.is_last) return;",
+        new="if (!shared.is_last) return;",
+        fault=f"({_UNWRITTEN}|never written).* at merge.cuh",
+        case=SPLIT,
+    ),
+    Mutant(
+        name="a barrier for one warp only",
+        header="merge.cuh",
+        old="if (alone) return;\n\n  __syncthreads();",
+        new="if (alone) return;\n\n  if (threadIdx.x < 32) __syncthreads();",
+        fault=f"({_UNWRITTEN}|never written).* at merge.cuh",
+        case=SPLIT,
+    ),
+    Mutant(
+        name="one warp leaves before the barrier",
+        header="merge.cuh",
+        old="if (alone) return;",
+        new="if (alone || threadIdx.x < 32) return;",
+        fault="unbalanced barrier 0: 32 threads of the block have exited.* at merge.cuh",
+        case=SPLIT,
+    ),
+    Mutant(
+        name="half of the lanes meet",
+        header="load.cuh",
+        old="cute::cp_async_wait<2 * T::kNumStages - 1>();\n    __syncwarp();",
+        new="cute::cp_async_wait<2 * T::kNumStages - 1>();\n"
+        "    if (threadIdx.x % 32 < 16) __syncwarp();",
+        fault="deadlock: .* wait for the rest of its warp in `bar.warp.sync` at",
+    ),
+    Mutant(
+        name="only lanes whose maximum grows rescale",
+        header="softmax.cuh",
+        old="if (__any_sync(0xffffffffu, grows)) raise",
+        new="if (grows) raise",
+        fault="deadlock: .* wait for the rest of its warp",
+    ),
+    Mutant(
+        name="a ticket that orders nothing",
+        header="ptx.cuh",
+        old="atom.acq_rel.gpu",
+        new="atom.relaxed.gpu",
+        fault=f"{_GLOBAL_RACE}.* of partials",
+        case=SPLIT,
+    ),
+    Mutant(
+        name="a ticket that does not release",
+        header="ptx.cuh",
+        old="atom.acq_rel.gpu",
+        new="atom.acquire.gpu",
+        fault=f"{_GLOBAL_RACE}.* of partials",
+        case=SPLIT,
+    ),
+    Mutant(
+        name="a ticket that does not acquire",
+        header="ptx.cuh",
+        old="atom.acq_rel.gpu",
+        new="atom.release.gpu",
+        fault=f"{_GLOBAL_RACE}.* of partials",
+        case=SPLIT,
+    ),
+    Mutant(
+        name="a ticket that is no atomic",
+        header="merge.cuh",
+        old="atomic_inc_acq_rel(counter, last) == last",
+        new="(*counter)++ == last",
+        fault=f"{_GLOBAL_RACE}.* of tickets",
+        case=SPLIT,
+    ),
+    Mutant(
+        name="whoever comes first merges",
+        header="merge.cuh",
+        old="atomic_inc_acq_rel(counter, last) == last",
+        new="atomic_inc_acq_rel(counter, last) == 0",
+        fault=f"{_GLOBAL_RACE}.* of partials",
+        case=SPLIT,
+    ),
+    Mutant(
+        name="nobody merges",
+        header="merge.cuh",
+        old="last = w.num_splits - 1;",
+        new="last = w.num_splits;",
+        wrong="output",
+        case=SPLIT,
+    ),
+    Mutant(
+        name="tickets not back at zero",
+        header="merge.cuh",
+        old="atomic_inc_acq_rel(counter, last)",
+        new="atomic_inc_acq_rel(counter, last + 1)",
+        wrong="tickets",
+        case=SPLIT,
+    ),
+    Mutant(
+        name="heads share a ticket",
+        header="merge.cuh",
+        old="int64_t(w.batch) * gridDim.x + blockIdx.x;",
+        new="w.batch;",
+        fault=_GLOBAL_RACE,
+        case=SPLIT_HEADS,
+    ),
+    Mutant(
+        name="heads share their partials",
+        header="work.cuh",
+        old="(int64_t(batch) * gridDim.x + blockIdx.x) * p.num_splits",
+        new="int64_t(batch) * gridDim.x * p.num_splits",
+        fault=f"{_GLOBAL_RACE}.* of partials",
+        case=SPLIT_HEADS,
+    ),
+    Mutant(
+        name="partials of splits that have none",
+        header="merge.cuh",
+        old="merge_splits(store, w.num_splits, ",
+        new="merge_splits(store, p.num_splits, ",
+        fault="never written before.* of partials",
+        case=RAGGED,
+    ),
+    Mutant(
+        name="splits without work go on",
+        header="decode.cuh",
+        old="} else if (w.split < w.num_splits) {",
+        new="} else {",
+        fault=f"{_GLOBAL_RACE}.* of (out|lse).* at merge.cuh",
+        case=RAGGED,
+    ),
+    Mutant(
+        name="the last split left out",
+        header="merge.cuh",
+        old="bool const exists = first + i < num_splits;",
+        new="bool const exists = first + i < num_splits - 1;",
+        wrong="output",
+        case=SPLIT,
+    ),
+    Mutant(
+        name="splits merged without their maxima",
+        header="merge.cuh",
+        old="exp2_approx(max_sum[i].x - new_max)",
+        new="1.f",
+        wrong="output",
+        case=SPLIT,
+    ),
+    Mutant(
+        name="partials of heads overlap",
+        header="traits.cuh",
+        old="kPartialPitch = kHeadDim + 4;",
+        new="kPartialPitch = kHeadDim - 4;",
+        fault="race: writes .* at value.cuh",
+    ),
+    Mutant(
+        name="no end",
+        header="decode.cuh",
+        old="tile += w.tile_step()",
+        new="tile += 0",
+        fault=f"no end after {_MAX_STEPS} instructions",
+    ),
+    # CUDA cores
+    Mutant(
+        name="queries used before they are there",
+        header="score.cuh",
+        old="    __syncthreads();\n",
+        new="",
+        fault=f"({_UNWRITTEN}|never written).* at score.cuh",
+        case=SIMT,
+    ),
+    Mutant(
+        name="probabilities used before they are there",
+        header="value.cuh",
+        old="p[h][lane] = probability[h][0];\n    }\n    __syncwarp();",
+        new="p[h][lane] = probability[h][0];\n    }",
+        fault=f"{_UNWRITTEN}.* at value.cuh",
+        case=SIMT,
+    ),
+    Mutant(
+        name="lanes that share a token not summed",
+        header="score.cuh",
+        old="for (int bit = T::kBlockN; bit < kWarpSize; bit *= 2)",
+        new="for (int bit = T::kBlockN; bit < T::kBlockN; bit *= 2)",
+        wrong="output",
+        case=SIMT,
+    ),
+    # Arithmetic
+    Mutant(
+        name="a token past the end attended",
+        header="score.cuh",
+        old="token(t) < tokens_left",
+        new="token(t) <= tokens_left",
+        wrong="output",
+    ),
+    Mutant(
+        name="halves of the queries swapped",
+        header="score.cuh",
+        old="query[step][n][0],\n                   query[step][n][1]",
+        new="query[step][n][1],\n                   query[step][n][0]",
+        wrong="output",
+    ),
+    Mutant(
+        name="rows of the keys from the wrong lanes",
+        header="score.cuh",
+        old="lane % 16, lane / 16 * 8",
+        new="lane / 2, lane % 2 * 8",
+        wrong="output",
+    ),
+    Mutant(
+        name="scale forgotten",
+        header="score.cuh",
+        old="(sum[0][n][i] + sum[1][n][i]) * scale_log2",
+        new="sum[0][n][i] + sum[1][n][i]",
+        wrong="output",
+    ),
+    Mutant(
+        name="values not transposed",
+        header="value.cuh",
+        old="cute::SM75_U16x8_LDSM_T",
+        new="cute::SM75_U32x4_LDSM_N",
+        wrong="output",
+    ),
+    Mutant(
+        name="output not rescaled",
+        header="softmax.cuh",
+        old="    rescale(factor);\n",
+        new="",
+        wrong="output",
+    ),
+    Mutant(
+        name="sum not rescaled",
+        header="softmax.cuh",
+        old="row_sum[h] *= factor[h];",
+        new="",
+        wrong="output",
+    ),
+    Mutant(
+        name="maximum over the wrong lanes",
+        header="softmax.cuh",
+        old="__shfl_xor_sync(0xffffffffu, tile_max[h], bit)",
+        new="__shfl_xor_sync(0xffffffffu, tile_max[h], bit / 2)",
+        wrong="output",
+    ),
+    Mutant(
+        name="sum over half of the lanes",
+        header="softmax.cuh",
+        old="bit <= T::kLastLaneBit; bit *= 2) {\n        sum",
+        new="bit < T::kLastLaneBit; bit *= 2) {\n        sum",
+        wrong="output",
+    ),
+    Mutant(
+        name="no finite maximum of no scores",
+        header="traits.cuh",
+        old="kNoMax = -3.402823466e+38f",
+        new="kNoMax = -cuda::std::numeric_limits<float>::infinity()",
+        wrong="output",
+        case=EMPTY,
+    ),
+)
+
+
+@cache
+def headers() -> dict[str, str]:
+    """Our headers, those first that others include."""
+    folder = include_dir() / "gqa"
+    found: dict[str, str] = {}
+
+    def visit(name: str) -> None:
+        text = (folder / name).read_text()
+        for other in _INCLUDE.findall(text):
+            if other not in found:
+                visit(other)
+        found[name] = text
+
+    visit("decode.cuh")
+    return found
+
+
+@cache
+def program(config: KernelConfig, header: str = "", old: str = "", new: str = "") -> Program:
+    """A kernel compiled from one text, in which one place of one header is replaced."""
+    parts = []
+    for name, text in headers().items():
+        if name == header:
+            assert text.count(old) == 1, f"{old!r} must occur once in {name}"
+            text = text.replace(old, new)
+        text = _INCLUDE.sub("\n", text.replace("#pragma once", ""))
+        parts.append(f'#line 1 "{name}"\n{text}')
+    before, include, behind = render(config).partition("#include <gqa/decode.cuh>\n")
+    assert include
+    rest = f'#line {before.count(chr(10)) + 2} "{config.name}.cu"\n{behind}'
+    source = before + "".join(parts) + rest
+    ptx = compile_source(source, config.name, PTX_ARCH).code.decode()
+    return program_from(ptx, config.name)
+
+
+def launch(case: Case, program: Program) -> set[str]:
+    """Run a decode step; returns what it got wrong.
+
+    Raises:
+        KernelFault: The kernel did what no kernel may.
+    """
+    config, step = case.config, case.step()
+    arguments = *step.tensors(), step.out
+    tensors = inputs.gather(*arguments)
+    problem = inputs.validate(tensors)
+    chosen = dispatch(problem, model_device(ARCHES["sm_90a"]), case.splits, config)
+    lse = torch.full(step.q.shape[:2], float("nan"))
+    tickets = torch.zeros(chosen.num_tickets, dtype=torch.int32)
+    named = dict(zip(FIELDS, arguments, strict=True)) | {
+        "lse": lse,
+        "seqlens": step.seqlens,
+        "partials": torch.empty(chosen.partial_floats),
+        "tickets": tickets,
+        "status": torch.zeros(1, dtype=torch.int32),
+    }
+    params = _params(problem, chosen, tensors, step.scale, 0)
+    for field, tensor in named.items():
+        setattr(params, field, 0 if tensor is None else tensor.data_ptr())
+    checks = Checks(max_steps=_MAX_STEPS)
+    run(program, chosen.shape, params, regions_of(named, case.append), checks)
+    return wrong(step, lse, tickets)
+
+
+def wrong(step: Step, lse: Tensor, tickets: Tensor) -> set[str]:
+    """What a launch got wrong."""
+    found = set()
+    if step.errors(step.out).share > 1:
+        found.add("output")
+    if not torch.allclose(lse.double(), step.reference()[1], atol=2e-5, rtol=2e-6):
+        found.add("lse")
+    if tickets.any():
+        found.add("tickets")
+    try:
+        step.check_memory()
+    except AssertionError:
+        found.add("caches")
+    return found
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_the_kernels_as_they_are_pass(case: Case) -> None:
+    assert launch(case, program(case.config)) == set()
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=[m.name.replace(" ", "-") for m in MUTANTS])
+def test_finds(mutant: Mutant) -> None:
+    case = mutant.case
+    kernel = program(case.config, mutant.header, mutant.old, mutant.new)
+    if mutant.fault:
+        with pytest.raises(KernelFault, match=mutant.fault):
+            launch(case, kernel)
+    else:
+        assert mutant.wrong in launch(case, kernel)
