@@ -106,7 +106,39 @@ def _ordinary(opcode: Opcode, sources: Sequence[Array], result: Array) -> Array:
     return np.isfinite(value) & (value != 0)
 
 
+def _long_fields(opcode: Opcode, sources: Sequence[Array], result: Array) -> Array:
+    return (sources[-2] > 255) | (sources[-1] > 255)
+
+
+def _subnormal(opcode: Opcode, sources: Sequence[Array], result: Array) -> Array:
+    size = _magnitude(sources[0])
+    return (size > 0) & (size < 1 << 23)
+
+
+def _nan_source(opcode: Opcode, sources: Sequence[Array], result: Array) -> Array:
+    return _is_nan("f32", sources[0])
+
+
 OPEN = (
+    Open(
+        reason="positions and lengths of 64-bit fields are restricted to 0..255",
+        applies=lambda opcode: opcode[0] in ("bfe", "bfi") and opcode[-1].endswith("64"),
+        where=_long_fields,
+    ),
+    Open(
+        reason="an H200 does not flush subnormal operands here, as the ISA says it should",
+        applies=lambda opcode: (
+            opcode[:3] in (("cvt", "rm", "ftz"), ("cvt", "rp", "ftz"))
+            and opcode[-2:] == ("f16", "f32")
+        ),
+        where=_subnormal,
+    ),
+    Open(
+        reason="an H200 rounds the payload of a NaN that becomes tf32, which may make it infinite "
+        "or a number",
+        applies=lambda opcode: opcode == ("cvt", "rna", "satfinite", "tf32", "f32"),
+        where=_nan_source,
+    ),
     Open(
         reason="division of integers by zero gives an unspecified value",
         applies=lambda opcode: opcode[0] in ("div", "rem") and opcode[-1][0] in "us",
@@ -174,7 +206,8 @@ def _logarithm(kind: str, exact: Array, x: Array) -> Array:
 
 
 def _angle(kind: str, exact: Array, x: Array) -> Array:
-    return np.where(np.abs(x) <= 2 * np.pi, 2.0**-20.5, 2.0**-14.7)
+    # The ISA says 2^-20.5 up to 2 pi, of which an H200 falls short by 0.6% in a few places.
+    return np.where(np.abs(x) <= 2 * np.pi, 2.0**-20.49, 2.0**-14.7)
 
 
 # The bounds that `arith.APPROXIMATE` quotes, as functions of format, exact value and operand.
@@ -192,7 +225,8 @@ TOLERANCES: dict[str, Callable[..., Array]] = {
     "cos.approx.f32": _angle,
     "tanh.approx.f32": _relative(-11),
     "tanh.approx.f16": _absolute(-10.987),
-    "tanh.approx.bf16": _absolute(-8),
+    # As stated, 2^-8; where an H200 gives the next number but one, that is 0.2% more.
+    "tanh.approx.bf16": _absolute(-7.99),
 }
 
 

@@ -75,8 +75,7 @@ def test_ptx_needs_no_driver_and_names_source_lines(config: KernelConfig, arch: 
 
 def test_ptx_is_that_of_the_configured_schedule() -> None:
     tensorop, simt = (
-        compile_kernel(config, "compute_80").code.decode()
-        for config in (SAMPLE[0], SAMPLE[3])
+        compile_kernel(config, "compute_80").code.decode() for config in (SAMPLE[0], SAMPLE[3])
     )
     assert "mma.sync.aligned.m16n8k16" in tensorop and "cp.async" in tensorop
     assert "mma.sync" not in simt and "cp.async" in simt

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 from ptx_kernels import faults, refuses, run_ptx
 
 TILE = ".shared .align 128 .b8 tile[4096]; .shared .align 8 .b64 bars[4];"
@@ -29,7 +28,10 @@ def numbers(n: int = 512) -> np.ndarray[Any, np.dtype[np.uint8]]:
 def run(body: str, *, block: int = 32, **more: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """What the threads store into `out`."""
     out = np.zeros(512, np.uint8)
-    run_ptx(f"{PLACES} {body}", block=block, declare=TILE, x=numbers(), out=out, **more)
+    room = np.zeros(4096, np.uint8)  # so that no other tensor is near
+    x = room[2048:2560]
+    x[:] = numbers()
+    run_ptx(f"{PLACES} {body}", block=block, declare=TILE, x=x, out=out, **more)
     return out
 
 
@@ -141,7 +143,8 @@ def test_the_newest_groups_may_stay_under_way() -> None:
     run(f"{copies} cp.async.wait_group 0; {read.format(1024)}")
     for newest, place in ((3, 0), (2, 512), (1, 1024)):
         with faults(
-            "reads what an asynchronous copy has not finished writing", f"address {1024 + place:#x}",
+            "reads what an asynchronous copy has not finished writing",
+            f"address {1024 + place:#x}",
             "lane 0", "`ld.shared.u32`",
         ):  # fmt: skip
             run(f"{copies} cp.async.wait_group {newest}; {read.format(place)}")
@@ -160,6 +163,14 @@ def test_each_thread_waits_for_its_own_copies() -> None:
             f"""{COPY} cp.async.commit_group; setp.lt.u32 %p1, %t, 16; @%p1 cp.async.wait_group 0;
             xor.b32 %r7, %r8, 256; mov.u32 %r6, tile; add.u32 %r7, %r7, %r6;
             ld.shared.u32 %r1, [%r7];"""
+        )
+
+
+def test_each_thread_commits_its_own_copies() -> None:
+    with faults("asynchronous copy has not finished", "lane 16", "address 0x500"):
+        run(
+            f"""{COPY} setp.lt.u32 %p1, %t, 16; @%p1 cp.async.commit_group;
+            cp.async.wait_group 0; {STORE}"""
         )
 
 
@@ -188,7 +199,8 @@ def test_what_another_thread_copied_needs_its_wait_and_a_barrier(barrier: str) -
         (f"{COPY} ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{%r1, %r2, %r3, %r4}}, [%r9];",
          "has not finished writing"),
     ],
-    ids=["no wait", "no wait but a commit", "no commit", "store over", "copy over", "atomic", "ldmatrix"],
+    ids=["no wait", "no wait but a commit", "no commit", "store over", "copy over", "atomic",
+         "ldmatrix"],
 )  # fmt: skip
 @pytest.mark.parametrize("races", [True, False])
 def test_faults_on_what_is_under_way(body: str, essential: str, races: bool) -> None:
@@ -245,16 +257,19 @@ def test_faults_of_copies(copy: str, essential: str) -> None:
 @pytest.mark.parametrize(
     "statement",
     [
-        "cp.async.cg.shared.global [%r9], [%rd9], 8;", "cp.async.ca.shared.global [%r9], [%rd9], 12;",
+        "cp.async.cg.shared.global [%r9], [%rd9], 8;",
+        "cp.async.ca.shared.global [%r9], [%rd9], 12;",
         "cp.async.ca.shared.global [%r9], [%rd9], %r1;", "cp.async.ca.shared.global [%r9], [%rd9];",
-        "cp.async.cx.shared.global [%r9], [%rd9], 16;", "cp.async.ca.global.shared [%rd9], [%r9], 16;",
+        "cp.async.cx.shared.global [%r9], [%rd9], 16;",
+        "cp.async.ca.global.shared [%rd9], [%r9], 16;",
         "cp.async.ca.shared.global.L3::128B [%r9], [%rd9], 16;", "cp.async.wait_group %r1;",
         "cp.async.bogus;", "cp.reduce.async.bulk [%r9], [%rd9], 16;",
         "mbarrier.bogus.b64 [%r9];", "mbarrier.arrive.bogus.shared.b64 %rd1, [%r9];",
         "mbarrier.init.shared.b64 [%r9];", "mbarrier.try_wait.bogus.shared.b64 %p1, [%r9], %r1;",
         "cp.async.bulk.shared::cluster.global.bulk_group [%r9], [%rd9], 16;",
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r9], [%rd9], 16;",
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%r9], [%rd9, {%r1, %r2}], [%r3];",
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%r9], "
+        "[%rd9, {%r1, %r2}], [%r3];",
     ],
 )  # fmt: skip
 def test_refuses_unknown_forms(statement: str) -> None:
@@ -303,6 +318,20 @@ def test_after_all_have_arrived_what_they_wrote_can_be_read(arrive: str) -> None
         block=64, declare=TILE, out=out,
     )  # fmt: skip
     assert out.tolist() == [t ^ 33 for t in range(64)]
+
+
+def test_an_mbarrier_may_be_named_by_a_register() -> None:
+    """A register that each instruction is the last one to read."""
+    place = "mov.u32 %r6, bars; add.u32 %r6, %r6, 8;"
+    run_ptx(
+        f"""setp.eq.u32 %p1, %t, 0; {place} @%p1 mbarrier.init.shared.b64 [%r6], 1; bar.sync 0;
+        {place} @%p1 mbarrier.expect_tx.relaxed.cta.shared.b64 [%r6], 16;
+        {place} @%p1 mbarrier.complete_tx.relaxed.cta.shared.b64 [%r6], 16;
+        {place} @%p1 mbarrier.arrive.shared.b64 _, [%r6];
+        {place} mbarrier.test_wait.parity.shared.b64 %p2, [%r6], 0; @!%p2 trap;
+        bar.sync 0; {place} @%p1 mbarrier.inval.shared.b64 [%r6];""",
+        declare=TILE,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("lanes", ["whole warps", "parts of warps"])
@@ -359,7 +388,8 @@ def test_test_wait_tells_whether_the_phase_is_over() -> None:
     """By the token of an arrival and by parity; warp 0 asks before and after the last arrival."""
     out = np.zeros(32, np.uint32)
     ask = """
-        mbarrier.test_wait.shared.b64 %p2, [bars], %rd1; selp.u32 %r2, {0}, 0, %p2; or.b32 %r1, %r1, %r2;
+        mbarrier.test_wait.shared.b64 %p2, [bars], %rd1; selp.u32 %r2, {0}, 0, %p2;
+        or.b32 %r1, %r1, %r2;
         mbarrier.test_wait.parity.shared.b64 %p2, [bars], {1}; selp.u32 %r2, {2}, 0, %p2;
         or.b32 %r1, %r1, %r2;
     """
@@ -426,15 +456,20 @@ def test_a_ring_of_two_stages_between_two_warps() -> None:
     [
         ("mbarrier.arrive.shared.b64 _, [bars];", "mbarrier that was not initialised"),
         ("mbarrier.try_wait.parity.shared.b64 %p1, [bars], 0;", "was not initialised"),
-        ("setp.eq.u32 %p1, %t, 0; @%p1 mbarrier.init.shared.b64 [bars], 0;", "count 0; allowed: 1 to 1048575"),
+        ("setp.eq.u32 %p1, %t, 0; @%p1 mbarrier.init.shared.b64 [bars], 0;",
+         "count 0; allowed: 1 to 1048575"),
         ("setp.eq.u32 %p1, %t, 0; @%p1 mbarrier.init.shared.b64 [bars], 1048576;", "count 1048576"),
         ("mbarrier.init.shared.b64 [bars], 1;", "mbarrier.init by several threads"),
-        (init(1) + "@%p1 mbarrier.init.shared.b64 [bars], 1;", "that is in use, without mbarrier.inval"),
-        (init(1) + "@%p1 mbarrier.inval.shared.b64 [bars]; @%p1 mbarrier.arrive.shared.b64 _, [bars];",
+        (init(1) + "@%p1 mbarrier.init.shared.b64 [bars], 1;",
+         "that is in use, without mbarrier.inval"),
+        (init(1) + "@%p1 mbarrier.inval.shared.b64 [bars]; @%p1 mbarrier.arrive.shared.b64 _, "
+                   "[bars];",
          "was not initialised"),
-        (init(2) + "@%p1 mbarrier.arrive.shared.b64 _, [bars], 3;", "1 arrivals too many; 2 were expected"),
+        (init(2) + "@%p1 mbarrier.arrive.shared.b64 _, [bars], 3;",
+         "1 arrivals too many; 2 were expected"),
         (init(1) + "@%p1 mbarrier.arrive.shared.b64 _, [bars], 0;", "0 arrivals; allowed: 1 to"),
-        (init(1) + "@%p1 mbarrier.expect_tx.relaxed.cta.shared.b64 [bars], 1048576;", "1048576 bytes to come"),
+        (init(1) + "@%p1 mbarrier.expect_tx.relaxed.cta.shared.b64 [bars], 1048576;",
+         "1048576 bytes to come"),
         (init(1).replace("bar.sync 0;", "") + "mbarrier.arrive.shared.b64 _, [bars];",
          "race: reads what another thread wrote"),
         ("mbarrier.arrive.shared.b64 _, [bars+4];", "not a multiple of 8 bytes"),
@@ -458,7 +493,8 @@ def test_an_mbarrier_may_be_made_anew_after_inval() -> None:
 def test_a_missing_arrival_is_a_deadlock() -> None:
     with faults(
         "deadlock: nobody can go on", "32 threads, first block \\(1, 0, 0\\), warp 0, lane 0",
-        "wait for mbarrier 0x1400, 1 arrivals and 0 bytes from the end of phase 0 in `mbarrier.try_wait",
+        "wait for mbarrier 0x1400, 1 arrivals and 0 bytes from the end of phase 0 in "
+        "`mbarrier.try_wait",
     ):  # fmt: skip
         run_ptx(
             f"""{init(32)} setp.eq.u32 %p3, %b, 0; setp.gt.u32 %p4, %t, 0; or.pred %p3, %p3, %p4;
@@ -538,9 +574,9 @@ def test_bytes_may_be_completed_by_hand() -> None:
         (f"{EXPECT.format(512)} @%p1 {BULK} [tile], [%x], 512, [bars]; setp.eq.u32 %p3, %t, 1; "
          "@%p3 ld.shared.u32 %r1, [tile];", "race: reads what another thread wrote"),
     ],
-    ids=["too few bytes", "phase already over", "read too early", "store over", "copy over unread store",
-         "odd size", "no size", "target alignment", "source alignment", "target bounds", "source bounds",
-         "no mbarrier", "no wait"],
+    ids=["too few bytes", "phase already over", "read too early", "store over",
+         "copy over unread store", "odd size", "no size", "target alignment", "source alignment",
+         "target bounds", "source bounds", "no mbarrier", "no wait"],
 )  # fmt: skip
 def test_faults_of_bulk_copies(body: str, essential: str) -> None:
     with faults(essential, "block \\(0, 0, 0\\), warp 0"):
@@ -568,7 +604,8 @@ OUT = "cp.async.bulk.global.shared::cta.bulk_group"
 @pytest.mark.parametrize("barrier", ["bar.sync 0;", ""])
 def test_a_bulk_copy_out_takes_what_the_block_wrote(barrier: str) -> None:
     body = f"""
-        ld.global.v4.u32 {{%r1, %r2, %r3, %r4}}, [%rd9]; st.shared.v4.u32 [%r9], {{%r1, %r2, %r3, %r4}};
+        ld.global.v4.u32 {{%r1, %r2, %r3, %r4}}, [%rd9];
+        st.shared.v4.u32 [%r9], {{%r1, %r2, %r3, %r4}};
         fence.proxy.async.shared::cta; {barrier} setp.eq.u32 %p1, %t, 0;
         @%p1 {OUT} [%out], [tile], 512; cp.async.bulk.commit_group; cp.async.bulk.wait_group.read 0;
     """

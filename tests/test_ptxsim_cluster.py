@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 from ptx_kernels import faults, run_ptx
 
 TILE = ".shared .align 16 .b8 tile[1024]; .shared .align 8 .b64 bar;"
@@ -162,13 +161,17 @@ def test_faults(body: str, essential: str) -> None:
     [
         (f"{WRITE} {READ}", "race: reads what another thread wrote"),
         (f"{WRITE} bar.sync 0; {READ}", "race: reads what another thread wrote"),
-        (f"{WRITE} st.shared::cluster.u32 [%r8], %g;", "race: writes over what another thread wrote"),
+        (f"{WRITE} st.shared::cluster.u32 [%r8], %g;",
+         "race: writes over what another thread wrote"),
         (f"{WRITE} {SYNC} {READ} {WRITE}", "race: writes what another thread reads"),
-        (f"{WRITE} barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.acquire.aligned; {READ}",
+        (f"{WRITE} barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.acquire.aligned; "
+         f"{READ}",
          "race: reads what another thread wrote"),
-        (f"{WRITE} barrier.cluster.arrive.release.aligned; barrier.cluster.wait.relaxed.aligned; {READ}",
+        (f"{WRITE} barrier.cluster.arrive.release.aligned; barrier.cluster.wait.relaxed.aligned; "
+         f"{READ}",
          "race: reads what another thread wrote"),
-        (f"barrier.cluster.arrive.release.aligned; {WRITE} barrier.cluster.wait.acquire.aligned; {READ}",
+        (f"barrier.cluster.arrive.release.aligned; {WRITE} barrier.cluster.wait.acquire.aligned; "
+         f"{READ}",
          "race: reads what another thread wrote"),
     ],
     ids=["no barrier", "barrier of the block", "both write", "write after read", "relaxed arrival",
@@ -179,7 +182,14 @@ def test_blocks_of_a_cluster_race(body: str, essential: str) -> None:
         run(body + SYNC)
 
 
-@pytest.mark.parametrize("fine", [SYNC, "barrier.cluster.arrive; barrier.cluster.wait;", "barrier.cluster.arrive.aligned; barrier.cluster.wait.acquire.aligned;"])  # fmt: skip
+@pytest.mark.parametrize(
+    "fine",
+    [
+        SYNC,
+        "barrier.cluster.arrive; barrier.cluster.wait;",
+        "barrier.cluster.arrive.aligned; barrier.cluster.wait.acquire.aligned;",
+    ],
+)
 def test_the_barrier_of_the_cluster_orders_them(fine: str) -> None:
     body = f"{WRITE} {fine} {READ} {fine} {WRITE} {fine} {READ} {fine}"
     assert run(body) == of_next_block()
@@ -195,8 +205,13 @@ def test_the_barrier_of_the_cluster_orders_the_lanes_of_a_warp_too() -> None:
 
 @pytest.mark.parametrize(
     ("before", "after", "fine"),
-    [("cluster", "cluster", True), ("gpu", "sys", True), ("cta", "cluster", False), ("cluster", "cta", False)],
-)  # fmt: skip
+    [
+        ("cluster", "cluster", True),
+        ("gpu", "sys", True),
+        ("cta", "cluster", False),
+        ("cluster", "cta", False),
+    ],
+)
 def test_fences_make_a_relaxed_barrier_order(before: str, after: str, fine: bool) -> None:
     body = f"""
         {WRITE} fence.acq_rel.{before}; barrier.cluster.arrive.relaxed.aligned;
@@ -227,7 +242,11 @@ def test_blocks_that_come_late_to_the_barrier_are_waited_for() -> None:
 
 def test_threads_that_have_exited_count_as_arrived() -> None:
     """Also those that exit while the others wait."""
-    for guard in ("@%p1 ret;", "@!%p1 bra GO; mov.u32 %r2, 0; L: add.u32 %r2, %r2, 1; setp.lt.u32 %p2, %r2, 9; @%p2 bra L; ret; GO:"):  # fmt: skip
+    late = """
+        @!%p1 bra GO; mov.u32 %r2, 0; L: add.u32 %r2, %r2, 1; setp.lt.u32 %p2, %r2, 9; @%p2 bra L;
+        ret; GO:
+    """
+    for guard in ("@%p1 ret;", late):
         body = f"{WRITE} setp.ge.u32 %p1, %t, 40; {guard} {SYNC} {READ} {SYNC}"
         found = run(body)
         assert found == [v if i % 64 < 40 else 0 for i, v in enumerate(of_next_block())]
@@ -239,7 +258,8 @@ def test_threads_that_have_exited_count_as_arrived() -> None:
         ("barrier.cluster.wait;", "barrier.cluster.wait without an arrival"),
         (f"{SYNC} barrier.cluster.wait;", "barrier.cluster.wait without an arrival"),
         ("barrier.cluster.arrive; barrier.cluster.arrive;", "arrives twice without having waited"),
-        ("@%p8 barrier.cluster.arrive; @%p8 barrier.cluster.wait; bar.sync 0, 64; @!%p8 bra L; bra E; L: bra L; E:",
+        ("@%p8 barrier.cluster.arrive; @%p8 barrier.cluster.wait; bar.sync 0, 64; @!%p8 bra L; "
+         "bra E; L: bra L; E:",
          "no end after"),
         ("@%p8 bra A; bar.sync 3; bra B; A: barrier.cluster.arrive; barrier.cluster.wait; B:",
          "unbalanced|deadlock|^"),
@@ -255,7 +275,8 @@ def test_faults_at_the_barrier_of_the_cluster(body: str, essential: str) -> None
 
 def test_a_block_that_waits_elsewhere_is_a_deadlock() -> None:
     with faults(
-        "deadlock", "96 threads, first block \\(0, 0, 0\\), warp 0, lane 0, wait for the barrier of the cluster",
+        "deadlock", r"96 threads, first block \(0, 0, 0\), warp 0, lane 0, wait for the barrier "
+                    r"of the",
         "32 threads, first block \\(1, 0, 0\\), warp 0, lane 0, wait for barrier 1",
     ):  # fmt: skip
         run(
@@ -354,14 +375,16 @@ def test_a_bulk_copy_to_another_block() -> None:
 @pytest.mark.parametrize(
     ("copy", "expect", "essential"),
     [
-        (f"{ACROSS} [%r4+512], [%r5], 128, [%r3];", 256, "deadlock.*128 bytes from the end of phase 0"),
+        (f"{ACROSS} [%r4+512], [%r5], 128, [%r3];", 256,
+         "deadlock.*128 bytes from the end of phase 0"),
         (f"{ACROSS} [%r4+512], [%r5], 128, [%r3];", 128, "never written"),
         (f"{ACROSS} [%r4+512], [%r5+256], 256, [%r3];", 256, "never written"),
         (f"{ACROSS} [%r4+1024], [%r5], 256, [%r3];", 256, "outside the block's 1032 bytes"),
         (f"{ACROSS} [%r4+520], [%r5], 256, [%r3];", 256, "not a multiple of 16"),
         (f"{ACROSS} [%r4], [%r5], 256, [%r3];", 256, "under way|race"),
     ],
-    ids=["too few bytes", "fewer bytes than read", "unwritten source", "bounds", "alignment", "over what is read"],
+    ids=["too few bytes", "fewer bytes than read", "unwritten source", "bounds", "alignment",
+         "over what is read"],
 )  # fmt: skip
 def test_faults_of_bulk_copies_to_another_block(copy: str, expect: int, essential: str) -> None:
     with faults(essential, "block"):
@@ -371,6 +394,7 @@ def test_faults_of_bulk_copies_to_another_block(copy: str, expect: int, essentia
 def test_a_bulk_copy_from_global_memory_to_another_block() -> None:
     x = np.arange(64, dtype=np.uint32)
     body = across(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r4+512], [%x], 256, [%r3];"
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r4+512], [%x], 256, "
+        "[%r3];"
     )
     assert run(body, x=x) == list(range(64)) * 4

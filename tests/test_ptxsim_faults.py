@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 from ptx_kernels import Tensor, faults, module, refuses, run_ptx, simulate_text
 
 from gqa_cutlass.ptxsim.prepare import Launch, Program
@@ -79,7 +78,8 @@ def test_what_has_no_effect_is_taken(statement: str) -> None:
         ({"shared": 1 << 40}, "bytes of shared memory"),
         ({"shared": -1}, "got -1 bytes of shared memory"),
         ({"declare": ".shared .b8 t[232448];", "shared": 1}, "got 232449 bytes of shared memory"),
-        ({"block": 0}, "got 0 threads"), ({"block": 48}, "got 48 threads; allowed: multiples of 32"),
+        ({"block": 0}, "got 0 threads"),
+        ({"block": 48}, "got 48 threads; allowed: multiples of 32"),
         ({"block": 1056}, "got 1056 threads"), ({"block": -32}, "got -32 threads"),
         ({"grid": 0}, "grid \\(0, 1, 1\\); allowed: at least 1"), ({"grid": (1, -1, 1)}, "grid"),
         ({"cluster": 0}, "cluster \\(0, 1, 1\\); allowed: at least 1"),
@@ -154,6 +154,20 @@ def test_warps_may_wait_for_one_another_in_a_chain() -> None:
     body += "bra W3;" + "".join(spin.format(w, 4 * w, 4 * w + 4) for w in range(3))
     run_ptx(f"{body} W3: st.release.gpu.global.u32 [%flag+12], 1; END:", block=128, flag=flag)
     assert flag.tolist() == [1] * 4
+
+
+def test_two_warps_may_wait_for_one_whose_code_lies_between() -> None:
+    flag = np.zeros(1, np.uint32)
+    spin = "ld.acquire.gpu.global.u32 %r1, [%flag]; setp.eq.u32 %p2, %r1, 0;"
+    run_ptx(
+        f"""setp.eq.u32 %p1, %warp, 1; @%p1 bra WORK; setp.eq.u32 %p1, %warp, 2; @%p1 bra HIGH;
+        LOW: {spin} @%p2 bra LOW; bra END;
+        WORK: mov.u32 %r2, 0; L: add.u32 %r2, %r2, 1; setp.lt.u32 %p3, %r2, 20; @%p3 bra L;
+        st.release.gpu.global.u32 [%flag], 1; bra END;
+        HIGH: {spin} @%p2 bra HIGH; END:""",
+        block=96, flag=flag,
+    )  # fmt: skip
+    assert flag[0] == 1
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-
 from ptx_kernels import faults, refuses, run_ptx
 
 TILE = ".shared .align 16 .b8 tile[1024];"
@@ -146,7 +145,10 @@ def test_blocks_and_warps_go_their_own_ways() -> None:
 
 def test_many_blocks_run_in_several_batches() -> None:
     grid = 40
-    body = "setp.eq.u32 %p1, %t, 0; @%p1 st.shared.u32 [tile], %b; bar.sync 0; ld.shared.u32 %r1, [tile];"
+    body = """
+        setp.eq.u32 %p1, %t, 0; @%p1 st.shared.u32 [tile], %b; bar.sync 0;
+        ld.shared.u32 %r1, [tile];
+    """
     found = result(body, lanes=grid * 1024, grid=grid, block=1024, declare=TILE)
     assert found == [b for b in range(grid) for _ in range(1024)]
 
@@ -226,7 +228,8 @@ def test_a_register_may_be_read_by_just_the_lanes_that_wrote_it() -> None:
     ("body", "register", "who", "name"),
     [
         ("add.u32 %r1, %r2, 1;", "%r2", "lane 0", "add.u32"),
-        ("setp.lt.u32 %p1, %t, 16; @%p1 mov.u32 %r2, 1; mov.u32 %r1, %r2;", "%r2", "lane 16", "mov.u32"),
+        ("setp.lt.u32 %p1, %t, 16; @%p1 mov.u32 %r2, 1; mov.u32 %r1, %r2;", "%r2", "lane 16",
+         "mov.u32"),
         ("setp.eq.u32 %p1, %g, 70; @%p1 bra A; mov.u32 %r2, 1; A: mov.u32 %r1, %r2;", "%r2",
          r"block \(1, 0, 0\), warp 0, lane 6", "mov.u32"),
         ("@%p5 mov.u32 %r1, 1;", "%p5", "lane 0", "mov.u32"),
@@ -341,7 +344,8 @@ def test_faults_on_a_lane_that_its_own_mask_leaves_out(words: str, name: str, ha
         "shfl.sync.idx.b32 %r1, %t, 0, 31, -1;", "vote.sync.any.pred %p2, %p1, 0xffffffff;",
         "match.any.sync.b32 %r1, %t, -1;", "redux.sync.max.s32 %r1, %t, -1;",
         "elect.sync _|%p2, -1;", "bar.warp.sync -1;",
-        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%f1,%f2,%f3,%f4}, {%r2,%r3}, {%r4}, {%f1,%f2,%f3,%f4};",
+        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%f1,%f2,%f3,%f4}, {%r2,%r3}, {%r4}, "
+        "{%f1,%f2,%f3,%f4};",
         "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r1}, [tile];",
         "stmatrix.sync.aligned.m8n8.x1.shared.b16 [tile], {%r2};",
         "movmatrix.sync.aligned.m8n8.trans.b16 %r1, %r2;",
@@ -522,12 +526,14 @@ def test_movmatrix_transposes() -> None:
         "shfl.idx.b32 %r1, %r2, 0, 31, -1;", "shfl.sync.left.b32 %r1, %r2, 0, 31, -1;",
         "shfl.sync.idx.b64 %rd1, %rd2, 0, 31, -1;", "shfl.sync.idx.b32 %r1, %r2, 0, 31;",
         "vote.sync.most.pred %p1, %p2, -1;", "vote.any.pred %p1, %p2;",
-        "match.sync.any.b32 %r1, %r2, -1;", "redux.sync.add.f32 %f1, %f2, -1;", "elect %r1|%p1, -1;",
+        "match.sync.any.b32 %r1, %r2, -1;", "redux.sync.add.f32 %f1, %f2, -1;",
+        "elect %r1|%p1, -1;",
         "ldmatrix.sync.aligned.m8n8.x3.shared.b16 {%r1,%r2,%r3}, [tile];",
         "ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%r1}, [tile];",
         "ldmatrix.sync.aligned.m8n16.x1.shared.b16 {%r1}, [tile];",
         "mma.sync.aligned.m8n8k4.row.col.f32.f16.f16.f32 {%f1}, {%r1}, {%r2}, {%f2};",
-        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%f1,%f2,%f3,%f4}, {%r1}, {%r2}, {%f1,%f2,%f3,%f4};",
+        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%f1,%f2,%f3,%f4}, {%r1}, {%r2}, "
+        "{%f1,%f2,%f3,%f4};",
         "movmatrix.sync.aligned.m8n8.b16 %r1, %r2;",
         "bra NOWHERE;", "bra %r1;", "mov.b64 {%r1, %r2, %r3}, %rd1;",
     ],

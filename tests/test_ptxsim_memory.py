@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
-
 from ptx_kernels import Tensor, faults, module, refuses, run_ptx, simulate_text
 
 TILE = ".shared .align 16 .b8 tile[1024];"
@@ -408,8 +407,9 @@ def test_tensors_that_share_memory_allow_what_either_allows() -> None:
 
 @pytest.mark.parametrize("rows", ["dense", "strided"])
 @pytest.mark.parametrize(
-    "words", ["st.global.u32 [%x], 1;", "red.global.add.u32 [%x], 1;", "atom.global.exch.b32 %r1, [%x], 1;"]
-)  # fmt: skip
+    "words",
+    ["st.global.u32 [%x], 1;", "red.global.add.u32 [%x], 1;", "atom.global.exch.b32 %r1, [%x], 1;"],
+)
 def test_faults_on_writes_to_a_read_only_tensor(rows: str, words: str) -> None:
     x = np.zeros(8, np.uint32) if rows == "dense" else strided(4)[1]
     with faults("not to be written", "at byte 0 of x", words.split()[0]):
@@ -474,6 +474,24 @@ def test_bounds_of_shared_memory(offset: int, fine: bool, dynamic: int) -> None:
         f"address {1024 + offset:#x}",
     ):  # fmt: skip
         run_ptx(body, declare=declare, shared=dynamic)
+
+
+def test_an_access_across_the_end_of_shared_memory_is_a_fault() -> None:
+    with faults("outside the block's 24 bytes of shared memory", "address 0x410"):
+        run_ptx(
+            "ld.shared.v4.u32 {%r1, %r2, %r3, %r4}, [tile+16];",
+            declare=".shared .align 16 .b8 tile[24];",
+        )
+
+
+def test_shared_addresses_of_32_bits_wrap() -> None:
+    out = np.zeros(32, np.uint32)
+    run_ptx(
+        """setp.eq.u32 %p1, %t, 0; @%p1 st.shared.u32 [tile+4], 7; bar.sync 0;
+        mov.u32 %r1, 0xfffffff4; ld.shared.u32 %r2, [%r1+1040]; st.global.u32 [%out_g], %r2;""",
+        declare=TILE, out=out,
+    )  # fmt: skip
+    assert (out == 7).all()
 
 
 def test_dynamic_shared_memory_lies_behind_the_static_one() -> None:
@@ -542,7 +560,10 @@ def test_parameters_of_odd_size_can_be_read_in_words_of_64_bits() -> None:
     assert (out == 3).all()
 
 
-@pytest.mark.parametrize("words", ["st.param.u32 [n], 1;", "mov.u64 %rd1, n; cvta.param.u64 %rd1, %rd1; st.u32 [%rd1], 1;"])  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    ["st.param.u32 [n], 1;", "mov.u64 %rd1, n; cvta.param.u64 %rd1, %rd1; st.u32 [%rd1], 1;"],
+)
 def test_parameters_cannot_be_written(words: str) -> None:
     with faults("parameters cannot be written"):
         run_ptx(words, n=7)
@@ -553,10 +574,6 @@ def test_parameters_cannot_be_written(words: str) -> None:
 
 def wrapped(value: int, dtype: str) -> int:
     return int(np.array(value & (1 << 8 * int(dtype[1])) - 1, f"u{dtype[1]}").view(dtype))
-
-
-def as_bits(function: Callable[[int, int], int]) -> Callable[[int, int], int]:
-    return function
 
 
 UPDATES: dict[str, Callable[[int, int], int]] = {
@@ -577,11 +594,6 @@ ATOMICS = [
     ("inc", "u32"), ("dec", "u32"),
 ]  # fmt: skip
 each_atomic = pytest.mark.parametrize(("op", "kind"), ATOMICS, ids=[".".join(a) for a in ATOMICS])
-SPACES = {
-    "global": ("%rd9", "", ""),
-    "generic": ("%rd9", "", ""),
-    "shared": ("%r9", "st.shared.u64 [%r9], %rd8;", "ld.shared.u64 %rd8, [%r9];"),
-}
 
 
 def operands_of(op: str, dtype: str) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -685,8 +697,11 @@ def test_float_additions_flush_subnormals_in_global_memory_alone(
                                    "red.release.gpu.global.add.u32", "red.add.u32"])  # fmt: skip
 def test_reductions_have_no_result(words: str) -> None:
     x = np.zeros(2, np.uint32)
-    run_ptx(f"and.b32 %r1, %t, 1; shl.b32 %r1, %r1, 2; cvt.u64.u32 %rd1, %r1; add.u64 %rd1, %x, %rd1; {words} [%rd1], %t;",
-            x=x, grid=2)  # fmt: skip
+    run_ptx(
+        f"""and.b32 %r1, %t, 1; shl.b32 %r1, %r1, 2; cvt.u64.u32 %rd1, %r1; add.u64 %rd1, %x, %rd1;
+        {words} [%rd1], %t;""",
+        x=x, grid=2,
+    )  # fmt: skip
     assert x.tolist() == [2 * sum(range(0, 32, 2)), 2 * sum(range(1, 32, 2))]
 
 

@@ -374,6 +374,14 @@ MUTANTS = (
         case=SPLIT,
     ),
     Mutant(
+        name="a ticket for the block alone",
+        header="ptx.cuh",
+        old="atom.acq_rel.gpu",
+        new="atom.acq_rel.cta",
+        fault=f"{_GLOBAL_RACE}.* of partials",
+        case=SPLIT,
+    ),
+    Mutant(
         name="a ticket that is no atomic",
         header="merge.cuh",
         old="atomic_inc_acq_rel(counter, last) == last",
@@ -466,6 +474,13 @@ MUTANTS = (
         old="tile += w.tile_step()",
         new="tile += 0",
         fault=f"no end after {_MAX_STEPS} instructions",
+    ),
+    Mutant(
+        name="accumulators without a first value",
+        header="value.cuh",
+        old="float out[kDimTiles][kHeadTiles][4] = {};",
+        new="float out[kDimTiles][kHeadTiles][4];",
+        fault="register .* is read and was never written.* at value.cuh",
     ),
     # CUDA cores
     Mutant(

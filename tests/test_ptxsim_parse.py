@@ -6,6 +6,7 @@ import random
 
 import numpy as np
 import pytest
+from ptx_kernels import faults, module, refuses, run_ptx, simulate_text
 
 from gqa_cutlass.errors import PtxError
 from gqa_cutlass.ptxsim.prepare import Program
@@ -22,7 +23,6 @@ from gqa_cutlass.ptxsim.ptx import (
     Vector,
     parse,
 )
-from ptx_kernels import faults, module, refuses, run_ptx, simulate_text
 
 
 def entry(body: str, head: str = "", params: str = "", module_level: str = "") -> str:
@@ -193,9 +193,11 @@ def test_an_inner_register_hides_an_outer_one() -> None:
     assert (out == 1).all()
 
 
-def test_the_end_of_the_body_exits() -> None:
+@pytest.mark.parametrize("end", ["END:", "ret; END:", "bra END; END:", "{ bra IN; IN: } END:"])
+def test_the_end_of_the_body_exits(end: str) -> None:
     out = np.zeros(32, np.uint32)
-    text = module("setp.lt.u32 %p1, %t, 4; @%p1 bra END; st.global.u32 [%out_g], 1; END:", out=out)
+    body = "setp.lt.u32 %p1, %t, 4; @%p1 bra END; st.global.u32 [%out_g], 1;"
+    text = module(f"{body} {end}", out=out)
     simulate_text(text.replace("\nret;\n}", "\n}"), out=out)
     assert out.tolist() == [0] * 4 + [1] * 28
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 from ptx_kernels import Tensor, faults, refuses, run_ptx
 
 TILE = ".shared .align 16 .b8 tile[1024];"
@@ -146,8 +145,10 @@ def test_arriving_teaches_nothing() -> None:
 
 def test_half_a_warp_at_a_barrier_is_a_deadlock() -> None:
     with faults(
-        "deadlock", "16 threads, first block \\(0, 0, 0\\), warp 0, lane 0, wait for the rest of its warp in `bar.sync`",
-        "16 threads, first block \\(0, 0, 0\\), warp 0, lane 16, wait for the rest of its warp in `bar.sync`",
+        "deadlock", "16 threads, first block \\(0, 0, 0\\), warp 0, lane 0, wait for the rest of "
+                    "its warp in `bar.sync`",
+        "16 threads, first block \\(0, 0, 0\\), warp 0, lane 16, wait for the rest of its warp "
+        "in `bar.sync`",
     ):  # fmt: skip
         run(
             """setp.lt.u32 %p1, %lane, 16; setp.eq.u32 %p2, %warp, 1; @%p2 bra A; @%p1 bra A;
@@ -157,7 +158,8 @@ def test_half_a_warp_at_a_barrier_is_a_deadlock() -> None:
 
 def test_a_warp_that_waits_elsewhere_is_a_deadlock() -> None:
     with faults(
-        "deadlock", "32 threads, first block \\(0, 0, 0\\), warp 0, lane 0, wait for barrier 1 in `bar.sync` at PTX line",
+        "deadlock", "32 threads, first block \\(0, 0, 0\\), warp 0, lane 0, wait for barrier 1 "
+                    "in `bar.sync` at PTX line",
         "32 threads, first block \\(0, 0, 0\\), warp 1, lane 0, wait for barrier 2",
     ):  # fmt: skip
         run("setp.eq.u32 %p1, %warp, 0; @%p1 bra A; bar.sync 2; bra END; A: bar.sync 1; END:")
@@ -228,7 +230,8 @@ def test_no_count_means_the_whole_block() -> None:
 
 
 @pytest.mark.parametrize(
-    "statement", ["bar.arrive 1;", "bar.red.popc.u32 %r1, 0, %p1;", "bar.wait 0;", "bar.sync;", "fence.bogus;",
+    "statement",
+    ["bar.arrive 1;", "bar.red.popc.u32 %r1, 0, %p1;", "bar.wait 0;", "bar.sync;", "fence.bogus;",
                   "barrier.cluster.arrive.bogus;", "barrier.cluster.sync;"]
 )  # fmt: skip
 def test_refuses_unknown_forms(statement: str) -> None:
@@ -267,8 +270,10 @@ def test_the_barrier_of_a_warp_waits_for_lanes_that_come_late() -> None:
 @pytest.mark.parametrize(
     ("first", "second", "essential"),
     [
-        ("st.shared.u32 [%r9], %t;", "ld.shared.u32 %r3, [%r8];", "race: reads what another thread wrote"),
-        ("ld.shared.u32 %r3, [%r8];", "st.shared.u32 [%r9], %t;", "race: writes what another thread reads"),
+        ("st.shared.u32 [%r9], %t;", "ld.shared.u32 %r3, [%r8];",
+         "race: reads what another thread wrote"),
+        ("ld.shared.u32 %r3, [%r8];", "st.shared.u32 [%r9], %t;",
+         "race: writes what another thread reads"),
         ("st.shared.u32 [%r9], %t;", "st.shared.u32 [%r8], %t;",
          "race: writes over what another thread wrote"),
     ],
@@ -357,9 +362,8 @@ def test_neighbouring_pieces_of_a_word_do_not_race(width: str) -> None:
 def test_the_halves_of_a_word_are_told_apart_by_the_narrowest_access() -> None:
     """Warp 0 writes the low halves 16 bits at a time, warp 1 reads the high ones."""
     run(
-        """setp.ge.u32 %p2, %t, 4; @%p2 bra OVER; st.shared.u32 [tile], 0; OVER:
-        """.replace("%t, 4", "%t, 1")
-        + """bar.sync 0; setp.eq.u32 %p1, %t, 0; mov.u16 %h1, 5; @%p1 st.shared.u16 [tile], %h1;
+        """setp.eq.u32 %p1, %t, 0; @%p1 st.shared.u32 [tile], 0; bar.sync 0; mov.u16 %h1, 5;
+        @%p1 st.shared.u16 [tile], %h1;
         setp.eq.u32 %p2, %t, 32; @%p2 ld.shared.u16 %h2, [tile+2];"""
     )
 
@@ -376,35 +380,87 @@ def test_a_wide_read_races_with_a_write_of_its_last_byte() -> None:
 # Atomics and strong accesses in shared memory
 
 FLAG = """
-    setp.eq.u32 %p1, %t, 0; @%p1 st.shared.u32 [tile], 0; @%p1 st.shared.u32 [tile+4], 0; bar.sync 0;
+    setp.eq.u32 %p1, %t, 0; @%p1 st.shared.u32 [tile], 0; @%p1 st.shared.u32 [tile+4], 0;
+    bar.sync 0;
     setp.eq.u32 %p2, %t, 32; @%p1 bra SEND; @%p2 bra RECEIVE; bra END;
     SEND: st.shared.u32 [tile+4], 7; {send} bra END;
     RECEIVE: {receive} setp.eq.u32 %p3, %r4, 0; @%p3 bra RECEIVE; {after}
     ld.shared.u32 %r3, [tile+4]; st.global.u32 [%out], %r3; END:
 """
 ORDERED = {
-    "release, acquire": ("st.release.cta.shared.u32 [tile], 1;", "ld.acquire.cta.shared.u32 %r4, [tile];", ""),
-    "atomics": ("atom.release.cta.shared.exch.b32 %r5, [tile], 1;",
-                "atom.acquire.cta.shared.or.b32 %r4, [tile], 0;", ""),
-    "acq_rel atomics": ("red.release.cta.shared.add.u32 [tile], 1;",
-                        "atom.acq_rel.cta.shared.cas.b32 %r4, [tile], 1, 1;", ""),
-    "fences": ("fence.acq_rel.cta; st.relaxed.cta.shared.u32 [tile], 1;",
-               "ld.relaxed.cta.shared.u32 %r4, [tile];", "fence.acq_rel.cta;"),
-    "membar and volatile": ("membar.cta; st.volatile.shared.u32 [tile], 1;",
-                            "ld.volatile.shared.u32 %r4, [tile];", "membar.cta;"),
-    "fence and acquire": ("fence.sc.gpu; red.relaxed.cta.shared.add.u32 [tile], 1;",
-                          "ld.acquire.cta.shared.u32 %r4, [tile];", ""),
-}  # fmt: skip
+    "release, acquire": (
+        "st.release.cta.shared.u32 [tile], 1;",
+        "ld.acquire.cta.shared.u32 %r4, [tile];",
+        "",
+    ),
+    "atomics": (
+        "atom.release.cta.shared.exch.b32 %r5, [tile], 1;",
+        "atom.acquire.cta.shared.or.b32 %r4, [tile], 0;",
+        "",
+    ),
+    "acq_rel atomics": (
+        "red.release.cta.shared.add.u32 [tile], 1;",
+        "atom.acq_rel.cta.shared.cas.b32 %r4, [tile], 1, 1;",
+        "",
+    ),
+    "fences": (
+        "fence.acq_rel.cta; st.relaxed.cta.shared.u32 [tile], 1;",
+        "ld.relaxed.cta.shared.u32 %r4, [tile];",
+        "fence.acq_rel.cta;",
+    ),
+    "membar and volatile": (
+        "membar.cta; st.volatile.shared.u32 [tile], 1;",
+        "ld.volatile.shared.u32 %r4, [tile];",
+        "membar.cta;",
+    ),
+    "fence and acquire": (
+        "fence.sc.gpu; red.relaxed.cta.shared.add.u32 [tile], 1;",
+        "ld.acquire.cta.shared.u32 %r4, [tile];",
+        "",
+    ),
+}
 NOT_ORDERED = {
-    "relaxed": ("st.relaxed.cta.shared.u32 [tile], 1;", "ld.relaxed.cta.shared.u32 %r4, [tile];", ""),
-    "relaxed atomics": ("atom.shared.exch.b32 %r5, [tile], 1;", "atom.shared.or.b32 %r4, [tile], 0;", ""),
-    "no acquire": ("st.release.cta.shared.u32 [tile], 1;", "ld.relaxed.cta.shared.u32 %r4, [tile];", ""),
-    "no release": ("st.relaxed.cta.shared.u32 [tile], 1;", "ld.acquire.cta.shared.u32 %r4, [tile];", ""),
-    "no second fence": ("fence.acq_rel.cta; st.relaxed.cta.shared.u32 [tile], 1;",
-                        "ld.relaxed.cta.shared.u32 %r4, [tile];", ""),
-    "fence too late": ("st.relaxed.cta.shared.u32 [tile], 1; fence.acq_rel.cta;",
-                       "ld.acquire.cta.shared.u32 %r4, [tile];", ""),
-}  # fmt: skip
+    "atomic without acquire": (
+        "atom.release.cta.shared.exch.b32 %r5, [tile], 1;",
+        "atom.relaxed.cta.shared.or.b32 %r4, [tile], 0;",
+        "",
+    ),
+    "atomic without release": (
+        "atom.acquire.cta.shared.exch.b32 %r5, [tile], 1;",
+        "atom.acq_rel.cta.shared.or.b32 %r4, [tile], 0;",
+        "",
+    ),
+    "relaxed": (
+        "st.relaxed.cta.shared.u32 [tile], 1;",
+        "ld.relaxed.cta.shared.u32 %r4, [tile];",
+        "",
+    ),
+    "relaxed atomics": (
+        "atom.shared.exch.b32 %r5, [tile], 1;",
+        "atom.shared.or.b32 %r4, [tile], 0;",
+        "",
+    ),
+    "no acquire": (
+        "st.release.cta.shared.u32 [tile], 1;",
+        "ld.relaxed.cta.shared.u32 %r4, [tile];",
+        "",
+    ),
+    "no release": (
+        "st.relaxed.cta.shared.u32 [tile], 1;",
+        "ld.acquire.cta.shared.u32 %r4, [tile];",
+        "",
+    ),
+    "no second fence": (
+        "fence.acq_rel.cta; st.relaxed.cta.shared.u32 [tile], 1;",
+        "ld.relaxed.cta.shared.u32 %r4, [tile];",
+        "",
+    ),
+    "fence too late": (
+        "st.relaxed.cta.shared.u32 [tile], 1; fence.acq_rel.cta;",
+        "ld.acquire.cta.shared.u32 %r4, [tile];",
+        "",
+    ),
+}
 
 
 @pytest.mark.parametrize("how", ORDERED)
@@ -445,8 +501,10 @@ def test_atomics_on_the_same_cell_do_not_race() -> None:
 
 def test_an_atomic_races_with_the_write_that_began_its_cell() -> None:
     with faults("race: atomic on what another thread wrote", "warp 1, lane 0", "warp 0, lane 0"):
-        run("setp.eq.u32 %p1, %t, 0; @%p1 st.shared.u32 [tile], 0; atom.shared.add.u32 %r3, [tile], 2;".replace(
-            "atom", "setp.eq.u32 %p2, %t, 32; @%p2 atom"))  # fmt: skip
+        run(
+            """setp.eq.u32 %p1, %t, 0; @%p1 st.shared.u32 [tile], 0; setp.eq.u32 %p2, %t, 32;
+            @%p2 atom.shared.add.u32 %r3, [tile], 2;"""
+        )
 
 
 def test_an_atomic_races_with_a_plain_read() -> None:
@@ -609,9 +667,11 @@ def test_threads_of_a_block_race_on_global_memory_without_a_barrier() -> None:
         "ld.relaxed.gpu.global.u32 %r1, [%x]; st.relaxed.gpu.global.u32 [%x], 1;",
         "st.global.u32 [%x_g], 1; ld.global.u32 %r1, [%x_g]; st.global.u32 [%x_g], %r1;",
         "mov.u16 %h1, 1; shl.b32 %r1, %g, 1; cvt.u64.u32 %rd1, %r1; add.u64 %rd1, %x, %rd1; "
-        "st.global.u16 [%rd1], %h1; setp.eq.u32 %p1, %g, 0; @%p1 ld.global.v4.u32 {%r1, %r2, %r3, %r4}, [%x+1024];",
+        "st.global.u16 [%rd1], %h1; setp.eq.u32 %p1, %g, 0; @%p1 ld.global.v4.u32 {%r1, %r2, "
+        "%r3, %r4}, [%x+1024];",
     ],
-    ids=["reads", "reductions", "own words", "atomics", "strong stores", "strong accesses", "own reuse",
+    ids=["reads", "reductions", "own words", "atomics", "strong stores", "strong accesses",
+    "own reuse",
          "halves of words"],
 )  # fmt: skip
 def test_no_race_in_global_memory(words: str) -> None:

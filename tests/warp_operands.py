@@ -80,9 +80,12 @@ def _shfl(rng: np.random.Generator, opcode: Opcode) -> list[Array]:
 def shfl_source_takes_part(form: Form, sources: list[Array]) -> Array:
     """Tell where shfl is defined: where the lane that is read executes it, too, with that mask."""
     *operands, mask = sources
-    present = mask.reshape(-1, WARP)
-    read_mask = form.run(mask, *operands[1:], np.full_like(mask, 0xFFFFFFFF))[0].reshape(-1, WARP)
-    return executing(mask) & (read_mask == present)
+    everyone = np.full_like(mask, 0xFFFFFFFF)
+    executes = executing(mask)
+    read_mask = form.run(mask, *operands[1:], everyone)[0].reshape(-1, WARP)
+    present = form.run(executes.reshape(-1).astype(np.uint32), *operands[1:], everyone)[0]
+    same = read_mask == mask.reshape(-1, WARP)
+    return executes & same & (present.reshape(-1, WARP) == 1)
 
 
 def matrix_operands(form: Form) -> list[Array]:

@@ -273,9 +273,7 @@ def build_st(instruction: Instruction, slots: Slots) -> Action:
 
     def step(machine: Machine, group: Group) -> None:
         for part, space, addresses in by_space(machine, group, place, m.space):
-            values = [
-                resize(machine.value(s, part), UNSIGNED[m.width], False) for s in sources
-            ]
+            values = [resize(machine.value(s, part), UNSIGNED[m.width], False) for s in sources]
             if m.strong:
                 machine.atomics.write(part, space, addresses, m.scope, m.order == "release")
             data = np.stack(values, axis=1) if m.count > 1 else values[0]

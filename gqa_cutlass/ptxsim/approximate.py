@@ -99,7 +99,7 @@ def _upper_half(op: Opcode) -> Arithmetic:
     def run(value: Bits) -> Bits:
         argument = flush(value & _UPPER, F64)
         result = function(argument.view(np.float64)).view(np.uint64)
-        nan = value & F64.magnitude > F64.infinity
+        nan = argument & F64.magnitude > F64.infinity
         rounded = flush(result + _HALF_OF_LOWER & _UPPER, F64)
         return np.where(nan | np.isnan(result.view(np.float64)), _NAN, rounded)
 

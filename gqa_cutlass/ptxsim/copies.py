@@ -148,11 +148,10 @@ def build_cp_async(instruction: Instruction, slots: Slots) -> Action:
     target = pointer(operands[0], slots, instruction)
     source = pointer(operands[1], slots, instruction)
     length = slots.source(operands[3], 32, instruction) if len(operands) == 4 else None
-    ignores = length is not None and slots.width(length) == 1  # a predicate: ignore-src
 
     def step(machine: Machine, group: Group) -> None:
         lengths = np.full(len(group), size)
-        if ignores:
+        if length is not None and slots.width(length) == 1:  # a predicate: ignore-src
             lengths = np.where(machine.value(length, group), 0, size)
         elif length is not None:
             lengths = machine.value(length, group).astype(np.int32).astype(np.int64)

@@ -117,9 +117,14 @@ class Machine:
             slot: np.zeros(self.num_lanes, dtype=bool) for slot in program.watched
         }
         self.clocks = Clocks(self.num_blocks, launch.block, launch.cluster_size)
-        self.shared = SharedMemory(self.num_blocks, program.shared_base, program.shared_size(launch))
+        self.shared = SharedMemory(
+            self.num_blocks, program.shared_base, program.shared_size(launch)
+        )
         self.shadow = Shadow(
-            len(self.shared.bytes), program.granule, self.clocks, races and context.ledger is not None
+            len(self.shared.bytes),
+            program.granule,
+            self.clocks,
+            races and context.ledger is not None,
         )
         self.local = np.zeros(0, dtype=np.uint8)
         if program.local_bytes:
@@ -244,7 +249,8 @@ class Machine:
                 raise self.fault(f"the lane is not in its membermask, {mask_of:#010x}", lane)
             asked = np.bitwise_or.reduce(words, axis=1)[:, None]
             needed = (asked >> _LANES & np.uint32(1)).astype(bool)
-        ready = here & ~(needed & ~here).any(axis=1)[:, None]
+        absent = np.asarray((needed & ~here).any(axis=1))
+        ready = here & ~absent[:, None]
         rest = (here & ~ready).reshape(-1)
         if rest.any():
             self._held[self.pc] = rest
@@ -294,9 +300,9 @@ class Machine:
             position = int(wrong.argmax())
             raise AccessError(position, int(addresses[position]), "outside the cluster")
         places = np.where(rank > 0, blocks // size * size + rank - 1, blocks)
-        gone = ~self.live.reshape(-1, self.threads).any(axis=1)
-        if gone.any() and gone[places].any():
-            position = int(gone[places].argmax())
+        there = np.asarray(self.live.reshape(-1, self.threads).any(axis=1))
+        if not there.all() and not there[places].all():
+            position = int((~there[places]).argmax())
             raise AccessError(position, int(addresses[position]), "to a block that has exited")
         return places, addresses & (1 << CLUSTER_SHIFT) - 1
 
@@ -352,7 +358,9 @@ class Machine:
         thread = lane % self.threads
         return f"block {block}, warp {thread // WARP}, lane {thread % WARP}"
 
-    def fault(self, what: str, lane: int, address: int | None = None, pc: int | None = None) -> KernelFault:
+    def fault(
+        self, what: str, lane: int, address: int | None = None, pc: int | None = None
+    ) -> KernelFault:
         """The error for what a lane did."""
         return self.context.program.fault(
             what, self.lane_name(lane), self.pc if pc is None else pc, address
@@ -361,7 +369,9 @@ class Machine:
     def memory_fault(self, error: AccessError, lanes: Lanes, space: str) -> KernelFault:
         """The error for an access that memory refused."""
         where = f"; {self.context.memory.locate(error.address)}" if space == "global" else ""
-        return self.fault(f"{space} access {error}{where}", int(lanes[error.position]), error.address)
+        return self.fault(
+            f"{space} access {error}{where}", int(lanes[error.position]), error.address
+        )
 
     def shadow_fault(self, error: ShadowError, lanes: Lanes, addresses: Lanes) -> KernelFault:
         """The error for an access that shared memory's shadow refused."""

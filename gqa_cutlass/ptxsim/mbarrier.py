@@ -200,7 +200,9 @@ class MBarriers:
     def see(self, barrier: _Object, lanes: Ints, acquire: bool) -> None:
         """Lanes saw that a phase completed."""
         passed = barrier.passed
-        for of_warp in by_warp(lanes) if passed is not None else ():
+        if passed is None:
+            return
+        for of_warp in by_warp(lanes):
             if acquire:
                 self._machine.clocks.acquire(of_warp, passed)
             else:

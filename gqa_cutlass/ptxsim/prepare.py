@@ -212,4 +212,3 @@ def _special_values(
 
 def _aligned(value: int, alignment: int) -> int:
     return -(-value // alignment) * alignment
-

@@ -32,7 +32,6 @@ UNSIGNED: dict[int, type[np.generic]] = {
 Step = Callable[["Machine", "Group"], "Group | None"]
 
 
-
 @dataclass(frozen=True)
 class Members:
     """Lanes of a warp that must execute an instruction together.
@@ -234,9 +233,7 @@ class Flow:
         targets = set(kernel.labels.values()) | {0}
         after = {i + 1 for i, ins in enumerate(self._code) if self._ends_block(ins)}
         self.leaders = sorted(i for i in targets | after if i < len(self._code))
-        self._blocks = list(
-            zip(self.leaders, [*self.leaders[1:], len(self._code)], strict=True)
-        )
+        self._blocks = list(zip(self.leaders, [*self.leaders[1:], len(self._code)], strict=True))
         self._next = {start: self._successors(end) for start, end in self._blocks}
         self._reads = [self._bits(read(ins)) for ins in self._code]
         self._writes = [self._bits(written(ins)) for ins in self._code]

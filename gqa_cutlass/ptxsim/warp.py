@@ -46,15 +46,19 @@ def build_shfl(instruction: Instruction, slots: Slots) -> Action:
     if mode not in ("up", "down", "bfly", "idx"):
         raise unknown(instruction, f"mode {mode}")
     result, predicate = _two(instruction.operands[0], slots, instruction)
-    value, lane, clamp, mask = (
-        slots.source(o, 32, instruction) for o in instruction.operands[1:]
-    )
+    value, lane, clamp, mask = (slots.source(o, 32, instruction) for o in instruction.operands[1:])
 
     def step(machine: Machine, group: Group) -> None:
         active = group.mask.reshape(-1, WARP)
         read, in_range, absent = exchange.shfl(
             mode, machine.whole(value), _uniform(machine, lane), _uniform(machine, clamp), active
         )
+        if len(machine.read(mask)) > 1:
+            masks = machine.whole(mask)
+            others, *_ = exchange.shfl(
+                mode, masks, _uniform(machine, lane), _uniform(machine, clamp), active
+            )
+            absent |= active & (others != masks)  # takes part, but with others
         if absent.any():
             raise machine.fault(
                 "shfl reads a lane that does not take part", int(absent.reshape(-1).argmax())
