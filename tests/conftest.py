@@ -20,13 +20,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if "gpu" in item.keywords:
+        if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.xdist_group("gpu"))  # one process: they measure time
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a GPU; what it proved on one is in gpu_evidence.json")
     for item in items:
-        if "gpu" in item.keywords:
+        if item.get_closest_marker("gpu"):
             item.add_marker(skip)
 
 
@@ -64,7 +64,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_deselected(items: list[pytest.Item]) -> None:
     for item in items:
-        item.config.stash[_PARTIAL] |= "gpu" in item.keywords
+        item.config.stash[_PARTIAL] |= item.get_closest_marker("gpu") is not None
 
 
 @pytest.fixture(scope="session")

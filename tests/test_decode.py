@@ -196,7 +196,8 @@ def test_one_debug_line_per_launch(caplog: pytest.LogCaptureFixture, device: str
     step = make_step(device=device, lengths=[10], max_seq_len=64)
     with caplog.at_level(logging.DEBUG, logger="gqa_cutlass"):
         run(step)
-    (line,) = [r.getMessage() for r in caplog.records if r.name == "gqa_cutlass"]
+    launches = [r for r in caplog.records if r.name == "gqa_cutlass" and r.levelno == logging.DEBUG]
+    (line,) = [r.getMessage() for r in launches]
     for part in ("kernel=gqa_decode_sm80_", "grid=", "block=", "shared_bytes=", "num_splits=",
                  "batch_size=1", "num_q_heads=8", "head_dim=128", "stream="):  # fmt: skip
         assert part in line

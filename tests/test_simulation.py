@@ -14,8 +14,9 @@ from helpers import call_tensors, check, run
 import gqa_cutlass
 from gqa_cutlass import api
 from gqa_cutlass.codegen import DType, KernelConfig, Math, default_config
+from gqa_cutlass.codegen.compile import compile_kernel
 from gqa_cutlass.errors import KernelMissingError, PtxError
-from gqa_cutlass.simulation import PTX_ARCH, program_from, program_of
+from gqa_cutlass.simulation import PTX_ARCH, CpuPlan, program_from, program_of
 from gqa_cutlass.store import Store
 
 SMALL = default_config(Math.TENSOROP, DType.F16, 64, 4, 8)
@@ -82,6 +83,17 @@ def test_a_2048_token_cache_of_8_heads_decodes_in_two_seconds(splits: int) -> No
         seconds.append(time.perf_counter() - start)
     check(step, out)
     assert min(seconds) < 2
+
+
+@pytest.mark.parametrize("math", Math)
+def test_ptx_for_sm_90_runs_too(math: Math) -> None:
+    config = default_config(math, DType.F16, 64, 4, 8)
+    step = make_step(lengths=[100, 3], max_seq_len=128, head_dim=64, device="cpu")
+    plan = gqa_cutlass.plan(*step.tensors(), cache_seqlens=step.seqlens, kernel=config)
+    assert isinstance(plan, CpuPlan)
+    text = compile_kernel(config, "compute_90").code.decode()
+    plan.program = program_from(text, config.name)
+    check(step, plan(*step.tensors(), step.seqlens))
 
 
 def test_a_plan_and_a_call_agree_to_the_bit() -> None:

@@ -203,8 +203,6 @@ def by_space(
             addresses = addresses & WINDOW_BYTES - 1
         yield group, space, addresses
         return
-    from gqa_cutlass.ptxsim.machine import Group as Part
-
     windows = addresses & ~np.int64(WINDOW_BYTES - 1)
     for window, name in (
         (SHARED_WINDOW, "cluster"), (LOCAL_WINDOW, "local"), (PARAM_WINDOW, "param"),
@@ -217,7 +215,7 @@ def by_space(
         if mine.any():
             mask = np.zeros_like(group.mask)
             mask[group.lanes[mine]] = True
-            yield Part(mask, machine), name, addresses[mine] - window
+            yield machine.group(mask), name, addresses[mine] - window
 
 
 # Instructions

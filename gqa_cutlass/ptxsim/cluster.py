@@ -150,9 +150,7 @@ def build_cluster_barrier(instruction: Instruction, slots: Slots) -> Action:
 
 def _wait(acquire: bool) -> Callable[[Machine, Group], Group]:
     def step(machine: Machine, group: Group) -> Group:
-        from gqa_cutlass.ptxsim.machine import Group as Part
-
-        return Part(machine.cluster_barriers.wait(group, acquire), machine)
+        return machine.group(machine.cluster_barriers.wait(group, acquire))
 
     return step
 

@@ -141,8 +141,6 @@ class Machine:
         if context.ledger is not None:
             context.ledger.begin(first_block * launch.block, self.clocks)
 
-    # Scheduling
-
     def run(self) -> None:
         """Execute until every lane has exited.
 
@@ -162,6 +160,10 @@ class Machine:
                 turns, patience, others = 0, max(patience // 2, _LEAST_PATIENCE), others + 1
                 pc = sorted(self.groups)[others % len(self.groups)]
             self._advance(pc, self.groups.pop(pc))
+
+    def group(self, mask: Mask) -> Group:
+        """Lanes as a group."""
+        return Group(mask, self)
 
     def resume(self, mask: Mask, pc: int) -> None:
         """Let lanes go on at an instruction."""
@@ -216,17 +218,17 @@ class Machine:
         """The lanes of a group whose guard holds."""
         if code.guard in self.defined:
             self._check_read(code.guard, group)
-        predicate = self.regs[code.guard]  # type: ignore[index]
-        mask = group.mask & (~predicate if code.instruction.negated else predicate)  # type: ignore[operator]
-        count = np.count_nonzero(mask)
-        return group if count == len(group) else Group(mask, self)
+        assert code.guard is not None
+        predicate = self.read(code.guard)
+        mask = group.mask & (~predicate if code.instruction.negated else predicate)
+        return group if np.count_nonzero(mask) == len(group) else Group(mask, self)
 
     def _complete(self, members: Members, acting: Group) -> bool:
         """Whether lanes are whole warps that name one another, by far the most common case."""
         if members.mask is None:
             return acting.whole
-        words = self.regs[members.mask]
-        return acting.whole and len(words) == 1 and words[0] == _EVERYBODY  # type: ignore[arg-type,index]
+        words = self.read(members.mask)
+        return acting.whole and len(words) == 1 and int(words[0]) == _EVERYBODY
 
     def _together(self, members: Members, group: Group, acting: Group) -> Group:
         """Warps of which everybody is here who must be; the others are held back.
@@ -306,12 +308,9 @@ class Machine:
             raise AccessError(position, int(addresses[position]), "to a block that has exited")
         return places, addresses & (1 << CLUSTER_SHIFT) - 1
 
-    # Values
-
     def value(self, slot: int, group: Group) -> Bits:
         """A register's value for every lane of a group."""
-        value = self.regs[slot]
-        assert value is not None
+        value = self.read(slot)
         if group.full:
             return value if len(value) == self.num_lanes else np.repeat(value, self.num_lanes)
         return value[group.lanes] if len(value) > 1 else np.repeat(value, len(group))
@@ -349,8 +348,6 @@ class Machine:
             new[:] = old
         new[group.lanes] = value
         self.regs[slot] = new
-
-    # Reports
 
     def lane_name(self, lane: int) -> str:
         """Block, warp and lane in words."""

@@ -384,8 +384,6 @@ def _build_wait(
     which = slots.source(wanted, 32 if parity else 64, instruction)
 
     def step(machine: Machine, group: Group) -> Group | None:
-        from gqa_cutlass.ptxsim.machine import Group as Part
-
         wanted_of = _per_lane(machine, group, which)
         answer = np.zeros(machine.num_lanes, dtype=bool)
         held = np.zeros(machine.num_lanes, dtype=bool)
@@ -398,7 +396,7 @@ def _build_wait(
             if blocks and not done.all():
                 machine.mbarriers.hold(key, lanes[~done])
                 held[lanes[~done]] = True
-        going = Part(group.mask & ~held, machine)
+        going = machine.group(group.mask & ~held)
         if len(going):
             machine.assign(target, answer, going)
         return going
