@@ -28,7 +28,7 @@ endif
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
-demo: $(READY) ## Generate and compile kernels for real models; on a GPU also decode with them
+demo: $(READY) ## Generate and compile kernels for real models, decode with them, check the results
 	$(PYTHON) examples/demo.py $(ARGS)
 
 test: $(READY) ## Run the tests; those that need a GPU are skipped where there is none

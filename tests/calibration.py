@@ -150,7 +150,8 @@ def _instruction_cells(row: InstructionRow) -> tuple[str, ...]:
     equal = _percent(row.equal, row.defined)
     if row.open:
         equal += f" ({_percent(row.open_equal, row.open)} of {row.open:,} left open)"
-    return f"`{row.family}`", f"{row.forms:,}", f"{row.inputs:,}", equal, difference, row.bound
+    bound = row.bound.replace("|", r"\|")  # which would end the cell
+    return f"`{row.family}`", f"{row.forms:,}", f"{row.inputs:,}", equal, difference, bound
 
 
 def _kernel_cells(row: KernelRow) -> tuple[str, ...]:
