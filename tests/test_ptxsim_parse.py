@@ -273,6 +273,21 @@ def test_refuses_a_module_without_the_kernel() -> None:
         parse(entry("ret;").replace("entry k", "entry j"), "k")
 
 
+@pytest.mark.parametrize("target", ["sm_75", "sm_100a", "sm_120", "compute_90", "x"])
+def test_refuses_code_for_other_architectures(target: str) -> None:
+    text = f".version 9.0\n.target {target}\n.visible .entry k()\n{{\nret;\n}}\n"
+    with pytest.raises(PtxError, match=f"line 2: got code for {target}; allowed: sm_80 to sm_90"):
+        parse(text, "k")
+
+
+@pytest.mark.parametrize(
+    "target", ["sm_80", "sm_89", "sm_90", "sm_90a", "sm_80, texmode_independent"]
+)
+def test_reads_code_for_these_architectures(target: str) -> None:
+    text = f".version 9.0\n.target {target}\n.address_size 64\n.visible .entry k()\n{{\nret;\n}}\n"
+    assert parse(text, "k").name == "k"
+
+
 def test_refuses_nothing_at_all() -> None:
     with refuses("no kernel 'k'"):
         parse("", "k")

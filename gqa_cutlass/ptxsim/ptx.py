@@ -10,6 +10,7 @@ from pathlib import PurePath
 
 from gqa_cutlass.errors import PtxError
 
+TARGETS = range(80, 91)  # compute capabilities, times ten
 _TOKEN = re.compile(
     r"""(?P<skip>[ \t\r]+|//[^\n]*|/\*.*?\*/)
       | (?P<newline>\n)
@@ -215,7 +216,9 @@ class _Parser:
                 self._skip_function()
             elif token.text in _SPACES:
                 self._variable(token.text, kernel)
-            elif token.text in (".version", ".target", ".address_size"):
+            elif token.text == ".target":
+                self._target()
+            elif token.text in (".version", ".address_size"):
                 self._directive()
             elif token.kind != "loc" and token.text not in _LINKAGE:
                 raise _unexpected(token, "a function or a variable")
@@ -254,6 +257,17 @@ class _Parser:
         if number is None or number.float_bits:
             raise _unexpected(token, "an integer")
         return number.value
+
+    def _target(self) -> None:
+        """Refuse architectures whose instructions this simulator does not know."""
+        token = self._peek()
+        match = re.fullmatch(r"sm_(\d+)a?", token.text)
+        if match is None or int(match.group(1)) not in TARGETS:
+            raise PtxError(
+                f"PTX line {token.line}: got code for {token.text}; allowed: sm_{TARGETS[0]} to "
+                f"sm_{TARGETS[-1]}. Compile for compute_80 or compute_90."
+            )
+        self._directive()
 
     def _directive(self) -> None:
         """Skip a directive that ends with its line."""
