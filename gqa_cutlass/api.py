@@ -53,7 +53,7 @@ def gqa_decode(
         v_cache: As k_cache.
         k: The new token's keys, [batch, num_kv_heads, head_dim] or
             [batch, 1, num_kv_heads, head_dim]. None: attend only, append nothing.
-        v: As k.
+        v: As k. Neither may lie in the rows of the caches that are written.
         cache_seqlens: Tokens in the cache before this call: one int for all sequences, or
             int32 [batch] on q's device, which the host never reads.
         softmax_scale: Factor on the scores; head_dim ** -0.5 by default.
@@ -427,6 +427,11 @@ def _on_stream(
         return nullcontext()
     if type(stream) is int and stream > _PER_THREAD_STREAM and device.type == "cuda":
         stream = torch.cuda.ExternalStream(stream, device=device)
+    if device.type != "cuda":
+        raise InputError(
+            f"gqa_attention_decode: stream: got {stream!r} with tensors on {device}; allowed: "
+            "None. Nothing was launched."
+        )
     if not isinstance(stream, torch.cuda.Stream) or stream.device != device:
         raise InputError(
             f"gqa_attention_decode: stream: got {stream!r}; allowed: a torch.cuda.Stream on "

@@ -73,7 +73,7 @@ def build(
     ] = None,
     jobs: Annotated[int, typer.Option(help="Kernels to compile at a time. 0: one per CPU.")] = 0,
 ) -> None:
-    """Compile kernels to cubins ahead of time. Needs no GPU."""
+    """Compile kernels ahead of time, to cubins or (compute_80) to PTX. Needs no GPU."""
     from gqa_cutlass.codegen import ARCHES, select
     from gqa_cutlass.store import Store, build_all
 

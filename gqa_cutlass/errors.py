@@ -29,7 +29,7 @@ class CompilerMissingError(GqaError, RuntimeError):
 
 
 class KernelMissingError(GqaError, RuntimeError):
-    """No cubin of a kernel was found and compiling one is not allowed here."""
+    """A kernel was not found compiled, and compiling it is not allowed here."""
 
 
 class StoreError(GqaError, RuntimeError):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gqa_cutlass import workspace
 from gqa_cutlass.codegen.config import KernelConfig
+from gqa_cutlass.errors import InputError
 from gqa_cutlass.inputs import Problem
 from gqa_cutlass.launcher import LaunchShape, Params
 from gqa_cutlass.planning import FIELDS, LOG, Arguments, Plan, Settings
@@ -63,8 +64,8 @@ class CpuPlan(Plan):
         if isinstance(cache_seqlens, Tensor):
             bound["seqlens"] = cache_seqlens
         if self.dispatch.num_splits > 1:
-            partials = torch.empty(self.dispatch.partial_floats, dtype=torch.float32)
-            tickets = torch.zeros(self.dispatch.num_tickets, dtype=torch.int32)
+            partials = torch.empty(self.dispatch.partial_floats, dtype=torch.float32, device="cpu")
+            tickets = torch.zeros(self.dispatch.num_tickets, dtype=torch.int32, device="cpu")
             params.partials, params.tickets = partials.data_ptr(), tickets.data_ptr()
             bound |= {"partials": partials, "tickets": tickets}
         if LOG.isEnabledFor(logging.DEBUG):
@@ -74,17 +75,13 @@ class CpuPlan(Plan):
 
 
 @lru_cache(maxsize=512)
-def program_of(config: KernelConfig, jit: bool | None = None) -> Program:
+def program_of(config: KernelConfig) -> Program:
     """A kernel's PTX, compiled if need be, ready for ptxsim.
-
-    Args:
-        config: The kernel.
-        jit: Whether compiling is allowed; None asks the environment.
 
     Raises:
         KernelMissingError, StoreError, CompileError, CompilerMissingError: As `Store.get`.
     """
-    stored = Store.default().get(config, PTX_ARCH, jit=jit)
+    stored = Store.default().get(config, PTX_ARCH)
     return program_from(stored.compiled.code.decode(), config.name)
 
 
@@ -109,10 +106,18 @@ def regions_of(tensors: Mapping[str, Tensor | None], append: bool) -> list[Regio
     Args:
         tensors: Each by its field of `Params`; None for those that are absent.
         append: Whether a new token is written to the caches.
+
+    Raises:
+        InputError: A tensor has no memory.
     """
     regions = []
     for name, t in tensors.items():
         if t is not None:
+            if t.numel() and not t.data_ptr():
+                raise InputError(
+                    f"gqa_decode: {name}: got a tensor without memory (fake, or its storage was "
+                    "freed); allowed: tensors that hold their elements. Nothing was launched."
+                )
             size = t.element_size()
             regions.append(
                 Region(

@@ -38,13 +38,13 @@ from gqa_cutlass.errors import CompilerMissingError, KernelMissingError, StoreEr
 
 @dataclass(frozen=True, kw_only=True)
 class StoredKernel:
-    """A cubin and where it came from.
+    """A compiled kernel and where it came from.
 
     Args:
         config: The kernel.
         arch: What it was compiled for.
-        path: The cubin's file.
-        compiled: The cubin and the compiler's figures.
+        path: The file with its cubin or PTX.
+        compiled: The code and the compiler's figures.
         was_built: Whether this call compiled it.
     """
 
@@ -57,7 +57,7 @@ class StoredKernel:
 
 @dataclass(frozen=True, kw_only=True)
 class Store:
-    """A folder of cubins, behind read-only folders that are looked at first.
+    """A folder of compiled kernels, behind read-only folders that are looked at first.
 
     Args:
         root: Where new entries go.
@@ -102,7 +102,7 @@ class Store:
             return found
         if jit is False or (jit is None and env.jit_disabled()):
             raise KernelMissingError(
-                f"{config.name} for {arch}: no cubin in {self._places()}, and nothing is compiled "
+                f"{config.name} for {arch}: not found in {self._places()}, and nothing is compiled "
                 "during a CUDA-graph capture or with GQA_CUTLASS_DISABLE_JIT. Call "
                 "gqa_cutlass.warmup() before the capture, or build the kernel ahead of time: "
                 f"gqa-cutlass build --arch {arch} --kernels {config.name}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -80,28 +81,17 @@ def run_trial(
     ):  # fmt: skip
         if value < least:
             raise InputError(f"sim: {name}: got {value}; allowed: {least} and more.")
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(_TORCH[config.dtype])
-
-    dim = config.head_dim
-    q = random(batch, kv_heads * config.group_size, dim)
-    k_cache, v_cache = (random(batch, cache_len + 1, kv_heads, dim) for _ in range(2))
-    k, v = random(batch, kv_heads, dim), random(batch, kv_heads, dim)
-    tensors = q, k_cache, v_cache, k, v
+    q, k_cache, v_cache, k, v = _step(config, cache_len + 1, batch, kv_heads)
     made = plan(
-        *tensors, cache_seqlens=cache_len, num_splits=num_splits, return_lse=True, kernel=config
-    )
+        q, k_cache, v_cache, k, v, cache_seqlens=cache_len, num_splits=num_splits,
+        return_lse=True, kernel=config,
+    )  # fmt: skip
     assert isinstance(made, CpuPlan)
     program = made.program
-    follow = None
-    if trace is not None:
-        follow = lambda pc, warps, lanes: trace(program, pc, warps, lanes)  # noqa: E731
     made.checks = Checks(races=races)
-    made.stats = Stats(len(program.code), follow)
+    made.stats = Stats(len(program.code), None if trace is None else partial(trace, program))
     start = time.perf_counter()
-    out, lse = made(*tensors, cache_len)
+    out, lse = made(q, k_cache, v_cache, k, v, cache_len)
     seconds = time.perf_counter() - start
     exact, exact_lse = _attention(q.double(), k_cache.double(), v_cache.double())
     typed, _ = _attention(q, k_cache, v_cache)
@@ -115,6 +105,18 @@ def run_trial(
         lse_error=_distance(lse, exact_lse),
         appended=_same_bits(k_cache[:, -1], k) and _same_bits(v_cache[:, -1], v),
         least_bytes=2 * (2 * k_cache.numel() + q.numel()),
+    )
+
+
+def _step(config: KernelConfig, tokens: int, batch: int, kv_heads: int) -> tuple[Tensor, ...]:
+    """Random q, caches of so many tokens, and new token."""
+    generator = torch.Generator().manual_seed(0)
+    cache = batch, tokens, kv_heads, config.head_dim
+    token = batch, kv_heads, config.head_dim
+    query = batch, kv_heads * config.group_size, config.head_dim
+    return tuple(
+        torch.randn(*shape, generator=generator).to(_TORCH[config.dtype])
+        for shape in (query, cache, cache, token, token)
     )
 
 

@@ -68,7 +68,8 @@ def overflow_flag(device: int) -> OverflowFlag:
     """The overflow flag of a GPU, or of the CPU."""
     flag = _flags.get(device)
     if flag is None and device == CPU:
-        flag = _flags.setdefault(CPU, OverflowFlag(torch.zeros(1, dtype=torch.int32)))
+        memory = torch.zeros(1, dtype=torch.int32, device="cpu")
+        flag = _flags.setdefault(CPU, OverflowFlag(memory))
     elif flag is None:
         with torch.cuda.device(device), relaxed_capture():
             memory = torch.zeros(1, dtype=torch.int32, device="cpu").pin_memory()

@@ -63,9 +63,6 @@ def distance(bits: Array, other: Array) -> Array:
     return np.where((bits ^ other) & sign, np.abs(places[0] - places[1]), near)
 
 
-# --- what the ISA leaves open
-
-
 @dataclass(frozen=True, kw_only=True)
 class Open:
     """Results that PTX does not define, or not to the bit.
@@ -167,9 +164,6 @@ OPEN = (
         still=lambda opcode, got: ("ftz" not in opcode) | (got & np.uint64(0xFFFFFFFF) == 0),
     ),
 )
-
-
-# --- approximations
 
 
 _FUNCTIONS: dict[str, Callable[..., Array]] = {
@@ -274,9 +268,6 @@ def _finite(kind: str, bits: Array) -> Array:
 
 def _beyond_finite(kind: str) -> float:
     return 2.0 ** (1 << oracle.FORMATS[kind][0] - 1)
-
-
-# --- the comparison
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,8 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 from ptx_kernels import Tensor, faults, module, refuses, run_ptx, simulate_text
 
+from gqa_cutlass.ptxsim.memory import Region
+
 TILE = ".shared .align 16 .b8 tile[1024];"
 DEPOT = ".local .align 16 .b8 depot[32];"
 # Type, register that takes it exactly, NumPy's type.
@@ -750,3 +752,22 @@ def test_atomics_on_local_memory_are_a_fault() -> None:
             "mov.u64 %rd1, depot; cvta.local.u64 %rd1, %rd1; atom.add.u32 %r1, [%rd1], 1;",
             declare=DEPOT,
         )
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "dense"),
+    [
+        ((4, 8), (16, 2), True),
+        ((8, 4), (2, 16), True),  # transposed
+        ((4, 8), (18, 2), False),
+        ((1, 8), (999, 2), True),
+        ((3, 8), (0, 2), True),  # expanded
+        ((2, 2, 8), (0, 48, 2), False),  # expanded, with a gap that the copies would fill
+        ((2, 7), (8, 2), True),  # overlapping
+    ],
+)
+def test_regions_know_whether_they_have_gaps(
+    shape: tuple[int, ...], strides: tuple[int, ...], dense: bool
+) -> None:
+    region = Region(name="t", address=4096, shape=shape, strides=strides, itemsize=2)
+    assert region.dense == dense

@@ -15,7 +15,7 @@ import gqa_cutlass
 from gqa_cutlass import api
 from gqa_cutlass.codegen import DType, KernelConfig, Math, default_config
 from gqa_cutlass.codegen.compile import compile_kernel
-from gqa_cutlass.errors import KernelMissingError, PtxError
+from gqa_cutlass.errors import InputError, KernelMissingError, PtxError
 from gqa_cutlass.simulation import PTX_ARCH, CpuPlan, program_from, program_of
 from gqa_cutlass.store import Store
 
@@ -94,6 +94,38 @@ def test_ptx_for_sm_90_runs_too(math: Math) -> None:
     text = compile_kernel(config, "compute_90").code.decode()
     plan.program = program_from(text, config.name)
     check(step, plan(*step.tensors(), step.seqlens))
+
+
+def test_the_default_device_does_not_matter() -> None:
+    step = make_step(lengths=[300], max_seq_len=512, device="cpu")
+    torch.set_default_device("meta")
+    try:
+        out = run(step, num_splits=2)
+    finally:
+        torch.set_default_device(None)
+    check(step, out)
+
+
+def test_tensors_without_memory_are_refused() -> None:
+    step = make_step(lengths=[30], max_seq_len=64, append=False, device="cpu")
+    k_cache = step.k_cache.clone()
+    plan = gqa_cutlass.plan(step.q, k_cache, step.v_cache, cache_seqlens=30)
+    k_cache.untyped_storage().resize_(0)
+    with pytest.raises(InputError, match="k_cache: got a tensor without memory"):
+        plan(step.q, k_cache, step.v_cache, None, None, 30)
+
+
+def test_streams_are_for_gpus() -> None:
+    t = call_tensors()
+    tokens = (t[name].unsqueeze(1) for name in ("q", "k", "v"))
+    config = gqa_cutlass.GQADecodeConfig(
+        batch_size=2, cache_len=3, num_q_heads=8, num_kv_heads=2, head_dim=64, scale=0.125,
+        max_seq_len=16,
+    )  # fmt: skip
+    with pytest.raises(InputError, match="stream: got 0 with tensors on cpu; allowed: None"):
+        gqa_cutlass.gqa_attention_decode(
+            t["out"].view(2, 1, 512), *tokens, t["k_cache"], t["v_cache"], config, stream=0
+        )
 
 
 def test_a_plan_and_a_call_agree_to_the_bit() -> None:

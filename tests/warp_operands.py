@@ -103,7 +103,7 @@ def matrix_operands(form: Form) -> list[Array]:
     return [rows, which, *words[:num]]
 
 
-# --- mma: each sort gives A (w, 16, k), B (w, k, 8) and C (w, 16, 8) as float64
+# Operands of mma: each sort gives A (w, 16, k), B (w, k, 8) and C (w, 16, 8) as float64.
 
 Matrices = tuple[Array, Array, Array]
 _OPERAND_RANGE = {"f16": (-14, 15), "bf16": (-126, 127), "tf32": (-126, 127)}

@@ -97,9 +97,6 @@ def modifiers(instruction: Instruction) -> Modifiers:
     return m
 
 
-# Reading and writing, by space
-
-
 def load(machine: Machine, group: Group, space: str, addresses: Addresses, m: Modifiers) -> Bits:
     """Read from one space for the lanes of a group: [n], or [n, count]."""
     lanes, size = group.lanes, m.width * m.count // 8
@@ -216,9 +213,6 @@ def by_space(
             mask = np.zeros_like(group.mask)
             mask[group.lanes[mine]] = True
             yield machine.group(mask), name, addresses[mine] - window
-
-
-# Instructions
 
 
 def build_ld(instruction: Instruction, slots: Slots) -> Action:

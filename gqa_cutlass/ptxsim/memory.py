@@ -73,8 +73,13 @@ class Region:
 
     @property
     def dense(self) -> bool:
-        """Whether the elements fill the span."""
-        return self.span == self.itemsize * int(np.prod(self.shape, dtype=np.int64))
+        """Whether the elements fill the span, without a gap."""
+        reach = self.itemsize
+        for stride, size in sorted(zip(self.strides, self.shape, strict=True)):
+            if size > 1 and stride > reach:
+                return False
+            reach += (size - 1) * stride
+        return True
 
     def describe(self) -> str:
         """Name, size and place."""
@@ -104,8 +109,10 @@ class _Segment:
             flags = _WRITE * r.writable
             if r.readable:
                 flags |= _FRESH if r.fresh else _READ
+            # Once where a dimension is expanded: there may be very many copies.
+            shape = [n if s else 1 for n, s in zip(r.shape, r.strides, strict=True)]
             cells = np.lib.stride_tricks.as_strided(
-                allowed[r.address - self.base :], (*r.shape, r.itemsize), (*r.strides, 1)
+                allowed[r.address - self.base :], (*shape, r.itemsize), (*r.strides, 1)
             )
             cells |= flags
         return allowed

@@ -27,7 +27,7 @@ class AccessStats:
         passes: Shared memory: passes over the banks. Global memory: 32-byte sectors.
         ideal: The least that as many bytes could take.
         bytes: Bytes asked for.
-        write: Whether it writes.
+        write: Whether it writes to global memory.
     """
 
     requests: int = 0
@@ -68,12 +68,12 @@ class Stats:
         if self._trace is not None:
             self._trace(pc, group.num_warps, len(group))
 
-    def shared(self, pc: int, lanes: Ints, addresses: Ints, size: int, write: bool = False) -> None:
+    def shared(self, pc: int, lanes: Ints, addresses: Ints, size: int) -> None:
         """An access to shared memory: a pass serves 128 bytes, of different banks or equal words.
 
         Accesses of 8 bytes take a half warp at a time, those of 16 bytes a quarter.
         """
-        entry = self.shared_memory.setdefault(pc, AccessStats(write=write))
+        entry = self.shared_memory.setdefault(pc, AccessStats())
         phase = lanes // (WARP * 4 // max(size, 4))
         words = addresses[:, None] // _BANK_BYTES + np.arange(max(1, size // _BANK_BYTES))
         keys = np.unique((phase[:, None] << 32) + words)

@@ -243,7 +243,7 @@ def build_ldmatrix(instruction: Instruction, slots: Slots) -> Action:
         except ShadowError as error:
             raise machine.shadow_fault(error, lanes, addresses) from None
         if machine.context.stats is not None:
-            machine.context.stats.shared(machine.pc, lanes, addresses, 16, write=True)
+            machine.context.stats.shared(machine.pc, lanes, addresses, 16)
         values = [machine.value(s, group).reshape(-1, WARP) for s in slots_of]
         machine.shared.store(at, matrix.collect(values, num, transposed).reshape(-1, 4))
 
