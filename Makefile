@@ -31,6 +31,8 @@ help: ## List the targets
 demo: $(READY) ## Generate and compile kernels for real models, decode with them, check the results
 	$(PYTHON) examples/demo.py $(ARGS)
 
+# One process per core, each with one thread.
+test: export OMP_NUM_THREADS := 1
 test: $(READY) ## Run the tests; those that need a GPU are skipped where there is none
 	$(PYTHON) -m pytest -n auto --maxprocesses 16 --dist loadgroup $(ARGS)
 
