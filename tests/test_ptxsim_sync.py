@@ -413,6 +413,11 @@ ORDERED = {
         "ld.volatile.shared.u32 %r4, [tile];",
         "membar.cta;",
     ),
+    "a comparison that holds": (
+        "atom.release.cta.shared.cas.b32 %r5, [tile], 0, 1;",
+        "ld.acquire.cta.shared.u32 %r4, [tile];",
+        "",
+    ),
     "fence and acquire": (
         "fence.sc.gpu; red.relaxed.cta.shared.add.u32 [tile], 1;",
         "ld.acquire.cta.shared.u32 %r4, [tile];",
@@ -420,6 +425,11 @@ ORDERED = {
     ),
 }
 NOT_ORDERED = {
+    "a comparison that fails": (
+        "st.relaxed.cta.shared.u32 [tile], 1; atom.release.cta.shared.cas.b32 %r5, [tile], 9, 2;",
+        "ld.acquire.cta.shared.u32 %r4, [tile];",
+        "",
+    ),
     "atomic without acquire": (
         "atom.release.cta.shared.exch.b32 %r5, [tile], 1;",
         "atom.relaxed.cta.shared.or.b32 %r4, [tile], 0;",

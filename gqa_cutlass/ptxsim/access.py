@@ -373,7 +373,6 @@ def build_atom(instruction: Instruction, slots: Slots) -> Action:
         for part, space, addresses in by_space(machine, group, place, m.space):
             if space not in ("global", "shared", "cluster"):
                 raise machine.fault(f"atomic on {space} memory", int(part.lanes[0]))
-            machine.atomics.update(part, space, addresses, m.scope, m.order)
             given = [machine.value(s, part).view(kind) for s in sources]
             olds = np.zeros(len(part), dtype=kind)
             cells = _cells(machine, part, space, addresses, kind)
@@ -381,6 +380,8 @@ def build_atom(instruction: Instruction, slots: Slots) -> Action:
                 memory, at = cells(i)
                 olds[i] = memory[at]
                 memory[at] = one(memory[at].item(), [g[i].item() for g in given], space == "global")
+            wrote = olds == given[0] if wanted == 2 else np.ones(len(part), dtype=bool)
+            machine.atomics.update(part, space, addresses, m.scope, m.order, wrote)
             if target is not None:
                 machine.assign_lanes(target, olds.view(UNSIGNED[m.width]), part)
 

@@ -58,16 +58,27 @@ class Atomics:
         for key, lanes in self._by_cell(group, space, addresses).items():
             self._cells[key[1:]] = self._published(int(lanes[-1]), scope, release)
 
-    def update(self, group: Group, space: str, addresses: Ints, scope: str, order: str) -> None:
-        """Lanes read, modify and write, one after another."""
+    def update(
+        self,
+        group: Group,
+        space: str,
+        addresses: Ints,
+        scope: str,
+        order: str,
+        wrote: NDArray[np.bool_],
+    ) -> None:
+        """Lanes read, modify and (where a comparison did not fail) write, one after another."""
         if self._machine.context.ledger is None:
             return
-        for lane, address in zip(group.lanes.tolist(), addresses.tolist(), strict=True):
+        for lane, address, writes in zip(
+            group.lanes.tolist(), addresses.tolist(), wrote.tolist(), strict=True
+        ):
             key = self._key(lane, space, address)
             seen = self._cells.get(key, {})
-            published = self._published(lane, scope, order in ("release", "acq_rel"))
+            if writes:
+                published = self._published(lane, scope, order in ("release", "acq_rel"))
+                self._cells[key] = _joined(seen, published)
             self._see(np.array([lane]), seen, scope, order in ("acquire", "acq_rel"))
-            self._cells[key] = _joined(seen, published)
 
     def fence(self, group: Group, scope: str) -> None:
         """Lanes execute a fence."""

@@ -43,11 +43,6 @@ class Launch:
     shared_bytes: int = 0
 
     @property
-    def num_blocks(self) -> int:
-        """Blocks of the grid."""
-        return self.grid[0] * self.grid[1] * self.grid[2]
-
-    @property
     def cluster_size(self) -> int:
         """Blocks per cluster."""
         return self.cluster[0] * self.cluster[1] * self.cluster[2]
