@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from warp_instructions import MMA_SHAPES, mma_of
 
 from gqa_cutlass.ptxsim.matrix import (
     Mma,
@@ -28,26 +29,11 @@ Value = Fraction | float  # a float only for infinities and NaN
 
 SHAPES = {
     f"{shape}-{ab}-{d}": ("mma", "sync", "aligned", shape, "row", "col", d, ab, ab, d)
-    for shape, d, ab in [
-        ("m16n8k16", "f32", "f16"),
-        ("m16n8k16", "f16", "f16"),
-        ("m16n8k16", "f32", "bf16"),
-        ("m16n8k8", "f32", "f16"),
-        ("m16n8k8", "f16", "f16"),
-        ("m16n8k8", "f32", "bf16"),
-        ("m16n8k8", "f32", "tf32"),
-        ("m16n8k4", "f32", "tf32"),
-    ]
+    for shape, d, ab in MMA_SHAPES
 }
 # Fields of each format: bits, exponent bits, fraction bits.
 FORMATS = {"f16": (16, 5, 10), "bf16": (16, 8, 7), "tf32": (32, 8, 23), "f32": (32, 8, 23)}
 all_shapes = pytest.mark.parametrize("opcode", SHAPES.values(), ids=SHAPES)
-
-
-def found(opcode: tuple[str, ...]) -> Mma:
-    mma = lookup_mma(opcode)
-    assert mma is not None
-    return mma
 
 
 def decode(word: int, kind: str) -> Value:
@@ -231,14 +217,14 @@ def check_rounded_exactly(mma: Mma, a: Words, b: Words, c: Words) -> None:
 
 @all_shapes
 def test_mma_rounds_the_exact_sum_once(opcode: tuple[str, ...]) -> None:
-    mma = found(opcode)
+    mma = mma_of(opcode)
     check_rounded_exactly(mma, *fragments(mma, numbers(np.random.default_rng(1), -6, 7)))
 
 
 @all_shapes
 def test_mma_keeps_subnormals(opcode: tuple[str, ...]) -> None:
     """Of operands, of C and of D: products here are below the normal numbers of the result."""
-    mma, rng = found(opcode), np.random.default_rng(2)
+    mma, rng = mma_of(opcode), np.random.default_rng(2)
     smallest = {"f16": -24, "bf16": -133, "tf32": -136, "f32": -149}
 
     def draw(kind: str, position: int) -> NDArray[np.uint32]:
@@ -251,7 +237,7 @@ def test_mma_keeps_subnormals(opcode: tuple[str, ...]) -> None:
 @all_shapes
 def test_mma_special_values(opcode: tuple[str, ...]) -> None:
     """Infinities, NaN with any payload, 0 * inf, inf - inf and overflow, one per row or so."""
-    mma, rng = found(opcode), np.random.default_rng(3)
+    mma, rng = mma_of(opcode), np.random.default_rng(3)
     ordinary = numbers(rng, -2, 3)
     specials = pack(
         np.array([math.inf, -math.inf, 0.0, -0.0, math.nan, 6e4])[:, None].repeat(2, 1), mma.operand
@@ -273,7 +259,7 @@ def test_mma_special_values(opcode: tuple[str, ...]) -> None:
 @all_shapes
 def test_mma_huge_cancellation(opcode: tuple[str, ...]) -> None:
     """Large products that cancel leave the small one, which single precision would lose."""
-    mma = found(opcode)
+    mma = mma_of(opcode)
     # f16 reaches 65504 only; its square and one unit of the last place fit into 53 bits.
     large, small = (60000.0, 2.0**-4) if mma.operand == "f16" else (2.0**40, 2.0**-10)
     left = np.zeros((16, mma.k))
@@ -304,7 +290,7 @@ def to_fragments(mma: Mma, left: Any, right: Any) -> tuple[Words, Words]:
 @all_shapes
 def test_mma_of_any_bits_is_near_the_exact_sum(opcode: tuple[str, ...]) -> None:
     """Exponents too wide for float64 cost at most k * 2**-53 of the magnitudes summed."""
-    mma = found(opcode)
+    mma = mma_of(opcode)
     a, b, c = fragments(mma, any_bits(np.random.default_rng(4)))
     bits = result_bits(mma, mma.run(a, b, c))
     for index, terms in exact_elements(mma, a, b, c):
@@ -320,7 +306,7 @@ def test_mma_of_any_bits_is_near_the_exact_sum(opcode: tuple[str, ...]) -> None:
 
 @all_shapes
 def test_mma_zero_is_positive(opcode: tuple[str, ...]) -> None:
-    mma = found(opcode)
+    mma = mma_of(opcode)
     negative = pack(np.full((WARPS, 32, 2), -0.0), mma.operand)
     one = pack(np.ones((WARPS, 32, 2)), mma.operand)
     addend = pack(np.full((WARPS, 32, 2), -0.0), mma.accumulator)
@@ -332,7 +318,7 @@ def test_mma_zero_is_positive(opcode: tuple[str, ...]) -> None:
 @all_shapes
 def test_mma_of_a_warp_does_not_depend_on_the_others(opcode: tuple[str, ...]) -> None:
     """Nor on how many there are: 600 warps are more than are multiplied at a time."""
-    mma, rng = found(opcode), np.random.default_rng(5)
+    mma, rng = mma_of(opcode), np.random.default_rng(5)
     a, b, c = fragments(
         mma, lambda kind, position: rng.integers(0, 2**32, (600, 32), dtype=np.uint32)
     )
@@ -346,7 +332,7 @@ def test_mma_of_a_warp_does_not_depend_on_the_others(opcode: tuple[str, ...]) ->
 
 @all_shapes
 def test_mma_matrices_follow_the_fragment_layout(opcode: tuple[str, ...]) -> None:
-    mma = found(opcode)
+    mma = mma_of(opcode)
     a, b, c = fragments(mma, numbers(np.random.default_rng(6), -6, 7))
     assembled = mma.matrices(a, b, c)
     for warp in range(WARPS):
@@ -420,7 +406,7 @@ SPREADS = {
 def test_mma_bound_holds_for_models_of_tensor_cores(
     opcode: tuple[str, ...], spread: list[tuple[int, int]], model: Any
 ) -> None:
-    mma, rng = found(opcode), np.random.default_rng(7)
+    mma, rng = mma_of(opcode), np.random.default_rng(7)
     a, b, c = fragments(mma, lambda kind, at: numbers(rng, *spread[at])(kind, at))
     bound = mma_bound(*mma.matrices(a, b, c), operand=mma.operand, accumulator=mma.accumulator)
     smallest = {"f16": -14, "bf16": -126, "tf32": -126, "f32": -126}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +22,6 @@ from gqa_cutlass.ptxsim.memory import (
 from gqa_cutlass.ptxsim.operands import Addresses, Pointer, items, pointer
 from gqa_cutlass.ptxsim.program import UNSIGNED, Action, Slots, unknown
 from gqa_cutlass.ptxsim.ptx import Instruction, Reg
-from gqa_cutlass.ptxsim.shadow import ShadowError
 
 if TYPE_CHECKING:
     from gqa_cutlass.ptxsim.machine import Group, Machine
@@ -108,13 +108,8 @@ def load(machine: Machine, group: Group, space: str, addresses: Addresses, m: Mo
         if space in ("shared", "cluster"):
             blocks, local = machine.shared_places(lanes, addresses, space)
             at = machine.shared.index(blocks, local, size)
-            try:
-                note = machine.shadow.read_strong if m.strong else machine.shadow.read
-                note(lanes, at, size)
-            except ShadowError as error:
-                raise machine.shadow_fault(error, lanes, addresses) from None
-            if machine.context.stats is not None:
-                machine.context.stats.shared(machine.pc, lanes, local, size)
+            note = machine.shadow.read_strong if m.strong else machine.shadow.read
+            machine.note_shared(note, lanes, at, addresses, size)
             return machine.shared.load(at, m.width, m.count)
         memory, at = _private(machine, lanes, space, addresses, size)
         return _rows(memory, m.width, m.count)[at // size]
@@ -134,12 +129,8 @@ def store(
         elif space in ("shared", "cluster"):
             blocks, local = machine.shared_places(lanes, addresses, space)
             at = machine.shared.index(blocks, local, size)
-            try:
-                machine.shadow.write(lanes, at, size, strong)
-            except ShadowError as error:
-                raise machine.shadow_fault(error, lanes, addresses) from None
-            if machine.context.stats is not None:
-                machine.context.stats.shared(machine.pc, lanes, local, size)
+            note = partial(machine.shadow.write, strong=strong)
+            machine.note_shared(note, lanes, at, addresses, size)
             machine.shared.store(at, values)
         elif space == "local":
             memory, at = _private(machine, lanes, space, addresses, size)
@@ -210,9 +201,8 @@ def by_space(
             yield group, name, addresses - window
             return
         if mine.any():
-            mask = np.zeros_like(group.mask)
-            mask[group.lanes[mine]] = True
-            yield machine.group(mask), name, addresses[mine] - window
+            part = machine.group(machine.mask_of(group.lanes[mine]))
+            yield part, name, addresses[mine] - window
 
 
 def build_ld(instruction: Instruction, slots: Slots) -> Action:
@@ -288,8 +278,7 @@ def build_cvta(instruction: Instruction, slots: Slots) -> Action:
     shift = np.array([-window % 2**64 if to else window], dtype=np.uint64)
 
     def step(machine: Machine, group: Group) -> None:
-        value = machine.regs[source]
-        assert value is not None
+        value = machine.read(source)
         machine.assign(target, value + shift if window else value, group)
 
     return Action(step=step)
@@ -399,10 +388,7 @@ def _cells(
             return machine.context.memory.cells(addresses, kind)
         blocks, local = machine.shared_places(group.lanes, addresses, space)
         at = machine.shared.index(blocks, local, size)
-        try:
-            machine.shadow.update(group.lanes, at, size)
-        except ShadowError as error:
-            raise machine.shadow_fault(error, group.lanes, addresses) from None
+        machine.shadowed(machine.shadow.update, group.lanes, at, addresses, size)
     except AccessError as error:
         raise machine.memory_fault(error, group.lanes, space) from None
     view = machine.shared.bytes.view(kind)

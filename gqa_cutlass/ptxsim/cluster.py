@@ -69,9 +69,7 @@ class ClusterBarriers:
         for pc, held in waiting:
             mine = held // self._lanes == cluster
             if mine.any():
-                mask = np.zeros(machine.num_lanes, dtype=bool)
-                mask[held[mine]] = True
-                machine.resume(mask, pc)
+                machine.resume(machine.mask_of(held[mine]), pc)
             if not mine.all():
                 self._waiting.append((pc, held[~mine]))
 
@@ -87,8 +85,7 @@ class ClusterBarriers:
         done = self._arrivals[group.lanes] == self._phase[clusters]
         if not done.all():
             self._waiting.append((machine.pc, group.lanes[~done]))
-        going = np.zeros(machine.num_lanes, dtype=bool)
-        going[group.lanes[done]] = True
+        going = machine.mask_of(group.lanes[done])
         self._waits[group.lanes[done]] += 1
         for lanes in by_warp(group.lanes[done]):
             passed = self._passed[int(lanes[0]) // self._lanes]
@@ -124,14 +121,9 @@ class ClusterBarriers:
             if (self._arrivals[lanes] > self._phase[cluster]).any():
                 self._complete(cluster)
 
-    def waiting(self) -> list[tuple[int, Mask, str]]:
+    def waiting(self) -> list[tuple[int, NDArray[np.int64], str]]:
         """Who waits where, for reports."""
-        found = []
-        for pc, lanes in self._waiting:
-            mask = np.zeros(self._machine.num_lanes, dtype=bool)
-            mask[lanes] = True
-            found.append((pc, mask, "the barrier of the cluster"))
-        return found
+        return [(pc, lanes, "the barrier of the cluster") for pc, lanes in self._waiting]
 
 
 def build_cluster_barrier(instruction: Instruction, slots: Slots) -> Action:

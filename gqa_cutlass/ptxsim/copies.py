@@ -17,7 +17,6 @@ from gqa_cutlass.ptxsim.memory import AccessError
 from gqa_cutlass.ptxsim.operands import integer, pointer
 from gqa_cutlass.ptxsim.program import Action, Slots, unknown
 from gqa_cutlass.ptxsim.ptx import Instruction
-from gqa_cutlass.ptxsim.shadow import ShadowError
 
 if TYPE_CHECKING:
     from gqa_cutlass.ptxsim.machine import Group, Machine
@@ -56,14 +55,9 @@ class Copies:
             at = machine.shared.index(machine.block_of[lanes], target, size)
         except AccessError as error:
             raise machine.memory_fault(error, lanes, "shared") from None
-        try:
-            cells = machine.shadow.begin_copy(lanes, at, size)
-        except ShadowError as error:
-            raise machine.shadow_fault(error, lanes, target) from None
+        cells = machine.note_shared(machine.shadow.begin_copy, lanes, at, target, size)
         machine.shared.store(at, data if size > 4 else data[:, 0])
         self._under_way.append(_Copy(lanes=lanes, group=self._committed[lanes], cells=cells))
-        if machine.context.stats is not None:
-            machine.context.stats.shared(machine.pc, lanes, target, size)
 
     def _read(
         self, data: NDArray[np.uint32], lanes: Ints, source: Ints, size: int, length: Ints

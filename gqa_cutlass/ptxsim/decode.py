@@ -11,9 +11,10 @@ from gqa_cutlass.errors import PtxError
 from gqa_cutlass.ptxsim.access import build_atom, build_cvta, build_ld, build_st, resize
 from gqa_cutlass.ptxsim.arith import lookup
 from gqa_cutlass.ptxsim.bits import Arithmetic
+from gqa_cutlass.ptxsim.bulk import build_bulk
 from gqa_cutlass.ptxsim.cluster import build_cluster_barrier, build_getctarank, build_mapa
 from gqa_cutlass.ptxsim.copies import build_cp_async
-from gqa_cutlass.ptxsim.mbarrier import build_bulk, build_mbarrier
+from gqa_cutlass.ptxsim.mbarrier import build_mbarrier
 from gqa_cutlass.ptxsim.operands import items
 from gqa_cutlass.ptxsim.program import UNSIGNED, Action, Slots, unknown
 from gqa_cutlass.ptxsim.ptx import Instruction, Not, Operand, Pair, Reg, Vector

@@ -8,7 +8,9 @@ somebody waits, that is reported as a deadlock.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +32,7 @@ from gqa_cutlass.ptxsim.sync import Barriers
 
 Mask = NDArray[np.bool_]
 Lanes = NDArray[np.int64]
+_T = TypeVar("_T")
 _LANES = np.arange(WARP, dtype=np.uint32)
 _EVERYBODY = 0xFFFFFFFF  # as a membermask
 # Turns after which another group gets one, since spinning ends by others' work; then half as many.
@@ -164,6 +167,12 @@ class Machine:
     def group(self, mask: Mask) -> Group:
         """Lanes as a group."""
         return Group(mask, self)
+
+    def mask_of(self, lanes: Lanes) -> Mask:
+        """Lanes as a mask."""
+        mask = np.zeros(self.num_lanes, dtype=bool)
+        mask[lanes] = True
+        return mask
 
     def resume(self, mask: Mask, pc: int) -> None:
         """Let lanes go on at an instruction."""
@@ -308,6 +317,38 @@ class Machine:
             raise AccessError(position, int(addresses[position]), "to a block that has exited")
         return places, addresses & (1 << CLUSTER_SHIFT) - 1
 
+    def shadowed(
+        self,
+        note: Callable[[Lanes, Lanes, int], _T],
+        lanes: Lanes,
+        at: Lanes,
+        addresses: Lanes,
+        size: int,
+    ) -> _T:
+        """Enter accesses to shared memory, by a method of its shadow.
+
+        Raises:
+            KernelFault: The shadow refused one.
+        """
+        try:
+            return note(lanes, at, size)
+        except ShadowError as error:
+            raise self.shadow_fault(error, lanes, addresses) from None
+
+    def note_shared(
+        self,
+        note: Callable[[Lanes, Lanes, int], _T],
+        lanes: Lanes,
+        at: Lanes,
+        addresses: Lanes,
+        size: int,
+    ) -> _T:
+        """As `shadowed`, and count the accesses."""
+        noted = self.shadowed(note, lanes, at, addresses, size)
+        if self.context.stats is not None:
+            self.context.stats.shared(self.pc, lanes, at % self.shared.pitch, size)
+        return noted
+
     def value(self, slot: int, group: Group) -> Bits:
         """A register's value for every lane of a group."""
         value = self.read(slot)
@@ -384,10 +425,11 @@ class Machine:
         """Report who waits where."""
         waiting: list[str] = []
         first: tuple[int, int] | None = None
-        held = [(pc, mask, "the rest of its warp") for pc, mask in self._held.items()]
+        held = [
+            (pc, np.flatnonzero(mask), "the rest of its warp") for pc, mask in self._held.items()
+        ]
         waits = (self.barriers, self.mbarriers, self.cluster_barriers)
-        for pc, mask, what in [*held, *(w for b in waits for w in b.waiting())]:
-            lanes = np.flatnonzero(mask)
+        for pc, lanes, what in [*held, *(w for b in waits for w in b.waiting())]:
             if len(lanes):
                 first = first or (int(lanes[0]), pc)
                 where = self.context.program.code[pc].instruction

@@ -1,21 +1,19 @@
-"""mbarrier objects, and the bulk copies that complete on them (PTX ISA 9.7.13.15, 9.7.9.25.4)."""
+"""mbarrier objects (PTX ISA 9.7.13.15)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gqa_cutlass.ptxsim.access import note_global
 from gqa_cutlass.ptxsim.clocks import Vector, by_warp
 from gqa_cutlass.ptxsim.memory import SHARED_WINDOW, WINDOW_BYTES, AccessError
 from gqa_cutlass.ptxsim.operands import Pointer, pointer
 from gqa_cutlass.ptxsim.program import Action, Slots, unknown
 from gqa_cutlass.ptxsim.ptx import Instruction, Reg
-from gqa_cutlass.ptxsim.shadow import ShadowError
 
 if TYPE_CHECKING:
     from gqa_cutlass.ptxsim.machine import Group, Machine
@@ -23,7 +21,6 @@ if TYPE_CHECKING:
 Ints = NDArray[np.int64]
 _BYTES = 8
 _MAX_COUNT = (1 << 20) - 1
-_UNIT = 16  # bytes, of a bulk copy
 Key = tuple[int, int]  # block of the machine, address in its shared memory
 
 
@@ -123,11 +120,7 @@ class MBarriers:
     def _shadow(self, note: Callable[[Ints, Ints, int], None], key: Key, lanes: Ints) -> None:
         machine = self._machine
         at = np.full(len(lanes), key[0] * machine.shared.pitch + key[1])
-        try:
-            note(lanes, at, _BYTES)
-        except ShadowError as error:
-            addresses = np.full(len(lanes), key[1])
-            raise machine.shadow_fault(error, lanes, addresses) from None
+        machine.shadowed(note, lanes, at, np.full(len(lanes), key[1]), _BYTES)
 
     def expect(self, key: Key, lanes: Ints, amount: int, complete: bool = True) -> None:
         """More bytes will come in this phase (or, negative, have come)."""
@@ -193,9 +186,7 @@ class MBarriers:
     def _wake(self, key: Key) -> None:
         for waiter in [w for w in self._waiters if w.key == key]:
             self._waiters.remove(waiter)
-            mask = np.zeros(self._machine.num_lanes, dtype=bool)
-            mask[waiter.lanes] = True
-            self._machine.resume(mask, waiter.pc)
+            self._machine.resume(self._machine.mask_of(waiter.lanes), waiter.pc)
 
     def see(self, barrier: _Object, lanes: Ints, acquire: bool) -> None:
         """Lanes saw that a phase completed."""
@@ -212,95 +203,30 @@ class MBarriers:
         """Lanes wait at the present instruction for a phase to complete."""
         self._waiters.append(_Waiter(pc=self._machine.pc, lanes=lanes, key=key))
 
-    def waiting(self) -> list[tuple[int, NDArray[np.bool_], str]]:
+    def waiting(self) -> list[tuple[int, Ints, str]]:
         """Who waits where, for reports."""
         found = []
         for waiter in self._waiters:
-            mask = np.zeros(self._machine.num_lanes, dtype=bool)
-            mask[waiter.lanes] = True
             barrier = self._objects[waiter.key]
             what = (
                 f"mbarrier {waiter.key[1]:#x}, {barrier.pending} arrivals and {barrier.bytes} "
                 f"bytes from the end of phase {barrier.phase}"
             )
-            found.append((waiter.pc, mask, what))
+            found.append((waiter.pc, waiter.lanes, what))
         return found
 
-    def copy_in(self, lane: int, target: Key, source: int, size: int, key: Key) -> None:
-        """`cp.async.bulk` from global memory: `size` bytes that complete on an mbarrier."""
-        machine = self._machine
-        barrier = self.known(key, np.array([lane]))
-        data, lanes = self._read_global(lane, source, size)
-        at, addresses = self._units(lane, target, size)
-        self._begin(barrier, lane, lanes, at, addresses)
-        machine.shared.store(at, data)
+    def begin_copy(self, key: Key, lane: int, target: Ints, addresses: Ints, unit: int) -> None:
+        """A lane starts a copy that this mbarrier waits for, in units of `unit` bytes."""
+        lanes = np.full(len(target), lane)
+        shadow = self._machine.shadow
+        cells = self._machine.shadowed(shadow.begin_copy, lanes, target, addresses, unit)
+        self._objects[key].copies.append(_Copy(lane=lane, cells=cells))
+
+    def landed(self, key: Key, size: int) -> None:
+        """So many bytes of copies that an mbarrier waits for are there."""
+        barrier = self._objects[key]
         barrier.bytes -= size
         self._complete(key, barrier)
-
-    def copy_across(self, lane: int, target: Key, source: Key, size: int, key: Key) -> None:
-        """`cp.async.bulk` from the block's shared memory to one of its cluster."""
-        machine = self._machine
-        barrier = self.known(key, np.array([lane]))
-        from_at, from_addresses = self._units(lane, source, size)
-        lanes = np.full(len(from_at), lane)
-        try:
-            machine.shadow.read(lanes, from_at, _UNIT)
-        except ShadowError as error:
-            raise machine.shadow_fault(error, lanes, from_addresses) from None
-        data = machine.shared.load(from_at, 64, 2)
-        at, addresses = self._units(lane, target, size)
-        self._begin(barrier, lane, lanes, at, addresses)
-        machine.shared.store(at, data)
-        barrier.bytes -= size
-        self._complete(key, barrier)
-
-    def copy_out(self, lane: int, source: Key, target: int, size: int) -> None:
-        """`cp.async.bulk` from shared to global memory; done when it is issued."""
-        machine = self._machine
-        at, addresses = self._units(lane, source, size)
-        lanes = np.full(len(at), lane)
-        try:
-            machine.shadow.read(lanes, at, _UNIT)
-        except ShadowError as error:
-            raise machine.shadow_fault(error, lanes, addresses) from None
-        where = target + np.arange(0, size, _UNIT)
-        note_global(machine, lanes, where, _UNIT, write=True, strong=False)
-        try:
-            machine.context.memory.store(where, machine.shared.load(at, 64, 2))
-        except AccessError as error:
-            raise machine.memory_fault(error, lanes, "global") from None
-
-    def _read_global(self, lane: int, source: int, size: int) -> tuple[NDArray[np.uint64], Ints]:
-        machine = self._machine
-        where = source + np.arange(0, size, _UNIT)
-        lanes = np.full(len(where), lane)
-        try:
-            data = machine.context.memory.load(where, 64, 2)
-        except AccessError as error:
-            raise machine.memory_fault(error, lanes, "global") from None
-        note_global(machine, lanes, where, _UNIT, write=False, strong=False)
-        return data, lanes
-
-    def _units(self, lane: int, target: Key, size: int) -> tuple[Ints, Ints]:
-        machine = self._machine
-        if size <= 0 or size % _UNIT:
-            raise machine.fault(
-                f"cp.async.bulk: {size} bytes; allowed: positive multiples of {_UNIT}", lane
-            )
-        addresses = target[1] + np.arange(0, size, _UNIT)
-        try:
-            blocks = np.full(len(addresses), target[0])
-            return machine.shared.index(blocks, addresses, _UNIT), addresses
-        except AccessError as error:
-            raise machine.memory_fault(error, np.full(len(addresses), lane), "shared") from None
-
-    def _begin(self, barrier: _Object, lane: int, lanes: Ints, at: Ints, addresses: Ints) -> None:
-        machine = self._machine
-        try:
-            cells = machine.shadow.begin_copy(lanes, at, _UNIT)
-        except ShadowError as error:
-            raise machine.shadow_fault(error, lanes, addresses) from None
-        barrier.copies.append(_Copy(lane=lane, cells=cells))
 
 
 _SPACES = {"shared": "shared", "shared::cta": "shared", "shared::cluster": "cluster"}
@@ -402,63 +328,3 @@ def _build_wait(
         return going
 
     return Action(step=step, ends=blocks, shared_width=_BYTES)
-
-
-def build_bulk(instruction: Instruction, slots: Slots) -> Action:
-    """`cp.async.bulk`, not its tensor forms."""
-    words = list(instruction.opcode[3:])
-    if words in (["commit_group"], ["wait_group"], ["wait_group", "read"]):
-        return Action(step=lambda machine, group: None)
-    hint = "L2::cache_hint" in words
-    words = [w for w in words if w != "L2::cache_hint"]
-    if words == ["global", "shared::cta", "bulk_group"]:
-        return _build_copy_out(instruction, slots)
-    to, source, *rest = words
-    inward = source == "global" and to in ("shared::cluster", "shared::cta")
-    across = source == "shared::cta" and to == "shared::cluster"
-    if not (inward or across) or rest != ["mbarrier::complete_tx::bytes"]:
-        raise unknown(instruction)
-    if len(instruction.operands) != 4 + hint:
-        raise unknown(instruction, "number of operands")
-    target, origin, barrier = (
-        pointer(instruction.operands[i], slots, instruction) for i in (0, 1, 3)
-    )
-    size = slots.source(instruction.operands[2], 32, instruction)
-
-    def step(machine: Machine, group: Group) -> None:
-        sizes = machine.value(size, group).tolist()
-        origins = origin.addresses(machine, group).tolist()
-        for i, (goal, key) in enumerate(
-            zip(_keys(machine, group, target), _keys(machine, group, barrier), strict=True)
-        ):
-            lane = int(group.lanes[i])
-            if inward:
-                machine.mbarriers.copy_in(lane, goal, origins[i], sizes[i], key)
-            else:
-                own = machine.block_of[lane].item(), origins[i] & WINDOW_BYTES - 1
-                machine.mbarriers.copy_across(lane, goal, own, sizes[i], key)
-
-    return Action(step=step, shared_width=_UNIT)
-
-
-def _build_copy_out(instruction: Instruction, slots: Slots) -> Action:
-    target, origin = (pointer(o, slots, instruction) for o in instruction.operands[:2])
-    size = slots.source(instruction.operands[2], 32, instruction)
-
-    def step(machine: Machine, group: Group) -> None:
-        sizes = machine.value(size, group).tolist()
-        goals = target.addresses(machine, group).tolist()
-        for i, own in enumerate(_keys(machine, group, origin)):
-            machine.mbarriers.copy_out(int(group.lanes[i]), own, goals[i], sizes[i])
-
-    return Action(step=step, shared_width=_UNIT)
-
-
-def _keys(machine: Machine, group: Group, place: Pointer) -> Iterator[Key]:
-    """Block and address of every lane's pointer into the cluster's shared memory."""
-    addresses = place.addresses(machine, group) & WINDOW_BYTES - 1
-    try:
-        blocks, local = machine.shared_places(group.lanes, addresses, "cluster")
-    except AccessError as error:
-        raise machine.memory_fault(error, group.lanes, "shared") from None
-    yield from zip(blocks.tolist(), local.tolist(), strict=True)

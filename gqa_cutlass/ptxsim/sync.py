@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from gqa_cutlass.ptxsim.clocks import WARP, Vector
+from gqa_cutlass.ptxsim.clocks import WARP, Vector, by_warp
 from gqa_cutlass.ptxsim.program import Action, Members, Slots, unknown
 from gqa_cutlass.ptxsim.ptx import Instruction
 
 if TYPE_CHECKING:
     from gqa_cutlass.ptxsim.machine import Group, Machine
 
-Mask = NDArray[np.bool_]
 Key = tuple[int, int]  # block of the machine, number of the barrier
 _MAX_BARRIER = 15
 
@@ -84,8 +83,7 @@ class Barriers:
         self._count[key] = self._count.get(key, 0) + len(lanes)
 
     def _publish(self, lanes: NDArray[np.int64]) -> list[Vector]:
-        warps = lanes // WARP
-        return [self._machine.clocks.release(lanes[warps == warp]) for warp in np.unique(warps)]
+        return [self._machine.clocks.release(of_warp) for of_warp in by_warp(lanes)]
 
     def _needed(self, key: Key) -> int:
         expected = self._expected[key]
@@ -119,9 +117,7 @@ class Barriers:
             table.pop(key, None)
         self._meet([w.lanes for w in waiting], published)
         for w in waiting:
-            mask = np.zeros(machine.num_lanes, dtype=bool)
-            mask[w.lanes] = True
-            machine.resume(mask, w.pc + 1)
+            machine.resume(machine.mask_of(w.lanes), w.pc + 1)
 
     def _meet(self, waiting: list[NDArray[np.int64]], published: list[Vector]) -> None:
         """Everybody who waited knows what everybody did."""
@@ -141,15 +137,13 @@ class Barriers:
             if not self._expected[key] and self._waiting.get(key):
                 self._complete(key)
 
-    def waiting(self) -> list[tuple[int, Mask, str]]:
+    def waiting(self) -> list[tuple[int, NDArray[np.int64], str]]:
         """Who waits where, for reports."""
-        found = []
-        for (_, number), entries in self._waiting.items():
-            for entry in entries:
-                mask = np.zeros(self._machine.num_lanes, dtype=bool)
-                mask[entry.lanes] = True
-                found.append((entry.pc, mask, f"barrier {number}"))
-        return found
+        return [
+            (entry.pc, entry.lanes, f"barrier {number}")
+            for (_, number), entries in self._waiting.items()
+            for entry in entries
+        ]
 
 
 def build_bar(instruction: Instruction, slots: Slots) -> Action:

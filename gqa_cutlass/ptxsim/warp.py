@@ -13,7 +13,6 @@ from gqa_cutlass.ptxsim.memory import AccessError
 from gqa_cutlass.ptxsim.operands import items, pointer
 from gqa_cutlass.ptxsim.program import Action, Members, Slots, unknown
 from gqa_cutlass.ptxsim.ptx import Instruction, Operand, Pair, Reg
-from gqa_cutlass.ptxsim.shadow import ShadowError
 
 if TYPE_CHECKING:
     from gqa_cutlass.ptxsim.machine import Group, Machine
@@ -35,6 +34,13 @@ def _uniform(machine: Machine, slot: int) -> Bits:
     if value is not None and len(value) == 1:
         return value.reshape(1, 1)
     return machine.whole(slot)
+
+
+def _assign(machine: Machine, slot: int | None, value: Bits, group: Group) -> None:
+    """Write a destination, if it is wanted, given values that spread to [warps, 32]."""
+    if slot is not None:
+        whole = np.broadcast_to(value, (machine.num_lanes // WARP, WARP))
+        machine.assign(slot, whole.reshape(-1), group)
 
 
 def build_shfl(instruction: Instruction, slots: Slots) -> Action:
@@ -63,10 +69,8 @@ def build_shfl(instruction: Instruction, slots: Slots) -> Action:
             raise machine.fault(
                 "shfl reads a lane that does not take part", int(absent.reshape(-1).argmax())
             )
-        if result is not None:
-            machine.assign(result, read.reshape(-1), group)
-        if predicate is not None:
-            machine.assign(predicate, np.broadcast_to(in_range, active.shape).reshape(-1), group)
+        _assign(machine, result, read, group)
+        _assign(machine, predicate, in_range, group)
 
     return Action(step=step, members=Members(mask=mask))
 
@@ -86,7 +90,7 @@ def build_vote(instruction: Instruction, slots: Slots) -> Action:
         votes = ~votes if predicate.negated else votes
         active = group.mask.reshape(-1, WARP)
         value = exchange.vote(words[2], votes, _uniform(machine, mask), active)
-        machine.assign(result, np.broadcast_to(value, active.shape).reshape(-1), group)
+        _assign(machine, result, value, group)
 
     return Action(step=step, members=Members(mask=mask))
 
@@ -107,10 +111,8 @@ def build_match(instruction: Instruction, slots: Slots) -> Action:
         found, agreed = exchange.match(
             words[1], machine.whole(value), _uniform(machine, mask), active
         )
-        if result is not None:
-            machine.assign(result, np.broadcast_to(found, active.shape).reshape(-1), group)
-        if predicate is not None:
-            machine.assign(predicate, np.broadcast_to(agreed, active.shape).reshape(-1), group)
+        _assign(machine, result, found, group)
+        _assign(machine, predicate, agreed, group)
 
     return Action(step=step, members=Members(mask=mask))
 
@@ -128,7 +130,7 @@ def build_redux(instruction: Instruction, slots: Slots) -> Action:
         total = exchange.redux(
             words[2], words[3], machine.whole(value), _uniform(machine, mask), active
         )
-        machine.assign(result, np.broadcast_to(total, active.shape).reshape(-1), group)
+        _assign(machine, result, total, group)
 
     return Action(step=step, members=Members(mask=mask))
 
@@ -143,10 +145,8 @@ def build_elect(instruction: Instruction, slots: Slots) -> Action:
     def step(machine: Machine, group: Group) -> None:
         active = group.mask.reshape(-1, WARP)
         lane, elected = exchange.elect(_uniform(machine, mask), active)
-        if leader is not None:
-            machine.assign(leader, np.broadcast_to(lane, active.shape).reshape(-1), group)
-        if predicate is not None:
-            machine.assign(predicate, np.broadcast_to(elected, active.shape).reshape(-1), group)
+        _assign(machine, leader, lane, group)
+        _assign(machine, predicate, elected, group)
 
     return Action(step=step, members=Members(mask=mask))
 
@@ -159,7 +159,7 @@ def build_activemask(instruction: Instruction, slots: Slots) -> Action:
         active = group.mask.reshape(-1, WARP)
         everyone = np.ones((1, WARP), dtype=bool)
         word = exchange.vote("ballot", everyone, np.array([[0xFFFFFFFF]], np.uint32), active)
-        machine.assign(result, np.broadcast_to(word, active.shape).reshape(-1), group)
+        _assign(machine, result, word, group)
 
     return Action(step=step)
 
@@ -226,24 +226,14 @@ def build_ldmatrix(instruction: Instruction, slots: Slots) -> Action:
 
     def run_load(machine: Machine, group: Group) -> None:
         lanes, addresses, at = rows(machine, group)
-        try:
-            machine.shadow.read(lanes, at, 16)
-        except ShadowError as error:
-            raise machine.shadow_fault(error, lanes, addresses) from None
-        if machine.context.stats is not None:
-            machine.context.stats.shared(machine.pc, lanes, addresses, 16)
+        machine.note_shared(machine.shadow.read, lanes, at, addresses, 16)
         data = machine.shared.load(at, 32, 4).reshape(-1, num, 8, 4)
         for slot, value in zip(slots_of, matrix.distribute(data, num, transposed), strict=True):
             machine.assign_lanes(slot, value.reshape(-1), group)
 
     def run_store(machine: Machine, group: Group) -> None:
         lanes, addresses, at = rows(machine, group)
-        try:
-            machine.shadow.write(lanes, at, 16)
-        except ShadowError as error:
-            raise machine.shadow_fault(error, lanes, addresses) from None
-        if machine.context.stats is not None:
-            machine.context.stats.shared(machine.pc, lanes, addresses, 16)
+        machine.note_shared(machine.shadow.write, lanes, at, addresses, 16)
         values = [machine.value(s, group).reshape(-1, WARP) for s in slots_of]
         machine.shared.store(at, matrix.collect(values, num, transposed).reshape(-1, 4))
 
