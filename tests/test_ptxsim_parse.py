@@ -10,7 +10,8 @@ from ptx_kernels import faults, module, refuses, run_ptx, simulate_text
 
 from gqa_cutlass.errors import PtxError
 from gqa_cutlass.ptxsim.prepare import Program
-from gqa_cutlass.ptxsim.ptx import (
+from gqa_cutlass.ptxsim.ptx import parse
+from gqa_cutlass.ptxsim.syntax import (
     Address,
     Imm,
     Instruction,
@@ -21,7 +22,6 @@ from gqa_cutlass.ptxsim.ptx import (
     Reg,
     Symbol,
     Vector,
-    parse,
 )
 
 

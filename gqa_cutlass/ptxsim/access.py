@@ -21,7 +21,7 @@ from gqa_cutlass.ptxsim.memory import (
 )
 from gqa_cutlass.ptxsim.operands import Addresses, Pointer, items, pointer
 from gqa_cutlass.ptxsim.program import UNSIGNED, Action, Slots, unknown
-from gqa_cutlass.ptxsim.ptx import Instruction, Reg
+from gqa_cutlass.ptxsim.syntax import Instruction, Reg
 
 if TYPE_CHECKING:
     from gqa_cutlass.ptxsim.machine import Group, Machine

@@ -16,7 +16,7 @@ from gqa_cutlass.ptxsim.mbarrier import Ints, Key
 from gqa_cutlass.ptxsim.memory import WINDOW_BYTES, AccessError
 from gqa_cutlass.ptxsim.operands import Pointer, pointer
 from gqa_cutlass.ptxsim.program import Action, Slots, unknown
-from gqa_cutlass.ptxsim.ptx import Instruction
+from gqa_cutlass.ptxsim.syntax import Instruction
 
 if TYPE_CHECKING:
     from gqa_cutlass.ptxsim.machine import Group, Machine

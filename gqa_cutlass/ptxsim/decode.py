@@ -17,8 +17,8 @@ from gqa_cutlass.ptxsim.copies import build_cp_async
 from gqa_cutlass.ptxsim.mbarrier import build_mbarrier
 from gqa_cutlass.ptxsim.operands import items
 from gqa_cutlass.ptxsim.program import UNSIGNED, Action, Slots, unknown
-from gqa_cutlass.ptxsim.ptx import Instruction, Not, Operand, Pair, Reg, Vector
 from gqa_cutlass.ptxsim.sync import build_bar, build_fence
+from gqa_cutlass.ptxsim.syntax import Instruction, Not, Operand, Pair, Reg, Vector
 from gqa_cutlass.ptxsim.warp import (
     build_activemask,
     build_elect,

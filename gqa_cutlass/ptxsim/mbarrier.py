@@ -13,7 +13,7 @@ from gqa_cutlass.ptxsim.clocks import Vector, by_warp
 from gqa_cutlass.ptxsim.memory import SHARED_WINDOW, WINDOW_BYTES, AccessError
 from gqa_cutlass.ptxsim.operands import Pointer, pointer
 from gqa_cutlass.ptxsim.program import Action, Slots, unknown
-from gqa_cutlass.ptxsim.ptx import Instruction, Reg
+from gqa_cutlass.ptxsim.syntax import Instruction, Reg
 
 if TYPE_CHECKING:
     from gqa_cutlass.ptxsim.machine import Group, Machine

@@ -20,7 +20,7 @@ from gqa_cutlass.ptxsim.program import (
     read,
     written,
 )
-from gqa_cutlass.ptxsim.ptx import Instruction, Kernel
+from gqa_cutlass.ptxsim.syntax import Instruction, Kernel
 
 _SHARED_BASE = 1024  # as on sm_90, where the system has the first KiB: null is no valid address
 _NARROWEST = 16

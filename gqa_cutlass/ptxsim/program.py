@@ -10,7 +10,7 @@ import numpy as np
 
 from gqa_cutlass.errors import PtxError
 from gqa_cutlass.ptxsim.bits import Bits
-from gqa_cutlass.ptxsim.ptx import (
+from gqa_cutlass.ptxsim.syntax import (
     Address,
     Imm,
     Instruction,

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from gqa_cutlass.ptxsim.clocks import WARP, Vector, by_warp
 from gqa_cutlass.ptxsim.program import Action, Members, Slots, unknown
-from gqa_cutlass.ptxsim.ptx import Instruction
+from gqa_cutlass.ptxsim.syntax import Instruction
 
 if TYPE_CHECKING:
     from gqa_cutlass.ptxsim.machine import Group, Machine

@@ -12,7 +12,7 @@ from gqa_cutlass.ptxsim.clocks import WARP
 from gqa_cutlass.ptxsim.memory import AccessError
 from gqa_cutlass.ptxsim.operands import items, pointer
 from gqa_cutlass.ptxsim.program import Action, Members, Slots, unknown
-from gqa_cutlass.ptxsim.ptx import Instruction, Operand, Pair, Reg
+from gqa_cutlass.ptxsim.syntax import Instruction, Operand, Pair, Reg
 
 if TYPE_CHECKING:
     from gqa_cutlass.ptxsim.machine import Group, Machine
