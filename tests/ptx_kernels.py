@@ -4,7 +4,8 @@ What a body finds declared:
     %p<16> (predicates), %h<16> (b16), %r<32>, %rd<32>, %f<16>, %fd<8>, and already written
     %t (thread), %lane, %warp, %b (block), %g (thread of the launch; all in x);
     for every array `name` a parameter [name], its address in %name and the address of the
-    element that belongs to %g in %name_g; for every number `name` a .u32 parameter and %name.
+    element that belongs to %g in %name_g; for every number `name` a .u32 parameter and %name;
+    for every tensor map (or other bytes) `name` a parameter [name], its generic address in %name.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from gqa_cutlass.ptxsim.ptx import parse
 from gqa_cutlass.ptxsim.simulate import Checks, simulate
 
 Array = NDArray[Any]
+MAP_ALIGN = 64
 Extent = int | tuple[int, int, int]
 
 _HEADER = ".version 9.0\n.target sm_90a\n.address_size 64\n"
@@ -59,7 +61,10 @@ class Tensor:
         )
 
 
-def module(body: str, declare: str = "", **arguments: Array | Tensor | int) -> str:
+Argument = Array | Tensor | bytes | int
+
+
+def module(body: str, declare: str = "", **arguments: Argument) -> str:
     """A module with the kernel `k`.
 
     Args:
@@ -72,6 +77,12 @@ def module(body: str, declare: str = "", **arguments: Array | Tensor | int) -> s
         if isinstance(value, int):
             params.append(f".param .u32 {name}")
             loads.append(f".reg .b32 %{name}; ld.param.u32 %{name}, [{name}];")
+            continue
+        if isinstance(value, bytes):
+            params.append(f".param .align {MAP_ALIGN} .b8 {name}[{len(value)}]")
+            loads.append(
+                f".reg .b64 %{name}; mov.b64 %{name}, {name}; cvta.param.u64 %{name}, %{name};"
+            )
             continue
         item = (value.array if isinstance(value, Tensor) else value).itemsize
         params.append(f".param .u64 {name}")
@@ -96,7 +107,7 @@ def run_ptx(
     declare: str = "",
     races: bool = True,
     max_steps: int = 200_000,
-    **arguments: Array | Tensor | int,
+    **arguments: Argument,
 ) -> None:
     """Run a body of PTX. Arrays are read and written in place.
 
@@ -109,7 +120,7 @@ def run_ptx(
         declare: Further variables and registers.
         races: Whether races are looked for.
         max_steps: When a launch is taken to hang.
-        **arguments: Arrays and unsigned numbers that the kernel gets.
+        **arguments: Arrays, unsigned numbers and bytes that the kernel gets.
     """
     text = module(body, declare, **arguments)
     simulate_text(
@@ -127,20 +138,29 @@ def simulate_text(
     shared: int = 0,
     races: bool = True,
     max_steps: int = 200_000,
-    **arguments: Array | Tensor | int,
+    **arguments: Argument,
 ) -> None:
     """Run the kernel `k` of a whole module, with parameters in the order of the arguments."""
+    params, regions = parameters(**arguments)
+    launch = Launch(grid=_extent(grid), block=block, cluster=_extent(cluster), shared_bytes=shared)
+    checks = Checks(races=races, max_steps=max_steps)
+    simulate(Program(parse(text, "k")), launch, params, regions, checks)
+
+
+def parameters(**arguments: Argument) -> tuple[bytes, list[Region]]:
+    """Arguments as they lie in memory, and the memory that they allow a kernel to use."""
     params, regions = b"", []
     for name, value in arguments.items():
         if isinstance(value, int):
             params += struct.pack("<I", value)
             continue
+        if isinstance(value, bytes):
+            params += b"\0" * (-len(params) % MAP_ALIGN) + value
+            continue
         tensor = value if isinstance(value, Tensor) else Tensor(value)
         params += b"\0" * (-len(params) % 8) + struct.pack("<Q", tensor.array.ctypes.data)
         regions.append(tensor.region(name))
-    launch = Launch(grid=_extent(grid), block=block, cluster=_extent(cluster), shared_bytes=shared)
-    checks = Checks(races=races, max_steps=max_steps)
-    simulate(Program(parse(text, "k")), launch, params, regions, checks)
+    return params, regions
 
 
 def _extent(value: Extent) -> tuple[int, int, int]:

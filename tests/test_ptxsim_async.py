@@ -268,8 +268,6 @@ def test_faults_of_copies(copy: str, essential: str) -> None:
         "mbarrier.init.shared.b64 [%r9];", "mbarrier.try_wait.bogus.shared.b64 %p1, [%r9], %r1;",
         "cp.async.bulk.shared::cluster.global.bulk_group [%r9], [%rd9], 16;",
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r9], [%rd9], 16;",
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%r9], "
-        "[%rd9, {%r1, %r2}], [%r3];",
     ],
 )  # fmt: skip
 def test_refuses_unknown_forms(statement: str) -> None:
@@ -572,11 +570,25 @@ def test_bytes_may_be_completed_by_hand() -> None:
         (f"@%p1 {BULK} [tile], [%x+16], 512, [bars];", "0 bytes past the end of x"),
         (f"@%p1 {BULK} [tile], [%x], 512, [bars+8];", "mbarrier that was not initialised"),
         (f"{EXPECT.format(512)} @%p1 {BULK} [tile], [%x], 512, [bars]; setp.eq.u32 %p3, %t, 1; "
-         "@%p3 ld.shared.u32 %r1, [tile];", "race: reads what another thread wrote"),
+         "@%p3 ld.shared.u32 %r1, [tile];",
+         "race: reads what an asynchronous copy wrote.*finished .one that completes on mbarrier "
+         "0x1400 of block .0, 0, 0.*lane 1"),
+        (f"{EXPECT.format(512)} @%p1 {BULK} [tile], [%x], 512, [bars]; "
+         "@%p1 ld.shared.u32 %r1, [tile];",
+         "race: reads what an asynchronous copy wrote.*lane 0"),
+        (f"{EXPECT.format(512)} @%p1 {BULK} [tile], [%x], 512, [bars]; bar.sync 0; "
+         "ld.shared.u32 %r1, [%r9];", "race: reads what an asynchronous copy wrote"),
+        (f"{wait(1)} {EXPECT.format(512)} @%p1 {BULK} [tile], [%x], 512, [bars]; bar.sync 0; "
+         "ld.shared.u32 %r1, [%r9];", "race: reads what an asynchronous copy wrote"),
+        (f"{EXPECT.format(512)} @%p1 {BULK} [tile], [%x], 512, [bars]; bar.sync 0; "
+         "st.shared.u32 [%r9], 1;", "race: writes over what an asynchronous copy wrote"),
+        (f"@%p1 {BULK} [tile], [%x], 512, [bars+4];", "mbarrier not at a multiple of 8 bytes"),
     ],
     ids=["too few bytes", "phase already over", "read too early", "store over",
          "copy over unread store", "odd size", "no size", "target alignment", "source alignment",
-         "target bounds", "source bounds", "no mbarrier", "no wait"],
+         "target bounds", "source bounds", "no mbarrier", "no wait", "no wait by who copies",
+         "a barrier alone", "wait for the phase before", "no wait before a store",
+         "mbarrier alignment"],
 )  # fmt: skip
 def test_faults_of_bulk_copies(body: str, essential: str) -> None:
     with faults(essential, "block \\(0, 0, 0\\), warp 0"):

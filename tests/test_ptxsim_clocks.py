@@ -419,11 +419,12 @@ def test_a_block_may_not_end_while_another_uses_its_memory() -> None:
     block.write(0)
     block.barrier()
     block.read(block.threads)
+    first, second = np.arange(8), np.arange(8, 16)
     with race("exits while another thread reads"):
-        block.shadow.leave(0, 0, 8 * GRANULE)
-    block.shadow.leave(0, 8 * GRANULE, 8 * GRANULE)
+        block.shadow.leave(0, first)
+    block.shadow.leave(0, second)
     block.barrier()
-    block.shadow.leave(0, 0, 8 * GRANULE)
+    block.shadow.leave(0, first)
 
 
 # Global memory

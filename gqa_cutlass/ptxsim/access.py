@@ -149,11 +149,18 @@ def note_global(
     *,
     write: bool,
     strong: bool,
+    overread: bool = False,
 ) -> None:
-    """Enter accesses to global memory into the ledger and the statistics."""
+    """Enter accesses to global memory into the ledger and the statistics.
+
+    With `overread` not where a region allows reading what is written meanwhile.
+    """
     context = machine.context
     if context.ledger is not None:
-        context.ledger.note(lanes, addresses, size, write=write, strong=strong, pc=machine.pc)
+        kept = ~context.memory.overread(addresses) if overread else slice(None)
+        context.ledger.note(
+            lanes[kept], addresses[kept], size, write=write, strong=strong, pc=machine.pc
+        )
     if context.stats is not None:
         context.stats.global_(machine.pc, lanes, addresses, size, write=write)
 

@@ -89,6 +89,17 @@ class Atomics:
             published = self._published(lane, scope, release=True)
             self._fenced[lane] = {**self._fenced.get(lane, {}), **published}
 
+    def fence_inits(self, group: Group) -> None:
+        """Lanes execute `fence.mbarrier_init`: to their cluster, their mbarriers alone."""
+        if self._machine.context.ledger is None:
+            return
+        for lane in group.lanes.tolist():
+            vector = self._machine.mbarriers.inits.get(lane)
+            if vector is not None:
+                places = self._places(lane, "cluster")
+                published = dict.fromkeys(places, {places[-1][1]: vector})
+                self._fenced[lane] = _joined(self._fenced.get(lane, {}), published)
+
     def fenced(self, lane: int, scope: str) -> Vector | None:
         """What a fence lets a relaxed arrival of a lane publish to its cluster."""
         places = self._places(lane, scope)

@@ -5,16 +5,16 @@ Copies into shared memory complete on an mbarrier; copies out of it are done whe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gqa_cutlass.ptxsim.access import note_global
+from gqa_cutlass.ptxsim.landing import BARRIER_BYTES, COMPLETES, aligned, keys, land
 from gqa_cutlass.ptxsim.mbarrier import Ints, Key
 from gqa_cutlass.ptxsim.memory import WINDOW_BYTES, AccessError
-from gqa_cutlass.ptxsim.operands import Pointer, pointer
+from gqa_cutlass.ptxsim.operands import pointer
 from gqa_cutlass.ptxsim.program import Action, Slots, unknown
 from gqa_cutlass.ptxsim.syntax import Instruction
 
@@ -36,7 +36,7 @@ def build_bulk(instruction: Instruction, slots: Slots) -> Action:
     to, source, *rest = words
     inward = source == "global" and to in ("shared::cluster", "shared::cta")
     across = source == "shared::cta" and to == "shared::cluster"
-    if not (inward or across) or rest != ["mbarrier::complete_tx::bytes"]:
+    if not (inward or across) or rest != [COMPLETES]:
         raise unknown(instruction)
     if len(instruction.operands) != 4 + hint:
         raise unknown(instruction, "number of operands")
@@ -49,14 +49,18 @@ def build_bulk(instruction: Instruction, slots: Slots) -> Action:
         sizes = machine.value(size, group).tolist()
         origins = origin.addresses(machine, group).tolist()
         for i, (goal, key) in enumerate(
-            zip(_keys(machine, group, target), _keys(machine, group, barrier), strict=True)
+            zip(keys(machine, group, target), keys(machine, group, barrier), strict=True)
         ):
             lane = int(group.lanes[i])
+            aligned(machine, lane, key, BARRIER_BYTES, "mbarrier")
             if inward:
-                _copy_in(machine, lane, goal, origins[i], sizes[i], key)
+                data = _read_global(machine, lane, origins[i], sizes[i])
             else:
                 own = machine.block_of[lane].item(), origins[i] & WINDOW_BYTES - 1
-                _copy_across(machine, lane, goal, own, sizes[i], key)
+                data = _read_shared(machine, lane, own, sizes[i])
+            where = goal[1] + np.arange(0, sizes[i], _UNIT)
+            source = machine.clocks.release_own(lane)
+            land(machine, np.full(len(where), lane), goal[0], where, data, key, source)
 
     return Action(step=step, shared_width=_UNIT)
 
@@ -68,40 +72,16 @@ def _build_copy_out(instruction: Instruction, slots: Slots) -> Action:
     def step(machine: Machine, group: Group) -> None:
         sizes = machine.value(size, group).tolist()
         goals = target.addresses(machine, group).tolist()
-        for i, own in enumerate(_keys(machine, group, origin)):
+        for i, own in enumerate(keys(machine, group, origin)):
             _copy_out(machine, int(group.lanes[i]), own, goals[i], sizes[i])
 
     return Action(step=step, shared_width=_UNIT)
 
 
-def _keys(machine: Machine, group: Group, place: Pointer) -> Iterator[Key]:
-    """Block and address of every lane's pointer into the cluster's shared memory."""
-    addresses = place.addresses(machine, group) & WINDOW_BYTES - 1
-    try:
-        blocks, local = machine.shared_places(group.lanes, addresses, "cluster")
-    except AccessError as error:
-        raise machine.memory_fault(error, group.lanes, "shared") from None
-    yield from zip(blocks.tolist(), local.tolist(), strict=True)
-
-
-def _copy_in(machine: Machine, lane: int, target: Key, source: int, size: int, key: Key) -> None:
-    """Copy `size` bytes of global memory, to complete on an mbarrier."""
-    machine.mbarriers.known(key, np.array([lane]))
-    _land(machine, lane, target, _read_global(machine, lane, source, size), size, key)
-
-
-def _copy_across(
-    machine: Machine, lane: int, target: Key, source: Key, size: int, key: Key
-) -> None:
-    """Copy from the block's shared memory to that of a block of its cluster."""
-    machine.mbarriers.known(key, np.array([lane]))
-    _land(machine, lane, target, _read_shared(machine, lane, source, size), size, key)
-
-
 def _copy_out(machine: Machine, lane: int, source: Key, target: int, size: int) -> None:
     """Copy from shared to global memory."""
     data = _read_shared(machine, lane, source, size)
-    where = target + np.arange(0, size, _UNIT)
+    where = target + _units(machine, lane, size)
     lanes = np.full(len(where), lane)
     note_global(machine, lanes, where, _UNIT, write=True, strong=False)
     try:
@@ -110,18 +90,8 @@ def _copy_out(machine: Machine, lane: int, source: Key, target: int, size: int) 
         raise machine.memory_fault(error, lanes, "global") from None
 
 
-def _land(
-    machine: Machine, lane: int, target: Key, data: NDArray[Any], size: int, key: Key
-) -> None:
-    """Put data into shared memory, under way until the mbarrier's phase completes."""
-    at, addresses = _units(machine, lane, target, size)
-    machine.mbarriers.begin_copy(key, lane, at, addresses, _UNIT)
-    machine.shared.store(at, data)
-    machine.mbarriers.landed(key, size)
-
-
 def _read_global(machine: Machine, lane: int, source: int, size: int) -> NDArray[Any]:
-    where = source + np.arange(0, size, _UNIT)
+    where = source + _units(machine, lane, size)
     lanes = np.full(len(where), lane)
     try:
         data = machine.context.memory.load(where, 64, 2)
@@ -132,20 +102,20 @@ def _read_global(machine: Machine, lane: int, source: int, size: int) -> NDArray
 
 
 def _read_shared(machine: Machine, lane: int, source: Key, size: int) -> NDArray[Any]:
-    at, addresses = _units(machine, lane, source, size)
-    machine.shadowed(machine.shadow.read, np.full(len(at), lane), at, addresses, _UNIT)
+    addresses = source[1] + _units(machine, lane, size)
+    lanes = np.full(len(addresses), lane)
+    try:
+        at = machine.shared.index(np.full(len(addresses), source[0]), addresses, _UNIT)
+    except AccessError as error:
+        raise machine.memory_fault(error, lanes, "shared") from None
+    machine.shadowed(machine.shadow.read, lanes, at, addresses, _UNIT)
     return machine.shared.load(at, 64, 2)
 
 
-def _units(machine: Machine, lane: int, target: Key, size: int) -> tuple[Ints, Ints]:
-    """Where the units of a copy lie: positions in shared memory, and addresses in the block."""
+def _units(machine: Machine, lane: int, size: int) -> Ints:
+    """Where the units of a copy start, from its first byte."""
     if size <= 0 or size % _UNIT:
         raise machine.fault(
             f"cp.async.bulk: {size} bytes; allowed: positive multiples of {_UNIT}", lane
         )
-    addresses = target[1] + np.arange(0, size, _UNIT)
-    try:
-        blocks = np.full(len(addresses), target[0])
-        return machine.shared.index(blocks, addresses, _UNIT), addresses
-    except AccessError as error:
-        raise machine.memory_fault(error, np.full(len(addresses), lane), "shared") from None
+    return np.arange(0, size, _UNIT)

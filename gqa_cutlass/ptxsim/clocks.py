@@ -24,18 +24,21 @@ class Clocks:
 
     A vector has two entries per lane of the cluster: the epoch up to which the lane's doings are
     known, and behind all of these how many of its acquisitions of other clusters' writes to global
-    memory are (see `GlobalLedger`).
+    memory are (see `GlobalLedger`). Behind those it has one entry per agent: what writes to shared
+    memory asynchronously is no lane's doing, and its epochs are known to who waited for it.
 
     Args:
         blocks: How many blocks.
         threads: Threads per block, a multiple of 32.
         cluster: Blocks per cluster.
+        agents: How many agents a block has.
     """
 
-    def __init__(self, blocks: int, threads: int, cluster: int) -> None:
+    def __init__(self, blocks: int, threads: int, cluster: int, agents: int = 0) -> None:
         self.lanes = threads * cluster
         self.warps = threads // WARP * cluster
-        self.columns = 2 * self.lanes
+        self.agents = agents
+        self.columns = 2 * self.lanes + agents * cluster
         num_warps = blocks * (threads // WARP)
         self.epoch = np.ones(num_warps, dtype=np.int64)
         self.synced = np.zeros(num_warps, dtype=np.int64)  # epoch of the last sync of all lanes
@@ -50,6 +53,16 @@ class Clocks:
     def stamps(self, lanes: Lanes) -> NDArray[np.int64]:
         """Stamps of accesses by lanes, positive: the epoch, and the lane in its cluster."""
         return self.epoch[lanes // WARP] << 32 | lanes % self.lanes
+
+    def column_of_agent(self, rank: int, agent: int) -> int:
+        """The entry of an agent of a block, by the block's rank in its cluster."""
+        return 2 * self.lanes + rank * self.agents + agent % self.agents
+
+    def alone(self, column: int, epoch: int) -> Vector:
+        """What publishes one entry and nothing else."""
+        vector = np.zeros(self.columns, dtype=np.int32)
+        vector[column] = epoch
+        return vector
 
     def is_known(self, lanes: Lanes, stamps: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Whether what was stamped happened before what lanes do now.
@@ -76,6 +89,10 @@ class Clocks:
 
     def known_of(self, lanes: Lanes, warp: int) -> Vector:
         """Up to which epoch lanes know the doings of a warp of their cluster: [n, 32]."""
+        if self._partial and len(lanes) > WARP:  # copies ask for every granule of a tile
+            distinct, rows = np.unique(lanes, return_inverse=True)
+            if len(distinct) < len(lanes):
+                return self.known_of(distinct, warp)[rows]
         first = warp * WARP
         known = self.known[lanes // WARP, first : first + WARP]
         for row, lane in enumerate(lanes.tolist() if self._partial else ()):
@@ -86,6 +103,13 @@ class Clocks:
         mine = np.flatnonzero((place >= 0) & (place < WARP))
         known[mine, place[mine]] = _ALWAYS
         return known
+
+    def release_own(self, lane: int) -> Vector:
+        """What a lane publishes of its own doings alone, not of what it knows. [columns]."""
+        warp = lane // WARP
+        vector = self.alone(lane % self.lanes, int(self.epoch[warp]))
+        self.epoch[warp] += 1
+        return vector
 
     def warp_sync(self, warps: Lanes) -> None:
         """All lanes of these warps have met."""

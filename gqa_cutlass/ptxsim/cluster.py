@@ -98,21 +98,29 @@ class ClusterBarriers:
     def leave(self, group: Group) -> None:
         """Lanes have exited, and with them perhaps the last ones of a block."""
         machine = self._machine
-        if machine.context.launch.cluster_size == 1:
+        if machine.context.launch.cluster_size == 1 and not machine.mbarriers.had_copies:
             return
-        shared = machine.shared
         for block in np.unique(machine.block_of[group.lanes]).tolist():
             first = block * machine.threads
-            if machine.live[first : first + machine.threads].any():
-                continue
-            warps = np.arange(first, first + machine.threads, WARP) // WARP
-            machine.clocks.barrier(warps[None, :])
-            try:
-                machine.shadow.leave(first, block * shared.pitch + shared.base, shared.size)
-            except ShadowError as error:
-                rows = np.arange(error.row + 1)
-                addresses = shared.base + rows * machine.shadow.granule
-                raise machine.shadow_fault(error, np.full_like(rows, first), addresses) from None
+            if not machine.live[first : first + machine.threads].any():
+                self._leave(block, first)
+
+    def _leave(self, block: int, first: int) -> None:
+        """A block has exited: others, and copies, must be done with its shared memory."""
+        machine, shared, granule = self._machine, self._machine.shared, self._machine.shadow.granule
+        start = block * shared.pitch
+        granules = (start + shared.base) // granule + np.arange(shared.size // granule)
+        if machine.context.launch.cluster_size == 1:  # then its own threads are done, and know it
+            granules = machine.mbarriers.filled(granules)
+        if not len(granules):
+            return
+        warps = np.arange(first, first + machine.threads, WARP) // WARP
+        machine.clocks.barrier(warps[None, :])
+        try:
+            machine.shadow.leave(first, granules)
+        except ShadowError as error:
+            addresses = granules * granule - start
+            raise machine.shadow_fault(error, np.full_like(granules, first), addresses) from None
 
     def recheck(self) -> None:
         """Lanes have exited: an arrival of theirs is no longer needed."""
@@ -129,14 +137,15 @@ class ClusterBarriers:
 def build_cluster_barrier(instruction: Instruction, slots: Slots) -> Action:
     """`barrier.cluster.arrive` and `.wait`."""
     verb, *rest = (w for w in instruction.opcode[2:] if w != "aligned")
+    members = Members() if "aligned" in instruction.opcode else None
     if verb == "arrive" and rest in ([], ["release"], ["relaxed"]):
         release = rest != ["relaxed"]
         return Action(
             step=lambda machine, group: machine.cluster_barriers.arrive(group, release),
-            members=Members(),
+            members=members,
         )
     if verb == "wait" and rest in ([], ["acquire"], ["relaxed"]):
-        return Action(step=_wait(rest != ["relaxed"]), ends=True, members=Members())
+        return Action(step=_wait(rest != ["relaxed"]), ends=True, members=members)
     raise unknown(instruction)
 
 

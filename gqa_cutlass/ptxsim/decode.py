@@ -17,8 +17,10 @@ from gqa_cutlass.ptxsim.copies import build_cp_async
 from gqa_cutlass.ptxsim.mbarrier import build_mbarrier
 from gqa_cutlass.ptxsim.operands import items
 from gqa_cutlass.ptxsim.program import UNSIGNED, Action, Slots, unknown
+from gqa_cutlass.ptxsim.store_async import build_st_async
 from gqa_cutlass.ptxsim.sync import build_bar, build_fence
 from gqa_cutlass.ptxsim.syntax import Instruction, Not, Operand, Pair, Reg, Vector
+from gqa_cutlass.ptxsim.tensor import build_tensor
 from gqa_cutlass.ptxsim.warp import (
     build_activemask,
     build_elect,
@@ -229,8 +231,10 @@ BUILDERS: dict[str, Builder] = {
 
 
 _PREFIXES: list[tuple[tuple[str, ...], Builder]] = [
+    (("cp", "async", "bulk", "tensor"), build_tensor),
     (("cp", "async", "bulk"), build_bulk),
     (("cp", "async"), build_cp_async),
+    (("st", "async"), build_st_async),
     (("barrier", "cluster"), build_cluster_barrier),
 ]
 

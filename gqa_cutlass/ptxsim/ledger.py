@@ -118,7 +118,7 @@ class GlobalLedger:
 
     def _foreign(self, cluster: int, vector: Vector) -> Iterator[Foreign]:
         """What is known of other clusters by who knows a vector of this one."""
-        times = vector[self._cluster :]
+        times = vector[self._cluster : 2 * self._cluster]
         for place in np.flatnonzero(times).tolist():
             yield self._acquired[cluster * self._cluster + place][times[place] - 1]
 

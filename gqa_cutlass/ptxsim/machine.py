@@ -119,7 +119,7 @@ class Machine:
         self.defined: dict[int, Mask] = {
             slot: np.zeros(self.num_lanes, dtype=bool) for slot in program.watched
         }
-        self.clocks = Clocks(self.num_blocks, launch.block, launch.cluster_size)
+        self.clocks = Clocks(self.num_blocks, launch.block, launch.cluster_size, program.agents)
         self.shared = SharedMemory(
             self.num_blocks, program.shared_base, program.shared_size(launch)
         )
@@ -416,7 +416,9 @@ class Machine:
         lane = int(lanes[error.row])
         address = int(addresses[error.row]) + error.column * self.shadow.granule
         other = ""
-        if error.other is not None:
+        if error.other is not None and error.other >= self.clocks.lanes:
+            other = f" ({self.mbarriers.of_agent(lane, error.other)})"
+        elif error.other is not None:
             size = self.threads * self.context.launch.cluster_size
             other = f" ({self.lane_name(lane // size * size + error.other)})"
         return self.fault(f"{error}{other}", lane, address)

@@ -26,16 +26,17 @@ Key = tuple[int, int]  # block of the machine, address in its shared memory
 
 @dataclass(kw_only=True)
 class _Copy:
-    """A bulk copy under way: the lane that started it, and granules [n, k]."""
+    """A copy under way: granules [n, k], and what publishes that its source has been read."""
 
-    lane: int
     cells: Ints
+    source: Vector | None
 
 
 @dataclass(kw_only=True)
 class _Object:
-    """One mbarrier."""
+    """One mbarrier, and the agent (see `Clocks`) whose writes the copies become."""
 
+    agent: int
     count: int
     pending: int
     bytes: int = 0  # still to come in this phase
@@ -55,12 +56,17 @@ class _Waiter:
 
 
 class MBarriers:
-    """The mbarriers and bulk copies of one machine."""
+    """The mbarriers of one machine, and the copies that complete on them."""
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
         self._objects: dict[Key, _Object] = {}
         self._waiters: list[_Waiter] = []
+        self._agents: dict[Key, int] = {}  # also of mbarriers that are no more
+        self._made = np.zeros(machine.num_blocks, dtype=np.int64)  # agents of every block
+        self._epochs: dict[tuple[int, int], int] = {}  # by cluster and agent
+        self._filled: NDArray[np.bool_] | None = None  # granules that copies ever wrote to
+        self.inits: dict[int, Vector] = {}  # by lane, what publishes its mbarrier.init
 
     def locate(self, group: Group, place: Pointer, space: str) -> list[tuple[Key, Ints]]:
         """Lanes of a group by the mbarrier that they name, which must be whole."""
@@ -102,19 +108,39 @@ class MBarriers:
         if len(lanes) > 1:
             raise machine.fault("mbarrier.init by several threads", int(lanes[1]), key[1])
         self._shadow(machine.shadow.write, key, lanes)
-        self._objects[key] = _Object(count=count, pending=count)
+        self._objects[key] = _Object(agent=self._agent(key), count=count, pending=count)
+        self.inits[int(lanes[0])] = machine.clocks.release_own(int(lanes[0]))
+
+    def _agent(self, key: Key) -> int:
+        """The agent of an mbarrier: its own, unless a block has very many."""
+        if key not in self._agents:
+            rank = key[0] % self._machine.context.launch.cluster_size
+            number = int(self._made[key[0]])
+            self._agents[key] = self._machine.clocks.column_of_agent(rank, number)
+            self._made[key[0]] += 1
+        return self._agents[key]
 
     def invalidate(self, key: Key, lanes: Ints) -> None:
         """`mbarrier.inval`."""
-        self.known(key, lanes)
+        if self.known(key, lanes).copies:
+            raise self._machine.fault(
+                "mbarrier.inval while asynchronous copies are under way", int(lanes[0]), key[1]
+            )
         del self._objects[key]
 
-    def known(self, key: Key, lanes: Ints) -> _Object:
-        """An mbarrier that these lanes may use: initialised, and they know it."""
+    def known(self, key: Key, lanes: Ints, touched: bool = True) -> _Object:
+        """An mbarrier that these lanes may use: initialised, and they know it.
+
+        Args:
+            key: Which.
+            lanes: Whose instruction it is.
+            touched: Whether they change it themselves; what completes on it later does not.
+        """
         found = self._objects.get(key)
         if found is None:
             raise self._machine.fault("mbarrier that was not initialised", int(lanes[0]), key[1])
-        self._shadow(self._machine.shadow.read_strong, key, lanes)
+        shadow = self._machine.shadow
+        self._shadow(shadow.read_strong if touched else shadow.check, key, lanes)
         return found
 
     def _shadow(self, note: Callable[[Ints, Ints, int], None], key: Key, lanes: Ints) -> None:
@@ -125,15 +151,18 @@ class MBarriers:
     def expect(self, key: Key, lanes: Ints, amount: int, complete: bool = True) -> None:
         """More bytes will come in this phase (or, negative, have come)."""
         barrier = self.known(key, lanes)
+        self._count_bytes(key, barrier, int(lanes[0]), amount)
+        if complete:
+            self._complete(key, barrier)
+
+    def _count_bytes(self, key: Key, barrier: _Object, lane: int, amount: int) -> None:
         barrier.bytes += amount
         if abs(barrier.bytes) > _MAX_COUNT:
             raise self._machine.fault(
                 f"mbarrier: {barrier.bytes} bytes to come; allowed: up to {_MAX_COUNT}",
-                int(lanes[0]),
+                lane,
                 key[1],
             )
-        if complete:
-            self._complete(key, barrier)
 
     def arrive(self, key: Key, lanes: Ints, count: int, release: bool, drop: bool) -> int:
         """Every lane arrives `count` times; returns the phase that it arrived in."""
@@ -171,17 +200,26 @@ class MBarriers:
         """Go on to the next phase when nothing is missing."""
         if barrier.pending or barrier.bytes:
             return
-        machine = self._machine
-        for copy in barrier.copies:
-            lanes = np.full(len(copy.cells), copy.lane)
-            machine.shadow.end_copy(lanes, copy.cells)
-            self._publish(barrier, machine.clocks.release(lanes[:1]))
+        if barrier.copies:
+            self._finish(key, barrier)
         vectors = [v for v in (barrier.arrived, barrier.passed) if v is not None]
         barrier.passed = np.maximum.reduce(vectors) if vectors else None
-        barrier.arrived, barrier.copies = None, []
+        barrier.arrived = None
         barrier.phase += 1
         barrier.pending = barrier.count
         self._wake(key)
+
+    def _finish(self, key: Key, barrier: _Object) -> None:
+        """Let the copies of a phase be writes that are known to who waits for the phase."""
+        machine = self._machine
+        place = key[0] // machine.context.launch.cluster_size, barrier.agent
+        epoch = self._epochs[place] = self._epochs.get(place, 0) + 1
+        self._publish(barrier, machine.clocks.alone(barrier.agent, epoch))
+        for copy in barrier.copies:
+            machine.shadow.land(copy.cells, epoch << 32 | barrier.agent)
+            if copy.source is not None:
+                self._publish(barrier, copy.source)
+        barrier.copies = []
 
     def _wake(self, key: Key) -> None:
         for waiter in [w for w in self._waiters if w.key == key]:
@@ -215,17 +253,51 @@ class MBarriers:
             found.append((waiter.pc, waiter.lanes, what))
         return found
 
-    def begin_copy(self, key: Key, lane: int, target: Ints, addresses: Ints, unit: int) -> None:
-        """A lane starts a copy that this mbarrier waits for, in units of `unit` bytes."""
-        lanes = np.full(len(target), lane)
-        shadow = self._machine.shadow
-        cells = self._machine.shadowed(shadow.begin_copy, lanes, target, addresses, unit)
-        self._objects[key].copies.append(_Copy(lane=lane, cells=cells))
+    def begin_copy(
+        self, key: Key, lanes: Ints, at: Ints, addresses: Ints, unit: int, source: Vector | None
+    ) -> None:
+        """Lanes start copies that this mbarrier waits for.
 
-    def landed(self, key: Key, size: int) -> None:
+        Args:
+            key: The mbarrier.
+            lanes: [n], who starts each unit's copy.
+            at: [n], positions in shared memory that the units go to.
+            addresses: [n], the same as addresses of the block.
+            unit: Bytes of a unit.
+            source: What publishes that the lanes have read the source.
+        """
+        shadow = self._machine.shadow
+        cells = self._machine.shadowed(shadow.begin_copy, lanes, at, addresses, unit)
+        self._objects[key].copies.append(_Copy(cells=cells, source=source))
+        if self._filled is None:
+            size = len(self._machine.shared.bytes) // shadow.granule
+            self._filled = np.zeros(size, dtype=bool)
+        self._filled[cells] = True
+
+    @property
+    def had_copies(self) -> bool:
+        """Whether any copy was ever started."""
+        return self._filled is not None
+
+    def filled(self, granules: Ints) -> Ints:
+        """Those among granules of shared memory that copies ever wrote to."""
+        return granules[:0] if self._filled is None else granules[self._filled[granules]]
+
+    def of_agent(self, lane: int, agent: int) -> str:
+        """The copies of an agent of a lane's cluster, in words."""
+        machine = self._machine
+        size = machine.context.launch.cluster_size
+        cluster = lane // (machine.threads * size)
+        for (block, address), found in self._objects.items():
+            if block // size == cluster and found.agent == agent:
+                where = tuple(int(i) for i in machine.block_ids[block])
+                return f"one that completes on mbarrier {address:#x} of block {where}"
+        return "one whose mbarrier is no more"
+
+    def landed(self, key: Key, lane: int, size: int) -> None:
         """So many bytes of copies that an mbarrier waits for are there."""
         barrier = self._objects[key]
-        barrier.bytes -= size
+        self._count_bytes(key, barrier, lane, -size)
         self._complete(key, barrier)
 
 

@@ -51,6 +51,8 @@ class Region:
         readable: Whether the kernel may read it.
         writable: Whether it may write it.
         fresh: Its contents are not defined before the kernel writes them.
+        overread: Tensor copies may read what another thread writes meanwhile: they bring whole
+            boxes, of which the kernel discards what it has no business with.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Region:
     readable: bool = True
     writable: bool = False
     fresh: bool = False
+    overread: bool = False
 
     @property
     def span(self) -> int:
@@ -203,6 +206,14 @@ class GlobalMemory:
             return segment.bytes.view(kind), (address - segment.base) // size
 
         return cell
+
+    def overread(self, addresses: Indices) -> NDArray[np.bool_]:
+        """Which addresses tensor copies may read while they are written."""
+        found = np.zeros(len(addresses), dtype=bool)
+        for r in self.regions:
+            if r.overread:
+                found |= (addresses >= r.address) & (addresses < r.address + r.span)
+        return found
 
     def locate(self, address: int) -> str:
         """Where an address lies, in words."""

@@ -43,7 +43,7 @@ class Pointer:
 
 def pointer(operand: Operand, slots: Slots, instruction: Instruction) -> Pointer:
     """An address operand, from [register + offset], [variable + offset] or [number]."""
-    if not isinstance(operand, Address):
+    if not isinstance(operand, Address) or operand.coordinates:
         raise unknown(instruction, f"address {operand}")
     match operand.base:
         case Reg():

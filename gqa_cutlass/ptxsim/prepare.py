@@ -24,6 +24,7 @@ from gqa_cutlass.ptxsim.syntax import Instruction, Kernel
 
 _SHARED_BASE = 1024  # as on sm_90, where the system has the first KiB: null is no valid address
 _NARROWEST = 16
+_AGENTS = 128  # mbarriers of a block that are told apart; all columns of the clocks cost time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +79,8 @@ class Program:
         self.code = [
             self._code(instruction, dead[i]) for i, instruction in enumerate(kernel.instructions)
         ]
+        inits = any(i.opcode[:2] == ("mbarrier", "init") for i in kernel.instructions)
+        self.agents = _AGENTS if inits else 0  # of `Clocks`
         widths = [c.action.shared_width for c in self.code if c.action.shared_width]
         self.granule = min([_NARROWEST, *widths])
 

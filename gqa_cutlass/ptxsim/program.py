@@ -188,8 +188,9 @@ def registers_of(operands: Iterable[Operand]) -> list[str]:
                 names.append(name)
             case Not(reg=reg):
                 names.append(reg.name)
-            case Address(base=Reg(name=name)):
-                names.append(name)
+            case Address(base=base, coordinates=coordinates):
+                names += [base.name] if isinstance(base, Reg) else []
+                names += registers_of(coordinates)
             case Vector(items=items):
                 names += registers_of(items)
             case Pair(first=first, second=second):

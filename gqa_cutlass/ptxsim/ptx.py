@@ -410,6 +410,11 @@ class _Parser:
             base = _named(scope.find(token.text), scope.kernel)
         while not self._accept("]"):
             sign = self._next()
+            if sign.text == ",":
+                self._expect("{")
+                coordinates = self._vector(scope).items
+                self._expect("]")
+                return Address(base, offset, coordinates)
             if sign.text not in ("+", "-"):
                 raise _unexpected(sign, "']' or an offset")
             negative = (sign.text == "-") ^ self._accept("-")

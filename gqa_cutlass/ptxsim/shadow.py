@@ -200,6 +200,14 @@ class Shadow:
         if self._races:
             self._strong_reads.note(lanes, cells)
 
+    def check(self, lanes: Lanes, at: Ints, size: int) -> None:
+        """Check that lanes could read, and note nothing.
+
+        Raises:
+            ShadowError: As `read_strong`.
+        """
+        self._check_there(lanes, self._cells(at, size), "uses")
+
     def update(self, lanes: Lanes, at: Ints, size: int) -> None:
         """Note atomics that read, modify and write.
 
@@ -249,14 +257,21 @@ class Shadow:
         """The copies that lanes started have been waited for: now they are writes of theirs."""
         self._writer[cells] = self._clocks.stamps(lanes)[:, None]
 
-    def leave(self, lane: int, at: int, size: int) -> None:
+    def land(self, cells: Ints, stamp: int) -> None:
+        """Copies have finished: now they are writes with the stamp of an agent (see `Clocks`)."""
+        self._writer[cells] = stamp
+
+    def leave(self, lane: int, granules: Ints) -> None:
         """Note that a block ends, of which this lane knows all that its own threads did.
 
+        Args:
+            lane: One of the block.
+            granules: [n], those of the block that must be at rest.
+
         Raises:
-            ShadowError: A copy is under way, or another block may still be at work in its shared
-                memory. The row is the granule's number.
+            ShadowError: A copy is under way, or another block may still be at work there.
         """
-        cells = (at // self.granule + np.arange(size // self.granule))[:, None]
+        cells = granules[:, None]
         lanes = np.full(len(cells), lane)
         before = self._writer[cells]
         self._check_under_way(before, "exits")
@@ -296,7 +311,15 @@ class Shadow:
         if stamps.any():
             fine = self._clocks.is_known(lanes, stamps)
             if not fine.all():
-                raise _error(~fine, f"race: {why}", stamps)
+                raise self._unknown_writer(~fine, why, stamps)
+
+    def _unknown_writer(self, wrong: Mask, why: str, stamps: Ints) -> ShadowError:
+        error = _error(wrong, f"race: {why}", stamps)
+        if error.other is None or error.other < self._clocks.lanes:
+            return error
+        why = why.replace("another thread", "an asynchronous copy")
+        why = f"race: {why}, which this thread does not know to have finished"
+        return ShadowError(error.row, error.column, why, error.other)
 
     def _check_touches(self, lanes: Lanes, cells: Ints, why: str) -> None:
         self._check(self._reads, lanes, cells, f"{why} reads")

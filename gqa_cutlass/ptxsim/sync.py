@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 Key = tuple[int, int]  # block of the machine, number of the barrier
 _MAX_BARRIER = 15
+_PROXIES = ("alias", "async")
+_PROXY_SPACES = ("global", "shared::cta", "shared::cluster")
 
 
 @dataclass(kw_only=True)
@@ -192,8 +194,12 @@ def _warp_sync(machine: Machine, group: Group) -> None:
 def build_fence(instruction: Instruction, slots: Slots) -> Action:
     """`fence` and `membar`. Proxy fences order what this simulator runs in order anyway."""
     words = instruction.opcode[1:]
-    if words and words[0] in ("proxy", "mbarrier_init"):
+    if words[:1] == ("proxy",):
+        if words[1] not in _PROXIES or any(word not in _PROXY_SPACES for word in words[2:]):
+            raise unknown(instruction)
         return Action(step=lambda machine, group: None)
+    if words == ("mbarrier_init", "release", "cluster"):
+        return Action(step=lambda machine, group: machine.atomics.fence_inits(group))
     allowed = {"sc", "acq_rel", "cta", "cluster", "gpu", "sys", "gl", "acquire", "release"}
     if any(word not in allowed for word in words):
         raise unknown(instruction)

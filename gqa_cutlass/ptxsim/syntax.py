@@ -29,10 +29,14 @@ class Symbol:
 
 @dataclass(frozen=True)
 class Address:
-    """A memory operand: [base + offset]. No base: an absolute address."""
+    """A memory operand: [base + offset]. No base: an absolute address.
+
+    Coordinates follow in that of a tensor copy: [base + offset, {x, y}].
+    """
 
     base: Reg | Symbol | None
     offset: int
+    coordinates: tuple[Operand, ...] = ()
 
 
 @dataclass(frozen=True)

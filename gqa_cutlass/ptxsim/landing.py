@@ -1,0 +1,91 @@
+"""Writes into shared memory that complete on an mbarrier, whatever starts them.
+
+The bytes are there at once, but under way until the mbarrier's phase completes; then they are
+known to who waits for the phase, not to who started them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gqa_cutlass.ptxsim.clocks import Vector
+from gqa_cutlass.ptxsim.mbarrier import Ints, Key
+from gqa_cutlass.ptxsim.memory import SHARED_WINDOW, WINDOW_BYTES, AccessError
+from gqa_cutlass.ptxsim.operands import Pointer
+
+if TYPE_CHECKING:
+    from gqa_cutlass.ptxsim.machine import Group, Machine
+
+COMPLETES = "mbarrier::complete_tx::bytes"
+BARRIER_BYTES = 8
+
+
+def keys(machine: Machine, group: Group, place: Pointer, space: str = "cluster") -> list[Key]:
+    """Block and address of every lane's pointer into shared memory.
+
+    Args:
+        machine: Whose.
+        group: The lanes.
+        place: The operand.
+        space: "shared": of the block; "cluster": of a block of the cluster; "generic".
+    """
+    addresses = place.addresses(machine, group)
+    window = addresses & -WINDOW_BYTES
+    outside = window != SHARED_WINDOW
+    if space != "generic":
+        outside &= window != 0
+    if outside.any():
+        i = int(outside.argmax())
+        raise machine.fault("address outside shared memory", int(group.lanes[i]), int(addresses[i]))
+    where = "cluster" if space == "generic" else space
+    try:
+        blocks, local = machine.shared_places(group.lanes, addresses & WINDOW_BYTES - 1, where)
+    except AccessError as error:
+        raise machine.memory_fault(error, group.lanes, "shared") from None
+    return list(zip(blocks.tolist(), local.tolist(), strict=True))
+
+
+def land(
+    machine: Machine,
+    lanes: Ints,
+    block: int,
+    addresses: Ints,
+    data: NDArray[Any],
+    barrier: Key,
+    source: Vector | None = None,
+) -> None:
+    """Put data into shared memory, under way until the mbarrier's phase completes.
+
+    Args:
+        machine: Whose shared memory.
+        lanes: [n], who wrote each unit.
+        block: Where the data goes.
+        addresses: [n], where in the block.
+        data: [n] or [n, count].
+        barrier: The mbarrier, of the same block.
+        source: What publishes that the lanes have read the source.
+    """
+    unit = data[0].nbytes
+    if barrier[0] != block:
+        raise machine.fault(
+            "the mbarrier lies in another block than the data that completes on it",
+            int(lanes[0]),
+            barrier[1],
+        )
+    machine.mbarriers.known(barrier, lanes[:1], touched=False)
+    try:
+        at = machine.shared.index(np.full(len(addresses), block), addresses, unit)
+    except AccessError as error:
+        raise machine.memory_fault(error, lanes, "shared") from None
+    machine.mbarriers.begin_copy(barrier, lanes, at, addresses, unit, source)
+    machine.shared.store(at, data)
+    machine.mbarriers.landed(barrier, int(lanes[0]), len(addresses) * unit)
+
+
+def aligned(machine: Machine, lane: int, key: Key, size: int, what: str) -> None:
+    """Refuse an address that is not a multiple of `size` bytes."""
+    if key[1] % size:
+        raise machine.fault(f"{what} not at a multiple of {size} bytes", lane, key[1])
