@@ -1,6 +1,6 @@
 """The kernel generator: configurations in, CUDA source and cubins out. No GPU, no torch."""
 
-from gqa_cutlass.codegen.config import ARCHES, Arch, DType, KernelConfig, Math
+from gqa_cutlass.codegen.config import ARCHES, Arch, DType, KernelConfig, Math, Schedule
 from gqa_cutlass.codegen.render import render, source_digest
 from gqa_cutlass.codegen.variants import default_config, select, shipped
 
@@ -10,6 +10,7 @@ __all__ = [
     "DType",
     "KernelConfig",
     "Math",
+    "Schedule",
     "default_config",
     "render",
     "select",

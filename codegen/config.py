@@ -25,6 +25,13 @@ class DType(StrEnum):
     BF16 = "bf16"
 
 
+class Schedule(StrEnum):
+    """How a kernel loads, and how the blocks that share a sequence merge."""
+
+    MULTISTAGE = "multistage"  # cp.async; by way of global memory
+    TMA = "tma"  # tensor copies; through the shared memory of a cluster
+
+
 @dataclass(frozen=True, kw_only=True)
 class Arch:
     """A compilation target.
@@ -74,21 +81,35 @@ MAX_GROUP_SIZE = 1024
 WARP_SIZE = 32
 _ELEMENT_BYTES = 2
 _REGISTERS_PER_SM = 65536
-_SMALLEST_SHARED = min(arch.shared_per_block for arch in ARCHES.values())
 _LARGEST_SHARED_PER_SM = max(arch.shared_per_sm for arch in ARCHES.values())
-_SCHEDULE = "multistage"
 _NAME = re.compile(
-    rf"gqa_decode_sm80_(?P<math>tensorop|simt)_(?P<dtype>f16|bf16)_(?P=dtype)"
+    r"gqa_decode_(?P<arch>sm\d+)_(?P<math>tensorop|simt)_(?P<dtype>f16|bf16)_(?P=dtype)"
     r"_d(?P<head_dim>[1-9]\d*)_g(?P<group_size>[1-9]\d*)_align(?P<vec_width>[1-9]\d*)"
-    rf"_{_SCHEDULE}_h(?P<block_h>[1-9]\d*)n(?P<block_n>[1-9]\d*)w(?P<num_warps>[1-9]\d*)s(?P<num_stages>[1-9]\d*)"
+    r"_(?P<schedule>multistage|tma)"
+    r"_h(?P<block_h>[1-9]\d*)n(?P<block_n>[1-9]\d*)w(?P<num_warps>[1-9]\d*)s(?P<num_stages>[1-9]\d*)"
 )
+MAX_CLUSTER = 8  # what every GPU with clusters allows
+_BOX_DIMS = 64  # of a tensor copy: 128 bytes, the span of the swizzle
+
+# Per schedule: the oldest architecture, as names say it; those that it is compiled for; and the
+# virtual one for ptxsim.
+_TARGETS = {
+    Schedule.MULTISTAGE: ("sm80", tuple(ARCHES), "compute_80"),
+    Schedule.TMA: ("sm90", ("sm_90a",), "compute_90"),
+}
 
 # What each math allows of a field, and how to say it.
-_Rules = tuple[tuple[str, Container[int], str], ...]
+_Rules = tuple[tuple[str, Container[object], str], ...]
 _TENSOROP_RULES: _Rules = (
     ("vec_width", (2, 4, 8), "one of (2, 4, 8) with tensorop"),
     ("block_h", (8, 16, 24, 32), "8, 16, 24 or 32 with tensorop (8 is the MMA's N)"),
     ("block_n", (16, 32, 64), "16, 32 or 64 with tensorop (16 is the MMA's M)"),
+)
+_TMA_RULES: _Rules = (
+    ("math", (Math.TENSOROP,), "tensorop with tma"),
+    ("vec_width", (8,), "8 with tma (a tensor copy wants 16 bytes)"),
+    ("num_warps", (4, 8, 16), "4, 8 or 16 with tma"),
+    ("num_stages", range(1, 5), "1 to 4 with tma"),
 )
 _SIMT_RULES: _Rules = (
     ("vec_width", (1, 2, 4, 8), "one of (1, 2, 4, 8) with simt"),
@@ -111,7 +132,8 @@ class KernelConfig:
         block_h: Query heads that one block handles; larger groups take several blocks.
         block_n: KV tokens per tile.
         num_warps: Warps per block.
-        num_stages: K tiles (and V tiles) that a warp keeps in flight.
+        num_stages: K tiles (and V tiles) that a warp keeps in flight; with tma, up to so many.
+        schedule: How it loads and merges.
 
     Raises:
         ConfigError: A rule is broken; the message names it.
@@ -126,8 +148,10 @@ class KernelConfig:
     block_n: int
     num_warps: int
     num_stages: int
+    schedule: Schedule = Schedule.MULTISTAGE
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "schedule", _member(Schedule, "schedule", self.schedule))
         object.__setattr__(self, "math", _member(Math, "math", self.math))
         object.__setattr__(self, "dtype", _member(DType, "dtype", self.dtype))
         for field in ("head_dim", "group_size", "vec_width", "block_h", "block_n", "num_warps",
@@ -139,23 +163,32 @@ class KernelConfig:
             *(_TENSOROP_RULES if self.math is Math.TENSOROP else _SIMT_RULES),
             ("num_warps", range(1, 17), "1 to 16"),
             ("num_stages", range(1, 9), "1 to 8"),
+            *(_TMA_RULES if self.tma else ()),
         ):
             _check(field, getattr(self, field), getattr(self, field) in allowed, text)
+        limit = min(ARCHES[arch].shared_per_block for arch in self.archs)
         _check(
             "shared memory",
             self.shared_bytes,
-            self.shared_bytes <= _SMALLEST_SHARED,
-            f"at most {_SMALLEST_SHARED} bytes, so that it runs on every architecture; "
+            self.shared_bytes <= limit,
+            f"at most {limit} bytes, so that it runs on {', '.join(self.archs)}; "
             "use fewer warps or stages",
         )
+        if self.tma:
+            _check(
+                "block_n",
+                self.block_n,
+                self.block_h * self.head_dim * 4 <= 2 * self._box_tile_bytes,
+                "with tma, tiles of K and V in which a warp's partial output has room",
+            )
 
     @property
     def name(self) -> str:
         """The kernel's name: file, symbol, manifest key and log entry."""
         return (
-            f"gqa_decode_sm80_{self.math}_{self.dtype}_{self.dtype}_d{self.head_dim}"
-            f"_g{self.group_size}_align{self.vec_width}"
-            f"_{_SCHEDULE}_h{self.block_h}n{self.block_n}w{self.num_warps}s{self.num_stages}"
+            f"gqa_decode_{_TARGETS[self.schedule][0]}_{self.math}_{self.dtype}_{self.dtype}"
+            f"_d{self.head_dim}_g{self.group_size}_align{self.vec_width}"
+            f"_{self.schedule}_h{self.block_h}n{self.block_n}w{self.num_warps}s{self.num_stages}"
         )
 
     @classmethod
@@ -171,8 +204,31 @@ class KernelConfig:
                 f"kernel name: got {name!r}; allowed: names as `gqa-cutlass list` prints them"
             )
         text = match.groupdict()
-        numbers = {k: int(v) for k, v in text.items() if k not in ("math", "dtype")}
-        return cls(math=Math(text["math"]), dtype=DType(text["dtype"]), **numbers)
+        words = ("arch", "math", "dtype", "schedule")
+        found = cls(
+            math=Math(text["math"]),
+            dtype=DType(text["dtype"]),
+            schedule=Schedule(text["schedule"]),
+            **{k: int(v) for k, v in text.items() if k not in words},
+        )
+        if found.name != name:
+            raise ConfigError(f"kernel name: got {name!r}; allowed: {found.name!r}")
+        return found
+
+    @property
+    def tma(self) -> bool:
+        """Whether it loads by tensor copies, and its blocks form clusters."""
+        return self.schedule is Schedule.TMA
+
+    @property
+    def archs(self) -> tuple[str, ...]:
+        """Architectures that it is compiled for."""
+        return _TARGETS[self.schedule][1]
+
+    @property
+    def ptx_arch(self) -> str:
+        """The virtual architecture that its PTX is for."""
+        return _TARGETS[self.schedule][2]
 
     @property
     def num_threads(self) -> int:
@@ -186,7 +242,9 @@ class KernelConfig:
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory of a block. Mirrors SharedStorage; every kernel asserts it."""
+        """Dynamic shared memory of a block, at most. Every kernel asserts it."""
+        if self.tma:
+            return self.shared_bytes_with(self.num_stages)
         padded = _round_up(self.head_dim, 16)
         row = (padded // 8 | 1) * 8
         ring = self.num_stages * 2 * self.block_n * row * _ELEMENT_BYTES
@@ -199,6 +257,24 @@ class KernelConfig:
         offset += self.num_warps * self.block_h * self.block_n * 4 if simt else 16
         return _round_up(offset + 4, 16)
 
+    def shared_bytes_with(self, num_stages: int) -> int:
+        """The same for fewer stages, which kernels of the tma schedule can be launched with."""
+        row = (_round_up(self.head_dim, 16) // 8 | 1) * 8 * _ELEMENT_BYTES
+        offset = 2 * self.block_h * self.num_warps * 4
+        offset += self.num_warps * self.block_n * self.block_h * _ELEMENT_BYTES
+        offset = _round_up(offset, 16) + 2 * row
+        offset = _round_up(offset + self.num_warps * self.block_h * 4, 8)
+        offset += MAX_CLUSTER * self.block_h * 8
+        offset += (self.head_dim + 4 * MAX_CLUSTER) * self.block_h * 4
+        offset += (2 * self.num_stages * self.num_warps + 1) * 8 + 4
+        ring = 2 * self.num_warps * self._box_tile_bytes
+        return _round_up(offset, 1024) + num_stages * ring
+
+    @property
+    def _box_tile_bytes(self) -> int:
+        """A tile of K or V as boxes in shared memory."""
+        return ceil_div(self.head_dim, _BOX_DIMS) * _BOX_DIMS * self.block_n * _ELEMENT_BYTES
+
     @property
     def tile_bytes(self) -> int:
         """Bytes of a tile of K and one of V, as they lie in the cache."""
@@ -206,24 +282,26 @@ class KernelConfig:
 
     @property
     def bytes_in_flight(self) -> int:
-        """Bytes of K and V that one block can have under way."""
+        """Bytes of K and V that one block can have under way, with all its stages."""
         return self.num_warps * self.num_stages * self.tile_bytes
 
     @property
     def min_blocks(self) -> int:
         """Blocks per multiprocessor that the compiler leaves registers for (launch bound)."""
         by_registers = _REGISTERS_PER_SM // (self.num_threads * self._register_estimate())
-        return max(1, min(by_registers, self._blocks_by_shared(_LARGEST_SHARED_PER_SM)))
+        fewest = self.shared_bytes_with(1) if self.tma else self.shared_bytes
+        return max(1, min(by_registers, _LARGEST_SHARED_PER_SM // (fewest + _KIB)))
 
-    def blocks_per_sm(self, arch: Arch) -> int:
-        """Blocks that one multiprocessor holds at a time."""
+    def blocks_per_sm(self, arch: Arch, shared_bytes: int | None = None) -> int:
+        """Blocks that one multiprocessor holds at a time; the system takes 1 KiB from each.
+
+        Args:
+            arch: What it runs on.
+            shared_bytes: Shared memory per block; by default `shared_bytes` of the kernel.
+        """
         by_threads = arch.max_threads_per_sm // self.num_threads
-        by_shared = self._blocks_by_shared(arch.shared_per_sm)
+        by_shared = arch.shared_per_sm // ((shared_bytes or self.shared_bytes) + _KIB)
         return max(1, min(self.min_blocks, by_shared, by_threads))
-
-    def _blocks_by_shared(self, shared_per_sm: int) -> int:
-        """Blocks that fit into shared memory, of which the system takes 1 KiB per block."""
-        return shared_per_sm // (self.shared_bytes + _KIB)
 
     def _register_estimate(self) -> int:
         """What a thread holds at its peak, rounded up to what keeps the compiler from spilling."""

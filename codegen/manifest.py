@@ -27,6 +27,8 @@ def entry(config: KernelConfig) -> dict[str, object]:
     return {
         "name": config.name,
         "symbol": config.name,
+        "archs": list(config.archs),
+        "schedule": config.schedule.value,
         "math": config.math.value,
         "dtype": config.dtype.value,
         "head_dim": config.head_dim,

@@ -9,10 +9,14 @@ from importlib.resources.abc import Traversable
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from gqa_cutlass.codegen.config import DType, KernelConfig, Math
+from gqa_cutlass.codegen.config import DType, KernelConfig, Math, Schedule
 
 _TEMPLATE = "decode.cu.jinja"
 _ELEMENT = {DType.F16: "cutlass::half_t", DType.BF16: "cutlass::bfloat16_t"}
+_SCHEDULE = {
+    Schedule.MULTISTAGE: "gqa::Schedule::kMultistage",
+    Schedule.TMA: "gqa::Schedule::kTma",
+}
 _MATH = {Math.TENSOROP: "gqa::Math::kTensorOp", Math.SIMT: "gqa::Math::kSimt"}
 
 
@@ -21,7 +25,11 @@ def render(config: KernelConfig) -> str:
     """Render the source of one kernel: its traits spelled out and its entry point."""
     template = _environment().get_template(_TEMPLATE)
     return template.render(
-        config=config, element=_ELEMENT[config.dtype], math=_MATH[config.math], template=_TEMPLATE
+        config=config,
+        element=_ELEMENT[config.dtype],
+        math=_MATH[config.math],
+        schedule=_SCHEDULE[config.schedule],
+        template=_TEMPLATE,
     )
 
 

@@ -7,7 +7,14 @@ from fnmatch import fnmatchcase
 from functools import cache
 from itertools import product
 
-from gqa_cutlass.codegen.config import DType, KernelConfig, Math, ceil_div, check_head_dim
+from gqa_cutlass.codegen.config import (
+    DType,
+    KernelConfig,
+    Math,
+    Schedule,
+    ceil_div,
+    check_head_dim,
+)
 from gqa_cutlass.errors import ConfigError
 
 HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
@@ -22,15 +29,33 @@ SHIPPED_GRID: tuple[tuple[Math, tuple[int, ...], tuple[int, ...], tuple[int, ...
     (Math.SIMT, HEAD_DIMS, (1,), (8, 2)),
     (Math.SIMT, (64, 128), (4,), (4, 2, 1)),
 )
+# (head dims, group sizes) of the kernels for short contexts on Hopper.
+SHIPPED_TMA: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = (
+    (HEAD_DIMS, (1, 2, 4, 8, 16)),
+    ((128,), (3, 5, 6, 7)),
+    ((64,), (7,)),
+    ((64, 128), (32,)),
+)
 
 # (largest head_dim served, block_n, num_warps, num_stages), chosen by measurement on an H200. The
 # rings of K and V tiles stay below the 99 KiB that a block may use on every architecture.
 _TILES: tuple[tuple[int, int, int, int], ...] = ((80, 32, 8, 1), (176, 16, 8, 1), (256, 16, 4, 1))
+# The same with tma, whose tiles are boxes of 64 dims and may fill a multiprocessor of Hopper.
+_TMA_TILES: tuple[tuple[int, int, int, int], ...] = (
+    (64, 32, 8, 2),
+    (192, 16, 8, 2),
+    (256, 16, 8, 1),
+)
 
 
 @cache
 def default_config(
-    math: Math, dtype: DType, head_dim: int, group_size: int, vec_width: int
+    math: Math,
+    dtype: DType,
+    head_dim: int,
+    group_size: int,
+    vec_width: int,
+    schedule: Schedule = Schedule.MULTISTAGE,
 ) -> KernelConfig:
     """Choose the tile shape for what a problem fixes.
 
@@ -40,12 +65,14 @@ def default_config(
         head_dim: Dimension per head.
         group_size: Query heads per KV head.
         vec_width: Elements per access that every address allows.
+        schedule: How it loads and merges.
 
     Raises:
         ConfigError: head_dim, group_size or vec_width is out of range.
     """
     check_head_dim(head_dim)
-    block_n, num_warps, num_stages = next(tile for limit, *tile in _TILES if head_dim <= limit)
+    tiles = _TMA_TILES if schedule is Schedule.TMA else _TILES
+    block_n, num_warps, num_stages = next(tile for limit, *tile in tiles if head_dim <= limit)
     return KernelConfig(
         math=math,
         dtype=dtype,
@@ -56,6 +83,7 @@ def default_config(
         block_n=block_n,
         num_warps=num_warps,
         num_stages=num_stages,
+        schedule=schedule,
     )
 
 
@@ -81,11 +109,17 @@ def _named(name: str) -> KernelConfig | None:
 @cache
 def shipped() -> tuple[KernelConfig, ...]:
     """Every kernel that the package carries as source, in the order of the grid."""
-    return tuple(
+    multistage = tuple(
         default_config(math, dtype, head_dim, group_size, vec_width)
         for math, dims, groups, widths in SHIPPED_GRID
         for head_dim, group_size, vec_width, dtype in product(dims, groups, widths, DType)
     )
+    tma = tuple(
+        default_config(Math.TENSOROP, dtype, head_dim, group_size, 8, Schedule.TMA)
+        for dims, groups in SHIPPED_TMA
+        for head_dim, group_size, dtype in product(dims, groups, DType)
+    )
+    return multistage + tma
 
 
 def select(

@@ -5,6 +5,7 @@
 
 struct Variant {
   using Element = cutlass::bfloat16_t;
+  static constexpr gqa::Schedule kSchedule = gqa::Schedule::kMultistage;
   static constexpr gqa::Math kMath = gqa::Math::kSimt;
   static constexpr int kHeadDim = 80;
   static constexpr int kGroupSize = 1;  // query heads per KV head

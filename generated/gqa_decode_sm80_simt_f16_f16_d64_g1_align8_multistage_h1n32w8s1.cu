@@ -5,6 +5,7 @@
 
 struct Variant {
   using Element = cutlass::half_t;
+  static constexpr gqa::Schedule kSchedule = gqa::Schedule::kMultistage;
   static constexpr gqa::Math kMath = gqa::Math::kSimt;
   static constexpr int kHeadDim = 64;
   static constexpr int kGroupSize = 1;  // query heads per KV head

@@ -5,6 +5,7 @@
 
 struct Variant {
   using Element = cutlass::bfloat16_t;
+  static constexpr gqa::Schedule kSchedule = gqa::Schedule::kMultistage;
   static constexpr gqa::Math kMath = gqa::Math::kTensorOp;
   static constexpr int kHeadDim = 112;
   static constexpr int kGroupSize = 2;  // query heads per KV head

@@ -5,6 +5,7 @@
 
 struct Variant {
   using Element = cutlass::bfloat16_t;
+  static constexpr gqa::Schedule kSchedule = gqa::Schedule::kMultistage;
   static constexpr gqa::Math kMath = gqa::Math::kTensorOp;
   static constexpr int kHeadDim = 192;
   static constexpr int kGroupSize = 4;  // query heads per KV head

@@ -5,6 +5,7 @@
 
 struct Variant {
   using Element = cutlass::half_t;
+  static constexpr gqa::Schedule kSchedule = gqa::Schedule::kMultistage;
   static constexpr gqa::Math kMath = gqa::Math::kTensorOp;
   static constexpr int kHeadDim = 192;
   static constexpr int kGroupSize = 8;  // query heads per KV head

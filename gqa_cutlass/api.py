@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,12 +16,13 @@ from gqa_cutlass.dispatch import Dispatch, choose_config, dispatch, model_device
 from gqa_cutlass.errors import DeviceError, InputError
 from gqa_cutlass.inputs import DTYPES, Problem
 from gqa_cutlass.launcher import Device, describe_device, load
-from gqa_cutlass.planning import GpuPlan, Plan, Settings, signature
+from gqa_cutlass.planning import Arguments, GpuPlan, Plan, Settings, signature
 from gqa_cutlass.store import Store
 
 _MAX_PLANS = 4096
 _PER_THREAD_STREAM = 2  # up to here handles are names of default streams, not streams
-_plans: dict[object, Plan] = {}
+_Options = tuple[int, type, float | None, type, bool, bool]
+_plans: dict[object, Plan] = {}  # by signature, and the latest by the cache's shape
 
 
 def gqa_decode(
@@ -78,12 +79,28 @@ def gqa_decode(
     Source: Ainslie et al., "GQA" (arXiv:2305.13245); split over the sequence as in Flash-Decoding.
     """
     tensors = q, k_cache, v_cache, k, v, out
-    lengths_on_device = isinstance(cache_seqlens, Tensor)
-    inputs.check_splits(num_splits)  # here, for True == 1 would find the plan of 1
+    # With types, for True == 1 would find the plan of 1.
+    options = (num_splits, type(num_splits), softmax_scale, type(softmax_scale), return_lse,
+               torch.is_grad_enabled())  # fmt: skip
+    try:
+        found = _plans.get((k_cache.shape, options))
+    except (AttributeError, TypeError, RuntimeError):  # plan() says what is wrong
+        found = None
+    argument = None if found is None else found.match(tensors, cache_seqlens)
+    if found is None or argument is None:
+        found, argument = _find_plan(tensors, cache_seqlens, options)
+    return found.run(tensors, cache_seqlens, argument)
+
+
+def _find_plan(
+    tensors: Arguments, cache_seqlens: int | Tensor, options: _Options
+) -> tuple[Plan, bytes]:
+    """The plan for a call, made if there is none, and the kernel's argument."""
+    q, k_cache, v_cache, k, v, out = tensors
+    num_splits, _, softmax_scale, _, return_lse, _ = options
     key: object
     try:
-        key = (signature(tensors), lengths_on_device, softmax_scale, num_splits, return_lse,
-               torch.is_grad_enabled())  # fmt: skip
+        key = signature(tensors), isinstance(cache_seqlens, Tensor), options
         found = _plans.get(key)
     except (AttributeError, TypeError, RuntimeError):  # no dense tensors: plan() says what is wrong
         key = found = None
@@ -92,11 +109,12 @@ def gqa_decode(
             q, k_cache, v_cache, k, v, cache_seqlens=cache_seqlens, softmax_scale=softmax_scale,
             num_splits=num_splits, return_lse=return_lse, out=out,
         )  # fmt: skip
+    argument = found.adopt(tensors, cache_seqlens)
+    if key is not None:
         if len(_plans) >= _MAX_PLANS:
             _plans.clear()
-        if key is not None:
-            _plans[key] = found
-    return found.run(tensors, cache_seqlens)
+        _plans[key] = _plans[k_cache.shape, options] = found
+    return found, argument
 
 
 def plan(
@@ -112,6 +130,7 @@ def plan(
     return_lse: bool = False,
     out: Tensor | None = None,
     kernel: KernelConfig | None = None,
+    dependent: bool = False,
 ) -> Plan:
     """Resolve everything about a problem once: validate, choose, compile and load the kernel.
 
@@ -130,6 +149,8 @@ def plan(
         return_lse: As for `gqa_decode`.
         out: As for `gqa_decode`; whether and how it is laid out is part of the plan.
         kernel: A kernel to use instead of the dispatcher's choice.
+        dependent: Programmatic dependent launch: the kernel may start while the kernel before it in
+            the stream finishes; it reads nothing before that one is done.
 
     Raises:
         GqaError: As for `gqa_decode`.
@@ -141,15 +162,18 @@ def plan(
     inputs.check_splits(num_splits)
     scale = inputs.check_scale(softmax_scale, problem.head_dim)
     device = _device_of(q)
-    chosen = dispatch(problem, device, num_splits, kernel)
+    device_lengths = isinstance(cache_seqlens, Tensor)
+    chosen = dispatch(problem, device, num_splits, kernel, device_lengths)
+    if dependent:
+        chosen = replace(chosen, shape=replace(chosen.shape, dependent=True))
     settings = Settings(
         problem=problem,
         chosen=chosen,
+        arguments=(q, k_cache, v_cache, k, v, out),
         tensors=tensors,
-        key=signature((q, k_cache, v_cache, k, v, out)),
         softmax_scale=scale,
         return_lse=return_lse,
-        device_lengths=isinstance(cache_seqlens, Tensor),
+        device_lengths=device_lengths,
     )
     if device.index == workspace.CPU:
         from gqa_cutlass.simulation import CpuPlan  # which only CPU tensors need
@@ -257,10 +281,12 @@ def warmup(
     """
     if dtype not in DTYPES:
         raise InputError(f"warmup: dtype: got {dtype}; allowed: torch.float16, torch.bfloat16.")
-    kernels = [
-        c if isinstance(c, KernelConfig) else choose_config(_problem(c, dtype))[0] for c in configs
-    ]
     gpu = None if _is_cpu(device) else _gpu(device)
+    target = gpu or model_device(ARCHES["sm_90a"])
+    kernels = [
+        c if isinstance(c, KernelConfig) else choose_config(_problem(c, dtype), target)[0]
+        for c in configs
+    ]
     for config in kernels:
         if gpu is None:
             from gqa_cutlass.simulation import program_of
@@ -297,7 +323,9 @@ class Explanation:
             "why": "; ".join(self.dispatch.reasons),
             "arch": f"{self.device.arch.name}, {self.device.num_sms} SMs",
             "grid": f"{shape.grid} (KV heads x head blocks, splits, batch)",
-            "block": f"{shape.block} threads, {shape.shared_bytes} bytes of shared memory",
+            "cluster": f"{shape.cluster} blocks, along the splits",
+            "block": f"{shape.block} threads, {shape.shared_bytes} bytes of shared memory, "
+            f"{self.dispatch.num_stages} stages",
             "workspace": f"{workspace_bytes} bytes",
             "reads": f"{self.kv_bytes} bytes of K and V with a full cache",
             "cubin": str(self.cubin or "not built yet; the first call compiles it"),
@@ -342,14 +370,14 @@ def explain(
         device = _device_of(q)
     else:
         device = model_device(ARCHES[arch or "sm_90a"])
-    chosen = dispatch(problem, device, num_splits)
+    chosen = dispatch(problem, device, num_splits, device_lengths=True)
     stored = Store.default().find(chosen.config, device.arch.name)
     return Explanation(
         problem=problem,
         device=device,
         dispatch=chosen,
         cubin=None if stored is None else stored.path,
-        kv_bytes=2 * k_cache.numel() * k_cache.element_size(),
+        kv_bytes=problem.cache_bytes,
     )
 
 

@@ -5,10 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from gqa_cutlass.codegen.config import Arch, KernelConfig, Math, ceil_div
+from gqa_cutlass.codegen.config import (
+    MAX_CLUSTER,
+    Arch,
+    KernelConfig,
+    Math,
+    Schedule,
+    ceil_div,
+)
 from gqa_cutlass.codegen.variants import default_config, shipped
 from gqa_cutlass.errors import InputError
-from gqa_cutlass.inputs import Problem
+from gqa_cutlass.inputs import VECTOR_WIDTHS, Problem
 from gqa_cutlass.launcher import Device, LaunchShape
 
 # The cost model's figures, measured on an H200. A split costs its merge; a multiprocessor draws its
@@ -18,6 +25,22 @@ _BYTES_PER_SM_AND_MICROSECOND = 33_500
 _MICROSECONDS_PER_SPLIT = 0.08
 _BYTES_IN_FLIGHT = 64 * 1024
 
+# Where the tma schedule won, and with how many blocks (docs/design/0002-tma-schedule.md has the
+# measurements): caches up to so many MiB, fewer where rows are no multiple of 128 bytes; so many KV
+# heads in the batch; more tokens than one block's warps take at once.
+_TMA_ARCHS = ("sm_90a",)
+_TMA_MIB, _TMA_MIB_PARTIAL_BOXES = 128, 16
+_TMA_HEADS = 64
+_TMA_TOKENS = 128
+_TMA_BLOCKS = 64
+_BOX_DIMS = 64
+
+# Where splits are dealt out by length (docs/design/0001-decode-kernel.md, "Ragged batches"): the
+# batch, and the tokens that a cache can hold.
+_BALANCED_BATCH, _BALANCED_TOKENS = 256, 2048
+_MOST_TILES = 2**31  # 32-bit sums; a tile has more than one token
+_BALANCED = "spare blocks, to balance ragged lengths"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Dispatch:
@@ -25,35 +48,48 @@ class Dispatch:
 
     Args:
         config: The kernel.
-        shape: Grid, block and shared memory.
+        shape: Grid, block, cluster and shared memory.
+        num_splits: Parts that a sequence is cut into when all are about as long.
+        num_stages: K tiles (and V tiles) that a warp keeps in flight.
         reasons: Why, one sentence per decision.
     """
 
     config: KernelConfig
     shape: LaunchShape
+    num_splits: int
+    num_stages: int
     reasons: tuple[str, ...]
 
     @property
-    def num_splits(self) -> int:
-        """Parts that a sequence is cut into."""
-        return self.shape.grid[1]
+    def balanced(self) -> bool:
+        """Whether ragged sequences get splits by their lengths, for which there are more blocks."""
+        return self.shape.grid[1] > self.num_splits
 
     @property
-    def partial_floats(self) -> int:
-        """Floats of workspace for the partial outputs of all splits."""
-        per_block = self.config.block_h * (self.config.head_dim + 2)
-        return self.num_tickets * self.num_splits * per_block
+    def num_partials(self) -> int:
+        """Partial outputs per sequence in global memory: of splits, or of clusters of splits."""
+        return self.shape.grid[1] // self.shape.cluster
 
     @property
     def num_tickets(self) -> int:
-        """Counters that the split merge needs; none without splits."""
+        """Merges in global memory, which need a counter each; none without partials."""
         x, _, z = self.shape.grid
-        return x * z if self.num_splits > 1 else 0
+        return x * z * self.shape.cluster if self.num_partials > 1 else 0
+
+    @property
+    def partial_floats(self) -> int:
+        """Floats of workspace for the partial outputs."""
+        per_partial = self.config.block_h * (self.config.head_dim + 2)
+        return self.num_tickets * self.num_partials * per_partial
 
 
 @lru_cache(maxsize=4096)
 def dispatch(
-    problem: Problem, device: Device, num_splits: int = 0, kernel: KernelConfig | None = None
+    problem: Problem,
+    device: Device,
+    num_splits: int = 0,
+    kernel: KernelConfig | None = None,
+    device_lengths: bool = False,
 ) -> Dispatch:
     """Choose a kernel and a launch shape.
 
@@ -62,31 +98,96 @@ def dispatch(
         device: Where it will run.
         num_splits: Parts to cut every sequence into; 0 leaves the choice to the model.
         kernel: A kernel to use instead of the model's choice.
+        device_lengths: Whether the host does not know the lengths, which may then be ragged.
 
     Raises:
         InputError: The given kernel cannot solve the problem.
     """
     if kernel is None:
-        config, why_config = choose_config(problem)
+        config, why_config = choose_config(problem, device)
     else:
-        _check_fits(kernel, problem)
+        _check_fits(kernel, problem, device)
         config, why_config = kernel, "this kernel, as asked"
     if num_splits:
-        splits, why_splits = num_splits, f"{num_splits} splits, as asked"
+        splits = Splits(
+            cluster=_largest_cluster(num_splits) if config.tma else 1,
+            splits=num_splits,
+            num_stages=config.num_stages,
+            why=f"{num_splits} splits, as asked",
+        )
+    elif config.tma:
+        splits = choose_clusters(problem, config)
     else:
-        splits, why_splits = choose_splits(problem, config, device)
-    grid = (problem.num_kv_heads * config.head_blocks, splits, problem.batch_size)
+        count, why = choose_splits(problem, config, device)
+        splits = Splits(cluster=1, splits=count, num_stages=config.num_stages, why=why)
+    balanced = device_lengths and not num_splits and may_balance(problem, config)
+    spare = spare_rows(problem, config, device) if balanced else 0
+    grid = (problem.num_kv_heads * config.head_blocks, splits.splits + spare, problem.batch_size)
+    shared = config.shared_bytes_with(splits.num_stages) if config.tma else config.shared_bytes
     return Dispatch(
         config=config,
-        shape=LaunchShape(grid=grid, block=config.num_threads, shared_bytes=config.shared_bytes),
-        reasons=(why_config, why_splits),
+        shape=LaunchShape(
+            grid=grid, block=config.num_threads, shared_bytes=shared, cluster=splits.cluster
+        ),
+        num_splits=splits.splits,
+        num_stages=splits.num_stages,
+        reasons=(why_config, splits.why, *balanced * (_BALANCED,)),
     )
 
 
-def _check_fits(kernel: KernelConfig, problem: Problem) -> None:
+def may_balance(problem: Problem, config: KernelConfig) -> bool:
+    """Whether to deal splits out by the lengths of the sequences, in case they are ragged.
+
+    It costs every block a look at all lengths, for which short caches are not worth it.
+    """
+    return (
+        not config.tma
+        and 2 <= problem.batch_size <= _BALANCED_BATCH
+        and _BALANCED_TOKENS <= problem.max_seq_len <= _MOST_TILES // problem.batch_size
+    )
+
+
+def spare_rows(problem: Problem, config: KernelConfig, device: Device) -> int:
+    """Rows of blocks beyond the splits, so that ragged sequences can be cut finer.
+
+    One is what rounding needs. Where one block per sequence fills the multiprocessors more than
+    once, shares of a third even out when they finish; a finer cut costs more merges than it gains.
+    """
+    blocks = problem.num_kv_heads * config.head_blocks * problem.batch_size
+    return 1 if blocks <= device.num_sms * config.blocks_per_sm(device.arch) else 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Splits:
+    """How the blocks of a launch share a sequence.
+
+    Args:
+        splits: Blocks per sequence and KV head (and block of query heads).
+        cluster: Blocks of a cluster; divides `splits`.
+        num_stages: Stages of every warp.
+        why: A sentence.
+    """
+
+    splits: int
+    cluster: int
+    num_stages: int
+    why: str
+
+
+def _largest_cluster(splits: int) -> int:
+    """The largest cluster that divides a number of splits."""
+    return next(size for size in (8, 4, 2, 1) if splits % size == 0)
+
+
+def _check_fits(kernel: KernelConfig, problem: Problem, device: Device) -> None:
     """Raise InputError unless a kernel can solve a problem."""
     needed = (problem.dtype, problem.head_dim, problem.group_size)
     offered = (kernel.dtype, kernel.head_dim, kernel.group_size)
+    if device.arch.name not in kernel.archs:
+        raise InputError(
+            f"gqa_decode: kernel: got {kernel.name} for {device.arch.name}; allowed there: kernels "
+            f"for it, which this one is not: {', '.join(kernel.archs)}. Nothing was launched."
+        )
     if needed != offered or problem.vec_width % kernel.vec_width:
         raise InputError(
             f"gqa_decode: kernel: got {kernel.name}; allowed: kernels for {problem.dtype}, "
@@ -95,17 +196,60 @@ def _check_fits(kernel: KernelConfig, problem: Problem) -> None:
         )
 
 
-def choose_config(problem: Problem) -> tuple[KernelConfig, str]:
-    """The kernel for a problem: tensor cores wherever cp.async can move what was passed."""
+def choose_config(problem: Problem, device: Device) -> tuple[KernelConfig, str]:
+    """The kernel for a problem: tensor cores wherever the copies can move what was passed."""
     math = Math.TENSOROP if problem.vec_width >= 2 else Math.SIMT
+    schedule, why = _choose_schedule(problem, device)
     config = default_config(
-        math, problem.dtype, problem.head_dim, problem.group_size, problem.vec_width
+        math, problem.dtype, problem.head_dim, problem.group_size, problem.vec_width, schedule
     )
     aligned = f"every row is aligned to {2 * problem.vec_width} bytes"
     origin = "shipped" if config in shipped() else "compiled on first use"
     if math is Math.SIMT:
         return config, f"simt: {aligned}, less than cp.async moves; {origin}"
-    return config, f"tensorop: {aligned}; {origin}"
+    return config, f"tensorop: {aligned}; {schedule}: {why}; {origin}"
+
+
+def _choose_schedule(problem: Problem, device: Device) -> tuple[Schedule, str]:
+    """The tma schedule for few heads and small caches, where latency counts more than bandwidth."""
+    limit = _TMA_MIB if problem.head_dim % _BOX_DIMS == 0 else _TMA_MIB_PARTIAL_BOXES
+    mib = problem.cache_bytes / 2**20
+    few = problem.num_kv_heads * problem.batch_size <= _TMA_HEADS
+    if device.arch.name not in _TMA_ARCHS:
+        return Schedule.MULTISTAGE, f"{device.arch.name} is not among {', '.join(_TMA_ARCHS)}"
+    if problem.vec_width < VECTOR_WIDTHS[0]:
+        return Schedule.MULTISTAGE, "the copy engine wants rows aligned to 16 bytes"
+    if not few or mib > limit or problem.max_seq_len <= _TMA_TOKENS:
+        return Schedule.MULTISTAGE, f"{mib:.1f} MiB of {problem.max_seq_len} tokens"
+    return Schedule.TMA, f"{mib:.1f} MiB, at most {limit}; few heads"
+
+
+def choose_clusters(problem: Problem, config: KernelConfig) -> Splits:
+    """How the blocks of the tma schedule share sequences, when caches are full.
+
+    As many blocks as keep memory busy and no more, in clusters of at most 8: clusters that share a
+    head meet in global memory, which costs a microsecond. A second stage pays once warps walk
+    several tiles, and takes the room of a second block.
+    """
+    heads = problem.num_kv_heads * config.head_blocks * problem.batch_size
+    tiles = ceil_div(problem.max_seq_len, config.block_n)
+    wanted = max(2, ceil_div(_TMA_BLOCKS, heads))
+    splits = _power_of_two(min(wanted, ceil_div(tiles, config.num_warps)))
+    per_warp = ceil_div(tiles, splits * config.num_warps)
+    deep = per_warp > 2 and heads * splits < 2 * _TMA_BLOCKS
+    cluster = min(MAX_CLUSTER, splits)
+    return Splits(
+        splits=splits,
+        cluster=cluster,
+        num_stages=config.num_stages if deep else 1,
+        why=f"{splits // cluster} clusters of {cluster} for each of {heads} heads, at most "
+        f"{per_warp} tiles per warp",
+    )
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest power of two that is not smaller."""
+    return 1 << (n - 1).bit_length()
 
 
 def choose_splits(problem: Problem, config: KernelConfig, device: Device) -> tuple[int, str]:

@@ -74,6 +74,12 @@ class Problem:
         """Query heads per KV head."""
         return self.num_q_heads // self.num_kv_heads
 
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of K and V in full caches."""
+        rows = self.batch_size * self.max_seq_len * self.num_kv_heads
+        return 2 * rows * self.head_dim * _ELEMENT_BYTES
+
 
 def gather(
     q: Tensor,
@@ -177,6 +183,21 @@ def check_splits(num_splits: int) -> None:
     """Raise InputError unless num_splits is an int from 0 (choose) to MAX_SPLITS."""
     if type(num_splits) is not int or not 0 <= num_splits <= MAX_SPLITS:
         _fail("num_splits", repr(num_splits), f"0 (the dispatcher decides) to {MAX_SPLITS}")
+
+
+def check_addresses(tensors: Tensors, cache_seqlens: int | Tensor) -> None:
+    """Raise InputError for a tensor without memory, or lengths that cannot be loaded."""
+    given = tensors.present() | {"cache_seqlens": cache_seqlens}
+    for name, tensor in given.items():
+        if isinstance(tensor, Tensor) and not tensor.data_ptr():
+            _fail(
+                name,
+                "a tensor without memory (fake, or its storage was freed)",
+                "tensors that hold their elements",
+            )
+    if isinstance(cache_seqlens, Tensor) and cache_seqlens.data_ptr() % 4:
+        address = f"address {cache_seqlens.data_ptr():#x}"
+        _fail("cache_seqlens", address, "an address that is a multiple of 4")
 
 
 def check_aliases(tensors: Tensors, cache_seqlens: int | Tensor) -> None:

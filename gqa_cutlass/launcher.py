@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from cuda.bindings import driver
 
 from gqa_cutlass.codegen.compile import nvrtc_version
 from gqa_cutlass.codegen.config import ARCHES, Arch, KernelConfig
-from gqa_cutlass.errors import CompilerMissingError, DeviceError, LaunchError
+from gqa_cutlass.errors import CompilerMissingError, DeviceError, InputError, LaunchError
 from gqa_cutlass.store import Store
+from gqa_cutlass.tensormap import TENSOR_MAP_ALIGN, TENSOR_MAP_BYTES, TensorMap
 
 MIN_CAPABILITY = 80
+_STREAM_OFFSET = 32  # of hStream in CUlaunchConfig, behind seven 32-bit words
 
 
-class _Strides(ctypes.Structure):
+class RowStrides(ctypes.Structure):
+    """Distances between neighbours, in elements."""
+
+    _fields_ = [("batch", ctypes.c_int64), ("head", ctypes.c_int64)]
+
+
+class CacheStrides(ctypes.Structure):
+    """Distances between neighbours, in elements."""
+
     _fields_ = [("batch", ctypes.c_int64), ("token", ctypes.c_int64), ("head", ctypes.c_int64)]
 
 
@@ -28,19 +39,29 @@ class Params(ctypes.Structure):
     """The kernel's one argument; mirrors templates/include/gqa/params.cuh."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("q", "k_new", "v_new", "k_cache", "v_cache", "out")),
-        *((name, ctypes.c_void_p) for name in ("lse", "seqlens", "partials", "tickets", "status")),
-        ("q_stride", _Strides),
-        ("k_new_stride", _Strides),
-        ("v_new_stride", _Strides),
-        ("k_cache_stride", _Strides),
-        ("v_cache_stride", _Strides),
-        ("out_stride", _Strides),
-        ("seqlen", ctypes.c_int32),
-        ("max_seq_len", ctypes.c_int32),
+        ("seqlens", ctypes.c_void_p),
+        *((name, ctypes.c_int32) for name in ("seqlen", "max_seq_len", "num_splits", "num_stages")),
+        ("q", ctypes.c_void_p),
+        ("q_stride", RowStrides),
+        *((name, ctypes.c_void_p) for name in ("k_new", "v_new")),
+        *((name, RowStrides) for name in ("k_new_stride", "v_new_stride")),
         ("num_kv_heads", ctypes.c_int32),
-        ("num_splits", ctypes.c_int32),
         ("scale_log2", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("k_cache", "v_cache", "out")),
+        *((name, CacheStrides) for name in ("k_cache_stride", "v_cache_stride")),
+        ("out_stride", RowStrides),
+        *((name, ctypes.c_void_p) for name in ("lse", "partials", "tickets", "status")),
+        ("reserved", ctypes.c_ubyte * 32),
+    ]
+
+
+class TmaParams(ctypes.Structure):
+    """The argument of kernels of the TMA schedule; what `Params` names is where they have it."""
+
+    _fields_ = [
+        ("decode", Params),
+        ("keys", ctypes.c_ubyte * TENSOR_MAP_BYTES),
+        ("values", ctypes.c_ubyte * TENSOR_MAP_BYTES),
     ]
 
 
@@ -67,11 +88,16 @@ class LaunchShape:
         grid: Blocks in x (KV heads times head blocks), y (splits) and z (sequences).
         block: Threads per block.
         shared_bytes: Dynamic shared memory per block.
+        cluster: Blocks of a cluster, along grid y; divides it.
+        dependent: Programmatic dependent launch: the kernel may start while the kernel before it in
+            the stream finishes.
     """
 
     grid: tuple[int, int, int]
     block: int
     shared_bytes: int
+    cluster: int = 1
+    dependent: bool = False
 
 
 class LoadedKernel:
@@ -86,30 +112,134 @@ class LoadedKernel:
     def __init__(self, config: KernelConfig, device: Device, function: Any) -> None:
         self.config = config
         self.device = device
-        self._function = function
+        self.function = function
 
-    def prepare(self, shape: LaunchShape) -> Any:
-        """Build the driver's launch description, which `launch` takes with a stream."""
-        launch = driver.CUlaunchConfig()
-        launch.gridDimX, launch.gridDimY, launch.gridDimZ = shape.grid
-        launch.blockDimX, launch.blockDimY, launch.blockDimZ = shape.block, 1, 1
-        launch.sharedMemBytes = shape.shared_bytes
-        launch.numAttrs = 0
-        return launch
+    def prepare(self, shape: LaunchShape, argument: ctypes.Structure) -> Launch:
+        """Make a launch that can be repeated, with the argument as it is in memory each time."""
+        return Launch(self, shape, argument)
 
-    def launch(self, prepared: Any, stream: int, params: Params) -> None:
-        """Launch on a stream. The arguments are copied before this returns.
+
+class Launch:
+    """A launch with everything settled but the stream and what is in the argument's memory.
+
+    The driver is called through ctypes with what was converted beforehand: the bindings spend 3 us
+    per call on making an enumeration of the result and an object of the stream.
+
+    Args:
+        kernel: The kernel.
+        shape: Grid, block and shared memory.
+        argument: The kernel's one argument.
+    """
+
+    def __init__(
+        self, kernel: LoadedKernel, shape: LaunchShape, argument: ctypes.Structure
+    ) -> None:
+        self._kernel = kernel
+        self._argument = argument  # kept alive, as are the configuration and the pointer
+        self._config = _launch_config(shape)
+        config = self._config.getPtr()
+        self._stream = ctypes.c_void_p.from_address(config + _STREAM_OFFSET)
+        pointer = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
+        function = ctypes.c_void_p(int(kernel.function))
+        call = _library().cuLaunchKernelEx
+        self._submit = partial(call, ctypes.c_void_p(config), function, pointer, None)
+
+    def __call__(self, stream: int) -> None:
+        """Launch on a stream; the argument is copied before this returns. One call at a time.
 
         Raises:
             LaunchError: The driver refused.
         """
-        prepared.hStream = stream
-        pointer = ctypes.c_void_p(ctypes.addressof(params))
-        result = driver.cuLaunchKernelEx(prepared, self._function, ctypes.addressof(pointer), 0)
-        if result[0] == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:  # a thread new to CUDA
-            _check(driver.cuCtxSetCurrent(_primary_context(self.device.index)), "entering CUDA")
-            result = driver.cuLaunchKernelEx(prepared, self._function, ctypes.addressof(pointer), 0)
-        _check(result, f"launching {self.config.name}")
+        self._stream.value = stream
+        status = self._submit()
+        if status:
+            self._retry(status)
+
+    def _retry(self, status: int) -> None:
+        if status == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:  # a thread new to CUDA
+            context = _primary_context(self._kernel.device.index)
+            _check(driver.cuCtxSetCurrent(context), "entering CUDA")
+            status = self._submit()
+        _check((driver.CUresult(status),), f"launching {self._kernel.config.name}")
+
+
+def _launch_config(shape: LaunchShape) -> Any:
+    """The driver's description of a launch."""
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = shape.grid
+    config.blockDimX, config.blockDimY, config.blockDimZ = shape.block, 1, 1
+    config.sharedMemBytes = shape.shared_bytes
+    attributes = _attributes(shape)
+    config.attrs, config.numAttrs = attributes, len(attributes)  # copies them
+    return config
+
+
+def _attributes(shape: LaunchShape) -> list[Any]:
+    """What a launch asks for beyond grid, block and shared memory."""
+    attributes = []
+    if shape.cluster > 1:
+        cluster = driver.CUlaunchAttribute()
+        cluster.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        size = cluster.value.clusterDim
+        size.x, size.y, size.z = 1, shape.cluster, 1
+        attributes.append(cluster)
+    if shape.dependent:
+        overlap = driver.CUlaunchAttribute()
+        overlap.id = (
+            driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        )
+        overlap.value.programmaticStreamSerializationAllowed = 1
+        attributes.append(overlap)
+    return attributes
+
+
+def encode_tensor_map(description: TensorMap, index: int) -> bytes:
+    """Have the driver encode a tensor map, for kernels on a GPU.
+
+    Args:
+        description: What the map says; of 2-byte elements, swizzled by 128 bytes.
+        index: The GPU.
+
+    Returns:
+        The 128 bytes that a kernel's argument holds.
+
+    Raises:
+        InputError: The driver cannot describe such a tensor.
+        LaunchError: The driver failed for another reason.
+    """
+    rank = description.rank
+    # Aligned by hand: what the bindings would encode into is not.
+    memory = ctypes.create_string_buffer(TENSOR_MAP_BYTES + TENSOR_MAP_ALIGN)
+    address = -(-ctypes.addressof(memory) // TENSOR_MAP_ALIGN) * TENSOR_MAP_ALIGN
+    with _context(index):
+        status = _library().cuTensorMapEncodeTiled(
+            ctypes.c_void_p(address),
+            int(driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT16),
+            rank,
+            ctypes.c_void_p(description.address),
+            (ctypes.c_uint64 * rank)(*description.sizes),
+            (ctypes.c_uint64 * (rank - 1))(*description.strides),
+            (ctypes.c_uint32 * rank)(*description.box),
+            (ctypes.c_uint32 * rank)(*[1] * rank),
+            int(driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE),
+            int(driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B),
+            int(driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_NONE),
+            int(driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
+        )
+    if status == driver.CUresult.CUDA_ERROR_INVALID_VALUE:
+        raise InputError(
+            f"gqa_decode: a cache: got {description}, which the CUDA driver refuses; allowed: what "
+            "it can describe to the TMA unit. Nothing was launched. Copy the caches with "
+            ".contiguous(), or make a plan with another kernel."
+        )
+    _check((driver.CUresult(status),), "encoding a tensor map")
+    return ctypes.string_at(address, TENSOR_MAP_BYTES)
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    """The driver, for what the bindings do too slowly or without care for alignment."""
+    return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
 
 
 _loaded: dict[tuple[KernelConfig, int], LoadedKernel] = {}

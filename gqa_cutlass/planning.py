@@ -1,4 +1,10 @@
-"""A plan: one problem with everything resolved, so that a call only binds pointers and launches."""
+"""A plan: one problem with everything resolved, so that a call only binds pointers and launches.
+
+A call is checked in two steps. The layouts of its tensors are compared with the plan's, in C++ by
+what Dynamo guards its graphs with, and in Python where that finds a difference. Alignment and
+aliasing follow from layouts and addresses; a plan is called with few sets of addresses, and keeps
+the kernel's argument for each that it has checked.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +12,35 @@ import logging
 import math
 import threading
 from abc import ABC, abstractmethod
+from dataclasses import replace
+from functools import partial
 from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
-from gqa_cutlass import inputs, workspace
+from gqa_cutlass import inputs, shortcuts, workspace
 from gqa_cutlass.dispatch import Dispatch
 from gqa_cutlass.errors import InputError
 from gqa_cutlass.inputs import Problem, Tensors
-from gqa_cutlass.launcher import LoadedKernel, Params
+from gqa_cutlass.launcher import CacheStrides, LoadedKernel, Params, TmaParams, encode_tensor_map
+from gqa_cutlass.tensormap import TensorMap
 
 LOG = logging.getLogger("gqa_cutlass")
-_ALIGNMENT = 16
+_ALIGNMENT, _INT_BYTES = 16, 4
+_MAX_KNOWN = 1024
+_MAP_COLUMNS = 64  # of 2-byte elements: the span of the 128-byte swizzle
 
 # q, k_cache, v_cache, k, v, out; the last three may be absent. Their addresses go into FIELDS.
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+Bound = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]
 FIELDS = ("q", "k_cache", "v_cache", "k_new", "v_new", "out")
-_K_CACHE, _V_CACHE, _OUT = 1, 2, 5
+_K_CACHE, _V_CACHE, _OUT, _LENGTHS = 1, 2, 5, 6
 
+# Of the arguments, then of the lengths on the device; 0 for what is absent.
+Addresses = tuple[int, int, int, int, int, int, int]
 Signature = tuple[object, ...]
+Result = Tensor | tuple[Tensor, Tensor]
 
 
 def signature(tensors: Arguments) -> Signature:
@@ -39,12 +54,12 @@ def signature(tensors: Arguments) -> Signature:
 
 
 class Settings(TypedDict):
-    """What every plan is made from, wherever it runs."""
+    """What every plan is made from, wherever it runs; `arguments` as passed, `tensors` gathered."""
 
     problem: Problem
     chosen: Dispatch
+    arguments: Arguments
     tensors: Tensors
-    key: Signature
     softmax_scale: float
     return_lse: bool
     device_lengths: bool
@@ -62,22 +77,41 @@ class Plan(ABC):
         *,
         problem: Problem,
         chosen: Dispatch,
+        arguments: Arguments,
         tensors: Tensors,
-        key: Signature,
         softmax_scale: float,
         return_lse: bool,
         device_lengths: bool,
         flag: workspace.OverflowFlag,
     ) -> None:
+        q = arguments[0]
         self.problem = problem
         self.dispatch = chosen
         self.return_lse = return_lse
-        self._key = key
+        self._key = signature(arguments)
         self._device_lengths = device_lengths
+        self._longest = problem.max_seq_len - problem.append
         self._flag = flag
-        self._lock = threading.Lock()
+        self._new_out = shortcuts.allocator(tuple(q.shape), q.dtype, q.device)
+        lse_shape = problem.batch_size, problem.num_q_heads
+        self._new_lse = shortcuts.allocator(lse_shape, torch.float32, q.device)
+        self._equal = shortcuts.unequal
+        self._absent = shortcuts.stand_ins()
+        self._alignments = _alignments(_addresses(arguments, 0))
+        self._num_absent = sum(t is None for t in arguments) + (not device_lengths)
         self._may_meet = _may_meet(tensors, problem.batch_size if device_lengths else 0)
-        self._params = _params(problem, chosen, tensors, softmax_scale, flag.address)
+        self._lock = threading.Lock()
+        params = _params(problem, chosen, tensors, softmax_scale, flag.address)
+        tma = chosen.config.tma
+        self._argument = TmaParams(decode=params) if tma else params
+        self._params: Params = self._argument.decode if tma else params
+        self._memory = memoryview(self._argument).cast("B")
+        self._known: dict[Addresses, bytes] = {}  # what the argument's memory then holds
+        self._maps: dict[tuple[int, int], bytes] = {}  # by the caches' addresses
+        self._constants = bytes(params)
+        self._described = [
+            describe(t, chosen.config.block_n) for t in (tensors.k_cache, tensors.v_cache) if tma
+        ]
 
     def __call__(
         self,
@@ -88,7 +122,7 @@ class Plan(ABC):
         v: Tensor | None,
         cache_seqlens: int | Tensor,
         out: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Result:
         """Run one decode step; arguments as for `gqa_decode`, laid out as when the plan was made.
 
         Raises:
@@ -96,6 +130,71 @@ class Plan(ABC):
             CacheOverflowError: The new token does not fit, or did not in an earlier call.
         """
         tensors = q, k_cache, v_cache, k, v, out
+        argument = self.match(tensors, cache_seqlens)
+        if argument is None:
+            self._check_layouts(tensors, cache_seqlens)
+            argument = self.adopt(tensors, cache_seqlens)
+        return self.run(tensors, cache_seqlens, argument)
+
+    def match(self, tensors: Arguments, cache_seqlens: int | Tensor) -> bytes | None:
+        """See quickly that a call is right, or ask for a closer look.
+
+        Returns:
+            What `run` wants; None when a layout may differ from the plan's or a length be wrong.
+
+        Raises:
+            InputError: Memory is shared that must not be, or missing.
+        """
+        if type(cache_seqlens) is int and not 0 <= cache_seqlens <= self._longest:
+            return None
+        if not self._equal(*self._without_gaps(tensors, cache_seqlens)):
+            return None
+        addresses = _addresses(tensors, cache_seqlens)
+        argument = self._known.get(addresses)
+        if argument is None and _alignments(addresses) == self._alignments:
+            return self._learn(tensors, cache_seqlens, addresses)
+        return argument
+
+    def adopt(self, tensors: Arguments, cache_seqlens: int | Tensor) -> bytes:
+        """Check the rest of a call whose signature is the plan's, so that `match` knows its like.
+
+        Returns:
+            What `run` wants.
+
+        Raises:
+            InputError: A length is not allowed; memory is shared that must not be, or missing.
+            CacheOverflowError: The new token does not fit.
+        """
+        inputs.check_lengths(self.problem, cache_seqlens, tensors[0].device)
+        self._equal = shortcuts.comparison(self._without_gaps(tensors, cache_seqlens))
+        addresses = _addresses(tensors, cache_seqlens)
+        return self._known.get(addresses) or self._learn(tensors, cache_seqlens, addresses)
+
+    def run(self, tensors: Arguments, cache_seqlens: int | Tensor, argument: bytes) -> Result:
+        """As `__call__`, for what `match` or `adopt` found to be right."""
+        self._flag.raise_if_set()
+        q, k_cache, v_cache, k, v, out = tensors
+        if out is None:
+            out = self._new_out()
+        lse = self._new_lse() if self.return_lse else None
+        self._submit((q, k_cache, v_cache, k, v, out), cache_seqlens, lse, argument)
+        return out if lse is None else (out, lse)
+
+    def _without_gaps(self, tensors: Arguments, cache_seqlens: int | Tensor) -> tuple[object, ...]:
+        """The tensors and the lengths, with stand-ins for those that are absent."""
+        q, k_cache, v_cache, k, v, out = tensors
+        no_k, no_v, no_out, no_lengths = self._absent
+        return (
+            q,
+            k_cache,
+            v_cache,
+            no_k if k is None else k,
+            no_v if v is None else v,
+            no_out if out is None else out,
+            no_lengths if type(cache_seqlens) is int else cache_seqlens,
+        )
+
+    def _check_layouts(self, tensors: Arguments, cache_seqlens: int | Tensor) -> None:
         try:
             same = signature(tensors) == self._key
         except (AttributeError, RuntimeError):  # no dense tensors
@@ -109,77 +208,84 @@ class Plan(ABC):
         if isinstance(cache_seqlens, Tensor) != self._device_lengths:
             kind = "an int32 tensor" if self._device_lengths else "an int"
             raise InputError(f"plan: cache_seqlens: the plan was made for {kind}; make a new plan.")
-        return self.run(tensors, cache_seqlens)
 
-    def run(
-        self, tensors: Arguments, cache_seqlens: int | Tensor
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """As `__call__`, for callers that have compared the signature already."""
-        inputs.check_lengths(self.problem, cache_seqlens, tensors[0].device)
-        addresses = [0 if t is None else t.data_ptr() for t in tensors]
-        lengths = cache_seqlens.data_ptr() if isinstance(cache_seqlens, Tensor) else 0
-        self._check_aliases(tensors, cache_seqlens, [*addresses, lengths])
-        self._flag.raise_if_set()
-        return self._launch(tensors, cache_seqlens, addresses, lengths)
-
-    def _check_aliases(
-        self, tensors: Arguments, cache_seqlens: int | Tensor, addresses: list[int]
-    ) -> None:
-        """Compare spans of memory, which is cheap, and look closer only where some meet."""
-        for a, a_reach, b, b_reach in self._may_meet:
-            start, other = addresses[a], addresses[b]
-            if start < other + b_reach and other < start + a_reach:
-                q, k_cache, v_cache, k, v, out = tensors
-                named = Tensors(q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v, out=out)
-                inputs.check_aliases(named, cache_seqlens)
-                return
-
-    def _launch(
-        self,
-        tensors: Arguments,
-        cache_seqlens: int | Tensor,
-        addresses: list[int],
-        lengths: int,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def _learn(
+        self, tensors: Arguments, cache_seqlens: int | Tensor, addresses: Addresses
+    ) -> bytes:
+        """Check addresses, and make the kernel's argument for them."""
         q, k_cache, v_cache, k, v, out = tensors
-        if out is None:
-            out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-            addresses[_OUT] = out.data_ptr()
-        lse = None
-        if self.return_lse:
-            shape = self.problem.batch_size, self.problem.num_q_heads
-            lse = torch.empty(shape, dtype=torch.float32, device=q.device)
+        named = partial(Tensors, q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v, out=out)
+        if addresses.count(0) != self._num_absent or addresses[_LENGTHS] % _INT_BYTES:
+            inputs.check_addresses(named(), cache_seqlens)
+        for a, a_reach, b, b_reach in self._may_meet:  # spans first, which is cheap
+            if addresses[a] < addresses[b] + b_reach and addresses[b] < addresses[a] + a_reach:
+                inputs.check_aliases(named(), cache_seqlens)
+                break
+        params = Params.from_buffer_copy(self._constants)
+        for field, address in zip((*FIELDS, "seqlens"), addresses, strict=True):
+            setattr(params, field, address)
+        argument = bytes(params)
+        if self._described:
+            argument += self._maps_of(addresses[_K_CACHE], addresses[_V_CACHE])
+        if len(self._known) >= _MAX_KNOWN:
+            self._known.clear()
+        self._known[addresses] = argument
+        return argument
+
+    def _maps_of(self, k_address: int, v_address: int) -> bytes:
+        """The encoded tensor maps of the caches, which are kept: encoding takes microseconds."""
         with self._lock:
-            params = self._params
-            for field, address in zip(FIELDS, addresses, strict=True):
-                setattr(params, field, address)
-            if isinstance(cache_seqlens, Tensor):
-                params.seqlens = lengths
-            else:
-                params.seqlen = cache_seqlens
-            params.lse = None if lse is None else lse.data_ptr()
-            bound = (q, k_cache, v_cache, k, v, out)
-            self._submit(params, bound, cache_seqlens, lse)
-        return out if lse is None else (out, lse)
+            maps = self._maps.get((k_address, v_address))
+            if maps is None:
+                keys, values = self._described
+                maps = self._encode(replace(keys, address=k_address))
+                maps += self._encode(replace(values, address=v_address))
+                if len(self._maps) >= _MAX_KNOWN:
+                    del self._maps[next(iter(self._maps))]  # the oldest
+                self._maps[k_address, v_address] = maps
+            return maps
+
+    def _bind(
+        self,
+        argument: bytes,
+        tensors: Bound,
+        cache_seqlens: int | Tensor,
+        lse: Tensor | None,
+        partials: int,
+        tickets: int,
+    ) -> None:
+        """Write the kernel's argument; called under the lock."""
+        self._memory[:] = argument
+        params = self._params
+        params.out = tensors[-1].data_ptr()
+        params.partials, params.tickets = partials, tickets
+        if lse is not None:
+            params.lse = lse.data_ptr()
+        if not self._device_lengths:
+            params.seqlen = cache_seqlens
+
+    @abstractmethod
+    def _encode(self, description: TensorMap) -> bytes:
+        """Encode a tensor map for where the kernel runs."""
 
     @abstractmethod
     def _submit(
         self,
-        params: Params,
-        tensors: Arguments,
+        tensors: Bound,
         cache_seqlens: int | Tensor,
         lse: Tensor | None,
+        argument: bytes,
     ) -> None:
-        """Bind the workspace and run the kernel; `tensors` have the output in place."""
+        """Bind the workspace and run the kernel."""
 
     def log(self, device: object, stream: int) -> None:
         """Log a launch, at DEBUG."""
         shape, problem = self.dispatch.shape, self.problem
         LOG.debug(
-            "launch kernel=%s grid=%s cluster=(1, 1, 1) block=%d shared_bytes=%d num_splits=%d "
+            "launch kernel=%s grid=%s cluster=(1, %d, 1) block=%d shared_bytes=%d num_splits=%d "
             "batch_size=%d num_q_heads=%d num_kv_heads=%d head_dim=%d max_seq_len=%d append=%s "
             "device=%s stream=%#x",
-            self.dispatch.config.name, shape.grid, shape.block, shape.shared_bytes,
+            self.dispatch.config.name, shape.grid, shape.cluster, shape.block, shape.shared_bytes,
             self.dispatch.num_splits, problem.batch_size, problem.num_q_heads,
             problem.num_kv_heads, problem.head_dim, problem.max_seq_len, problem.append,
             device, stream,
@@ -195,47 +301,59 @@ class GpuPlan(Plan):
     """
 
     def __init__(self, kernel: LoadedKernel, **settings: Unpack[Settings]) -> None:
-        super().__init__(flag=workspace.overflow_flag(kernel.device.index), **settings)
-        self._kernel = kernel
-        self._prepared = kernel.prepare(self.dispatch.shape)
+        self._index = kernel.device.index
+        super().__init__(flag=workspace.overflow_flag(self._index), **settings)
+        self._floats, self._tickets = self.dispatch.partial_floats, self.dispatch.num_tickets
+        self._launch = kernel.prepare(self.dispatch.shape, self._argument)
 
-    def _launch(
-        self,
-        tensors: Arguments,
-        cache_seqlens: int | Tensor,
-        addresses: list[int],
-        lengths: int,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        if torch.cuda.current_device() != self._kernel.device.index:
-            with torch.cuda.device(self._kernel.device.index):
-                return super()._launch(tensors, cache_seqlens, addresses, lengths)
-        return super()._launch(tensors, cache_seqlens, addresses, lengths)
+    def run(self, tensors: Arguments, cache_seqlens: int | Tensor, argument: bytes) -> Result:
+        """As `Plan.run`, on the plan's GPU, whichever is current."""
+        if torch._C._cuda_getDevice() != self._index:
+            with torch.cuda.device(self._index):
+                return super().run(tensors, cache_seqlens, argument)
+        return super().run(tensors, cache_seqlens, argument)
 
     def _submit(
         self,
-        params: Params,
-        tensors: Arguments,
+        tensors: Bound,
         cache_seqlens: int | Tensor,
         lse: Tensor | None,
+        argument: bytes,
     ) -> None:
         # What Inductor and Triton use: torch.cuda.current_stream() costs 5 us more.
-        stream = torch._C._cuda_getCurrentRawStream(self._kernel.device.index)
-        # Held until the launch: a capture may give the memory to its next allocation.
-        partials = self._bind_workspace(params, stream)
-        self._kernel.launch(self._prepared, stream, params)
-        del partials
+        stream = torch._C._cuda_getCurrentRawStream(self._index)
+        held, partials, tickets = None, 0, 0
+        if self._tickets:
+            # Held until the launch: a capture may give the memory to its next allocation.
+            held, partials, tickets = workspace.borrow(
+                self._index, stream, self._floats, self._tickets
+            )
+        with self._lock:
+            self._bind(argument, tensors, cache_seqlens, lse, partials, tickets)
+            self._launch(stream)
+        del held
         if LOG.isEnabledFor(logging.DEBUG):
-            self.log(self._kernel.device.index, stream)
+            self.log(self._index, stream)
 
-    def _bind_workspace(self, params: Params, stream: int) -> Tensor | None:
-        chosen, index = self.dispatch, self._kernel.device.index
-        if chosen.num_splits == 1:
-            return None
-        partials, params.tickets = workspace.borrow(
-            index, stream, chosen.partial_floats, chosen.num_tickets
-        )
-        params.partials = partials.data_ptr()
-        return partials
+    def _encode(self, description: TensorMap) -> bytes:
+        return encode_tensor_map(description, self._index)
+
+
+def _addresses(tensors: Arguments, cache_seqlens: int | Tensor) -> Addresses:
+    q, k_cache, v_cache, k, v, out = tensors
+    return (
+        q.data_ptr(),
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        0 if k is None else k.data_ptr(),
+        0 if v is None else v.data_ptr(),
+        0 if out is None else out.data_ptr(),
+        cache_seqlens.data_ptr() if isinstance(cache_seqlens, Tensor) else 0,
+    )
+
+
+def _alignments(addresses: Addresses) -> list[int]:
+    return [address % _ALIGNMENT for address in addresses[:-1]]
 
 
 def _may_meet(tensors: Tensors, num_lengths: int) -> tuple[tuple[int, int, int, int], ...]:
@@ -244,10 +362,40 @@ def _may_meet(tensors: Tensors, num_lengths: int) -> tuple[tuple[int, int, int, 
     The lengths on the device, if there are any, stand behind the tensors.
     """
     reach = [0 if t is None else inputs.byte_reach(t) for t in vars(tensors).values()]
-    reach.append(num_lengths * 4)
+    reach.append(num_lengths * _INT_BYTES)
     pairs = [(_K_CACHE, _V_CACHE)] if tensors.k is not None else []
     pairs += [(_OUT, other) for other in range(len(reach)) if other != _OUT]
     return tuple((a, reach[a], b, reach[b]) for a, b in pairs if reach[a] and reach[b])
+
+
+def describe(cache: Tensor, block_n: int) -> TensorMap:
+    """The tensor map of a cache, as load_tma.cuh wants it.
+
+    Boxes are 64 dims wide. Where head_dim is a multiple of that, it is two dimensions of the map,
+    so that one copy brings whole rows; otherwise the last box of a row reaches beyond head_dim.
+    """
+    size = cache.element_size()
+    batch, max_seq_len, num_kv_heads, head_dim = cache.shape
+    to_sequence, to_token, to_head = (
+        # Where there is nothing to step to, what was given need be no multiple of 16 bytes.
+        size * (stride if length > 1 else head_dim)
+        for length, stride in zip(cache.shape[:3], cache.stride()[:3], strict=True)
+    )
+    columns, span = _MAP_COLUMNS, _MAP_COLUMNS * size
+    whole = head_dim % columns == 0
+    boxes = head_dim // columns
+    return TensorMap(
+        address=cache.data_ptr(),
+        element_bytes=size,
+        sizes=(
+            (columns, max_seq_len, boxes, num_kv_heads, batch)
+            if whole
+            else (head_dim, max_seq_len, num_kv_heads, batch)
+        ),
+        strides=(to_token, *([span] if whole else []), to_head, to_sequence),
+        box=(columns, block_n, *([boxes] if whole else []), 1, 1),
+        swizzle=span,
+    )
 
 
 def _params(
@@ -258,6 +406,7 @@ def _params(
         max_seq_len=problem.max_seq_len,
         num_kv_heads=problem.num_kv_heads,
         num_splits=chosen.num_splits,
+        num_stages=chosen.num_stages,
         scale_log2=softmax_scale * math.log2(math.e),
         status=status,
     )
@@ -271,7 +420,8 @@ def _params(
     ):
         if tensor is not None:
             field.batch, field.head = tensor.stride(0), tensor.stride(-2)
-            field.token = tensor.stride(1) if tensor.dim() == 4 else 0
+            if isinstance(field, CacheStrides):
+                field.token = tensor.stride(1)
     if tensors.out is None:
         params.out_stride.batch = problem.num_q_heads * problem.head_dim
         params.out_stride.head = problem.head_dim

@@ -13,18 +13,17 @@ from torch import Tensor
 
 from gqa_cutlass import workspace
 from gqa_cutlass.codegen.config import KernelConfig
-from gqa_cutlass.errors import InputError
 from gqa_cutlass.inputs import Problem
-from gqa_cutlass.launcher import LaunchShape, Params
-from gqa_cutlass.planning import FIELDS, LOG, Arguments, Plan, Settings
+from gqa_cutlass.launcher import LaunchShape, Params, TmaParams
+from gqa_cutlass.planning import FIELDS, LOG, Bound, Plan, Settings
 from gqa_cutlass.ptxsim.memory import Region
 from gqa_cutlass.ptxsim.prepare import Launch, Program
 from gqa_cutlass.ptxsim.ptx import parse
 from gqa_cutlass.ptxsim.simulate import Checks, simulate
 from gqa_cutlass.ptxsim.stats import Stats
 from gqa_cutlass.store import Store
+from gqa_cutlass.tensormap import TensorMap
 
-PTX_ARCH = "compute_80"
 _SECONDS_PER_LAUNCH, _SECONDS_PER_MEGABYTE = 0.04, 0.1  # measured on a 2-core CPU
 _WRITTEN = ("out", "lse", "status")  # and never read
 _WORKSPACE = ("partials",)  # contents undefined before the launch
@@ -54,24 +53,30 @@ class CpuPlan(Plan):
 
     def _submit(
         self,
-        params: Params,
-        tensors: Arguments,
+        tensors: Bound,
         cache_seqlens: int | Tensor,
         lse: Tensor | None,
+        argument: bytes,
     ) -> None:
-        bound = dict(zip(FIELDS, tensors, strict=True))
+        bound: dict[str, Tensor | None] = dict(zip(FIELDS, tensors, strict=True))
         bound |= {"lse": lse, "status": self._flag.memory}
         if isinstance(cache_seqlens, Tensor):
             bound["seqlens"] = cache_seqlens
-        if self.dispatch.num_splits > 1:
-            partials = torch.empty(self.dispatch.partial_floats, dtype=torch.float32, device="cpu")
-            tickets = torch.zeros(self.dispatch.num_tickets, dtype=torch.int32, device="cpu")
-            params.partials, params.tickets = partials.data_ptr(), tickets.data_ptr()
-            bound |= {"partials": partials, "tickets": tickets}
+        partials = tickets = 0
+        if self.dispatch.num_tickets:
+            floats = torch.empty(self.dispatch.partial_floats, dtype=torch.float32, device="cpu")
+            counters = torch.zeros(self.dispatch.num_tickets, dtype=torch.int32, device="cpu")
+            partials, tickets = floats.data_ptr(), counters.data_ptr()
+            bound |= {"partials": floats, "tickets": counters}
         if LOG.isEnabledFor(logging.DEBUG):
             self.log("cpu", 0)
         regions = regions_of(bound, self.problem.append)
-        run(self.program, self.dispatch.shape, params, regions, self.checks, self.stats)
+        with self._lock:
+            self._bind(argument, tensors, cache_seqlens, lse, partials, tickets)
+            run(self.program, self.dispatch.shape, self._argument, regions, self.checks, self.stats)
+
+    def _encode(self, description: TensorMap) -> bytes:
+        return description.to_bytes()
 
 
 @lru_cache(maxsize=512)
@@ -81,7 +86,7 @@ def program_of(config: KernelConfig) -> Program:
     Raises:
         KernelMissingError, StoreError, CompileError, CompilerMissingError: As `Store.get`.
     """
-    stored = Store.default().get(config, PTX_ARCH)
+    stored = Store.default().get(config, config.ptx_arch)
     return program_from(stored.compiled.code.decode(), config.name)
 
 
@@ -106,18 +111,10 @@ def regions_of(tensors: Mapping[str, Tensor | None], append: bool) -> list[Regio
     Args:
         tensors: Each by its field of `Params`; None for those that are absent.
         append: Whether a new token is written to the caches.
-
-    Raises:
-        InputError: A tensor has no memory.
     """
     regions = []
     for name, t in tensors.items():
         if t is not None:
-            if t.numel() and not t.data_ptr():
-                raise InputError(
-                    f"gqa_decode: {name}: got a tensor without memory (fake, or its storage was "
-                    "freed); allowed: tensors that hold their elements. Nothing was launched."
-                )
             size = t.element_size()
             regions.append(
                 Region(
@@ -130,6 +127,8 @@ def regions_of(tensors: Mapping[str, Tensor | None], append: bool) -> list[Regio
                     writable=name in (*_WRITTEN, *_WORKSPACE, *_BOTH)
                     or (append and name in _CACHES),
                     fresh=name in _WORKSPACE,
+                    # The box that ends with the last cached token reaches into the new one's row.
+                    overread=name in _CACHES,
                 )
             )
     return regions
@@ -138,7 +137,7 @@ def regions_of(tensors: Mapping[str, Tensor | None], append: bool) -> list[Regio
 def run(
     program: Program,
     shape: LaunchShape,
-    params: Params,
+    params: Params | TmaParams,
     regions: list[Region],
     checks: Checks,
     stats: Stats | None = None,
@@ -148,6 +147,9 @@ def run(
     Raises:
         KernelFault: The kernel did what no kernel may.
     """
-    launch = Launch(grid=shape.grid, block=shape.block, shared_bytes=shape.shared_bytes)
+    launch = Launch(
+        grid=shape.grid, block=shape.block, cluster=(1, shape.cluster, 1),
+        shared_bytes=shape.shared_bytes,
+    )  # fmt: skip
     simulate(program, launch, ctypes.string_at(ctypes.addressof(params), ctypes.sizeof(params)),
              regions, checks, stats)  # fmt: skip

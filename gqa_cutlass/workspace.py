@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,13 +22,23 @@ CPU = -1  # instead of a GPU's index
 _TICKET_BYTES = 4
 _ARENA_TICKETS = 65536
 
-_partials: dict[tuple[int, int], Tensor] = {}
+
+class _Held(NamedTuple):
+    """What a stream's launches outside captures use: partials, and the tickets' address."""
+
+    memory: Tensor
+    address: int
+    num_floats: int
+    tickets: int
+    num_tickets: int
+
+
+_held: dict[tuple[int, int], _Held] = {}  # by device and stream
 _tickets: dict[tuple[int, int, int], tuple[int, int]] = {}  # -> address, count
 _arenas: dict[int, tuple[int, int]] = {}  # device -> address and count of tickets not given away
 _lock = threading.Lock()
 
 
-@dataclass(frozen=True)
 class OverflowFlag:
     """A word of host memory that kernels write when a length on the device is not allowed.
 
@@ -36,7 +46,9 @@ class OverflowFlag:
         memory: Int32[1], pinned for a GPU; 0, or 1 + the index of an offending sequence.
     """
 
-    memory: Tensor
+    def __init__(self, memory: Tensor) -> None:
+        self.memory = memory
+        self._word = ctypes.c_int32.from_address(self.address)
 
     @property
     def address(self) -> int:
@@ -49,10 +61,9 @@ class OverflowFlag:
         Raises:
             CacheOverflowError: The length of a sequence was negative or too large for its cache.
         """
-        word = ctypes.c_int32.from_address(self.address)
-        value = word.value
+        value = self._word.value
         if value:
-            word.value = 0
+            self._word.value = 0
             raise CacheOverflowError(
                 f"gqa_decode: an earlier call found a length in cache_seqlens[{value - 1}] that "
                 "the cache cannot hold: negative, or too large with the new token. That sequence's "
@@ -77,7 +88,7 @@ def overflow_flag(device: int) -> OverflowFlag:
     return flag
 
 
-def borrow(device: int, stream: int, num_floats: int, num_tickets: int) -> tuple[Tensor, int]:
+def borrow(device: int, stream: int, num_floats: int, num_tickets: int) -> tuple[Tensor, int, int]:
     """Memory for the stream's next launch.
 
     Args:
@@ -87,16 +98,33 @@ def borrow(device: int, stream: int, num_floats: int, num_tickets: int) -> tuple
         num_tickets: Counters.
 
     Returns:
-        The partials, to be held until the launch, and the address of the zeroed counters.
+        The partials' memory, to be held until the launch, its address, and that of the zeroed
+        counters.
     """
     if torch.cuda.is_current_stream_capturing():
         temporary = torch.empty(num_floats, dtype=torch.float32, device=device)
-        return temporary, _tickets_for((device, stream, capture_id(stream)), num_tickets)
-    held = _partials.get((device, stream))
-    if held is None or held.numel() < num_floats:
-        held = torch.empty(num_floats, dtype=torch.float32, device=device)
-        _partials[device, stream] = held
-    return held, _tickets_for((device, stream, 0), num_tickets)
+        tickets = _tickets_for((device, stream, capture_id(stream)), num_tickets)
+        return temporary, temporary.data_ptr(), tickets
+    held = _held.get((device, stream))
+    if held is None or held.num_floats < num_floats or held.num_tickets < num_tickets:
+        held = _held[device, stream] = _grown(held, device, stream, num_floats, num_tickets)
+    return held.memory, held.address, held.tickets
+
+
+def _grown(
+    held: _Held | None, device: int, stream: int, num_floats: int, num_tickets: int
+) -> _Held:
+    """What a stream holds once it has had so much."""
+    memory = None if held is None or held.num_floats < num_floats else held.memory
+    if memory is None:
+        memory = torch.empty(num_floats, dtype=torch.float32, device=device)
+    return _Held(
+        memory=memory,
+        address=memory.data_ptr(),
+        num_floats=memory.numel(),
+        tickets=_tickets_for((device, stream, 0), num_tickets),
+        num_tickets=num_tickets,
+    )
 
 
 def _tickets_for(key: tuple[int, int, int], count: int) -> int:

@@ -1,31 +1,60 @@
 // Stage 5, append: the new token's K and V into the cache, bit for bit, once per KV head.
 #pragma once
 
-#include "load.cuh"
+#include "work.cuh"
 
 namespace gqa {
 
-// Called by one warp per (sequence, KV head). Nobody reads this row from the cache in this launch.
+// One row of one KV head in the registers of a warp.
 template <class T>
-CUTE_DEVICE void append_row(void const* new_base, Strides new_stride, void* cache_base,
-                            Strides cache_stride, Work<T> const& w) {
-  using Element = typename T::Element;
-  auto const* source = static_cast<Element const*>(new_base) + w.batch * new_stride.batch +
-                       w.kv_head * new_stride.head;
-  auto* target = static_cast<Element*>(cache_base) + w.batch * cache_stride.batch +
-                 w.num_cached * cache_stride.token + w.kv_head * cache_stride.head;
-  for (int vec = int(threadIdx.x) % kWarpSize; vec < T::kHeadDim / T::kVecWidth; vec += kWarpSize) {
-    reinterpret_cast<Vector<T>*>(target)[vec] = reinterpret_cast<Vector<T> const*>(source)[vec];
-  }
-}
+struct WarpRow {
+  static constexpr int kVecs = T::kHeadDim / T::kVecWidth;
+  static constexpr int kPerLane = ceil_div(kVecs, kWarpSize);
 
+  Vector<T> vec[kPerLane];
+
+  CUTE_DEVICE void load(typename T::Element const* row) {
+    for_each([&](int i, int at) { vec[i] = reinterpret_cast<Vector<T> const*>(row)[at]; });
+  }
+  CUTE_DEVICE void store(typename T::Element* row) const {
+    for_each([&](int i, int at) { reinterpret_cast<Vector<T>*>(row)[at] = vec[i]; });
+  }
+
+ private:
+  template <class Visit>
+  CUTE_DEVICE static void for_each(Visit&& visit) {
+    CUTE_UNROLL
+    for (int i = 0; i < kPerLane; ++i) {
+      int const at = i * kWarpSize + int(threadIdx.x) % kWarpSize;
+      if (kVecs % kWarpSize == 0 || at < kVecs) visit(i, at);
+    }
+  }
+};
+
+// The new token of this block's KV head, in the registers of a warp.
 template <class T>
-CUTE_DEVICE void append(Params const& p, Work<T> const& w) {
-  bool const mine =
-      w.split == 0 && w.head_block == 0 && threadIdx.x / kWarpSize == T::kNumWarps - 1;
-  if (p.k_new == nullptr || !mine) return;
-  append_row(p.k_new, p.k_new_stride, p.k_cache, p.k_cache_stride, w);
-  append_row(p.v_new, p.v_new_stride, p.v_cache, p.v_cache_stride, w);
-}
+struct NewToken {
+  using Element = typename T::Element;
+
+  WarpRow<T> key, value;
+
+  CUTE_DEVICE NewToken(Params const& p, Work<T> const& w) {
+    key.load(w.template row<Element>(p.k_new, p.k_new_stride));
+    value.load(w.template row<Element>(p.v_new, p.v_new_stride));
+  }
+
+  // Writes it to the cache, in one block per KV head. Nobody reads these rows in this launch.
+  CUTE_DEVICE void append(Params const& p, Work<T> const& w) const {
+    if (w.split != 0 || w.head_block != 0) return;
+    key.store(cache_row(p.k_cache, p.k_cache_stride, w));
+    value.store(cache_row(p.v_cache, p.v_cache_stride, w));
+  }
+
+ private:
+  CUTE_DEVICE static Element* cache_row(void* base, CacheStrides const& stride, Work<T> const& w) {
+    return static_cast<Element*>(base) + w.batch * stride.batch + w.num_cached * stride.token +
+           w.kv_head * stride.head;
+  }
+};
 
 }  // namespace gqa

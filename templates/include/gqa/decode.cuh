@@ -24,7 +24,7 @@ CUTE_DEVICE void attend(Params const& p, Work<T> const& w, SharedStorage<T>& sha
   int const warp = threadIdx.x / kWarpSize;
   TileRing<T> ring(p, w, shared.warp[warp]);
   ring.fill(w.first_tile(warp));
-  append(p, w);
+  if (w.appends && warp == T::kNumWarps - 1) NewToken<T>(p, w).append(p, w);
 
   Scorer<T> const score(p, w, shared);
   OnlineSoftmax<T> softmax;
@@ -49,14 +49,13 @@ CUTE_DEVICE void decode(Params const& p) {
   using T = Traits<Variant>;
   extern __shared__ __align__(16) unsigned char storage[];
   auto& shared = *reinterpret_cast<SharedStorage<T>*>(storage);
+  follow_previous_kernel();
   Work<T> const w(p);
-  if (!w.valid) {
-    reject(p, w);
-  } else if (w.split < w.num_splits) {
-    attend(p, w, shared);
-    __syncthreads();
-    merge(p, w, shared);
-  }
+  if (w.split >= w.num_splits) return;
+  attend(p, w, shared);
+  __syncthreads();
+  merge(p, w, shared);
+  report_overflow(p, w);
 }
 
 }  // namespace gqa

@@ -13,10 +13,6 @@
 
 namespace gqa {
 
-// kVecWidth elements moved as one integer.
-template <class T>
-using Vector = cute::uint_bit_t<T::kVecWidth * 16>;
-
 // Copies one vector to shared memory, or zeros where there is nothing to read.
 template <class Vec>
 CUTE_DEVICE void copy_or_zero(Vec const* source, Vec* target, bool exists, uint64_t policy) {
@@ -73,14 +69,12 @@ struct RowSource {
     }
   }
 
-  CUTE_DEVICE RowSource(void const* cache_base, Strides cache_stride, void const* new_base,
-                        Strides new_stride, Work<T> const& w)
+  CUTE_DEVICE RowSource(void const* cache_base, CacheStrides cache_stride, void const* new_base,
+                        RowStrides new_stride, Work<T> const& w)
       : cache(static_cast<typename T::Element const*>(cache_base) + w.batch * cache_stride.batch +
               w.kv_head * cache_stride.head),
-        new_token(new_base == nullptr
-                      ? cache  // never read: num_cached == num_tokens
-                      : static_cast<typename T::Element const*>(new_base) +
-                            w.batch * new_stride.batch + w.kv_head * new_stride.head),
+        new_token(new_base == nullptr ? cache  // never read: num_cached == num_tokens
+                                      : w.template row<typename T::Element>(new_base, new_stride)),
         stride(cache_stride.token),
         policy(evict_first_policy()) {}
 };

@@ -7,35 +7,62 @@
 namespace gqa {
 
 // Distances between neighbours, in elements. The head dimension itself is contiguous.
-struct Strides {
+struct RowStrides {
   int64_t batch;
-  int64_t token;  // unused for q, the new token and the output: they hold one token per sequence
+  int64_t head;
+};
+struct CacheStrides {
+  int64_t batch;
+  int64_t token;
   int64_t head;
 };
 
+// In the order of their first use: the constant cache fetches lines of 64 bytes, and a miss delays
+// the first loads, or waits behind them.
 struct Params {
-  void const* q;           // [batch, num_q_heads, head_dim]
-  void const* k_new;       // [batch, num_kv_heads, head_dim], or null: attend only
-  void const* v_new;       // likewise
-  void* k_cache;           // [batch, max_seq_len, num_kv_heads, head_dim]
-  void* v_cache;           // likewise
-  void* out;               // [batch, num_q_heads, head_dim]
-  float* lse;              // [batch, num_q_heads] contiguous, or null
   int32_t const* seqlens;  // [batch], or null: every sequence holds `seqlen` tokens
-  float* partials;         // workspace of the split merge, null when num_splits == 1
-  uint32_t* tickets;       // one zero per (batch, KV head, head block); zero again afterwards
-  int32_t* status;         // receives 1 + batch index of a sequence whose length is not allowed
-  Strides q_stride;
-  Strides k_new_stride;
-  Strides v_new_stride;
-  Strides k_cache_stride;
-  Strides v_cache_stride;
-  Strides out_stride;
   int32_t seqlen;
   int32_t max_seq_len;
-  int32_t num_kv_heads;
   int32_t num_splits;
+  int32_t num_stages;  // TMA schedule: K tiles (and V tiles) that a warp keeps in flight
+  void const* q;       // [batch, num_q_heads, head_dim]
+  RowStrides q_stride;
+  void const* k_new;  // [batch, num_kv_heads, head_dim], or null: attend only
+  void const* v_new;  // likewise
+
+  RowStrides k_new_stride;
+  RowStrides v_new_stride;
+  int32_t num_kv_heads;
   float scale_log2;  // softmax_scale * log2(e): exponentials are powers of two
+  void* k_cache;     // [batch, max_seq_len, num_kv_heads, head_dim]
+  void* v_cache;     // likewise
+  void* out;         // [batch, num_q_heads, head_dim]
+
+  CacheStrides k_cache_stride;
+  CacheStrides v_cache_stride;
+  RowStrides out_stride;
+
+  float* lse;         // [batch, num_q_heads] contiguous, or null
+  float* partials;    // workspace of the split merge, null when num_splits == 1
+  uint32_t* tickets;  // one zero per merge; zero again afterwards
+  int32_t* status;    // receives 1 + batch index of a sequence whose length is not allowed
+
+  unsigned char reserved[32];  // up to 256 bytes, where tensor maps may follow
+};
+
+// CUtensorMap: a tensor in global memory as the copy engine sees it. The driver encodes it.
+struct alignas(64) TensorMap {
+  uint64_t opaque[16];
+};
+
+// What a kernel of the TMA schedule is told. The maps are those of K and V, swizzled by 128 bytes.
+// Dimensions, innermost first, and boxes:
+//   head_dim a multiple of 64:  [64, token, head_dim / 64, KV head, sequence]; 64 x kBlockN x all
+//   otherwise:                  [head_dim, token, KV head, sequence]; 64 x kBlockN
+struct TmaParams {
+  Params decode;
+  TensorMap keys;
+  TensorMap values;
 };
 
 }  // namespace gqa

@@ -14,6 +14,13 @@ CUTE_DEVICE float exp2_approx(float x) {
   return y;
 }
 
+// 1 / x to the last bit or the one beside it. PTX ISA 9.7.3.13, rcp.
+CUTE_DEVICE float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // L2 policy for data that is read once: first to go when room is needed. PTX ISA 9.7.9.18.
 CUTE_DEVICE uint64_t evict_first_policy() {
   uint64_t policy;
@@ -44,6 +51,16 @@ CUTE_DEVICE uint32_t atomic_inc_acq_rel(uint32_t* counter, uint32_t last) {
                : "l"(counter), "r"(last)
                : "memory");
   return ticket;
+}
+
+// With programmatic dependent launch, a kernel starts while the one before it in the stream
+// finishes: waits until that one is done and what it wrote can be read, then lets the next one
+// start. Without it, nothing. PTX ISA 9.7.13.13, griddepcontrol.
+CUTE_DEVICE void follow_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" : : : "memory");
+  asm volatile("griddepcontrol.launch_dependents;" : : : "memory");
+#endif
 }
 
 }  // namespace gqa

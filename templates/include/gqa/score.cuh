@@ -5,41 +5,41 @@
 // 12 rows of 16.
 #pragma once
 
-#include <cute/arch/copy_sm75.hpp>
-
-#include "load.cuh"
+#include "mma.cuh"
+#include "tile.cuh"
+#include "work.cuh"
 
 namespace gqa {
 
 template <class T, Math = T::kMath>
 struct Scorer;
 
-// Tensor cores. Fragment layouts: PTX ISA 9.7.14.5.8, mma.m16n8k16.
+// Tensor cores.
 template <class T>
 struct Scorer<T, Math::kTensorOp> {
   static constexpr int kSteps = T::kHeadDimPadded / 16;
   static constexpr int kHeadTiles = T::kBlockH / 8;
   static constexpr int kTokenTiles = T::kBlockN / 16;
-  using Mma = typename MmaOf<typename T::Element>::Atom;
+  using Element = typename T::Element;
 
   uint32_t query[kSteps][kHeadTiles][2];  // Q^T, the B operand
 
-  CUTE_DEVICE Scorer(Params const& p, Work<T> const& w, SharedStorage<T>&) {
+  CUTE_DEVICE Scorer(Params const& p, Work<T> const& w, SharedStorage<T>&) : Scorer(p, w) {}
+
+  CUTE_DEVICE Scorer(Params const& p, Work<T> const& w) {
     int const lane = threadIdx.x % kWarpSize;
-    auto const* q = static_cast<typename T::Element const*>(p.q) + w.batch * p.q_stride.batch +
+    auto const* q = static_cast<Element const*>(p.q) + w.batch * p.q_stride.batch +
                     w.first_head() * p.q_stride.head;
     CUTE_UNROLL
     for (int n = 0; n < kHeadTiles; ++n) {
-      int const head = n * 8 + lane / 4;
-      bool const exists = head < w.num_heads();
+      // Lanes of heads that do not exist compute the last one again; nobody stores it.
+      int const last = w.num_heads() - 1;
+      int const head = n * 8 + lane / 4 < last ? n * 8 + lane / 4 : last;
+      auto const* row = q + head * p.q_stride.head + lane % 4 * 2;
       CUTE_UNROLL
       for (int i = 0; i < kSteps * 2; ++i) {
-        int const dim = i * 8 + lane % 4 * 2;
         bool const padding = i * 8 >= T::kHeadDim;
-        query[i / 2][n][i % 2] =
-            exists && !padding
-                ? *reinterpret_cast<uint32_t const*>(q + head * p.q_stride.head + dim)
-                : 0u;
+        query[i / 2][n][i % 2] = padding ? 0u : *reinterpret_cast<uint32_t const*>(row + i * 8);
       }
     }
   }
@@ -47,25 +47,20 @@ struct Scorer<T, Math::kTensorOp> {
   // Position in the tile of a lane's t-th token.
   CUTE_DEVICE static int token(int t) { return t * 8 + int(threadIdx.x) % kWarpSize / 4; }
 
-  CUTE_DEVICE void operator()(typename T::Element const* keys, int tokens_left, float scale_log2,
+  CUTE_DEVICE void operator()(Element const* keys, int tokens_left, float scale_log2,
                               float (&scores)[T::kLaneHeads][T::kLaneTokens]) const {
     int const lane = threadIdx.x % kWarpSize;
     CUTE_UNROLL
     for (int m = 0; m < kTokenTiles; ++m) {
       // Two independent sums halve the chain of dependent MMAs.
       float sum[2][kHeadTiles][4] = {};
+      TileRow<T> const row(keys, m * 16 + lane % 16, lane / 16);
       CUTE_UNROLL
       for (int step = 0; step < kSteps; ++step) {
         uint32_t k[4];
-        auto const* row = keys + typename T::TileLayout{}(m * 16 + lane % 16, lane / 16 * 8);
-        cute::SM75_U32x4_LDSM_N::copy(*reinterpret_cast<cute::uint128_t const*>(row + step * 16),
-                                      k[0], k[1], k[2], k[3]);
+        cute::SM75_U32x4_LDSM_N::copy(row[step], k[0], k[1], k[2], k[3]);
         CUTE_UNROLL
-        for (int n = 0; n < kHeadTiles; ++n) {
-          float (&s)[4] = sum[step % 2][n];
-          Mma::fma(s[0], s[1], s[2], s[3], k[0], k[1], k[2], k[3], query[step][n][0],
-                   query[step][n][1], s[0], s[1], s[2], s[3]);
-        }
+        for (int n = 0; n < kHeadTiles; ++n) mma<Element>(sum[step % 2][n], k, query[step][n]);
       }
       CUTE_UNROLL
       for (int n = 0; n < kHeadTiles; ++n) {
@@ -77,6 +72,36 @@ struct Scorer<T, Math::kTensorOp> {
         }
       }
     }
+  }
+
+  // Scores of a single key in shared memory, [head]. It stands in all 16 rows of the MMA.
+  CUTE_DEVICE void score_one(Element const* key, float scale_log2,
+                             float (&scores)[T::kBlockH]) const {
+    int const lane = threadIdx.x % kWarpSize;
+    float sum[2][kHeadTiles][4] = {};
+    CUTE_UNROLL
+    for (int step = 0; step < kSteps; ++step) {
+      uint32_t part[2];
+      load_step(key, step, part);
+      uint32_t const k[4] = {part[0], part[0], part[1], part[1]};
+      CUTE_UNROLL
+      for (int n = 0; n < kHeadTiles; ++n) mma<Element>(sum[step % 2][n], k, query[step][n]);
+    }
+    if (lane / 4 != 0) return;
+    CUTE_UNROLL
+    for (int h = 0; h < T::kLaneHeads; ++h) {
+      scores[T::head_of(lane, h)] = (sum[0][h / 2][h % 2] + sum[1][h / 2][h % 2]) * scale_log2;
+    }
+  }
+
+ private:
+  // 16 dims of 8 rows in shared memory; `row` is this lane's, counted modulo 8.
+  CUTE_DEVICE static void load_step(Element const* row, int step, uint32_t (&part)[2]) {
+    bool const padded = (2 * step + 1) * kChunk >= T::kHeadDim;
+    int const chunk = padded ? 2 * step : 2 * step + int(threadIdx.x) / 8 % 2;
+    cute::SM75_U32x2_LDSM_N::copy(*reinterpret_cast<cute::uint128_t const*>(row + chunk * kChunk),
+                                  part[0], part[1]);
+    if (padded) part[1] = 0u;
   }
 };
 

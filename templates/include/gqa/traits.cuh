@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cuda/std/limits>
-#include <cute/arch/mma_sm80.hpp>
 #include <cute/layout.hpp>
 #include <cutlass/numeric_types.h>
 
@@ -21,23 +20,16 @@ enum class Math {
   kSimt,      // CUDA cores; needs no alignment beyond the element's
 };
 
+enum class Schedule {
+  kMultistage,  // cp.async; splits meet in global memory
+  kTma,         // tensor copies; the blocks of a cluster meet in each other's shared memory
+};
+
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
 
-// The tensor core instruction of an element type.
-template <class Element>
-struct MmaOf;
-template <>
-struct MmaOf<cutlass::half_t> {
-  using Atom = cute::SM80_16x8x16_F32F16F16F32_TN;
-};
-template <>
-struct MmaOf<cutlass::bfloat16_t> {
-  using Atom = cute::SM80_16x8x16_F32BF16BF16F32_TN;
-};
-
-// `Variant` is the struct that a generated file spells out: Element, kMath, kHeadDim, kGroupSize,
-// kVecWidth, kBlockH, kBlockN, kNumWarps, kNumStages.
+// `Variant` is the struct that a generated file spells out: Element, kSchedule, kMath, kHeadDim,
+// kGroupSize, kVecWidth, kBlockH, kBlockN, kNumWarps, kNumStages.
 template <class Variant>
 struct Traits : Variant {
   using typename Variant::Element;
@@ -48,6 +40,7 @@ struct Traits : Variant {
   using Variant::kMath;
   using Variant::kNumStages;
   using Variant::kNumWarps;
+  using Variant::kSchedule;
   using Variant::kVecWidth;
 
   static constexpr int kNumThreads = kNumWarps * kWarpSize;
@@ -59,7 +52,15 @@ struct Traits : Variant {
   static constexpr int kRowStride = (kHeadDimPadded / kChunk | 1) * kChunk;
   using TileLayout = cute::Layout<cute::Shape<cute::Int<kBlockN>, cute::Int<kHeadDimPadded>>,
                                   cute::Stride<cute::Int<kRowStride>, cute::Int<1>>>;
-  static constexpr int kTileElements = kBlockN * kRowStride;
+
+  // The same as the copy engine writes it: boxes of 64 dims, each kBlockN rows of 128 bytes.
+  static constexpr bool kTma = kSchedule == Schedule::kTma;
+  static constexpr int kBoxDims = 64;
+  static constexpr int kBoxRowBytes = kBoxDims * int(sizeof(Element));
+  static constexpr int kBoxBytes = kBlockN * kBoxRowBytes;
+  static constexpr int kBoxes = ceil_div(kHeadDim, kBoxDims);
+
+  static constexpr int kTileElements = kTma ? kBoxes * kBlockN * kBoxDims : kBlockN * kRowStride;
 
   // Partial outputs in shared memory, [head][dim] fp32. The pitch spreads the accumulator
   // fragments (4 head pairs x 8 dims) over all 32 banks.
@@ -89,6 +90,10 @@ struct Traits : Variant {
                 (kVecWidth == 1 && !kTensorOp));
   static_assert(kTensorOp ? kBlockN % 16 == 0 && kBlockH % 8 == 0 : kBlockN == 16 || kBlockN == 32);
 };
+
+// kVecWidth elements moved as one integer.
+template <class T>
+using Vector = cute::uint_bit_t<T::kVecWidth * 16>;
 
 // Shared memory of one block; the launcher asks for sizeof(SharedStorage<T>) bytes.
 template <class T>

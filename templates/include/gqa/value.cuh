@@ -1,10 +1,8 @@
 // Stage 4, value: O^T += V^T P^T, and the warp's partial output.
 #pragma once
 
-#include <cute/arch/copy_sm75.hpp>
-#include <cutlass/numeric_conversion.h>
-
-#include "load.cuh"
+#include "mma.cuh"
+#include "tile.cuh"
 
 namespace gqa {
 
@@ -18,10 +16,10 @@ struct Accumulator<T, Math::kTensorOp> {
   static constexpr int kHeadTiles = T::kBlockH / 8;
   static constexpr int kTokenTiles = T::kBlockN / 16;
   using Element = typename T::Element;
-  using Mma = typename MmaOf<Element>::Atom;
 
   float out[kDimTiles][kHeadTiles][4] = {};  // O^T: dims on M, heads on N
 
+  CUTE_DEVICE Accumulator() {}
   CUTE_DEVICE explicit Accumulator(SharedStorage<T>&) {}
 
   CUTE_DEVICE void rescale(float const (&factor)[T::kLaneHeads]) {
@@ -40,25 +38,35 @@ struct Accumulator<T, Math::kTensorOp> {
     int const lane = threadIdx.x % kWarpSize;
     CUTE_UNROLL
     for (int t = 0; t < kTokenTiles; ++t) {
-      uint32_t p[kHeadTiles][2];  // P^T, the B operand: what a lane has by rows, turned to columns
-      CUTE_UNROLL
-      for (int n = 0; n < kHeadTiles; ++n) {
-        CUTE_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          cute::SM75_U32x1_MOVM_T::copy(
-              pack(probability[2 * n][2 * t + half], probability[2 * n + 1][2 * t + half]),
-              p[n][half]);
-        }
-      }
-      auto const* row =
-          values + typename T::TileLayout{}(t * 16 + lane / 16 * 8 + lane % 8, lane / 8 % 2 * 8);
+      uint32_t p[kHeadTiles][2];
+      probability_operand<T>(probability, 2 * t, p);
+      TileRow<T> const row(values, t * 16 + lane / 16 * 8 + lane % 8, lane / 8 % 2);
       CUTE_UNROLL
       for (int m = 0; m < kDimTiles; ++m) {
         uint32_t v[4];
-        cute::SM75_U16x8_LDSM_T::copy(*reinterpret_cast<cute::uint128_t const*>(row + m * 16), v[0],
-                                      v[1], v[2], v[3]);
+        cute::SM75_U16x8_LDSM_T::copy(row[m], v[0], v[1], v[2], v[3]);
         CUTE_UNROLL
-        for (int n = 0; n < kHeadTiles; ++n) fma(out[m][n], v, p[n]);
+        for (int n = 0; n < kHeadTiles; ++n) mma<Element>(out[m][n], v, p[n]);
+      }
+    }
+  }
+
+  // As [dim][head], the order in which lanes hold it: stores of a warp are contiguous.
+  CUTE_DEVICE void store_by_dim(float* partial) const {
+    int const lane = threadIdx.x % kWarpSize;
+    CUTE_UNROLL
+    for (int n = 0; n < kHeadTiles; ++n) {
+      CUTE_UNROLL
+      for (int m = 0; m < kDimTiles; ++m) {
+        CUTE_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          int const dim = m * 16 + half * 8 + lane / 4;
+          bool const padding = m * 16 + half * 8 >= T::kHeadDim;
+          if (!padding) {
+            *reinterpret_cast<float2*>(&partial[dim * T::kBlockH + T::head_of(lane, 2 * n)]) =
+                make_float2(out[m][n][2 * half], out[m][n][2 * half + 1]);
+          }
+        }
       }
     }
   }
@@ -78,19 +86,6 @@ struct Accumulator<T, Math::kTensorOp> {
         }
       }
     }
-  }
-
- private:
-  CUTE_DEVICE static void fma(float (&c)[4], uint32_t const (&a)[4], uint32_t const (&b)[2]) {
-    Mma::fma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], b[0], b[1], c[0], c[1], c[2], c[3]);
-  }
-
-  CUTE_DEVICE static uint32_t pack(float low, float high) {
-    cutlass::Array<float, 2> pair;
-    pair[0] = low;
-    pair[1] = high;
-    auto const packed = cutlass::NumericArrayConverter<Element, float, 2>{}(pair);
-    return reinterpret_cast<uint32_t const&>(packed);
   }
 };
 

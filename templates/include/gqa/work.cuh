@@ -4,6 +4,9 @@
 // splits of the sequence, z the sequences. Tiles are dealt to splits and warps in turn, so all
 // blocks walk the cache from its start at once and neighbouring blocks read neighbouring heads of
 // the same tokens: DRAM pages are opened once.
+//
+// Where lengths may be ragged, the launch has more rows of blocks than splits, and y and z only
+// number the blocks: sequences get as many splits as their lengths ask for.
 #pragma once
 
 #include "params.cuh"
@@ -16,23 +19,29 @@ struct Work {
   int batch, kv_head, head_block, split;
   int num_cached;  // tokens in the cache before the call
   int num_tokens;  // tokens attended: cached ones and the new one
-  int num_tiles;
+  int num_tiles;   // the new token is in the last one; not so with TMA, which reads the cache alone
   int num_splits;  // splits that have tiles; the others have nothing to do
-  bool valid;      // the length is one that the cache can hold
+  int first_part;  // number of the sequence's first split among those of the batch
+  bool valid;      // the length is one that the cache can hold; if not, it counts as zero
+  bool appends;    // there is a new token, and room for it
 
-  CUTE_DEVICE explicit Work(Params const& p)
+  // threadIdx.y is zero, but the compiler does not know: it would move a value that is the same in
+  // all threads to a uniform register as soon as it is loaded, and wait for it there.
+  CUTE_DEVICE static int read_length(Params const& p) {
+    return p.seqlens != nullptr ? p.seqlens[blockIdx.z + threadIdx.y] : p.seqlen;
+  }
+
+  CUTE_DEVICE explicit Work(Params const& p) : Work(p, read_length(p)) {}
+
+  CUTE_DEVICE Work(Params const& p, int length)
       : batch(blockIdx.z),
         kv_head(blockIdx.x / T::kHeadBlocks),
         head_block(blockIdx.x % T::kHeadBlocks),
-        split(blockIdx.y) {
-    int const appended = p.k_new != nullptr;
-    int const length = p.seqlens != nullptr ? p.seqlens[batch] : p.seqlen;
-    valid = length >= 0 && length <= p.max_seq_len - appended;
-    num_cached = valid ? length : 0;
-    num_tokens = num_cached + appended;
-    num_tiles = ceil_div(num_tokens, T::kBlockN);
-    int const wanted = ceil_div(num_tiles, T::kNumWarps);
-    num_splits = wanted < 1 ? 1 : wanted < p.num_splits ? wanted : p.num_splits;
+        split(blockIdx.y),
+        first_part(blockIdx.z * gridDim.y) {
+    set_length(p, length);
+    num_splits = useful_splits(p.num_splits);
+    if (!T::kTma && int(gridDim.y) > p.num_splits) balance(p);
   }
 
   // First tile of this warp, and the distance to its next.
@@ -46,9 +55,101 @@ struct Work {
   }
   CUTE_DEVICE int first_head() const { return kv_head * T::kGroupSize + head_block * T::kBlockH; }
 
-  // This block's partial output among all partial outputs of the launch.
-  CUTE_DEVICE int64_t partial_index(Params const& p, int of_split) const {
-    return (int64_t(batch) * gridDim.x + blockIdx.x) * p.num_splits + of_split;
+  // The row of this block's KV head in a tensor of new tokens.
+  template <class Element>
+  CUTE_DEVICE Element const* row(void const* base, RowStrides const& stride) const {
+    return static_cast<Element const*>(base) + batch * stride.batch + kv_head * stride.head;
+  }
+
+  // Number of this block's heads and sequence among those of the launch: its merge's number.
+  CUTE_DEVICE int64_t head_index() const { return int64_t(batch) * gridDim.x + blockIdx.x; }
+  CUTE_DEVICE static int64_t num_heads_of_launch() { return int64_t(gridDim.x) * gridDim.z; }
+
+  // The same for partial outputs: of this block's merge the first, and all of the launch.
+  CUTE_DEVICE int64_t first_partial() const {
+    return int64_t(blockIdx.x) * gridDim.y * gridDim.z + first_part;
+  }
+  CUTE_DEVICE static int64_t num_partials() { return int64_t(gridDim.x) * gridDim.y * gridDim.z; }
+
+ private:
+  CUTE_DEVICE void set_length(Params const& p, int length) {
+    bool const append = p.k_new != nullptr;
+    valid = length >= 0 && length <= p.max_seq_len - append;
+    appends = valid && append;
+    num_cached = valid ? length : 0;
+    num_tokens = num_cached + appends;
+    num_tiles = ceil_div(T::kTma ? num_cached : num_tokens, T::kBlockN);
+  }
+
+  // No more splits than leave every warp a tile.
+  CUTE_DEVICE int useful_splits(int most) const {
+    int const wanted = ceil_div(num_tiles, T::kNumWarps);
+    return wanted < 1 ? 1 : wanted < most ? wanted : most;
+  }
+
+  // Finds this block's sequence and split where lengths may be ragged. All warps compute it.
+  CUTE_DEVICE void balance(Params const& p) {
+    int const lane = threadIdx.x % kWarpSize;
+    int const num_sequences = gridDim.z;
+    int total = 0;
+    int longest = 0;
+    for (int b = lane; b < num_sequences; b += kWarpSize) {
+      set_length(p, p.seqlens[b]);
+      total += num_tiles;
+      longest = num_tiles > longest ? num_tiles : longest;
+    }
+    total = __reduce_add_sync(0xffffffffu, total);
+    longest = __reduce_max_sync(0xffffffffu, longest);
+    int const part = blockIdx.z * gridDim.y + blockIdx.y;
+    if (int64_t(longest) * num_sequences <= int64_t(total) + total / 8) {
+      take_equal_part(p, part);
+    } else {
+      int const average = ceil_div(total, (int(gridDim.y) - 1) * num_sequences);
+      take_balanced_part(p, part, average < T::kNumWarps ? T::kNumWarps : average);
+    }
+  }
+
+  // All sequences are about as long: num_splits of each. The blocks left over come last.
+  CUTE_DEVICE void take_equal_part(Params const& p, int part) {
+    batch = part / p.num_splits;
+    split = part % p.num_splits;
+    first_part = part - split;
+    num_splits = 0;
+    if (batch >= int(gridDim.z)) return;
+    set_length(p, p.seqlens[batch]);
+    num_splits = useful_splits(p.num_splits);
+  }
+
+  // Splits of at most `share` tiles: such that all of them, one more per sequence for rounding, are
+  // no more than there are blocks. Looks at 32 sequences at a time.
+  CUTE_DEVICE void take_balanced_part(Params const& p, int part, int share) {
+    int const lane = threadIdx.x % kWarpSize;
+    num_splits = 0;  // unless there is a split for this block
+    split = 0;
+    first_part = 0;
+    for (int first = 0; first < int(gridDim.z); first += kWarpSize) {
+      bool const exists = first + lane < int(gridDim.z);
+      int const length = exists ? p.seqlens[first + lane] : 0;
+      set_length(p, length);
+      int const splits = !exists ? 0 : num_tiles == 0 ? 1 : ceil_div(num_tiles, share);
+      int end = splits;  // of this sequence's splits, counted from those of sequence `first`
+      CUTE_UNROLL
+      for (int distance = 1; distance < kWarpSize; distance *= 2) {
+        int const other = __shfl_up_sync(0xffffffffu, end, distance);
+        if (lane >= distance) end += other;
+      }
+      uint32_t const ends_later = __ballot_sync(0xffffffffu, part < first_part + end);
+      if (ends_later != 0) {
+        int const owner = __ffs(ends_later) - 1;
+        batch = first + owner;
+        num_splits = __shfl_sync(0xffffffffu, splits, owner);
+        first_part += __shfl_sync(0xffffffffu, end, owner) - num_splits;
+        split = part - first_part;
+        set_length(p, __shfl_sync(0xffffffffu, length, owner));
+        return;
+      }
+      first_part += __shfl_sync(0xffffffffu, end, kWarpSize - 1);
+    }
   }
 };
 

@@ -1,0 +1,114 @@
+// One decode step on Hopper: the copy engine loads, the blocks of a cluster share a sequence's KV
+// head and merge through each other's shared memory.
+//
+//   load (per warp) -> score -> softmax -> value -> merge warps -> exchange in the cluster
+//        append, the new token's score
+//
+// The new token is no part of the tiles: its score is one more MMA, its V joins in the merge. The
+// order of what a block does before its first tile arrives is that of a race: what takes longest is
+// asked for first, and nothing waits for what it does not need.
+#pragma once
+
+#include "append.cuh"
+#include "attend_once.cuh"
+#include "value.cuh"
+
+namespace gqa {
+
+// Several tiles per warp: warps walk them alone and meet at the end.
+template <class T>
+CUTE_DEVICE void attend_many(TmaParams const& p, ClusterWork<T> const& w, ClusterStorage<T>& shared,
+                             TmaRing<T>& ring, Scorer<T> const& score,
+                             Exchange<T> const& exchange) {
+  int const warp = threadIdx.x / kWarpSize;
+  OnlineSoftmax<T> softmax;
+  Accumulator<T> acc;
+  CUTE_NO_UNROLL
+  for (int tile = w.first_tile(warp); tile < w.num_tiles; tile += w.tile_step()) {
+    int const left = w.num_cached - tile * T::kBlockN;
+    float scores[T::kLaneHeads][T::kLaneTokens];
+    score(ring.wait_keys(), left, p.decode.scale_log2, scores);
+    ring.refill_keys(w, tile);
+    softmax.update(scores, [&](auto const& factor) { acc.rescale(factor); });
+    auto* values = ring.wait_values();
+    if (left < T::kBlockN) {
+      clear_rows<T>(values, left);
+      __syncwarp();
+    }
+    acc.add(values, scores);
+    ring.refill_values(w, tile);
+  }
+  float max[T::kLaneHeads];
+  float sum[T::kLaneHeads];
+  publish<T>(softmax.row_max, shared.row_max);
+  __syncthreads();
+  gather<T>(shared.row_max, max, Max());
+  CUTE_UNROLL
+  for (int h = 0; h < T::kLaneHeads; ++h) {
+    float const factor = exp2_approx(softmax.row_max[h] - max[h]);
+    sum[h] = softmax.row_sum[h] * factor;
+    softmax.row_max[h] = factor;
+  }
+  acc.rescale(softmax.row_max);
+  acc.store_by_dim(shared.partial(warp));
+  reduce_lanes<T>(sum, Sum());
+  publish<T>(sum, shared.row_sum);
+  __syncthreads();
+
+  if (warp == T::kNumWarps - 1) {
+    gather<T>(shared.row_sum, sum, Sum());
+    exchange.send_max_sum(max, sum);
+  }
+  constexpr int kPairs = T::kBlockH / 2;
+  CUTE_NO_UNROLL
+  for (int i = threadIdx.x; i < T::kHeadDim * kPairs; i += T::kNumThreads) {
+    float2 o = {0.f, 0.f};
+    CUTE_UNROLL
+    for (int j = 0; j < T::kNumWarps; ++j) {
+      float2 const part = reinterpret_cast<float2 const*>(shared.partial(j))[i];
+      o.x += part.x;
+      o.y += part.y;
+    }
+    exchange.target(i / kPairs, i % kPairs).send(o, exchange.alone());
+  }
+}
+
+template <class Variant>
+CUTE_DEVICE void decode_tma(TmaParams const& p) {
+  using T = Traits<Variant>;
+  using Element = typename T::Element;
+  extern __shared__ __align__(1024) unsigned char storage[];
+  auto& shared = *reinterpret_cast<ClusterStorage<T>*>(storage);
+  int const warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarpSize, 0);  // known to be uniform
+  follow_previous_kernel();
+  int const length = Work<T>::read_length(p.decode);
+  int const first_tile = blockIdx.y * T::kNumWarps + warp;
+  TmaRing<T> ring(p, shared, warp, first_tile);
+  ClusterWork<T> const w(p.decode, length);
+  Scorer<T> const score(p.decode, w);
+  if (w.split >= w.num_splits) return ring.drain();
+  ring.fill(w, first_tile);
+  Exchange<T> const exchange(shared, w);
+  if (threadIdx.x == T::kNumThreads - kWarpSize) {
+    barrier_init(shared.exchange_barrier);
+    barrier_init_fence();
+    exchange.expect();
+  }
+  if (w.log_cluster_size > 0) cute::cluster_arrive_relaxed();
+  if (w.appends && warp == T::kNumWarps - 1) {
+    NewToken<T> const token(p.decode, w);
+    token.key.store(shared.new_key);
+    token.value.store(shared.new_value);
+    token.append(p.decode, w);
+  }
+  if (w.log_cluster_size > 0) cute::cluster_wait();  // every block's barrier is ready
+  if (w.num_tiles <= w.tile_step()) {
+    attend_once(p, w, shared, ring, score, exchange);
+  } else {
+    attend_many(p, w, shared, ring, score, exchange);
+  }
+  exchange.receive(p.decode, score);
+  report_overflow(p.decode, w);
+}
+
+}  // namespace gqa

@@ -1,0 +1,139 @@
+// Stage 1, load, by the copy engine: boxes of the KV cache into a warp's tiles in shared memory.
+//
+// One lane asks for a tile; a barrier in shared memory counts its bytes. Dims past head_dim and
+// tokens past the end of the cache are zeros and cost no reads. Tokens between the end of the
+// sequence and that of the cache are read as they are, NaN perhaps: their scores are masked, and
+// their rows of V are cleared before they are used.
+#pragma once
+
+#include <cute/arch/copy_sm90_desc.hpp>
+#include <cute/arch/copy_sm90_tma.hpp>
+
+#include "ptx_sm90.cuh"
+#include "storage_tma.cuh"
+#include "work.cuh"
+
+namespace gqa {
+
+// The slots of one warp: K and V of num_stages tiles. A slot is filled again as soon as the warp
+// has read it. Calls as for TileRing.
+template <class T>
+class TmaRing {
+ public:
+  using Element = typename T::Element;
+
+  // Initialises the barriers and asks for the first tile, if there may be one, before the length of
+  // the sequence is known: the latency of memory is most of a short decode step.
+  CUTE_DEVICE TmaRing(TmaParams const& p, ClusterStorage<T>& shared, int warp, int first_tile)
+      : params_(p), shared_(shared), warp_(warp), leader_(threadIdx.x % kWarpSize == 0) {
+    int const limit = p.decode.seqlens != nullptr ? p.decode.max_seq_len : p.decode.seqlen;
+    early_ = first_tile * T::kBlockN < limit;
+    if (leader_) {
+      CUTE_NO_UNROLL
+      for (int stage = 0; stage < p.decode.num_stages; ++stage) {
+        barrier_init(keys_barrier(stage));
+        barrier_init(values_barrier(stage));
+      }
+      barrier_init_fence();
+    }
+    __syncwarp();
+    if (early_) load_both(first_tile, 0);
+  }
+
+  // Asks for the other tiles that have a slot.
+  CUTE_DEVICE void fill(Work<T> const& w, int first_tile) {
+    CUTE_NO_UNROLL
+    for (int stage = early_; stage < params_.decode.num_stages; ++stage) {
+      int const tile = first_tile + stage * w.tile_step();
+      if (tile < w.num_tiles) load_both(tile, stage);
+    }
+  }
+
+  // Waits for a first tile that turned out not to be needed. A block must not leave before.
+  CUTE_DEVICE void drain() {
+    if (!early_) return;
+    barrier_wait(keys_barrier(0), 0);
+    barrier_wait(values_barrier(0), 0);
+  }
+
+  // The K tile (then the V tile) at the head of the ring, complete and visible to the whole warp.
+  CUTE_DEVICE Element const* wait_keys() {
+    barrier_wait(keys_barrier(stage_), parity_);
+    return shared_.key_slot(stage_, warp_);
+  }
+  CUTE_DEVICE Element* wait_values() {
+    barrier_wait(values_barrier(stage_), parity_);
+    return shared_.value_slot(stage_, warp_);
+  }
+
+  // The tile at the head has been read: its slot takes the tile that comes num_stages later.
+  CUTE_DEVICE void refill_keys(Work<T> const& w, int tile) {
+    __syncwarp();
+    int const next = tile + params_.decode.num_stages * w.tile_step();
+    if (next < w.num_tiles) {
+      load(params_.keys, next, shared_.key_slot(stage_, warp_), keys_barrier(stage_));
+    }
+  }
+  CUTE_DEVICE void refill_values(Work<T> const& w, int tile) {
+    __syncwarp();
+    int const next = tile + params_.decode.num_stages * w.tile_step();
+    if (next < w.num_tiles) {
+      load(params_.values, next, shared_.value_slot(stage_, warp_), values_barrier(stage_));
+    }
+    if (++stage_ == params_.decode.num_stages) {
+      stage_ = 0;
+      parity_ ^= 1;
+    }
+  }
+
+ private:
+  CUTE_DEVICE uint64_t& keys_barrier(int stage) { return shared_.ring_barrier[stage][warp_][0]; }
+  CUTE_DEVICE uint64_t& values_barrier(int stage) { return shared_.ring_barrier[stage][warp_][1]; }
+
+  CUTE_DEVICE void load_both(int tile, int stage) {
+    load(params_.keys, tile, shared_.key_slot(stage, warp_), keys_barrier(stage));
+    load(params_.values, tile, shared_.value_slot(stage, warp_), values_barrier(stage));
+  }
+
+  CUTE_DEVICE void load(TensorMap const& map, int tile, Element* slot, uint64_t& barrier) const {
+    if (!leader_) return;
+    barrier_arrive_expect(barrier, T::kTileElements * int(sizeof(Element)));
+    int const head = blockIdx.x / T::kHeadBlocks;
+    auto const hint = uint64_t(cute::TMA::CacheHintSm90::EVICT_FIRST);
+    if constexpr (T::kHeadDim % T::kBoxDims == 0) {
+      cute::SM90_TMA_LOAD_5D::copy(&map, &barrier, hint, slot, 0, tile * T::kBlockN, 0, head,
+                                   blockIdx.z);
+    } else {
+      CUTE_UNROLL
+      for (int box = 0; box < T::kBoxes; ++box) {
+        cute::SM90_TMA_LOAD_4D::copy(&map, &barrier, hint, slot + box * T::kBlockN * T::kBoxDims,
+                                     box * T::kBoxDims, tile * T::kBlockN, head, blockIdx.z);
+      }
+    }
+  }
+
+  TmaParams const& params_;
+  ClusterStorage<T>& shared_;
+  int const warp_;
+  bool const leader_;
+  bool early_;  // the first tile has been asked for before the length was known
+  int stage_ = 0;
+  uint32_t parity_ = 0;
+};
+
+// Clears the rows of a V tile from `first` on. All lanes take part.
+template <class T>
+CUTE_DEVICE void clear_rows(typename T::Element* values, int first) {
+  constexpr int kChunks = T::kBoxRowBytes / 16;
+  int const lane = threadIdx.x % kWarpSize;
+  CUTE_NO_UNROLL
+  for (int box = 0; box < T::kBoxes; ++box) {
+    auto* rows = reinterpret_cast<cute::uint128_t*>(values + box * T::kBlockN * T::kBoxDims);
+    CUTE_NO_UNROLL
+    for (int i = first * kChunks + lane; i < T::kBlockN * kChunks; i += kWarpSize) {
+      rows[i] = cute::uint128_t(0);
+    }
+  }
+}
+
+}  // namespace gqa
