@@ -1,154 +1,138 @@
-"""Microseconds per decode step against PyTorch SDPA and the read-only floor, on the grid.
+"""Microseconds per decode step against its peers and the read-only floor.
 
 Protocol: one CUDA graph per contender holds one call per buffer set; sets rotate through at least
 256 MiB, four times an H200's L2, so the cache is cold. Contenders take turns in one process; the
-median of twelve turns counts. Data are random. Ours appends the new token; SDPA only attends. Each
-point is checked against float32 before it is timed, with NaN where the new token goes.
+median of twelve turns counts. Data are random. Ours appends the new token; peers only attend. Each
+point is checked against float32 before it is timed, with NaN from where the new token goes to the
+cache's end; peers are checked against our output, and left out where they fail.
+
+Peers that are not installed enter with times recorded elsewhere (peers.json), scaled by the floor.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
+import peers
+import report
 import torch
-import torch.nn.functional as F
-from points import GRID, Point
-from rich.console import Console
-from rich.table import Table
+from data import Data, check, pool_bytes, random_pool, relative_error
+from host import host_costs
+from points import GRID, RAGGED, Point, Ragged
+from record import Record, Row
 from timing import Floor, Graph, interleaved
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor
 
 import gqa_cutlass
 from gqa_cutlass.codegen import source_digest
 from gqa_cutlass.evidence import ask_gpu, provenance
 
 RESULTS = Path(__file__).parent / "results"
-ROTATE_BYTES, MAX_SETS = 256 << 20, 512
-PEERS = {"SDPA flash": SDPBackend.FLASH_ATTENTION, "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION}
+ALLOWED_ERROR = 1e-2
+POOL_SHARE = 0.8  # of the GPU's free memory
 
 
-class Data:
-    """Buffer sets for one point, cut from one pool of random numbers."""
-
-    def __init__(self, point: Point, pool: torch.Tensor) -> None:
-        elements = point.cache_bytes // 4
-        wanted = -(-ROTATE_BYTES // point.cache_bytes) + 1
-        self.num_sets = max(2, min(MAX_SETS, wanted, pool.numel() // (2 * elements)))
-        shape = point.batch, point.tokens, point.num_kv_heads, point.head_dim
-        halves = pool[: 2 * elements * self.num_sets].view(self.num_sets, 2, *shape)
-        self.flat = [halves[i] for i in range(self.num_sets)]
-        self.k, self.v = list(halves[:, 0]), list(halves[:, 1])
-        kind = {"dtype": pool.dtype, "device": pool.device}
-        self.q = torch.randn(point.batch, point.num_q_heads, point.head_dim, **kind)
-        self.new_k = torch.randn(point.batch, point.num_kv_heads, point.head_dim, **kind)
-        self.new_v = torch.randn_like(self.new_k)
-        self.seqlens = torch.full(
-            (point.batch,), point.tokens - 1, dtype=torch.int32, device=pool.device
-        )
-
-
-def sdpa(data: Data, i: int) -> torch.Tensor:
-    return F.scaled_dot_product_attention(
-        data.q[:, :, None], data.k[i].transpose(1, 2), data.v[i].transpose(1, 2), enable_gqa=True
+def measure(point: Point, pool: Tensor, floor: Floor) -> Row:
+    """Check and time one point."""
+    data = Data(point, pool)
+    plan = gqa_cutlass.plan(
+        data.q, data.k[0], data.v[0], data.new_k, data.new_v, cache_seqlens=data.seqlens
+    )
+    out, error = check(plan, data)
+    assert error < ALLOWED_ERROR, f"{point}: relative error {error}"
+    ours = Graph(lambda i: data.step(plan, i), data.num_sets)
+    others = peer_graphs(data, out)
+    floors = {f"floor {grid}": floor_graph(data, floor, grid) for grid in Floor.GRIDS}
+    times = interleaved({"ours": ours, **others, **floors})
+    lowest = min(times[name] for name in floors)
+    return Row(
+        point=str(point),
+        mib=point.read_bytes / 2**20,
+        kernel=plan.dispatch.config.name,
+        launch=str(plan.dispatch.shape),
+        source_digest=source_digest(plan.dispatch.config),
+        num_splits=plan.dispatch.num_splits,
+        relative_error=error,
+        floor=lowest,
+        ours=times["ours"],
+        measured={name: times[name] for name in others},
+        recorded_scaled=peers.scaled(point, lowest),
+        limit=point.limit if isinstance(point, Ragged) else None,
     )
 
 
-def check(plan: gqa_cutlass.Plan, data: Data) -> float:
-    """Relative error by norm against float32; the last rows, NaN before, must be appended."""
-    data.k[0][:, -1] = float("nan")
-    data.v[0][:, -1] = float("nan")
-    out = plan(data.q, data.k[0], data.v[0], data.new_k, data.new_v, data.seqlens)
-    assert torch.equal(data.k[0][:, -1], data.new_k) and torch.equal(data.v[0][:, -1], data.new_v)
-    difference = norm = 0.0
-    for b in range(data.q.shape[0]):
-        k, v = (x[0][b].float().transpose(0, 1) for x in (data.k, data.v))
-        grouped = data.q[b].float().view(k.shape[0], -1, k.shape[2])
-        scores = grouped @ k.transpose(1, 2) * k.shape[2] ** -0.5
-        expected = (torch.softmax(scores, -1) @ v).view_as(out[b])
-        difference += (out[b].float() - expected).square().sum().item()
-        norm += expected.square().sum().item()
-    return float((difference / norm) ** 0.5)
+def floor_graph(data: Data, floor: Floor, grid: int) -> Graph:
+    return Graph(lambda i: floor.read(data.flat[i], grid), data.num_sets)
 
 
-def measure(point: Point, pool: torch.Tensor, floor: Floor) -> dict[str, object]:
-    """Check and time one point."""
-    data = Data(point, pool)
-    args = data.q, data.k[0], data.v[0], data.new_k, data.new_v
-    plan = gqa_cutlass.plan(*args, cache_seqlens=data.seqlens)
-    error = check(plan, data)
-    assert error < 1e-2, f"{point}: relative error {error}"
-    graphs = {
-        "ours": Graph(
-            lambda i: plan(data.q, data.k[i], data.v[i], data.new_k, data.new_v, data.seqlens),
-            data.num_sets,
-        )
-    }
-    for name, backend in PEERS.items():
-        with sdpa_kernel(backend):
-            try:
-                graphs[name] = Graph(lambda i: sdpa(data, i), data.num_sets)
-            except RuntimeError as failure:  # a backend that does not support the problem
-                print(f"{name} on {point}: {str(failure).splitlines()[0]}", file=sys.stderr)
-    for grid in Floor.GRIDS:
-        graphs[f"floor {grid}"] = Graph(
-            lambda i, grid=grid: floor.read(data.flat[i], grid), data.num_sets
-        )
-    times = interleaved(graphs)
-    lowest = min(v for name, v in times.items() if name.startswith("floor"))
-    return {
-        "point": str(point),
-        "mib": point.cache_bytes / 2**20,
-        "kernel": plan.dispatch.config.name,
-        "source_digest": source_digest(plan.dispatch.config),
-        "num_splits": plan.dispatch.num_splits,
-        "relative_error": error,
-        "floor": lowest,
-        **{name: v for name, v in times.items() if not name.startswith("floor")},
-    }
+def peer_graphs(data: Data, out: Tensor) -> dict[str, Graph]:
+    """Graphs of the peers that run here and agree with our output; the others say why not."""
+    graphs = {}
+    for name, adapter in peers.running(data.point).items():
+        try:
+            attend = adapter(data)
+            error = relative_error(attend(0), out)
+            if not error < ALLOWED_ERROR:
+                raise ValueError(f"relative error {error}")
+            graphs[name] = Graph(attend, data.num_sets)
+        except Exception as failure:  # whatever another library raises is no reason to end here
+            reason = (str(failure) or type(failure).__name__).splitlines()[0]
+            print(f"bench: {name} left out at {data.point}: {reason}", file=sys.stderr)
+    return graphs
 
 
-def report(rows: list[dict[str, object]], run: dict[str, str]) -> None:
-    """Print the table, the geometric mean and the worst point."""
-    table = Table("point", "MiB", "floor", "ours", *PEERS, "to best SDPA", "to flash", "of floor")
-    ratios = []
-    for row in rows:
-        ours = float(row["ours"])
-        peers = [float(row[name]) for name in PEERS if name in row]
-        ratios.append(min(peers, default=float("nan")) / ours)
-        flash = float(row["SDPA flash"]) / ours if "SDPA flash" in row else float("nan")
-        table.add_row(
-            str(row["point"]), f"{row['mib']:.1f}", f"{row['floor']:.2f}", f"{ours:.2f}",
-            *(f"{row[name]:.2f}" if name in row else "-" for name in PEERS),
-            f"{ratios[-1]:.2f}x", f"{flash:.2f}x", f"{float(row['floor']) / ours:.0%}",
-        )  # fmt: skip
-    console = Console(width=140)
-    console.print(", ".join(f"{key}: {value}" for key, value in run.items()))
-    console.print(table)
-    mean = float(torch.tensor(ratios).log().mean().exp())
-    console.print(f"geometric mean {mean:.2f}x, worst {min(ratios):.2f}x of the best SDPA backend")
+def fitting(points: Iterable[Point], free: float) -> list[Point]:
+    """The points whose buffer sets fit into so many bytes; the others are named."""
+    fit = []
+    for point in points:
+        if pool_bytes(point) <= free:
+            fit.append(point)
+        else:
+            need = pool_bytes(point) / 2**30
+            print(f"bench: {point} left out: needs {need:.1f} GiB", file=sys.stderr)
+    return fit
+
+
+def run(wanted: str, path: Path | None) -> Record:
+    """Measure, and write what there is after each part.
+
+    Args:
+        wanted: Part of the names of the points to measure.
+        path: JSON file; None: one named after the GPU.
+    """
+    free = POOL_SHARE * torch.cuda.mem_get_info()[0]
+    points = fitting((p for p in (*GRID, *RAGGED) if wanted in str(p)), free)
+    if not points:
+        sys.exit(f"bench: no point to measure has {wanted!r} in its name")
+    pool, floor = random_pool(points), Floor()
+    rows = [measure(p, pool, floor) for p in points if not isinstance(p, Ragged)]
+    about = {**provenance(), "clocks": ask_gpu("clocks.sm,clocks.mem")}
+    path = path or RESULTS / f"{about['gpu'].lower().replace(' ', '-')}.json"
+    Record(run=about, rows=rows).save(path)
+    ragged = [measure(p, pool, floor) for p in points if isinstance(p, Ragged)]
+    Record(run=about, rows=rows, ragged=ragged).save(path)
+    record = Record(run=about, rows=rows, ragged=ragged, host=host_costs())
+    record.save(path)
+    return record
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--points", default="", help="only points whose name contains this")
     parser.add_argument("--out", type=Path, help="JSON file; default: bench/results/<gpu>.json")
+    parser.add_argument("--markdown", type=Path, help="measure nothing; print this file's tables")
     options = parser.parse_args()
+    if options.markdown:
+        print(report.markdown(Record.load(options.markdown)))
+        return
     if options.points and not options.out:
         parser.error("--points measures a part of the grid: name a file with --out")
     if not torch.cuda.is_available():
         sys.exit("bench: needs a GPU; the last results are in bench/results/")
-    pool = torch.randn(7 << 28, dtype=torch.float16, device="cuda")
-    floor = Floor()
-    rows = [measure(p, pool, floor) for p in GRID if options.points in str(p)]
-    run = {**provenance(), "clocks": ask_gpu("clocks.sm,clocks.mem")}
-    name = run["gpu"].lower().replace(" ", "-")
-    out = options.out or RESULTS / f"{name}.json"
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps({"run": run, "microseconds": rows}, indent=1) + "\n")
-    report(rows, run)
+    report.show(run(options.points, options.out))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The benchmark grid, as data."""
+"""The benchmark grid and the ragged points, as data."""
 
 from __future__ import annotations
 
@@ -26,13 +26,51 @@ class Point:
     tokens: int
 
     @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens cached per sequence before the step."""
+        return (self.tokens - 1,) * self.batch
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of K and V of one token."""
+        return 4 * self.num_kv_heads * self.head_dim
+
+    @property
     def cache_bytes(self) -> int:
-        """Bytes of K and V, read once."""
-        return 4 * self.batch * self.tokens * self.num_kv_heads * self.head_dim
+        """Bytes of the caches of K and V."""
+        return self.batch * self.tokens * self.row_bytes
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of K and V, the new tokens included, read once."""
+        return (sum(self.lengths) + self.batch) * self.row_bytes
 
     def __str__(self) -> str:
         heads = f"{self.num_q_heads}/{self.num_kv_heads}/{self.head_dim}"
         return f"{self.model} {heads} {self.batch}x{self.tokens}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ragged(Point):
+    """A problem whose sequences differ in length; `tokens` is what the cache has room for.
+
+    Args:
+        name: Label of the lengths.
+        cached: Tokens cached per sequence before the step.
+        limit: Target: what it may take, as a multiple of the floor.
+    """
+
+    name: str
+    cached: tuple[int, ...]
+    limit: float
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens cached per sequence before the step."""
+        return self.cached
+
+    def __str__(self) -> str:
+        return f"{super().__str__()} ragged {self.name}"
 
 
 _GRID: tuple[tuple[str, int, int, int, tuple[tuple[int, int], ...]], ...] = (
@@ -51,4 +89,18 @@ GRID = tuple(
     Point(model, q_heads, kv_heads, head_dim, batch, tokens)
     for model, q_heads, kv_heads, head_dim, sizes in _GRID
     for batch, tokens in sizes
+)
+
+# Those of the prototype, whose 32-bit product wraps.
+_UNIFORM = tuple((b * 2654435761 % 2**32 >> 7) % 8192 for b in range(64))
+_SHORT = tuple(b * 40503 % 97 for b in range(32))
+_LONG = (16383,)
+_RAGGED: tuple[tuple[str, int, tuple[int, ...], float], ...] = (
+    ("uniform", 8192, _UNIFORM, 1.03),
+    ("long first", 16384, _LONG + _SHORT[1:], 1.3),
+    ("long last", 16384, _SHORT[:-1] + _LONG, 1.3),
+)
+RAGGED = tuple(
+    Ragged("llama3-8b", 32, 8, 128, len(cached), room, name=name, cached=cached, limit=limit)
+    for name, room, cached, limit in _RAGGED
 )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import struct
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -24,6 +27,7 @@ from gqa_cutlass import (  # fmt: skip
 )
 from gqa_cutlass.codegen import ARCHES, shipped
 from gqa_cutlass.errors import DeviceError, GqaError, InputError, LaunchError
+from gqa_cutlass.tensormap import TensorMap
 
 CONFIG = GQADecodeConfig(
     batch_size=2, cache_len=3, num_q_heads=8, num_kv_heads=2, head_dim=64, scale=0.125,
@@ -172,19 +176,171 @@ def test_machine_without_driver_or_gpu_says_so(
         launcher.describe_device(0)
 
 
-def test_refusal_of_the_driver_names_the_kernel_and_the_reason(
+class FakeDriver:
+    """Stands in for libcuda: takes notes, and answers with the statuses it was given."""
+
+    def __init__(self, *statuses: int) -> None:
+        self.statuses = list(statuses)
+        self.launches: list[dict[str, Any]] = []
+        self.maps: list[tuple[Any, ...]] = []
+
+    def cuLaunchKernelEx(self, config: Any, function: Any, arguments: Any, extra: None) -> int:  # noqa: N802
+        raw = ctypes.string_at(config.value, LAUNCH_CONFIG.size)
+        *shape, shared_bytes, stream, attributes, count = LAUNCH_CONFIG.unpack(raw)
+        self.launches.append(
+            {
+                "grid": tuple(shape[:3]),
+                "block": tuple(shape[3:]),
+                "shared_bytes": shared_bytes,
+                "stream": stream,
+                "attributes": [
+                    ATTRIBUTE.unpack(ctypes.string_at(attributes + 72 * i, ATTRIBUTE.size))
+                    for i in range(count)
+                ],
+                "function": function.value,
+                "argument": arguments[0],
+            }
+        )
+        return self.statuses.pop(0) if self.statuses else 0
+
+    def cuTensorMapEncodeTiled(self, memory: Any, *fields: Any) -> int:  # noqa: N802
+        self.maps.append((memory.value, *fields))
+        ctypes.memset(memory.value, 0xAB, 128)
+        return self.statuses.pop(0) if self.statuses else 0
+
+
+# CUlaunchConfig: grid, block, shared memory, stream, attributes, their number. Of a
+# CUlaunchAttribute of 72 bytes: its name, and the first words of its value.
+LAUNCH_CONFIG, ATTRIBUTE = struct.Struct("@7IQQI"), struct.Struct("@I4x3I")
+
+
+@pytest.fixture
+def contexts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Contexts that the launcher entered, with a driver that has one for every GPU."""
+    entered: list[str] = []
+    success = (driver.CUresult.CUDA_SUCCESS,)
+    monkeypatch.setattr(launcher, "_primary_context", lambda index: f"GPU {index}")
+    monkeypatch.setattr(launcher.driver, "cuGetErrorString", lambda _: (*success, b"as it says"))
+    for enter in ("cuCtxSetCurrent", "cuCtxPushCurrent"):
+        monkeypatch.setattr(launcher.driver, enter, lambda c: entered.append(c) or success)
+    monkeypatch.setattr(launcher.driver, "cuCtxPopCurrent", lambda: (*success, None))
+    return entered
+
+
+def prepared(
+    monkeypatch: pytest.MonkeyPatch, fake: FakeDriver, **shape: Any
+) -> tuple[launcher.Launch, launcher.Params]:
+    """A launch by way of the fake driver, and its argument."""
+    monkeypatch.setattr(launcher, "_library", lambda: fake)
+    device = launcher.Device(index=3, arch=ARCHES["sm_80"], num_sms=1)
+    kernel = launcher.LoadedKernel(shipped()[0], device, driver.CUfunction(0xF00))
+    argument = launcher.Params()
+    sizes: dict[str, Any] = {"grid": (1, 2, 3), "block": 128, "shared_bytes": 4096}
+    return kernel.prepare(launcher.LaunchShape(**sizes | shape), argument), argument
+
+
+@pytest.mark.parametrize(
+    ("shape", "attributes"),
+    [
+        ({}, []),
+        ({"cluster": 2}, [("CLUSTER_DIMENSION", (1, 2, 1))]),
+        ({"dependent": True}, [("PROGRAMMATIC_STREAM_SERIALIZATION", (1, 0, 0))]),
+        (
+            {"cluster": 4, "dependent": True},
+            [("CLUSTER_DIMENSION", (1, 4, 1)), ("PROGRAMMATIC_STREAM_SERIALIZATION", (1, 0, 0))],
+        ),
+    ],
+    ids=["plain", "cluster", "dependent", "both"],
+)
+def test_a_launch_asks_for_its_shape(
     monkeypatch: pytest.MonkeyPatch,
+    shape: dict[str, Any],
+    attributes: list[tuple[str, tuple[int, int, int]]],
 ) -> None:
-    status = driver.CUresult.CUDA_ERROR_INVALID_VALUE
-    monkeypatch.setattr(launcher.driver, "cuLaunchKernelEx", lambda *_: (status,))
-    monkeypatch.setattr(
-        launcher.driver, "cuGetErrorString", lambda _: (driver.CUresult.CUDA_SUCCESS, b"invalid")
-    )
-    config, device = shipped()[0], launcher.Device(index=0, arch=ARCHES["sm_80"], num_sms=1)
-    kernel = launcher.LoadedKernel(config, device, driver.CUfunction(0))
-    prepared = kernel.prepare(launcher.LaunchShape(grid=(1, 1, 1), block=32, shared_bytes=16))
-    with pytest.raises(LaunchError, match=f"launching {config.name}: CUDA_ERROR_INVALID_VALUE"):
-        kernel.launch(prepared, 0, launcher.Params())
+    fake = FakeDriver()
+    launch, argument = prepared(monkeypatch, fake, **shape)
+    gc.collect()  # what the driver reads is kept alive
+    for stream in (0, 7, 1 << 47):
+        launch(stream)
+    assert [found["stream"] for found in fake.launches] == [0, 7, 1 << 47]
+    names = driver.CUlaunchAttributeID
+    for found in fake.launches:
+        assert found["grid"] == (1, 2, 3) and found["block"] == (128, 1, 1)
+        assert found["shared_bytes"] == 4096 and found["function"] == 0xF00
+        assert found["argument"] == ctypes.addressof(argument)
+        assert found["attributes"] == [
+            (int(getattr(names, f"CU_LAUNCH_ATTRIBUTE_{name}")), *value)
+            for name, value in attributes
+        ]
+
+
+def test_the_stream_has_its_place_in_the_drivers_structure() -> None:
+    config = driver.CUlaunchConfig()
+    config.hStream = driver.CUstream(0x123456789AB)
+    raw = ctypes.string_at(config.getPtr() + launcher._STREAM_OFFSET, 8)
+    assert int.from_bytes(raw, "little") == 0x123456789AB
+
+
+def test_refusal_of_the_driver_names_the_kernel_and_the_reason(
+    monkeypatch: pytest.MonkeyPatch, contexts: list[str]
+) -> None:
+    launch, _ = prepared(monkeypatch, FakeDriver(driver.CUresult.CUDA_ERROR_INVALID_VALUE))
+    reason = rf"launching {shipped()[0].name}: CUDA_ERROR_INVALID_VALUE \(as it says\)"
+    with pytest.raises(LaunchError, match=reason):
+        launch(0)
+    assert contexts == []
+    launch(0)
+
+
+def test_a_thread_new_to_cuda_enters_the_kernels_gpu(
+    monkeypatch: pytest.MonkeyPatch, contexts: list[str]
+) -> None:
+    new = int(driver.CUresult.CUDA_ERROR_INVALID_CONTEXT)
+    fake = FakeDriver(new, 0, 0, new, new)
+    launch, _ = prepared(monkeypatch, fake)
+    launch(7)
+    launch(7)
+    assert contexts == ["GPU 3"] and [found["stream"] for found in fake.launches] == [7, 7, 7]
+    with pytest.raises(LaunchError, match="CUDA_ERROR_INVALID_CONTEXT"):
+        launch(7)
+
+
+CACHE_MAP = TensorMap(
+    address=1 << 40, element_bytes=2, sizes=(128, 4096, 8, 3), strides=(2048, 256, 1 << 23),
+    box=(64, 32, 1, 1), swizzle=128,
+)  # fmt: skip
+
+
+def test_tensor_maps_are_encoded_into_aligned_memory(
+    monkeypatch: pytest.MonkeyPatch, contexts: list[str]
+) -> None:
+    fake = FakeDriver()
+    monkeypatch.setattr(launcher, "_library", lambda: fake)
+    for _ in range(20):
+        assert launcher.encode_tensor_map(CACHE_MAP, 3) == b"\xab" * 128
+    assert set(contexts) == {"GPU 3"}
+    for memory, kind, rank, address, sizes, strides, box, steps, *modes in fake.maps:
+        assert memory % 64 == 0 and address.value == 1 << 40 and rank == 4
+        assert kind == int(driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT16)
+        assert tuple(sizes) == CACHE_MAP.sizes and tuple(strides) == CACHE_MAP.strides
+        assert tuple(box) == CACHE_MAP.box and tuple(steps) == (1, 1, 1, 1)
+        assert modes == [0, int(driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B), 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "message"),
+    [
+        ("INVALID_VALUE", InputError, r"address=1099511627776.*Nothing was launched.*contiguous"),
+        ("NOT_INITIALIZED", LaunchError, "encoding a tensor map: CUDA_ERROR_NOT_INITIALIZED"),
+    ],
+)
+def test_tensor_maps_that_the_driver_refuses_are_errors(
+    monkeypatch: pytest.MonkeyPatch, contexts: list[str], status: str, error: Any, message: str
+) -> None:
+    fake = FakeDriver(int(getattr(driver.CUresult, f"CUDA_ERROR_{status}")))
+    monkeypatch.setattr(launcher, "_library", lambda: fake)
+    with pytest.raises(error, match=message):
+        launcher.encode_tensor_map(CACHE_MAP, 3)
 
 
 def test_every_error_of_the_package_is_a_gqa_error() -> None:

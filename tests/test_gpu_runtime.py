@@ -172,6 +172,46 @@ def test_threads_share_a_plan() -> None:
         check(step, outs[i])
 
 
+def test_a_plan_serves_inference_mode_and_other_calls() -> None:
+    step = make_step(lengths=[3000, 10], max_seq_len=4096)
+    plan = gqa_cutlass.plan(*step.tensors(), cache_seqlens=step.seqlens)
+    outs = []
+    for inference in (False, True, True, False):
+        with torch.inference_mode(inference):
+            outs.append(plan(*step.tensors(), step.seqlens))
+            assert plan.match((*step.tensors(), None), step.seqlens) is not None
+    assert [out.is_inference() for out in outs] == [False, True, True, False]
+    for out in outs:
+        check(step, out)
+
+
+def test_a_plan_runs_on_its_gpus_addresses_whatever_they_were_before() -> None:
+    """Tensors that move between calls, as an engine's layers and temporaries do."""
+    steps = [make_step(lengths=[500 + i], max_seq_len=1024, seed=i) for i in range(4)]
+    plan = gqa_cutlass.plan(*steps[0].tensors(), cache_seqlens=steps[0].seqlens)
+    for _ in range(3):
+        outs = [plan(*step.tensors(), step.seqlens) for step in steps]
+        for step, out in zip(steps, outs, strict=True):
+            check(step, out)
+
+
+def test_dependent_launches_wait_for_what_they_read() -> None:
+    """Each call's output is the next one's queries, behind a kernel that takes its time."""
+    step = make_step(lengths=[3000], max_seq_len=4096, append=False)
+    results = []
+    for dependent in (False, True):
+        plan = gqa_cutlass.plan(
+            *step.tensors(), cache_seqlens=step.seqlens, dependent=dependent, out=step.out
+        )
+        q, out = step.q.clone(), torch.empty_like(step.q)
+        torch.cuda._sleep(5_000_000)
+        for _ in range(20):
+            plan(q, step.k_cache, step.v_cache, None, None, step.seqlens, out)
+            q, out = out, q
+        results.append(q.clone())
+    assert torch.equal(*results)
+
+
 def test_one_kernel_launch_per_call() -> None:
     step = make_step(lengths=[3000, 10], max_seq_len=4096)
     run(step)

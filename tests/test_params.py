@@ -1,4 +1,4 @@
-"""The launcher's Params is the kernel's Params, byte for byte."""
+"""The launcher's Params and TmaParams are the kernel's, byte for byte."""
 
 from __future__ import annotations
 
@@ -9,10 +9,17 @@ import pytest
 
 from gqa_cutlass.codegen.compile import compile_source
 from gqa_cutlass.codegen.render import include_dir
-from gqa_cutlass.launcher import Params
+from gqa_cutlass.launcher import Params, TmaParams
+from gqa_cutlass.tensormap import TENSOR_MAP_ALIGN, TENSOR_MAP_BYTES
 
-STRIDES = dict(Params._fields_)["q_stride"]
 FIELDS = [name for name, *_ in Params._fields_]
+STRIDES = {kind for _, kind, *_ in Params._fields_ if issubclass(kind, ctypes.Structure)}
+STRIDE_FIELDS = [
+    pytest.param(kind, name, id=f"{kind.__name__}.{name}")
+    for kind in sorted(STRIDES, key=lambda kind: kind.__name__)
+    for name, *_ in kind._fields_
+]
+TMA_FIELDS = [name for name, *_ in TmaParams._fields_]
 PROBE = """
 #include <cuda/std/cstddef>
 #include <gqa/params.cuh>
@@ -23,10 +30,20 @@ PROBE = """
 @pytest.fixture(scope="module")
 def layout() -> dict[str, int]:
     """Sizes and offsets as NVRTC sees them, from the initial values of variables in PTX."""
-    lines = ["VALUE(size, sizeof(gqa::Params))", "VALUE(size_strides, sizeof(gqa::Strides))"]
+    lines = ["VALUE(size, sizeof(gqa::Params))"]
+    lines += [f"VALUE(size_{s.__name__}, sizeof(gqa::{s.__name__}))" for s in STRIDES]
     lines += [f"VALUE(offset_{f}, offsetof(gqa::Params, {f}))" for f in FIELDS]
     lines += [f"VALUE(size_{f}, sizeof(static_cast<gqa::Params*>(nullptr)->{f}))" for f in FIELDS]
-    lines += [f"VALUE(strides_{f}, offsetof(gqa::Strides, {f}))" for f, _ in STRIDES._fields_]
+    lines += [
+        f"VALUE({s.__name__}_{f}, offsetof(gqa::{s.__name__}, {f}))"
+        for s in STRIDES
+        for f, _ in s._fields_
+    ]
+    lines += [
+        "VALUE(size_tma, sizeof(gqa::TmaParams))",
+        "VALUE(align_map, alignof(gqa::TensorMap))",
+    ]
+    lines += [f"VALUE(tma_{f}, offsetof(gqa::TmaParams, {f}))" for f in TMA_FIELDS]
     text = compile_source(PROBE + "\n".join(lines), "probe", "compute_80").code.decode()
     found = re.findall(r"\.u64 (\w+)(?: = (\d+))?;", text)
     return {name: int(value or 0) for name, value in found}
@@ -42,12 +59,15 @@ def _declared(struct: str) -> list[str]:
 
 def test_fields_have_the_same_names_in_the_same_order() -> None:
     assert _declared("Params") == FIELDS
-    assert _declared("Strides") == [name for name, *_ in STRIDES._fields_]
+    for strides in STRIDES:
+        assert _declared(strides.__name__) == [name for name, *_ in strides._fields_]
+    assert _declared("TmaParams") == TMA_FIELDS
 
 
 def test_structures_have_the_same_size(layout: dict[str, int]) -> None:
     assert ctypes.sizeof(Params) == layout["size"]
-    assert ctypes.sizeof(STRIDES) == layout["size_strides"]
+    assert all(ctypes.sizeof(s) == layout[f"size_{s.__name__}"] for s in STRIDES)
+    assert ctypes.sizeof(TmaParams) == layout["size_tma"]
 
 
 @pytest.mark.parametrize("field", FIELDS)
@@ -56,6 +76,22 @@ def test_field_has_the_same_place_and_size(field: str, layout: dict[str, int]) -
     assert (mine.offset, mine.size) == (layout[f"offset_{field}"], layout[f"size_{field}"])
 
 
-@pytest.mark.parametrize("field", [name for name, *_ in STRIDES._fields_])
-def test_stride_has_the_same_place(field: str, layout: dict[str, int]) -> None:
-    assert getattr(STRIDES, field).offset == layout[f"strides_{field}"]
+@pytest.mark.parametrize(("strides", "field"), STRIDE_FIELDS)
+def test_stride_has_the_same_place(
+    strides: type[ctypes.Structure], field: str, layout: dict[str, int]
+) -> None:
+    assert getattr(strides, field).offset == layout[f"{strides.__name__}_{field}"]
+
+
+@pytest.mark.parametrize("field", TMA_FIELDS)
+def test_tensor_map_has_the_same_place(field: str, layout: dict[str, int]) -> None:
+    assert getattr(TmaParams, field).offset == layout[f"tma_{field}"]
+
+
+def test_tensor_maps_are_as_large_and_aligned_as_the_drivers(layout: dict[str, int]) -> None:
+    assert {field: getattr(TmaParams, field).size for field in ("keys", "values")} == {
+        "keys": TENSOR_MAP_BYTES,
+        "values": TENSOR_MAP_BYTES,
+    }
+    assert layout["align_map"] == TENSOR_MAP_ALIGN
+    assert all(layout[f"tma_{field}"] % TENSOR_MAP_ALIGN == 0 for field in ("keys", "values"))

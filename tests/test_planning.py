@@ -5,18 +5,24 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from helpers import call_tensors
+from torch import Tensor
 
 import gqa_cutlass
-from gqa_cutlass import api, gqa_decode, workspace
+from gqa_cutlass import api, gqa_decode, planning, shortcuts, workspace
 from gqa_cutlass.codegen import ARCHES, KernelConfig
 from gqa_cutlass.dispatch import model_device
 from gqa_cutlass.errors import CacheOverflowError, InputError
-from gqa_cutlass.launcher import Device, Params
+from gqa_cutlass.launcher import Device, LaunchShape, Params, TmaParams
+from gqa_cutlass.tensormap import TensorMap
 from gqa_cutlass.workspace import OverflowFlag
 
 STREAM, TICKETS = 7, 4096
@@ -28,7 +34,9 @@ class Notes:
     """Stands in for the GPU: every launch's arguments, and the overflow flag."""
 
     def __init__(self) -> None:
-        self.launches: list[Params] = []
+        self.launches: list[Any] = []
+        self.shapes: list[LaunchShape] = []
+        self.pause = 0.0
         self.loaded: list[KernelConfig] = []
         self.partials = torch.empty(1 << 20)
         self.flag = OverflowFlag(torch.zeros(1, dtype=torch.int32))
@@ -37,21 +45,24 @@ class Notes:
         self.loaded.append(config)
         return NotedKernel(self, config, device)
 
-    def borrow(self, device: int, stream: int, floats: int, tickets: int) -> tuple[Any, int]:
+    def borrow(self, device: int, stream: int, floats: int, tickets: int) -> tuple[Any, int, int]:
         assert (device, stream) == (0, STREAM) and floats <= self.partials.numel() and tickets
-        return self.partials, TICKETS
+        return self.partials, self.partials.data_ptr(), TICKETS
 
 
 class NotedKernel:
     def __init__(self, notes: Notes, config: KernelConfig, device: Device) -> None:
         self.notes, self.config, self.device = notes, config, device
 
-    def prepare(self, shape: object) -> object:
-        return shape
+    def prepare(self, shape: LaunchShape, argument: Params | TmaParams) -> Callable[[int], None]:
+        self.notes.shapes.append(shape)
 
-    def launch(self, prepared: object, stream: int, params: Params) -> None:
-        assert stream == STREAM
-        self.notes.launches.append(Params.from_buffer_copy(params))
+        def launch(stream: int) -> None:
+            assert stream == STREAM
+            time.sleep(self.notes.pause)
+            self.notes.launches.append(type(argument).from_buffer_copy(argument))
+
+        return launch
 
 
 @pytest.fixture
@@ -62,7 +73,7 @@ def notes(monkeypatch: pytest.MonkeyPatch) -> Notes:
     monkeypatch.setattr(api, "load", notes.load)
     monkeypatch.setattr(workspace, "borrow", notes.borrow)
     monkeypatch.setattr(workspace, "overflow_flag", lambda device: notes.flag)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda i: STREAM, raising=False)
     return notes
@@ -193,18 +204,296 @@ def test_output_over_the_lengths_is_refused_by_a_plan_that_exists(notes: Notes) 
     assert len(notes.launches) == 1
 
 
-def test_a_plan_takes_its_layout_and_no_other(notes: Notes) -> None:
+@pytest.fixture(params=["in C++", "in Python"])
+def comparison(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How layouts are compared: by torch's guards, and where they are not to be had."""
+    if request.param == "in Python":
+        monkeypatch.setattr(shortcuts, "_guards_work", lambda: False)
+
+
+def _shifted(tensor: Tensor) -> Tensor:
+    """A copy at an address that is only a multiple of 2."""
+    memory = torch.ones(tensor.numel() + 8, dtype=tensor.dtype)
+    return memory[1 : 1 + tensor.numel()].view(tensor.shape)
+
+
+def _padded(tensor: Tensor) -> Tensor:
+    """A copy with a gap behind every row."""
+    return torch.cat([tensor, tensor], dim=-1)[..., : tensor.shape[-1]]
+
+
+OTHER_LAYOUTS: dict[str, Callable[[Tensor], Any]] = {
+    "absent": lambda t: None,
+    "no tensor": lambda t: 3,
+    "shape": lambda t: torch.cat([t, t]),
+    "rank": lambda t: t[None],
+    "strides": _padded,
+    "dtype": lambda t: t.bfloat16(),
+    "device": lambda t: t.to("meta"),
+    "alignment": _shifted,
+    "grad": lambda t: t.clone().requires_grad_(),
+    "sparse": lambda t: t.to_sparse(),
+}
+
+
+@pytest.mark.parametrize("other", OTHER_LAYOUTS.values(), ids=OTHER_LAYOUTS)
+@pytest.mark.parametrize("name", [*INPUTS, "out"])
+def test_a_plan_takes_its_layout_and_no_other(
+    notes: Notes, comparison: None, name: str, other: Callable[[Tensor], Any]
+) -> None:
+    tensors: dict[str, Any] = call_tensors()
+    plan = gqa_cutlass.plan(**tensors, cache_seqlens=3)
+    for _ in range(2):
+        run(plan, tensors, 4)
+        with pytest.raises(InputError, match="differs from what the plan"):
+            run(plan, tensors | {name: other(tensors[name])}, 4)
+    assert [p.seqlen for p in notes.launches] == [4, 4]
+
+
+def run(plan: gqa_cutlass.Plan, tensors: dict[str, Any], lengths: Any) -> Any:
+    """Call a plan with tensors by name."""
+    return plan(*(tensors[name] for name in INPUTS), lengths, tensors.get("out"))
+
+
+@pytest.mark.parametrize("name", ["k", "v", "out"])
+def test_a_plan_made_without_a_tensor_takes_none(notes: Notes, comparison: None, name: str) -> None:
+    tensors: dict[str, Any] = call_tensors()
+    absent = {"out": None} if name == "out" else {"k": None, "v": None}
+    plan = gqa_cutlass.plan(**tensors | absent, cache_seqlens=3)
+    for _ in range(2):
+        run(plan, tensors | absent, 3)
+        for given in (tensors[name], torch.empty(0)):
+            with pytest.raises(InputError, match="differs from what the plan"):
+                run(plan, tensors | absent | {name: given}, 3)
+    assert len(notes.launches) == 2
+
+
+def test_tokens_in_each_others_places_are_refused(notes: Notes, comparison: None) -> None:
+    """With as many heads everywhere, q, k, v and out have one layout."""
+    tensors: dict[str, Any] = call_tensors(q_heads=2)
+    plan = gqa_cutlass.plan(**tensors | {"out": None}, cache_seqlens=3)
+    run(plan, tensors | {"out": None}, 3)
+    for absent in ("k", "v"):
+        with pytest.raises(InputError, match="differs from what the plan"):
+            run(plan, tensors | {absent: None}, 3)
+    assert len(notes.launches) == 1
+
+
+BAD_LENGTHS: dict[str, Any] = {
+    "too long": 16, "negative": -1, "bool": True, "float": 3.0, "None": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lengths", BAD_LENGTHS.values(), ids=BAD_LENGTHS)
+def test_bad_length_is_refused_by_a_plan_that_exists(
+    notes: Notes, comparison: None, lengths: Any
+) -> None:
     tensors = inputs_of()
     plan = gqa_cutlass.plan(**tensors, cache_seqlens=3)
-    plan(*tensors.values(), 4)
-    assert [p.seqlen for p in notes.launches] == [4]
-    with pytest.raises(InputError, match="differs from what the plan"):
-        plan(*inputs_of(max_seq_len=32).values(), 4)
-    with pytest.raises(InputError, match="differs from what the plan"):
-        plan(None, *list(tensors.values())[1:], 4)
-    with pytest.raises(InputError, match="made for an int"):
-        plan(*tensors.values(), torch.zeros(2, dtype=torch.int32))
+    for call in (lambda n: run(plan, tensors, n), lambda n: gqa_decode(**tensors, cache_seqlens=n)):
+        call(15)
+        with pytest.raises(InputError, match=r"cache overflow|cache_seqlens: got"):
+            call(lengths)
+    assert len(notes.launches) == 2
+
+
+BAD_DEVICE_LENGTHS: dict[str, Callable[[Tensor], Tensor]] = {
+    "dtype": lambda t: t.long(),
+    "shape": lambda t: torch.cat([t, t]),
+    "strides": lambda t: t[:1].expand(2),
+    "device": lambda t: t.to("meta"),
+    "alignment": lambda t: torch.frombuffer(bytearray(10), dtype=torch.int32, count=2, offset=2),
+}
+
+
+@pytest.mark.parametrize("other", BAD_DEVICE_LENGTHS.values(), ids=BAD_DEVICE_LENGTHS)
+def test_bad_lengths_on_the_device_are_refused_by_a_plan_that_exists(
+    notes: Notes, comparison: None, other: Callable[[Tensor], Tensor]
+) -> None:
+    tensors, lengths = inputs_of(), torch.zeros(2, dtype=torch.int32)
+    plan = gqa_cutlass.plan(**tensors, cache_seqlens=lengths)
+    for call in (lambda n: run(plan, tensors, n), lambda n: gqa_decode(**tensors, cache_seqlens=n)):
+        call(lengths)
+        with pytest.raises(InputError, match="cache_seqlens: got"):
+            call(other(lengths))
+    assert len(notes.launches) == 2
+
+
+def test_the_kind_of_the_lengths_is_the_plans(notes: Notes, comparison: None) -> None:
+    tensors, lengths = inputs_of(), torch.zeros(2, dtype=torch.int32)
+    for given, other, kind in ((3, lengths, "an int"), (lengths, 3, "an int32 tensor")):
+        plan = gqa_cutlass.plan(**tensors, cache_seqlens=given)
+        run(plan, tensors, given)
+        with pytest.raises(InputError, match=f"made for {kind}"):
+            run(plan, tensors, other)
+        gqa_decode(**tensors, cache_seqlens=other)  # which makes a plan of its own
+    assert len(notes.launches) == 4
+
+
+def test_what_a_call_decides_follows_its_own_layout(notes: Notes, comparison: None) -> None:
+    """Calls that alternate between layouts use the plan of each."""
+    calls = [call_tensors(), call_tensors() | {"out": None}, inputs_of(q_heads=4)]
+    calls += [inputs_of() | {"q": _shifted(calls[0]["q"])}]
+    for _ in range(3):
+        for tensors in calls:
+            gqa_decode(**tensors, cache_seqlens=3)
+    assert len(notes.loaded) == len(calls)
+    assert [p.q for p in notes.launches] == 3 * [tensors["q"].data_ptr() for tensors in calls]
+
+
+def test_tensors_of_inference_mode_are_recognised(notes: Notes) -> None:
+    tensors = call_tensors()
+    plan = gqa_cutlass.plan(**tensors, cache_seqlens=3)
+    arguments: Any = *(tensors[name] for name in INPUTS), tensors["out"]
+    run(plan, tensors, 3)
+    assert plan.match(arguments, 3) is not None
+    with torch.inference_mode():
+        run(plan, tensors, 3)  # takes a closer look
+        assert plan.match(arguments, 3) is not None
+    run(plan, tensors, 3)
+    assert len(notes.launches) == 3
+
+
+def test_a_tensor_may_come_twice_where_nothing_is_written(notes: Notes, comparison: None) -> None:
+    tensors = inputs_of()
+    tensors["v"] = tensors["k"]
+    for _ in range(2):
+        gqa_decode(**tensors, cache_seqlens=3)
+    assert len(notes.loaded) == 1 and len(notes.launches) == 2
+
+
+def test_tensors_without_memory_are_refused_by_a_plan_that_exists(notes: Notes) -> None:
+    tensors = call_tensors()
+    plan = gqa_cutlass.plan(**tensors, cache_seqlens=3)
+    run(plan, tensors, 3)
+    tensors["v_cache"].untyped_storage().resize_(0)
+    with pytest.raises(InputError, match="v_cache: got a tensor without memory"):
+        run(plan, tensors, 3)
     assert len(notes.launches) == 1
+
+
+def test_a_plan_remembers_a_bounded_number_of_addresses(
+    notes: Notes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "_MAX_KNOWN", 3)
+    calls = [inputs_of() for _ in range(5)]
+    plan = gqa_cutlass.plan(**calls[0], cache_seqlens=3)
+    for tensors in calls * 2:
+        run(plan, tensors, 3)
+    assert [p.q for p in notes.launches] == 2 * [tensors["q"].data_ptr() for tensors in calls]
+    assert len(plan._known) <= 3
+
+
+def test_nothing_stays_from_call_to_call(notes: Notes) -> None:
+    """Lengths, lse and output are those of the call, whatever the argument's memory held."""
+    tensors = inputs_of()
+    plan = gqa_cutlass.plan(**tensors, cache_seqlens=3, return_lse=True)
+    results = [run(plan, tensors, length) for length in (3, 5)]
+    for length, (out, lse), params in zip((3, 5), results, notes.launches, strict=True):
+        assert (params.seqlen, params.out, params.lse) == (length, out.data_ptr(), lse.data_ptr())
+
+
+def test_threads_do_not_mix_their_arguments(notes: Notes) -> None:
+    notes.pause = 1e-5  # others run meanwhile, as they do during the driver's call
+    calls = [call_tensors() for _ in range(4)]
+    plan = gqa_cutlass.plan(**calls[0], cache_seqlens=3)
+
+    def work(i: int) -> None:
+        for _ in range(100):
+            run(plan, calls[i], i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert Counter(params.seqlen for params in notes.launches) == dict.fromkeys(range(4), 100)
+    for params in notes.launches:
+        mine = calls[params.seqlen]
+        assert params.q == mine["q"].data_ptr() and params.out == mine["out"].data_ptr()
+
+
+def test_scale_of_another_type_finds_no_plan(notes: Notes) -> None:
+    tensors = inputs_of()
+    gqa_decode(**tensors, cache_seqlens=3, softmax_scale=1.0)
+    with pytest.raises(InputError, match="softmax_scale: got True"):
+        gqa_decode(**tensors, cache_seqlens=3, softmax_scale=True)
+
+
+@pytest.mark.parametrize("dependent", [False, True])
+def test_a_dependent_launch_is_asked_for(notes: Notes, dependent: bool) -> None:
+    plan = gqa_cutlass.plan(**inputs_of(), cache_seqlens=3, dependent=dependent)
+    (shape,) = notes.shapes
+    assert shape.dependent == plan.dispatch.shape.dependent == dependent
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[TensorMap]:
+    """Tensor maps that the driver was asked to encode, for kernels that all take them."""
+    descriptions: list[TensorMap] = []
+
+    def encode(description: TensorMap, index: int) -> bytes:
+        assert index == 0
+        descriptions.append(description)
+        return description.to_bytes()
+
+    monkeypatch.setattr(KernelConfig, "tma", property(lambda self: True), raising=False)
+    monkeypatch.setattr(planning, "encode_tensor_map", encode)
+    return descriptions
+
+
+def maps_of(argument: TmaParams) -> list[TensorMap]:
+    return [TensorMap.from_bytes(bytes(field)) for field in (argument.keys, argument.values)]
+
+
+def test_tensor_maps_describe_the_caches(notes: Notes, encoded: list[TensorMap]) -> None:
+    tensors = inputs_of()
+    tensors["k_cache"] = torch.ones(2, 2, 16, 64, dtype=torch.float16).transpose(1, 2)  # HND
+    gqa_decode(**tensors, cache_seqlens=3)
+    (argument,) = notes.launches
+    assert isinstance(argument, TmaParams) and argument.decode.q == tensors["q"].data_ptr()
+    keys, values = maps_of(argument)
+    assert keys.address == tensors["k_cache"].data_ptr()
+    assert values.address == tensors["v_cache"].data_ptr()
+    assert keys.sizes == values.sizes == (64, 16, 2, 2)
+    assert keys.strides == (128, 2048, 4096) and values.strides == (256, 128, 4096)
+    assert keys.box == (64, notes.loaded[0].block_n, 1, 1) and keys.swizzle == 128
+
+
+def test_strides_that_lead_nowhere_need_not_be_aligned(
+    notes: Notes, encoded: list[TensorMap]
+) -> None:
+    tensors = inputs_of(batch=1, q_heads=4, kv_heads=1)
+    cache = torch.ones(1, 16, 1, 64, dtype=torch.float16)
+    tensors["k_cache"] = cache.as_strided(cache.shape, (1025, 64, 3, 1))
+    gqa_decode(**tensors, cache_seqlens=3)
+    keys, _ = maps_of(notes.launches[0])
+    assert keys.strides == (128, 128, 128)
+
+
+def test_an_expanded_batch_is_described_as_one(notes: Notes, encoded: list[TensorMap]) -> None:
+    tensors = inputs_of() | {"k": None, "v": None}
+    tensors["k_cache"] = tensors["k_cache"][:1].expand(2, -1, -1, -1)
+    gqa_decode(**tensors, cache_seqlens=3)
+    keys, _ = maps_of(notes.launches[0])
+    assert keys.sizes == (64, 16, 2, 2) and keys.strides == (256, 128, 0)
+
+
+def test_tensor_maps_are_encoded_once_per_pair_of_caches(
+    notes: Notes, encoded: list[TensorMap], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = [inputs_of() for _ in range(3)]
+    plan = gqa_cutlass.plan(**layers[0], cache_seqlens=3)
+    for _ in range(2):
+        for layer in layers:
+            run(plan, layer | {"q": layer["q"].clone()}, 3)
+    assert len(encoded) == 2 * len(layers)
+    addresses = [[m.address for m in maps_of(argument)] for argument in notes.launches]
+    assert addresses == 2 * [[t["k_cache"].data_ptr(), t["v_cache"].data_ptr()] for t in layers]
+    monkeypatch.setattr(planning, "_MAX_KNOWN", len(layers))
+    run(plan, inputs_of(), 3)  # in place of the oldest
+    assert (layers[0]["k_cache"].data_ptr(), layers[0]["v_cache"].data_ptr()) not in plan._maps
+    assert len(plan._maps) == len(layers)
 
 
 def test_one_line_is_logged_per_launch(notes: Notes, caplog: pytest.LogCaptureFixture) -> None:
@@ -212,6 +501,28 @@ def test_one_line_is_logged_per_launch(notes: Notes, caplog: pytest.LogCaptureFi
         gqa_decode(**inputs_of(), cache_seqlens=3)
     (line,) = [record.getMessage() for record in caplog.records]
     assert f"kernel={notes.loaded[0].name} " in line and "stream=0x7" in line
+
+
+def test_a_stream_keeps_its_workspace_until_more_is_needed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[Tensor] = []
+
+    def empty(count: int, *, dtype: torch.dtype, device: int) -> Tensor:
+        made.append(torch.zeros(count, dtype=dtype))
+        return made[-1]
+
+    monkeypatch.setattr(workspace, "_held", {})
+    monkeypatch.setattr(workspace, "_tickets_for", lambda key, count: 4096 * (key[1] + 1) + count)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch, "empty", empty)
+    asked = [(100, 10), (60, 5), (60, 20), (200, 5), (100, 20)]
+    borrowed = [workspace.borrow(0, STREAM, *sizes) for sizes in asked]
+    assert [memory is made[0] for memory, *_ in borrowed] == [True, True, True, False, False]
+    assert all(address == memory.data_ptr() for memory, address, _ in borrowed)
+    assert [made.numel() for made in made] == [100, 200]
+    other, *_ = workspace.borrow(0, STREAM + 1, 10, 10)
+    assert other is made[-1] and len(made) == 3
 
 
 def test_tickets_are_cut_from_arenas_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:

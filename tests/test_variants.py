@@ -7,7 +7,16 @@ from itertools import product
 
 import pytest
 
-from gqa_cutlass.codegen import DType, KernelConfig, Math, default_config, select, shipped
+from gqa_cutlass.codegen import (
+    ARCHES,
+    DType,
+    KernelConfig,
+    Math,
+    Schedule,
+    default_config,
+    select,
+    shipped,
+)
 from gqa_cutlass.errors import ConfigError
 
 HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
@@ -25,7 +34,7 @@ def test_every_shipped_head_dim_has_both_types_and_all_widths(head_dim: int, dty
 
 @pytest.mark.parametrize("math", Math)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_both_schedules_serve_every_shipped_head_dim(math: Math, head_dim: int) -> None:
+def test_tensor_and_cuda_cores_serve_every_shipped_head_dim(math: Math, head_dim: int) -> None:
     assert {c.dtype for c in shipped() if (c.math, c.head_dim) == (math, head_dim)} == set(DType)
 
 
@@ -48,7 +57,28 @@ def test_shipped_names_are_unique() -> None:
 
 def test_shipped_kernels_are_what_dispatch_asks_for() -> None:
     for c in shipped():
-        assert default_config(c.math, c.dtype, c.head_dim, c.group_size, c.vec_width) == c
+        asked = default_config(
+            c.math, c.dtype, c.head_dim, c.group_size, c.vec_width, c.schedule
+        )
+        assert asked == c
+
+
+def test_every_aligned_tensorop_kernel_has_a_counterpart_with_tensor_copies() -> None:
+    def problems(schedule: Schedule) -> set[tuple[DType, int, int]]:
+        return {
+            (c.dtype, c.head_dim, c.group_size)
+            for c in shipped()
+            if (c.math, c.vec_width, c.schedule) == (Math.TENSOROP, 8, schedule)
+        }
+
+    assert problems(Schedule.TMA) == problems(Schedule.MULTISTAGE)
+
+
+def test_with_one_stage_two_blocks_of_tensor_copies_share_a_multiprocessor() -> None:
+    hopper = ARCHES["sm_90a"]
+    small = [c for c in shipped() if c.tma and c.head_dim <= 128 and c.block_h == 8]
+    assert {c.blocks_per_sm(hopper, c.shared_bytes_with(1)) for c in small} == {2}
+    assert {c.blocks_per_sm(hopper) for c in small} == {1}
 
 
 @pytest.mark.parametrize("filters", [None, ""])

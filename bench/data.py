@@ -1,0 +1,101 @@
+"""The tensors of a point, as often as cold caches take, and the check of a plan against float32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from points import Point
+from torch import Tensor
+
+import gqa_cutlass
+
+ROTATE_BYTES, MAX_SETS = 256 << 20, 512
+_FILL = 1 << 28
+
+
+def num_sets(point: Point) -> int:
+    """Buffer sets whose reading takes at least `ROTATE_BYTES`, or `MAX_SETS` of them; never one."""
+    return max(2, min(MAX_SETS, -(-ROTATE_BYTES // point.read_bytes) + 1))
+
+
+def pool_bytes(point: Point) -> int:
+    """Bytes of all buffer sets of a point."""
+    return num_sets(point) * point.cache_bytes
+
+
+def random_pool(points: Iterable[Point]) -> Tensor:
+    """Random numbers, enough for each of the points."""
+    numbers = max(map(pool_bytes, points)) // 2
+    pool = torch.empty(numbers, dtype=torch.float16, device="cuda")
+    for part in pool.split(_FILL):
+        part.normal_()
+    return pool
+
+
+class Data:
+    """Buffer sets for one point, cut from a pool of random numbers.
+
+    Args:
+        point: The problem.
+        pool: At least `pool_bytes(point)` of them.
+    """
+
+    def __init__(self, point: Point, pool: Tensor) -> None:
+        self.point = point
+        self.num_sets = num_sets(point)
+        shape = point.batch, point.tokens, point.num_kv_heads, point.head_dim
+        sets = pool[: pool_bytes(point) // pool.element_size()].view(self.num_sets, 2, *shape)
+        self.k, self.v = list(sets[:, 0]), list(sets[:, 1])
+        read = point.read_bytes // pool.element_size()
+        self.flat = [both.view(-1)[:read] for both in sets]  # what the floor reads
+        kind = {"dtype": pool.dtype, "device": pool.device}
+        self.q = torch.randn(point.batch, point.num_q_heads, point.head_dim, **kind)
+        self.new_k = torch.randn(point.batch, point.num_kv_heads, point.head_dim, **kind)
+        self.new_v = torch.randn_like(self.new_k)
+        self.seqlens = torch.tensor(point.lengths, dtype=torch.int32, device=pool.device)
+
+    def step(self, plan: gqa_cutlass.Plan, i: int) -> Tensor:
+        """Append to a buffer set and attend it."""
+        out = plan(self.q, self.k[i], self.v[i], self.new_k, self.new_v, self.seqlens)
+        assert isinstance(out, Tensor)
+        return out
+
+
+def check(plan: gqa_cutlass.Plan, data: Data) -> tuple[Tensor, float]:
+    """Run the first set with NaN from the new token on; leave random numbers behind that token.
+
+    Returns:
+        The output, and its relative error by norm against float32.
+
+    Raises:
+        AssertionError: The new token was not appended, or something else was written.
+    """
+    caches = ((data.k[0], data.new_k), (data.v[0], data.new_v))
+    rows = [
+        (cache[b, n:], new[b]) for cache, new in caches for b, n in enumerate(data.point.lengths)
+    ]
+    for behind, _ in rows:
+        behind.fill_(float("nan"))
+    out = data.step(plan, 0)
+    for behind, new in rows:
+        assert torch.equal(behind[0], new), "the new token was not appended"
+        assert bool(behind[1:].isnan().all()), "a row behind the new token was written"
+        behind[1:].normal_()
+    return out, relative_error(out, expected(data))
+
+
+def expected(data: Data) -> Tensor:
+    """What attending the first set gives in float32, the new tokens appended."""
+    outs = []
+    for b, n in enumerate(data.point.lengths):
+        k, v = (x[0][b, : n + 1].float().transpose(0, 1) for x in (data.k, data.v))
+        grouped = data.q[b].float().view(k.shape[0], -1, k.shape[2])
+        scores = grouped @ k.transpose(1, 2) * k.shape[2] ** -0.5
+        outs.append((torch.softmax(scores, -1) @ v).flatten(0, 1))
+    return torch.stack(outs)
+
+
+def relative_error(out: Tensor, right: Tensor) -> float:
+    """Norm of the difference over the norm of what is right."""
+    return float((out.float() - right.float()).norm() / right.float().norm())

@@ -1,0 +1,135 @@
+"""Microseconds of host time that a decode step costs its caller, on llama3-8b 1x1024 in fp16.
+
+Protocol: batches of 200 calls, fewer than the GPU's queue takes before it makes the host wait; the
+GPU is waited for outside the timed window. The median of 50 batches counts. Contenders take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from points import GRID
+from torch import Tensor
+
+import gqa_cutlass
+from gqa_cutlass import gqa_decode, shortcuts, workspace
+from gqa_cutlass.planning import GpuPlan
+
+POINT = "llama3-8b 32/8/128 1x1024"
+CALLS, BATCHES, WARM_UP = 200, 50, 5
+
+Arguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Calls = dict[str, Callable[[], object]]
+
+
+def host_costs() -> dict[str, float]:
+    """Median microseconds per call, by contender."""
+    return medians(contenders(*arguments()))
+
+
+def host_profile() -> dict[str, float]:
+    """Median microseconds of the parts of a plan's call."""
+    return medians(parts(*arguments()))
+
+
+def arguments() -> tuple[Arguments, Tensor]:
+    """Tensors of a call, q to v, and the lengths."""
+    (point,) = [p for p in GRID if str(p) == POINT]
+    kind = {"dtype": torch.float16, "device": "cuda"}
+    cache = point.batch, point.tokens, point.num_kv_heads, point.head_dim
+    token = point.batch, point.num_kv_heads, point.head_dim
+    q = torch.randn(point.batch, point.num_q_heads, point.head_dim, **kind)
+    k_cache, v_cache = torch.randn(*cache, **kind), torch.randn(*cache, **kind)
+    k, v = torch.randn(*token, **kind), torch.randn(*token, **kind)
+    lengths = torch.full((point.batch,), point.tokens - 1, dtype=torch.int32, device="cuda")
+    return (q, k_cache, v_cache, k, v), lengths
+
+
+def contenders(tensors: Arguments, lengths: Tensor) -> Calls:
+    q, k_cache, v_cache, *_ = tensors
+    out = torch.empty_like(q)
+    bound = gqa_cutlass.plan(*tensors, cache_seqlens=lengths, out=out)
+    free = gqa_cutlass.plan(*tensors, cache_seqlens=lengths)
+    views = q[:, :, None], k_cache.transpose(1, 2), v_cache.transpose(1, 2)
+    return {
+        "plan, out given": lambda: bound(*tensors, lengths, out),
+        "plan": lambda: free(*tensors, lengths),
+        "gqa_decode": lambda: gqa_decode(*tensors, cache_seqlens=lengths),
+        "SDPA, views made before": lambda: F.scaled_dot_product_attention(*views, enable_gqa=True),
+    }
+
+
+def parts(tensors: Arguments, lengths: Tensor) -> Calls:
+    """The steps of a plan's call, each alone, down to what only it calls."""
+    out = torch.empty_like(tensors[0])
+    plan = gqa_cutlass.plan(*tensors, cache_seqlens=lengths, out=out)
+    assert isinstance(plan, GpuPlan)
+    given = *tensors, out
+    plan(*tensors, lengths, out)
+    argument = plan.match(given, lengths)
+    assert argument is not None
+    index, chosen = out.device.index, plan.dispatch
+    stream = torch._C._cuda_getCurrentRawStream(index)
+    borrowed = index, stream, chosen.partial_floats, chosen.num_tickets
+    compared = plan._without_gaps(given, lengths)
+    _, partials, tickets = workspace.borrow(*borrowed)
+    return {
+        "nothing (the loop)": lambda: None,
+        "match": lambda: plan.match(given, lengths),
+        "  compare layouts": lambda: plan._equal(*compared),
+        "  seven data_ptr()": lambda: [t.data_ptr() for t in (*given, lengths)],
+        "run": lambda: plan.run(given, lengths, argument),
+        "  current device": torch._C._cuda_getDevice,
+        "  current stream": lambda: torch._C._cuda_getCurrentRawStream(index),
+        "  borrow workspace": lambda: workspace.borrow(*borrowed),
+        "    is a capture on": torch.cuda.is_current_stream_capturing,
+        "  bind": lambda: plan._bind(argument, given, lengths, None, partials, tickets),
+        "  launch": lambda: plan._launch(stream),
+        "allocate out": plan._new_out,
+        "torch.empty_like": lambda: torch.empty_like(out),
+    }
+
+
+def medians(calls: Calls) -> dict[str, float]:
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(WARM_UP + BATCHES):
+        for name, call in calls.items():
+            micros = batch(call)
+            if turn >= WARM_UP:
+                times[name].append(micros)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def batch(call: Callable[[], object]) -> float:
+    """Microseconds per call of one batch."""
+    start = time.perf_counter_ns()
+    for _ in range(CALLS):
+        call()
+    elapsed = time.perf_counter_ns() - start
+    torch.cuda.synchronize()
+    return elapsed / CALLS / 1e3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--profile", action="store_true", help="also the parts of a plan's call")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("bench: needs a GPU")
+    costs = host_costs() | (host_profile() if options.profile else {})
+    if options.profile:
+        private = shortcuts.comparison([torch.empty(1)]) is not shortcuts.unequal
+        allocation = shortcuts._allocation("cuda") is not None
+        print(f"torch {torch.__version__}: compares layouts {private}, allocates {allocation}")
+    for name, micros in costs.items():
+        print(f"{name:28} {micros:7.2f} us")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""A run's tables, for a terminal and for the README."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+
+from peers import SDPA
+from record import Peer, Record, Row
+from rich.console import Console
+from rich.table import Table
+
+HOST_TARGETS = {"plan, out given": 8.0, "plan": 8.0, "gqa_decode": 14.0}
+ABSENT = "-"
+
+_GRID_HEADER = (
+    "model, heads (q/kv/dim)", "sequences × tokens", "KV MiB", "floor", "ours", *SDPA,
+    "against the better", "share of the floor's bandwidth", "against the best of all peers", "peer",
+)  # fmt: skip
+_RAGGED_HEADER = (
+    "model, heads (q/kv/dim)", "sequences × room", "lengths", "MiB read", "floor", "ours",
+    "over the floor", "target",
+)  # fmt: skip
+
+
+def show(record: Record) -> None:
+    """Print everything."""
+    console = Console(width=190)
+    console.print(", ".join(f"{key}: {value}" for key, value in record.run.items()))
+    if record.rows:
+        console.print(_grid_table(record.rows))
+    for line in summary(record.rows):
+        console.print(line)
+    if record.ragged:
+        console.print(_ragged_table(record.ragged))
+    if record.host:
+        console.print(_host_table(record.host))
+
+
+def _grid_table(rows: list[Row]) -> Table:
+    names = list(dict.fromkeys((*SDPA, *(name for row in rows for name in row.measured))))
+    table = Table(
+        "point", "MiB", "floor", "ours", *names, "of floor", "to flash", "to best SDPA",
+        "to best of all", "which is", title="us per call on the grid",
+    )  # fmt: skip
+    for row in rows:
+        flash = _peer(row, "SDPA flash")
+        table.add_row(
+            row.point, f"{row.mib:.1f}", f"{row.floor:.2f}", f"{row.ours:.2f}",
+            *(f"{row.measured[n]:.2f}" if n in row.measured else ABSENT for n in names),
+            _share(row), _times(row, flash), _times(row, row.best_sdpa),
+            _times(row, row.best_peer), str(row.best_peer or ABSENT),
+        )  # fmt: skip
+    return table
+
+
+def _ragged_table(rows: list[Row]) -> Table:
+    names = list(dict.fromkeys(name for row in rows for name in row.measured))
+    table = Table(
+        "point", "MiB read", "floor", "ours", *names, "over floor", "target", "met",
+        title="us per call, sequences of different lengths",
+    )  # fmt: skip
+    for row in rows:
+        met = row.limit is None or row.ours <= row.limit * row.floor
+        table.add_row(
+            row.point, f"{row.mib:.1f}", f"{row.floor:.2f}", f"{row.ours:.2f}",
+            *(f"{row.measured[n]:.2f}" if n in row.measured else ABSENT for n in names),
+            f"{row.ours / row.floor:.2f}x", _limit(row), _met(met),
+        )  # fmt: skip
+    return table
+
+
+def _host_table(costs: dict[str, float]) -> Table:
+    table = Table("call", "us", "target", "met", title="us of host time per call")
+    for name, micros in costs.items():
+        met = ABSENT if name not in HOST_TARGETS else _met(micros <= HOST_TARGETS[name])
+        table.add_row(name, f"{micros:.2f}", _host_target(name), met)
+    return table
+
+
+def _host_target(name: str) -> str:
+    return f"{HOST_TARGETS[name]:g}" if name in HOST_TARGETS else ABSENT
+
+
+def _met(target_met: bool) -> str:
+    return "yes" if target_met else "no"
+
+
+def summary(rows: list[Row]) -> list[str]:
+    """Geometric means and worst points, and how well scaled records agree with measurements."""
+    against = {
+        "SDPA flash": [(row, _peer(row, "SDPA flash")) for row in rows],
+        "the best SDPA backend": [(row, row.best_sdpa) for row in rows],
+        "the best of all peers": [(row, row.best_peer) for row in rows],
+        "the best of all peers as shipped": [(row, row.best_shipped_peer) for row in rows],
+    }
+    lines = [
+        f"against {name}: {_summed([(row, peer) for row, peer in pairs if peer is not None])}"
+        for name, pairs in against.items()
+        if any(peer is not None for _, peer in pairs)
+    ]
+    drifts = [
+        row.recorded_scaled[name] / micros
+        for row in rows
+        for name, micros in row.measured.items()
+        if name in row.recorded_scaled
+    ]
+    if drifts:
+        lines.append(
+            f"records of peers that were measured too, scaled, are {min(drifts):.2f} to "
+            f"{max(drifts):.2f} of what was measured, geometric mean {_mean(drifts):.2f}"
+        )
+    return lines
+
+
+def _summed(pairs: list[tuple[Row, Peer]]) -> str:
+    ratios = [(peer.micros / row.ours, row.point, str(peer)) for row, peer in pairs]
+    worst, point, peer = min(ratios)
+    slower = sum(ratio < 1 for ratio, *_ in ratios)
+    return (
+        f"geometric mean {_mean(r for r, *_ in ratios):.2f}x, worst {worst:.2f}x "
+        f"({point}, {peer}), slower at {slower} of {len(ratios)} points"
+    )
+
+
+def markdown(record: Record) -> str:
+    """The README's tables, and the figures of its sentences."""
+    tables = [_markdown_table(_GRID_HEADER, map(_grid_cells, record.rows))]
+    if record.ragged:
+        tables.append(_markdown_table(_RAGGED_HEADER, map(_ragged_cells, record.ragged)))
+    if record.host:
+        cells = [[n, f"{t:.1f}", _host_target(n)] for n, t in record.host.items()]
+        tables.append(_markdown_table(("call", "µs of host time", "target"), cells))
+    return "\n\n".join([*tables, "\n".join(summary(record.rows))])
+
+
+def _markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    titles = list(header)
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _grid_cells(row: Row) -> list[str]:
+    return [
+        *_split(row.point), f"{row.mib:g}", f"{row.floor:.1f}", f"**{row.ours:.1f}**",
+        *(f"{row.measured[name]:.1f}" if name in row.measured else ABSENT for name in SDPA),
+        _times(row, row.best_sdpa, "×"), _share(row), _times(row, row.best_peer, "×"),
+        str(row.best_peer or ABSENT),
+    ]  # fmt: skip
+
+
+def _ragged_cells(row: Row) -> list[str]:
+    point, name = row.point.split(" ragged ")
+    over = f"{row.ours / row.floor:.2f}×"
+    return [
+        *_split(point), name, f"{row.mib:.0f}", f"{row.floor:.1f}", f"**{row.ours:.1f}**",
+        over, _limit(row, "×"),
+    ]  # fmt: skip
+
+
+def _split(point: str) -> tuple[str, str]:
+    model, size = point.rsplit(" ", 1)
+    return model, size.replace("x", " × ")
+
+
+def _peer(row: Row, name: str) -> Peer | None:
+    if name not in row.measured:
+        return None
+    return Peer(name=name, micros=row.measured[name], measured=True)
+
+
+def _times(row: Row, peer: Peer | None, sign: str = "x") -> str:
+    return ABSENT if peer is None else f"{peer.micros / row.ours:.2f}{sign}"
+
+
+def _share(row: Row) -> str:
+    return f"{row.floor / row.ours:.0%}"
+
+
+def _limit(row: Row, sign: str = "x") -> str:
+    return ABSENT if row.limit is None else f"{row.limit:.2f}{sign}"
+
+
+def _mean(ratios: Iterable[float]) -> float:
+    return statistics.geometric_mean(ratios)

@@ -1,0 +1,100 @@
+"""Torch's private parts that calls go through: trusted only as far as they were tried out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gqa_cutlass import shortcuts
+
+GUARDS = torch._C._dynamo
+
+
+@pytest.fixture(autouse=True)
+def nothing_tried() -> Iterator[None]:
+    """As in a new process, before and after."""
+    tried = shortcuts._guards_work, shortcuts._allocation
+    for function in tried:
+        function.cache_clear()
+    yield
+    for function in tried:
+        function.cache_clear()
+
+
+def test_torch_has_what_calls_go_through() -> None:
+    """Not needed, but what makes calls cheap: a torch without it should be noticed."""
+    one = torch.ones(2, 3)
+    assert shortcuts.comparison([one])(one.clone())
+    assert shortcuts._allocation("cpu") is not None
+
+
+def test_comparisons_keep_no_tensors() -> None:
+    import weakref
+
+    one = torch.ones(2, 3)
+    known = weakref.ref(one)
+    equal = shortcuts.comparison([one])
+    del one
+    assert known() is None and equal(torch.ones(2, 3))
+
+
+class _Guards:
+    """Guards that answer as they are told to."""
+
+    def __init__(self, answer: Any) -> None:
+        self._answer = answer
+
+    def __call__(self, *tensors: Tensor, **_: object) -> Any:
+        return self
+
+    def check(self, *tensors: Tensor) -> Any:
+        if isinstance(self._answer, Exception):
+            raise self._answer
+        return self._answer
+
+
+@pytest.mark.parametrize("answer", [True, False, 1, TypeError("wrong length")], ids=repr)
+def test_guards_that_cannot_tell_tensors_apart_are_not_asked(
+    monkeypatch: pytest.MonkeyPatch, answer: Any
+) -> None:
+    monkeypatch.setattr(GUARDS.guards, "TensorGuards", _Guards(answer))
+    one = torch.ones(2, 3)
+    assert shortcuts.comparison([one]) is shortcuts.unequal
+    assert shortcuts.unequal(one) is False
+
+
+def test_torch_without_these_parts_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GUARDS, "guards", SimpleNamespace())
+    assert shortcuts.comparison([torch.ones(2, 3)]) is shortcuts.unequal
+    made = shortcuts.allocator((2, 3), torch.float16, torch.device("cpu"))()
+    assert made.shape == (2, 3) and made.dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda *_: torch.empty(2, 4, dtype=torch.float16),
+        lambda *_: torch.empty(2, 3),
+        lambda *_: torch.empty(3, 2, dtype=torch.float16).T,
+        lambda *_: torch.empty(2, 3, dtype=torch.float16, device="meta"),
+        lambda shape, strides: None,
+    ],
+    ids=["shape", "dtype", "strides", "device", "arguments"],
+)
+def test_allocations_that_went_wrong_are_not_repeated(
+    monkeypatch: pytest.MonkeyPatch, wrong: Any
+) -> None:
+    monkeypatch.setattr(GUARDS.guards, "_empty_strided_cpu", wrong)
+    made = shortcuts.allocator((2, 3), torch.float16, torch.device("cpu"))()
+    assert made.shape == (2, 3) and made.dtype == torch.float16 and made.is_contiguous()
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 64), (2, 1, 8, 64), (1,)])
+def test_allocated_tensors_are_contiguous(shape: tuple[int, ...]) -> None:
+    made = shortcuts.allocator(shape, torch.bfloat16, torch.device("cpu"))()
+    assert made.shape == shape and made.is_contiguous() and made.dtype == torch.bfloat16
