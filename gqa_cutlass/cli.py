@@ -73,13 +73,23 @@ def build(
     ] = None,
     jobs: Annotated[int, typer.Option(help="Kernels to compile at a time. 0: one per CPU.")] = 0,
 ) -> None:
-    """Compile kernels ahead of time, to cubins or (compute_80) to PTX. Needs no GPU."""
+    """Compile kernels ahead of time, to cubins or (compute_80, compute_90) to PTX. Needs no GPU.
+
+    Those whose schedule needs another architecture are left out.
+    """
     from gqa_cutlass.codegen import ARCHES, select
+    from gqa_cutlass.codegen.compile import compiles_for
+    from gqa_cutlass.errors import ConfigError
     from gqa_cutlass.store import Store, build_all
 
     store = Store(root=out) if out else Store.default()
     archs = list(ARCHES) if arch == "all" else [entry.strip() for entry in arch.split(",")]
-    wanted = [(config, a) for a in archs for config in select(kernels)]
+    wanted = [(config, a) for a in archs for config in select(kernels) if compiles_for(config, a)]
+    if not wanted:
+        raise ConfigError(
+            f"--arch: got {arch!r}, which none of these kernels is for; allowed: "
+            f"{', '.join(dict.fromkeys(a for config in select(kernels) for a in config.archs))}"
+        )
     built = []
     with Progress(console=console, transient=True) as progress:
         for stored in progress.track(build_all(store, wanted, jobs), total=len(wanted)):
@@ -212,7 +222,8 @@ def _print_trial(trial: Trial) -> None:
     shape, stats = trial.shape, trial.stats
     moved, stored = report.global_bytes(stats)
     for what, value in (
-        ("launch", f"grid {shape.grid}, {shape.block} threads, {shape.shared_bytes} bytes shared"),
+        ("launch", f"grid {shape.grid} in clusters of {shape.cluster}, {shape.block} threads, "
+                   f"{shape.shared_bytes} bytes shared"),
         ("ptxsim", f"{trial.seconds:.2f} s, no fault"),
         ("output", f"error {trial.error:.2e}; PyTorch in the same type: {trial.error_torch:.2e}"),
         ("lse", f"error {trial.lse_error:.2e}"),

@@ -36,8 +36,9 @@ _TMA_BLOCKS = 64
 _BOX_DIMS = 64
 
 # Where splits are dealt out by length (docs/design/0001-decode-kernel.md, "Ragged batches"): the
-# batch, and the tokens that a cache can hold.
-_BALANCED_BATCH, _BALANCED_TOKENS = 256, 2048
+# batch, the tokens that a cache can hold, and the rounds that one block per sequence makes.
+_BALANCED_BATCH, _BALANCED_TOKENS = 256, 4096
+_BALANCED_ROUNDS = 4
 _MOST_TILES = 2**31  # 32-bit sums; a tile has more than one token
 _BALANCED = "spare blocks, to balance ragged lengths"
 
@@ -120,8 +121,8 @@ def dispatch(
     else:
         count, why = choose_splits(problem, config, device)
         splits = Splits(cluster=1, splits=count, num_stages=config.num_stages, why=why)
-    balanced = device_lengths and not num_splits and may_balance(problem, config)
-    spare = spare_rows(problem, config, device) if balanced else 0
+    known = not device_lengths or num_splits > 0  # the lengths, or what is wanted
+    spare = 0 if known else spare_rows(problem, config, device)
     grid = (problem.num_kv_heads * config.head_blocks, splits.splits + spare, problem.batch_size)
     shared = config.shared_bytes_with(splits.num_stages) if config.tma else config.shared_bytes
     return Dispatch(
@@ -131,30 +132,29 @@ def dispatch(
         ),
         num_splits=splits.splits,
         num_stages=splits.num_stages,
-        reasons=(why_config, splits.why, *balanced * (_BALANCED,)),
-    )
-
-
-def may_balance(problem: Problem, config: KernelConfig) -> bool:
-    """Whether to deal splits out by the lengths of the sequences, in case they are ragged.
-
-    It costs every block a look at all lengths, for which short caches are not worth it.
-    """
-    return (
-        not config.tma
-        and 2 <= problem.batch_size <= _BALANCED_BATCH
-        and _BALANCED_TOKENS <= problem.max_seq_len <= _MOST_TILES // problem.batch_size
+        reasons=(why_config, splits.why, *((_BALANCED,) if spare else ())),
     )
 
 
 def spare_rows(problem: Problem, config: KernelConfig, device: Device) -> int:
-    """Rows of blocks beyond the splits, so that ragged sequences can be cut finer.
+    """Rows of blocks beyond the splits, so that ragged sequences can be cut by their lengths.
 
-    One is what rounding needs. Where one block per sequence fills the multiprocessors more than
-    once, shares of a third even out when they finish; a finer cut costs more merges than it gains.
+    They cost every block a look at all lengths, for which short caches are not worth it; and where
+    blocks come in many rounds, the hardware evens out when they finish. One row is what rounding
+    needs. Where one block per sequence fills the multiprocessors more than once, shares of a third
+    end more evenly; a finer cut costs more merges than it gains.
     """
-    blocks = problem.num_kv_heads * config.head_blocks * problem.batch_size
-    return 1 if blocks <= device.num_sms * config.blocks_per_sm(device.arch) else 3
+    rounds = ceil_div(
+        problem.num_kv_heads * config.head_blocks * problem.batch_size,
+        device.num_sms * config.blocks_per_sm(device.arch),
+    )
+    worth_it = (
+        not config.tma
+        and 2 <= problem.batch_size <= _BALANCED_BATCH
+        and _BALANCED_TOKENS <= problem.max_seq_len <= _MOST_TILES // problem.batch_size
+        and rounds <= _BALANCED_ROUNDS
+    )
+    return (1 if rounds == 1 else 3) if worth_it else 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -172,6 +172,9 @@ class Plan(ABC):
 
     def run(self, tensors: Arguments, cache_seqlens: int | Tensor, argument: bytes) -> Result:
         """As `__call__`, for what `match` or `adopt` found to be right."""
+        return self._run(tensors, cache_seqlens, argument)
+
+    def _run(self, tensors: Arguments, cache_seqlens: int | Tensor, argument: bytes) -> Result:
         self._flag.raise_if_set()
         q, k_cache, v_cache, k, v, out = tensors
         if out is None:
@@ -254,11 +257,13 @@ class Plan(ABC):
         partials: int,
         tickets: int,
     ) -> None:
-        """Write the kernel's argument; called under the lock."""
+        """Write the kernel's argument, what is not in it yet; called under the lock."""
         self._memory[:] = argument
         params = self._params
-        params.out = tensors[-1].data_ptr()
-        params.partials, params.tickets = partials, tickets
+        if not params.out:
+            params.out = tensors[-1].data_ptr()
+        if tickets:
+            params.partials, params.tickets = partials, tickets
         if lse is not None:
             params.lse = lse.data_ptr()
         if not self._device_lengths:
@@ -310,8 +315,8 @@ class GpuPlan(Plan):
         """As `Plan.run`, on the plan's GPU, whichever is current."""
         if torch._C._cuda_getDevice() != self._index:
             with torch.cuda.device(self._index):
-                return super().run(tensors, cache_seqlens, argument)
-        return super().run(tensors, cache_seqlens, argument)
+                return self._run(tensors, cache_seqlens, argument)
+        return self._run(tensors, cache_seqlens, argument)
 
     def _submit(
         self,

@@ -1,0 +1,95 @@
+"""Ragged batches: lengths on the device decide how many blocks share each sequence."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from cases import Step, make_step
+
+import gqa_cutlass
+from gqa_cutlass import CacheOverflowError
+from gqa_cutlass.codegen import DType, KernelConfig, Math, default_config
+
+MAX_SEQ_LEN = 4096
+TENSOROP = default_config(Math.TENSOROP, DType.F16, 64, 4, 8)
+SIMT = default_config(Math.SIMT, DType.F16, 64, 1, 2)
+
+
+def step_of(config: KernelConfig, lengths: list[int], device: str, append: bool = True) -> Step:
+    return make_step(
+        dtype=config.dtype, head_dim=config.head_dim, group_size=config.group_size,
+        lengths=lengths, max_seq_len=MAX_SEQ_LEN, num_kv_heads=1, vec_width=config.vec_width,
+        append=append, device=device,
+    )  # fmt: skip
+
+
+def plan_of(step: Step, config: KernelConfig) -> gqa_cutlass.Plan:
+    plan = gqa_cutlass.plan(
+        *step.tensors(), cache_seqlens=step.seqlens, return_lse=True, out=step.out, kernel=config
+    )
+    assert plan.dispatch.balanced
+    return plan
+
+
+def check(step: Step, config: KernelConfig) -> None:
+    out, _ = plan_of(step, config)(*step.tensors(), step.seqlens, step.out)
+    assert step.errors(out).share <= 1
+    step.check_memory()
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        pytest.param([900, 3, 0, 17, 90, 1], id="long first"),
+        pytest.param([3, 0, 17, 90, 1, 900], id="long last"),
+        pytest.param([0, 0, 0, 0, 700], id="nothing but one"),
+        pytest.param([0, 0, 0], id="nothing"),
+        pytest.param([300, 310, 305], id="about equal"),
+        pytest.param([5] * 40 + [600] + [7] * 30, id="more than a warp looks at once"),
+        pytest.param([5] * 33 + [40], id="the last of a second look"),
+    ],
+)
+@pytest.mark.parametrize("config", [TENSOROP, SIMT], ids=["tensorop", "simt"])
+def test_every_sequence_is_attended_whole(
+    config: KernelConfig, lengths: list[int], device: str
+) -> None:
+    check(step_of(config, lengths, device), config)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_any_lengths_fit_into_the_blocks_of_the_launch(seed: int, device: str) -> None:
+    chosen = random.Random(seed)
+    count = chosen.choice((2, 3, 5, 31, 33))
+    lengths = [int(chosen.paretovariate(0.7)) % 400 for _ in range(count)]
+    check(step_of(TENSOROP, lengths, device, append=seed % 2 == 0), TENSOROP)
+
+
+def test_wrong_lengths_count_as_nothing_and_are_reported(device: str) -> None:
+    step = step_of(TENSOROP, [700, 0, 5, 0], device)
+    step.seqlens[1], step.seqlens[3] = -1, MAX_SEQ_LEN
+    out, lse = plan_of(step, TENSOROP)(*step.tensors(), step.seqlens, step.out)
+    with pytest.raises(CacheOverflowError):
+        gqa_cutlass.check_overflow(device)
+    step.check_memory(rejected=(1, 3))
+    expected, _ = step.reference()
+    for wrong in (1, 3):
+        assert out[wrong].isnan().all() and lse[wrong].isnan().all()
+    for right in (0, 2):
+        assert (out[right].double() - expected[right]).abs().max() < 5e-3
+
+
+def test_results_repeat_to_the_bit(device: str) -> None:
+    step = step_of(TENSOROP, [900, 3, 250, 17], device, append=False)
+    plan = plan_of(step, TENSOROP)
+    first, _ = plan(*step.tensors(), step.seqlens, step.out)
+    first = first.clone()
+    for _ in range(3):
+        again, _ = plan(*step.tensors(), step.seqlens, step.out)
+        assert again.equal(first)
+
+
+def test_lengths_that_the_host_knows_are_not_dealt_out() -> None:
+    step = step_of(TENSOROP, [9, 9], "cpu")
+    plan = gqa_cutlass.plan(*step.tensors(), cache_seqlens=9, out=step.out, kernel=TENSOROP)
+    assert not plan.dispatch.balanced
