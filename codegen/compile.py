@@ -51,8 +51,29 @@ class Compiled:
 
 
 def compile_kernel(config: KernelConfig, arch: str) -> Compiled:
-    """Compile one kernel. Needs no GPU; arguments and errors as for `compile_source`."""
+    """Compile one kernel. Needs no GPU; arguments and errors as for `compile_source`.
+
+    Raises:
+        ConfigError: Also where the kernel's schedule needs another architecture.
+    """
+    if not compiles_for(config, arch):
+        raise ConfigError(
+            f"arch: got {arch!r} for {config.name}; allowed: {', '.join(config.archs)}, and for "
+            f"PTX {config.ptx_arch}"
+        )
     return compile_source(render(config), config.name, arch)
+
+
+def compiles_for(config: KernelConfig, arch: str) -> bool:
+    """Whether a kernel's schedule allows an architecture, real or virtual.
+
+    Raises:
+        ConfigError: The architecture is unknown.
+    """
+    _check_arch(arch)
+    if arch in PTX_ARCHES:  # which are in the order of their age
+        return PTX_ARCHES.index(arch) >= PTX_ARCHES.index(config.ptx_arch)
+    return arch in config.archs
 
 
 def compile_source(source: str, name: str, arch: str) -> Compiled:
@@ -68,8 +89,7 @@ def compile_source(source: str, name: str, arch: str) -> Compiled:
         CompilerMissingError: NVRTC or a header is not installed.
         CompileError: NVRTC rejected the source.
     """
-    if arch not in ARCHES and arch not in PTX_ARCHES:
-        raise ConfigError(f"arch: got {arch!r}; allowed: {', '.join((*ARCHES, *PTX_ARCHES))}")
+    _check_arch(arch)
     target: Target = "ptx" if arch in PTX_ARCHES else "cubin"
     options = [*_OPTIONS, f"-arch={arch}", *(f"-I{path}" for path in _include_paths())]
     options.append("-lineinfo" if target == "ptx" else "--ptxas-options=-v")
@@ -89,6 +109,11 @@ def compile_source(source: str, name: str, arch: str) -> Compiled:
         stack_bytes=_figure(r"(\d+) bytes stack frame", log),
         seconds=time.perf_counter() - start,
     )
+
+
+def _check_arch(arch: str) -> None:
+    if arch not in ARCHES and arch not in PTX_ARCHES:
+        raise ConfigError(f"arch: got {arch!r}; allowed: {', '.join((*ARCHES, *PTX_ARCHES))}")
 
 
 @cache

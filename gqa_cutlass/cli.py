@@ -222,8 +222,11 @@ def _print_trial(trial: Trial) -> None:
     shape, stats = trial.shape, trial.stats
     moved, stored = report.global_bytes(stats)
     for what, value in (
-        ("launch", f"grid {shape.grid} in clusters of {shape.cluster}, {shape.block} threads, "
-                   f"{shape.shared_bytes} bytes shared"),
+        (
+            "launch",
+            f"grid {shape.grid} in clusters of {shape.cluster}, {shape.block} threads, "
+            f"{shape.shared_bytes} bytes shared",
+        ),
         ("ptxsim", f"{trial.seconds:.2f} s, no fault"),
         ("output", f"error {trial.error:.2e}; PyTorch in the same type: {trial.error_torch:.2e}"),
         ("lse", f"error {trial.lse_error:.2e}"),

@@ -9,7 +9,7 @@ import torch
 from reference import Errors, attend, errors
 from torch import Tensor
 
-from gqa_cutlass.codegen import DType
+from gqa_cutlass.codegen import DType, KernelConfig
 
 TORCH_DTYPE = {DType.F16: torch.float16, DType.BF16: torch.bfloat16}
 Layout = Literal["NHD", "HND", "padded"]
@@ -173,6 +173,81 @@ def make_step(
     )  # fmt: skip
     snapshot(step)
     return step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edge:
+    """A decode step on random data, and how its launch is cut.
+
+    Args:
+        lengths: Tokens in each sequence's cache.
+        capacity: Tokens a cache can hold.
+        splits: Parts per sequence; with tma in the largest clusters that divide them.
+        stages: Of the ring of a kernel with tma; None for all that it has.
+        layout: Of the caches.
+        append: Whether a new token comes along.
+        by_value: Whether the (one) length is passed as an int.
+        kv_heads: KV heads.
+    """
+
+    lengths: tuple[int, ...]
+    capacity: int
+    splits: int = 1
+    stages: int | None = None
+    layout: Layout = "NHD"
+    append: bool = True
+    by_value: bool = False
+    kv_heads: int = 1
+
+    def step(self, config: KernelConfig, device: str) -> Step:
+        """The step for a kernel."""
+        return make_step(
+            dtype=config.dtype, head_dim=config.head_dim, group_size=config.group_size,
+            vec_width=config.vec_width, lengths=list(self.lengths), max_seq_len=self.capacity,
+            num_kv_heads=self.kv_heads, layout=self.layout, append=self.append,
+            seed=sum(self.lengths) + self.splits, device=device,
+        )  # fmt: skip
+
+
+def edges_of(config: KernelConfig) -> dict[str, Edge]:
+    """The steps that every kernel must get right: few, and each at many edges of tiles."""
+    return _edges_of_clusters(config) if config.tma else _edges_of_splits(config)
+
+
+def _edges_of_splits(config: KernelConfig) -> dict[str, Edge]:
+    """The longest sequence takes every warp through its ring of stages and once again."""
+    tile = config.block_n
+    whole = tile * config.num_warps * config.num_stages
+    capacity = whole + 2 * tile + 3
+    edges = 0, 1, tile - 2, tile - 1, tile, whole - 1, whole, capacity - 1
+    return {
+        "one block": Edge(lengths=edges, capacity=capacity, layout="HND"),
+        "splits": Edge(lengths=(capacity - 1, 40), capacity=capacity, splits=3, layout="padded"),
+        "attend only": Edge(lengths=(37,), capacity=capacity, splits=2, append=False),
+    }
+
+
+def _edges_of_clusters(config: KernelConfig) -> dict[str, Edge]:
+    """With `block` tokens a block's warps take one tile each, and with more they walk."""
+    tile, block = config.block_n, config.block_n * config.num_warps
+    half = 4 if config.dtype is DType.F16 else 2  # of a cluster's blocks, to give the rest no tile
+    return {
+        "one block": Edge(
+            lengths=(0, 15, 16, block - 1, 2 * block + tile + 2),
+            capacity=2 * block + tile + 3, layout="HND",
+        ),
+        "whole cluster, and one block of it": Edge(
+            lengths=(half * block + 1, 5), capacity=half * block + 2, splits=2 * half,
+            layout="padded",
+        ),
+        "warps that walk in a cluster": Edge(
+            lengths=(2 * block + tile + 1,), capacity=2 * block + tile + 2, splits=2, stages=1,
+            by_value=True,
+        ),
+        "clusters up to the cache's end": Edge(
+            lengths=(2 * block + 7,), capacity=2 * block + 7, splits=3, append=False
+        ),
+    }  # fmt: skip
 
 
 def snapshot(step: Step) -> None:

@@ -6,18 +6,23 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cases import Step
+from cases import Edge, Step
 from torch import Tensor
 
-from gqa_cutlass import gqa_decode
+import gqa_cutlass
+from gqa_cutlass import api, gqa_decode
 from gqa_cutlass.codegen import KernelConfig
 from gqa_cutlass.codegen.compile import Compiled
+from gqa_cutlass.dispatch import Dispatch, dispatch
+from gqa_cutlass.launcher import describe_device
 from gqa_cutlass.store import Store
 
 REPOSITORY = Path(__file__).parent.parent
@@ -85,3 +90,50 @@ def check(step: Step, out: Tensor) -> None:
     """The step's memory is as it should be, and its output right."""
     step.check_memory()
     assert step.errors(out).share <= 1
+
+
+def skip_unless_it_runs(config: KernelConfig, device: str) -> None:
+    """Skip a test whose kernel is not for this GPU; ptxsim runs all of them."""
+    if device == "cuda":
+        arch = describe_device(torch.cuda.current_device()).arch.name
+        if arch not in config.archs:
+            pytest.skip(f"{config.name} is not for {arch}")
+
+
+@contextmanager
+def launched_with(stages: int) -> Iterator[None]:
+    """Plans made meanwhile, of kernels with tma, launch them with so many stages."""
+
+    def fewer(*arguments: Any) -> Dispatch:
+        chosen = dispatch(*arguments)
+        shared = chosen.config.shared_bytes_with(stages)
+        shape = replace(chosen.shape, shared_bytes=shared)
+        return replace(chosen, num_stages=stages, shape=shape)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(api, "dispatch", fewer)
+        yield
+
+
+def plan_of(edge: Edge, config: KernelConfig, step: Step) -> gqa_cutlass.Plan:
+    """The plan that runs an edge's step, with its lse."""
+    with nullcontext() if edge.stages is None else launched_with(edge.stages):
+        return gqa_cutlass.plan(
+            *step.tensors(), cache_seqlens=lengths_of(edge, step), num_splits=edge.splits,
+            return_lse=True, out=step.out, kernel=config,
+        )  # fmt: skip
+
+
+def lengths_of(edge: Edge, step: Step) -> int | Tensor:
+    """The lengths as the edge passes them."""
+    return step.lengths[0] if edge.by_value else step.seqlens
+
+
+def share_of_bound(edge: Edge, config: KernelConfig, device: str) -> float:
+    """Run an edge's step, check memory and lse, and return the error over its bound."""
+    step = edge.step(config, device)
+    out, lse = plan_of(edge, config, step)(*step.tensors(), lengths_of(edge, step), step.out)
+    assert out.data_ptr() == step.out.data_ptr()
+    step.check_memory()
+    torch.testing.assert_close(lse.double(), step.reference()[1], atol=2e-5, rtol=2e-6)
+    return step.errors(out).share

@@ -13,11 +13,12 @@ from typer.testing import CliRunner, Result
 from gqa_cutlass import evidence as evidence_module
 from gqa_cutlass import store as store_module
 from gqa_cutlass.cli import app, main
-from gqa_cutlass.codegen import manifest, select, shipped, source_digest
+from gqa_cutlass.codegen import ARCHES, manifest, select, shipped, source_digest
 from gqa_cutlass.codegen.compile import Compiled
 from gqa_cutlass.errors import CompilerMissingError
 
 ONE = shipped()[0]
+TMA = next(config for config in shipped() if config.tma)
 
 
 @pytest.fixture(autouse=True)
@@ -121,6 +122,19 @@ def test_build_goes_to_the_users_store_by_default(
     assert len(list(store_root.glob("*.cubin"))) == 1
 
 
+def test_build_leaves_out_kernels_that_need_another_architecture(
+    store_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = Compiled(code=b"code", registers=1, spill_bytes=0, stack_bytes=0, seconds=0.1)
+    monkeypatch.setattr(store_module, "compile_kernel", lambda config, arch: compiled)
+    kernels = ("build", "--jobs", "1", "--kernels", f"{ONE.name},{TMA.name}", "--arch")
+    assert run(*kernels, "all").exit_code == run(*kernels, "compute_80,compute_90").exit_code == 0
+    built = {tuple(path.name.split(".")[:2]) for path in store_root.glob("*.json")}
+    assert built == {(ONE.name, arch) for arch in (*ARCHES, "compute_80", "compute_90")} | {
+        (TMA.name, "sm_90a"), (TMA.name, "compute_90"),
+    }  # fmt: skip
+
+
 def test_check_passes_without_drift_and_with_evidence(
     proven: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,12 +204,14 @@ def test_clean_empties_the_store(store_root: Path) -> None:
         (["list", "--kernels", "fp8"], "--kernels: got 'fp8', which matches none"),
         (["build", "--kernels", "fp8"], "--kernels: got 'fp8', which matches none"),
         (["build", "--kernels", ONE.name, "--arch", "sm_70"], "arch: got 'sm_70'; allowed: sm_80"),
+        (["build", "--kernels", TMA.name, "--arch", "sm_80"],
+         "--arch: got 'sm_80', which none of these kernels is for; allowed: sm_90a"),
         (["explain", "--q-heads", "30", "--kv-heads", "8", "--head-dim", "128"],
          "head counts: got 30 query heads and 8 KV heads"),
         (["explain", "--q-heads", "32", "--kv-heads", "8", "--head-dim", "128", "--dtype", "int8"],
          "explain: dtype: got 'int8'; allowed: float16, bfloat16"),
     ],
-    ids=["list", "build", "build-arch", "explain", "explain-dtype"],
+    ids=["list", "build", "build-arch", "build-arch-of-none", "explain", "explain-dtype"],
 )  # fmt: skip
 def test_error_is_one_line_and_status_2(
     monkeypatch: pytest.MonkeyPatch,
@@ -228,6 +244,14 @@ def test_sim_reports_the_result_and_what_was_moved() -> None:
     for part in (r"grid \(2, 1, 2\)", r"output error \d", r"lse error \d", r"bytes, 1\.\d+x",
                  r"load\.cuh:\d+"):  # fmt: skip
         assert re.search(part, text), part
+
+
+def test_sim_runs_clusters() -> None:
+    result = run("sim", "--kernel", TMA.name, "--cache-len", "300", "--splits", "2")
+    assert result.exit_code == 0, result.output
+    text = words(result)
+    assert "no fault" in text and "exact to the bit" in text
+    assert re.search(r"grid \(1, 2, 1\) in clusters of 2", text)
 
 
 def test_sim_traces_every_instruction() -> None:

@@ -10,9 +10,23 @@ import pytest
 from cuda.bindings import nvrtc
 from helpers import by_name, compiled, registers_allowed
 
-from gqa_cutlass.codegen import ARCHES, DType, KernelConfig, Math, default_config, shipped
+from gqa_cutlass.codegen import (
+    ARCHES,
+    DType,
+    KernelConfig,
+    Math,
+    Schedule,
+    default_config,
+    shipped,
+)
 from gqa_cutlass.codegen import compile as compiler
-from gqa_cutlass.codegen.compile import Compiled, compile_kernel, compile_source, compiler_version
+from gqa_cutlass.codegen.compile import (
+    Compiled,
+    compile_kernel,
+    compile_source,
+    compiler_version,
+    compiles_for,
+)
 from gqa_cutlass.errors import CompileError, CompilerMissingError, ConfigError, GqaError
 
 SAMPLE = [
@@ -27,9 +41,14 @@ NOT_SHIPPED = [
     default_config(Math.TENSOROP, DType.F16, 104, 32, 2),
     default_config(Math.TENSOROP, DType.BF16, 232, 12, 8),
     default_config(Math.TENSOROP, DType.F16, 256, 32, 8),
+    default_config(Math.TENSOROP, DType.F16, 40, 12, 8, Schedule.TMA),
+    default_config(Math.TENSOROP, DType.BF16, 248, 32, 8, Schedule.TMA),
     default_config(Math.SIMT, DType.BF16, 40, 12, 1),
     default_config(Math.SIMT, DType.F16, 256, 3, 1),
 ]
+
+
+TMA = default_config(Math.TENSOROP, DType.F16, 128, 4, 8, Schedule.TMA)
 
 
 def check_registers(result: Compiled, allowed: int) -> None:
@@ -79,6 +98,24 @@ def test_ptx_is_that_of_the_configured_schedule() -> None:
     )
     assert "mma.sync.aligned.m16n8k16" in tensorop and "cp.async" in tensorop
     assert "mma.sync" not in simt and "cp.async" in simt
+
+
+def test_tensor_copies_and_clusters_are_in_the_ptx_of_hopper() -> None:
+    text = compile_kernel(TMA, TMA.ptx_arch).code.decode()
+    for instruction in ("cp.async.bulk.tensor.5d", "st.async", "mapa", "barrier.cluster.wait"):
+        assert instruction in text
+    assert "cp.async.ca" not in text
+
+
+@pytest.mark.parametrize("arch", [*ARCHES, "compute_80", "compute_90"])
+def test_kernels_compile_for_what_their_schedule_allows_and_nothing_else(arch: str) -> None:
+    assert compiles_for(SAMPLE[0], arch)
+    assert compiles_for(TMA, arch) == (arch in ("sm_90a", "compute_90"))
+    if not compiles_for(TMA, arch):
+        with pytest.raises(
+            ConfigError, match=f"arch: got '{arch}' for {TMA.name}; allowed: sm_90a"
+        ):
+            compile_kernel(TMA, arch)
 
 
 def test_compiling_twice_gives_the_same_cubin() -> None:

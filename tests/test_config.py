@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
-from gqa_cutlass.codegen import ARCHES, DType, KernelConfig, Math, default_config
+from gqa_cutlass.codegen import ARCHES, DType, KernelConfig, Math, Schedule, default_config
 from gqa_cutlass.codegen.config import MAX_GROUP_SIZE
 from gqa_cutlass.errors import ConfigError
 
@@ -24,9 +24,12 @@ TENSOROP: dict[str, Any] = {
     "block_n": 16,
     "num_warps": 4,
     "num_stages": 2,
+    "schedule": Schedule.MULTISTAGE,
 }
 SIMT = TENSOROP | {"math": Math.SIMT, "block_h": 4}
-INTEGERS = [name for name in TENSOROP if name not in ("math", "dtype")]
+TMA = TENSOROP | {"schedule": Schedule.TMA}
+BASES = {"tensorop": TENSOROP, "simt": SIMT, "tma": TMA}
+INTEGERS = [name for name in TENSOROP if name not in ("math", "dtype", "schedule")]
 
 BROKEN_RULES = [
     (TENSOROP, "math", "wgmma", "tensorop, simt"),
@@ -50,31 +53,42 @@ BROKEN_RULES = [
     (TENSOROP, "num_warps", 17, "1 to 16"),
     (TENSOROP, "num_stages", 0, "1 to 8"),
     (TENSOROP, "num_stages", 9, "1 to 8"),
+    (TENSOROP, "schedule", "wgmma", "multistage, tma"),
+    (TMA, "math", Math.SIMT, "tensorop with tma"),
+    (TMA, "vec_width", 4, "8 with tma (a tensor copy wants 16 bytes)"),
+    (TMA, "num_warps", 2, "4, 8 or 16 with tma"),
+    (TMA, "num_warps", 12, "4, 8 or 16 with tma"),
+    (TMA, "num_stages", 5, "1 to 4 with tma"),
+    (TMA | {"block_h": 24}, "block_n", 16, "in which a warp's partial output has room"),
 ]
 
 
 @st.composite
 def configs(draw: st.DrawFn) -> KernelConfig:
     """Any valid configuration, shipped or not."""
-    math = draw(st.sampled_from(Math))
+    schedule = draw(st.sampled_from(Schedule))
+    tma = schedule is Schedule.TMA
+    math = Math.TENSOROP if tma else draw(st.sampled_from(Math))
     tensorop = math is Math.TENSOROP
+    widths = (8,) if tma else (2, 4, 8) if tensorop else (1, 2, 4, 8)
     try:
         return KernelConfig(
             math=math,
             dtype=draw(st.sampled_from(DType)),
             head_dim=8 * draw(st.integers(4, 32)),
             group_size=draw(st.integers(1, MAX_GROUP_SIZE)),
-            vec_width=draw(st.sampled_from((2, 4, 8) if tensorop else (1, 2, 4, 8))),
+            vec_width=draw(st.sampled_from(widths)),
             block_h=draw(st.sampled_from((8, 16, 24, 32)) if tensorop else st.integers(1, 8)),
             block_n=draw(st.sampled_from((16, 32, 64) if tensorop else (16, 32))),
-            num_warps=draw(st.integers(1, 16)),
-            num_stages=draw(st.integers(1, 8)),
+            num_warps=draw(st.sampled_from((4, 8, 16)) if tma else st.integers(1, 16)),
+            num_stages=draw(st.integers(1, 4 if tma else 8)),
+            schedule=schedule,
         )
-    except ConfigError:  # too much shared memory
+    except ConfigError:  # too much shared memory, or no room for a warp's partial output
         reject()
 
 
-@pytest.mark.parametrize("base", [TENSOROP, SIMT], ids=["tensorop", "simt"])
+@pytest.mark.parametrize("base", BASES.values(), ids=BASES)
 def test_valid_configuration_is_accepted(base: dict[str, Any]) -> None:
     config = KernelConfig(**base)
     assert dataclasses.asdict(config) == base
@@ -83,7 +97,7 @@ def test_valid_configuration_is_accepted(base: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("base", "field", "value", "allowed"),
     BROKEN_RULES,
-    ids=[f"{base['math']}-{field}-{value}" for base, field, value, _ in BROKEN_RULES],
+    ids=[f"{b['math']}-{b['schedule']}-{field}-{value}" for b, field, value, _ in BROKEN_RULES],
 )
 def test_broken_rule_is_named_with_what_was_given_and_what_is_allowed(
     base: dict[str, Any], field: str, value: object, allowed: str
@@ -110,10 +124,42 @@ def test_shared_memory_limit_is_that_of_the_smallest_architecture() -> None:
         KernelConfig(**TENSOROP | {"num_stages": 8})
 
 
-def test_math_and_dtype_may_be_given_as_text() -> None:
-    config = KernelConfig(**TENSOROP | {"math": "tensorop", "dtype": "f16"})
-    assert config == KernelConfig(**TENSOROP)
+def test_shared_memory_limit_of_tensor_copies_is_that_of_hopper() -> None:
+    limit = ARCHES["sm_90a"].shared_per_block
+    assert KernelConfig(**TMA | {"num_warps": 8, "num_stages": 3}).shared_bytes <= limit
+    with pytest.raises(ConfigError, match=rf"shared memory: got \d+; .*{limit} bytes.* sm_90a;"):
+        KernelConfig(**TMA | {"num_warps": 8, "num_stages": 4})
+
+
+def test_choices_may_be_given_as_text() -> None:
+    config = KernelConfig(**TMA | {"math": "tensorop", "dtype": "f16", "schedule": "tma"})
+    assert config == KernelConfig(**TMA)
     assert config.math is Math.TENSOROP and config.dtype is DType.F16
+    assert config.schedule is Schedule.TMA
+
+
+def test_tensor_copies_are_for_hopper_alone() -> None:
+    multistage, tma = KernelConfig(**TENSOROP), KernelConfig(**TMA)
+    assert (multistage.tma, multistage.archs, multistage.ptx_arch) == (
+        False, tuple(ARCHES), "compute_80",
+    )  # fmt: skip
+    assert (tma.tma, tma.archs, tma.ptx_arch) == (True, ("sm_90a",), "compute_90")
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_launches_with_fewer_stages_take_a_ring_that_is_shorter(stages: int) -> None:
+    config = KernelConfig(**TMA | {"num_stages": 3})
+    slot = config.block_n * 128 * 2
+    one, many = config.shared_bytes_with(1), config.shared_bytes_with(stages)
+    assert many - one == (stages - 1) * config.num_warps * 2 * slot
+    assert config.shared_bytes == config.shared_bytes_with(3)
+
+
+@pytest.mark.parametrize(("head_dim", "boxes"), [(32, 1), (64, 1), (72, 2), (128, 2), (136, 3)])
+def test_tiles_of_tensor_copies_are_whole_boxes_of_64_dims(head_dim: int, boxes: int) -> None:
+    config = KernelConfig(**TMA | {"head_dim": head_dim})
+    ring = config.shared_bytes_with(2) - config.shared_bytes_with(1)
+    assert ring == config.num_warps * 2 * boxes * 64 * config.block_n * 2
 
 
 def test_configuration_is_immutable() -> None:
@@ -124,6 +170,8 @@ def test_configuration_is_immutable() -> None:
 def test_name_spells_the_configuration_most_significant_first() -> None:
     expected = "gqa_decode_sm80_tensorop_f16_f16_d128_g4_align8_multistage_h8n16w4s2"
     assert KernelConfig(**TENSOROP).name == expected
+    expected = "gqa_decode_sm90_tensorop_f16_f16_d128_g4_align8_tma_h8n16w4s2"
+    assert KernelConfig(**TMA).name == expected
 
 
 @settings(deadline=None)
@@ -156,6 +204,18 @@ def test_what_is_not_a_name_is_refused(name: str) -> None:
         KernelConfig.from_name(name)
 
 
+@pytest.mark.parametrize(
+    ("base", "wrong"), [(TENSOROP, "sm90"), (TMA, "sm80")], ids=["multistage", "tma"]
+)
+def test_name_that_gives_a_schedule_another_architecture_is_corrected(
+    base: dict[str, Any], wrong: str
+) -> None:
+    right = KernelConfig(**base).name
+    name = "_".join(wrong if word.startswith("sm") else word for word in right.split("_"))
+    with pytest.raises(ConfigError, match=f"kernel name: got '{name}'; allowed: '{right}'"):
+        KernelConfig.from_name(name)
+
+
 def test_name_of_an_invalid_configuration_names_the_rule() -> None:
     name = KernelConfig(**TENSOROP).name.replace("_d128_", "_d100_")
     with pytest.raises(ConfigError, match="head_dim: got 100"):
@@ -170,6 +230,15 @@ def test_every_head_dim_group_and_alignment_has_a_kernel(head_dim: int) -> None:
         config = default_config(math, dtype, head_dim, group_size, width)
         assert (config.math, config.dtype, config.head_dim) == (math, dtype, head_dim)
         assert (config.group_size, config.vec_width) == (group_size, width)
+        assert (config.head_blocks - 1) * config.block_h < group_size
+        assert config.head_blocks * config.block_h >= group_size
+
+
+@pytest.mark.parametrize("head_dim", range(32, 257, 8))
+def test_every_head_dim_and_group_has_a_kernel_with_tensor_copies(head_dim: int) -> None:
+    for group_size, dtype in product((*range(1, 17), 32, 64), DType):
+        config = default_config(Math.TENSOROP, dtype, head_dim, group_size, 8, Schedule.TMA)
+        assert (config.schedule, config.dtype, config.head_dim) == (Schedule.TMA, dtype, head_dim)
         assert (config.head_blocks - 1) * config.block_h < group_size
         assert config.head_blocks * config.block_h >= group_size
 

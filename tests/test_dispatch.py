@@ -10,7 +10,15 @@ import torch
 from helpers import call_tensors
 
 from gqa_cutlass import explain
-from gqa_cutlass.codegen import ARCHES, DType, KernelConfig, Math, default_config, shipped
+from gqa_cutlass.codegen import (
+    ARCHES,
+    DType,
+    KernelConfig,
+    Math,
+    Schedule,
+    default_config,
+    shipped,
+)
 from gqa_cutlass.dispatch import choose_config, dispatch, model_device
 from gqa_cutlass.errors import InputError
 from gqa_cutlass.inputs import MAX_SPLITS, Problem
@@ -46,20 +54,20 @@ PROBLEMS = [
 
 @pytest.mark.parametrize("vec_width", [8, 4, 2])
 def test_tensor_cores_serve_what_cp_async_can_move(vec_width: int) -> None:
-    config, why = choose_config(replace(LLAMA_3_8B, vec_width=vec_width))
+    config, why = choose_config(replace(LLAMA_3_8B, vec_width=vec_width), H200)
     assert (config.math, config.vec_width) == (Math.TENSOROP, vec_width)
     assert f"aligned to {2 * vec_width} bytes" in why
 
 
 def test_cuda_cores_serve_single_elements() -> None:
-    config, why = choose_config(replace(LLAMA_3_8B, vec_width=1))
+    config, why = choose_config(replace(LLAMA_3_8B, vec_width=1), H200)
     assert (config.math, config.vec_width) == (Math.SIMT, 1)
     assert "simt" in why and "aligned to 2 bytes" in why
 
 
 @pytest.mark.parametrize(("head_dim", "origin"), [(128, "shipped"), (104, "compiled on first use")])
 def test_reason_says_where_the_kernel_comes_from(head_dim: int, origin: str) -> None:
-    assert origin in choose_config(replace(LLAMA_3_8B, head_dim=head_dim))[1]
+    assert origin in choose_config(replace(LLAMA_3_8B, head_dim=head_dim), H200)[1]
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
@@ -74,6 +82,112 @@ def test_splits_fill_the_gpu_and_give_every_warp_a_tile(problem: Problem, arch: 
     assert y == 1 or x * y * z <= slots
     assert y == 1 or (y - 1) * config.num_warps < tiles
     assert y <= MAX_SPLITS
+
+
+def _problem(batch: int, tokens: int, heads: tuple[int, int, int] = (32, 8, 128)) -> Problem:
+    """Sequences with room for so many tokens, of query heads, KV heads and head_dim."""
+    q_heads, kv_heads, head_dim = heads
+    return replace(
+        LLAMA_3_8B, batch_size=batch, max_seq_len=tokens, num_q_heads=q_heads,
+        num_kv_heads=kv_heads, head_dim=head_dim,
+    )  # fmt: skip
+
+
+QWEN, ONE_HEAD, NO_GROUPS = (28, 4, 128), (8, 1, 128), (32, 32, 128)
+SHARED_BY_CLUSTERS = [  # splits, cluster, stages
+    pytest.param(_problem(1, 1024), (8, 8, 1), id="1x1024"),
+    pytest.param(_problem(1, 4096), (8, 8, 2), id="1x4096"),
+    pytest.param(_problem(1, 16384), (8, 8, 2), id="1x16384"),
+    pytest.param(_problem(8, 1024), (2, 2, 1), id="8x1024"),
+    pytest.param(_problem(1, 32768, QWEN), (16, 8, 2), id="1x32768-of-4-heads"),
+    pytest.param(_problem(1, 8192, ONE_HEAD), (64, 8, 1), id="1x8192-of-1-head"),
+    pytest.param(_problem(1, 1024, NO_GROUPS), (2, 2, 2), id="1x1024-of-32-heads"),
+    pytest.param(_problem(1, 8192, (16, 8, 256)), (8, 8, 1), id="largest-dim-has-one-stage"),
+]
+
+
+@pytest.mark.parametrize(("problem", "shape"), SHARED_BY_CLUSTERS)
+def test_few_heads_and_small_caches_are_shared_by_clusters_of_hopper(
+    problem: Problem, shape: tuple[int, int, int]
+) -> None:
+    chosen = dispatch(problem, H200)
+    assert chosen.config.schedule is Schedule.TMA
+    assert (chosen.num_splits, chosen.shape.cluster, chosen.num_stages) == shape
+    assert chosen.shape.shared_bytes == chosen.config.shared_bytes_with(chosen.num_stages)
+    assert chosen.config in shipped()
+
+
+@pytest.mark.parametrize(
+    ("problem", "why"),
+    [
+        pytest.param(_problem(1, 131072), "512.0 MiB of 131072 tokens", id="large-cache"),
+        pytest.param(_problem(1, 128), "0.5 MiB of 128 tokens", id="one-blocks-tiles"),
+        pytest.param(_problem(16, 1024), "64.0 MiB of 1024 tokens", id="many-heads"),
+        pytest.param(
+            _problem(1, 4096, (32, 32, 96)), "48.0 MiB of 4096 tokens", id="partial-boxes"
+        ),
+        pytest.param(
+            replace(LLAMA_3_8B, vec_width=4),
+            "the copy engine wants rows aligned to 16 bytes",
+            id="misaligned",
+        ),
+    ],
+)
+def test_all_else_is_served_by_the_multistage_schedule(problem: Problem, why: str) -> None:
+    chosen = dispatch(problem, H200)
+    assert chosen.config.schedule is Schedule.MULTISTAGE
+    assert (chosen.shape.cluster, chosen.num_stages) == (1, chosen.config.num_stages)
+    assert f"multistage: {why}" in chosen.reasons[0]
+
+
+@pytest.mark.parametrize("arch", [arch for arch in ARCHES if arch != "sm_90a"])
+def test_other_architectures_are_served_by_the_multistage_schedule(arch: str) -> None:
+    chosen = dispatch(_problem(1, 1024), model_device(ARCHES[arch]))
+    assert chosen.config.schedule is Schedule.MULTISTAGE
+    assert f"multistage: {arch} is not among sm_90a" in chosen.reasons[0]
+
+
+@pytest.mark.parametrize(("problem", "larger"), [
+    pytest.param(_problem(1, 32768), _problem(1, 32769), id="128-MiB"),
+    pytest.param(_problem(8, 256), _problem(9, 256), id="64-heads-of-the-batch"),
+    pytest.param(
+        _problem(1, 1365, (32, 32, 96)), _problem(1, 1366, (32, 32, 96)),
+        id="16-MiB-in-partial-boxes",
+    ),
+])  # fmt: skip
+def test_limits_of_clusters_are_exact(problem: Problem, larger: Problem) -> None:
+    assert dispatch(problem, H200).config.schedule is Schedule.TMA
+    assert dispatch(larger, H200).config.schedule is Schedule.MULTISTAGE
+
+
+def test_clusters_start_where_one_blocks_warps_do_not_take_all_tokens_at_once() -> None:
+    assert dispatch(_problem(1, 128), H200).config.schedule is Schedule.MULTISTAGE
+    assert dispatch(_problem(1, 129), H200).config.schedule is Schedule.TMA
+
+
+@pytest.mark.parametrize(
+    ("splits", "cluster"), [(1, 1), (2, 2), (3, 1), (4, 4), (6, 2), (8, 8), (12, 4), (16, 8)]
+)
+def test_splits_that_are_asked_for_form_the_largest_clusters(splits: int, cluster: int) -> None:
+    chosen = dispatch(_problem(1, 1024), H200, splits)
+    assert (chosen.num_splits, chosen.shape.cluster) == (splits, cluster)
+    assert chosen.num_stages == chosen.config.num_stages
+    assert chosen.num_partials == splits // cluster
+
+
+def test_clusters_cover_the_grid() -> None:
+    for case in SHARED_BY_CLUSTERS:
+        shape = dispatch(case.values[0], H200).shape
+        assert shape.cluster in (1, 2, 4, 8) and shape.grid[1] % shape.cluster == 0
+
+
+def test_only_clusters_that_share_a_sequence_need_workspace() -> None:
+    one, two = dispatch(_problem(1, 16384), H200), dispatch(_problem(1, 32768, QWEN), H200)
+    assert (one.num_partials, one.num_tickets, one.partial_floats) == (1, 0, 0)
+    # Every block of a cluster merges the dims that it owns, for each head.
+    merges = 4 * two.shape.cluster
+    assert (two.num_partials, two.num_tickets) == (2, merges)
+    assert two.partial_floats == merges * 2 * two.config.block_h * (128 + 2)
 
 
 def test_long_sequences_of_one_request_are_split() -> None:
@@ -131,6 +245,7 @@ def test_one_split_needs_no_workspace() -> None:
         default_config(Math.SIMT, DType.F16, 128, 4, 8),
         default_config(Math.TENSOROP, DType.F16, 128, 4, 2),
         replace(default_config(Math.TENSOROP, DType.F16, 128, 4, 8), num_warps=2),
+        replace(default_config(Math.TENSOROP, DType.F16, 128, 4, 8, Schedule.TMA), num_warps=4),
     ],
     ids=lambda kernel: kernel.name,
 )
@@ -141,6 +256,13 @@ def test_kernel_that_fits_may_be_chosen_by_hand(kernel: KernelConfig) -> None:
     assert chosen.reasons[0] == "this kernel, as asked"
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_100a", "sm_120a"])
+def test_kernel_for_another_architecture_is_refused(arch: str) -> None:
+    kernel = default_config(Math.TENSOROP, DType.F16, 128, 4, 8, Schedule.TMA)
+    with pytest.raises(InputError, match=f"kernel: got {kernel.name} for {arch}; .*: sm_90a"):
+        dispatch(LLAMA_3_8B, model_device(ARCHES[arch]), 0, kernel)
+
+
 @pytest.mark.parametrize(
     ("kernel", "vec_width"),
     [
@@ -148,8 +270,9 @@ def test_kernel_that_fits_may_be_chosen_by_hand(kernel: KernelConfig) -> None:
         (default_config(Math.TENSOROP, DType.F16, 64, 4, 8), 8),
         (default_config(Math.TENSOROP, DType.F16, 128, 8, 8), 8),
         (default_config(Math.TENSOROP, DType.F16, 128, 4, 8), 4),
+        (default_config(Math.TENSOROP, DType.F16, 128, 4, 8, Schedule.TMA), 4),
     ],
-    ids=["dtype", "head_dim", "group_size", "alignment"],
+    ids=["dtype", "head_dim", "group_size", "alignment", "alignment-of-tensor-copies"],
 )
 def test_kernel_that_does_not_fit_is_refused(kernel: KernelConfig, vec_width: int) -> None:
     with pytest.raises(InputError) as raised:
@@ -188,9 +311,30 @@ def test_explanation_is_a_readable_report() -> None:
     assert lines["why"].startswith("tensorop: ") and "2 splits, as asked" in lines["why"]
     assert lines["arch"] == "sm_90a, 132 SMs"
     assert lines["grid"].startswith("(8, 2, 2)")
+    assert lines["cluster"] == "2 blocks, along the splits"
     assert f"{found.dispatch.shape.block} threads" in lines["block"]
+    assert lines["block"].endswith(" 2 stages")
     assert lines["reads"].startswith(f"{2 * 2 * 4096 * 8 * 128 * 2} bytes")
     assert lines["cubin"].startswith("not built yet")
+
+
+@pytest.mark.parametrize(
+    ("arch", "schedule", "why"),
+    [
+        ("sm_90a", Schedule.TMA, "tma: 32.0 MiB, at most 128; few heads"),
+        ("sm_80", Schedule.MULTISTAGE, "multistage: sm_80 is not among sm_90a"),
+        ("sm_100a", Schedule.MULTISTAGE, "multistage: sm_100a is not among sm_90a"),
+    ],
+)
+def test_explanation_says_why_this_schedule(arch: str, schedule: Schedule, why: str) -> None:
+    found = _explain(*MODELS["llama-3-8b"], arch=arch)
+    assert found.dispatch.config.schedule is schedule
+    assert why in str(found)
+
+
+def test_explanation_of_clusters_counts_them() -> None:
+    found = str(_explain(*MODELS["llama-3-8b"]))
+    assert "1 clusters of 4 for each of 16 heads, at most 8 tiles per warp" in found
 
 
 def test_explanation_of_misaligned_tensors_names_the_reason() -> None:

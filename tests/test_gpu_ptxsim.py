@@ -22,10 +22,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import gqa_cutlass
-from gqa_cutlass.codegen import DType, KernelConfig, Math, default_config
+from gqa_cutlass.codegen import DType, KernelConfig, Math, Schedule, default_config
 from gqa_cutlass.codegen.config import ceil_div
 from gqa_cutlass.launcher import describe_device
-from gqa_cutlass.simulation import PTX_ARCH
 from gqa_cutlass.store import Store, build_all
 
 pytestmark = pytest.mark.gpu
@@ -52,6 +51,10 @@ KERNELS = [
         (SIMT, BF16, 80, 1, 2),
         (SIMT, F16, 128, 4, 1),
         (SIMT, BF16, 256, 1, 8),
+        (TENSOROP, BF16, 64, 8, 8, Schedule.TMA),
+        (TENSOROP, F16, 96, 4, 8, Schedule.TMA),
+        (TENSOROP, F16, 128, 4, 8, Schedule.TMA),
+        (TENSOROP, BF16, 256, 16, 8, Schedule.TMA),
     )
 ]
 # Lengths, splits, whether a token is appended.
@@ -64,7 +67,7 @@ FORMATS = {F16: (11, -14), BF16: (8, -126)}
 def _built() -> None:
     """Compile for both, on all cores."""
     device = describe_device(torch.cuda.current_device()).arch.name
-    wanted = [(config, arch) for config in KERNELS for arch in (device, PTX_ARCH)]
+    wanted = [(config, arch) for config in KERNELS for arch in (device, config.ptx_arch)]
     list(build_all(Store.default(), wanted))
 
 
@@ -98,6 +101,8 @@ def run(step: Step, config: KernelConfig, splits: int) -> tuple[Tensor, Tensor]:
 # Relative error of one ex2.approx.ftz.f32: 2 ulp on the GPU, half an ulp in ptxsim, whose
 # difference that bounds (PTX ISA, "ex2"). An ulp is at most 2^-23 of the number.
 EX2 = 2.0**-22 + 2.0**-24
+# The same of one rcp.approx.ftz.f32: 1 ulp and half an ulp (PTX ISA, "rcp").
+RCP = 2.0**-23 + 2.0**-24
 UNIT = 2.0**-24  # of f32: half an ulp, relative
 
 
@@ -109,7 +114,7 @@ def allowed(step: Step, config: KernelConfig, splits: int) -> tuple[F64, F64]:
     different running maximum m, does not count. Let p be the exact softmax, H = sum p_t eta_t and
     A = sum p_t |v_t|. To first order the outputs differ by
 
-        sum p_t eta_t |v_t| + H |out| + (rounding of both sums) + one ulp of the output type,
+        sum p_t eta_t |v_t| + (H + RCP) |out| + (rounding of both sums) + one ulp of its type,
 
     and lse by H and the roundings. That eta_t is made of
 
@@ -171,7 +176,7 @@ class Work:
         size = np.abs(values)
         out = np.abs(p @ values)
         change = (p * eta).sum(axis=1, keepdims=True)
-        bound = (p * eta) @ size + (change + sum_rounding) * out + out_rounding * (p @ size)
+        bound = (p * eta) @ size + (change + sum_rounding + RCP) * out + out_rounding * (p @ size)
         if tensor:
             bits, smallest = FORMATS[config.dtype]
             bound += 2.0 ** (1 - bits) * (p @ size)

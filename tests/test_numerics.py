@@ -5,17 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import TORCH_DTYPE, Step, make_step, snapshot
+from helpers import skip_unless_it_runs
 
 import gqa_cutlass
-from gqa_cutlass.codegen import DType, KernelConfig, Math, default_config
+from gqa_cutlass.codegen import DType, KernelConfig, Math, Schedule, default_config
 
 KERNELS = [
-    default_config(math, dtype, head_dim, 4, width)
+    default_config(math, dtype, head_dim, 4, width, schedule)
     for dtype in DType
-    for math, head_dim, width in (
-        (Math.TENSOROP, 128, 8),
-        (Math.TENSOROP, 80, 8),
-        (Math.SIMT, 128, 2),
+    for math, head_dim, width, schedule in (
+        (Math.TENSOROP, 128, 8, Schedule.MULTISTAGE),
+        (Math.TENSOROP, 80, 8, Schedule.MULTISTAGE),
+        (Math.SIMT, 128, 2, Schedule.MULTISTAGE),
+        (Math.TENSOROP, 128, 8, Schedule.TMA),
+        (Math.TENSOROP, 80, 8, Schedule.TMA),
     )
 ]
 LENGTHS = [150, 0, 15, 299]
@@ -23,6 +26,7 @@ every_kernel = pytest.mark.parametrize("config", KERNELS, ids=lambda config: con
 
 
 def step_for(config: KernelConfig, device: str, lengths: list[int] = LENGTHS) -> Step:
+    skip_unless_it_runs(config, device)
     return make_step(
         dtype=config.dtype,
         head_dim=config.head_dim,

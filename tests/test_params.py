@@ -54,7 +54,7 @@ def _declared(struct: str) -> list[str]:
     text = (include_dir() / "gqa" / "params.cuh").read_text()
     body = re.search(rf"struct {struct} {{(.*?)\n}};", text, re.S)
     assert body is not None
-    return re.findall(r"^\s*[\w ]+[*\w] (\w+);", body.group(1), re.M)
+    return re.findall(r"^\s*[\w ]+[*\w] (\w+)(?:\[\d+\])?;", body.group(1), re.M)
 
 
 def test_fields_have_the_same_names_in_the_same_order() -> None:

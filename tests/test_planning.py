@@ -26,6 +26,8 @@ from gqa_cutlass.tensormap import TensorMap
 from gqa_cutlass.workspace import OverflowFlag
 
 STREAM, TICKETS = 7, 4096
+# Capacities of caches that the schedules serve.
+MULTISTAGE, TMA = 128, 200
 GPU = dataclasses.replace(model_device(ARCHES["sm_90a"]), index=0)
 INPUTS = ("q", "k_cache", "v_cache", "k", "v")
 
@@ -65,6 +67,11 @@ class NotedKernel:
         return launch
 
 
+def params_of(argument: Params | TmaParams) -> Params:
+    """What a kernel of either schedule is told."""
+    return argument.decode if isinstance(argument, TmaParams) else argument
+
+
 @pytest.fixture
 def notes(monkeypatch: pytest.MonkeyPatch) -> Notes:
     notes = Notes()
@@ -79,18 +86,40 @@ def notes(monkeypatch: pytest.MonkeyPatch) -> Notes:
     return notes
 
 
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[TensorMap]:
+    """Tensor maps that the driver was asked to encode."""
+    descriptions: list[TensorMap] = []
+
+    def encode(description: TensorMap, index: int) -> bytes:
+        assert index == 0
+        descriptions.append(description)
+        return description.to_bytes()
+
+    monkeypatch.setattr(planning, "encode_tensor_map", encode)
+    return descriptions
+
+
+def maps_of(argument: TmaParams) -> list[TensorMap]:
+    return [TensorMap.from_bytes(bytes(field)) for field in (argument.keys, argument.values)]
+
+
 def inputs_of(**sizes: Any) -> dict[str, Any]:
     """Tensors of a call without `out`."""
     tensors = call_tensors(**sizes)
     return {name: tensors[name] for name in INPUTS}
 
 
-def test_every_address_stride_and_size_is_bound(notes: Notes) -> None:
-    tensors = call_tensors(max_seq_len=4096)
-    tensors["k_cache"] = torch.ones(2, 2, 4096, 64, dtype=torch.float16).transpose(1, 2)  # HND
+@pytest.mark.parametrize("tokens", [MULTISTAGE, TMA], ids=["multistage", "tma"])
+def test_every_address_stride_and_size_is_bound(
+    notes: Notes, encoded: list[TensorMap], tokens: int
+) -> None:
+    tensors = call_tensors(max_seq_len=tokens)
+    tensors["k_cache"] = torch.ones(2, 2, tokens, 64, dtype=torch.float16).transpose(1, 2)  # HND
     seqlens = torch.tensor([3, 5], dtype=torch.int32)
     out = gqa_decode(**tensors, cache_seqlens=seqlens, softmax_scale=0.5, num_splits=3)
-    (params,) = notes.launches
+    params = params_of(*notes.launches)
+    assert notes.loaded[0].tma == (tokens == TMA)
     assert out is tensors["out"]
     for field, name in (("k_new", "k"), ("v_new", "v"), *((n, n) for n in INPUTS[:3] + ("out",))):
         assert getattr(params, field) == tensors[name].data_ptr(), field
@@ -98,7 +127,8 @@ def test_every_address_stride_and_size_is_bound(notes: Notes) -> None:
         assert stride.batch == tensors[name].stride(0) and stride.head == tensors[name].stride(-2)
     assert params.k_cache_stride.token == 64 and params.v_cache_stride.token == 128
     assert params.seqlens == seqlens.data_ptr() and params.lse is None
-    assert (params.max_seq_len, params.num_kv_heads, params.num_splits) == (4096, 2, 3)
+    assert (params.max_seq_len, params.num_kv_heads, params.num_splits) == (tokens, 2, 3)
+    assert params.num_stages == notes.loaded[0].num_stages
     assert params.scale_log2 == pytest.approx(0.5 * math.log2(math.e))
     assert (params.partials, params.tickets) == (notes.partials.data_ptr(), TICKETS)
     assert params.status == notes.flag.address
@@ -427,62 +457,81 @@ def test_a_dependent_launch_is_asked_for(notes: Notes, dependent: bool) -> None:
     assert shape.dependent == plan.dispatch.shape.dependent == dependent
 
 
-@pytest.fixture
-def encoded(monkeypatch: pytest.MonkeyPatch) -> list[TensorMap]:
-    """Tensor maps that the driver was asked to encode, for kernels that all take them."""
-    descriptions: list[TensorMap] = []
-
-    def encode(description: TensorMap, index: int) -> bytes:
-        assert index == 0
-        descriptions.append(description)
-        return description.to_bytes()
-
-    monkeypatch.setattr(KernelConfig, "tma", property(lambda self: True), raising=False)
-    monkeypatch.setattr(planning, "encode_tensor_map", encode)
-    return descriptions
-
-
-def maps_of(argument: TmaParams) -> list[TensorMap]:
-    return [TensorMap.from_bytes(bytes(field)) for field in (argument.keys, argument.values)]
-
-
 def test_tensor_maps_describe_the_caches(notes: Notes, encoded: list[TensorMap]) -> None:
-    tensors = inputs_of()
-    tensors["k_cache"] = torch.ones(2, 2, 16, 64, dtype=torch.float16).transpose(1, 2)  # HND
+    tensors = inputs_of(max_seq_len=TMA)
+    tensors["k_cache"] = torch.ones(2, 2, TMA, 64, dtype=torch.float16).transpose(1, 2)  # HND
     gqa_decode(**tensors, cache_seqlens=3)
     (argument,) = notes.launches
     assert isinstance(argument, TmaParams) and argument.decode.q == tensors["q"].data_ptr()
     keys, values = maps_of(argument)
     assert keys.address == tensors["k_cache"].data_ptr()
     assert values.address == tensors["v_cache"].data_ptr()
-    assert keys.sizes == values.sizes == (64, 16, 2, 2)
-    assert keys.strides == (128, 2048, 4096) and values.strides == (256, 128, 4096)
-    assert keys.box == (64, notes.loaded[0].block_n, 1, 1) and keys.swizzle == 128
+    assert keys.sizes == values.sizes == (64, TMA, 1, 2, 2)
+    head, sequence = 128 * TMA, 2 * 128 * TMA
+    assert keys.strides == (128, 128, head, sequence)
+    assert values.strides == (256, 128, 128, sequence)
+    assert keys.box == (64, notes.loaded[0].block_n, 1, 1, 1) and keys.swizzle == 128
+
+
+def test_head_dims_of_whole_boxes_are_two_dimensions_of_a_map(
+    notes: Notes, encoded: list[TensorMap]
+) -> None:
+    gqa_decode(**inputs_of(max_seq_len=TMA, head_dim=128), cache_seqlens=3)
+    keys, _ = maps_of(notes.launches[0])
+    assert keys.sizes == (64, TMA, 2, 2, 2)  # 64 dims, tokens, boxes, heads, sequences
+    assert keys.strides == (512, 128, 256, 512 * TMA)
+    assert keys.box == (64, notes.loaded[0].block_n, 2, 1, 1)
+
+
+def test_other_head_dims_end_within_a_box(notes: Notes, encoded: list[TensorMap]) -> None:
+    gqa_decode(**inputs_of(max_seq_len=TMA, head_dim=80), cache_seqlens=3)
+    keys, _ = maps_of(notes.launches[0])
+    assert keys.sizes == (80, TMA, 2, 2)
+    assert keys.strides == (320, 160, 320 * TMA)
+    assert keys.box == (64, notes.loaded[0].block_n, 1, 1)
+
+
+def test_blocks_of_a_cluster_need_no_workspace(notes: Notes, encoded: list[TensorMap]) -> None:
+    gqa_decode(**inputs_of(max_seq_len=4096), cache_seqlens=3, num_splits=8)
+    params = params_of(*notes.launches)
+    (shape,) = notes.shapes
+    assert (shape.cluster, params.num_splits) == (8, 8)
+    assert params.partials is None and params.tickets is None
+
+
+def test_clusters_that_share_a_sequence_borrow_workspace(
+    notes: Notes, encoded: list[TensorMap]
+) -> None:
+    gqa_decode(**inputs_of(max_seq_len=4096), cache_seqlens=3, num_splits=16)
+    params = params_of(*notes.launches)
+    (shape,) = notes.shapes
+    assert (shape.cluster, params.num_splits) == (8, 16)
+    assert (params.partials, params.tickets) == (notes.partials.data_ptr(), TICKETS)
 
 
 def test_strides_that_lead_nowhere_need_not_be_aligned(
     notes: Notes, encoded: list[TensorMap]
 ) -> None:
-    tensors = inputs_of(batch=1, q_heads=4, kv_heads=1)
-    cache = torch.ones(1, 16, 1, 64, dtype=torch.float16)
-    tensors["k_cache"] = cache.as_strided(cache.shape, (1025, 64, 3, 1))
+    tensors = inputs_of(batch=1, q_heads=4, kv_heads=1, max_seq_len=TMA)
+    cache = torch.ones(1, TMA, 1, 64, dtype=torch.float16)
+    tensors["k_cache"] = cache.as_strided(cache.shape, (64 * TMA + 1, 64, 3, 1))
     gqa_decode(**tensors, cache_seqlens=3)
     keys, _ = maps_of(notes.launches[0])
-    assert keys.strides == (128, 128, 128)
+    assert keys.strides == (128, 128, 128, 128)
 
 
 def test_an_expanded_batch_is_described_as_one(notes: Notes, encoded: list[TensorMap]) -> None:
-    tensors = inputs_of() | {"k": None, "v": None}
+    tensors = inputs_of(max_seq_len=TMA) | {"k": None, "v": None}
     tensors["k_cache"] = tensors["k_cache"][:1].expand(2, -1, -1, -1)
     gqa_decode(**tensors, cache_seqlens=3)
     keys, _ = maps_of(notes.launches[0])
-    assert keys.sizes == (64, 16, 2, 2) and keys.strides == (256, 128, 0)
+    assert keys.sizes == (64, TMA, 1, 2, 2) and keys.strides == (256, 128, 128, 0)
 
 
 def test_tensor_maps_are_encoded_once_per_pair_of_caches(
     notes: Notes, encoded: list[TensorMap], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layers = [inputs_of() for _ in range(3)]
+    layers = [inputs_of(max_seq_len=TMA) for _ in range(3)]
     plan = gqa_cutlass.plan(**layers[0], cache_seqlens=3)
     for _ in range(2):
         for layer in layers:
@@ -491,7 +540,7 @@ def test_tensor_maps_are_encoded_once_per_pair_of_caches(
     addresses = [[m.address for m in maps_of(argument)] for argument in notes.launches]
     assert addresses == 2 * [[t["k_cache"].data_ptr(), t["v_cache"].data_ptr()] for t in layers]
     monkeypatch.setattr(planning, "_MAX_KNOWN", len(layers))
-    run(plan, inputs_of(), 3)  # in place of the oldest
+    run(plan, inputs_of(max_seq_len=TMA), 3)  # in place of the oldest
     assert (layers[0]["k_cache"].data_ptr(), layers[0]["v_cache"].data_ptr()) not in plan._maps
     assert len(plan._maps) == len(layers)
 

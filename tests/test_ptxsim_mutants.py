@@ -7,8 +7,9 @@ computes something else must show in what the launch leaves behind.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -16,14 +17,16 @@ from cases import Layout, Step, make_step
 from torch import Tensor
 
 from gqa_cutlass import inputs
-from gqa_cutlass.codegen import ARCHES, DType, KernelConfig, Math, render
+from gqa_cutlass.codegen import ARCHES, DType, KernelConfig, Math, Schedule, render
 from gqa_cutlass.codegen.compile import compile_source
 from gqa_cutlass.codegen.render import include_dir
-from gqa_cutlass.dispatch import dispatch, model_device
+from gqa_cutlass.dispatch import Dispatch, dispatch, model_device
 from gqa_cutlass.errors import KernelFault
-from gqa_cutlass.planning import FIELDS, _params
+from gqa_cutlass.inputs import Problem
+from gqa_cutlass.launcher import Params, TmaParams
+from gqa_cutlass.planning import FIELDS, _params, describe
 from gqa_cutlass.ptxsim.prepare import Program
-from gqa_cutlass.simulation import PTX_ARCH, Checks, program_from, regions_of, run
+from gqa_cutlass.simulation import Checks, program_from, regions_of, run
 
 _MAX_STEPS = 10_000  # the longest of the runs that end takes a third of them
 _INCLUDE = re.compile(r'#include ["<](?:gqa/)?(\w+\.cuh)[">]\n')
@@ -45,14 +48,24 @@ class Case:
     splits: int = 1
     layout: Layout = "NHD"
     append: bool = True
+    schedule: Schedule = Schedule.MULTISTAGE
+    stages: int | None = None  # of the launch, with tma
 
     @property
     def config(self) -> KernelConfig:
         return KernelConfig(
             math=self.math, dtype=DType.F16, head_dim=self.head_dim, group_size=self.group_size,
             vec_width=8, block_h=self.block_h, block_n=16, num_warps=self.num_warps,
-            num_stages=self.num_stages,
+            num_stages=self.num_stages, schedule=self.schedule,
         )  # fmt: skip
+
+    def dispatch(self, problem: Problem) -> Dispatch:
+        """How the kernel is launched."""
+        chosen = dispatch(problem, model_device(ARCHES["sm_90a"]), self.splits, self.config)
+        if self.stages is None:
+            return chosen
+        shape = replace(chosen.shape, shared_bytes=self.config.shared_bytes_with(self.stages))
+        return replace(chosen, num_stages=self.stages, shape=shape)
 
     def step(self) -> Step:
         return make_step(
@@ -76,6 +89,22 @@ RAGGED = Case(splits=3, lengths=(100, 40, 5))
 ODD_DIM = Case(head_dim=40, lengths=(9,))  # no multiple of the MMA's 16
 ODD_EMPTY = Case(head_dim=40, lengths=(0,), append=False)
 SIMT = Case(math=Math.SIMT, block_h=4, lengths=(70,))
+
+
+def _tma(**changes: Any) -> Case:
+    """With tma: four warps, so a block takes 64 tokens at once."""
+    defaults = {"num_warps": 4, "num_stages": 2, "schedule": Schedule.TMA}
+    return Case(**(defaults | {"max_seq_len": changes["lengths"][0] + 8} | changes))
+
+
+ONCE = _tma(lengths=(50,))
+WALK = _tma(lengths=(200,), stages=1)
+WALK_TWO_STAGES = _tma(lengths=(230,))
+CLUSTER = _tma(lengths=(200,), splits=4)
+CLUSTER_WALK = _tma(lengths=(300,), splits=2)
+TWO_OF_THREE_CLUSTERS = _tma(lengths=(250,), splits=6)
+IDLE_RANKS = _tma(lengths=(5,), splits=4, max_seq_len=250)
+ODD_BOXES = _tma(head_dim=40, lengths=(100,), splits=8)
 CASES = {name: case for name, case in globals().items() if isinstance(case, Case)}
 
 
@@ -107,6 +136,7 @@ _STILL_READ = "writes what another thread reads"
 _TOO_EARLY = "an asynchronous copy has not finished"
 _UNDER_WAY = "writes where an asynchronous copy is under way"
 _GLOBAL_RACE = "race in global memory"
+_NOT_KNOWN = "what an asynchronous copy wrote, which this thread does not know to have finished"
 
 MUTANTS = (
     # The ring of tiles
@@ -211,57 +241,61 @@ MUTANTS = (
     Mutant(
         name="queries past the group read",
         header="score.cuh",
-        old="exists && !padding",
-        new="!padding",
+        old="n * 8 + lane / 4 < last ? n * 8 + lane / 4 : last;",
+        new="n * 8 + lane / 4;",
         fault="outside all tensors.* past the end of q .* at score.cuh",
     ),
     Mutant(
         name="queries read past the head_dim",
         header="score.cuh",
-        old="exists && !padding",
-        new="exists",
+        old="bool const padding = i * 8 >= T::kHeadDim;",
+        new="bool const padding = false;",
         fault="outside all tensors.* past the end of q .* at score.cuh",
-        case=ODD_EMPTY,
+        case=ODD_DIM,
     ),
     Mutant(
         name="appended one row too early",
         header="append.cuh",
-        old="w.num_cached * cache_stride.token",
-        new="(w.num_cached - 1) * cache_stride.token",
+        old="w.num_cached * stride.token",
+        new="(w.num_cached - 1) * stride.token",
         fault=f"{_GLOBAL_RACE}.* of k_cache",
     ),
     Mutant(
         name="appended one row too late",
         header="append.cuh",
-        old="w.num_cached * cache_stride.token",
-        new="w.num_tokens * cache_stride.token",
+        old="w.num_cached * stride.token",
+        new="w.num_tokens * stride.token",
         wrong="caches",
     ),
     Mutant(
         name="appended behind the cache",
         header="append.cuh",
-        old="w.num_cached * cache_stride.token",
-        new="w.num_tokens * cache_stride.token",
+        old="w.num_cached * stride.token",
+        new="w.num_tokens * stride.token",
         fault="outside all tensors.* past the end of k_cache.* at append.cuh",
         case=FULL,
     ),
     Mutant(
         name="more appended than there is",
         header="append.cuh",
-        old="vec < T::kHeadDim / T::kVecWidth;",
-        new="vec <= T::kHeadDim / T::kVecWidth;",
+        old="at < kVecs)",
+        new="at <= kVecs)",
         fault="outside all tensors.* past the end of k_new.* at append.cuh",
     ),
     Mutant(
         name="every split appends",
         header="append.cuh",
-        old="w.split == 0 && ",
+        old="w.split != 0 || ",
         new="",
         fault=f"{_GLOBAL_RACE}.* of k_cache.* at append.cuh",
         case=SPLIT,
     ),
     Mutant(
-        name="nothing appended", header="decode.cuh", old="append(p, w);", new="", wrong="caches"
+        name="nothing appended",
+        header="decode.cuh",
+        old="NewToken<T>(p, w).append(p, w);",
+        new="{}",
+        wrong="caches",
     ),
     Mutant(
         name="output rows as if they were dense",
@@ -298,39 +332,39 @@ MUTANTS = (
     Mutant(
         name="no barrier before warps merge",
         header="decode.cuh",
-        old="attend(p, w, shared);\n    __syncthreads();",
+        old="attend(p, w, shared);\n  __syncthreads();",
         new="attend(p, w, shared);",
         fault=f"{_UNWRITTEN}.* at merge.cuh",
     ),
     Mutant(
         name="no barrier before the ticket",
         header="merge.cuh",
-        old="if (alone) return;\n\n  __syncthreads();",
-        new="if (alone) return;\n",
+        old="  __syncthreads();\n  if (threadIdx.x == 0) {",
+        new="  if (threadIdx.x == 0) {",
         fault=f"{_GLOBAL_RACE}.* of partials",
         case=SPLIT,
     ),
     Mutant(
         name="no barrier behind the ticket",
         header="merge.cuh",
-        old="__syncthreads();\n  if (!shared.is_last) return;",
-        new="if (!shared.is_last) return;",
+        old="  __syncthreads();\n  return shared_answer;",
+        new="  return shared_answer;",
         fault=f"({_UNWRITTEN}|never written).* at merge.cuh",
         case=SPLIT,
     ),
     Mutant(
         name="a barrier for one warp only",
         header="merge.cuh",
-        old="if (alone) return;\n\n  __syncthreads();",
-        new="if (alone) return;\n\n  if (threadIdx.x < 32) __syncthreads();",
+        old="  __syncthreads();\n  return shared_answer;",
+        new="  if (threadIdx.x < 32) __syncthreads();\n  return shared_answer;",
         fault=f"({_UNWRITTEN}|never written).* at merge.cuh",
         case=SPLIT,
     ),
     Mutant(
         name="one warp leaves before the barrier",
         header="merge.cuh",
-        old="if (alone) return;",
-        new="if (alone || threadIdx.x < 32) return;",
+        old="if (alone || !arrives_last",
+        new="if (alone || threadIdx.x < 32 || !arrives_last",
         fault="unbalanced barrier 0: 32 threads of the block have exited.* at merge.cuh",
         case=SPLIT,
     ),
@@ -400,8 +434,8 @@ MUTANTS = (
     Mutant(
         name="nobody merges",
         header="merge.cuh",
-        old="last = w.num_splits - 1;",
-        new="last = w.num_splits;",
+        old="last = count - 1;",
+        new="last = count;",
         wrong="output",
         case=SPLIT,
     ),
@@ -415,48 +449,48 @@ MUTANTS = (
     ),
     Mutant(
         name="heads share a ticket",
-        header="merge.cuh",
-        old="int64_t(w.batch) * gridDim.x + blockIdx.x;",
-        new="w.batch;",
+        header="work.cuh",
+        old="int64_t(batch) * gridDim.x + blockIdx.x;",
+        new="batch;",
         fault=_GLOBAL_RACE,
         case=SPLIT_HEADS,
     ),
     Mutant(
         name="heads share their partials",
         header="work.cuh",
-        old="(int64_t(batch) * gridDim.x + blockIdx.x) * p.num_splits",
-        new="int64_t(batch) * gridDim.x * p.num_splits",
+        old="int64_t(blockIdx.x) * gridDim.y * gridDim.z + first_part;",
+        new="first_part;",
         fault=f"{_GLOBAL_RACE}.* of partials",
         case=SPLIT_HEADS,
     ),
     Mutant(
         name="partials of splits that have none",
         header="merge.cuh",
-        old="merge_splits(store, w.num_splits, ",
-        new="merge_splits(store, p.num_splits, ",
+        old="store.merge(w.num_splits, s)",
+        new="store.merge(p.num_splits, s)",
         fault="never written before.* of partials",
         case=RAGGED,
     ),
     Mutant(
         name="splits without work go on",
         header="decode.cuh",
-        old="} else if (w.split < w.num_splits) {",
-        new="} else {",
+        old="  if (w.split >= w.num_splits) return;\n",
+        new="",
         fault=f"{_GLOBAL_RACE}.* of (out|lse).* at merge.cuh",
         case=RAGGED,
     ),
     Mutant(
         name="the last split left out",
         header="merge.cuh",
-        old="bool const exists = first + i < num_splits;",
-        new="bool const exists = first + i < num_splits - 1;",
+        old="bool const exists = first + i < num_parts;",
+        new="bool const exists = first + i < num_parts - 1;",
         wrong="output",
         case=SPLIT,
     ),
     Mutant(
         name="splits merged without their maxima",
         header="merge.cuh",
-        old="exp2_approx(max_sum[i].x - new_max)",
+        old="exp2_approx(max_sum[i].x - next.max)",
         new="1.f",
         wrong="output",
         case=SPLIT,
@@ -518,15 +552,15 @@ MUTANTS = (
     Mutant(
         name="halves of the queries swapped",
         header="score.cuh",
-        old="query[step][n][0],\n                   query[step][n][1]",
-        new="query[step][n][1],\n                   query[step][n][0]",
+        old="query[i / 2][n][i % 2] =",
+        new="query[i / 2][n][1 - i % 2] =",
         wrong="output",
     ),
     Mutant(
         name="rows of the keys from the wrong lanes",
         header="score.cuh",
-        old="lane % 16, lane / 16 * 8",
-        new="lane / 2, lane % 2 * 8",
+        old="lane % 16, lane / 16)",
+        new="lane / 2, lane % 2)",
         wrong="output",
     ),
     Mutant(
@@ -581,10 +615,320 @@ MUTANTS = (
     ),
 )
 
+_NEXT = """\
+    int const next = tile + params_.decode.num_stages * w.tile_step();
+    if (next < w.num_tiles) {
+      """
+
+TMA_MUTANTS = (
+    # The ring of tiles
+    Mutant(
+        name="keys used before they have landed",
+        header="load_tma.cuh",
+        old="barrier_wait(keys_barrier(stage_), parity_);",
+        new="",
+        fault=f"reads {_NOT_KNOWN}",
+        case=ONCE,
+    ),
+    Mutant(
+        name="values used before they have landed",
+        header="load_tma.cuh",
+        old="barrier_wait(values_barrier(stage_), parity_);",
+        new="",
+        fault=f"reads {_NOT_KNOWN}",
+        case=WALK,
+    ),
+    Mutant(
+        name="half of a tile expected",
+        header="load_tma.cuh",
+        old="T::kTileElements * int(sizeof(Element)));\n    int const head",
+        new="T::kTileElements);\n    int const head",
+        fault="deadlock: .* wait for mbarrier .* -1024 bytes from the end of phase 0",
+        case=ONCE,
+    ),
+    Mutant(
+        name="more than a tile expected",
+        header="load_tma.cuh",
+        old="T::kTileElements * int(sizeof(Element)));\n    int const head",
+        new="T::kTileElements * int(sizeof(Element)) + 16);\n    int const head",
+        fault="deadlock: .* wait for mbarrier .* 16 bytes from the end of phase 0",
+        case=ONCE,
+    ),
+    Mutant(
+        name="phases not told apart",
+        header="load_tma.cuh",
+        old="parity_ ^= 1;",
+        new="",
+        fault="deadlock: .* wait for mbarrier",
+        case=WALK,
+    ),
+    Mutant(
+        name="as many stages as there may be, not as there are",
+        header="load_tma.cuh",
+        old="if (++stage_ == params_.decode.num_stages) {",
+        new="if (++stage_ == T::kNumStages) {",
+        fault="mbarrier that was not initialised",
+        case=WALK,
+    ),
+    Mutant(
+        name="refilled before it is read",
+        header="decode_tma.cuh",
+        old="score(ring.wait_keys(), left, p.decode.scale_log2, scores);\n"
+        "    ring.refill_keys(w, tile);",
+        new="auto const* keys = ring.wait_keys();\n    ring.refill_keys(w, tile);\n"
+        "    score(keys, left, p.decode.scale_log2, scores);",
+        fault=f"reads {_NOT_KNOWN}",
+        case=WALK,
+    ),
+    Mutant(
+        name="keys refilled while other lanes read them, by a copy",
+        header="load_tma.cuh",
+        old=f"__syncwarp();\n{_NEXT}load(params_.keys",
+        new=f"{_NEXT}load(params_.keys",
+        fault=_STILL_READ,
+        case=WALK,
+    ),
+    Mutant(
+        name="values refilled while other lanes read them, by a copy",
+        header="load_tma.cuh",
+        old=f"__syncwarp();\n{_NEXT}load(params_.values",
+        new=f"{_NEXT}load(params_.values",
+        fault=_STILL_READ,
+        case=WALK,
+    ),
+    Mutant(
+        name="the next tile instead of the one a ring later",
+        header="load_tma.cuh",
+        old="first_tile + stage * w.tile_step();",
+        new="first_tile + stage;",
+        wrong="output",
+        case=WALK_TWO_STAGES,
+    ),
+    Mutant(
+        name="lanes do not wait for the barriers to be ready",
+        header="load_tma.cuh",
+        old="barrier_init_fence();\n    }\n    __syncwarp();",
+        new="barrier_init_fence();\n    }",
+        fault=f"{_UNWRITTEN}.* in `mbarrier.try_wait",
+        case=ONCE,
+    ),
+    Mutant(
+        name="warps share their slots",
+        header="storage_tma.cuh",
+        old="(stage * T::kNumWarps + warp) * 2 * T::kTileElements",
+        new="(stage * T::kNumWarps + warp) * T::kTileElements",
+        fault=f"writes over {_NOT_KNOWN}",
+        case=ONCE,
+    ),
+    Mutant(
+        name="a block leaves while its first tile is under way",
+        header="decode_tma.cuh",
+        old="return ring.drain();",
+        new="return;",
+        fault="exits while an asynchronous copy writes",
+        case=IDLE_RANKS,
+    ),
+    Mutant(
+        name="a warp without tokens leaves its tile under way",
+        header="attend_once.cuh",
+        old="    ring.drain();\n",
+        new="",
+        fault="exits while an asynchronous copy writes",
+        case=_tma(lengths=(5,), max_seq_len=64),
+    ),
+    Mutant(
+        name="rows past the end not cleared",
+        header="attend_once.cuh",
+        old="if (left < T::kBlockN) clear_rows<T>(values, left);",
+        new="",
+        wrong="output",
+        case=ONCE,
+    ),
+    Mutant(
+        name="rows used while other lanes clear them",
+        header="decode_tma.cuh",
+        old="clear_rows<T>(values, left);\n      __syncwarp();",
+        new="clear_rows<T>(values, left);",
+        fault=_UNWRITTEN,
+        case=WALK,
+    ),
+    Mutant(
+        name="one row too many cleared",
+        header="load_tma.cuh",
+        old="for (int i = first * kChunks + lane;",
+        new="for (int i = (first - 1) * kChunks + lane;",
+        wrong="output",
+        case=ONCE,
+    ),
+    Mutant(
+        name="another swizzle than the copy engine's",
+        header="tile.cuh",
+        old="cute::Swizzle<3, 4, 3>",
+        new="cute::Swizzle<2, 4, 3>",
+        wrong="output",
+        case=ONCE,
+    ),
+    Mutant(
+        name="a box that nobody asks for",
+        header="load_tma.cuh",
+        old="for (int box = 0; box < T::kBoxes; ++box) {\n        cute::SM90",
+        new="for (int box = 1; box < T::kBoxes; ++box) {\n        cute::SM90",
+        fault="deadlock: nobody can go on",
+        case=ODD_BOXES,
+    ),
+    # Warps meet
+    Mutant(
+        name="maxima used before all warps have theirs",
+        header="attend_once.cuh",
+        old="publish<T>(max, shared.row_max);\n  __syncthreads();",
+        new="publish<T>(max, shared.row_max);",
+        fault=f"({_UNWRITTEN}|never written).* at attend_once.cuh",
+        case=ONCE,
+    ),
+    Mutant(
+        name="probabilities used before all warps have theirs",
+        header="attend_once.cuh",
+        old="    ring.drain();\n  }\n  __syncthreads();",
+        new="    ring.drain();\n  }",
+        fault=f"({_UNWRITTEN}|never written).* at attend_once.cuh",
+        case=ONCE,
+    ),
+    Mutant(
+        name="a token past the end of the cache attended",
+        header="attend_once.cuh",
+        old="int const left = w.num_cached - w.first_tile(warp) * T::kBlockN;",
+        new="int const left = w.num_tokens - w.first_tile(warp) * T::kBlockN;",
+        wrong="output",
+        case=ONCE,
+    ),
+    Mutant(
+        name="what a block keeps used before it is there",
+        header="exchange.cuh",
+        old="if (alone()) __syncthreads();",
+        new="",
+        fault=f"({_UNWRITTEN}|never written).* at exchange.cuh",
+        case=ONCE,
+    ),
+    # Blocks meet
+    Mutant(
+        name="sent before the other blocks are ready",
+        header="decode_tma.cuh",
+        old="if (w.log_cluster_size > 0) cute::cluster_wait();",
+        new="",
+        fault="uses what another thread wrote.* in `st.async",
+        case=CLUSTER,
+    ),
+    Mutant(
+        name="merged before the cluster's parts have come",
+        header="exchange.cuh",
+        old="if (!alone()) barrier_wait(shared_.exchange_barrier, 0);",
+        new="",
+        fault=f"reads {_NOT_KNOWN}.* at exchange.cuh",
+        case=CLUSTER,
+    ),
+    Mutant(
+        name="maxima and sums not expected",
+        header="exchange.cuh",
+        old="num_own_dims() * num_pairs_ + work_.num_heads();",
+        new="num_own_dims() * num_pairs_;",
+        fault="deadlock: .* wait for mbarrier .* -128 bytes from the end of phase 0",
+        case=CLUSTER,
+    ),
+    Mutant(
+        name="nothing expected",
+        header="decode_tma.cuh",
+        old="    exchange.expect();\n",
+        new="",
+        fault="deadlock: .* wait for mbarrier .* 1 arrivals and -1088 bytes",
+        case=CLUSTER_WALK,
+    ),
+    Mutant(
+        name="completed on the sender's barrier",
+        header="exchange.cuh",
+        old="            in_block(shared_.exchange_barrier, owner), exists};",
+        new="            in_block(shared_.exchange_barrier, work_.rank), exists};",
+        fault="the mbarrier lies in another block than the data",
+        case=CLUSTER,
+    ),
+    Mutant(
+        name="every block sends to where the first one does",
+        header="exchange.cuh",
+        old="out(work_.rank, dim - owner * num_dims_, pair)",
+        new="out(0, dim - owner * num_dims_, pair)",
+        fault="race: writes with another thread .* in `st.async",
+        case=CLUSTER,
+    ),
+    Mutant(
+        name="dims sent to the block behind their owner",
+        header="exchange.cuh",
+        old="owner = dim / own_dims(log);",
+        new="owner = (dim + 1) / own_dims(log);",
+        fault="mapa: block 4 of a cluster of 4.* at exchange.cuh",
+        case=CLUSTER,
+    ),
+    Mutant(
+        name="every cluster brings in the new token",
+        header="exchange.cuh",
+        old="this->appends && cluster == 0;",
+        new="this->appends;",
+        wrong="output",
+        case=TWO_OF_THREE_CLUSTERS,
+    ),
+    Mutant(
+        name="no cluster brings in the new token",
+        header="exchange.cuh",
+        old="this->appends && cluster == 0;",
+        new="false;",
+        wrong="output",
+        case=CLUSTER,
+    ),
+    Mutant(
+        name="scores of the new token used before they are there",
+        header="exchange.cuh",
+        old="shared_.new_score[warp]);\n      __syncwarp();",
+        new="shared_.new_score[warp]);",
+        fault=f"({_UNWRITTEN}|never written).* at exchange.cuh",
+        case=ONCE,
+    ),
+    Mutant(
+        name="blocks of a cluster share a ticket",
+        header="exchange.cuh",
+        old="arrives_last(p.tickets + index,",
+        new="arrives_last(p.tickets + work_.head_index(),",
+        fault=f"{_GLOBAL_RACE}.* of partials",
+        case=TWO_OF_THREE_CLUSTERS,
+    ),
+    Mutant(
+        name="blocks of a cluster share their partials",
+        header="exchange.cuh",
+        old="(p.partials, index * parts,",
+        new="(p.partials, work_.head_index() * parts,",
+        fault=f"{_GLOBAL_RACE}.* of partials",
+        case=TWO_OF_THREE_CLUSTERS,
+    ),
+    Mutant(
+        name="clusters that have no part waited for",
+        header="exchange.cuh",
+        old="arrives_last(p.tickets + index, work_.num_clusters,",
+        new="arrives_last(p.tickets + index, parts,",
+        wrong="output",
+        case=TWO_OF_THREE_CLUSTERS,
+    ),
+    Mutant(
+        name="barriers not announced to the other blocks",
+        header="ptx_sm90.cuh",
+        old='asm volatile("fence.mbarrier_init.release.cluster;" : : : "memory");',
+        new="",
+        fault="uses what another thread wrote.* in `st.async",
+        case=CLUSTER,
+    ),
+)
+MUTANTS += TMA_MUTANTS
+
 
 @cache
-def headers() -> dict[str, str]:
-    """Our headers, those first that others include."""
+def headers(first: str) -> dict[str, str]:
+    """A header of ours and those that it includes, which come first."""
     folder = include_dir() / "gqa"
     found: dict[str, str] = {}
 
@@ -595,7 +939,7 @@ def headers() -> dict[str, str]:
                 visit(other)
         found[name] = text
 
-    visit("decode.cuh")
+    visit(first)
     return found
 
 
@@ -603,17 +947,19 @@ def headers() -> dict[str, str]:
 def program(config: KernelConfig, header: str = "", old: str = "", new: str = "") -> Program:
     """A kernel compiled from one text, in which one place of one header is replaced."""
     parts = []
-    for name, text in headers().items():
+    first = "decode_tma.cuh" if config.tma else "decode.cuh"
+    assert not header or header in headers(first)
+    for name, text in headers(first).items():
         if name == header:
             assert text.count(old) == 1, f"{old!r} must occur once in {name}"
             text = text.replace(old, new)
         text = _INCLUDE.sub("\n", text.replace("#pragma once", ""))
         parts.append(f'#line 1 "{name}"\n{text}')
-    before, include, behind = render(config).partition("#include <gqa/decode.cuh>\n")
+    before, include, behind = render(config).partition(f"#include <gqa/{first}>\n")
     assert include
     rest = f'#line {before.count(chr(10)) + 2} "{config.name}.cu"\n{behind}'
     source = before + "".join(parts) + rest
-    ptx = compile_source(source, config.name, PTX_ARCH).code.decode()
+    ptx = compile_source(source, config.name, config.ptx_arch).code.decode()
     return program_from(ptx, config.name)
 
 
@@ -627,7 +973,7 @@ def launch(case: Case, program: Program) -> set[str]:
     arguments = *step.tensors(), step.out
     tensors = inputs.gather(*arguments)
     problem = inputs.validate(tensors)
-    chosen = dispatch(problem, model_device(ARCHES["sm_90a"]), case.splits, config)
+    chosen = case.dispatch(problem)
     lse = torch.full(step.q.shape[:2], float("nan"))
     tickets = torch.zeros(chosen.num_tickets, dtype=torch.int32)
     named = dict(zip(FIELDS, arguments, strict=True)) | {
@@ -640,9 +986,16 @@ def launch(case: Case, program: Program) -> set[str]:
     params = _params(problem, chosen, tensors, step.scale, 0)
     for field, tensor in named.items():
         setattr(params, field, 0 if tensor is None else tensor.data_ptr())
+    argument = _with_maps(params, step, config) if config.tma else params
     checks = Checks(max_steps=_MAX_STEPS)
-    run(program, chosen.shape, params, regions_of(named, case.append), checks)
+    run(program, chosen.shape, argument, regions_of(named, case.append), checks)
     return wrong(step, lse, tickets)
+
+
+def _with_maps(params: Params, step: Step, config: KernelConfig) -> TmaParams:
+    """The argument of a kernel that copies by tensor maps."""
+    maps = [describe(cache, config.block_n).to_bytes() for cache in (step.k_cache, step.v_cache)]
+    return TmaParams.from_buffer_copy(bytes(params) + b"".join(maps))
 
 
 def wrong(step: Step, lse: Tensor, tickets: Tensor) -> set[str]:

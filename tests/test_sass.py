@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from helpers import by_name, compiled
 
-from gqa_cutlass.codegen import DType, KernelConfig, Math, default_config
+from gqa_cutlass.codegen import DType, KernelConfig, Math, Schedule, default_config
 
 TENSOROP = [
     default_config(Math.TENSOROP, DType.F16, 128, 4, 8),
@@ -26,6 +26,11 @@ SIMT = [
     default_config(Math.SIMT, DType.BF16, 64, 4, 4),
     default_config(Math.SIMT, DType.BF16, 80, 1, 2),
     default_config(Math.SIMT, DType.F16, 64, 4, 1),
+]
+TMA = [
+    default_config(Math.TENSOROP, DType.F16, 128, 4, 8, Schedule.TMA),
+    default_config(Math.TENSOROP, DType.BF16, 64, 32, 8, Schedule.TMA),
+    default_config(Math.TENSOROP, DType.BF16, 256, 8, 8, Schedule.TMA),
 ]
 
 
@@ -57,13 +62,13 @@ def _starting(opcodes: Counter[str], *prefixes: str) -> set[str]:
     return {opcode for opcode in opcodes if opcode.startswith(prefixes)}
 
 
-@pytest.mark.parametrize("config", by_name(TENSOROP + SIMT))
+@pytest.mark.parametrize("config", by_name(TENSOROP + SIMT + TMA))
 def test_nothing_lives_in_local_memory(opcodes: Counter[str]) -> None:
     assert opcodes["EXIT"] > 0
     assert _starting(opcodes, "LDL", "STL") == set()
 
 
-@pytest.mark.parametrize("config", by_name(TENSOROP))
+@pytest.mark.parametrize("config", by_name(TENSOROP + TMA))
 def test_tensorop_multiplies_on_tensor_cores(opcodes: Counter[str]) -> None:
     assert _starting(opcodes, "HMMA.16816.F32")
     assert _starting(opcodes, "LDSM.16.M88.4")  # fragments by ldmatrix
@@ -82,6 +87,14 @@ def test_the_cache_is_copied_asynchronously_and_at_full_width(
 ) -> None:
     copies = _starting(opcodes, "LDGSTS")  # cp.async
     assert {_bits(copy) for copy in copies} == {16 * config.vec_width}
+
+
+@pytest.mark.parametrize("config", by_name(TMA))
+def test_the_copy_engine_loads_and_barriers_count(opcodes: Counter[str]) -> None:
+    assert _starting(opcodes, "UTMALDG")  # cp.async.bulk.tensor
+    assert _starting(opcodes, "SYNCS")  # mbarrier
+    assert _starting(opcodes, "UCGABAR")  # barrier.cluster
+    assert _starting(opcodes, "LDGSTS") == set()
 
 
 def _bits(opcode: str) -> int:

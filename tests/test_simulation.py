@@ -16,7 +16,7 @@ from gqa_cutlass import api
 from gqa_cutlass.codegen import DType, KernelConfig, Math, default_config
 from gqa_cutlass.codegen.compile import compile_kernel
 from gqa_cutlass.errors import InputError, KernelMissingError, PtxError
-from gqa_cutlass.simulation import PTX_ARCH, CpuPlan, program_from, program_of
+from gqa_cutlass.simulation import CpuPlan, program_from, program_of
 from gqa_cutlass.store import Store
 
 SMALL = default_config(Math.TENSOROP, DType.F16, 64, 4, 8)
@@ -37,7 +37,7 @@ def test_a_plan_says_once_what_runs_and_how_long_it_may_take(
         for _ in range(2):
             gqa_cutlass.gqa_decode(**call_tensors(max_seq_len=8192), cache_seqlens=3)
     (line,) = [r.getMessage() for r in caplog.records if r.name == "gqa_cutlass"]
-    assert "CPU tensors" in line and "ptxsim" in line and "gqa_decode_sm80" in line
+    assert "CPU tensors" in line and "ptxsim" in line and "gqa_decode_sm90" in line
     assert "may take 0.8 s" in line  # 8 MiB of cache
 
 
@@ -60,12 +60,12 @@ def test_without_a_compiler_missing_ptx_is_an_error(
 ) -> None:
     monkeypatch.setenv("GQA_CUTLASS_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("GQA_CUTLASS_DISABLE_JIT", "1")
-    with pytest.raises(KernelMissingError, match=PTX_ARCH):
+    with pytest.raises(KernelMissingError, match=SMALL.ptx_arch):
         gqa_cutlass.gqa_decode(**call_tensors(), cache_seqlens=3)
 
 
 def test_truncated_ptx_is_refused() -> None:
-    text = Store.default().get(SMALL, PTX_ARCH, jit=True).compiled.code.decode()
+    text = Store.default().get(SMALL, SMALL.ptx_arch, jit=True).compiled.code.decode()
     body = text.index("{")
     for end in (0, body // 2, body + 1, body + 5000):
         with pytest.raises(PtxError):

@@ -57,9 +57,7 @@ def test_shipped_names_are_unique() -> None:
 
 def test_shipped_kernels_are_what_dispatch_asks_for() -> None:
     for c in shipped():
-        asked = default_config(
-            c.math, c.dtype, c.head_dim, c.group_size, c.vec_width, c.schedule
-        )
+        asked = default_config(c.math, c.dtype, c.head_dim, c.group_size, c.vec_width, c.schedule)
         assert asked == c
 
 

@@ -113,7 +113,10 @@ class Touches:
             touched[self._harmless(lanes, cells, touched, word)] = 0
             if not touched.any():
                 continue
+            seen = int(np.bitwise_or.reduce(touched, axis=None))
             for warp in range(word * _WORD, min(self._clocks.warps, (word + 1) * _WORD)):
+                if not seen >> warp % _WORD & 1:
+                    continue
                 rows, columns = np.nonzero(touched & _mark(np.int64(warp)))
                 found = self._unknown(lanes, cells, rows, columns, warp)
                 if found is not None:

@@ -105,7 +105,7 @@ struct Work {
       take_equal_part(p, part);
     } else {
       int const average = ceil_div(total, (int(gridDim.y) - 1) * num_sequences);
-      take_balanced_part(p, part, average < T::kNumWarps ? T::kNumWarps : average);
+      take_balanced_part(p, part, round_up(average, T::kNumWarps));
     }
   }
 
@@ -120,8 +120,8 @@ struct Work {
     num_splits = useful_splits(p.num_splits);
   }
 
-  // Splits of at most `share` tiles: such that all of them, one more per sequence for rounding, are
-  // no more than there are blocks. Looks at 32 sequences at a time.
+  // Splits of at most `share` tiles, a multiple of the warps: such that all of them, one more per
+  // sequence for rounding, are no more than there are blocks. Looks at 32 sequences at a time.
   CUTE_DEVICE void take_balanced_part(Params const& p, int part, int share) {
     int const lane = threadIdx.x % kWarpSize;
     num_splits = 0;  // unless there is a split for this block
