@@ -16,9 +16,8 @@ from rich.table import Table
 
 import gqa_cutlass
 from gqa_cutlass.cli import built_table
-from gqa_cutlass.codegen import DType, KernelConfig, Math, default_config
+from gqa_cutlass.codegen import KernelConfig
 from gqa_cutlass.launcher import describe_device
-from gqa_cutlass.simulation import PTX_ARCH
 from gqa_cutlass.store import Store, build_all
 
 console = Console(width=160)
@@ -34,8 +33,9 @@ class Run:
     max_seq_len: int
 
 
+HOPPER = "sm_90a"  # whose dispatch CPU tensors follow
 ON_GPU = Run("cuda", prompt=1000, tokens=32, max_seq_len=2048)
-ON_CPU = Run("cpu", prompt=60, tokens=8, max_seq_len=128)
+ON_CPU = Run("cpu", prompt=60, tokens=8, max_seq_len=256)
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,12 @@ class Model:
     num_kv_heads: int
     head_dim: int
 
-    @property
-    def kernel(self) -> KernelConfig:
-        group_size = self.num_q_heads // self.num_kv_heads
-        return default_config(Math.TENSOROP, DType.BF16, self.head_dim, group_size, 8)
+    def kernel(self, run: Run, arch: str) -> KernelConfig:
+        """What the dispatcher chooses on a GPU."""
+        kind = {"dtype": torch.bfloat16, "device": "meta"}
+        q, k, v = (torch.empty(1, heads, self.head_dim, **kind) for heads in heads_of(self))
+        cache = torch.empty(1, run.max_seq_len, self.num_kv_heads, self.head_dim, **kind)
+        return gqa_cutlass.explain(q, cache, cache, k, v, arch=arch).dispatch.config
 
 
 MODELS = (
@@ -64,21 +66,22 @@ MODELS = (
 
 
 def main() -> int:
-    gpu = torch.cuda.is_available()
     torch.manual_seed(0)
-    compile_kernels(describe_device(0).arch.name if gpu else "sm_90a")
-    if gpu:
+    if torch.cuda.is_available():
+        compile_kernels(ON_GPU, describe_device(0).arch.name)
         return decode_models(ON_GPU, torch.cuda.get_device_name())
-    compile_kernels(PTX_ARCH)
+    compile_kernels(ON_GPU, HOPPER)
+    compile_kernels(ON_CPU, None)
     return decode_models(ON_CPU, "this CPU, in ptxsim: the same kernels, interpreted and checked")
 
 
-def compile_kernels(arch: str) -> None:
-    """Build each model's kernel and print what the compiler made of it."""
-    kernels = dict.fromkeys(model.kernel for model in MODELS)
-    console.print(f"{len(kernels)} kernels serve {len(MODELS)} models; compiling for {arch}")
-    built = list(build_all(Store.default(), [(kernel, arch) for kernel in kernels]))
-    if arch != PTX_ARCH:  # PTX has no registers yet
+def compile_kernels(run: Run, arch: str | None) -> None:
+    """Build each model's kernel, without an architecture as PTX, and print what was made of it."""
+    kernels = dict.fromkeys(model.kernel(run, arch or HOPPER) for model in MODELS)
+    target = arch or "ptxsim"
+    console.print(f"{len(kernels)} kernels serve {len(MODELS)} models; compiling for {target}")
+    built = list(build_all(Store.default(), [(k, arch or k.ptx_arch) for k in kernels]))
+    if arch:  # PTX has no registers yet
         console.print(built_table(built))
 
 

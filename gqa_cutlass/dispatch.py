@@ -27,11 +27,10 @@ _BYTES_IN_FLIGHT = 64 * 1024
 
 # Where the tma schedule won, and with how many blocks (docs/design/0002-tma-schedule.md has the
 # measurements): caches up to so many MiB, fewer where rows are no multiple of 128 bytes; so many KV
-# heads in the batch; more tokens than one block's warps take at once.
+# heads in the batch.
 _TMA_ARCHS = ("sm_90a",)
 _TMA_MIB, _TMA_MIB_PARTIAL_BOXES = 128, 16
 _TMA_HEADS = 64
-_TMA_TOKENS = 128
 _TMA_BLOCKS = 64
 _BOX_DIMS = 64
 
@@ -219,7 +218,10 @@ def _choose_schedule(problem: Problem, device: Device) -> tuple[Schedule, str]:
         return Schedule.MULTISTAGE, f"{device.arch.name} is not among {', '.join(_TMA_ARCHS)}"
     if problem.vec_width < VECTOR_WIDTHS[0]:
         return Schedule.MULTISTAGE, "the copy engine wants rows aligned to 16 bytes"
-    if not few or mib > limit or problem.max_seq_len <= _TMA_TOKENS:
+    head_dim, group_size = problem.head_dim, problem.group_size
+    wide = default_config(Math.TENSOROP, problem.dtype, head_dim, group_size, 8, Schedule.TMA)
+    alone = problem.max_seq_len <= wide.block_n * wide.num_warps  # one block's warps at once
+    if not few or mib > limit or alone:
         return Schedule.MULTISTAGE, f"{mib:.1f} MiB of {problem.max_seq_len} tokens"
     return Schedule.TMA, f"{mib:.1f} MiB, at most {limit}; few heads"
 
