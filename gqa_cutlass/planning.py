@@ -147,7 +147,11 @@ class Plan(ABC):
         """
         if type(cache_seqlens) is int and not 0 <= cache_seqlens <= self._longest:
             return None
-        if not self._equal(*self._without_gaps(tensors, cache_seqlens)):
+        if self._num_absent:
+            same = self._equal(*self._without_gaps(tensors, cache_seqlens))
+        else:
+            same = self._equal(*tensors, cache_seqlens)
+        if not same:
             return None
         addresses = _addresses(tensors, cache_seqlens)
         argument = self._known.get(addresses)

@@ -27,7 +27,7 @@ from gqa_cutlass.workspace import OverflowFlag
 
 STREAM, TICKETS = 7, 4096
 # Capacities of caches that the schedules serve.
-MULTISTAGE, TMA = 128, 200
+MULTISTAGE, TMA = 128, 300
 GPU = dataclasses.replace(model_device(ARCHES["sm_90a"]), index=0)
 INPUTS = ("q", "k_cache", "v_cache", "k", "v")
 
