@@ -7,6 +7,10 @@ alone (see `clocks` for the source and for what ordered means).
 
 from __future__ import annotations
 
+import mmap
+from contextlib import suppress
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -29,6 +33,18 @@ class ShadowError(Exception):
         self.other = other  # lane in the cluster
 
 
+def _sparse_zeros(count: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Zeros that take memory in small pages where they are written, and nowhere else.
+
+    NumPy's own may come in pages of 2 MiB, of which a few bytes in each make gigabytes.
+    """
+    memory = mmap.mmap(-1, max(1, count * dtype.itemsize))
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, dtype=dtype, count=count)
+
+
 class Touches:
     """Accesses of one kind to every granule since they were last forgotten, by warp.
 
@@ -44,9 +60,8 @@ class Touches:
         self._size = size
         self._clocks = clocks
         # One row of granules per warp of a cluster, so that what a warp alone uses lies together.
-        # Zeros take no memory.
-        self._epoch = np.zeros(size * clocks.warps, dtype=np.int32)
-        self._lanes = np.zeros(size * clocks.warps, dtype=np.uint32)
+        self._epoch = _sparse_zeros(size * clocks.warps, np.dtype(np.int32))
+        self._lanes = _sparse_zeros(size * clocks.warps, np.dtype(np.uint32))
         self._warps = np.zeros(-(-clocks.warps // _WORD) * size, dtype=np.uint64)
         self._earlier: dict[int, list[tuple[int, int]]] = {}  # by place: epoch and lanes
         self._used = False  # few kernels have strong accesses

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gqa_cutlass.errors import KernelFault, PtxError
+from gqa_cutlass.ptxsim.clocks import WARP
 from gqa_cutlass.ptxsim.ledger import GlobalLedger, Race
 from gqa_cutlass.ptxsim.machine import Context, Machine
 from gqa_cutlass.ptxsim.memory import GlobalMemory, Region
@@ -17,6 +18,9 @@ from gqa_cutlass.ptxsim.prepare import Launch, Program
 from gqa_cutlass.ptxsim.stats import Stats
 
 _LANES_TOGETHER = 16384  # registers of so many lanes stay in the caches
+# Who of a cluster's warps touched which granule of a batch's shared memory: entries of a table of
+# which there are three, 8 bytes each, that memory is taken for where something was touched.
+_TOUCHES_TOGETHER = 1 << 26
 _MAX_SHARED = 227 * 1024
 _MAX_THREADS, _MAX_CLUSTER = 1024, 16
 
@@ -68,13 +72,22 @@ def simulate(
         max_steps=checks.max_steps,
     )
     blocks = launch.block_ids()
-    together = max(1, _LANES_TOGETHER // cluster_lanes) * launch.cluster_size
+    together = _clusters_together(program, launch) * launch.cluster_size
     with np.errstate(all="ignore"):
         for first in range(0, len(blocks), together):
             Machine(context, blocks[first : first + together], first, checks.races).run()
     if context.ledger is not None:
         for race in context.ledger.races():
             raise _race_fault(context, blocks, race)
+
+
+def _clusters_together(program: Program, launch: Launch) -> int:
+    """How many clusters run in one batch: as many as their bookkeeping has room for."""
+    lanes = launch.block * launch.cluster_size
+    granules = program.shared_size(launch) * launch.cluster_size // program.granule
+    touches = max(1, granules * (lanes // WARP))
+    # The table has a row per warp of a cluster, as long as the shared memory of the batch.
+    return max(1, min(_LANES_TOGETHER // lanes, _TOUCHES_TOGETHER // touches))
 
 
 def _check_launch(program: Program, launch: Launch, params: bytes) -> None:
