@@ -89,7 +89,7 @@ _NAME = re.compile(
     r"_h(?P<block_h>[1-9]\d*)n(?P<block_n>[1-9]\d*)w(?P<num_warps>[1-9]\d*)s(?P<num_stages>[1-9]\d*)"
 )
 MAX_CLUSTER = 8  # what every GPU with clusters allows
-_BOX_DIMS = 64  # of a tensor copy: 128 bytes, the span of the swizzle
+BOX_DIMS = 64  # of a tensor copy: 128 bytes, the span of the swizzle
 
 # Per schedule: the oldest architecture, as names say it; those that it is compiled for; and the
 # virtual one for ptxsim.
@@ -243,11 +243,16 @@ class KernelConfig:
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block, at most. Every kernel asserts it."""
-        if self.tma:
-            return self.shared_bytes_with(self.num_stages)
+        return self.shared_bytes_with(self.num_stages)
+
+    def shared_bytes_with(self, num_stages: int) -> int:
+        """The same for so many stages; kernels of the tma schedule can be launched with fewer."""
+        return self._tma_bytes(num_stages) if self.tma else self._multistage_bytes(num_stages)
+
+    def _multistage_bytes(self, num_stages: int) -> int:
         padded = _round_up(self.head_dim, 16)
         row = (padded // 8 | 1) * 8
-        ring = self.num_stages * 2 * self.block_n * row * _ELEMENT_BYTES
+        ring = num_stages * 2 * self.block_n * row * _ELEMENT_BYTES
         partial = self.block_h * (self.head_dim + 4) * 4
         simt = self.math is Math.SIMT
         offset = self.num_warps * _round_up(max(ring, partial), 16)
@@ -257,8 +262,7 @@ class KernelConfig:
         offset += self.num_warps * self.block_h * self.block_n * 4 if simt else 16
         return _round_up(offset + 4, 16)
 
-    def shared_bytes_with(self, num_stages: int) -> int:
-        """The same for fewer stages, which kernels of the tma schedule can be launched with."""
+    def _tma_bytes(self, num_stages: int) -> int:
         row = (_round_up(self.head_dim, 16) // 8 | 1) * 8 * _ELEMENT_BYTES
         offset = 2 * self.block_h * self.num_warps * 4
         offset += self.num_warps * self.block_n * self.block_h * _ELEMENT_BYTES
@@ -273,7 +277,7 @@ class KernelConfig:
     @property
     def _box_tile_bytes(self) -> int:
         """A tile of K or V as boxes in shared memory."""
-        return ceil_div(self.head_dim, _BOX_DIMS) * _BOX_DIMS * self.block_n * _ELEMENT_BYTES
+        return ceil_div(self.head_dim, BOX_DIMS) * BOX_DIMS * self.block_n * _ELEMENT_BYTES
 
     @property
     def tile_bytes(self) -> int:
@@ -289,18 +293,13 @@ class KernelConfig:
     def min_blocks(self) -> int:
         """Blocks per multiprocessor that the compiler leaves registers for (launch bound)."""
         by_registers = _REGISTERS_PER_SM // (self.num_threads * self._register_estimate())
-        fewest = self.shared_bytes_with(1) if self.tma else self.shared_bytes
-        return max(1, min(by_registers, _LARGEST_SHARED_PER_SM // (fewest + _KIB)))
+        fewest = self.shared_bytes_with(1 if self.tma else self.num_stages)
+        return max(1, min(by_registers, _blocks_by_shared(_LARGEST_SHARED_PER_SM, fewest)))
 
-    def blocks_per_sm(self, arch: Arch, shared_bytes: int | None = None) -> int:
-        """Blocks that one multiprocessor holds at a time; the system takes 1 KiB from each.
-
-        Args:
-            arch: What it runs on.
-            shared_bytes: Shared memory per block; by default `shared_bytes` of the kernel.
-        """
+    def blocks_per_sm(self, arch: Arch) -> int:
+        """Blocks that one multiprocessor holds at a time, with all their stages."""
         by_threads = arch.max_threads_per_sm // self.num_threads
-        by_shared = arch.shared_per_sm // ((shared_bytes or self.shared_bytes) + _KIB)
+        by_shared = _blocks_by_shared(arch.shared_per_sm, self.shared_bytes)
         return max(1, min(self.min_blocks, by_shared, by_threads))
 
     def _register_estimate(self) -> int:
@@ -318,6 +317,11 @@ class KernelConfig:
 def check_head_dim(head_dim: int) -> None:
     """Raise ConfigError unless head_dim is a multiple of 8 from 32 to 256."""
     _check("head_dim", head_dim, head_dim in HEAD_DIMS, HEAD_DIM_RULE)
+
+
+def _blocks_by_shared(available: int, per_block: int) -> int:
+    """Blocks for which shared memory suffices; the system takes 1 KiB from each."""
+    return available // (per_block + _KIB)
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from math import gcd
 
 from gqa_cutlass.codegen.config import (
+    BOX_DIMS,
     MAX_CLUSTER,
     Arch,
     KernelConfig,
@@ -15,30 +17,28 @@ from gqa_cutlass.codegen.config import (
 )
 from gqa_cutlass.codegen.variants import default_config, shipped
 from gqa_cutlass.errors import InputError
-from gqa_cutlass.inputs import VECTOR_WIDTHS, Problem
+from gqa_cutlass.inputs import WIDEST, Problem
 from gqa_cutlass.launcher import Device, LaunchShape
 
 # The cost model's figures, measured on an H200. A split costs its merge; a multiprocessor draws its
 # share of the bandwidth only with so many bytes under way (1x131072 of 8 heads took 143 us with
 # half as many and 124 us with these and with more).
-_BYTES_PER_SM_AND_MICROSECOND = 33_500
-_MICROSECONDS_PER_SPLIT = 0.08
-_BYTES_IN_FLIGHT = 64 * 1024
+BYTES_PER_SM_AND_MICROSECOND = 33_500
+MICROSECONDS_PER_SPLIT = 0.08
+BYTES_IN_FLIGHT = 64 * 1024
 
 # Where the tma schedule won, and with how many blocks (docs/design/0002-tma-schedule.md has the
 # measurements): caches up to so many MiB, fewer where rows are no multiple of 128 bytes; so many KV
 # heads in the batch.
-_TMA_ARCHS = ("sm_90a",)
-_TMA_MIB, _TMA_MIB_PARTIAL_BOXES = 128, 16
-_TMA_HEADS = 64
-_TMA_BLOCKS = 64
-_BOX_DIMS = 64
+TMA_MIB, TMA_MIB_PARTIAL_BOXES = 128, 16
+TMA_HEADS = 64
+TMA_BLOCKS = 64
 
 # Where splits are dealt out by length (docs/design/0001-decode-kernel.md, "Ragged batches"): the
 # batch, the tokens that a cache can hold, and the rounds that one block per sequence makes.
-_BALANCED_BATCH, _BALANCED_TOKENS = 256, 4096
-_BALANCED_ROUNDS = 4
-_MOST_TILES = 2**31  # 32-bit sums; a tile has more than one token
+BALANCED_BATCH, BALANCED_TOKENS = 256, 4096
+BALANCED_ROUNDS = 4
+MOST_TILES = 2**31  # 32-bit sums; a tile has more than one token
 _BALANCED = "spare blocks, to balance ragged lengths"
 
 
@@ -110,7 +110,7 @@ def dispatch(
         config, why_config = kernel, "this kernel, as asked"
     if num_splits:
         splits = Splits(
-            cluster=_largest_cluster(num_splits) if config.tma else 1,
+            cluster=gcd(num_splits, MAX_CLUSTER) if config.tma else 1,
             splits=num_splits,
             num_stages=config.num_stages,
             why=f"{num_splits} splits, as asked",
@@ -123,11 +123,13 @@ def dispatch(
     known = not device_lengths or num_splits > 0  # the lengths, or what is wanted
     spare = 0 if known else spare_rows(problem, config, device)
     grid = (problem.num_kv_heads * config.head_blocks, splits.splits + spare, problem.batch_size)
-    shared = config.shared_bytes_with(splits.num_stages) if config.tma else config.shared_bytes
     return Dispatch(
         config=config,
         shape=LaunchShape(
-            grid=grid, block=config.num_threads, shared_bytes=shared, cluster=splits.cluster
+            grid=grid,
+            block=config.num_threads,
+            shared_bytes=config.shared_bytes_with(splits.num_stages),
+            cluster=splits.cluster,
         ),
         num_splits=splits.splits,
         num_stages=splits.num_stages,
@@ -149,9 +151,9 @@ def spare_rows(problem: Problem, config: KernelConfig, device: Device) -> int:
     )
     worth_it = (
         not config.tma
-        and 2 <= problem.batch_size <= _BALANCED_BATCH
-        and _BALANCED_TOKENS <= problem.max_seq_len <= _MOST_TILES // problem.batch_size
-        and rounds <= _BALANCED_ROUNDS
+        and 2 <= problem.batch_size <= BALANCED_BATCH
+        and BALANCED_TOKENS <= problem.max_seq_len <= MOST_TILES // problem.batch_size
+        and rounds <= BALANCED_ROUNDS
     )
     return (1 if rounds == 1 else 3) if worth_it else 0
 
@@ -171,11 +173,6 @@ class Splits:
     cluster: int
     num_stages: int
     why: str
-
-
-def _largest_cluster(splits: int) -> int:
-    """The largest cluster that divides a number of splits."""
-    return next(size for size in (8, 4, 2, 1) if splits % size == 0)
 
 
 def _check_fits(kernel: KernelConfig, problem: Problem, device: Device) -> None:
@@ -211,16 +208,16 @@ def choose_config(problem: Problem, device: Device) -> tuple[KernelConfig, str]:
 
 def _choose_schedule(problem: Problem, device: Device) -> tuple[Schedule, str]:
     """The tma schedule for few heads and small caches, where latency counts more than bandwidth."""
-    limit = _TMA_MIB if problem.head_dim % _BOX_DIMS == 0 else _TMA_MIB_PARTIAL_BOXES
-    mib = problem.cache_bytes / 2**20
-    few = problem.num_kv_heads * problem.batch_size <= _TMA_HEADS
-    if device.arch.name not in _TMA_ARCHS:
-        return Schedule.MULTISTAGE, f"{device.arch.name} is not among {', '.join(_TMA_ARCHS)}"
-    if problem.vec_width < VECTOR_WIDTHS[0]:
+    if problem.vec_width < WIDEST:
         return Schedule.MULTISTAGE, "the copy engine wants rows aligned to 16 bytes"
     head_dim, group_size = problem.head_dim, problem.group_size
-    wide = default_config(Math.TENSOROP, problem.dtype, head_dim, group_size, 8, Schedule.TMA)
-    alone = problem.max_seq_len <= wide.block_n * wide.num_warps  # one block's warps at once
+    tma = default_config(Math.TENSOROP, problem.dtype, head_dim, group_size, WIDEST, Schedule.TMA)
+    if device.arch.name not in tma.archs:
+        return Schedule.MULTISTAGE, f"{device.arch.name} is not among {', '.join(tma.archs)}"
+    limit = TMA_MIB if head_dim % BOX_DIMS == 0 else TMA_MIB_PARTIAL_BOXES
+    mib = problem.cache_bytes / 2**20
+    few = problem.num_kv_heads * problem.batch_size <= TMA_HEADS
+    alone = problem.max_seq_len <= tma.block_n * tma.num_warps  # one block's warps at once
     if not few or mib > limit or alone:
         return Schedule.MULTISTAGE, f"{mib:.1f} MiB of {problem.max_seq_len} tokens"
     return Schedule.TMA, f"{mib:.1f} MiB, at most {limit}; few heads"
@@ -235,10 +232,10 @@ def choose_clusters(problem: Problem, config: KernelConfig) -> Splits:
     """
     heads = problem.num_kv_heads * config.head_blocks * problem.batch_size
     tiles = ceil_div(problem.max_seq_len, config.block_n)
-    wanted = max(2, ceil_div(_TMA_BLOCKS, heads))
+    wanted = max(2, ceil_div(TMA_BLOCKS, heads))
     splits = _power_of_two(min(wanted, ceil_div(tiles, config.num_warps)))
     per_warp = ceil_div(tiles, splits * config.num_warps)
-    deep = per_warp > 2 and heads * splits < 2 * _TMA_BLOCKS
+    deep = per_warp > 2 and heads * splits < 2 * TMA_BLOCKS
     cluster = min(MAX_CLUSTER, splits)
     return Splits(
         splits=splits,
@@ -285,12 +282,12 @@ def read_cost(blocks: int, tiles: int, splits: int, config: KernelConfig, device
         config: The kernel.
         device: The GPU.
     """
-    ideal = blocks * tiles * config.tile_bytes / (device.num_sms * _BYTES_PER_SM_AND_MICROSECOND)
+    ideal = blocks * tiles * config.tile_bytes / (device.num_sms * BYTES_PER_SM_AND_MICROSECOND)
     busy_warps = _share_used(tiles, config.num_warps * splits)
     busy_sms = _share_used(blocks * splits, device.num_sms)
     resident = min(ceil_div(blocks * splits, device.num_sms), config.blocks_per_sm(device.arch))
-    fed = min(1.0, resident * config.bytes_in_flight / _BYTES_IN_FLIGHT)
-    return ideal / (busy_warps * busy_sms * fed) + _MICROSECONDS_PER_SPLIT * (splits - 1)
+    fed = min(1.0, resident * config.bytes_in_flight / BYTES_IN_FLIGHT)
+    return ideal / (busy_warps * busy_sms * fed) + MICROSECONDS_PER_SPLIT * (splits - 1)
 
 
 def _share_used(work: int, workers: int) -> float:

@@ -17,6 +17,7 @@ MAX_SEQ_LEN = 2**30  # tile arithmetic is 32-bit
 MAX_SPLITS = 1024
 MAX_SCALE = 1e38  # times log2(e) it is still a float32
 VECTOR_WIDTHS = (8, 4, 2, 1)
+WIDEST = VECTOR_WIDTHS[0]
 _ELEMENT_BYTES = 2
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from gqa_cutlass import inputs, shortcuts, workspace
+from gqa_cutlass.codegen.config import BOX_DIMS
 from gqa_cutlass.dispatch import Dispatch
 from gqa_cutlass.errors import InputError
 from gqa_cutlass.inputs import Problem, Tensors
@@ -29,7 +30,6 @@ from gqa_cutlass.tensormap import TensorMap
 LOG = logging.getLogger("gqa_cutlass")
 _ALIGNMENT, _INT_BYTES = 16, 4
 _MAX_KNOWN = 1024
-_MAP_COLUMNS = 64  # of 2-byte elements: the span of the 128-byte swizzle
 
 # q, k_cache, v_cache, k, v, out; the last three may be absent. Their addresses go into FIELDS.
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
@@ -390,7 +390,7 @@ def describe(cache: Tensor, block_n: int) -> TensorMap:
         size * (stride if length > 1 else head_dim)
         for length, stride in zip(cache.shape[:3], cache.stride()[:3], strict=True)
     )
-    columns, span = _MAP_COLUMNS, _MAP_COLUMNS * size
+    columns, span = BOX_DIMS, BOX_DIMS * size
     whole = head_dim % columns == 0
     boxes = head_dim // columns
     return TensorMap(

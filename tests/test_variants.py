@@ -75,7 +75,7 @@ def test_every_aligned_tensorop_kernel_has_a_counterpart_with_tensor_copies() ->
 def test_with_one_stage_two_blocks_of_tensor_copies_share_a_multiprocessor() -> None:
     hopper = ARCHES["sm_90a"]
     small = [c for c in shipped() if c.tma and c.head_dim <= 128 and c.block_h == 8]
-    assert {c.blocks_per_sm(hopper, c.shared_bytes_with(1)) for c in small} == {2}
+    assert {c.min_blocks for c in small} == {2}
     assert {c.blocks_per_sm(hopper) for c in small} == {1}
 
 
