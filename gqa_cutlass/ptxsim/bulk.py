@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gqa_cutlass.ptxsim.access import note_global
-from gqa_cutlass.ptxsim.landing import BARRIER_BYTES, COMPLETES, aligned, keys, land
+from gqa_cutlass.ptxsim.landing import BARRIER_BYTES, COMPLETES, aligned, keys, land, read_global
 from gqa_cutlass.ptxsim.mbarrier import Ints, Key
 from gqa_cutlass.ptxsim.memory import WINDOW_BYTES, AccessError
 from gqa_cutlass.ptxsim.operands import pointer
@@ -54,7 +54,8 @@ def build_bulk(instruction: Instruction, slots: Slots) -> Action:
             lane = int(group.lanes[i])
             aligned(machine, lane, key, BARRIER_BYTES, "mbarrier")
             if inward:
-                data = _read_global(machine, lane, origins[i], sizes[i])
+                where = origins[i] + _units(machine, lane, sizes[i])
+                data = read_global(machine, lane, where, _UNIT).view(np.uint64)
             else:
                 own = machine.block_of[lane].item(), origins[i] & WINDOW_BYTES - 1
                 data = _read_shared(machine, lane, own, sizes[i])
@@ -88,17 +89,6 @@ def _copy_out(machine: Machine, lane: int, source: Key, target: int, size: int) 
         machine.context.memory.store(where, data)
     except AccessError as error:
         raise machine.memory_fault(error, lanes, "global") from None
-
-
-def _read_global(machine: Machine, lane: int, source: int, size: int) -> NDArray[Any]:
-    where = source + _units(machine, lane, size)
-    lanes = np.full(len(where), lane)
-    try:
-        data = machine.context.memory.load(where, 64, 2)
-    except AccessError as error:
-        raise machine.memory_fault(error, lanes, "global") from None
-    note_global(machine, lanes, where, _UNIT, write=False, strong=False)
-    return data
 
 
 def _read_shared(machine: Machine, lane: int, source: Key, size: int) -> NDArray[Any]:

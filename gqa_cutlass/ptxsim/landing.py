@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gqa_cutlass.ptxsim.access import note_global
 from gqa_cutlass.ptxsim.clocks import Vector
 from gqa_cutlass.ptxsim.mbarrier import Ints, Key
 from gqa_cutlass.ptxsim.memory import SHARED_WINDOW, WINDOW_BYTES, AccessError
@@ -46,6 +47,28 @@ def keys(machine: Machine, group: Group, place: Pointer, space: str = "cluster")
     except AccessError as error:
         raise machine.memory_fault(error, group.lanes, "shared") from None
     return list(zip(blocks.tolist(), local.tolist(), strict=True))
+
+
+def read_global(
+    machine: Machine, lane: int, where: Ints, size: int, *, overread: bool = False
+) -> NDArray[np.uint8]:
+    """What a copy of one lane reads in global memory: `size` bytes at every address, [n, size].
+
+    Args:
+        machine: Whose.
+        lane: Who reads.
+        where: [n].
+        size: 1, 2, 4, 8 or 16.
+        overread: Whether rows may be read that the launch writes, as tensor copies do.
+    """
+    lanes = np.full(len(where), lane)
+    width = 8 * min(size, 8)
+    try:
+        data = machine.context.memory.load(where, width, 8 * size // width)
+    except AccessError as error:
+        raise machine.memory_fault(error, lanes, "global") from None
+    note_global(machine, lanes, where, size, write=False, strong=False, overread=overread)
+    return np.ascontiguousarray(data).view(np.uint8).reshape(len(where), size)
 
 
 def land(

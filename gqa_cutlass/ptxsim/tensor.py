@@ -13,15 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gqa_cutlass.errors import InputError
-from gqa_cutlass.ptxsim.access import note_global
-from gqa_cutlass.ptxsim.landing import BARRIER_BYTES, COMPLETES, aligned, keys, land
+from gqa_cutlass.ptxsim.landing import BARRIER_BYTES, COMPLETES, aligned, keys, land, read_global
 from gqa_cutlass.ptxsim.mbarrier import Ints
 from gqa_cutlass.ptxsim.memory import (
     LOCAL_WINDOW,
     PARAM_WINDOW,
     SHARED_WINDOW,
     WINDOW_BYTES,
-    AccessError,
 )
 from gqa_cutlass.ptxsim.operands import pointer
 from gqa_cutlass.ptxsim.program import Action, Slots, unknown
@@ -83,7 +81,7 @@ def _tensor_map(machine: Machine, lane: int, address: int) -> TensorMap:
         data = machine.context.params[start : start + TENSOR_MAP_BYTES].tobytes()
     else:
         where = address + np.arange(0, TENSOR_MAP_BYTES, UNIT_BYTES)
-        data = _load(machine, lane, where, UNIT_BYTES).tobytes()
+        data = read_global(machine, lane, where, UNIT_BYTES, overread=True).tobytes()
     try:
         return TensorMap.from_bytes(data)
     except InputError as error:
@@ -107,13 +105,14 @@ def _read(machine: Machine, lane: int, tensor: TensorMap, start: list[int]) -> N
     data = np.zeros((len(where), UNIT_BYTES), dtype=np.uint8)
     whole = inside == UNIT_BYTES
     if whole.any():
-        data[whole] = _load(machine, lane, where[whole], UNIT_BYTES)
+        data[whole] = read_global(machine, lane, where[whole], UNIT_BYTES, overread=True)
     ragged = (inside > 0) & ~whole
     if ragged.any():
         length = int(inside[ragged][0])  # the same wherever the innermost dimension ends
         unit = min(length & -length, 8)
         for at in range(0, length, unit):
-            data[ragged, at : at + unit] = _load(machine, lane, where[ragged] + at, unit)
+            piece = read_global(machine, lane, where[ragged] + at, unit, overread=True)
+            data[ragged, at : at + unit] = piece
     return data.view(np.uint64)
 
 
@@ -145,15 +144,3 @@ def _swizzled(addresses: Ints, swizzle: int) -> Ints:
         return addresses
     rows = addresses >> _ROW_SHIFT & swizzle // UNIT_BYTES - 1
     return addresses ^ rows << _PIECE_SHIFT
-
-
-def _load(machine: Machine, lane: int, where: Ints, size: int) -> NDArray[np.uint8]:
-    """Read `size` bytes at every address: [n, size]."""
-    lanes = np.full(len(where), lane)
-    width = 8 * min(size, 8)
-    try:
-        data = machine.context.memory.load(where, width, 8 * size // width)
-    except AccessError as error:
-        raise machine.memory_fault(error, lanes, "global") from None
-    note_global(machine, lanes, where, size, write=False, strong=False, overread=True)
-    return np.ascontiguousarray(data).view(np.uint8).reshape(len(where), size)
