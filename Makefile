@@ -46,7 +46,7 @@ sanitize: $(READY) ## Run numerical GPU tests under compute-sanitizer
 	    $(PYTHON) -m pytest -q -m gpu tests/test_numerics.py $(ARGS); done
 
 bench: $(READY) ## Time the kernels against PyTorch on a GPU
-	$(PYTHON) bench/bench.py $(ARGS)
+	$(PYTHON) -m gqa_cutlass.bench $(ARGS)
 
 style: $(VENV)/.style-ready ## Check format, lint, types and generated/ for drift
 	$(BIN)/pre-commit run --all-files $(ARGS)
@@ -54,23 +54,23 @@ style: $(VENV)/.style-ready ## Check format, lint, types and generated/ for drif
 format: $(VENV)/.style-ready ## Mend what style finds, where a tool can
 	$(BIN)/ruff check --fix --exit-zero --quiet .
 	$(BIN)/ruff format --quiet .
-	$(BIN)/clang-format -i $$(git ls-files '*.cuh')
+	$(BIN)/clang-format -i $$(git ls-files '*.cuh' '*.c' '*.h')
 	$(BIN)/gqa-cutlass generate
 
 # mypy does not follow the folders that pyproject.toml maps into one package, and a link tree needs
 # no reinstall when a module is added. Messages name the real files.
 types: $(VENV)/.style-ready ## Check types only
 	@rm -rf $(VENV)/tree && mkdir -p $(VENV)/tree/gqa_cutlass
-	@ln -s $(CURDIR)/gqa_cutlass/* $(addprefix $(CURDIR)/,codegen templates generated) $(VENV)/tree/gqa_cutlass
+	@ln -s $(CURDIR)/gqa_cutlass/* $(addprefix $(CURDIR)/,bench codegen templates generated) $(VENV)/tree/gqa_cutlass
 	@MYPYPATH=$(VENV)/tree $(BIN)/mypy -p gqa_cutlass $(ARGS) | \
-	  sed -E 's#^$(VENV)/tree/gqa_cutlass/(codegen|templates|generated)/#\1/#; s#^$(VENV)/tree/##'
+	  sed -E 's#^$(VENV)/tree/gqa_cutlass/(bench|codegen|templates|generated)/#\1/#; s#^$(VENV)/tree/##'
 
 clean: ## Remove everything that make and the tools left behind
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 ready:
-	@$(PYTHON) -c 'import gqa_cutlass.codegen' || { \
+	@$(PYTHON) -c 'import gqa_cutlass.bench, gqa_cutlass.codegen' || { \
 	  echo "make: $(PYTHON) has no gqa_cutlass; remedy: $(PYTHON) -m pip install --no-deps --no-build-isolation -e ."; \
 	  exit 1; }
 

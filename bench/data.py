@@ -5,23 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from points import Point
 from torch import Tensor
 
 import gqa_cutlass
+from gqa_cutlass.bench.points import Point
 
 ROTATE_BYTES, MAX_SETS = 256 << 20, 512
+ALLOWED_ERROR = 1e-2  # by norm
 _FILL = 1 << 28
 
 
-def num_sets(point: Point) -> int:
+def num_sets(read_bytes: int) -> int:
     """Buffer sets whose reading takes at least `ROTATE_BYTES`, or `MAX_SETS` of them; never one."""
-    return max(2, min(MAX_SETS, -(-ROTATE_BYTES // point.read_bytes) + 1))
+    return max(2, min(MAX_SETS, -(-ROTATE_BYTES // read_bytes) + 1))
 
 
 def pool_bytes(point: Point) -> int:
     """Bytes of all buffer sets of a point."""
-    return num_sets(point) * point.cache_bytes
+    return num_sets(point.read_bytes) * point.cache_bytes
 
 
 def random_pool(points: Iterable[Point]) -> Tensor:
@@ -43,17 +44,26 @@ class Data:
 
     def __init__(self, point: Point, pool: Tensor) -> None:
         self.point = point
-        self.num_sets = num_sets(point)
+        self.num_sets = num_sets(point.read_bytes)
         shape = point.batch, point.tokens, point.num_kv_heads, point.head_dim
         sets = pool[: pool_bytes(point) // pool.element_size()].view(self.num_sets, 2, *shape)
         self.k, self.v = list(sets[:, 0]), list(sets[:, 1])
         read = point.read_bytes // pool.element_size()
         self.flat = [both.view(-1)[:read] for both in sets]  # what the floor reads
-        kind = {"dtype": pool.dtype, "device": pool.device}
-        self.q = torch.randn(point.batch, point.num_q_heads, point.head_dim, **kind)
-        self.new_k = torch.randn(point.batch, point.num_kv_heads, point.head_dim, **kind)
+        self.q = self.random(point.batch, point.num_q_heads, point.head_dim)
+        self.new_k = self.random(point.batch, point.num_kv_heads, point.head_dim)
         self.new_v = torch.randn_like(self.new_k)
         self.seqlens = torch.tensor(point.lengths, dtype=torch.int32, device=pool.device)
+
+    def random(self, *shape: int) -> Tensor:
+        """Random numbers of the caches' type, beside them."""
+        return torch.randn(shape, dtype=self.k[0].dtype, device=self.k[0].device)
+
+    def plan(self) -> gqa_cutlass.Plan:
+        """The plan whose calls `step` makes."""
+        return gqa_cutlass.plan(
+            self.q, self.k[0], self.v[0], self.new_k, self.new_v, cache_seqlens=self.seqlens
+        )
 
     def step(self, plan: gqa_cutlass.Plan, i: int) -> Tensor:
         """Append to a buffer set and attend it."""
@@ -69,7 +79,8 @@ def check(plan: gqa_cutlass.Plan, data: Data) -> tuple[Tensor, float]:
         The output, and its relative error by norm against float32.
 
     Raises:
-        AssertionError: The new token was not appended, or something else was written.
+        AssertionError: The new token was not appended, something else was written, or the output
+            is wrong.
     """
     caches = ((data.k[0], data.new_k), (data.v[0], data.new_v))
     rows = [
@@ -82,7 +93,9 @@ def check(plan: gqa_cutlass.Plan, data: Data) -> tuple[Tensor, float]:
         assert torch.equal(behind[0], new), "the new token was not appended"
         assert bool(behind[1:].isnan().all()), "a row behind the new token was written"
         behind[1:].normal_()
-    return out, relative_error(out, expected(data))
+    error = relative_error(out, expected(data))
+    assert error < ALLOWED_ERROR, f"{data.point}: relative error {error}"
+    return out, error
 
 
 def expected(data: Data) -> Tensor:

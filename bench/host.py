@@ -7,25 +7,30 @@ GPU is waited for outside the timed window. The median of 50 batches counts. Con
 from __future__ import annotations
 
 import argparse
+import logging
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from points import GRID
 from torch import Tensor
 
 import gqa_cutlass
 from gqa_cutlass import gqa_decode, shortcuts, workspace
-from gqa_cutlass.planning import GpuPlan
+from gqa_cutlass.bench.points import GRID
+from gqa_cutlass.planning import LOG, GpuPlan
 
 POINT = "llama3-8b 32/8/128 1x1024"
+LOG_CHECK = "DEBUG log check (off), in each above"
 CALLS, BATCHES, WARM_UP = 200, 50, 5
 
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 Calls = dict[str, Callable[[], object]]
+
+log_check = partial(LOG.isEnabledFor, logging.DEBUG)  # all that a call does for the log when off
 
 
 def host_costs() -> dict[str, float]:
@@ -38,20 +43,23 @@ def host_profile() -> dict[str, float]:
     return medians(parts(*arguments()))
 
 
-def arguments() -> tuple[Arguments, Tensor]:
+def arguments(device: str = "cuda") -> tuple[Arguments, Tensor]:
     """Tensors of a call, q to v, and the lengths."""
     (point,) = [p for p in GRID if str(p) == POINT]
-    kind = {"dtype": torch.float16, "device": "cuda"}
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float16, device=device)
+
     cache = point.batch, point.tokens, point.num_kv_heads, point.head_dim
     token = point.batch, point.num_kv_heads, point.head_dim
-    q = torch.randn(point.batch, point.num_q_heads, point.head_dim, **kind)
-    k_cache, v_cache = torch.randn(*cache, **kind), torch.randn(*cache, **kind)
-    k, v = torch.randn(*token, **kind), torch.randn(*token, **kind)
-    lengths = torch.full((point.batch,), point.tokens - 1, dtype=torch.int32, device="cuda")
+    q = random(point.batch, point.num_q_heads, point.head_dim)
+    k_cache, v_cache, k, v = random(*cache), random(*cache), random(*token), random(*token)
+    lengths = torch.full((point.batch,), point.tokens - 1, dtype=torch.int32, device=device)
     return (q, k_cache, v_cache, k, v), lengths
 
 
 def contenders(tensors: Arguments, lengths: Tensor) -> Calls:
+    """Calls that a user makes, and the check for the log that is in each of ours, alone."""
     q, k_cache, v_cache, *_ = tensors
     out = torch.empty_like(q)
     bound = gqa_cutlass.plan(*tensors, cache_seqlens=lengths, out=out)
@@ -61,6 +69,7 @@ def contenders(tensors: Arguments, lengths: Tensor) -> Calls:
         "plan, out given": lambda: bound(*tensors, lengths, out),
         "plan": lambda: free(*tensors, lengths),
         "gqa_decode": lambda: gqa_decode(*tensors, cache_seqlens=lengths),
+        LOG_CHECK: log_check,
         "SDPA, views made before": lambda: F.scaled_dot_product_attention(*views, enable_gqa=True),
     }
 
@@ -91,12 +100,14 @@ def parts(tensors: Arguments, lengths: Tensor) -> Calls:
         "    is a capture on": torch.cuda.is_current_stream_capturing,
         "  bind": lambda: plan._bind(argument, given, lengths, None, partials, tickets),
         "  launch": lambda: plan._launch(stream),
+        "  DEBUG log check (off)": log_check,
         "allocate out": plan._new_out,
         "torch.empty_like": lambda: torch.empty_like(out),
     }
 
 
 def medians(calls: Calls) -> dict[str, float]:
+    """Median microseconds per call of every contender, one batch each in turn."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(WARM_UP + BATCHES):
         for name, call in calls.items():
@@ -117,6 +128,7 @@ def batch(call: Callable[[], object]) -> float:
 
 
 def main() -> None:
+    """Print the costs, and with --profile the parts of a plan's call."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--profile", action="store_true", help="also the parts of a plan's call")
     options = parser.parse_args()

@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from data import Data
-from points import Point, Ragged
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-Attend = Callable[[int], Tensor]  # a buffer set's index to [sequence, query head, head_dim]
-Adapter = Callable[[Data], Attend]
+from gqa_cutlass.bench.data import Data
+from gqa_cutlass.bench.points import Point, Ragged
+from gqa_cutlass.bench.timing import Attend
+
+Adapter = Callable[[Data], Attend]  # outputs are [sequence, query head, head_dim]
 
 PAGE = 16
 _RECORD: dict[str, Any] = json.loads((Path(__file__).parent / "peers.json").read_text())

@@ -1,116 +1,155 @@
-"""A run as a picture: microseconds over KV bytes, both logarithmic, as SVG."""
+"""A run as pictures, each as SVG and PNG; the only module that needs matplotlib.
+
+With one version of matplotlib, one record always gives the same SVG, to the byte.
+"""
 
 from __future__ import annotations
 
-import argparse
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import io
+from collections.abc import Callable, Iterable, Sequence
+from itertools import cycle
 from pathlib import Path
-from xml.sax.saxutils import escape
+from typing import Any
 
-from record import Record, Row
+import matplotlib.style
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-WIDTH, HEIGHT = 760, 480
-LEFT, RIGHT, TOP, BOTTOM = 64, 744, 40, 428
-MIB = tuple(4.0**power for power in range(-2, 9))
-MICROS = (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
-COLOURS = {"ours": "#0a7d3c", "best SDPA backend": "#c2410c", "floor": "#64748b"}
-TEXT, GRID = "#0f172a", "#e2e8f0"
+from gqa_cutlass.bench.record import Record, Row
 
+# Okabe and Ito's colours, which colour-blind readers tell apart, without the yellow. Models, of
+# which there are more, differ in their marks as well.
+OURS, SDPA, FLOOR = "#0072B2", "#D55E00", "#595959"
+MODELS = (
+    ("#000000", "o"), ("#E69F00", "s"), ("#56B4E9", "^"), ("#009E73", "D"), ("#CC79A7", "P"),
+    ("#0072B2", "X"), ("#D55E00", "v"), ("#7F7F7F", "<"), ("#8C564B", "*"),
+)  # fmt: skip
+OURS_LABEL, SDPA_LABEL = "ours, append included", "best SDPA backend"
+FLOOR_LABEL = "floor: only reads the same bytes"
+STYLE: dict[Any, object] = {
+    "svg.hashsalt": "gqa_cutlass",
+    "svg.fonttype": "none",  # text stays text
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "grid.color": "#E5E5E5",
+    "legend.frameon": False,
+    "lines.markersize": 5,
+}
+SIZE, DPI = (8.4, 5.0), 100
+MIB = tuple(2.0**power for power in range(-4, 16))
+TOKENS = tuple(2.0**power for power in range(24))
+MICROS = tuple(first * 10.0**power for power in range(-1, 5) for first in (1, 2, 5))
 
-@dataclass(frozen=True, kw_only=True)
-class Axis:
-    """A logarithmic axis: its ticks, rising, and where the first and the last of them are drawn."""
-
-    ticks: Sequence[float]
-    first: float
-    last: float
-
-    def at(self, value: float) -> float:
-        """Where a value is drawn."""
-        low, high = math.log(self.ticks[0]), math.log(self.ticks[-1])
-        return self.first + (math.log(value) - low) / (high - low) * (self.last - self.first)
-
-
-def svg(record: Record) -> str:
-    """The grid of a run: the floor as a line, ours and the best SDPA backend as marks."""
-    rows = sorted(record.rows, key=lambda row: (row.mib, row.point))
-    sdpa = [(row, peer.micros) for row in rows if (peer := row.best_sdpa) is not None]
-    times = [time for row in rows for time in (row.floor, row.ours)] + [time for _, time in sdpa]
-    x = Axis(ticks=_covering(MIB, [row.mib for row in rows]), first=LEFT, last=RIGHT)
-    y = Axis(ticks=_covering(MICROS, times), first=BOTTOM, last=TOP)
-    title = f"µs per decode step, float16, cold cache: {record.run['gpu']}, {record.run['date']}"
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" '
-        f'height="{HEIGHT}" font-family="sans-serif" font-size="12" fill="{TEXT}">',
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>',
-        _text(LEFT, 22, title),
-        *_axes(x, y),
-        _floor(rows, x, y),
-        *(_mark(row, "best SDPA backend", time, x, y) for row, time in sdpa),
-        *(_mark(row, "ours", row.ours, x, y) for row in rows),
-        *_legend(),
-        "</svg>",
-    ]
-    return "\n".join(parts) + "\n"
+Points = Iterable[tuple[float, float]]
 
 
-def _covering(ticks: Sequence[float], values: Sequence[float]) -> Sequence[float]:
-    """The ticks from the last one below all values to the first one above them."""
-    first = max(i for i, tick in enumerate(ticks) if tick < min(values))
-    last = min(i for i, tick in enumerate(ticks) if tick > max(values))
-    return ticks[first : last + 1]
+def draw(record: Record, base: Path) -> list[Path]:
+    """Write the pictures for which the record has points.
+
+    Args:
+        record: The run.
+        base: Path of the first picture without its suffix; the names of the others go on from it.
+
+    Returns:
+        The files.
+    """
+    alone = [row for row in record.rows if row.label.batch == 1]
+    files = []
+    for ending, title, picture, rows in (
+        ("", "Decode step, cold cache", latency, record.rows),
+        ("-context", "Decode step of one sequence, cold cache", context, alone),
+        ("-bandwidth", "Reading the cache in a decode step", bandwidth, record.rows),
+    ):
+        if rows:
+            about = f"float16, {record.run['gpu']}, {record.run['date']}"
+            files += _save(f"{title}\n{about}", picture, rows, base.with_name(base.name + ending))
+    return files
 
 
-def _axes(x: Axis, y: Axis) -> list[str]:
-    parts = []
-    for tick in x.ticks:
-        parts.append(_line(x.at(tick), BOTTOM, x.at(tick), TOP))
-        parts.append(_text(x.at(tick), BOTTOM + 18, f"{tick:g}", 'text-anchor="middle"'))
-    for tick in y.ticks:
-        parts.append(_line(LEFT, y.at(tick), RIGHT, y.at(tick)))
-        parts.append(_text(LEFT - 8, y.at(tick) + 4, f"{tick:g}", 'text-anchor="end"'))
-    middle = (TOP + BOTTOM) / 2
-    turned = f'text-anchor="middle" transform="rotate(-90 18 {middle:g})"'
-    parts.append(_text((LEFT + RIGHT) / 2, HEIGHT - 12, "MiB read", 'text-anchor="middle"'))
-    return [*parts, _text(18, middle, "µs per call", turned)]
+def _save(
+    title: str, picture: Callable[[Axes, Sequence[Row]], None], rows: Sequence[Row], base: Path
+) -> list[Path]:
+    svg, png = (base.with_name(f"{base.name}.{kind}") for kind in ("svg", "png"))
+    text = io.StringIO()
+    with matplotlib.style.context(["default", STYLE]):
+        figure = Figure(figsize=SIZE, layout="constrained")
+        axes = figure.subplots()
+        picture(axes, rows)
+        axes.set_title(title)
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(png, dpi=DPI, metadata={"Software": None})
+    # Without the spaces at the ends of lines, which the repository has nowhere.
+    lines = text.getvalue().splitlines()
+    svg.write_text("".join(f"{line.rstrip()}\n" for line in lines), encoding="utf-8")
+    return [svg, png]
 
 
-def _floor(rows: Sequence[Row], x: Axis, y: Axis) -> str:
-    lowest = {mib: min(r.floor for r in rows if r.mib == mib) for mib in [r.mib for r in rows]}
-    points = " ".join(f"{x.at(mib):.1f},{y.at(micros):.1f}" for mib, micros in lowest.items())
-    return f'<polyline points="{points}" fill="none" stroke="{COLOURS["floor"]}" stroke-width="2"/>'
+def latency(axes: Axes, rows: Sequence[Row]) -> None:
+    """Microseconds over bytes: the floor as a line, ours and the best SDPA backend as marks."""
+    sdpa = [(row.mib, peer.micros) for row in rows if (peer := row.best_sdpa) is not None]
+    _over_bytes(axes, _floors(rows), sdpa, [(row.mib, row.ours) for row in rows])
+    axes.set(ylabel="µs per call", yscale="log")
+    _ticks(axes.yaxis, MICROS)
 
 
-def _mark(row: Row, name: str, micros: float, x: Axis, y: Axis) -> str:
-    place = f'cx="{x.at(row.mib):.1f}" cy="{y.at(micros):.1f}" r="4"'
-    title = escape(f"{row.point}: {name} {micros:.1f} µs")
-    return f'<circle {place} fill="{COLOURS[name]}"><title>{title}</title></circle>'
+def bandwidth(axes: Axes, rows: Sequence[Row]) -> None:
+    """GB/s of K and V read, over bytes; drawn as `latency` is."""
+    floors = [(mib, mib * 2**20 / micros / 1e3) for mib, micros in _floors(rows)]
+    sdpa = [(r.mib, r.bandwidth(peer.micros)) for r in rows if (peer := r.best_sdpa) is not None]
+    _over_bytes(axes, floors, sdpa, [(row.mib, row.bandwidth(row.ours)) for row in rows])
+    axes.set(ylabel="GB/s of K and V read")
+    axes.set_ylim(bottom=0)
 
 
-def _legend() -> list[str]:
-    parts = []
-    for top, (name, colour) in zip(range(TOP + 12, HEIGHT, 20), COLOURS.items(), strict=False):
-        parts.append(f'<rect x="{LEFT + 14}" y="{top}" width="12" height="12" fill="{colour}"/>')
-        parts.append(_text(LEFT + 32, top + 11, name))
-    return parts
+def context(axes: Axes, rows: Sequence[Row]) -> None:
+    """Microseconds over tokens: a line per model, solid for ours and dashed for SDPA."""
+    models = dict.fromkeys(row.label.heads for row in rows)
+    for model, (colour, mark) in zip(models, cycle(MODELS), strict=False):
+        found = [row for row in rows if row.label.heads == model]
+        ours = sorted((row.label.tokens, row.ours) for row in found)
+        sdpa = sorted((r.label.tokens, peer.micros) for r in found if (peer := r.best_sdpa))
+        axes.plot(*_xy(ours), color=colour, marker=mark, label=model)
+        axes.plot(*_xy(sdpa), color=colour, marker=mark, linestyle="--", fillstyle="none")
+    axes.set(xlabel="tokens attended", xscale="log", ylabel="µs per call", yscale="log")
+    _ticks(axes.xaxis, TOKENS)
+    _ticks(axes.yaxis, MICROS)
+    axes.add_artist(axes.legend(title="model, heads (q/kv/dim)", loc="upper left"))
+    solid = Line2D([], [], color="black", marker="o", label=OURS_LABEL)
+    dashed = Line2D(
+        [], [], color="black", marker="o", linestyle="--", fillstyle="none", label=SDPA_LABEL
+    )
+    axes.legend(handles=[solid, dashed], loc="lower right")
 
 
-def _line(x1: float, y1: float, x2: float, y2: float) -> str:
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{GRID}"/>'
+def _over_bytes(axes: Axes, floors: Points, sdpa: Points, ours: Points) -> None:
+    axes.plot(*_xy(floors), color=FLOOR, label=FLOOR_LABEL)
+    axes.plot(*_xy(sdpa), "s", color=SDPA, label=SDPA_LABEL)
+    axes.plot(*_xy(ours), "o", color=OURS, label=OURS_LABEL)
+    axes.set(xlabel="MiB of K and V read", xscale="log")
+    _ticks(axes.xaxis, MIB)
+    axes.legend(loc="upper left")
 
 
-def _text(x: float, y: float, text: str, more: str = "") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" {more}>{escape(text)}</text>'
+def _floors(rows: Sequence[Row]) -> list[tuple[float, float]]:
+    """MiB, and the lowest floor of the points that read so many."""
+    sizes = sorted({row.mib for row in rows})
+    return [(mib, min(row.floor for row in rows if row.mib == mib)) for mib in sizes]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("results", type=Path, nargs="+", help="JSON files that bench.py wrote")
-    for path in parser.parse_args().results:
-        path.with_suffix(".svg").write_text(svg(Record.load(path)))
+def _xy(points: Points) -> tuple[list[float], list[float]]:
+    pairs = list(points)
+    return [x for x, _ in pairs], [y for _, y in pairs]
 
 
-if __name__ == "__main__":
-    main()
+def _ticks(axis: Axis, ticks: Sequence[float]) -> None:
+    """Ticks as plain numbers, those within the axis' limits."""
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())

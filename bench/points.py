@@ -1,8 +1,11 @@
-"""The benchmark grid and the ragged points, as data."""
+"""The benchmark grid, the ragged points and the prompts, as data; and what their names say."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+
+from gqa_cutlass.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,54 @@ class Ragged(Point):
         return f"{super().__str__()} ragged {self.name}"
 
 
+_NAME = re.compile(
+    r"(?P<model>\S+) (?P<num_q_heads>\d+)/(?P<num_kv_heads>\d+)/(?P<head_dim>\d+) "
+    r"(?P<batch>\d+)x(?P<tokens>\d+)(?: ragged (?P<lengths>.+))?"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Label:
+    """What a point's name says; records keep names, also of points that are no longer measured.
+
+    Args:
+        model: Label of the model.
+        num_q_heads: Query heads.
+        num_kv_heads: KV heads.
+        head_dim: Dimension per head.
+        batch: Sequences.
+        tokens: Tokens attended per sequence, or what the cache has room for.
+        lengths: Label of the lengths; None where all sequences are equally long.
+    """
+
+    model: str
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    batch: int
+    tokens: int
+    lengths: str | None
+
+    @classmethod
+    def of(cls, point: str) -> Label:
+        """Read a point's name.
+
+        Raises:
+            InputError: It is none.
+        """
+        found = _NAME.fullmatch(point)
+        if found is None:
+            raise InputError(f"bench: point: got {point!r}; allowed: 'llama3-8b 32/8/128 1x1024'.")
+        parts = found.groupdict()
+        model, lengths = parts.pop("model"), parts.pop("lengths")
+        return cls(model=model, lengths=lengths, **{key: int(parts[key]) for key in parts})
+
+    @property
+    def heads(self) -> str:
+        """The model and its heads."""
+        return f"{self.model} {self.num_q_heads}/{self.num_kv_heads}/{self.head_dim}"
+
+
 _GRID: tuple[tuple[str, int, int, int, tuple[tuple[int, int], ...]], ...] = (
     ("llama3-8b", 32, 8, 128, ((1, 128), (1, 1024), (1, 4096), (1, 16384), (1, 131072), (8, 1024),
                                (8, 8192), (64, 1024), (64, 4096), (256, 1024))),
@@ -89,6 +140,14 @@ GRID = tuple(
     Point(model, q_heads, kv_heads, head_dim, batch, tokens)
     for model, q_heads, kv_heads, head_dim, sizes in _GRID
     for batch, tokens in sizes
+)
+
+# Whose prompts are attended too, for comparison with the step; all of them in the grid.
+_PROMPTS = ((1, 1024), (1, 4096), (1, 16384), (8, 1024))
+PREFILL = tuple(
+    point
+    for point in GRID
+    if point.model == "llama3-8b" and (point.batch, point.tokens) in _PROMPTS
 )
 
 # Those of the prototype, whose 32-bit product wraps.

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import peers
+from gqa_cutlass.bench import peers
+from gqa_cutlass.bench.points import Label
+from gqa_cutlass.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,25 @@ class Row:
     limit: float | None = None
 
     @property
+    def label(self) -> Label:
+        """What the point's name says."""
+        return Label.of(self.point)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of K and V that a call reads."""
+        return round(self.mib * 2**20)
+
+    @property
+    def per_token(self) -> float:
+        """Microseconds per new token, of which a call has one per sequence."""
+        return self.ours / self.label.batch
+
+    def bandwidth(self, micros: float) -> float:
+        """GB/s at which K and V are read by a call of so many microseconds."""
+        return self.num_bytes / micros / 1e3
+
+    @property
     def best_sdpa(self) -> Peer | None:
         """The fastest SDPA backend of this run."""
         return _fastest([peer for peer in self._measured() if peer.name in peers.SDPA])
@@ -91,27 +112,85 @@ def _fastest(candidates: Sequence[Peer]) -> Peer | None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Prefill:
+    """Attention of whole prompts beside the decode step that follows them; microseconds per call.
+
+    Args:
+        point: Label; the prompts have as many tokens as the step attends.
+        decode: One decode step, the append included.
+        measured: Causal attention of the prompts, by backend.
+    """
+
+    point: str
+    decode: float
+    measured: dict[str, float]
+
+    @property
+    def label(self) -> Label:
+        """What the point's name says."""
+        return Label.of(self.point)
+
+    @property
+    def best(self) -> Peer:
+        """The fastest backend."""
+        name = min(self.measured, key=self.measured.__getitem__)
+        return Peer(name=name, micros=self.measured[name], measured=True)
+
+    @property
+    def ratio(self) -> float:
+        """How many decode steps the prompts take as long as."""
+        return self.best.micros / self.decode
+
+    @property
+    def per_prompt_token(self) -> float:
+        """Microseconds per token of the prompts."""
+        return self.best.micros / (self.label.batch * self.label.tokens)
+
+    @property
+    def per_token(self) -> float:
+        """Microseconds per new token of the decode step."""
+        return self.decode / self.label.batch
+
+
+@dataclass(frozen=True, kw_only=True)
 class Record:
     """A run.
 
     Args:
-        run: GPU, driver, compiler, torch, date and clocks.
+        run: GPU, driver, compiler, torch, date, clocks and commit.
         rows: The grid.
         ragged: Points whose sequences differ in length.
+        prefill: Attention of whole prompts, for comparison.
         host: Microseconds of host time per call, by contender.
     """
 
     run: dict[str, str]
     rows: list[Row]
     ragged: list[Row] = field(default_factory=list)
+    prefill: list[Prefill] = field(default_factory=list)
     host: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: Path) -> Record:
-        """Read what `save` wrote."""
-        found = json.loads(path.read_text())
-        rows, ragged = ([Row(**row) for row in found[key]] for key in ("microseconds", "ragged"))
-        return cls(run=found["run"], rows=rows, ragged=ragged, host=found["host_microseconds"])
+        """Read what `save` wrote, now or before prompts were measured.
+
+        Raises:
+            InputError: It is no such file.
+        """
+        try:
+            found = json.loads(path.read_text())
+            return cls(
+                run=found["run"],
+                rows=[Row(**row) for row in found["microseconds"]],
+                ragged=[Row(**row) for row in found["ragged"]],
+                prefill=[Prefill(**row) for row in found.get("prefill", [])],
+                host=found["host_microseconds"],
+            )
+        except (ValueError, KeyError, TypeError) as wrong:
+            raise InputError(
+                f"bench: record: got {path}, which cannot be read ({wrong!r}); allowed: JSON "
+                "that `gqa-cutlass bench` wrote."
+            ) from wrong
 
     def save(self, path: Path) -> None:
         """Write JSON."""
@@ -121,6 +200,7 @@ class Record:
             "host_microseconds": self.host,
             "microseconds": [asdict(row) for row in self.rows],
             "ragged": [asdict(row) for row in self.ragged],
+            "prefill": [asdict(row) for row in self.prefill],
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=1) + "\n")

@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
-from peers import SDPA
-from record import Peer, Record, Row
 from rich.console import Console
 from rich.table import Table
+
+from gqa_cutlass.bench.peers import SDPA
+from gqa_cutlass.bench.points import Label
+from gqa_cutlass.bench.record import Peer, Prefill, Record, Row
 
 HOST_TARGETS = {"plan, out given": 8.0, "plan": 8.0, "gqa_decode": 14.0}
 ABSENT = "-"
 
 _GRID_HEADER = (
-    "model, heads (q/kv/dim)", "sequences × tokens", "KV MiB", "floor", "ours", *SDPA,
-    "against the better", "share of the floor's bandwidth", "against the best of all peers", "peer",
+    "model, heads (q/kv/dim)", "sequences × tokens", "KV MiB", "floor", "ours", "per token", "GB/s",
+    *SDPA, "against the better", "share of the floor's bandwidth", "against the best of all peers",
+    "peer",
 )  # fmt: skip
 _RAGGED_HEADER = (
     "model, heads (q/kv/dim)", "sequences × room", "lengths", "MiB read", "floor", "ours",
     "over the floor", "target",
 )  # fmt: skip
+_PREFILL_HEADER = (
+    "model, heads (q/kv/dim)", "sequences × tokens", "decode step", "per new token",
+    *(f"prefill, {name}" for name in SDPA), "per prompt token", "prefill over decode",
+)  # fmt: skip
 
 
 def show(record: Record) -> None:
     """Print everything."""
-    console = Console(width=190)
+    console = Console(width=200)
     console.print(", ".join(f"{key}: {value}" for key, value in record.run.items()))
     if record.rows:
         console.print(_grid_table(record.rows))
@@ -33,6 +40,8 @@ def show(record: Record) -> None:
         console.print(line)
     if record.ragged:
         console.print(_ragged_table(record.ragged))
+    if record.prefill:
+        console.print(_prefill_table(record.prefill))
     if record.host:
         console.print(_host_table(record.host))
 
@@ -40,16 +49,17 @@ def show(record: Record) -> None:
 def _grid_table(rows: list[Row]) -> Table:
     names = list(dict.fromkeys((*SDPA, *(name for row in rows for name in row.measured))))
     table = Table(
-        "point", "MiB", "floor", "ours", *names, "of floor", "to flash", "to best SDPA",
-        "to best of all", "which is", title="us per call on the grid",
+        "point", "MiB", "floor", "ours", "per token", "GB/s", *names, "of floor", "to flash",
+        "to best SDPA", "to best of all", "which is",
+        title="us per call on the grid; GB/s of K and V read",
     )  # fmt: skip
     for row in rows:
         flash = _peer(row, "SDPA flash")
         table.add_row(
             row.point, f"{row.mib:.1f}", f"{row.floor:.2f}", f"{row.ours:.2f}",
-            *(f"{row.measured[n]:.2f}" if n in row.measured else ABSENT for n in names),
-            _share(row), _times(row, flash), _times(row, row.best_sdpa),
-            _times(row, row.best_peer), str(row.best_peer or ABSENT),
+            f"{row.per_token:.2f}", _bandwidth(row), *_micros(row.measured, names), _share(row),
+            _times(row, flash), _times(row, row.best_sdpa), _times(row, row.best_peer),
+            str(row.best_peer or ABSENT),
         )  # fmt: skip
     return table
 
@@ -57,15 +67,30 @@ def _grid_table(rows: list[Row]) -> Table:
 def _ragged_table(rows: list[Row]) -> Table:
     names = list(dict.fromkeys(name for row in rows for name in row.measured))
     table = Table(
-        "point", "MiB read", "floor", "ours", *names, "over floor", "target", "met",
-        title="us per call, sequences of different lengths",
+        "point", "MiB read", "floor", "ours", "per token", "GB/s", *names, "over floor", "target",
+        "met", title="us per call, sequences of different lengths",
     )  # fmt: skip
     for row in rows:
         met = row.limit is None or row.ours <= row.limit * row.floor
         table.add_row(
             row.point, f"{row.mib:.1f}", f"{row.floor:.2f}", f"{row.ours:.2f}",
-            *(f"{row.measured[n]:.2f}" if n in row.measured else ABSENT for n in names),
+            f"{row.per_token:.2f}", _bandwidth(row), *_micros(row.measured, names),
             f"{row.ours / row.floor:.2f}x", _limit(row), _met(met),
+        )  # fmt: skip
+    return table
+
+
+def _prefill_table(rows: list[Prefill]) -> Table:
+    names = list(dict.fromkeys(name for row in rows for name in row.measured))
+    table = Table(
+        "point", "decode", "per new token", *(f"prefill, {name}" for name in names),
+        "per prompt token", "prefill over decode",
+        title="us per call of a decode step, and of attending whole prompts",
+    )  # fmt: skip
+    for row in rows:
+        table.add_row(
+            row.point, f"{row.decode:.2f}", f"{row.per_token:.2f}", *_micros(row.measured, names),
+            f"{row.per_prompt_token:.4f}", f"{row.ratio:.1f}x",
         )  # fmt: skip
     return table
 
@@ -128,8 +153,10 @@ def markdown(record: Record) -> str:
     tables = [_markdown_table(_GRID_HEADER, map(_grid_cells, record.rows))]
     if record.ragged:
         tables.append(_markdown_table(_RAGGED_HEADER, map(_ragged_cells, record.ragged)))
+    if record.prefill:
+        tables.append(_markdown_table(_PREFILL_HEADER, map(_prefill_cells, record.prefill)))
     if record.host:
-        cells = [[n, f"{t:.1f}", _host_target(n)] for n, t in record.host.items()]
+        cells = [[n, _short(t), _host_target(n)] for n, t in record.host.items()]
         tables.append(_markdown_table(("call", "µs of host time", "target"), cells))
     return "\n\n".join([*tables, "\n".join(summary(record.rows))])
 
@@ -142,25 +169,41 @@ def _markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str
 
 def _grid_cells(row: Row) -> list[str]:
     return [
-        *_split(row.point), f"{row.mib:g}", f"{row.floor:.1f}", f"**{row.ours:.1f}**",
-        *(f"{row.measured[name]:.1f}" if name in row.measured else ABSENT for name in SDPA),
+        *_split(row.label), f"{row.mib:g}", f"{row.floor:.1f}", f"**{row.ours:.1f}**",
+        _short(row.per_token), _bandwidth(row), *_micros(row.measured, SDPA, digits=1),
         _times(row, row.best_sdpa, "×"), _share(row), _times(row, row.best_peer, "×"),
         str(row.best_peer or ABSENT),
     ]  # fmt: skip
 
 
 def _ragged_cells(row: Row) -> list[str]:
-    point, name = row.point.split(" ragged ")
-    over = f"{row.ours / row.floor:.2f}×"
     return [
-        *_split(point), name, f"{row.mib:.0f}", f"{row.floor:.1f}", f"**{row.ours:.1f}**",
-        over, _limit(row, "×"),
+        *_split(row.label), row.label.lengths or ABSENT, f"{row.mib:.0f}", f"{row.floor:.1f}",
+        f"**{row.ours:.1f}**", f"{row.ours / row.floor:.2f}×", _limit(row, "×"),
     ]  # fmt: skip
 
 
-def _split(point: str) -> tuple[str, str]:
-    model, size = point.rsplit(" ", 1)
-    return model, size.replace("x", " × ")
+def _prefill_cells(row: Prefill) -> list[str]:
+    return [
+        *_split(row.label), f"**{row.decode:.1f}**", _short(row.per_token),
+        *_micros(row.measured, SDPA, digits=1), f"{row.per_prompt_token:.3f}", f"{row.ratio:.1f}×",
+    ]  # fmt: skip
+
+
+def _split(label: Label) -> tuple[str, str]:
+    return label.heads, f"{label.batch} × {label.tokens}"
+
+
+def _bandwidth(row: Row) -> str:
+    return f"{row.bandwidth(row.ours):.0f}"
+
+
+def _micros(measured: Mapping[str, float], names: Iterable[str], digits: int = 2) -> list[str]:
+    return [f"{measured[name]:.{digits}f}" if name in measured else ABSENT for name in names]
+
+
+def _short(micros: float) -> str:
+    return f"{micros:.1f}" if micros >= 1 else f"{micros:.2f}"
 
 
 def _peer(row: Row, name: str) -> Peer | None:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from cuda.core import Device, LaunchConfig, ObjectCode, Stream, launch
+from torch import Tensor
 
+from gqa_cutlass.bench.data import ALLOWED_ERROR
+from gqa_cutlass.bench.points import Point
 from gqa_cutlass.codegen.compile import compile_source
 from gqa_cutlass.launcher import describe_device
 
 WARM_UP, ROUNDS = 2, 12
+
+Attend = Callable[[int], Tensor]  # a buffer set's index to the output
 
 
 class Graph:
@@ -36,7 +43,7 @@ class Graph:
         self._graph.replay()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) * 1e3 / self._num_sets
+        return float(start.elapsed_time(end)) * 1e3 / self._num_sets
 
 
 def interleaved(graphs: dict[str, Graph]) -> dict[str, float]:
@@ -48,6 +55,34 @@ def interleaved(graphs: dict[str, Graph]) -> dict[str, float]:
             if turn >= WARM_UP:
                 times[name].append(micros)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def agreeing(
+    point: Point,
+    contenders: Mapping[str, Callable[[], Attend]],
+    error: Callable[[Tensor], float],
+    num_sets: int,
+) -> dict[str, Graph]:
+    """Graphs of the contenders that run here and are right; the others say why not.
+
+    Args:
+        point: What they attend.
+        contenders: How each is made, by name.
+        error: Relative error of the output for the first buffer set.
+        num_sets: Buffer sets.
+    """
+    graphs = {}
+    for name, make in contenders.items():
+        try:
+            attend = make()
+            wrong = error(attend(0))
+            if not wrong < ALLOWED_ERROR:
+                raise ValueError(f"relative error {wrong}")
+            graphs[name] = Graph(attend, num_sets)
+        except Exception as failure:  # whatever another library raises is no reason to end here
+            reason = (str(failure) or type(failure).__name__).splitlines()[0]
+            print(f"bench: {name} left out at {point}: {reason}", file=sys.stderr)
+    return graphs
 
 
 class Floor:
@@ -64,10 +99,8 @@ class Floor:
         self._kernel = ObjectCode.from_cubin(cubin).get_kernel("read_all")
         self._sink = torch.zeros(1, dtype=torch.int32, device="cuda")
 
-    def read(self, data: torch.Tensor, grid: int) -> None:
+    def read(self, data: Tensor, grid: int) -> None:
         """Read a tensor once."""
-        import numpy as np
-
         stream = Stream.from_handle(torch.cuda.current_stream().cuda_stream)
         count = np.uint64(data.numel() * data.element_size() // 16)
         arguments = data.data_ptr(), count, self._sink.data_ptr()

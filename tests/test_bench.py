@@ -1,14 +1,12 @@
-"""The benchmark, as far as it goes without a GPU: data, tables, the picture, and a run with the
-timing replaced."""
+"""The benchmark, as far as it goes without a GPU: points, data, peers, and a run with the timing
+replaced."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import sys
 import types
-import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -16,30 +14,20 @@ from typing import Any
 
 import pytest
 import torch
+from bench_fakes import SMALL, SMALL_RAGGED, FakePlan, attend, pool
 from helpers import REPOSITORY
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
-sys.path.insert(0, str(REPOSITORY / "bench"))  # its files import each other as scripts do
-
-import data as bench_data
-import peers
-import plot
-import report
-from data import Data, check, num_sets, pool_bytes
-from points import GRID, RAGGED, Point, Ragged
-from record import Record, Row
-
-import bench
+import gqa_cutlass
+from gqa_cutlass.bench import data as bench_data
+from gqa_cutlass.bench import measure, peers, prefill, report, timing
+from gqa_cutlass.bench.data import Data, check, num_sets, pool_bytes
+from gqa_cutlass.bench.points import GRID, PREFILL, RAGGED, Label, Point, Ragged
+from gqa_cutlass.bench.record import Record
+from gqa_cutlass.errors import InputError
 
 POINTS = {str(point): point for point in (*GRID, *RAGGED)}
-SMALL = Point("small", 4, 2, 64, 3, 48)
-SMALL_RAGGED = Ragged(
-    "small", 4, 2, 64, 3, 48, name="three lengths", cached=(47, 0, 20), limit=1.5
-)  # fmt: skip
-
-
-def _pool(point: Point) -> Tensor:
-    return torch.randn(pool_bytes(point) // 2, dtype=torch.float16)
 
 
 @pytest.fixture(autouse=True)
@@ -152,6 +140,29 @@ def test_ragged_points_have_no_records() -> None:
 # Points and their data.
 
 
+@pytest.mark.parametrize("point", [*GRID, *RAGGED], ids=str)
+def test_a_points_name_says_what_it_is(point: Point) -> None:
+    label = Label.of(str(point))
+    lengths = point.name if isinstance(point, Ragged) else None
+    assert label == Label(
+        model=point.model, num_q_heads=point.num_q_heads, num_kv_heads=point.num_kv_heads,
+        head_dim=point.head_dim, batch=point.batch, tokens=point.tokens, lengths=lengths,
+    )  # fmt: skip
+    assert str(point).startswith(f"{label.heads} {point.batch}x")
+
+
+@pytest.mark.parametrize("name", ["", "small 4/2 3x48", "small 4/2/64 3x48 and more"])
+def test_what_names_no_point_is_refused(name: str) -> None:
+    with pytest.raises(InputError, match="point: got"):
+        Label.of(name)
+
+
+def test_prompts_are_those_of_llama3_8b() -> None:
+    assert [str(point) for point in PREFILL] == [
+        f"llama3-8b 32/8/128 {size}" for size in ("1x1024", "1x4096", "1x16384", "8x1024")
+    ]
+
+
 def test_the_ragged_lengths_are_those_of_the_prototype() -> None:
     uniform, first, last = RAGGED  # compared with what its C++ expressions give
     assert uniform.lengths[:5] == (0, 3827, 7654, 3290, 7117)
@@ -172,44 +183,14 @@ def test_what_is_read_counts_the_new_token_and_no_room() -> None:
 @pytest.mark.parametrize("point", [*GRID, *RAGGED], ids=str)
 def test_buffer_sets_exceed_the_cache(point: Point, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_data, "MAX_SETS", 512)
-    assert num_sets(point) >= 2
-    assert num_sets(point) * point.read_bytes >= 256 << 20
+    assert num_sets(point.read_bytes) >= 2
+    assert num_sets(point.read_bytes) * point.read_bytes >= 256 << 20
     assert pool_bytes(point) <= 10 << 30
-
-
-class FakePlan:
-    """Appends and attends in float32, or with a fault."""
-
-    def __init__(self, fault: str = "") -> None:
-        self.fault = fault
-        config = types.SimpleNamespace(name="fake")
-        self.dispatch = types.SimpleNamespace(config=config, num_splits=1, shape="a shape")
-
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, new_k: Tensor, new_v: Tensor, lengths: Tensor
-    ) -> Tensor:
-        for b, n in enumerate(lengths.tolist()):
-            if self.fault != "appends nothing":
-                k[b, n], v[b, n] = new_k[b], new_v[b]
-            if self.fault == "writes behind":
-                v[b, n + 1 :] = 0
-        extra = 1 if self.fault == "reads behind" else 0
-        return _attend(q, k, v, (lengths + 1 + extra).tolist()).to(q.dtype)
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, attended: list[int]) -> Tensor:
-    group = q.shape[1] // k.shape[2]
-    outs = []
-    for b, n in enumerate(attended):
-        keys, values = (x[b, :n].float().repeat_interleave(group, 1) for x in (k, v))
-        weights = torch.einsum("hd,nhd->hn", q[b].float(), keys) * q.shape[2] ** -0.5
-        outs.append(torch.einsum("hn,nhd->hd", weights.softmax(-1), values))
-    return torch.stack(outs)
 
 
 @pytest.mark.parametrize("point", [SMALL, SMALL_RAGGED], ids=str)
 def test_a_plan_is_checked_and_no_nan_remains(point: Point) -> None:
-    data = Data(point, _pool(point))
+    data = Data(point, pool(point))
     out, error = check(FakePlan(), data)
     assert error < 1e-3
     assert out.shape == data.q.shape
@@ -217,15 +198,18 @@ def test_a_plan_is_checked_and_no_nan_remains(point: Point) -> None:
     assert all(part.numel() * 2 == point.read_bytes for part in data.flat)
 
 
-@pytest.mark.parametrize("fault", ["appends nothing", "writes behind"])
-def test_a_plan_that_writes_wrongly_is_refused(fault: str) -> None:
-    with pytest.raises(AssertionError):
-        check(FakePlan(fault), Data(SMALL_RAGGED, _pool(SMALL_RAGGED)))
-
-
-def test_a_plan_that_reads_behind_the_new_token_gives_nan() -> None:
-    _, error = check(FakePlan("reads behind"), Data(SMALL_RAGGED, _pool(SMALL_RAGGED)))
-    assert math.isnan(error)
+@pytest.mark.parametrize(
+    ("fault", "found"),
+    [
+        ("appends nothing", "the new token was not appended"),
+        ("writes behind", "a row behind the new token was written"),
+        ("reads behind", "relative error nan"),
+        ("is no attention", "relative error"),
+    ],
+)
+def test_a_wrong_plan_is_refused(fault: str, found: str) -> None:
+    with pytest.raises(AssertionError, match=found):
+        check(FakePlan(fault), Data(SMALL_RAGGED, pool(SMALL_RAGGED)))
 
 
 # Peers that run here.
@@ -263,14 +247,14 @@ class FakeWrapper:
     def run(self, q: Tensor, cache: tuple[Tensor, Tensor]) -> Tensor:
         k, v = ([x[pages].flatten(0, 1) for pages in self.pages] for x in cache)
         parts = zip(q, k, v, self.attended, strict=True)
-        return torch.cat([_attend(a[None], b[None], c[None], [n]) for a, b, c, n in parts])
+        return torch.cat([attend(a[None], b[None], c[None], [n]) for a, b, c, n in parts])
 
 
 def _with_kvcache(
     q: Tensor, k: Tensor, v: Tensor, *, cache_seqlens: Tensor, scheduler_metadata: str = ""
 ) -> Tensor:
     assert q.shape[1] == 1 and cache_seqlens.dtype == torch.int32
-    return _attend(q[:, 0], k, v, cache_seqlens.tolist())[:, None]
+    return attend(q[:, 0], k, v, cache_seqlens.tolist())[:, None]
 
 
 @pytest.fixture
@@ -288,7 +272,7 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", peers.INSTALLABLE)
 @pytest.mark.usefixtures("packages")
 def test_an_installed_peer_attends_what_ours_does(name: str, point: Point) -> None:
-    data = Data(point, _pool(point))
+    data = Data(point, pool(point))
     out, _ = check(FakePlan(), data)
     attend = peers.running(point)[name](data)
     assert bench_data.relative_error(attend(0), out) < 1e-2
@@ -314,7 +298,7 @@ class FakeFloor:
 
 
 def _times(graphs: dict[str, FakeGraph]) -> dict[str, float]:
-    known = {"ours": 4.0, "floor 1": 3.0, "floor 2": 3.5}
+    known = {"ours": 4.0, "floor 1": 3.0, "floor 2": 3.5, "decode": 5.0, "SDPA flash": 7.0}
     return {name: known.get(name, 6.0) for name in graphs}
 
 
@@ -324,26 +308,31 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     about = {"gpu": "NVIDIA X1", "date": "2026-01-02"}
     for name, value in {
         "GRID": (SMALL,),
+        "PREFILL": (SMALL,),
         "RAGGED": (SMALL_RAGGED,),
-        "Graph": FakeGraph,
         "Floor": FakeFloor,
-        "interleaved": _times,
-        "random_pool": lambda points: _pool(max(points, key=pool_bytes)),
+        "random_pool": lambda points: pool(max(points, key=pool_bytes)),
         "host_costs": lambda: {"plan": 7.0, "gqa_decode": 15.0},
         "provenance": lambda: about,
         "ask_gpu": lambda fields: "1 MHz",
         "source_digest": lambda config: "0" * 16,
     }.items():
-        monkeypatch.setattr(bench, name, value)
-    monkeypatch.setattr(bench.gqa_cutlass, "plan", lambda *args, **kwargs: FakePlan())
+        monkeypatch.setattr(measure, name, value)
+    for module in (measure, prefill):
+        monkeypatch.setattr(module, "interleaved", _times)
+    for module in (measure, prefill, timing):
+        monkeypatch.setattr(module, "Graph", FakeGraph)
+    monkeypatch.setattr(prefill, "SDPA", dict.fromkeys(peers.SDPA, SDPBackend.MATH))
+    monkeypatch.setattr(gqa_cutlass, "plan", lambda *args, **kwargs: FakePlan())
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 40, 1 << 40))
 
 
 @pytest.mark.usefixtures("without_gpu", "packages")
 def test_a_run_writes_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench.peers, "scaled", lambda point, floor: {"XQA": floor, "FA3": 1.0})
-    record = bench.run("", tmp_path / "new" / "x.json")
-    assert Record.load(tmp_path / "new" / "x.json") == record
+    monkeypatch.setattr(peers, "scaled", lambda point, floor: {"XQA": floor, "FA3": 1.0})
+    record, path = measure.run("", tmp_path / "new", "c0ffee")
+    assert path == tmp_path / "new" / "nvidia-x1.json"
+    assert Record.load(path) == record
     (row,), (ragged,) = record.rows, record.ragged
     assert (row.point, row.ours, row.floor) == ("small 4/2/64 3x48", 4.0, 3.0)
     assert row.measured.keys() >= {"FlashInfer", "FA3", "FA2"}
@@ -352,8 +341,42 @@ def test_a_run_writes_what_it_measured(tmp_path: Path, monkeypatch: pytest.Monke
     assert ragged.point == "small 4/2/64 3x48 ragged three lengths" and ragged.limit == 1.5
     assert not any(name.startswith("SDPA") for name in ragged.measured)
     assert record.host == {"plan": 7.0, "gqa_decode": 15.0}
-    assert record.run["clocks"] == "1 MHz"
+    (prompts,) = record.prefill
+    assert (prompts.point, prompts.decode) == ("small 4/2/64 3x48", 5.0)
+    assert prompts.measured == {"SDPA flash": 7.0, "SDPA cuDNN": 6.0}
+    assert (record.run["clocks"], record.run["commit"]) == ("1 MHz", "c0ffee")
     report.show(record)
+
+
+@pytest.mark.parametrize(
+    ("part", "prompts"), [("measure_prefill", 0), ("host_costs", 1)], ids=["prompts", "host"]
+)
+@pytest.mark.usefixtures("without_gpu")
+def test_a_run_cut_short_leaves_what_it_had(
+    part: str, prompts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_short(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure, part, cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        measure.run("", tmp_path, "c0ffee")
+    record = Record.load(tmp_path / "nvidia-x1.json")
+    assert (len(record.rows), len(record.ragged), len(record.prefill)) == (1, 1, prompts)
+
+
+@pytest.mark.usefixtures("without_gpu")
+def test_only_chosen_points_have_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "PREFILL", ())
+    record, _ = measure.run("", tmp_path, "c0ffee")
+    assert len(record.rows) == 1 and record.prefill == []
+
+
+@pytest.mark.usefixtures("without_gpu")
+def test_a_run_of_no_point_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--points: got 'large'"):
+        measure.run("large", tmp_path, "c0ffee")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.usefixtures("without_gpu", "packages")
@@ -368,125 +391,28 @@ def test_a_failing_peer_says_why_and_is_left_out(
 
     _install(monkeypatch, "flashinfer", BatchDecodeWithPagedKVCacheWrapper=broken)
     _install(monkeypatch, "flash_attn", flash_attn_with_kvcache=wrong)
-    record = bench.run("ragged", tmp_path / "x.json")
-    assert record.rows == [] and record.ragged[0].measured.keys() == {"FA3"}
+    record, _ = measure.run("ragged", tmp_path, "c0ffee")
+    assert (
+        record.prefill == [] and record.rows == [] and record.ragged[0].measured.keys() == {"FA3"}
+    )
     said = capsys.readouterr().err
     assert f"FlashInfer left out at {SMALL_RAGGED}: no such argument\n" in said
     assert f"FA2 left out at {SMALL_RAGGED}: relative error 1.0" in said
     report.show(record)
 
 
+@pytest.mark.parametrize("error", [0.5, math.nan])
+def test_a_contender_that_is_wrong_is_left_out(
+    error: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(timing, "Graph", FakeGraph)
+    contenders = {name: lambda: lambda i: torch.tensor(i) for name in ("right", "wrong")}
+    errors = iter((0.001, error))
+    graphs = timing.agreeing(SMALL, contenders, lambda out: next(errors), num_sets=1)
+    assert list(graphs) == ["right"]
+    assert f"wrong left out at {SMALL}: relative error {error}\n" in capsys.readouterr().err
+
+
 def test_points_that_do_not_fit_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench.fitting(RAGGED, free=1) == []
+    assert measure.fitting(RAGGED, free=1) == []
     assert capsys.readouterr().err.count("left out: needs") == len(RAGGED)
-
-
-# Tables and the picture.
-
-
-def _row(point: Point, **changes: Any) -> Row:
-    floor = peers.floor_by_bytes(point.read_bytes)
-    row = Row(
-        point=str(point), mib=point.read_bytes / 2**20, kernel="k", launch="l", source_digest="d",
-        num_splits=1, relative_error=0.0, floor=floor, ours=1.25 * floor,
-        measured={"SDPA flash": 3 * floor, "SDPA cuDNN": 2 * floor},
-        recorded_scaled={"SDPA cuDNN": floor, "TileOPs": 1.75 * floor},
-    )  # fmt: skip
-    return dataclasses.replace(row, **changes)
-
-
-@pytest.fixture
-def full() -> Record:
-    """A run over all points, with round ratios."""
-    ragged = [
-        _row(p, measured={}, recorded_scaled={}, limit=p.limit) for p in RAGGED
-    ]  # fmt: skip
-    run = {"gpu": "NVIDIA <X1>", "date": "2026-01-02"}
-    host = {"plan": 7.04, "gqa_decode": 15.0, "SDPA, views made before": 20.0}
-    return Record(run=run, rows=[_row(p) for p in GRID], ragged=ragged, host=host)
-
-
-def test_the_record_survives_its_file(full: Record, tmp_path: Path) -> None:
-    full.save(tmp_path / "r.json")
-    assert Record.load(tmp_path / "r.json") == full
-    assert json.loads((tmp_path / "r.json").read_text())["recorded_scaled"] == peers.SOURCE
-
-
-def test_markdown_has_a_row_per_point(
-    full: Record,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    full.save(tmp_path / "r.json")
-    monkeypatch.setattr(sys, "argv", ["bench.py", "--markdown", str(tmp_path / "r.json")])
-    bench.main()
-    grid, ragged, host, sentences = capsys.readouterr().out.strip().split("\n\n")
-    rows = [line for table in (grid, ragged, host) for line in table.splitlines()]
-    assert len(rows) == 2 + len(GRID) + 2 + len(RAGGED) + 2 + 3
-    assert {line.count("|") for line in grid.splitlines()} == {12}
-    assert {line.count("|") for line in ragged.splitlines()} == {9}
-    assert grid.splitlines()[3] == (
-        "| llama3-8b 32/8/128 | 1 × 1024 | 4 | 2.8 | **3.5** | 8.4 | 5.6 | 1.60× | 80% "
-        "| 1.40× | TileOPs (recorded) |"
-    )
-    assert ragged.splitlines()[3].endswith("| long first | 69 | 19.0 | **23.7** | 1.25× | 1.30× |")
-    assert host.splitlines()[2:] == [
-        "| plan | 7.0 | 8 |",
-        "| gqa_decode | 15.0 | 14 |",
-        "| SDPA, views made before | 20.0 | - |",
-    ]
-    assert "against the best SDPA backend: geometric mean 1.60x, worst 1.60x" in sentences
-    assert "against the best of all peers: geometric mean 1.40x, worst 1.40x" in sentences
-    assert "are 0.50 to 0.50 of what was measured" in sentences
-
-
-def test_a_search_over_kernels_is_no_shipped_peer() -> None:
-    row = _row(GRID[0], recorded_scaled={"TileOPs best of 151": 1.0, "XQA": 1.2})
-    assert (str(row.best_peer), str(row.best_shipped_peer)) == (
-        "TileOPs best of 151 (recorded)", "XQA (recorded)",
-    )  # fmt: skip
-
-
-def test_points_without_peers_are_shown_and_not_counted() -> None:
-    rows = [_row(GRID[0]), _row(GRID[1], measured={}, recorded_scaled={}, ours=1e6)]
-    assert "slower at 0 of 1 points" in "\n".join(report.summary(rows))
-    table = report.markdown(Record(run={}, rows=rows)).splitlines()
-    assert "| - | - | - |" in table[3] and table[3].endswith("| - | - |")
-
-
-def test_a_slower_point_is_counted_and_named() -> None:
-    rows = [_row(GRID[0]), _row(GRID[1], ours=5.6)]
-    of_sdpa = report.summary(rows)[1]
-    assert f"worst 1.00x ({GRID[1]}, SDPA cuDNN), slower at 0 of 2 points" in of_sdpa
-    of_all = report.summary(rows)[2]
-    assert f"worst 0.88x ({GRID[1]}, TileOPs (recorded)), slower at 1 of 2 points" in of_all
-
-
-def test_the_picture_holds_every_point(full: Record) -> None:
-    picture = plot.svg(full)
-    assert picture == plot.svg(full)
-    space = "{http://www.w3.org/2000/svg}"
-    root = ET.fromstring(picture)
-    marks = root.findall(f"{space}circle")
-    titles = [mark.findtext(f"{space}title") or "" for mark in marks]
-    for name in ("ours", "best SDPA backend"):
-        assert sorted(t.split(":")[0] for t in titles if f": {name} " in t) == sorted(
-            map(str, GRID)
-        )
-    for mark in marks:
-        assert plot.LEFT < float(mark.attrib["cx"]) < plot.RIGHT
-        assert plot.TOP < float(mark.attrib["cy"]) < plot.BOTTOM
-    lines = root.findall(f"{space}polyline")
-    assert len(lines[0].attrib["points"].split()) == len({point.read_bytes for point in GRID})
-    texts = [text.text for text in root.findall(f"{space}text")]
-    assert {"ours", "best SDPA backend", "floor", "MiB read", "µs per call", "1024"} <= set(texts)
-
-
-def test_the_picture_is_written_beside_its_file(
-    full: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    full.save(tmp_path / "nvidia-x1.json")
-    monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path / "nvidia-x1.json")])
-    plot.main()
-    assert (tmp_path / "nvidia-x1.svg").read_text() == plot.svg(full)

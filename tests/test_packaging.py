@@ -85,12 +85,17 @@ def _repository_files(folder: str, *patterns: str) -> set[str]:
 def test_wheel_holds_every_module_template_header_and_kernel(wheel: set[PurePosixPath]) -> None:
     expected = _repository_files("gqa_cutlass", "*.py")
     for folder, patterns in (
+        ("bench", ("*.py", "floor.cu", "peers.json")),
         ("codegen", ("*.py",)),
         ("templates", ("*.py", "*.jinja", "*.cuh")),
     ):
         expected |= {f"gqa_cutlass/{name}" for name in _repository_files(folder, *patterns)}
     expected |= {f"gqa_cutlass/generated/{name}" for name in generated_files()}
     assert expected - {str(name) for name in wheel} == set()
+
+
+def test_wheel_holds_no_results(wheel: set[PurePosixPath]) -> None:
+    assert [name for name in wheel if "results" in name.parts] == []
 
 
 def test_wheel_has_one_top_level_package(wheel: set[PurePosixPath]) -> None:
@@ -107,6 +112,7 @@ def test_wheel_declares_its_command(built: Path) -> None:
 def test_sdist_holds_what_the_wheel_is_made_from(sdist: set[PurePosixPath]) -> None:
     expected = _repository_files("gqa_cutlass", "*.py") | _repository_files("codegen", "*.py")
     expected |= _repository_files("templates", "*.py", "*.jinja", "*.cuh")
+    expected |= _repository_files("bench", "*.py", "floor.cu", "peers.json")
     expected |= {f"generated/{name}" for name in generated_files()}
     expected |= {"pyproject.toml", "README.md"}
     assert expected - {str(name) for name in sdist} == set()
@@ -130,6 +136,13 @@ def test_installed_package_lists_its_kernels(installed: Path, tmp_path: Path) ->
     output = _run(installed / "gqa-cutlass", "list", cwd=tmp_path)
     names = {name.removesuffix(".cu") for name in generated_files() if name.endswith(".cu")}
     assert all(name in output for name in names)
+
+
+def test_installed_package_shows_a_record(installed: Path, tmp_path: Path) -> None:
+    record = REPOSITORY / "bench" / "results" / "nvidia-h200.json"
+    shown = ("bench", "--from", record, "--markdown")
+    assert "| SDPA cuDNN |" in _run(installed / "gqa-cutlass", *shown, cwd=tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_installed_package_compiles(installed: Path, tmp_path: Path) -> None:

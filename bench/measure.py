@@ -11,40 +11,37 @@ Peers that are not installed enter with times recorded elsewhere (peers.json), s
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-import peers
-import report
 import torch
-from data import Data, check, pool_bytes, random_pool, relative_error
-from host import host_costs
-from points import GRID, RAGGED, Point, Ragged
-from record import Record, Row
-from timing import Floor, Graph, interleaved
 from torch import Tensor
 
-import gqa_cutlass
+from gqa_cutlass.bench import peers
+from gqa_cutlass.bench.data import Data, check, pool_bytes, random_pool, relative_error
+from gqa_cutlass.bench.host import host_costs
+from gqa_cutlass.bench.points import GRID, PREFILL, RAGGED, Point, Ragged
+from gqa_cutlass.bench.prefill import measure_prefill
+from gqa_cutlass.bench.record import Record, Row
+from gqa_cutlass.bench.timing import Floor, Graph, agreeing, interleaved
 from gqa_cutlass.codegen import source_digest
+from gqa_cutlass.errors import InputError
 from gqa_cutlass.evidence import ask_gpu, provenance
 
-RESULTS = Path(__file__).parent / "results"
-ALLOWED_ERROR = 1e-2
 POOL_SHARE = 0.8  # of the GPU's free memory
 
 
 def measure(point: Point, pool: Tensor, floor: Floor) -> Row:
     """Check and time one point."""
     data = Data(point, pool)
-    plan = gqa_cutlass.plan(
-        data.q, data.k[0], data.v[0], data.new_k, data.new_v, cache_seqlens=data.seqlens
-    )
+    plan = data.plan()
     out, error = check(plan, data)
-    assert error < ALLOWED_ERROR, f"{point}: relative error {error}"
     ours = Graph(lambda i: data.step(plan, i), data.num_sets)
-    others = peer_graphs(data, out)
+    makers = {name: partial(adapter, data) for name, adapter in peers.running(point).items()}
+    others = agreeing(point, makers, partial(relative_error, right=out), data.num_sets)
     floors = {f"floor {grid}": floor_graph(data, floor, grid) for grid in Floor.GRIDS}
     times = interleaved({"ours": ours, **others, **floors})
     lowest = min(times[name] for name in floors)
@@ -65,23 +62,8 @@ def measure(point: Point, pool: Tensor, floor: Floor) -> Row:
 
 
 def floor_graph(data: Data, floor: Floor, grid: int) -> Graph:
+    """The floor kernel on one grid size, over the bytes that a step reads."""
     return Graph(lambda i: floor.read(data.flat[i], grid), data.num_sets)
-
-
-def peer_graphs(data: Data, out: Tensor) -> dict[str, Graph]:
-    """Graphs of the peers that run here and agree with our output; the others say why not."""
-    graphs = {}
-    for name, adapter in peers.running(data.point).items():
-        try:
-            attend = adapter(data)
-            error = relative_error(attend(0), out)
-            if not error < ALLOWED_ERROR:
-                raise ValueError(f"relative error {error}")
-            graphs[name] = Graph(attend, data.num_sets)
-        except Exception as failure:  # whatever another library raises is no reason to end here
-            reason = (str(failure) or type(failure).__name__).splitlines()[0]
-            print(f"bench: {name} left out at {data.point}: {reason}", file=sys.stderr)
-    return graphs
 
 
 def fitting(points: Iterable[Point], free: float) -> list[Point]:
@@ -96,44 +78,39 @@ def fitting(points: Iterable[Point], free: float) -> list[Point]:
     return fit
 
 
-def run(wanted: str, path: Path | None) -> Record:
+def run(wanted: str, folder: Path, commit: str) -> tuple[Record, Path]:
     """Measure, and write what there is after each part.
 
     Args:
         wanted: Part of the names of the points to measure.
-        path: JSON file; None: one named after the GPU.
+        folder: Where the record goes, in a file named after the GPU.
+        commit: What is measured.
+
+    Returns:
+        The record and its file.
+
+    Raises:
+        InputError: No point is wanted, or none fits into the GPU's memory.
     """
     free = POOL_SHARE * torch.cuda.mem_get_info()[0]
     points = fitting((p for p in (*GRID, *RAGGED) if wanted in str(p)), free)
     if not points:
-        sys.exit(f"bench: no point to measure has {wanted!r} in its name")
+        raise InputError(
+            f"bench: --points: got {wanted!r}, in the name of no point that fits into this GPU's "
+            f"memory; allowed: a part of a name, like {str(GRID[0])!r} or 'ragged'."
+        )
     pool, floor = random_pool(points), Floor()
     rows = [measure(p, pool, floor) for p in points if not isinstance(p, Ragged)]
-    about = {**provenance(), "clocks": ask_gpu("clocks.sm,clocks.mem")}
-    path = path or RESULTS / f"{about['gpu'].lower().replace(' ', '-')}.json"
-    Record(run=about, rows=rows).save(path)
-    ragged = [measure(p, pool, floor) for p in points if isinstance(p, Ragged)]
-    Record(run=about, rows=rows, ragged=ragged).save(path)
-    record = Record(run=about, rows=rows, ragged=ragged, host=host_costs())
+    clocks = ask_gpu("clocks.sm,clocks.mem")
+    record = Record(run={**provenance(), "clocks": clocks, "commit": commit}, rows=rows)
+    path = folder / f"{record.run['gpu'].lower().replace(' ', '-')}.json"
     record.save(path)
-    return record
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--points", default="", help="only points whose name contains this")
-    parser.add_argument("--out", type=Path, help="JSON file; default: bench/results/<gpu>.json")
-    parser.add_argument("--markdown", type=Path, help="measure nothing; print this file's tables")
-    options = parser.parse_args()
-    if options.markdown:
-        print(report.markdown(Record.load(options.markdown)))
-        return
-    if options.points and not options.out:
-        parser.error("--points measures a part of the grid: name a file with --out")
-    if not torch.cuda.is_available():
-        sys.exit("bench: needs a GPU; the last results are in bench/results/")
-    report.show(run(options.points, options.out))
-
-
-if __name__ == "__main__":
-    main()
+    ragged = [measure(p, pool, floor) for p in points if isinstance(p, Ragged)]
+    record = replace(record, ragged=ragged)
+    record.save(path)
+    prompts = [measure_prefill(p, pool) for p in points if p in PREFILL]
+    record = replace(record, prefill=[found for found in prompts if found is not None])
+    record.save(path)
+    record = replace(record, host=host_costs())
+    record.save(path)
+    return record, path

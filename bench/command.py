@@ -1,0 +1,89 @@
+"""`gqa-cutlass bench`: measures or reads a record, prints its tables, writes its CSV and plots."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from gqa_cutlass.bench import checkout, measure, report, spreadsheet
+from gqa_cutlass.bench.record import Record
+from gqa_cutlass.errors import DeviceError, InputError
+
+SHIPPED = "nvidia-h200.json"
+
+
+def bench(
+    *, points: str, out: Path | None, source: Path | None, markdown: bool, commit: str | None
+) -> None:
+    """Measure, or read what was measured; print tables and write files.
+
+    Args:
+        points: Part of the names of the points to measure; empty for all.
+        out: Folder for the files; None: the checkout's results or the current folder, and nothing
+            is written of what was only read.
+        source: A record to read instead of measuring.
+        markdown: Print the README's tables instead of a terminal's.
+        commit: What is measured; None: what git says of the checkout.
+
+    Raises:
+        InputError: Options that do not go together, no such point, or no record.
+        DeviceError: There is no GPU to measure on.
+    """
+    if source is None:
+        record, path = _measured(points, out, commit)
+    elif points or commit:
+        raise InputError(
+            "bench: --from: got --points or --commit as well; both are for measuring, which --from "
+            "does not. Leave them out."
+        )
+    else:
+        record, path = Record.load(source), (out or Path()) / source.name
+    if markdown:
+        print(report.markdown(record))
+    else:
+        report.show(record)
+    if source is None or out is not None:
+        written = _write(record, path.with_suffix(""))
+        print(f"bench: wrote {', '.join(map(str, written))}", file=sys.stderr)
+
+
+def _measured(points: str, out: Path | None, commit: str | None) -> tuple[Record, Path]:
+    """The record of a run, and its file."""
+    if points and out is None:
+        raise InputError(
+            f"bench: --points: got {points!r}, a part of the grid, and no --out; its record would "
+            "replace that of the whole grid. Name a folder with --out."
+        )
+    if not torch.cuda.is_available():
+        raise DeviceError(
+            "bench: measures on a GPU, and torch finds none; see the shipped record with "
+            f"`gqa-cutlass bench --from {_shipped()}`."
+        )
+    return measure.run(points, out or checkout.results_folder(), commit or checkout.commit())
+
+
+def _write(record: Record, base: Path) -> list[Path]:
+    """Write CSV, and plots if matplotlib is there; returns the files."""
+    base.parent.mkdir(parents=True, exist_ok=True)
+    sheets = {"": spreadsheet.decode_csv(record), "-prefill": spreadsheet.prefill_csv(record)}
+    files = []
+    for ending, text in sheets.items():
+        if text:
+            files.append(base.with_name(f"{base.name}{ending}.csv"))
+            files[-1].write_text(text)
+    if importlib.util.find_spec("matplotlib") is None:
+        print("bench: no plots, which need `pip install 'gqa-cutlass[plots]'`", file=sys.stderr)
+        return files
+    from gqa_cutlass.bench import plot
+
+    return files + plot.draw(record, base)
+
+
+def _shipped() -> str:
+    """Where this user finds the shipped record."""
+    path = checkout.RESULTS / SHIPPED
+    return os.path.relpath(path) if path.exists() else f"<repository>/bench/results/{SHIPPED}"

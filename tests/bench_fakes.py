@@ -1,0 +1,87 @@
+"""What the tests of the benchmark share: small points, a plan that attends in float32, records."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gqa_cutlass.bench import peers
+from gqa_cutlass.bench.data import pool_bytes
+from gqa_cutlass.bench.points import GRID, PREFILL, RAGGED, Point, Ragged
+from gqa_cutlass.bench.record import Prefill, Record, Row
+
+SMALL = Point("small", 4, 2, 64, 3, 48)
+SMALL_RAGGED = Ragged(
+    "small", 4, 2, 64, 3, 48, name="three lengths", cached=(47, 0, 20), limit=1.5
+)  # fmt: skip
+
+
+def pool(point: Point) -> Tensor:
+    """Random numbers for a point's data."""
+    return torch.randn(pool_bytes(point) // 2, dtype=torch.float16)
+
+
+class FakePlan:
+    """Appends and attends in float32, or with a fault."""
+
+    def __init__(self, fault: str = "") -> None:
+        self.fault = fault
+        config = types.SimpleNamespace(name="fake")
+        self.dispatch = types.SimpleNamespace(config=config, num_splits=1, shape="a shape")
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, new_k: Tensor, new_v: Tensor, lengths: Tensor
+    ) -> Tensor:
+        for b, n in enumerate(lengths.tolist()):
+            if self.fault != "appends nothing":
+                k[b, n], v[b, n] = new_k[b], new_v[b]
+            if self.fault == "writes behind":
+                v[b, n + 1 :] = 0
+        extra = 1 if self.fault == "reads behind" else 0
+        if self.fault == "is no attention":
+            return q
+        return attend(q, k, v, (lengths + 1 + extra).tolist()).to(q.dtype)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, attended: list[int]) -> Tensor:
+    group = q.shape[1] // k.shape[2]
+    outs = []
+    for b, n in enumerate(attended):
+        keys, values = (x[b, :n].float().repeat_interleave(group, 1) for x in (k, v))
+        weights = torch.einsum("hd,nhd->hn", q[b].float(), keys) * q.shape[2] ** -0.5
+        outs.append(torch.einsum("hn,nhd->hd", weights.softmax(-1), values))
+    return torch.stack(outs)
+
+
+def row_of(point: Point, **changes: Any) -> Row:
+    """What might have been measured of a point, with round ratios."""
+    floor = peers.floor_by_bytes(point.read_bytes)
+    row = Row(
+        point=str(point), mib=point.read_bytes / 2**20, kernel="k", launch="l", source_digest="d",
+        num_splits=1, relative_error=0.000125, floor=floor, ours=1.25 * floor,
+        measured={"SDPA flash": 3 * floor, "SDPA cuDNN": 2 * floor},
+        recorded_scaled={"SDPA cuDNN": floor, "TileOPs": 1.75 * floor},
+    )  # fmt: skip
+    return dataclasses.replace(row, **changes)
+
+
+def prefill_of(point: Point) -> Prefill:
+    """What might have been measured of a point's prompts."""
+    decode = row_of(point).ours
+    measured = {"SDPA flash": 40 * decode, "SDPA cuDNN": 32 * decode}
+    return Prefill(point=str(point), decode=decode, measured=measured)
+
+
+def full_record() -> Record:
+    """A run over all points."""
+    return Record(
+        run={"gpu": "NVIDIA <X1>", "date": "2026-01-02", "clocks": "1 MHz, 2 MHz"},
+        rows=[row_of(point) for point in GRID],
+        ragged=[row_of(p, measured={}, recorded_scaled={}, limit=p.limit) for p in RAGGED],
+        prefill=[prefill_of(point) for point in PREFILL],
+        host={"plan": 7.04, "gqa_decode": 15.0, "SDPA, views made before": 20.0, "check": 0.052},
+    )

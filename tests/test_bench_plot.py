@@ -1,0 +1,145 @@
+"""The benchmark's pictures, read back from their SVG and from matplotlib's own objects."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib
+import pytest
+from bench_fakes import full_record, row_of
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from gqa_cutlass.bench import plot
+from gqa_cutlass.bench.checkout import RESULTS
+from gqa_cutlass.bench.points import GRID
+from gqa_cutlass.bench.record import Record, Row
+
+SVG = "{http://www.w3.org/2000/svg}"
+ENDINGS = ("", "-context", "-bandwidth")
+
+
+@pytest.fixture
+def full() -> Record:
+    return full_record()
+
+
+@pytest.fixture
+def axes() -> Axes:
+    return Figure().subplots()
+
+
+def _points(axes: Axes) -> dict[str, list[tuple[float, float]]]:
+    """What is drawn, by label."""
+    return {str(line.get_label()): [tuple(xy) for xy in line.get_xydata()] for line in axes.lines}
+
+
+def _row(name: str, rows: list[Row]) -> Row:
+    (found,) = (row for row in rows if row.point == name)
+    return found
+
+
+def test_pictures_are_written_as_svg_and_png(full: Record, tmp_path: Path) -> None:
+    written = plot.draw(full, tmp_path / "nvidia-x1.5")
+    names = [f"nvidia-x1.5{ending}.{kind}" for ending in ENDINGS for kind in ("svg", "png")]
+    assert [path.name for path in written] == names
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    for path in written:
+        assert path.suffix == ".svg" or path.read_bytes().startswith(b"\x89PNG")
+        assert path.stat().st_size < 150_000
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_pictures_repeat_and_carry_no_date(full: Record, ending: str, tmp_path: Path) -> None:
+    plot.draw(full, tmp_path / "a")
+    with matplotlib.rc_context({"font.size": 20, "svg.fonttype": "path"}):  # as a user may have it
+        plot.draw(full, tmp_path / "b")
+    first, second = ((tmp_path / f"{name}{ending}.svg").read_text() for name in "ab")
+    assert first == second
+    assert "dc:date" not in first and "Matplotlib" not in first
+    assert not any(line.endswith(" ") for line in first.splitlines())
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_pictures_name_gpu_and_date(full: Record, ending: str, tmp_path: Path) -> None:
+    plot.draw(full, tmp_path / "x")
+    texts = [text.text for text in ET.parse(tmp_path / f"x{ending}.svg").iter(f"{SVG}text")]
+    assert "float16, NVIDIA <X1>, 2026-01-02" in texts
+    assert {"ours, append included", "best SDPA backend"} <= set(texts)
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_the_shipped_pictures_are_those_of_the_shipped_record(ending: str) -> None:
+    run = Record.load(RESULTS / "nvidia-h200.json").run
+    texts = [t.text for t in ET.parse(RESULTS / f"nvidia-h200{ending}.svg").iter(f"{SVG}text")]
+    assert f"float16, {run['gpu']}, {run['date']}" in texts
+    assert (RESULTS / f"nvidia-h200{ending}.png").stat().st_size < 150_000
+
+
+def test_latency_is_drawn_over_bytes(full: Record, axes: Axes) -> None:
+    plot.latency(axes, full.rows)
+    drawn = _points(axes)
+    assert sorted(drawn[plot.OURS_LABEL]) == sorted((r.mib, r.ours) for r in full.rows)
+    assert sorted(drawn[plot.SDPA_LABEL]) == sorted(
+        (r.mib, r.measured["SDPA cuDNN"]) for r in full.rows
+    )
+    sizes = sorted({point.read_bytes / 2**20 for point in GRID})
+    assert [mib for mib, _ in drawn[plot.FLOOR_LABEL]] == sizes
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("MiB of K and V read", "µs per call")
+
+
+def test_of_the_floors_of_a_size_the_lowest_is_drawn(full: Record, axes: Axes) -> None:
+    lower = [replace(row, floor=row.floor / 2) for row in full.rows[:1]]
+    plot.latency(axes, full.rows + lower)
+    assert _points(axes)[plot.FLOOR_LABEL][0] == (lower[0].mib, lower[0].floor)
+
+
+def test_bandwidth_is_drawn_over_bytes(full: Record, axes: Axes) -> None:
+    plot.bandwidth(axes, full.rows)
+    drawn = _points(axes)
+    row = _row("llama3-8b 32/8/128 8x1024", full.rows)  # 32 MiB; floor 10, ours 12.5, SDPA 20 us
+    for label, micros in ((plot.FLOOR_LABEL, 10), (plot.OURS_LABEL, 12.5), (plot.SDPA_LABEL, 20)):
+        of_size = [rate for mib, rate in drawn[label] if mib == row.mib]
+        assert of_size == pytest.approx([(32 << 20) / micros / 1e3] * len(of_size)) and of_size
+    assert (axes.get_xscale(), axes.get_yscale(), axes.get_ylim()[0]) == ("log", "linear", 0)
+
+
+def test_context_is_drawn_per_model(full: Record, tmp_path: Path, axes: Axes) -> None:
+    alone = [row for row in full.rows if row.label.batch == 1]
+    plot.context(axes, alone)
+    models = list(dict.fromkeys(row.label.heads for row in alone))
+    ours, sdpa = axes.lines[::2], axes.lines[1::2]
+    assert [line.get_label() for line in ours] == models
+    assert {line.get_linestyle() for line in ours} == {"-"}
+    assert {line.get_linestyle() for line in sdpa} == {"--"}
+    assert len({(line.get_color(), line.get_marker()) for line in ours}) == len(models)
+    assert ours[0].get_xdata().tolist() == [128, 1024, 4096, 16384, 131072]
+    assert ours[0].get_ydata().tolist() == [
+        _row(f"llama3-8b 32/8/128 1x{tokens}", full.rows).ours
+        for tokens in (128, 1024, 4096, 16384, 131072)
+    ]
+    for solid, dashed in zip(ours, sdpa, strict=True):
+        assert solid.get_color() == dashed.get_color()
+        assert (dashed.get_ydata() / solid.get_ydata()).tolist() == pytest.approx(
+            [1.6] * len(solid.get_xdata())
+        )
+
+
+def test_only_single_sequences_are_drawn_over_context(full: Record, tmp_path: Path) -> None:
+    batches = [row for row in full.rows if row.label.batch > 1]
+    plot.draw(replace(full, rows=batches), tmp_path / "x")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "x.svg", "x.png", "x-bandwidth.svg", "x-bandwidth.png",
+    }  # fmt: skip
+
+
+def test_points_without_sdpa_are_drawn(full: Record, tmp_path: Path) -> None:
+    rows = [row_of(GRID[0], measured={}), row_of(GRID[1], measured={"FA3": 3.0})]
+    assert len(plot.draw(replace(full, rows=rows), tmp_path / "x")) == 6
+
+
+def test_a_record_without_a_grid_has_no_pictures(full: Record, tmp_path: Path) -> None:
+    assert plot.draw(replace(full, rows=[]), tmp_path / "x") == []

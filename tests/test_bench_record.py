@@ -1,0 +1,216 @@
+"""What the benchmark makes of a record: its file, the tables, and the CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from bench_fakes import full_record, prefill_of, row_of
+from helpers import REPOSITORY
+
+from gqa_cutlass.bench import checkout, peers, report, spreadsheet
+from gqa_cutlass.bench.points import GRID, PREFILL, RAGGED
+from gqa_cutlass.bench.record import Prefill, Record
+from gqa_cutlass.errors import InputError
+
+SHIPPED = REPOSITORY / "bench" / "results" / "nvidia-h200.json"
+
+
+@pytest.fixture
+def full() -> Record:
+    return full_record()
+
+
+def test_the_record_survives_its_file(full: Record, tmp_path: Path) -> None:
+    full.save(tmp_path / "r.json")
+    assert Record.load(tmp_path / "r.json") == full
+    assert json.loads((tmp_path / "r.json").read_text())["recorded_scaled"] == peers.SOURCE
+
+
+def test_a_record_from_before_prompts_were_measured_is_read(full: Record, tmp_path: Path) -> None:
+    full.save(tmp_path / "r.json")
+    content = json.loads((tmp_path / "r.json").read_text())
+    del content["prefill"]
+    (tmp_path / "r.json").write_text(json.dumps(content))
+    assert Record.load(tmp_path / "r.json") == replace(full, prefill=[])
+
+
+def test_the_shipped_record_is_read() -> None:
+    record = Record.load(SHIPPED)
+    assert {row.point for row in record.rows} == {str(point) for point in GRID}
+    assert {row.point for row in record.ragged} == {str(point) for point in RAGGED}
+
+
+@pytest.mark.parametrize("content", ["no JSON", "[]", "{}", '{"run": {}, "microseconds": [{}]}'])
+def test_what_is_no_record_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(InputError, match=r"record: got .*x\.json"):
+        Record.load(tmp_path / "x.json")
+
+
+def test_rates_count_new_tokens_and_bytes_read() -> None:
+    (point,) = (p for p in GRID if str(p) == "llama3-8b 32/8/128 8x1024")
+    row = row_of(point, ours=16.0)
+    assert row.num_bytes == 32 << 20
+    assert row.per_token == 2.0
+    assert row.bandwidth(row.ours) == pytest.approx((32 << 20) / 16e-6 / 1e9)
+
+
+def test_prompts_are_compared_by_the_faster_backend() -> None:
+    row = Prefill(point="m 4/2/64 2x50", decode=8.0, measured={"SDPA flash": 40, "SDPA cuDNN": 30})
+    assert str(row.best) == "SDPA cuDNN"
+    assert (row.ratio, row.per_prompt_token, row.per_token) == (3.75, 0.3, 4.0)
+
+
+# Tables.
+
+
+def test_markdown_has_a_row_per_point(full: Record) -> None:
+    grid, ragged, prefill, host, sentences = report.markdown(full).split("\n\n")
+    for table, rows, columns in (
+        (grid, len(GRID), 13), (ragged, len(RAGGED), 8), (prefill, len(PREFILL), 8), (host, 4, 3),
+    ):  # fmt: skip
+        lines = table.splitlines()
+        assert len(lines) == 2 + rows
+        assert {line.count("|") for line in lines} == {columns + 1}
+    assert grid.splitlines()[3] == (
+        "| llama3-8b 32/8/128 | 1 × 1024 | 4 | 2.8 | **3.5** | 3.5 | 1198 | 8.4 | 5.6 | 1.60× "
+        "| 80% | 1.40× | TileOPs (recorded) |"
+    )
+    assert "| 64 × 1024 | 256 | 62.0 | **77.5** | 1.2 | 3464 | 186.0 |" in grid
+    assert ragged.splitlines()[3].endswith("| long first | 69 | 19.0 | **23.7** | 1.25× | 1.30× |")
+    assert prefill.splitlines()[5] == (
+        "| llama3-8b 32/8/128 | 8 × 1024 | **12.5** | 1.6 | 500.0 | 400.0 | 0.049 | 32.0× |"
+    )
+    assert host.splitlines()[2:] == [
+        "| plan | 7.0 | 8 |",
+        "| gqa_decode | 15.0 | 14 |",
+        "| SDPA, views made before | 20.0 | - |",
+        "| check | 0.05 | - |",
+    ]
+    assert "against the best SDPA backend: geometric mean 1.60x, worst 1.60x" in sentences
+    assert "against the best of all peers: geometric mean 1.40x, worst 1.40x" in sentences
+    assert "are 0.50 to 0.50 of what was measured" in sentences
+
+
+def test_a_terminal_shows_every_part(full: Record, capsys: pytest.CaptureFixture[str]) -> None:
+    report.show(full)
+    said = capsys.readouterr().out
+    for point in (*GRID, *RAGGED):
+        assert f" {point} " in said
+    for title in ("per token", "GB/s", "prefill over decode", "us of host time per call"):
+        assert title in said
+    rows = [line.split("│") for line in said.splitlines() if " 8x1024 " in line]
+    of_step, of_prompts = ([cell.strip() for cell in row[1:-1]] for row in rows)
+    assert of_step[1:6] == ["32.0", "10.00", "12.50", "1.56", "2684"]
+    assert of_prompts[1:] == ["12.50", "1.56", "500.00", "400.00", "0.0488", "32.0x"]
+
+
+def test_a_search_over_kernels_is_no_shipped_peer() -> None:
+    row = row_of(GRID[0], recorded_scaled={"TileOPs best of 151": 1.0, "XQA": 1.2})
+    assert (str(row.best_peer), str(row.best_shipped_peer)) == (
+        "TileOPs best of 151 (recorded)", "XQA (recorded)",
+    )  # fmt: skip
+
+
+def test_points_without_peers_are_shown_and_not_counted() -> None:
+    rows = [row_of(GRID[0]), row_of(GRID[1], measured={}, recorded_scaled={}, ours=1e6)]
+    assert "slower at 0 of 1 points" in "\n".join(report.summary(rows))
+    table = report.markdown(Record(run={}, rows=rows)).splitlines()
+    assert "| - | - | - |" in table[3] and table[3].endswith("| - | - |")
+
+
+def test_a_slower_point_is_counted_and_named() -> None:
+    rows = [row_of(GRID[0]), row_of(GRID[1], ours=5.6)]
+    of_sdpa = report.summary(rows)[1]
+    assert f"worst 1.00x ({GRID[1]}, SDPA cuDNN), slower at 0 of 2 points" in of_sdpa
+    of_all = report.summary(rows)[2]
+    assert f"worst 0.88x ({GRID[1]}, TileOPs (recorded)), slower at 1 of 2 points" in of_all
+
+
+# CSV.
+
+
+def _read(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def test_csv_has_a_row_per_point(full: Record) -> None:
+    rows = _read(spreadsheet.decode_csv(full))
+    keys = ("model", "q_heads", "kv_heads", "head_dim", "batch", "tokens", "lengths")
+    sizes = [
+        (p.model, p.num_q_heads, p.num_kv_heads, p.head_dim, p.batch, p.tokens)
+        for p in (*GRID, *RAGGED)
+    ]
+    lengths = [*("equal" for _ in GRID), *(point.name for point in RAGGED)]
+    assert [tuple(row[key] for key in keys) for row in rows] == [
+        (*map(str, size), label) for size, label in zip(sizes, lengths, strict=True)
+    ]
+
+
+def test_csv_has_what_was_measured(full: Record) -> None:
+    (row,) = (
+        row
+        for row in _read(spreadsheet.decode_csv(full))
+        if (row["model"], row["batch"], row["tokens"]) == ("llama3-8b", "8", "1024")
+    )
+    numbers = {
+        key: float(row[key]) for key in row if key.endswith(("us", "token", "per_s", "ours"))
+    }
+    assert numbers == {
+        "ours_us": 12.5, "ours_us_per_token": 1.5625, "ours_gb_per_s": 2684.4,
+        "floor_us": 10.0, "floor_gb_per_s": 3355.4,
+        "sdpa_flash_us": 30.0, "sdpa_cudnn_us": 20.0, "best_sdpa_over_ours": 1.6,
+        "sdpa_cudnn_recorded_scaled_us": 10.0, "tileops_recorded_scaled_us": 17.5,
+        "best_peer_over_ours": 1.4,
+    }  # fmt: skip
+    assert (row["kv_bytes"], row["share_of_floor"]) == (str(32 << 20), "0.8")
+    assert (row["best_peer"], row["target_over_floor"]) == ("TileOPs (recorded)", "")
+    assert (row["kernel"], row["num_splits"], row["relative_error"]) == ("k", "1", "0.000125")
+
+
+def test_csv_says_in_every_row_where_it_was_measured(full: Record) -> None:
+    dirty = replace(full, run={**full.run, "commit": "c0ffee-dirty"})
+    for rows in map(_read, (spreadsheet.decode_csv(dirty), spreadsheet.prefill_csv(dirty))):
+        assert {row["gpu"] for row in rows} == {"NVIDIA <X1>"}
+        assert {row["clocks"] for row in rows} == {"1 MHz, 2 MHz"}
+        assert {row["commit"] for row in rows} == {"c0ffee-dirty"}
+        assert {row["driver"] for row in rows} == {"unknown"}  # the record does not say
+
+
+def test_csv_leaves_empty_what_was_not_measured() -> None:
+    rows = [row_of(GRID[0]), row_of(GRID[1], measured={"FA3": 5.0}, recorded_scaled={})]
+    first, second = _read(spreadsheet.decode_csv(Record(run={}, rows=rows)))
+    assert (first["fa3_us"], second["fa3_us"]) == ("", "5.0")
+    assert second["sdpa_flash_us"] == second["tileops_recorded_scaled_us"] == ""
+    assert (second["best_peer"], second["best_sdpa_over_ours"]) == ("FA3", "")
+
+
+def test_prompts_have_a_csv_of_their_own(full: Record) -> None:
+    rows = _read(spreadsheet.prefill_csv(full))
+    assert [(row["batch"], row["tokens"]) for row in rows] == [
+        ("1", "1024"), ("1", "4096"), ("1", "16384"), ("8", "1024"),
+    ]  # fmt: skip
+    last = rows[-1]
+    assert (last["decode_us"], last["decode_us_per_token"]) == ("12.5", "1.5625")
+    assert (last["prefill_sdpa_flash_us"], last["prefill_sdpa_cudnn_us"]) == ("500.0", "400.0")
+    assert (last["prefill_best"], last["prefill_best_us"]) == ("SDPA cuDNN", "400.0")
+    assert (last["prefill_us_per_token"], last["prefill_over_decode"]) == ("0.0488", "32.0")
+
+
+def test_what_was_not_measured_has_no_csv() -> None:
+    record = Record(run={}, rows=[], prefill=[prefill_of(PREFILL[0])])
+    assert spreadsheet.decode_csv(record) == ""
+    assert spreadsheet.prefill_csv(replace(record, prefill=[])) == ""
+
+
+@pytest.mark.parametrize("ending", ["", "-prefill"])
+def test_the_shipped_csv_is_that_of_the_shipped_record(ending: str) -> None:
+    record = Record.load(SHIPPED)
+    text = {"": spreadsheet.decode_csv, "-prefill": spreadsheet.prefill_csv}[ending](record)
+    path = checkout.RESULTS / f"nvidia-h200{ending}.csv"
+    assert (path.read_text() if path.exists() else "") == text
