@@ -18,7 +18,14 @@ if TYPE_CHECKING:
         plan,
         warmup,
     )
-    from gqa_cutlass.errors import CacheOverflowError, ConfigError, GqaError, InputError
+    from gqa_cutlass.cache import KVCache
+    from gqa_cutlass.errors import (
+        CacheAllocationError,
+        CacheOverflowError,
+        ConfigError,
+        GqaError,
+        InputError,
+    )
     from gqa_cutlass.planning import Plan
 
 _HOMES = {
@@ -29,18 +36,22 @@ _HOMES = {
     "gqa_decode": "api",
     "plan": "api",
     "warmup": "api",
+    "KVCache": "cache",
     "Plan": "planning",
+    "CacheAllocationError": "errors",
     "CacheOverflowError": "errors",
     "ConfigError": "errors",
     "GqaError": "errors",
     "InputError": "errors",
 }
 __all__ = [  # noqa: F822 - provided by __getattr__
+    "CacheAllocationError",
     "CacheOverflowError",
     "ConfigError",
     "GQADecodeConfig",
     "GqaError",
     "InputError",
+    "KVCache",
     "Plan",
     "check_overflow",
     "explain",

@@ -20,6 +20,10 @@ class CacheOverflowError(InputError):
     """A sequence does not fit into its cache. Its cache rows are untouched."""
 
 
+class CacheAllocationError(GqaError, MemoryError):
+    """There is not enough memory for a cache. Nothing stays allocated."""
+
+
 class CompileError(GqaError, RuntimeError):
     """NVRTC rejected a kernel; the message carries the compiler's log."""
 
@@ -34,6 +38,10 @@ class KernelMissingError(GqaError, RuntimeError):
 
 class StoreError(GqaError, RuntimeError):
     """The cubin store cannot be used."""
+
+
+class ExportError(GqaError, OSError):
+    """A bundle for C and Rust cannot be written where it should go."""
 
 
 class DeviceError(GqaError, RuntimeError):

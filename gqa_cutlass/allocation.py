@@ -1,0 +1,207 @@
+"""Memory for caches: how much they need, how much there is, and what to say if it is too little."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from gqa_cutlass.codegen.config import HEAD_DIM_RULE, HEAD_DIMS
+from gqa_cutlass.errors import CacheAllocationError, DeviceError, InputError
+from gqa_cutlass.inputs import DTYPES, MAX_BATCH, MAX_SEQ_LEN
+
+_PAGE = 2**21  # torch's allocator, and the driver below it, hand out large blocks in such steps
+_SPARE_SHARE = 256  # one part in so many is left to the driver's tables and to workspaces
+_STATE_BYTES = 8  # per sequence: two int32
+_MEMINFO = Path("/proc/meminfo")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """What was allocated for the caches of a model's layers.
+
+    Args:
+        layers: Keys and values of each layer, not initialised.
+        state: Int32 [2, batch], zeros: lengths, and whether sequences overflowed.
+    """
+
+    layers: list[tuple[Tensor, Tensor]]
+    state: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """The sizes of the caches of a model's layers.
+
+    Args:
+        num_layers: Layers.
+        batch_size: Sequences.
+        max_seq_len: Tokens that a sequence's cache can hold.
+        num_kv_heads: KV heads.
+        head_dim: Dimension per head.
+        dtype: Element type, torch.float16 or torch.bfloat16.
+
+    Raises:
+        InputError: One of them is not allowed.
+    """
+
+    num_layers: int
+    batch_size: int
+    max_seq_len: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        for name, most in (
+            ("num_layers", None), ("batch_size", MAX_BATCH), ("max_seq_len", MAX_SEQ_LEN),
+            ("num_kv_heads", None),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if type(value) is not int or value < 1 or (most is not None and value > most):
+                _fail(name, repr(value)[:80], "an int from 1" + f" to {most}" * (most is not None))
+        if type(self.head_dim) is not int or self.head_dim not in HEAD_DIMS:
+            _fail("head_dim", repr(self.head_dim)[:80], HEAD_DIM_RULE)
+        if not isinstance(self.dtype, torch.dtype) or self.dtype not in DTYPES:
+            _fail("dtype", repr(self.dtype)[:80], " or ".join(map(str, DTYPES)))
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of one layer's keys, and of its values."""
+        return self.batch_size, self.max_seq_len, self.num_kv_heads, self.head_dim
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of K and V of all layers, and of the lengths that they share."""
+        return 2 * self.num_layers * self.max_seq_len * self._row_bytes + self._state_bytes
+
+    def longest(self, available: int) -> int:
+        """The largest max_seq_len whose caches are sure to fit into so many bytes; 0 for none."""
+        usable = available - available // _SPARE_SHARE - self._state_bytes
+        pages = usable // _PAGE - 1  # one for the state
+        each = max(0, pages // (2 * self.num_layers)) * _PAGE
+        return min(each // self._row_bytes, MAX_SEQ_LEN)
+
+    @property
+    def _row_bytes(self) -> int:
+        """Bytes of one token of every sequence in one tensor."""
+        return self.batch_size * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+    @property
+    def _state_bytes(self) -> int:
+        return self.batch_size * _STATE_BYTES
+
+
+def placed(device: torch.device | int | str) -> torch.device:
+    """The device that is meant, with its index.
+
+    Raises:
+        InputError: Neither a CUDA device that there is nor the CPU.
+        DeviceError: No usable GPU.
+    """
+    allowed = "a CUDA device, such as 'cuda:0', or 'cpu' (simulated, slow)"
+    try:
+        meant = torch.device("cuda", device) if type(device) is int else torch.device(device)
+    except (RuntimeError, TypeError):
+        _fail("device", repr(device)[:80], allowed)
+    if meant.type == "cpu":
+        return torch.device("cpu")
+    if meant.type != "cuda":
+        _fail("device", str(meant), allowed)
+    if not torch.cuda.is_available():
+        raise DeviceError(
+            f"KVCache: device: got {meant}; no usable GPU: torch.cuda.is_available() is False. "
+            "Run `gqa-cutlass doctor` to see what was found, or pass device='cpu' (simulated, "
+            "slow). Nothing was allocated."
+        )
+    index = torch.cuda.current_device() if meant.index is None else meant.index
+    if not 0 <= index < torch.cuda.device_count():
+        _fail("device", str(meant), f"cuda:0 to cuda:{torch.cuda.device_count() - 1}, or 'cpu'")
+    return torch.device("cuda", index)
+
+
+def allocate(sizes: Sizes, device: torch.device) -> Memory:
+    """Memory for keys, values and lengths.
+
+    Raises:
+        CacheAllocationError: There is not enough; nothing stays allocated.
+    """
+    available = available_bytes(device)
+    memory = None
+    if sizes.total_bytes <= available:
+        memory = _try_to_allocate(sizes, device)
+        if memory is None:
+            # What torch holds was in pieces too small, and it has given back what it could.
+            available = available_bytes(device, held=False)
+    if memory is None:  # raised here, where no frame of the traceback holds a tensor
+        _raise_too_large(sizes, device, available)
+    return memory
+
+
+def available_bytes(device: torch.device, held: bool = True) -> int:
+    """Bytes that could be allocated on a device.
+
+    Args:
+        device: A GPU or the CPU.
+        held: Whether to count what torch's allocator holds on the GPU and does not use.
+    """
+    if device.type == "cpu":
+        return _available_on_the_host()
+    free, total = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.memory_reserved(device)
+    allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+    unused = reserved - torch.cuda.memory_allocated(device)
+    return max(0, min(free, allowed - reserved)) + held * unused
+
+
+def _available_on_the_host() -> int:
+    try:
+        for line in _MEMINFO.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _try_to_allocate(sizes: Sizes, device: torch.device) -> Memory | None:
+    # On the CPU torch raises nothing more special, and for nothing else.
+    refusal = RuntimeError if device.type == "cpu" else torch.OutOfMemoryError
+    tensors: list[Tensor] = []
+    try:
+        # Normal tensors, even in inference mode: outside of it nobody may write to the others.
+        with torch.inference_mode(False):
+            state = torch.zeros(2, sizes.batch_size, dtype=torch.int32, device=device)
+            for _ in range(2 * sizes.num_layers):
+                tensors.append(torch.empty(sizes.shape, dtype=sizes.dtype, device=device))
+    except refusal:
+        tensors.clear()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None
+    return Memory(layers=list(zip(tensors[::2], tensors[1::2], strict=True)), state=state)
+
+
+def _raise_too_large(sizes: Sizes, device: torch.device, available: int) -> NoReturn:
+    longest = min(sizes.longest(available), sizes.max_seq_len - 1)
+    layers = f" in each of {sizes.num_layers} layers" * (sizes.num_layers > 1)
+    fits = f"max_seq_len up to {longest}" if longest else "no max_seq_len"
+    raise CacheAllocationError(
+        f"KVCache: memory: got a cache of {sizes.total_bytes} bytes ({_gib(sizes.total_bytes)}): "
+        f"k and v of {list(sizes.shape)} (batch_size, max_seq_len, num_kv_heads, head_dim), "
+        f"{sizes.dtype}{layers}; free on {device}: {available} bytes ({_gib(available)}). Nothing "
+        f"was allocated. With the other sizes as they are {fits} fits: shorten the cache, take "
+        "fewer sequences, or free memory."
+    )
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"
+
+
+def _fail(what: str, got: str, allowed: str) -> NoReturn:
+    raise InputError(f"KVCache: {what}: got {got}; allowed: {allowed}. Nothing was allocated.")

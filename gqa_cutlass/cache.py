@@ -1,0 +1,398 @@
+"""A cache of keys and values with its lengths: decoding, prompts, and moving sequences about."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gqa_cutlass.allocation import Memory, Sizes, allocate, placed
+from gqa_cutlass.api import check_overflow, gqa_decode
+from gqa_cutlass.cache_inputs import check_prompt, ints, one_token
+from gqa_cutlass.errors import CacheOverflowError, InputError
+from gqa_cutlass.lengths import ONE_TOKEN, REMEDY, Growth, Lengths, capturing
+from gqa_cutlass.rows import gather, scatter
+
+
+class KVCache:
+    """Keys and values of a batch of sequences, and how many tokens each holds.
+
+    Nothing but `refresh` and `check` waits for the GPU. The lengths are on the device (`seqlens`),
+    and the host follows what it does itself: `lengths` and `bound` say what it knows. While it
+    knows the lengths exactly, a token that does not fit is an error before anything is written.
+    When it does not (after tensors of lengths or indices from the device, after a CUDA-graph
+    capture, after `forget`), the device finds out: it writes nothing to that sequence, leaves its
+    length alone, serves the others, and `check` raises. `decode` also returns NaN for that
+    sequence, and reports by itself: a later call raises.
+
+    `decode` and `append` can be captured into CUDA graphs; every replay advances the lengths. The
+    host does not see replays: from the capture on it knows nothing until `refresh`, `reset()` or
+    `truncate(int)`, and what it knows then is outdated with the next replay, until it asks again.
+    Outdated knowledge spoils no data, for after a capture nothing is written or moved by it; only
+    `lengths`, `bound` and an overflow that they tell of may be wrong. A capture refuses sequences
+    of ints, which no replay could read.
+
+    Whoever writes into `seqlens` takes the host's knowledge away, and must call `refresh` (which
+    waits) or `forget` (which does not) before the next operation.
+
+    Works in inference mode or outside; nothing is recorded for gradients. Not thread-safe: one
+    thread and one stream at a time.
+
+    Args:
+        batch_size: Sequences, 1 to 65535.
+        max_seq_len: Tokens that a sequence can hold.
+        num_kv_heads: KV heads.
+        head_dim: Dimension per head, as `gqa_decode` allows it.
+        dtype: torch.float16 or torch.bfloat16.
+        device: A GPU, or "cpu" (simulated, slow).
+
+    Attributes:
+        k: Keys, [batch_size, max_seq_len, num_kv_heads, head_dim], contiguous. What lies behind a
+            sequence's length is not initialised, and never read.
+        v: Values, as k.
+
+    Raises:
+        InputError: A size, the type or the device is not allowed.
+        CacheAllocationError: There is not enough memory. Nothing stays allocated.
+        DeviceError: No usable GPU.
+    """
+
+    k: Tensor
+    v: Tensor
+
+    def __init__(
+        self,
+        batch_size: int,
+        max_seq_len: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype = torch.float16,
+        device: torch.device | int | str = "cuda",
+    ) -> None:
+        sizes = _sizes(1, batch_size, max_seq_len, num_kv_heads, head_dim, dtype)
+        memory = _allocate(sizes, device)
+        self._adopt(*memory.layers[0], Lengths(memory.state, max_seq_len), leads=True)
+
+    @classmethod
+    def for_layers(
+        cls,
+        num_layers: int,
+        batch_size: int,
+        max_seq_len: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype = torch.float16,
+        device: torch.device | int | str = "cuda",
+    ) -> list[KVCache]:
+        """Allocate the caches of a model's layers, which share their lengths.
+
+        A forward pass calls the caches in their order: `decode`, `append`, `prefill` and `reorder`
+        on all but the last leave the lengths alone, and on the last one move them. `truncate`,
+        `reset`, `refresh`, `forget` and `check` concern the lengths only: call one of them once, on
+        any of the caches.
+
+        A forward pass that an error ends in its middle has moved no length: it can be repeated from
+        the first layer, which writes the same rows again.
+
+        Args:
+            num_layers: Caches.
+            batch_size: As for `KVCache`, as are the others.
+            max_seq_len: As for `KVCache`.
+            num_kv_heads: As for `KVCache`.
+            head_dim: As for `KVCache`.
+            dtype: As for `KVCache`.
+            device: As for `KVCache`.
+
+        Raises:
+            GqaError: As for `KVCache`.
+        """
+        sizes = _sizes(num_layers, batch_size, max_seq_len, num_kv_heads, head_dim, dtype)
+        memory = _allocate(sizes, device)
+        lengths = Lengths(memory.state, max_seq_len)
+        caches = []
+        for layer, (k, v) in enumerate(memory.layers, start=1):
+            cache = cls.__new__(cls)
+            cache._adopt(k, v, lengths, leads=layer == num_layers)
+            caches.append(cache)
+        return caches
+
+    @staticmethod
+    def bytes_needed(
+        batch_size: int,
+        max_seq_len: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype = torch.float16,
+        num_layers: int = 1,
+    ) -> int:
+        """Bytes that such caches would take, their lengths included; allocates nothing.
+
+        Raises:
+            InputError: A size or the type is not allowed.
+        """
+        sizes = _sizes(num_layers, batch_size, max_seq_len, num_kv_heads, head_dim, dtype)
+        return sizes.total_bytes
+
+    def _adopt(self, k: Tensor, v: Tensor, lengths: Lengths, *, leads: bool) -> None:
+        self.k, self.v = k, v
+        self._lengths = lengths
+        self._leads = leads  # of the caches that share the lengths, the one that moves them
+
+    @property
+    def seqlens(self) -> Tensor:
+        """Tokens cached, int32 [batch_size] on the device."""
+        return self._lengths.seqlens
+
+    @property
+    def lengths(self) -> list[int] | None:
+        """Tokens cached, if the host knows it exactly without waiting."""
+        return self._lengths.known
+
+    @property
+    def bound(self) -> int:
+        """What no length exceeds, as far as the host knows; max_seq_len at worst."""
+        return self._lengths.bound
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences."""
+        return self.k.shape[0]
+
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens that a sequence can hold."""
+        return self.k.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the cache is."""
+        return self.k.device
+
+    def __repr__(self) -> str:
+        batch_size, max_seq_len, num_kv_heads, head_dim = self.k.shape
+        size = self.k.nbytes + self.v.nbytes
+        return (
+            f"KVCache(batch_size={batch_size}, max_seq_len={max_seq_len}, "
+            f"num_kv_heads={num_kv_heads}, head_dim={head_dim}, dtype={self.k.dtype}, "
+            f"device='{self.device}', bytes={size}, bound={self.bound})"
+        )
+
+    def decode(
+        self,
+        q: Tensor,
+        k: Tensor | None = None,
+        v: Tensor | None = None,
+        *,
+        softmax_scale: float | None = None,
+        num_splits: int = 0,
+        return_lse: bool = False,
+        out: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Append a token's K and V, if given, and attend over everything cached: `gqa_decode`.
+
+        Args:
+            q: As for `gqa_decode`, as are the others.
+            k: As for `gqa_decode`.
+            v: As for `gqa_decode`.
+            softmax_scale: As for `gqa_decode`.
+            num_splits: As for `gqa_decode`.
+            return_lse: As for `gqa_decode`.
+            out: As for `gqa_decode`.
+
+        Returns:
+            As `gqa_decode`.
+
+        Raises:
+            CacheOverflowError: A sequence is full, or an earlier call on this GPU found one to be.
+                Nothing was launched, and the lengths are as they were.
+            GqaError: As for `gqa_decode`.
+        """
+        if k is not None:
+            self._lengths.check_room("decode", ONE_TOKEN)
+        result = gqa_decode(
+            q, self.k, self.v, k, v, cache_seqlens=self.seqlens, softmax_scale=softmax_scale,
+            num_splits=num_splits, return_lse=return_lse, out=out,
+        )  # fmt: skip
+        if k is not None and self._leads:
+            self._lengths.advance(ONE_TOKEN, self._lengths.room(ONE_TOKEN))
+        return result
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Append one token to every sequence, without attending.
+
+        Args:
+            k: Keys, [batch, num_kv_heads, head_dim] or [batch, 1, num_kv_heads, head_dim], of the
+                cache's dtype and on its device; no part of the cache itself.
+            v: As k.
+
+        Raises:
+            InputError: A tensor is not allowed. Nothing was written.
+            CacheOverflowError: A sequence is known to be full. Nothing was written.
+        """
+        k = one_token("append", "k", k, self.k)
+        v = one_token("append", "v", v, self.v)
+        self._extend("append", k, v, ONE_TOKEN)
+
+    def prefill(self, k: Tensor, v: Tensor, lengths: Sequence[int] | Tensor | None = None) -> None:
+        """Append a whole prompt, or a piece of one, to every sequence.
+
+        A sequence whose tokens do not all fit gets none of them.
+
+        Args:
+            k: Keys, [batch, tokens, num_kv_heads, head_dim], of the cache's dtype and on its
+                device; no part of the cache itself.
+            v: As k.
+            lengths: How many of each sequence's tokens are real, the first ones: all (None), ints,
+                or int32 [batch] on the device, which the host never reads. There a number that is
+                negative or larger than `tokens` does not fit.
+
+        Raises:
+            InputError: An argument is not allowed. Nothing was written.
+            CacheOverflowError: A sequence is known not to have the room. Nothing was written.
+        """
+        check_prompt("prefill", k, v, self.k)
+        self._extend("prefill", k, v, self._lengths.growth(k.shape[1], lengths))
+
+    def truncate(self, lengths: int | Sequence[int] | Tensor) -> None:
+        """Keep at most so many tokens of every sequence: take speculation back.
+
+        Args:
+            lengths: One int for all, ints, or int32 [batch] on the device, which the host never
+                reads; there a negative number counts as 0.
+
+        Raises:
+            InputError: Not of these types, or out of 0 to max_seq_len. Nothing was changed.
+        """
+        self._lengths.truncate(lengths)
+
+    def reorder(self, indices: Sequence[int] | Tensor) -> None:
+        """Let row i hold what row indices[i] held: beam search, continuous batching.
+
+        Of caches that share their lengths, call it on every one, the last one last: that one moves
+        the lengths.
+
+        Args:
+            indices: Ints, of which any may be repeated, and -1 for an empty row; only rows that
+                change are moved then. Or int32 or int64 [batch] on the device, which the host never
+                reads; there all that names no row counts as -1.
+
+        Raises:
+            InputError: Not of these types, or ints out of range. Nothing was moved.
+        """
+        lengths = self._lengths
+        if isinstance(indices, Tensor):
+            order, host = lengths.order(indices), None
+            own = torch.arange(self.batch_size, device=self.device)
+            gather((self.k, self.v), lengths.reach, torch.where(order < 0, own, order))
+        else:
+            host = ints("reorder", "indices", indices, -1, self.batch_size - 1, self.batch_size)
+            order = lengths.upload("reorder", host, torch.int64)
+            self._move(host)
+        if self._leads:
+            lengths.reorder(order, host)
+
+    def reset(self, sequences: Sequence[int] | None = None) -> None:
+        """Empty all sequences, or some.
+
+        Raises:
+            InputError: Not a sequence of ints from 0 to batch_size - 1. Nothing was changed.
+        """
+        self._lengths.reset(sequences)
+
+    def refresh(self) -> list[int]:
+        """Wait for the device's lengths, and know them exactly.
+
+        Raises:
+            InputError: `seqlens` has what no cache of this size holds, written by somebody else; or
+                a CUDA graph is being captured.
+        """
+        return self._lengths.refresh()
+
+    def forget(self) -> None:
+        """Know no lengths any more, without waiting: somebody else has written `seqlens`."""
+        self._lengths.forget()
+
+    def check(self) -> None:
+        """Wait for the device, and report what did not fit since the last report.
+
+        `decode` keeps its findings per GPU, so those of other caches are reported as well.
+
+        Raises:
+            CacheOverflowError: There was a sequence without room; its rows and its length are as
+                they were.
+            InputError: A CUDA graph is being captured.
+        """
+        found = self._lengths.take_overflow("check")
+        messages = []
+        if found:
+            named = ", ".join(map(str, found[:8])) + ", ..." * (len(found) > 8)
+            messages.append(
+                f"KVCache: cache overflow: append or prefill found on the device that sequences "
+                f"[{named}] have no room for their tokens (max_seq_len is {self.max_seq_len}), or "
+                "a number of tokens that was not given. Nothing was written to them and their "
+                f"lengths are as they were; the other sequences are right. {REMEDY}"
+            )
+        try:
+            check_overflow(self.device)
+        except CacheOverflowError as error:
+            messages.append(str(error))
+        if messages:
+            raise CacheOverflowError(" ".join(messages))
+
+    def _extend(self, method: str, k: Tensor, v: Tensor, growth: Growth) -> None:
+        """Write tokens behind every sequence's, where there is room, and count them."""
+        lengths = self._lengths
+        lengths.check_room(method, growth)
+        room = lengths.room(growth)
+        settled = lengths.settled
+        pairs = (self.k, k[:, : growth.most]), (self.v, v[:, : growth.most])
+        if room is None and settled is not None and len(set(settled)) == 1:
+            start, stop = settled[0], settled[0] + growth.most
+            for cache, new in pairs:
+                cache[:, start:stop].copy_(new)  # padding included, which lands behind the lengths
+        else:
+            scatter(pairs, self.seqlens, growth.device, room)
+        if room is not None:
+            lengths.note_overflow(room)
+        if self._leads:
+            lengths.advance(growth, room)
+
+    def _move(self, host: list[int]) -> None:
+        """Move the rows that change, from those that hold something."""
+        settled = self._lengths.settled
+        moves = [
+            (source, target)
+            for target, source in enumerate(host)
+            if source not in (target, -1) and (settled is None or settled[source])
+        ]
+        if moves:
+            sources, targets = (
+                self._lengths.upload("reorder", rows, torch.int64)
+                for rows in zip(*moves, strict=True)
+            )
+            gather((self.k, self.v), self._lengths.reach, sources, targets)
+
+
+def _sizes(
+    num_layers: int, batch_size: int, max_seq_len: int, num_kv_heads: int, head_dim: int,
+    dtype: torch.dtype,
+) -> Sizes:  # fmt: skip
+    return Sizes(
+        num_layers=num_layers,
+        batch_size=batch_size,
+        max_seq_len=max_seq_len,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        dtype=dtype,
+    )
+
+
+def _allocate(sizes: Sizes, device: torch.device | int | str) -> Memory:
+    where = placed(device)
+    if capturing(where):
+        raise InputError(
+            "KVCache: got a CUDA-graph capture; allowed: to allocate before it, since every replay "
+            "would empty the cache. Nothing was allocated."
+        )
+    return allocate(sizes, where)

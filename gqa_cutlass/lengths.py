@@ -1,0 +1,291 @@
+"""How many tokens each sequence of a cache holds: counted on the device, followed on the host.
+
+The device has the truth: kernels read it there, and CUDA graphs advance it unseen. The host follows
+what it can compute itself, without ever waiting, and so knows the lengths exactly, or only a bound.
+What moves data asks for `settled` and `reach`, which claim nothing about lengths that a graph may
+have advanced since.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from gqa_cutlass.cache_inputs import check_per_sequence, ints, refuse
+from gqa_cutlass.errors import CacheOverflowError, InputError
+
+_MAX_NAMED = 4
+REMEDY = (
+    "Shorten these sequences (truncate, reset), replace them (reorder), or allocate a larger cache."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Growth:
+    """How many tokens each sequence gets.
+
+    Args:
+        most: No sequence gets more.
+        host: Tokens per sequence: one int for all, one each, or None when only the device knows.
+        device: The same, as an int for all or as int32 [batch].
+    """
+
+    most: int
+    host: int | list[int] | None
+    device: int | Tensor
+
+
+ONE_TOKEN = Growth(most=1, host=1, device=1)
+
+
+class Lengths:
+    """The lengths of a batch of sequences, each from 0 to `limit`.
+
+    Args:
+        state: Int32 [2, batch_size] on a GPU or the CPU, zeros: all sequences are empty at first.
+        limit: Tokens that a sequence can hold.
+    """
+
+    def __init__(self, state: Tensor, limit: int) -> None:
+        self.seqlens, self._overflowed = state.unbind()  # the latter sticky: 1 for no room
+        self.batch_size = len(self.seqlens)
+        self.limit = limit
+        self.device = state.device
+        self._known: list[int] | None = [0] * self.batch_size
+        self._bound = 0
+        self._captured = False  # a graph changes the lengths, whenever it is replayed
+
+    @property
+    def known(self) -> list[int] | None:
+        """The lengths, if the host knows them exactly; later replays of graphs not counted."""
+        return None if self._known is None else list(self._known)
+
+    @property
+    def bound(self) -> int:
+        """What no length exceeds; later replays of graphs not counted."""
+        return self._bound
+
+    @property
+    def settled(self) -> list[int] | None:
+        """The lengths, if no graph can have advanced them."""
+        return None if self._captured or capturing(self.device) else self._known
+
+    @property
+    def reach(self) -> int:
+        """What no length exceeds, whatever graphs have been replayed."""
+        return self.limit if self._captured or capturing(self.device) else self._bound
+
+    def growth(self, tokens: int, lengths: Sequence[int] | Tensor | None) -> Growth:
+        """What `prefill` adds: all of the tokens given, or some of each sequence's.
+
+        Raises:
+            InputError: The lengths are not allowed; their values are unknown if on the device.
+        """
+        if lengths is None:
+            return Growth(most=tokens, host=tokens, device=tokens)
+        if isinstance(lengths, Tensor):
+            check_per_sequence("prefill", "lengths", lengths, self.seqlens, torch.int32)
+            return Growth(most=tokens, host=None, device=lengths)
+        counts = ints("prefill", "lengths", lengths, 0, tokens, self.batch_size)
+        same = len(set(counts)) == 1
+        device = counts[0] if same else self.upload("prefill", counts, torch.int32)
+        return Growth(most=max(counts), host=counts, device=device)
+
+    def check_room(self, method: str, growth: Growth) -> None:
+        """Refuse what is certain not to fit; during a capture, whatever the lengths at replays.
+
+        Raises:
+            CacheOverflowError: A sequence is too long.
+        """
+        host = growth.host
+        if host is None or self._bound + growth.most <= self.limit:
+            return
+        exact = self._known is not None and not capturing(self.device)
+        if not exact and growth.most <= self.limit:
+            return
+        held = self._known if exact and self._known else [0] * self.batch_size
+        pairs = enumerate(zip(held, self._each(host), strict=True))
+        over = [(b, n, count) for b, (n, count) in pairs if n + count > self.limit]
+        if over:
+            _raise_overflow(method, over, exact, self.limit)
+
+    def room(self, growth: Growth) -> Tensor | None:
+        """Where the tokens fit, bool [batch]; None where `check_room` saw that all do."""
+        if growth.host is not None:
+            certain = self._bound + growth.most <= self.limit or self._known is not None
+            if certain and not self._captured and not capturing(self.device):
+                return None
+        tokens = growth.device
+        fits = (self.seqlens >= 0) & (self.seqlens <= self.limit - tokens)
+        if isinstance(tokens, Tensor):
+            fits &= (tokens >= 0) & (tokens <= growth.most)
+        return fits
+
+    def advance(self, growth: Growth, room: Tensor | None) -> None:
+        """Add the tokens, where there is room for them."""
+        self.seqlens.add_(growth.device if room is None else room * growth.device)
+        known = None
+        if self._known is not None and growth.host is not None:
+            known = [n + c for n, c in zip(self._known, self._each(growth.host), strict=True)]
+        self._learn(known, self._bound + growth.most)
+
+    def note_overflow(self, room: Tensor) -> None:
+        """Remember, until it is asked for, which sequences had no room."""
+        self._overflowed.logical_or_(~room)
+
+    def take_overflow(self, method: str) -> list[int]:
+        """Wait for the sequences that `note_overflow` has noted since the last time."""
+        self._check_may_wait(method)
+        found = [b for b, flag in enumerate(self._overflowed.tolist()) if flag]
+        if found:
+            self._overflowed.zero_()
+        return found
+
+    def truncate(self, lengths: int | Sequence[int] | Tensor) -> None:
+        """Keep at most so many tokens.
+
+        Raises:
+            InputError: The lengths are not allowed.
+        """
+        if isinstance(lengths, Tensor):
+            check_per_sequence("truncate", "lengths", lengths, self.seqlens, torch.int32)
+            self._at_most(lengths.clamp(min=0))
+            self._learn(None, self._bound)
+            return
+        if isinstance(lengths, int):
+            if type(lengths) is not int or not 0 <= lengths <= self.limit:
+                refuse("truncate", "lengths", repr(lengths)[:80], f"an int from 0 to {self.limit}")
+            counts = [lengths] * self.batch_size
+            self.seqlens.clamp_(max=lengths)
+        else:
+            counts = ints("truncate", "lengths", lengths, 0, self.limit, self.batch_size)
+            self._at_most(self.upload("truncate", counts, torch.int32))
+        known = None if self._known is None else list(map(min, self._known, counts))
+        self._learn(known, min(self._bound, max(counts)))
+
+    def order(self, indices: Tensor) -> Tensor:
+        """Indices on the device as int64, -1 for all that name no row.
+
+        Raises:
+            InputError: Of another type or shape, or elsewhere.
+        """
+        check_per_sequence("reorder", "indices", indices, self.seqlens, torch.int32, torch.int64)
+        order = indices.long()
+        return order.masked_fill((order < 0) | (order >= self.batch_size), -1)
+
+    def reorder(self, order: Tensor, host: list[int] | None) -> None:
+        """Let every row take the length of another.
+
+        Args:
+            order: Int64 [batch] on the device, the rows to take from, and -1 for empty.
+            host: The same, or None when only the device knows.
+        """
+        taken = self.seqlens.index_select(0, order.clamp(min=0))
+        self.seqlens.copy_(taken.masked_fill_(order < 0, 0))
+        known = self._known
+        if known is not None and host is not None:
+            self._learn([known[row] if row >= 0 else 0 for row in host], self._bound)
+        else:
+            self._learn(None, self._bound)
+
+    def reset(self, sequences: Sequence[int] | None) -> None:
+        """Empty all sequences, or some.
+
+        Raises:
+            InputError: A sequence that there is not.
+        """
+        emptied = set(range(self.batch_size))
+        if sequences is not None:
+            emptied = set(ints("reset", "sequences", sequences, 0, self.batch_size - 1))
+        if len(emptied) == self.batch_size:
+            self.seqlens.zero_()
+            self._learn([0] * self.batch_size, 0)
+        elif emptied:
+            self.seqlens.index_fill_(0, self.upload("reset", sorted(emptied), torch.int64), 0)
+            known = self._known
+            if known is not None:
+                known = [0 if b in emptied else n for b, n in enumerate(known)]
+            self._learn(known, self._bound)
+
+    def refresh(self) -> list[int]:
+        """Wait for the lengths, and know them.
+
+        Raises:
+            InputError: Somebody wrote lengths that no cache of this size has.
+        """
+        self._check_may_wait("refresh")
+        self.forget()
+        lengths: list[int] = self.seqlens.tolist()
+        for b, length in enumerate(lengths):
+            if not 0 <= length <= self.limit:
+                raise InputError(
+                    f"KVCache.refresh: seqlens[{b}]: got {length}; allowed: 0 to {self.limit}. "
+                    "It was not this cache that wrote it. Write a right one, or reset()."
+                )
+        self._learn(lengths, self.limit)
+        return list(lengths)
+
+    def forget(self) -> None:
+        """Know no more than that no length exceeds the limit."""
+        self._known, self._bound = None, self.limit
+
+    def upload(self, method: str, values: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Values on the device, without waiting for it.
+
+        Raises:
+            InputError: During a capture, whose replays could not repeat the copy.
+        """
+        if capturing(self.device):
+            allowed = "tensors on the device, or one int; or make the call before the capture"
+            refuse(method, "in a CUDA-graph capture", "a sequence of ints", allowed)
+        # Pinned: from other memory the driver may wait until it has a buffer of its own to copy to.
+        pinned = self.device.type == "cuda"
+        host = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=pinned)
+        return host.to(self.device, non_blocking=True)
+
+    def _each(self, counts: int | list[int]) -> list[int]:
+        return [counts] * self.batch_size if isinstance(counts, int) else counts
+
+    def _at_most(self, lengths: Tensor) -> None:
+        self.seqlens.copy_(torch.minimum(self.seqlens, lengths))
+
+    def _learn(self, known: list[int] | None, bound: int) -> None:
+        """Take what the host now knows, unless all this happens only at replays."""
+        if capturing(self.device):
+            self._captured = True
+            self.forget()
+            return
+        self._bound = min(bound, self.limit) if known is None else max(known)
+        self._known = known if self._bound else [0] * self.batch_size
+
+    def _check_may_wait(self, method: str) -> None:
+        if capturing(self.device):
+            allowed = "calls that do not; make it after the capture, and after every replay"
+            refuse(method, "in a CUDA-graph capture", "a call that waits for the GPU", allowed)
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether calls are being captured into a CUDA graph, on a GPU's current stream."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def _raise_overflow(
+    method: str, over: list[tuple[int, int, int]], exact: bool, limit: int
+) -> NoReturn:
+    named = ", ".join(
+        f"sequence {b} holds {n}{'' if exact else ' or more'} tokens and {count} "
+        f"{'is' if count == 1 else 'are'} to be appended"
+        for b, n, count in over[:_MAX_NAMED]
+    )
+    more = f", and {len(over) - _MAX_NAMED} more like these" * (len(over) > _MAX_NAMED)
+    raise CacheOverflowError(
+        f"KVCache.{method}: cache overflow: {named}{more}; max_seq_len is {limit}. Nothing was "
+        f"written. {REMEDY}"
+    )
