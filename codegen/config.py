@@ -280,6 +280,11 @@ class KernelConfig:
         return ceil_div(self.head_dim, BOX_DIMS) * BOX_DIMS * self.block_n * _ELEMENT_BYTES
 
     @property
+    def partial_floats(self) -> int:
+        """Floats of a block's partial output in global memory: with maxima and sums of its heads."""
+        return self.block_h * (self.head_dim + 2)
+
+    @property
     def tile_bytes(self) -> int:
         """Bytes of a tile of K and one of V, as they lie in the cache."""
         return 2 * self.block_n * self.head_dim * _ELEMENT_BYTES

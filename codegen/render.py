@@ -23,7 +23,7 @@ _MATH = {Math.TENSOROP: "gqa::Math::kTensorOp", Math.SIMT: "gqa::Math::kSimt"}
 @cache
 def render(config: KernelConfig) -> str:
     """Render the source of one kernel: its traits spelled out and its entry point."""
-    template = _environment().get_template(_TEMPLATE)
+    template = environment().get_template(_TEMPLATE)
     return template.render(
         config=config,
         element=_ELEMENT[config.dtype],
@@ -53,7 +53,8 @@ def _headers_digest() -> str:
 
 
 @cache
-def _environment() -> Environment:
+def environment() -> Environment:
+    """Where every template is rendered."""
     return Environment(
         loader=PackageLoader("gqa_cutlass.templates", package_path=""),
         undefined=StrictUndefined,

@@ -79,8 +79,7 @@ class Dispatch:
     @property
     def partial_floats(self) -> int:
         """Floats of workspace for the partial outputs."""
-        per_partial = self.config.block_h * (self.config.head_dim + 2)
-        return self.num_tickets * self.num_partials * per_partial
+        return self.num_tickets * self.num_partials * self.config.partial_floats
 
 
 @lru_cache(maxsize=4096)

@@ -1,0 +1,73 @@
+//! What the library at hand can do, from its kernels' names.
+
+use gqa_attention_decode::{bf16, explain, f16, kernel_names, Config, GqaError, Launch};
+
+/// Architectures that a library may have been exported for.
+const ARCHS: [&str; 6] = ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a"];
+
+/// What a kernel is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Kind {
+    pub bf16: bool,
+    pub head_dim: usize,
+    pub group_size: usize,
+}
+
+/// What there are kernels for.
+pub fn kinds() -> Vec<Kind> {
+    let mut found: Vec<Kind> = kernel_names().map(kind).collect();
+    found.sort_unstable();
+    found.dedup();
+    found
+}
+
+/// Of `gqa_decode_sm80_tensorop_f16_f16_d128_g4_align8_...`, for instance.
+fn kind(name: &str) -> Kind {
+    let number = |letter| {
+        let parts = name.split('_').filter_map(|part| part.strip_prefix(letter));
+        parts
+            .filter_map(|digits| digits.parse().ok())
+            .next()
+            .expect("a number in the name")
+    };
+    Kind {
+        bf16: name.contains("_bf16_"),
+        head_dim: number("d"),
+        group_size: number("g"),
+    }
+}
+
+impl Kind {
+    /// A step that wants such a kernel.
+    pub fn config(self, batch_size: usize, num_kv_heads: usize, max_seq_len: usize) -> Config {
+        Config {
+            batch_size,
+            cache_len: 0,
+            num_q_heads: num_kv_heads * self.group_size,
+            num_kv_heads,
+            head_dim: self.head_dim,
+            scale: 1.0 / (self.head_dim as f32).sqrt(),
+            max_seq_len,
+        }
+    }
+
+    /// What would be launched for it.
+    pub fn explain(self, config: &Config, arch: &str, ragged: bool) -> Result<Launch, GqaError> {
+        match self.bf16 {
+            true => explain::<bf16>(config, arch, 132, ragged),
+            false => explain::<f16>(config, arch, 132, ragged),
+        }
+    }
+}
+
+/// The architectures that the library was exported for.
+pub fn archs() -> Vec<&'static str> {
+    let config = kinds()[0].config(1, 1, 64);
+    let known = |arch: &&str| {
+        !matches!(
+            explain::<f16>(&config, arch, 132, false),
+            Err(GqaError::InvalidValue(_))
+        )
+    };
+    ARCHS.into_iter().filter(known).collect()
+}

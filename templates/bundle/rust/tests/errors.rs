@@ -1,0 +1,838 @@
+//! Every error that needs no GPU, what it says, and what `explain` says of kernels that are there.
+//!
+//! Memory is never touched: addresses are made up, and nothing that could be launched is called
+//! with them where there is a GPU.
+
+#![deny(unsafe_op_in_unsafe_fn)]
+
+mod common;
+
+use std::error::Error;
+use std::ffi::{c_void, CStr};
+use std::os::raw::c_char;
+use std::ptr::{null, null_mut};
+use std::sync::Barrier;
+use std::thread;
+
+use common::gpu::Gpu;
+use common::kernels::{archs, kinds, Kind};
+use gqa_attention_decode::ffi::*;
+use gqa_attention_decode::{
+    bf16, decode, decode_ragged, explain, f16, kernel_names, prepare, set_log_callback,
+    workspace_size, Config, DeviceSlice, DeviceSliceMut, Element, GqaError, Launch, Stream,
+    Workspace,
+};
+
+const CONFIG: Config = Config {
+    batch_size: 2,
+    cache_len: 5,
+    num_q_heads: 8,
+    num_kv_heads: 2,
+    head_dim: 64,
+    scale: 0.125,
+    max_seq_len: 16,
+};
+
+const C_CONFIG: GQADecodeConfig = GQADecodeConfig {
+    batch_size: 2,
+    cache_len: 5,
+    num_q_heads: 8,
+    num_kv_heads: 2,
+    head_dim: 64,
+    scale: 0.125,
+    max_seq_len: 16,
+    dtype: GQA_FLOAT16,
+    workspace: null_mut(),
+    workspace_size: 0,
+};
+
+/// Arguments of a step as C takes them, each tensor at an address of its own.
+#[derive(Clone, Copy)]
+struct Arguments {
+    tensors: [usize; 6], // output, q, k, v, kv_cache_k, kv_cache_v
+    cache_seqlens: usize,
+    overflow: usize,
+}
+
+const NAMES: [&str; 6] = ["output", "q", "k", "v", "kv_cache_k", "kv_cache_v"];
+const ARGUMENTS: Arguments = Arguments {
+    tensors: [0x10000, 0x20000, 0x30000, 0x40000, 0x50000, 0x60000],
+    cache_seqlens: 0x70000,
+    overflow: 0x80000,
+};
+
+impl Arguments {
+    fn with(mut self, tensor: usize, address: usize) -> Self {
+        self.tensors[tensor] = address;
+        self
+    }
+
+    /// # Safety
+    ///
+    /// Where there is a GPU, the arguments or the configuration are wrong, so that nothing runs.
+    unsafe fn decode(&self, config: *const GQADecodeConfig) -> Result<(), GqaError> {
+        let [output, q, k, v, k_cache, v_cache] = self.tensors.map(|it| it as *mut c_void);
+        // SAFETY: nothing is launched.
+        GqaError::check(unsafe {
+            gqa_attention_decode(output, q, k, v, k_cache, v_cache, config, null_mut())
+        })
+    }
+
+    /// # Safety
+    ///
+    /// As `decode`.
+    unsafe fn decode_ragged(&self, config: *const GQADecodeConfig) -> Result<(), GqaError> {
+        let [output, q, k, v, k_cache, v_cache] = self.tensors.map(|it| it as *mut c_void);
+        let (lengths, overflow) = (self.cache_seqlens as *const i32, self.overflow as *mut i32);
+        // SAFETY: nothing is launched.
+        GqaError::check(unsafe {
+            gqa_attention_decode_ragged(
+                output,
+                q,
+                k,
+                v,
+                k_cache,
+                v_cache,
+                lengths,
+                overflow,
+                config,
+                null_mut(),
+            )
+        })
+    }
+}
+
+/// The message of an error that must be of this variant, and hold these parts.
+macro_rules! assert_error {
+    ($result:expr, $variant:ident, $($part:expr),+) => {
+        match $result {
+            Err(GqaError::$variant(message)) => {
+                $(assert!(message.contains(&*$part), "{message:?} says nothing of {:?}", $part);)+
+            }
+            other => panic!("got {other:?}; expected {}", stringify!($variant)),
+        }
+    };
+}
+
+#[test]
+fn a_null_tensor_is_named() {
+    for (i, name) in NAMES.iter().enumerate() {
+        let says = format!("{name}: got null; needed: device memory of");
+        // SAFETY: a pointer is null.
+        unsafe {
+            assert_error!(ARGUMENTS.with(i, 0).decode(&C_CONFIG), NullPointer, says);
+            assert_error!(
+                ARGUMENTS.with(i, 0).decode_ragged(&C_CONFIG),
+                NullPointer,
+                says
+            );
+        }
+    }
+}
+
+#[test]
+fn null_lengths_and_a_null_overflow_are_named() {
+    let without_lengths = Arguments {
+        cache_seqlens: 0,
+        ..ARGUMENTS
+    };
+    let without_overflow = Arguments {
+        overflow: 0,
+        ..ARGUMENTS
+    };
+    // SAFETY: a pointer is null.
+    unsafe {
+        assert_error!(
+            without_lengths.decode_ragged(&C_CONFIG),
+            NullPointer,
+            "cache_seqlens: got null"
+        );
+        assert_error!(
+            without_overflow.decode_ragged(&C_CONFIG),
+            NullPointer,
+            "overflow: got null"
+        );
+    }
+}
+
+#[test]
+fn a_null_config_or_result_is_an_error() {
+    let mut bytes = 0;
+    // SAFETY: C checks every pointer for null.
+    unsafe {
+        assert_error!(ARGUMENTS.decode(null()), NullPointer, "config: got null");
+        assert_error!(
+            ARGUMENTS.decode_ragged(null()),
+            NullPointer,
+            "config: got null"
+        );
+        let size = GqaError::check(gqa_workspace_size(null(), &mut bytes));
+        assert_error!(size, NullPointer, "config: got null");
+        let size = GqaError::check(gqa_workspace_size(&C_CONFIG, null_mut()));
+        assert_error!(size, NullPointer, "bytes: got null");
+        assert_error!(
+            GqaError::check(gqa_prepare(null())),
+            NullPointer,
+            "config: got null"
+        );
+        let explained = GqaError::check(gqa_explain(&C_CONFIG, null(), 1, 0, null_mut()));
+        assert_error!(explained, NullPointer, "arch and launch: got null");
+    }
+}
+
+type Change = fn(&mut GQADecodeConfig);
+
+#[test]
+fn a_config_that_is_not_allowed_is_refused_by_every_function() {
+    let cases: [(Change, &str); 17] = [
+        (
+            |c| c.batch_size = 0,
+            "batch_size: got 0; allowed: 1 to 65535",
+        ),
+        (
+            |c| c.batch_size = -3,
+            "batch_size: got -3; allowed: 1 to 65535",
+        ),
+        (
+            |c| c.batch_size = 65536,
+            "batch_size: got 65536; allowed: 1 to 65535",
+        ),
+        (|c| c.max_seq_len = 0, "max_seq_len: got 0; allowed: 1 to"),
+        (
+            |c| c.max_seq_len = i32::MAX,
+            "max_seq_len: got 2147483647; allowed: 1 to",
+        ),
+        (
+            |c| c.head_dim = 24,
+            "head_dim: got 24; allowed: multiples of 8 from 32 to 256",
+        ),
+        (
+            |c| c.head_dim = 68,
+            "head_dim: got 68; allowed: multiples of 8 from 32 to 256",
+        ),
+        (
+            |c| c.head_dim = 264,
+            "head_dim: got 264; allowed: multiples of 8 from 32 to 256",
+        ),
+        (
+            |c| c.num_q_heads = 0,
+            "heads: got 0 query heads and 2 KV heads; allowed:",
+        ),
+        (
+            |c| c.num_kv_heads = 0,
+            "heads: got 8 query heads and 0 KV heads; allowed:",
+        ),
+        (
+            |c| c.num_kv_heads = -2,
+            "heads: got 8 query heads and -2 KV heads; allowed:",
+        ),
+        (
+            |c| c.num_q_heads = 9,
+            "heads: got 9 query heads and 2 KV heads; allowed:",
+        ),
+        (
+            |c| c.num_q_heads = 2050,
+            "query heads per KV head: got 1025; allowed: 1 to 1024",
+        ),
+        (
+            |c| c.scale = f32::NAN,
+            "scale: got nan; allowed: a number from",
+        ),
+        (
+            |c| c.scale = f32::NEG_INFINITY,
+            "scale: got -inf; allowed: a number from",
+        ),
+        (
+            |c| c.dtype = 2,
+            "dtype: got 2; allowed: GQA_FLOAT16 (0), GQA_BFLOAT16 (1)",
+        ),
+        (
+            |c| c.dtype = -1,
+            "dtype: got -1; allowed: GQA_FLOAT16 (0), GQA_BFLOAT16 (1)",
+        ),
+    ];
+    for (change, says) in cases {
+        let mut config = C_CONFIG;
+        let mut bytes = 0;
+        change(&mut config);
+        // SAFETY: the configuration is not allowed.
+        unsafe {
+            assert_error!(ARGUMENTS.decode(&config), InvalidValue, says);
+            assert_error!(ARGUMENTS.decode_ragged(&config), InvalidValue, says);
+            let size = GqaError::check(gqa_workspace_size(&config, &mut bytes));
+            assert_error!(size, InvalidValue, says);
+            assert_error!(GqaError::check(gqa_prepare(&config)), InvalidValue, says);
+            let explained = GqaError::check(gqa_explain(&config, null(), 1, 0, null_mut()));
+            assert_error!(explained, InvalidValue, says);
+        }
+    }
+}
+
+#[test]
+fn a_token_that_does_not_fit_is_a_cache_overflow() {
+    for cache_len in [16, 17, i32::MAX] {
+        let config = GQADecodeConfig {
+            cache_len,
+            ..C_CONFIG
+        };
+        let says = format!("the cache holds {cache_len} tokens");
+        // SAFETY: the cache is full.
+        let result = unsafe { ARGUMENTS.decode(&config) };
+        assert_error!(
+            result,
+            CacheOverflow,
+            says,
+            "max_seq_len is 16",
+            "Nothing was written"
+        );
+    }
+}
+
+#[test]
+fn a_negative_length_is_no_length() {
+    let config = GQADecodeConfig {
+        cache_len: -1,
+        ..C_CONFIG
+    };
+    // SAFETY: the length is negative.
+    let result = unsafe { ARGUMENTS.decode(&config) };
+    assert_error!(result, InvalidValue, "cache_len: got -1; allowed: 0 to 15");
+}
+
+#[test]
+fn tensors_at_odd_addresses_are_refused() {
+    let lengths = Arguments {
+        cache_seqlens: 0x70002,
+        ..ARGUMENTS
+    };
+    // SAFETY: an address is not allowed.
+    unsafe {
+        for (i, name) in NAMES.iter().enumerate() {
+            let result = ARGUMENTS
+                .with(i, ARGUMENTS.tensors[i] + 1)
+                .decode(&C_CONFIG);
+            assert_error!(
+                result,
+                InvalidValue,
+                format!("{name}: got address"),
+                "multiples of 2"
+            );
+        }
+        let result = lengths.decode_ragged(&C_CONFIG);
+        assert_error!(result, InvalidValue, "cache_seqlens", "multiples of 4");
+    }
+}
+
+#[test]
+fn an_output_that_shares_memory_is_refused() {
+    let query_bytes = 2 * 8 * 64 * 2;
+    // SAFETY: tensors share memory.
+    unsafe {
+        for (i, name) in NAMES.iter().enumerate().skip(1) {
+            let last = ARGUMENTS.tensors[0] + query_bytes - 2;
+            let result = ARGUMENTS.with(i, last).decode(&C_CONFIG);
+            assert_error!(
+                result,
+                InvalidValue,
+                format!("output: got memory that {name} also uses")
+            );
+        }
+        let shared = ARGUMENTS.with(5, ARGUMENTS.tensors[4] + 2);
+        let result = shared.decode(&C_CONFIG);
+        assert_error!(
+            result,
+            InvalidValue,
+            "kv_cache_v: got memory that kv_cache_k also uses"
+        );
+    }
+}
+
+/// Elements of the tensors of `CONFIG`: output, q, k, v and the caches.
+const LENS: [usize; 6] = [1024, 1024, 256, 256, 4096, 4096];
+
+/// Both kinds of step by way of the safe functions, whose views begin where `ARGUMENTS` says.
+///
+/// # Safety
+///
+/// Where there is a GPU, the arguments or the configuration are wrong, so that nothing runs.
+unsafe fn step<T: Element>(
+    config: &Config,
+    at: Arguments,
+    lens: [usize; 6],
+    ragged: Option<(usize, usize)>,
+) -> Result<(), GqaError> {
+    // SAFETY: nothing is launched.
+    let view =
+        |i: usize| unsafe { DeviceSlice::<T>::from_raw_parts(at.tensors[i] as *const T, lens[i]) };
+    // SAFETY: as above.
+    let view_mut =
+        |i: usize| unsafe { DeviceSliceMut::<T>::from_raw_parts(at.tensors[i] as *mut T, lens[i]) };
+    let (mut output, mut k_cache, mut v_cache) = (view_mut(0), view_mut(4), view_mut(5));
+    let [q, k, v] = [1, 2, 3].map(view);
+    let mut workspace = Workspace::none();
+    let (output, k_cache, v_cache) = (&mut output, &mut k_cache, &mut v_cache);
+    let (lengths, overflow) = match ragged {
+        Some(lens) => lens,
+        None => {
+            let stream = Stream::DEFAULT;
+            return decode(
+                config,
+                output,
+                q,
+                k,
+                v,
+                k_cache,
+                v_cache,
+                &mut workspace,
+                stream,
+            );
+        }
+    };
+    // SAFETY: as above.
+    let (lengths, mut overflow) = unsafe {
+        (
+            DeviceSlice::from_raw_parts(at.cache_seqlens as *const i32, lengths),
+            DeviceSliceMut::from_raw_parts(at.overflow as *mut i32, overflow),
+        )
+    };
+    decode_ragged(
+        config,
+        output,
+        q,
+        k,
+        v,
+        k_cache,
+        v_cache,
+        lengths,
+        &mut overflow,
+        &mut workspace,
+        Stream::DEFAULT,
+    )
+}
+
+#[test]
+fn a_slice_of_another_length_is_named() {
+    for (i, name) in NAMES.iter().enumerate() {
+        for len in [0, 1, LENS[i] - 1, LENS[i] + 1, 2 * LENS[i], usize::MAX] {
+            let mut lens = LENS;
+            lens[i] = len;
+            let says = format!(
+                "{name}: got {len} elements; needed: {}, batch_size *",
+                LENS[i]
+            );
+            for ragged in [None, Some((2, 1))] {
+                // SAFETY: a length is wrong.
+                unsafe {
+                    let (half, brain) = (
+                        step::<f16>(&CONFIG, ARGUMENTS, lens, ragged),
+                        step::<bf16>(&CONFIG, ARGUMENTS, lens, ragged),
+                    );
+                    assert_error!(half, InvalidValue, says, "Nothing was launched");
+                    assert_error!(brain, InvalidValue, says, "Nothing was launched");
+                }
+            }
+        }
+    }
+    // SAFETY: a length is wrong.
+    unsafe {
+        let lengths = step::<f16>(&CONFIG, ARGUMENTS, LENS, Some((3, 1)));
+        assert_error!(
+            lengths,
+            InvalidValue,
+            "cache_seqlens: got 3 elements; needed: 2"
+        );
+        let overflow = step::<f16>(&CONFIG, ARGUMENTS, LENS, Some((2, 0)));
+        assert_error!(
+            overflow,
+            InvalidValue,
+            "overflow: got 0 elements; needed: 1"
+        );
+    }
+}
+
+#[test]
+fn the_safe_functions_pass_on_what_c_says() {
+    let full = Config {
+        cache_len: 16,
+        ..CONFIG
+    };
+    let odd = Config {
+        num_kv_heads: 2,
+        num_q_heads: 9,
+        ..CONFIG
+    };
+    let lens = [1152, 1152, 256, 256, 4096, 4096];
+    // SAFETY: each is wrong.
+    unsafe {
+        assert_error!(
+            step::<f16>(&full, ARGUMENTS, LENS, None),
+            CacheOverflow,
+            "16 tokens"
+        );
+        assert_error!(
+            step::<bf16>(&odd, ARGUMENTS, lens, None),
+            InvalidValue,
+            "9 query heads"
+        );
+        let shared = ARGUMENTS.with(1, ARGUMENTS.tensors[0]);
+        assert_error!(
+            step::<f16>(&CONFIG, shared, LENS, None),
+            InvalidValue,
+            "that q also uses"
+        );
+        let ragged = step::<f16>(&CONFIG, ARGUMENTS.with(2, 0), LENS, Some((2, 1)));
+        assert_error!(ragged, NullPointer, "k: got null");
+    }
+    assert_error!(prepare::<f16>(&odd), InvalidValue, "9 query heads");
+    assert_error!(workspace_size::<f16>(&odd), InvalidValue, "9 query heads");
+    assert_error!(
+        explain::<f16>(&odd, "sm_90a", 132, false),
+        InvalidValue,
+        "9 query heads"
+    );
+}
+
+#[test]
+fn sizes_that_no_c_integer_holds_are_refused() {
+    let large = i32::MAX as usize + 1;
+    let cases = [
+        (
+            "batch_size",
+            Config {
+                batch_size: large,
+                ..CONFIG
+            },
+        ),
+        (
+            "cache_len",
+            Config {
+                cache_len: large,
+                ..CONFIG
+            },
+        ),
+        (
+            "num_q_heads",
+            Config {
+                num_q_heads: large,
+                ..CONFIG
+            },
+        ),
+        (
+            "num_kv_heads",
+            Config {
+                num_kv_heads: usize::MAX,
+                ..CONFIG
+            },
+        ),
+        (
+            "head_dim",
+            Config {
+                head_dim: large + 64,
+                ..CONFIG
+            },
+        ),
+        (
+            "max_seq_len",
+            Config {
+                max_seq_len: large,
+                ..CONFIG
+            },
+        ),
+    ];
+    for (name, config) in cases {
+        let says = format!("config: {name}: got ");
+        // SAFETY: the configuration is not allowed.
+        let result = unsafe { step::<f16>(&config, ARGUMENTS, LENS, None) };
+        assert_error!(result, InvalidValue, says, "allowed: at most 2147483647");
+        assert_error!(
+            explain::<f16>(&config, "sm_90a", 1, false),
+            InvalidValue,
+            says
+        );
+    }
+    assert_error!(
+        explain::<f16>(&CONFIG, "sm_90a", large, false),
+        InvalidValue,
+        "num_sms: got"
+    );
+    // SAFETY: the views are empty.
+    let ragged = unsafe { step::<f16>(&cases[1].1, ARGUMENTS, [0; 6], Some((2, 1))) };
+    assert_error!(ragged, InvalidValue, "output: got 0 elements"); // cache_len is ignored
+}
+
+#[test]
+fn tensors_larger_than_any_memory_are_refused() {
+    for (batch_size, heads) in [(65535, i32::MAX as usize), (1 << 15, 1 << 19)] {
+        let config = Config {
+            batch_size,
+            num_q_heads: heads,
+            num_kv_heads: heads,
+            max_seq_len: 1 << 30, // of the second: 2^70 elements, 0 where 64 bits wrap around
+            ..CONFIG
+        };
+        let says = "config: sizes: got";
+        // SAFETY: the configuration is not allowed.
+        let result = unsafe { step::<f16>(&config, ARGUMENTS, LENS, None) };
+        assert_error!(result, InvalidValue, says, heads.to_string());
+        assert_error!(
+            explain::<f16>(&config, "sm_90a", 132, false),
+            InvalidValue,
+            says
+        );
+        assert_error!(prepare::<f16>(&config), InvalidValue, says);
+        assert_error!(workspace_size::<f16>(&config), InvalidValue, says);
+    }
+}
+
+#[test]
+fn parts_of_views_lie_within_them() {
+    // SAFETY: the views are not used on a GPU.
+    let (view, mut view_mut) = unsafe {
+        (
+            DeviceSlice::from_raw_parts(0x1000 as *const f16, 10),
+            DeviceSliceMut::from_raw_parts(0x1000 as *mut i32, 10),
+        )
+    };
+    let part = view.slice(2..6).unwrap();
+    assert_eq!((part.as_ptr() as usize, part.len()), (0x1004, 4));
+    assert!(view.slice(10..10).unwrap().is_empty());
+    let mut part = view_mut.slice_mut(3..10).unwrap();
+    assert_eq!((part.as_mut_ptr() as usize, part.len()), (0x100c, 7));
+    assert_eq!(part.as_slice().as_ptr() as usize, 0x100c);
+    assert_error!(
+        view.slice(0..11),
+        InvalidValue,
+        "slice: got 0..11; allowed: within 0..10"
+    );
+    #[allow(clippy::reversed_empty_ranges)]
+    let reversed = view_mut.slice_mut(6..5).map(|_| ());
+    assert_error!(reversed, InvalidValue, "slice: got 6..5");
+}
+
+/// A configuration that no kernel of the library is for.
+fn unsupported() -> Kind {
+    let groups = (1..=1024).map(|group_size| Kind {
+        bf16: false,
+        head_dim: 248,
+        group_size,
+    });
+    groups
+        .into_iter()
+        .find(|it| !kinds().contains(it))
+        .expect("not everything was exported")
+}
+
+#[test]
+fn what_was_not_exported_is_unsupported() {
+    let kind = unsupported();
+    for arch in archs() {
+        let result = kind.explain(&kind.config(1, 1, 64), arch, false);
+        let group = format!("{} query heads per KV head", kind.group_size);
+        assert_error!(
+            result,
+            Unsupported,
+            "head_dim 248",
+            group,
+            arch,
+            "gqa-cutlass export"
+        );
+    }
+    let config = kinds()[0].config(1, 1, 64);
+    let unknown = explain::<f16>(&config, "sm_1", 132, false);
+    assert_error!(unknown, InvalidValue, "arch: got sm_1; allowed:", "sm_");
+    let zero = explain::<f16>(&config, "sm_90a\0", 132, false);
+    assert_error!(zero, InvalidValue, "arch: got \"sm_90a\\0\"");
+    let none = explain::<f16>(&config, archs()[0], 0, false);
+    assert_error!(none, InvalidValue, "num_sms: got 0; allowed: 1 to");
+}
+
+#[test]
+fn explain_gives_every_kind_of_kernel_a_sane_launch() {
+    assert!(!archs().is_empty());
+    for kind in kinds() {
+        let mut explained = 0;
+        for arch in archs() {
+            for (batch_size, max_seq_len) in [(1, 64), (1, 2048), (3, 2048), (64, 32768)] {
+                let config = kind.config(batch_size, 2, max_seq_len);
+                for ragged in [false, true] {
+                    match kind.explain(&config, arch, ragged) {
+                        Ok(launch) => check_launch(kind, &config, ragged, &launch),
+                        Err(GqaError::Unsupported(_)) => continue, // one schedule was exported
+                        Err(error) => panic!("{error}"),
+                    }
+                    explained += 1;
+                }
+            }
+        }
+        assert!(explained > 0, "{kind:?}");
+    }
+}
+
+fn check_launch(kind: Kind, config: &Config, ragged: bool, launch: &Launch) {
+    let name = launch.kernel;
+    assert!(kernel_names().any(|it| it == name), "{name}");
+    assert!(name.contains(&format!("_d{}_g{}_", kind.head_dim, kind.group_size)));
+    assert_eq!(name.contains("_bf16_"), kind.bf16, "{name}");
+    let [columns, rows, sequences] = launch.grid;
+    let splits = launch.num_splits as u32;
+    assert!(columns > 0 && columns % 2 == 0, "{launch:?}");
+    assert!(splits >= 1 && rows >= splits, "{launch:?}");
+    assert!(ragged || rows == splits, "{launch:?}");
+    if ragged && config.max_seq_len > 4096 && kind.group_size <= 16 && launch.cluster == 1 {
+        assert!(rows > splits, "{launch:?}"); // blocks to deal out by the lengths
+    }
+    assert_eq!(sequences as usize, config.batch_size);
+    assert!(
+        launch.cluster >= 1 && rows % launch.cluster == 0,
+        "{launch:?}"
+    );
+    assert!(launch.block % 32 == 0 && (32..=1024).contains(&launch.block));
+    assert!(launch.shared_bytes <= 227 * 1024, "{launch:?}");
+    assert!((1..=8).contains(&launch.num_stages), "{launch:?}");
+    assert_eq!(
+        launch.workspace_size > 0,
+        rows > launch.cluster,
+        "{launch:?}"
+    );
+}
+
+#[test]
+fn kernels_have_names_of_their_own() {
+    let mut names: Vec<&str> = kernel_names().collect();
+    // SAFETY: C takes any index.
+    let beyond = unsafe { [gqa_kernel_name(names.len() as i32), gqa_kernel_name(-1)] };
+    assert!(beyond.iter().all(|name| name.is_null()));
+    let count = names.len();
+    names.sort_unstable();
+    names.dedup();
+    assert!(count > 0 && names.len() == count);
+}
+
+#[test]
+fn without_a_driver_every_call_that_needs_one_says_so() {
+    let kind = kinds()[0];
+    let config = kind.config(2, 2, 16);
+    let (prepared, size) = match kind.bf16 {
+        true => (prepare::<bf16>(&config), workspace_size::<bf16>(&config)),
+        false => (prepare::<f16>(&config), workspace_size::<f16>(&config)),
+    };
+    let says = "needed: an NVIDIA GPU and its driver";
+    if let Err(GqaError::NoDriver(_)) = prepared {
+        assert_error!(
+            prepared,
+            NoDriver,
+            "no usable GPU",
+            says,
+            "Nothing was launched"
+        );
+        assert_error!(size, NoDriver, "no usable GPU", says);
+        // SAFETY: without a driver nothing runs.
+        unsafe {
+            assert_error!(step::<f16>(&CONFIG, ARGUMENTS, LENS, None), NoDriver, says);
+            assert_error!(
+                step::<f16>(&CONFIG, ARGUMENTS, LENS, Some((2, 1))),
+                NoDriver,
+                says
+            );
+        }
+    } else {
+        assert!(Gpu::open().is_ok(), "{prepared:?} without a driver");
+    }
+}
+
+#[test]
+fn each_thread_has_its_last_error() {
+    let both_failed = Barrier::new(2);
+    let fail = |cache_len: i32, says: &str| {
+        let config = GQADecodeConfig {
+            cache_len,
+            ..C_CONFIG
+        };
+        // SAFETY: the length is wrong; the message is the thread's.
+        unsafe {
+            assert!(ARGUMENTS.decode(&config).is_err());
+            both_failed.wait();
+            let message = CStr::from_ptr(gqa_last_error()).to_str().unwrap();
+            assert!(message.contains(says), "{message}");
+        }
+    };
+    thread::scope(|scope| {
+        scope.spawn(|| fail(100, "the cache holds 100 tokens"));
+        scope.spawn(|| fail(-7, "cache_len: got -7"));
+    });
+}
+
+#[test]
+fn a_status_becomes_its_variant_and_back() {
+    for status in -2..=10 {
+        // SAFETY: C takes any status.
+        let name = unsafe { CStr::from_ptr(gqa_status_name(status)) }
+            .to_str()
+            .unwrap();
+        match GqaError::check(status) {
+            Ok(()) => assert_eq!((status, name), (GQA_SUCCESS, "GQA_SUCCESS")),
+            Err(error) => {
+                let variant = format!("{error:?}")
+                    .split(['(', ' '])
+                    .next()
+                    .unwrap()
+                    .to_string();
+                assert_eq!(error.status(), status);
+                assert_eq!(screaming(&variant), name);
+            }
+        }
+    }
+    let unknown = GqaError::check(i32::MIN).unwrap_err();
+    assert!(matches!(
+        &unknown,
+        GqaError::Unknown {
+            status: i32::MIN,
+            ..
+        }
+    ));
+}
+
+/// `NoDriver` to `GQA_ERROR_NO_DRIVER`; `Unknown` to what C says of statuses that it does not know.
+fn screaming(variant: &str) -> String {
+    if variant == "Unknown" {
+        return "unknown status".to_string();
+    }
+    let mut name = "GQA_ERROR".to_string();
+    for letter in variant.chars() {
+        if letter.is_uppercase() {
+            name.push('_');
+        }
+        name.extend(letter.to_uppercase());
+    }
+    name
+}
+
+#[test]
+fn errors_are_errors() {
+    let error: Box<dyn Error + Send + Sync> =
+        Box::new(explain::<f16>(&CONFIG, "x", 1, false).unwrap_err());
+    assert!(error.to_string().starts_with("arch: got x"));
+    let error = error.downcast_ref::<GqaError>().unwrap();
+    assert_eq!(error.message(), error.to_string());
+}
+
+#[test]
+fn what_fails_is_not_logged() {
+    unsafe extern "C" fn fail(line: *const c_char, _user: *mut c_void) {
+        // SAFETY: C passes a string.
+        panic!("{:?}", unsafe { CStr::from_ptr(line) });
+    }
+    set_log_callback(Some(Box::new(|line| panic!("{line}"))));
+    // SAFETY: the caches are full; the callbacks are there for good.
+    unsafe {
+        let full = Config {
+            cache_len: 16,
+            ..CONFIG
+        };
+        assert!(step::<f16>(&full, ARGUMENTS, LENS, None).is_err());
+        gqa_set_log_callback(Some(fail), null_mut());
+        assert!(step::<f16>(&full, ARGUMENTS, LENS, None).is_err());
+        gqa_set_log_callback(None, null_mut());
+    }
+    set_log_callback(None);
+}

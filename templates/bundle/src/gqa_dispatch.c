@@ -1,0 +1,168 @@
+#include "gqa_dispatch.h"
+
+#include <string.h>
+
+// How the blocks of a launch share a sequence.
+typedef struct gqa_splits {
+  int64_t splits;
+  int64_t cluster;
+  int32_t num_stages;
+} gqa_splits;
+
+static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+static int64_t power_of_two(int64_t n) {
+  int64_t power = 1;
+  while (power < n) power *= 2;
+  return power;
+}
+
+// Share of the workers' time used when equal pieces of work are dealt out in rounds.
+static double share_used(int64_t work, int64_t workers) {
+  return (double)work / (double)(ceil_div(work, workers) * workers);
+}
+
+// The kernel of a schedule with the widest access that the addresses allow.
+static gqa_kernel const* find_kernel(gqa_problem const* problem, int32_t arch, int32_t tma) {
+  gqa_kernel const* found = NULL;
+  for (int32_t i = 0; i < gqa_num_kernels; ++i) {
+    gqa_kernel const* kernel = &gqa_kernels[i];
+    if (kernel->dtype == problem->dtype && kernel->head_dim == problem->head_dim &&
+        kernel->group_size == problem->num_q_heads / problem->num_kv_heads && kernel->tma == tma &&
+        problem->vec_width % kernel->vec_width == 0 && kernel->blocks_per_sm[arch] > 0 &&
+        (found == NULL || kernel->vec_width > found->vec_width)) {
+      found = kernel;
+    }
+  }
+  return found;
+}
+
+// Tensor copies for few heads and small caches, where latency counts more than bandwidth.
+static int prefers_tma(gqa_problem const* problem, gqa_kernel const* tma) {
+  gqa_model const* model = &gqa_dispatch_model;
+  double const mib = (double)(4 * problem->batch_size * problem->max_seq_len *
+                              problem->num_kv_heads * problem->head_dim) /
+                     1048576.0;
+  double const limit =
+      problem->head_dim % model->box_dims == 0 ? model->tma_mib : model->tma_mib_partial_boxes;
+  int const few = problem->num_kv_heads * problem->batch_size <= model->tma_heads;
+  int const alone = problem->max_seq_len <= (int64_t)tma->block_n * tma->num_warps;
+  return few && mib <= limit && !alone;
+}
+
+static gqa_kernel const* choose_kernel(gqa_problem const* problem, int32_t arch) {
+  gqa_kernel const* tma = find_kernel(problem, arch, 1);
+  if (tma != NULL && prefers_tma(problem, tma)) return tma;
+  return find_kernel(problem, arch, 0);
+}
+
+// As many blocks as keep memory busy and no more, in clusters; a second stage where warps walk
+// several tiles.
+static gqa_splits choose_clusters(gqa_problem const* problem, gqa_kernel const* kernel) {
+  gqa_model const* model = &gqa_dispatch_model;
+  int64_t const heads = problem->num_kv_heads * kernel->head_blocks * problem->batch_size;
+  int64_t const tiles = ceil_div(problem->max_seq_len, kernel->block_n);
+  int64_t const wanted = most(2, ceil_div(model->tma_blocks, heads));
+  int64_t const splits = power_of_two(least(wanted, ceil_div(tiles, kernel->num_warps)));
+  int64_t const per_warp = ceil_div(tiles, splits * kernel->num_warps);
+  int const deep = per_warp > 2 && heads * splits < 2 * model->tma_blocks;
+  gqa_splits chosen;
+  chosen.splits = splits;
+  chosen.cluster = least(model->max_cluster, splits);
+  chosen.num_stages = deep ? kernel->num_stages : 1;
+  return chosen;
+}
+
+// Modelled microseconds to read the cache and merge the splits. Build with -ffp-contract=off: it
+// rounds every product, as Python does.
+static double read_cost(int64_t blocks, int64_t tiles, int64_t splits, gqa_kernel const* kernel,
+                        gqa_target const* target) {
+  gqa_model const* model = &gqa_dispatch_model;
+  int64_t const bytes = blocks * tiles * kernel->tile_bytes;
+  double const ideal =
+      (double)bytes / ((double)target->num_sms * model->bytes_per_sm_and_microsecond);
+  double const busy_warps = share_used(tiles, kernel->num_warps * splits);
+  double const busy_sms = share_used(blocks * splits, target->num_sms);
+  int64_t const resident =
+      least(ceil_div(blocks * splits, target->num_sms), kernel->blocks_per_sm[target->arch]);
+  double const in_flight = (double)(resident * kernel->bytes_in_flight) / model->bytes_in_flight;
+  double const fed = in_flight < 1.0 ? in_flight : 1.0;
+  double const busy = busy_warps * busy_sms * fed;
+  double const reading = ideal / busy;
+  double const merging = model->microseconds_per_split * (double)(splits - 1);
+  return reading + merging;
+}
+
+// The cheapest number of splits for full caches: all blocks resident at once, a tile per warp.
+static gqa_splits choose_splits(gqa_problem const* problem, gqa_kernel const* kernel,
+                                gqa_target const* target) {
+  int64_t const blocks = problem->num_kv_heads * kernel->head_blocks * problem->batch_size;
+  int64_t const tiles = ceil_div(problem->max_seq_len, kernel->block_n);
+  int64_t const slots = (int64_t)target->num_sms * kernel->blocks_per_sm[target->arch];
+  int64_t const limit = most(1, least(ceil_div(tiles, kernel->num_warps), slots / blocks));
+  gqa_splits chosen = {1, 1, kernel->num_stages};
+  double lowest = read_cost(blocks, tiles, 1, kernel, target);
+  for (int64_t splits = 2; splits <= limit; ++splits) {
+    double const cost = read_cost(blocks, tiles, splits, kernel, target);
+    if (cost < lowest) {
+      lowest = cost;
+      chosen.splits = splits;
+    }
+  }
+  return chosen;
+}
+
+// Rows of blocks beyond the splits, so that ragged sequences can be cut by their lengths.
+static int64_t spare_rows(gqa_problem const* problem, gqa_kernel const* kernel,
+                          gqa_target const* target) {
+  gqa_model const* model = &gqa_dispatch_model;
+  int64_t const blocks = problem->num_kv_heads * kernel->head_blocks * problem->batch_size;
+  int64_t const slots = (int64_t)target->num_sms * kernel->blocks_per_sm[target->arch];
+  int64_t const rounds = ceil_div(blocks, slots);
+  int const worth_it = problem->ragged && !kernel->tma && problem->batch_size >= 2 &&
+                       problem->batch_size <= model->balanced_batch &&
+                       problem->max_seq_len >= model->balanced_tokens &&
+                       problem->max_seq_len <= model->most_tiles / problem->batch_size &&
+                       rounds <= model->balanced_rounds;
+  if (!worth_it) return 0;
+  return rounds == 1 ? 1 : 3;
+}
+
+int gqa_choose(gqa_problem const* problem, gqa_target const* target, gqa_dispatch* chosen) {
+  gqa_kernel const* kernel = choose_kernel(problem, target->arch);
+  if (kernel == NULL) return 0;
+  gqa_splits const splits =
+      kernel->tma ? choose_clusters(problem, kernel) : choose_splits(problem, kernel, target);
+  int64_t const rows = splits.splits + spare_rows(problem, kernel, target);
+  int64_t const partials = rows / splits.cluster;
+  int64_t const columns = problem->num_kv_heads * kernel->head_blocks;
+  memset(chosen, 0, sizeof *chosen);
+  chosen->kernel = kernel;
+  chosen->grid[0] = (uint32_t)columns;
+  chosen->grid[1] = (uint32_t)rows;
+  chosen->grid[2] = (uint32_t)problem->batch_size;
+  chosen->cluster = (uint32_t)splits.cluster;
+  chosen->block = (uint32_t)kernel->num_warps * 32;
+  chosen->shared_bytes = (uint32_t)kernel->shared_bytes[splits.num_stages - 1];
+  chosen->num_splits = (int32_t)splits.splits;
+  chosen->num_stages = splits.num_stages;
+  chosen->num_tickets = partials > 1 ? columns * problem->batch_size * splits.cluster : 0;
+  chosen->partial_floats = chosen->num_tickets * partials * kernel->partial_floats;
+  return 1;
+}
+
+int32_t gqa_find_arch(int32_t capability) {
+  int32_t found = -1;
+  for (int32_t i = 0; i < gqa_num_archs; ++i) {
+    gqa_arch const* arch = &gqa_archs[i];
+    int32_t const next_major = (arch->capability / 10 + 1) * 10;
+    int const runs = arch->exact ? capability == arch->capability
+                                 : arch->capability <= capability && capability < next_major;
+    if (runs && (found < 0 || arch->capability > gqa_archs[found].capability)) found = i;
+  }
+  return found;
+}
