@@ -24,6 +24,7 @@ from gqa_cutlass.codegen.config import BOX_DIMS
 from gqa_cutlass.dispatch import Dispatch
 from gqa_cutlass.errors import InputError
 from gqa_cutlass.inputs import Problem, Tensors
+from gqa_cutlass.launch_log import LaunchRecord
 from gqa_cutlass.launcher import CacheStrides, LoadedKernel, Params, TmaParams, encode_tensor_map
 from gqa_cutlass.tensormap import TensorMap
 
@@ -87,6 +88,7 @@ class Plan(ABC):
         q = arguments[0]
         self.problem = problem
         self.dispatch = chosen
+        self.softmax_scale = softmax_scale
         self.return_lse = return_lse
         self._key = signature(arguments)
         self._device_lengths = device_lengths
@@ -287,18 +289,9 @@ class Plan(ABC):
     ) -> None:
         """Bind the workspace and run the kernel."""
 
-    def log(self, device: object, stream: int) -> None:
-        """Log a launch, at DEBUG."""
-        shape, problem = self.dispatch.shape, self.problem
-        LOG.debug(
-            "launch kernel=%s grid=%s cluster=(1, %d, 1) block=%d shared_bytes=%d num_splits=%d "
-            "batch_size=%d num_q_heads=%d num_kv_heads=%d head_dim=%d max_seq_len=%d append=%s "
-            "device=%s stream=%#x",
-            self.dispatch.config.name, shape.grid, shape.cluster, shape.block, shape.shared_bytes,
-            self.dispatch.num_splits, problem.batch_size, problem.num_q_heads,
-            problem.num_kv_heads, problem.head_dim, problem.max_seq_len, problem.append,
-            device, stream,
-        )  # fmt: skip
+    def log(self, cache_seqlens: int | Tensor, device: int | str, stream: int) -> None:
+        """Log a launch, at DEBUG: every parameter of it."""
+        LOG.debug("launch %s", LaunchRecord.of(self, cache_seqlens, device, stream))
 
 
 class GpuPlan(Plan):
@@ -342,7 +335,7 @@ class GpuPlan(Plan):
             self._launch(stream)
         del held
         if LOG.isEnabledFor(logging.DEBUG):
-            self.log(self._index, stream)
+            self.log(cache_seqlens, self._index, stream)
 
     def _encode(self, description: TensorMap) -> bytes:
         return encode_tensor_map(description, self._index)

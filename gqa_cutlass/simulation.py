@@ -69,7 +69,7 @@ class CpuPlan(Plan):
             partials, tickets = floats.data_ptr(), counters.data_ptr()
             bound |= {"partials": floats, "tickets": counters}
         if LOG.isEnabledFor(logging.DEBUG):
-            self.log("cpu", 0)
+            self.log(cache_seqlens, "cpu", 0)
         regions = regions_of(bound, self.problem.append)
         with self._lock:
             self._bind(argument, tensors, cache_seqlens, lse, partials, tickets)

@@ -76,11 +76,8 @@ def run_trial(
         InputError: A size is not allowed.
         KernelFault: The kernel did what no kernel may.
     """
-    for name, value, least in (
-        ("cache_len", cache_len, 0), ("batch", batch, 1), ("kv_heads", kv_heads, 1),
-    ):  # fmt: skip
-        if value < least:
-            raise InputError(f"sim: {name}: got {value}; allowed: {least} and more.")
+    check_sizes("sim", 0, cache_len=cache_len)
+    check_sizes("sim", 1, batch=batch, kv_heads=kv_heads)
     q, k_cache, v_cache, k, v = _step(config, cache_len + 1, batch, kv_heads)
     made = plan(
         q, k_cache, v_cache, k, v, cache_seqlens=cache_len, num_splits=num_splits,
@@ -93,17 +90,18 @@ def run_trial(
     start = time.perf_counter()
     out, lse = made(q, k_cache, v_cache, k, v, cache_len)
     seconds = time.perf_counter() - start
-    exact, exact_lse = _attention(q.double(), k_cache.double(), v_cache.double())
-    typed, _ = _attention(q, k_cache, v_cache)
+    scale = config.head_dim**-0.5
+    exact, exact_lse = attention(q.double(), k_cache.double(), v_cache.double(), scale)
+    typed, _ = attention(q, k_cache, v_cache, scale)
     return Trial(
         program=program,
         shape=made.dispatch.shape,
         stats=made.stats,
         seconds=seconds,
-        error=_distance(out, exact),
-        error_torch=_distance(typed, exact),
-        lse_error=_distance(lse, exact_lse),
-        appended=_same_bits(k_cache[:, -1], k) and _same_bits(v_cache[:, -1], v),
+        error=difference(out, exact).max().item(),
+        error_torch=difference(typed, exact).max().item(),
+        lse_error=difference(lse, exact_lse).max().item(),
+        appended=same_bits(k_cache[:, -1], k) and same_bits(v_cache[:, -1], v),
         least_bytes=2 * (2 * k_cache.numel() + q.numel()),
     )
 
@@ -120,18 +118,38 @@ def _step(config: KernelConfig, tokens: int, batch: int, kv_heads: int) -> tuple
     )
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention in the type of its inputs, and the logarithm of its denominators."""
+def check_sizes(command: str, least: int, **sizes: int) -> None:
+    """Raise InputError, in a command's name, for a size that is less than the least."""
+    for name, value in sizes.items():
+        if value < least:
+            raise InputError(f"{command}: {name}: got {value}; allowed: {least} and more.")
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Textbook attention over all tokens, every step in the type of its inputs.
+
+    Args:
+        q: [batch, num_q_heads, head_dim].
+        k: [batch, tokens, num_kv_heads, head_dim].
+        v: As k.
+        scale: Factor on the scores.
+
+    Returns:
+        The output, [batch, num_q_heads, head_dim], and the logarithm of the softmax's denominators,
+        [batch, num_q_heads].
+    """
     batch, heads, dim = q.shape
     grouped = q.view(batch, k.shape[2], -1, dim)
-    scores = torch.einsum("bhgd,bthd->bhgt", grouped, k) * dim**-0.5
+    scores = torch.einsum("bhgd,bthd->bhgt", grouped, k) * scale
     out = torch.einsum("bhgt,bthd->bhgd", torch.softmax(scores, dim=-1), v)
     return out.reshape(batch, heads, dim), torch.logsumexp(scores, dim=-1).reshape(batch, heads)
 
 
-def _distance(a: Tensor, b: Tensor) -> float:
-    return (a.double() - b.double()).abs().max().item()
+def difference(a: Tensor, b: Tensor) -> Tensor:
+    """How far each element is from its counterpart, in float64."""
+    return (a.double() - b.double()).abs()
 
 
-def _same_bits(a: Tensor, b: Tensor) -> bool:
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of 16-bit elements are equal to the bit, NaN included."""
     return torch.equal(a.contiguous().view(torch.int16), b.contiguous().view(torch.int16))

@@ -1,0 +1,113 @@
+"""The log's line for a launch, at DEBUG: `launch`, and every parameter as key=value.
+
+No value holds a space, so a line comes apart at its spaces. The C library writes the same keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from gqa_cutlass.planning import Plan
+
+_WORD_BYTES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchRecord:
+    """What one launch was given; as text, key=value in this order.
+
+    Args:
+        kernel: The kernel's name.
+        grid: Blocks in x (KV heads times head blocks), y (splits) and z (sequences).
+        cluster: Blocks of a cluster.
+        block: Threads per block.
+        shared_bytes: Dynamic shared memory per block.
+        num_splits: Parts that a sequence is cut into when all are about as long.
+        num_stages: K tiles (and V tiles) that a warp keeps in flight.
+        dependent: Programmatic dependent launch.
+        batch_size: Sequences.
+        num_q_heads: Query heads.
+        num_kv_heads: KV heads.
+        group_size: Query heads per KV head.
+        head_dim: Dimension per head.
+        max_seq_len: Tokens that a sequence's cache can hold.
+        dtype: Element type of every tensor.
+        append: Whether a new token came with the call.
+        cache_seqlens: Tokens in every sequence's cache, or `device` where only the device knows.
+        softmax_scale: Factor on the scores.
+        return_lse: Whether the log-sum-exp was asked for.
+        workspace_bytes: Of partial outputs and tickets.
+        device: The GPU's index, or `cpu`.
+        stream: The stream's handle; as text, hexadecimal.
+    """
+
+    kernel: str
+    grid: tuple[int, int, int]
+    cluster: tuple[int, int, int]
+    block: int
+    shared_bytes: int
+    num_splits: int
+    num_stages: int
+    dependent: bool
+    batch_size: int
+    num_q_heads: int
+    num_kv_heads: int
+    group_size: int
+    head_dim: int
+    max_seq_len: int
+    dtype: str
+    append: bool
+    cache_seqlens: int | str
+    softmax_scale: float
+    return_lse: bool
+    workspace_bytes: int
+    device: int | str
+    stream: int
+
+    @classmethod
+    def of(
+        cls, plan: Plan, cache_seqlens: int | Tensor, device: int | str, stream: int
+    ) -> LaunchRecord:
+        """The record of a plan's launch."""
+        problem, chosen, shape = plan.problem, plan.dispatch, plan.dispatch.shape
+        return cls(
+            kernel=chosen.config.name,
+            grid=shape.grid,
+            cluster=(1, shape.cluster, 1),
+            block=shape.block,
+            shared_bytes=shape.shared_bytes,
+            num_splits=chosen.num_splits,
+            num_stages=chosen.num_stages,
+            dependent=shape.dependent,
+            batch_size=problem.batch_size,
+            num_q_heads=problem.num_q_heads,
+            num_kv_heads=problem.num_kv_heads,
+            group_size=problem.group_size,
+            head_dim=problem.head_dim,
+            max_seq_len=problem.max_seq_len,
+            dtype=problem.dtype,
+            append=problem.append,
+            cache_seqlens="device" if isinstance(cache_seqlens, Tensor) else cache_seqlens,
+            softmax_scale=plan.softmax_scale,
+            return_lse=plan.return_lse,
+            workspace_bytes=_WORD_BYTES * (chosen.partial_floats + chosen.num_tickets),
+            device=device,
+            stream=stream,
+        )
+
+    def __str__(self) -> str:
+        values = vars(self) | {"stream": hex(self.stream)}
+        return " ".join(f"{key}={_text(value)}" for key, value in values.items())
+
+
+def parse(line: str) -> dict[str, str]:
+    """The keys and values of a launch's line."""
+    return dict(part.partition("=")[::2] for part in line.split()[1:])
+
+
+def _text(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
