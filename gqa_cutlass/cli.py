@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +15,8 @@ from rich.table import Table
 from gqa_cutlass.errors import GqaError
 
 if TYPE_CHECKING:
+    import torch
+
     from gqa_cutlass.ptxsim.prepare import Program
     from gqa_cutlass.store import StoredKernel
     from gqa_cutlass.trial import Trial
@@ -33,6 +36,7 @@ Kernels = Annotated[
 Archs = Annotated[
     str, typer.Option("--arch", help="Comma-separated targets, or `all`. Default: sm_90a.")
 ]
+Jobs = Annotated[int, typer.Option(help="Kernels to compile at a time. 0: one per CPU.")]
 
 
 @app.command()
@@ -71,19 +75,19 @@ def build(
         Path | None,
         typer.Option(help="Folder for GQA_CUTLASS_KERNEL_DIR. Default: this user's store."),
     ] = None,
-    jobs: Annotated[int, typer.Option(help="Kernels to compile at a time. 0: one per CPU.")] = 0,
+    jobs: Jobs = 0,
 ) -> None:
     """Compile kernels ahead of time, to cubins or (compute_80, compute_90) to PTX. Needs no GPU.
 
     Those whose schedule needs another architecture are left out.
     """
-    from gqa_cutlass.codegen import ARCHES, select
+    from gqa_cutlass.codegen import select
     from gqa_cutlass.codegen.compile import compiles_for
     from gqa_cutlass.errors import ConfigError
     from gqa_cutlass.store import Store, build_all
 
     store = Store(root=out) if out else Store.default()
-    archs = list(ARCHES) if arch == "all" else [entry.strip() for entry in arch.split(",")]
+    archs = _archs(arch)
     wanted = [(config, a) for a in archs for config in select(kernels) if compiles_for(config, a)]
     if not wanted:
         raise ConfigError(
@@ -96,6 +100,26 @@ def build(
             built.append(stored)
     _print_wide(built_table(built))
     console.print(f"{sum(s.was_built for s in built)} of {len(built)} compiled, in {store.root}")
+
+
+@app.command()
+def export(
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    kernels: Kernels = None,
+    arch: Archs = "sm_90a",
+    jobs: Jobs = 0,
+) -> None:
+    """Write a C library and a Rust crate with the kernels in them. Needs no GPU."""
+    from gqa_cutlass.export import compiled, plan_export, write_bundle
+    from gqa_cutlass.store import Store
+
+    wanted = plan_export(kernels, _archs(arch))
+    cubins = compiled(wanted, Store.default(), jobs)
+    with Progress(console=console, transient=True) as progress:
+        tracked = progress.track(cubins, total=len(wanted.wanted))
+        files = write_bundle(out, wanted, tracked)
+    names = ", ".join(a.name for a in wanted.archs)
+    console.print(f"{len(files)} files in {out}: {len(wanted.kernels)} kernels for {names}")
 
 
 @app.command()
@@ -141,19 +165,53 @@ def explain(
     import torch
 
     from gqa_cutlass.api import explain as explain_call
-    from gqa_cutlass.errors import InputError
 
-    types = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-    if dtype not in types:
-        raise InputError(f"explain: dtype: got {dtype!r}; allowed: {', '.join(types)}.")
+    kind = _element_type("explain", dtype)
 
     def empty(*shape: int) -> torch.Tensor:
-        return torch.empty(*shape, dtype=types[dtype], device="meta")
+        return torch.empty(*shape, dtype=kind, device="meta")
 
     cache = empty(batch, max_seq_len, kv_heads, head_dim)
     token = empty(batch, kv_heads, head_dim)
     q = empty(batch, q_heads, head_dim)
     print(explain_call(q, cache, cache, token, token, arch=arch))
+
+
+@app.command()
+def verify(
+    cache_len: Annotated[int, typer.Option(help="Tokens in the cache before the step.")] = 10,
+    batch: Annotated[int, typer.Option(help="Sequences.")] = 2,
+    q_heads: Annotated[int, typer.Option(help="Query heads.")] = 32,
+    kv_heads: Annotated[int, typer.Option(help="KV heads.")] = 8,
+    head_dim: Annotated[int, typer.Option(help="Dimension per head.")] = 128,
+    dtype: Annotated[str, typer.Option(help="float16 or bfloat16.")] = "float16",
+    max_seq_len: Annotated[
+        int | None,
+        typer.Option(help="Tokens that the cache holds. Default: 64, or cache-len + 16 if more."),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="cuda, cuda:1, ... or cpu (in ptxsim). Default: a GPU if there is one."),
+    ] = None,
+) -> None:
+    """Run a decode step and show what it did: output, cache, log, and that overflow is refused."""
+    from gqa_cutlass.verify import choose_device, provenance
+    from gqa_cutlass.verify import verify as verify_step
+
+    where = choose_device(device)
+    steps = verify_step(
+        cache_len=cache_len, batch_size=batch, num_q_heads=q_heads, num_kv_heads=kv_heads,
+        head_dim=head_dim, max_seq_len=max_seq_len, dtype=_element_type("verify", dtype),
+        device=where,
+    )  # fmt: skip
+    print(provenance(where))
+    for number, step in enumerate(steps, 1):
+        print(f"{number}. {step.name}: {'passed' if step.passed else 'FAILED'}")
+        print(textwrap.indent("\n".join(step.evidence), "   "))
+    passed = sum(step.passed for step in steps)
+    print(f"{passed} of {len(steps)} passed")
+    if passed < len(steps):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -178,6 +236,35 @@ def sim(
 
 
 @app.command()
+def bench(
+    points: Annotated[
+        str, typer.Option(help="Measure only points whose name contains this. Needs --out.")
+    ] = "",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for JSON, CSV and plots. Default: bench/results of a checkout, or here; "
+            "with --from: write nothing."
+        ),
+    ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option("--from", help="Measure nothing: show this record's tables."),
+    ] = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the README's tables.")
+    ] = False,
+    commit: Annotated[
+        str | None, typer.Option(help="Commit measured. Default: the checkout's, asked of git.")
+    ] = None,
+) -> None:
+    """Time decode steps on the GPU against PyTorch and a kernel that only reads the same bytes."""
+    from gqa_cutlass.bench.command import bench as run
+
+    run(points=points, out=out, source=source, markdown=markdown, commit=commit)
+
+
+@app.command()
 def doctor() -> None:
     """Report what the package finds on this machine: compiler, headers, GPU, store."""
     from gqa_cutlass.doctor import findings
@@ -195,6 +282,29 @@ def main() -> None:
     except (GqaError, OSError) as error:
         print(f"gqa-cutlass: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _element_type(command: str, name: str) -> torch.dtype:
+    """The dtype of a name.
+
+    Raises:
+        InputError: Kernels have no such type.
+    """
+    import torch
+
+    from gqa_cutlass.errors import InputError
+
+    types = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+    if name not in types:
+        raise InputError(f"{command}: dtype: got {name!r}; allowed: {', '.join(types)}.")
+    return types[name]
+
+
+def _archs(given: str) -> list[str]:
+    """The targets that --arch names."""
+    from gqa_cutlass.codegen import ARCHES
+
+    return list(ARCHES) if given == "all" else [entry.strip() for entry in given.split(",")]
 
 
 def built_table(built: list[StoredKernel]) -> Table:
