@@ -25,7 +25,7 @@ from gqa_cutlass.launcher import Device, LaunchShape
 # half as many and 124 us with these and with more).
 BYTES_PER_SM_AND_MICROSECOND = 33_500
 MICROSECONDS_PER_SPLIT = 0.08
-BYTES_IN_FLIGHT = 64 * 1024
+BYTES_IN_FLIGHT = 48 * 1024
 
 # Where the tma schedule won, and with how many blocks (docs/design/0002-tma-schedule.md has the
 # measurements): caches up to so many MiB, fewer where rows are no multiple of 128 bytes; so many KV
@@ -33,6 +33,10 @@ BYTES_IN_FLIGHT = 64 * 1024
 TMA_MIB, TMA_MIB_PARTIAL_BOXES = 128, 16
 TMA_HEADS = 64
 TMA_BLOCKS = 64
+
+# What caches may hold in all for first tiles to be read before lengths are known: with so few bytes
+# latency counts, and reading a tile per warp too many costs little.
+EARLY_MIB = 16
 
 # Where splits are dealt out by length (docs/design/0001-decode-kernel.md, "Ragged batches"): the
 # batch, the tokens that a cache can hold, and the rounds that one block per sequence makes.
@@ -51,6 +55,7 @@ class Dispatch:
         shape: Grid, block, cluster and shared memory.
         num_splits: Parts that a sequence is cut into when all are about as long.
         num_stages: K tiles (and V tiles) that a warp keeps in flight.
+        early: Whether warps ask for their first tile before they know the length.
         reasons: Why, one sentence per decision.
     """
 
@@ -58,6 +63,7 @@ class Dispatch:
     shape: LaunchShape
     num_splits: int
     num_stages: int
+    early: bool
     reasons: tuple[str, ...]
 
     @property
@@ -132,6 +138,7 @@ def dispatch(
         ),
         num_splits=splits.splits,
         num_stages=splits.num_stages,
+        early=config.tma or (not spare and problem.cache_bytes <= EARLY_MIB * 2**20),
         reasons=(why_config, splits.why, *((_BALANCED,) if spare else ())),
     )
 

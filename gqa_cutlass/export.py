@@ -149,6 +149,7 @@ def facts() -> Facts:
             "tma_blocks": dispatch.TMA_BLOCKS,
             "box_dims": BOX_DIMS,
             "max_cluster": MAX_CLUSTER,
+            "early_mib": dispatch.EARLY_MIB,
             "balanced_batch": dispatch.BALANCED_BATCH,
             "balanced_tokens": dispatch.BALANCED_TOKENS,
             "balanced_rounds": dispatch.BALANCED_ROUNDS,

@@ -405,6 +405,7 @@ def _params(
 ) -> Params:
     """The kernel's argument, with everything set that does not change from call to call."""
     params = Params(
+        seqlen=problem.max_seq_len if chosen.early else 0,
         max_seq_len=problem.max_seq_len,
         num_kv_heads=problem.num_kv_heads,
         num_splits=chosen.num_splits,

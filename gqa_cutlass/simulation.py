@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gqa_cutlass import workspace
 from gqa_cutlass.codegen.config import KernelConfig
+from gqa_cutlass.dispatch import Dispatch
 from gqa_cutlass.inputs import Problem
 from gqa_cutlass.launcher import LaunchShape, Params, TmaParams
 from gqa_cutlass.planning import FIELDS, LOG, Bound, Plan, Settings
@@ -70,7 +71,7 @@ class CpuPlan(Plan):
             bound |= {"partials": floats, "tickets": counters}
         if LOG.isEnabledFor(logging.DEBUG):
             self.log(cache_seqlens, "cpu", 0)
-        regions = regions_of(bound, self.problem.append)
+        regions = regions_of(bound, self.problem.append, overreads(self.dispatch))
         with self._lock:
             self._bind(argument, tensors, cache_seqlens, lse, partials, tickets)
             run(self.program, self.dispatch.shape, self._argument, regions, self.checks, self.stats)
@@ -105,12 +106,23 @@ def program_from(ptx: str, name: str) -> Program:
     return Program(parse(ptx, name))
 
 
-def regions_of(tensors: Mapping[str, Tensor | None], append: bool) -> list[Region]:
+def overreads(chosen: Dispatch) -> bool:
+    """Whether a block may read a row that another one appends meanwhile, and not use it.
+
+    The box that ends with the last cached token reaches into that row. So may a tile that is asked
+    for before the length is known, but the warp that asks for it is the one that appends, unless
+    several blocks share a KV head.
+    """
+    return chosen.config.tma or (chosen.early and chosen.config.head_blocks > 1)
+
+
+def regions_of(tensors: Mapping[str, Tensor | None], append: bool, overread: bool) -> list[Region]:
     """What a launch may read and write: the tensors, under the names of `Params`.
 
     Args:
         tensors: Each by its field of `Params`; None for those that are absent.
         append: Whether a new token is written to the caches.
+        overread: Whether asynchronous copies may read what another block appends.
     """
     regions = []
     for name, t in tensors.items():
@@ -127,8 +139,7 @@ def regions_of(tensors: Mapping[str, Tensor | None], append: bool) -> list[Regio
                     writable=name in (*_WRITTEN, *_WORKSPACE, *_BOTH)
                     or (append and name in _CACHES),
                     fresh=name in _WORKSPACE,
-                    # The box that ends with the last cached token reaches into the new one's row.
-                    overread=name in _CACHES,
+                    overread=overread and name in _CACHES,
                 )
             )
     return regions

@@ -26,7 +26,7 @@ from gqa_cutlass.inputs import Problem
 from gqa_cutlass.launcher import Params, TmaParams
 from gqa_cutlass.planning import FIELDS, _params, describe
 from gqa_cutlass.ptxsim.prepare import Program
-from gqa_cutlass.simulation import Checks, program_from, regions_of, run
+from gqa_cutlass.simulation import Checks, overreads, program_from, regions_of, run
 
 _MAX_STEPS = 10_000  # the longest of the runs that end takes a third of them
 _INCLUDE = re.compile(r'#include ["<](?:gqa/)?(\w+\.cuh)[">]\n')
@@ -83,6 +83,9 @@ FULL = Case(lengths=(127,))
 READ_ONLY = Case(lengths=(125,), max_seq_len=125, append=False)
 EMPTY = Case(lengths=(0, 5), append=False)
 PADDED_ROWS = Case(lengths=(20,), layout="padded")
+HEAD_BLOCKS = Case(group_size=16)
+ONE_TILE = Case(lengths=(20,))
+READ_ONE_TILE = Case(lengths=(20,), max_seq_len=24, append=False)
 SPLIT = Case(splits=3)
 SPLIT_HEADS = Case(splits=2, heads=2, lengths=(40,))
 RAGGED = Case(splits=3, lengths=(100, 40, 5))
@@ -150,15 +153,15 @@ MUTANTS = (
     Mutant(
         name="keys refilled while other lanes read them",
         header="load.cuh",
-        old="__syncwarp();\n    keys_",
-        new="keys_",
+        old="__syncwarp();\n    load_if(keys_",
+        new="load_if(keys_",
         fault=f"{_STILL_READ}.* at ptx.cuh",
     ),
     Mutant(
         name="values refilled while other lanes read them",
         header="load.cuh",
-        old="__syncwarp();\n    values_",
-        new="values_",
+        old="__syncwarp();\n    load_if(values_",
+        new="load_if(values_",
         fault=f"{_STILL_READ}.* at ptx.cuh",
     ),
     Mutant(
@@ -178,9 +181,9 @@ MUTANTS = (
     Mutant(
         name="no group committed past the last tile",
         header="load.cuh",
-        old="if (tile < w.num_tiles) copy_rows(tile * T::kBlockN, w, target);\n"
+        old="if (tile < w.num_tiles) rows.copy_tile(tile, w.num_cached, slot);\n"
         "    cute::cp_async_fence();",
-        new="if (tile >= w.num_tiles) return;\n    copy_rows(tile * T::kBlockN, w, target);\n"
+        new="if (tile >= w.num_tiles) return;\n    rows.copy_tile(tile, w.num_cached, slot);\n"
         "    cute::cp_async_fence();",
         fault=_TOO_EARLY,
     ),
@@ -202,8 +205,8 @@ MUTANTS = (
     Mutant(
         name="refilled with the next tile instead of the next but one",
         header="load.cuh",
-        old="keys_.load_tile(tile + T::kNumStages * work_.tile_step()",
-        new="keys_.load_tile(tile + work_.tile_step()",
+        old="load_if(keys_, tile + T::kNumStages * w.tile_step()",
+        new="load_if(keys_, tile + w.tile_step()",
         wrong="output",
         case=TWO_STAGES,
     ),
@@ -217,8 +220,8 @@ MUTANTS = (
     ),
     Mutant(
         name="partials over padding that other lanes clear",
-        header="decode.cuh",
-        old="cute::cp_async_wait<0>();\n  __syncwarp();",
+        header="load.cuh",
+        old="cute::cp_async_wait<0>();\n    __syncwarp();",
         new="cute::cp_async_wait<0>();",
         fault="writes over what another thread wrote.* at value.cuh",
         case=ODD_EMPTY,
@@ -231,12 +234,51 @@ MUTANTS = (
         new="<Vector<T> const*>(source + dim + 1)",
         fault="global access not a multiple of 16 bytes.* at ptx.cuh",
     ),
+    # The tile in which the sequence ends
     Mutant(
-        name="the new token read from the cache",
-        header="load.cuh",
-        old="token < w.num_cached ? cache + token * stride : new_token",
-        new="cache + token * stride",
-        fault=f"{_GLOBAL_RACE}.* of k_cache",
+        name="the new key not put into its tile",
+        header="decode.cuh",
+        old="put_new_row<T>(token.key, left, keys);",
+        new="",
+        wrong="output",
+    ),
+    Mutant(
+        name="the new value not put into its tile",
+        header="decode.cuh",
+        old="put_new_row<T>(token.value, left, values);",
+        new="{}",
+        wrong="output",
+    ),
+    Mutant(
+        name="the new row put where the next one goes",
+        header="decode.cuh",
+        old="(left - 1, 0)",
+        new="(left, 0)",
+        wrong="output",
+    ),
+    Mutant(
+        name="lanes score before the new row is there",
+        header="decode.cuh",
+        old="(left - 1, 0));\n  __syncwarp();",
+        new="(left - 1, 0));",
+        fault=_UNWRITTEN,
+    ),
+    Mutant(
+        name="rows behind the end left as the cache has them",
+        header="decode.cuh",
+        old="clear_tile_rows<T>(values, left);",
+        new="",
+        wrong="output",
+        case=ONE_TILE,
+    ),
+    Mutant(
+        name="rows cleared while lanes go on",
+        header="decode.cuh",
+        old="clear_tile_rows<T>(values, left);\n"
+        "      if (w.appends) put_new_row<T>(token.value, left, values);\n      __syncwarp();",
+        new="clear_tile_rows<T>(values, left);",
+        fault=_UNWRITTEN,
+        case=READ_ONE_TILE,
     ),
     Mutant(
         name="queries past the group read",
@@ -258,7 +300,7 @@ MUTANTS = (
         header="append.cuh",
         old="w.num_cached * stride.token",
         new="(w.num_cached - 1) * stride.token",
-        fault=f"{_GLOBAL_RACE}.* of k_cache",
+        wrong="caches",
     ),
     Mutant(
         name="appended one row too late",
@@ -283,18 +325,26 @@ MUTANTS = (
         fault="outside all tensors.* past the end of k_new.* at append.cuh",
     ),
     Mutant(
-        name="every split appends",
-        header="append.cuh",
-        old="w.split != 0 || ",
-        new="",
+        name="every block of a KV head appends",
+        header="decode.cuh",
+        old="if (w.head_block == 0) token.append(p, w);",
+        new="token.append(p, w);",
         fault=f"{_GLOBAL_RACE}.* of k_cache.* at append.cuh",
-        case=SPLIT,
+        case=HEAD_BLOCKS,
+    ),
+    Mutant(
+        name="every split of a cluster appends",
+        header="decode_tma.cuh",
+        old="if (w.split == 0 && w.head_block == 0) token.append(p.decode, w);",
+        new="token.append(p.decode, w);",
+        fault=f"{_GLOBAL_RACE}.* of k_cache.* at append.cuh",
+        case=CLUSTER,
     ),
     Mutant(
         name="nothing appended",
         header="decode.cuh",
-        old="NewToken<T>(p, w).append(p, w);",
-        new="{}",
+        old="if (w.head_block == 0) token.append(p, w);",
+        new="",
         wrong="caches",
     ),
     Mutant(
@@ -332,8 +382,8 @@ MUTANTS = (
     Mutant(
         name="no barrier before warps merge",
         header="decode.cuh",
-        old="attend(p, w, shared);\n  __syncthreads();",
-        new="attend(p, w, shared);",
+        old="attend(p, w, shared, ring);\n  __syncthreads();",
+        new="attend(p, w, shared, ring);",
         fault=f"{_UNWRITTEN}.* at merge.cuh",
     ),
     Mutant(
@@ -474,7 +524,7 @@ MUTANTS = (
     Mutant(
         name="splits without work go on",
         header="decode.cuh",
-        old="  if (w.split >= w.num_splits) return;\n",
+        old="  if (w.split >= w.num_splits) return ring.drain();\n",
         new="",
         fault=f"{_GLOBAL_RACE}.* of (out|lse).* at merge.cuh",
         case=RAGGED,
@@ -988,7 +1038,7 @@ def launch(case: Case, program: Program) -> set[str]:
         setattr(params, field, 0 if tensor is None else tensor.data_ptr())
     argument = _with_maps(params, step, config) if config.tma else params
     checks = Checks(max_steps=_MAX_STEPS)
-    run(program, chosen.shape, argument, regions_of(named, case.append), checks)
+    run(program, chosen.shape, argument, regions_of(named, case.append, overreads(chosen)), checks)
     return wrong(step, lse, tickets)
 
 

@@ -90,7 +90,10 @@ class Copies:
                     loaded = machine.context.memory.load(place, unit, together)
                     view[rows, i : i + together] = loaded.reshape(len(rows), together)
                     size_of = together * unit // 8
-                    note_global(machine, lanes[rows], place, size_of, write=False, strong=False)
+                    note_global(
+                        machine, lanes[rows], place, size_of, write=False, strong=False,
+                        overread=True,
+                    )  # fmt: skip
             except AccessError as error:
                 raise AccessError(int(rows[error.position]), error.address, str(error)) from None
 

@@ -51,8 +51,8 @@ class Region:
         readable: Whether the kernel may read it.
         writable: Whether it may write it.
         fresh: Its contents are not defined before the kernel writes them.
-        overread: Tensor copies may read what another thread writes meanwhile: they bring whole
-            boxes, of which the kernel discards what it has no business with.
+        overread: Asynchronous copies may read what another thread writes meanwhile: they bring
+            whole tiles, of which the kernel discards what it has no business with.
     """
 
     name: str

@@ -41,6 +41,11 @@ static gqa_kernel const* find_kernel(gqa_problem const* problem, int32_t arch, i
   return found;
 }
 
+static double cache_mib(gqa_problem const* problem) {
+  int64_t const tokens = problem->batch_size * problem->max_seq_len;
+  return (double)(4 * tokens * problem->num_kv_heads * problem->head_dim) / 1048576.0;
+}
+
 // Tensor copies for few heads and small caches, where latency counts more than bandwidth.
 static int prefers_tma(gqa_problem const* problem, gqa_kernel const* tma) {
   gqa_model const* model = &gqa_dispatch_model;
@@ -150,6 +155,7 @@ int gqa_choose(gqa_problem const* problem, gqa_target const* target, gqa_dispatc
   chosen->shared_bytes = (uint32_t)kernel->shared_bytes[splits.num_stages - 1];
   chosen->num_splits = (int32_t)splits.splits;
   chosen->num_stages = splits.num_stages;
+  chosen->early = kernel->tma || (spare == 0 && cache_mib(problem) <= gqa_dispatch_model.early_mib);
   chosen->num_tickets = partials > 1 ? columns * problem->batch_size * splits.cluster : 0;
   chosen->partial_floats = chosen->num_tickets * partials * kernel->partial_floats;
   return 1;

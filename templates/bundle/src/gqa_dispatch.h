@@ -37,6 +37,7 @@ typedef struct gqa_dispatch {
   uint32_t shared_bytes;
   int32_t num_splits;
   int32_t num_stages;
+  int32_t early;           // whether warps ask for their first tile before they know the length
   int64_t num_tickets;     // counters, of merges in global memory
   int64_t partial_floats;  // floats of partial outputs in global memory
 } gqa_dispatch;

@@ -48,6 +48,7 @@ typedef struct gqa_model {
   int64_t tma_blocks;
   int64_t box_dims;
   int64_t max_cluster;
+  double early_mib;
   int64_t balanced_batch;
   int64_t balanced_tokens;
   int64_t balanced_rounds;

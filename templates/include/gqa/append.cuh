@@ -38,14 +38,14 @@ struct NewToken {
 
   WarpRow<T> key, value;
 
-  CUTE_DEVICE NewToken(Params const& p, Work<T> const& w) {
+  CUTE_DEVICE void load(Params const& p, Work<T> const& w) {
     key.load(w.template row<Element>(p.k_new, p.k_new_stride));
     value.load(w.template row<Element>(p.v_new, p.v_new_stride));
   }
 
-  // Writes it to the cache, in one block per KV head. Nobody reads these rows in this launch.
+  // Writes it to the cache, for which one warp per KV head calls. What this launch reads of these
+  // rows it does not use.
   CUTE_DEVICE void append(Params const& p, Work<T> const& w) const {
-    if (w.split != 0 || w.head_block != 0) return;
     key.store(cache_row(p.k_cache, p.k_cache_stride, w));
     value.store(cache_row(p.v_cache, p.v_cache_stride, w));
   }

@@ -2,7 +2,7 @@
 // over everything cached and the new token, write the output.
 //
 //   load (per warp) -> score -> softmax -> value -> merge warps -> merge splits
-//        append
+//   append (last tile)
 //
 // A warp walks its tiles alone; warps meet once, at the end.
 #pragma once
@@ -19,27 +19,46 @@
 
 namespace gqa {
 
+// Puts the new token's row into the last tile, which has arrived. All lanes take part.
 template <class T>
-CUTE_DEVICE void attend(Params const& p, Work<T> const& w, SharedStorage<T>& shared) {
-  int const warp = threadIdx.x / kWarpSize;
-  TileRing<T> ring(p, w, shared.warp[warp]);
-  ring.fill(w.first_tile(warp));
-  if (w.appends && warp == T::kNumWarps - 1) NewToken<T>(p, w).append(p, w);
+CUTE_DEVICE void put_new_row(WarpRow<T> const& row, int left, typename T::Element* tile) {
+  row.store(tile + typename T::TileLayout{}(left - 1, 0));
+  __syncwarp();
+}
 
+template <class T>
+CUTE_DEVICE void attend(Params const& p, Work<T> const& w, SharedStorage<T>& shared,
+                        TileRing<T>& ring) {
+  int const warp = threadIdx.x / kWarpSize;
+  ring.fill(p, w, w.first_tile(warp));
   Scorer<T> const score(p, w, shared);
   OnlineSoftmax<T> softmax;
   Accumulator<T> acc(shared);
   CUTE_NO_UNROLL
   for (int tile = w.first_tile(warp); tile < w.num_tiles; tile += w.tile_step()) {
+    int const left = w.num_tokens - tile * T::kBlockN;
+    bool const last = tile == w.num_tiles - 1;
     float scores[T::kLaneHeads][T::kLaneTokens];
-    score(ring.wait_keys(), w.num_tokens - tile * T::kBlockN, p.scale_log2, scores);
-    ring.refill_keys(tile);
+    NewToken<T> token;
+    if (last && w.appends) token.load(p, w);
+    auto* keys = ring.wait_keys();
+    if (last && w.appends) {
+      put_new_row<T>(token.key, left, keys);
+      if (w.head_block == 0) token.append(p, w);
+    }
+    score(keys, left, p.scale_log2, scores);
+    ring.refill_keys(w, tile);
     softmax.update(scores, [&](auto const& factor) { acc.rescale(factor); });
-    acc.add(ring.wait_values(), scores);
-    ring.refill_values(tile);
+    auto* values = ring.wait_values();
+    if (last) {  // behind the sequence's end may be what the cache holds there
+      clear_tile_rows<T>(values, left);
+      if (w.appends) put_new_row<T>(token.value, left, values);
+      __syncwarp();
+    }
+    acc.add(values, scores);
+    ring.refill_values(w, tile);
   }
-  cute::cp_async_wait<0>();
-  __syncwarp();
+  ring.drain();
   acc.store(reinterpret_cast<float*>(shared.warp[warp]));
   softmax.store(shared.row_max[warp], shared.row_sum[warp]);
 }
@@ -49,10 +68,13 @@ CUTE_DEVICE void decode(Params const& p) {
   using T = Traits<Variant>;
   extern __shared__ __align__(16) unsigned char storage[];
   auto& shared = *reinterpret_cast<SharedStorage<T>*>(storage);
+  int const warp = threadIdx.x / kWarpSize;
   follow_previous_kernel();
-  Work<T> const w(p);
-  if (w.split >= w.num_splits) return;
-  attend(p, w, shared);
+  int const length = Work<T>::read_length(p);
+  TileRing<T> ring(p, shared.warp[warp], blockIdx.y * T::kNumWarps + warp);
+  Work<T> const w(p, length);
+  if (w.split >= w.num_splits) return ring.drain();
+  attend(p, w, shared, ring);
   __syncthreads();
   merge(p, w, shared);
   report_overflow(p, w);

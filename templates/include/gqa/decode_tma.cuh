@@ -76,7 +76,6 @@ CUTE_DEVICE void attend_many(TmaParams const& p, ClusterWork<T> const& w, Cluste
 template <class Variant>
 CUTE_DEVICE void decode_tma(TmaParams const& p) {
   using T = Traits<Variant>;
-  using Element = typename T::Element;
   extern __shared__ __align__(1024) unsigned char storage[];
   auto& shared = *reinterpret_cast<ClusterStorage<T>*>(storage);
   int const warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarpSize, 0);  // known to be uniform
@@ -96,10 +95,11 @@ CUTE_DEVICE void decode_tma(TmaParams const& p) {
   }
   if (w.log_cluster_size > 0) cute::cluster_arrive_relaxed();
   if (w.appends && warp == T::kNumWarps - 1) {
-    NewToken<T> const token(p.decode, w);
+    NewToken<T> token;
+    token.load(p.decode, w);
     token.key.store(shared.new_key);
     token.value.store(shared.new_value);
-    token.append(p.decode, w);
+    if (w.split == 0 && w.head_block == 0) token.append(p.decode, w);
   }
   if (w.log_cluster_size > 0) cute::cluster_wait();  // every block's barrier is ready
   if (w.num_tiles <= w.tile_step()) {

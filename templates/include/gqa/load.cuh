@@ -1,9 +1,9 @@
 // Stage 1, load: rows of the KV cache into a warp's tiles in shared memory.
 //
 // Every warp owns kNumStages slots for K and as many for V and fills them with cp.async, so no warp
-// ever waits for another one. The row at position `num_cached` is the new token: it is read from
-// the k and v arguments, never through the cache that this very launch writes. Rows past the end
-// are filled with zeros (their probability is zero, and zero times NaN would not be).
+// ever waits for another one. The new token is never read through the cache that this very launch
+// writes: its row of a tile is put there when the tile has arrived. Rows past the end of the cached
+// tokens are filled with zeros (their probability is zero, and zero times NaN would not be).
 #pragma once
 
 #include <cute/arch/copy_sm80.hpp>
@@ -27,27 +27,20 @@ CUTE_DEVICE void copy_or_zero(Vec const* source, Vec* target, bool exists, uint6
 template <class T>
 struct RowSource {
   typename T::Element const* cache;
-  typename T::Element const* new_token;
   int64_t stride;
   uint64_t policy;
 
-  CUTE_DEVICE static RowSource keys(Params const& p, Work<T> const& w) {
-    return RowSource(p.k_cache, p.k_cache_stride, p.k_new, p.k_new_stride, w);
-  }
-  CUTE_DEVICE static RowSource values(Params const& p, Work<T> const& w) {
-    return RowSource(p.v_cache, p.v_cache_stride, p.v_new, p.v_new_stride, w);
-  }
+  CUTE_DEVICE RowSource(void const* base, CacheStrides strides, int batch)
+      : cache(static_cast<typename T::Element const*>(base) + batch * strides.batch +
+              Work<T>::kv_head_of_block() * strides.head),
+        stride(strides.token),
+        policy(evict_first_policy()) {}
 
-  // Copies one tile and commits it as one group of cp.async. All lanes take part.
-  CUTE_DEVICE void load_tile(int tile, Work<T> const& w, typename T::Element* target) const {
-    if (tile < w.num_tiles) copy_rows(tile * T::kBlockN, w, target);
-    cute::cp_async_fence();
-  }
-
- private:
+  // Copies a tile: rows before `end`, and zeros behind them. All lanes take part.
+  //
   // Every instruction of the warp copies whole rows, as many as fit into it, and the last lanes
   // idle where head_dim is no power of two: rows cut in two would ask for the same lines twice.
-  CUTE_DEVICE void copy_rows(int first_token, Work<T> const& w, typename T::Element* target) const {
+  CUTE_DEVICE void copy_tile(int tile, int end, typename T::Element* target) const {
     constexpr int kVecs = T::kHeadDim / T::kVecWidth;
     constexpr int kLanes = kVecs < kWarpSize ? kVecs : kWarpSize;  // lanes per row
     constexpr int kRows = kWarpSize / kLanes;
@@ -57,26 +50,17 @@ struct RowSource {
     for (int i = 0; i < ceil_div(T::kBlockN, kRows); ++i) {
       int const row = i * kRows + lane / kLanes;
       if (T::kBlockN % kRows != 0 && row >= T::kBlockN) return;
-      int const token = first_token + row;
-      auto const* source = token < w.num_cached ? cache + token * stride : new_token;
+      int const token = tile * T::kBlockN + row;
+      auto const* source = cache + token * stride;
       CUTE_UNROLL
       for (int dim = lane % kLanes * T::kVecWidth; dim < T::kHeadDim;
            dim += kLanes * T::kVecWidth) {
         copy_or_zero(reinterpret_cast<Vector<T> const*>(source + dim),
                      reinterpret_cast<Vector<T>*>(target + typename T::TileLayout{}(row, dim)),
-                     token < w.num_tokens, policy);
+                     token < end, policy);
       }
     }
   }
-
-  CUTE_DEVICE RowSource(void const* cache_base, CacheStrides cache_stride, void const* new_base,
-                        RowStrides new_stride, Work<T> const& w)
-      : cache(static_cast<typename T::Element const*>(cache_base) + w.batch * cache_stride.batch +
-              w.kv_head * cache_stride.head),
-        new_token(new_base == nullptr ? cache  // never read: num_cached == num_tokens
-                                      : w.template row<typename T::Element>(new_base, new_stride)),
-        stride(cache_stride.token),
-        policy(evict_first_policy()) {}
 };
 
 // The slots of one warp. Loads are committed in the order K0 V0 K1 V1 ..., and a slot is filled
@@ -87,50 +71,85 @@ class TileRing {
  public:
   using Element = typename T::Element;
 
-  CUTE_DEVICE TileRing(Params const& p, Work<T> const& w, unsigned char* storage)
-      : work_(w),
-        keys_(RowSource<T>::keys(p, w)),
-        values_(RowSource<T>::values(p, w)),
-        slots_(reinterpret_cast<Element*>(storage)) {
+  // Asks for the first tile before the length of the sequence is known, if the launch allows it:
+  // the latency of memory is most of a short decode step. Rows past the sequence's end are then
+  // read as the cache has them.
+  CUTE_DEVICE TileRing(Params const& p, unsigned char* storage, int first_tile)
+      : keys_(p.k_cache, p.k_cache_stride, blockIdx.z),
+        values_(p.v_cache, p.v_cache_stride, blockIdx.z),
+        slots_(reinterpret_cast<Element*>(storage)),
+        early_(first_tile * T::kBlockN < p.seqlen) {
+    if (early_) load_both(first_tile, p.seqlen, 0);
     if constexpr (T::kHeadDim != T::kHeadDimPadded) clear_padding();
   }
 
-  CUTE_DEVICE void fill(int first_tile) {
+  // Asks for the other tiles that have a slot.
+  CUTE_DEVICE void fill(Params const& p, Work<T> const& w, int first_tile) {
+    if (!early_) {
+      keys_ = RowSource<T>(p.k_cache, p.k_cache_stride, w.batch);  // which balancing may change
+      values_ = RowSource<T>(p.v_cache, p.v_cache_stride, w.batch);
+      load_both_if(first_tile, w, 0);
+    }
     CUTE_UNROLL
-    for (int stage = 0; stage < T::kNumStages; ++stage) {
-      keys_.load_tile(first_tile + stage * work_.tile_step(), work_, key_slot(stage));
-      values_.load_tile(first_tile + stage * work_.tile_step(), work_, value_slot(stage));
+    for (int stage = 1; stage < T::kNumStages; ++stage) {
+      load_both_if(first_tile + stage * w.tile_step(), w, stage);
     }
   }
 
+  // Waits for all that was asked for, needed or not.
+  CUTE_DEVICE static void drain() {
+    cute::cp_async_wait<0>();
+    __syncwarp();
+  }
+
   // The K tile (then the V tile) at the head of the ring, complete and visible to the whole warp.
-  CUTE_DEVICE Element const* wait_keys() {
+  CUTE_DEVICE Element* wait_keys() const {
     wait();
     return key_slot(stage_);
   }
-  CUTE_DEVICE Element const* wait_values() {
+  CUTE_DEVICE Element* wait_values() const {
     wait();
     return value_slot(stage_);
   }
 
   // The tile at the head has been read: its slot takes the tile that comes kNumStages later.
-  CUTE_DEVICE void refill_keys(int tile) {
+  CUTE_DEVICE void refill_keys(Work<T> const& w, int tile) {
     __syncwarp();
-    keys_.load_tile(tile + T::kNumStages * work_.tile_step(), work_, key_slot(stage_));
+    load_if(keys_, tile + T::kNumStages * w.tile_step(), w, key_slot(stage_));
   }
-  CUTE_DEVICE void refill_values(int tile) {
+  CUTE_DEVICE void refill_values(Work<T> const& w, int tile) {
     __syncwarp();
-    values_.load_tile(tile + T::kNumStages * work_.tile_step(), work_, value_slot(stage_));
+    load_if(values_, tile + T::kNumStages * w.tile_step(), w, value_slot(stage_));
     stage_ = stage_ + 1 == T::kNumStages ? 0 : stage_ + 1;
   }
 
  private:
-  CUTE_DEVICE void wait() {
+  CUTE_DEVICE void load_both(int tile, int end, int stage) {
+    keys_.copy_tile(tile, end, key_slot(stage));
+    cute::cp_async_fence();
+    values_.copy_tile(tile, end, value_slot(stage));
+    cute::cp_async_fence();
+  }
+  CUTE_DEVICE void load_both_if(int tile, Work<T> const& w, int stage) {
+    load_if(keys_, tile, w, key_slot(stage));
+    load_if(values_, tile, w, value_slot(stage));
+  }
+
+  // Copies a tile if there is one, and commits it as one group of cp.async.
+  CUTE_DEVICE static void load_if(RowSource<T> const& rows, int tile, Work<T> const& w,
+                                  Element* slot) {
+    if (tile < w.num_tiles) rows.copy_tile(tile, w.num_cached, slot);
+    cute::cp_async_fence();
+  }
+
+  CUTE_DEVICE static void wait() {
     cute::cp_async_wait<2 * T::kNumStages - 1>();
     __syncwarp();
   }
-  CUTE_DEVICE Element* key_slot(int stage) { return slots_ + 2 * stage * T::kTileElements; }
-  CUTE_DEVICE Element* value_slot(int stage) { return slots_ + (2 * stage + 1) * T::kTileElements; }
+  CUTE_DEVICE Element* key_slot(int stage) const { return slots_ + 2 * stage * T::kTileElements; }
+  CUTE_DEVICE Element* value_slot(int stage) const {
+    return slots_ + (2 * stage + 1) * T::kTileElements;
+  }
 
   // The MMA reads kHeadDimPadded columns. Those that no load fills must not hold NaN in K; in V
   // their products are dropped.
@@ -143,11 +162,23 @@ class TileRing {
     }
   }
 
-  Work<T> const& work_;
   RowSource<T> keys_;
   RowSource<T> values_;
   Element* slots_;
+  bool const early_;  // the first tile has been asked for before the length was known
   int stage_ = 0;
 };
+
+// Clears the rows of a tile from `first` on. All lanes take part.
+template <class T>
+CUTE_DEVICE void clear_tile_rows(typename T::Element* tile, int first) {
+  constexpr int kChunks = T::kHeadDimPadded / kChunk;
+  CUTE_NO_UNROLL
+  for (int i = first * kChunks + int(threadIdx.x) % kWarpSize; i < T::kBlockN * kChunks;
+       i += kWarpSize) {
+    *reinterpret_cast<cute::uint128_t*>(
+        tile + typename T::TileLayout{}(i / kChunks, i % kChunks * kChunk)) = cute::uint128_t(0);
+  }
+}
 
 }  // namespace gqa

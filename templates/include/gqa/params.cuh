@@ -21,7 +21,7 @@ struct CacheStrides {
 // the first loads, or waits behind them.
 struct Params {
   int32_t const* seqlens;  // [batch], or null: every sequence holds `seqlen` tokens
-  int32_t seqlen;
+  int32_t seqlen;          // otherwise (not with TMA) what may be read before lengths are known
   int32_t max_seq_len;
   int32_t num_splits;
   int32_t num_stages;  // TMA schedule: K tiles (and V tiles) that a warp keeps in flight

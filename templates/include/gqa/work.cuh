@@ -31,11 +31,9 @@ struct Work {
     return p.seqlens != nullptr ? p.seqlens[blockIdx.z + threadIdx.y] : p.seqlen;
   }
 
-  CUTE_DEVICE explicit Work(Params const& p) : Work(p, read_length(p)) {}
-
   CUTE_DEVICE Work(Params const& p, int length)
       : batch(blockIdx.z),
-        kv_head(blockIdx.x / T::kHeadBlocks),
+        kv_head(kv_head_of_block()),
         head_block(blockIdx.x % T::kHeadBlocks),
         split(blockIdx.y),
         first_part(blockIdx.z * gridDim.y) {
@@ -54,6 +52,8 @@ struct Work {
     return left < T::kBlockH ? left : T::kBlockH;
   }
   CUTE_DEVICE int first_head() const { return kv_head * T::kGroupSize + head_block * T::kBlockH; }
+
+  CUTE_DEVICE static int kv_head_of_block() { return blockIdx.x / T::kHeadBlocks; }
 
   // The row of this block's KV head in a tensor of new tokens.
   template <class Element>
