@@ -1,8 +1,9 @@
 """Microseconds per decode step against its peers and the read-only floor.
 
 Protocol: one CUDA graph per contender holds one call per buffer set; sets rotate through at least
-256 MiB, four times an H200's L2, so the cache is cold. Contenders take turns in one process; the
-median of twelve turns counts. Data are random. Ours appends the new token; peers only attend. Each
+256 MiB, four times an H200's L2, so the cache is cold. Contenders take turns in one process; before
+each turn unrelated data is read, so that nobody finds in L2 what another left there. The median of
+twelve turns counts. Data are random. Ours appends the new token; peers only attend. Each
 point is checked against float32 before it is timed, with NaN from where the new token goes to the
 cache's end; peers are checked against our output, and left out where they fail.
 

@@ -416,3 +416,22 @@ def test_a_contender_that_is_wrong_is_left_out(
 def test_points_that_do_not_fit_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
     assert measure.fitting(RAGGED, free=1) == []
     assert capsys.readouterr().err.count("left out: needs") == len(RAGGED)
+
+
+def test_contenders_take_turns_over_an_evicted_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+
+    class Contender:
+        def __init__(self, name: str, times: list[float]) -> None:
+            self.name, self.times = name, iter(times)
+
+        def micros_per_call(self) -> float:
+            events.append(self.name)
+            return next(self.times)
+
+    turns = timing.WARM_UP + timing.ROUNDS
+    slow_start = [100.0] * timing.WARM_UP + [3.0] * (timing.ROUNDS - 1) + [50.0]
+    monkeypatch.setattr(timing, "evict", lambda: events.append("evict"))
+    graphs: Any = {"a": Contender("a", slow_start), "b": Contender("b", [7.0] * turns)}
+    assert timing.interleaved(graphs) == {"a": 3.0, "b": 7.0}
+    assert events == ["evict", "a", "evict", "b"] * turns

@@ -49,9 +49,7 @@ static double cache_mib(gqa_problem const* problem) {
 // Tensor copies for few heads and small caches, where latency counts more than bandwidth.
 static int prefers_tma(gqa_problem const* problem, gqa_kernel const* tma) {
   gqa_model const* model = &gqa_dispatch_model;
-  double const mib = (double)(4 * problem->batch_size * problem->max_seq_len *
-                              problem->num_kv_heads * problem->head_dim) /
-                     1048576.0;
+  double const mib = cache_mib(problem);
   double const limit =
       problem->head_dim % model->box_dims == 0 ? model->tma_mib : model->tma_mib_partial_boxes;
   int const few = problem->num_kv_heads * problem->batch_size <= model->tma_heads;
@@ -142,7 +140,8 @@ int gqa_choose(gqa_problem const* problem, gqa_target const* target, gqa_dispatc
   if (kernel == NULL) return 0;
   gqa_splits const splits =
       kernel->tma ? choose_clusters(problem, kernel) : choose_splits(problem, kernel, target);
-  int64_t const rows = splits.splits + spare_rows(problem, kernel, target);
+  int64_t const spare = spare_rows(problem, kernel, target);
+  int64_t const rows = splits.splits + spare;
   int64_t const partials = rows / splits.cluster;
   int64_t const columns = problem->num_kv_heads * kernel->head_blocks;
   memset(chosen, 0, sizeof *chosen);
