@@ -201,11 +201,11 @@ FAULTS: dict[str, tuple[int, Plant, str]] = {
         CACHES, after(lambda kv_cache_k, **_: kv_cache_k[1, 10].zero_()), "sequences: NOT"
     ),
     "a bit of an old row": (
-        CACHES, after(lambda kv_cache_k, **_: bits(kv_cache_k)[1, 3, 1, 63].bitwise_xor_(1)),
+        CACHES, after(lambda kv_cache_k, **_: bits(kv_cache_k)[1, 3, 1, 63].fill_(0x1234)),
         "rows 0 to 9: WRITTEN at 3",
     ),
     "another NaN in a free row": (
-        CACHES, after(lambda kv_cache_v, **_: bits(kv_cache_v)[0, 63, 0, 0].bitwise_xor_(1)),
+        CACHES, after(lambda kv_cache_v, **_: bits(kv_cache_v)[0, 63, 0, 0].fill_(0x7E5B)),
         "rows 11 to 63: WRITTEN at 63",
     ),
     "no log": (LOGGED, logging_as(lambda *_: None), "0 lines for one launch"),

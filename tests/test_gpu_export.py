@@ -1,0 +1,336 @@
+"""The exported C library on a GPU: the same kernels, launches and bits as from Python."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from c_library import Config, compile_with, includes, sources
+from torch import Tensor
+
+import gqa_cutlass
+from gqa_cutlass import GQADecodeConfig, gqa_attention_decode, gqa_decode
+from gqa_cutlass.export import compiled, plan_export, write_bundle
+from gqa_cutlass.launch_log import parse
+from gqa_cutlass.store import Store
+
+pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("gpu_export")]
+
+KERNELS = "f16_f16_d128_g4_align8,bf16_bf16_d128_g4_align8,f16_f16_d64_g7,f16_f16_d96_g1_align8"
+DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
+_OnLog = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_void_p)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a step, in the order in which the example program takes them."""
+
+    batch: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    cache_len: int
+    max_seq_len: int
+    dtype: str
+
+    def words(self) -> list[str]:
+        """Arguments of the example program."""
+        return [str(value) for value in vars(self).values()]
+
+    @property
+    def scale(self) -> float:
+        """As float32 has it, which is what C is given."""
+        return float(np.float32(1.0 / np.sqrt(float(self.head_dim))))
+
+    def config(self, workspace: Tensor | None = None) -> Config:
+        """The C library's configuration."""
+        return Config(
+            self.batch, self.cache_len, self.q_heads, self.kv_heads, self.head_dim, self.scale,
+            self.max_seq_len, int(self.dtype == "bf16"),
+            0 if workspace is None else workspace.data_ptr(),
+            0 if workspace is None else workspace.numel(),
+        )  # fmt: skip
+
+
+SHAPES = {
+    "one tile per warp": Shape(1, 32, 8, 128, 10, 64, "f16"),
+    "cluster": Shape(2, 32, 8, 128, 1000, 4096, "bf16"),
+    "odd group": Shape(1, 14, 2, 64, 500, 1024, "f16"),
+    "partial boxes": Shape(3, 32, 32, 96, 100, 300, "f16"),
+    "splits": Shape(1, 32, 8, 128, 30000, 65536 + 32768, "f16"),
+    "empty cache": Shape(2, 32, 8, 128, 0, 256, "bf16"),
+    "last position": Shape(2, 32, 8, 128, 4095, 4096, "f16"),
+}
+# Small ones, whose data are hashed byte by byte.
+EXAMPLES = (
+    SHAPES["one tile per warp"],
+    Shape(2, 32, 8, 128, 200, 300, "bf16"),
+    SHAPES["odd group"],
+    Shape(1, 32, 32, 96, 50, 80, "f16"),
+)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export of a few kernels."""
+    out = tmp_path_factory.mktemp("export") / "bundle"
+    wanted = plan_export(KERNELS, ["sm_80", "sm_90a"])
+    write_bundle(out, wanted, compiled(wanted, Store.default(), 0))
+    return out
+
+
+class Library:
+    """The library, loaded into this process beside torch."""
+
+    def __init__(self, path: Path) -> None:
+        self.c = ctypes.CDLL(str(path))
+        self.c.gqa_last_error.restype = ctypes.c_char_p
+        self.lines: list[str] = []
+        self._log = _OnLog(lambda line, _: self.lines.append(line.decode()))
+        self.c.gqa_set_log_callback(self._log, None)
+
+    def call(self, name: str, *arguments: Any) -> int:
+        """Call a function; addresses, None and structures become pointers."""
+        pointers = [
+            ctypes.byref(a) if isinstance(a, ctypes.Structure) else ctypes.c_void_p(a)
+            for a in arguments
+        ]
+        status = int(getattr(self.c, name)(*pointers))
+        if status:
+            self.lines.append(self.c.gqa_last_error().decode())
+        return status
+
+    def workspace(self, shape: Shape) -> Tensor:
+        """Zeroed memory, as much as the library asks for."""
+        size = ctypes.c_size_t()
+        assert self.c.gqa_workspace_size(ctypes.byref(shape.config()), ctypes.byref(size)) == 0
+        return torch.zeros(size.value, dtype=torch.uint8, device="cuda")
+
+
+@pytest.fixture(scope="module")
+def library(bundle: Path) -> Library:
+    """The exported library, built for this machine."""
+    out = bundle / "libgqa.so"
+    flags = ("-std=c11", "-O2", "-shared", "-fPIC", "-ffp-contract=off", "-Wall", "-Werror")
+    compile_with("gcc", *flags, *includes(bundle), *sources(bundle), "-o", out, "-pthread", "-ldl",
+                 "-lm")  # fmt: skip
+    return Library(out)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Tensors of a step."""
+
+    out: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+
+    def addresses(self) -> list[int]:
+        """In the order of the C function."""
+        return [t.data_ptr() for t in vars(self).values()]
+
+    def copy(self) -> Step:
+        """The same data elsewhere."""
+        return Step(*(t.clone() for t in vars(self).values()))
+
+    def bits(self) -> list[Tensor]:
+        """What a step writes."""
+        return [t.view(torch.int16) for t in (self.out, self.k_cache, self.v_cache)]
+
+
+def step_of(shape: Shape, filled: int | None = None) -> Step:
+    """Random tensors; NaN from a position on."""
+    kind: Any = {"dtype": DTYPES[shape.dtype], "device": "cuda"}
+    cache = shape.batch, shape.max_seq_len, shape.kv_heads, shape.head_dim
+    token = shape.batch, 1, shape.kv_heads, shape.head_dim
+    k_cache, v_cache = (torch.randn(*cache, **kind) for _ in range(2))
+    for tensor in (k_cache, v_cache):
+        tensor[:, shape.cache_len if filled is None else filled :] = float("nan")
+    return Step(
+        torch.zeros(shape.batch, 1, shape.q_heads * shape.head_dim, **kind),
+        torch.randn(shape.batch, 1, shape.q_heads, shape.head_dim, **kind),
+        torch.randn(*token, **kind), torch.randn(*token, **kind), k_cache, v_cache,
+    )  # fmt: skip
+
+
+def by_python(step: Step, shape: Shape) -> None:
+    """The step in the story's form."""
+    config = GQADecodeConfig(
+        batch_size=shape.batch, cache_len=shape.cache_len, num_q_heads=shape.q_heads,
+        num_kv_heads=shape.kv_heads, head_dim=shape.head_dim, scale=shape.scale,
+        max_seq_len=shape.max_seq_len,
+    )  # fmt: skip
+    gqa_attention_decode(*vars(step).values(), config)
+
+
+def current_stream() -> int:
+    return torch.cuda.current_stream().cuda_stream
+
+
+def explained(shape: Shape, step: Step, lengths: int | Tensor) -> dict[str, str]:
+    """What Python's log would say of the launch, where the two are told alike."""
+    plan = gqa_cutlass.plan(
+        step.q, step.k_cache, step.v_cache, step.k, step.v, cache_seqlens=lengths,
+        softmax_scale=shape.scale,
+    )  # fmt: skip
+    launched = plan.dispatch.shape
+    return {
+        "kernel": plan.dispatch.config.name,
+        "grid": ",".join(map(str, launched.grid)),
+        "cluster": f"1,{launched.cluster},1",
+        "block": str(launched.block),
+        "shared_bytes": str(launched.shared_bytes),
+        "num_splits": str(plan.dispatch.num_splits),
+        "num_stages": str(plan.dispatch.num_stages),
+    }
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_c_gives_the_bits_of_python(library: Library, shape: Shape) -> None:
+    ours = step_of(shape)
+    theirs = ours.copy()
+    by_python(ours, shape)
+    workspace = library.workspace(shape)
+    for _ in range(2):  # the second launch finds the workspace as the first left it
+        status = library.call(
+            "gqa_attention_decode", *theirs.addresses(), shape.config(workspace), current_stream()
+        )
+        assert status == 0, library.lines[-1]
+    assert all(map(torch.equal, ours.bits(), theirs.bits()))
+    assert not ours.out.isnan().any()
+    launched = parse(library.lines[-1])
+    expected = explained(shape, ours, shape.cache_len)
+    assert {key: launched[key] for key in expected} == expected
+
+
+def test_ragged_lengths_give_the_bits_of_python_and_one_overflow_spoils_itself_alone(
+    library: Library,
+) -> None:
+    shape = Shape(4, 32, 8, 128, 0, 8192, "f16")
+    lengths = torch.tensor([8000, 3, 8192, 0], dtype=torch.int32, device="cuda")
+    ours = step_of(shape, filled=8192)
+    theirs = ours.copy()
+    gqa_decode(
+        ours.q, ours.k_cache, ours.v_cache, ours.k, ours.v, cache_seqlens=lengths,
+        softmax_scale=shape.scale, out=ours.out.unflatten(-1, (32, 128)),
+    )  # fmt: skip
+    with pytest.raises(gqa_cutlass.CacheOverflowError):
+        gqa_cutlass.check_overflow()
+    overflow = torch.zeros(1, dtype=torch.int32, device="cuda")
+    workspace = library.workspace(shape)
+    status = library.call(
+        "gqa_attention_decode_ragged", *theirs.addresses(), lengths.data_ptr(),
+        overflow.data_ptr(), shape.config(workspace), current_stream(),
+    )  # fmt: skip
+    assert status == 0, library.lines[-1]
+    assert all(map(torch.equal, ours.bits(), theirs.bits()))
+    assert overflow.item() == 3 and theirs.out[2].isnan().all()
+    assert not theirs.out[[0, 1, 3]].isnan().any()
+    launched = parse(library.lines[-1])
+    expected = explained(shape, ours, lengths)
+    assert {key: launched[key] for key in expected} == expected
+
+
+def test_a_launch_from_c_can_be_captured(library: Library) -> None:
+    shape = SHAPES["cluster"]
+    ours = step_of(shape)
+    theirs = ours.copy()
+    by_python(ours, shape)
+    workspace, config = library.workspace(shape), shape.config()
+    config.workspace, config.workspace_size = workspace.data_ptr(), workspace.numel()
+    assert library.call("gqa_prepare", config) == 0, library.lines[-1]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        status = library.call("gqa_attention_decode", *theirs.addresses(), config, current_stream())
+    assert status == 0, library.lines[-1]
+    assert not theirs.out.any()
+    graph.replay()
+    assert all(map(torch.equal, ours.bits(), theirs.bits()))
+
+
+def test_an_overflow_is_refused_and_nothing_written(library: Library) -> None:
+    shape = replace(SHAPES["cluster"], cache_len=4096)
+    step = step_of(shape)
+    before = step.copy()
+    config = shape.config(library.workspace(shape))
+    status = library.call("gqa_attention_decode", *step.addresses(), config, current_stream())
+    torch.cuda.synchronize()
+    assert status == 3 and "cache overflow" in library.lines[-1]
+    assert all(map(torch.equal, step.bits(), before.bits()))
+
+
+def element(seed: int, count: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """The examples' data: multiples of 1/128 in [-1, 1)."""
+    z = (np.arange(count, dtype=np.uint64) + np.uint64((seed << 40) + 1)) * np.uint64(
+        0x9E3779B97F4A7C15
+    )
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z ^= z >> np.uint64(31)
+    return ((z >> np.uint64(56)).astype(np.float32) - 128) / 128
+
+
+def fnv(*tensors: Tensor) -> str:
+    """The examples' hash."""
+    state = 0xCBF29CE484222325
+    for tensor in tensors:
+        for byte in tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes():
+            state = (state ^ byte) * 0x100000001B3 % 2**64
+    return f"{state:016x}"
+
+
+def example_by_python(shape: Shape) -> tuple[str, str]:
+    """Hashes of the output and of the caches when Python runs the examples' step."""
+
+    def tensor(seed: int, *sizes: int) -> Tensor:
+        data = torch.from_numpy(element(seed, int(np.prod(sizes)))).view(*sizes)
+        return data.to(DTYPES[shape.dtype]).cuda()
+
+    cache = shape.batch, shape.max_seq_len, shape.kv_heads, shape.head_dim
+    token = shape.batch, 1, shape.kv_heads, shape.head_dim
+    q = tensor(1, shape.batch, 1, shape.q_heads, shape.head_dim)
+    step = Step(torch.zeros_like(q).flatten(2), q, tensor(2, *token), tensor(3, *token),
+                tensor(4, *cache), tensor(5, *cache))  # fmt: skip
+    by_python(step, shape)
+    return fnv(step.out), fnv(step.k_cache, step.v_cache)
+
+
+def c_example(bundle: Path) -> list[str]:
+    """The command of the C example, built."""
+    out = bundle / "decode"
+    compile_with("gcc", "-std=c11", "-O2", "-ffp-contract=off", *includes(bundle),
+                 *sources(bundle), bundle / "examples" / "decode.c", "-o", out, "-pthread", "-ldl",
+                 "-lm")  # fmt: skip
+    return [str(out)]
+
+
+def rust_example(bundle: Path) -> list[str]:
+    """The command of the Rust example."""
+    if shutil.which("cargo") is None:
+        pytest.skip("needs cargo")
+    return ["cargo", "run", "-q", "--offline", "--manifest-path", str(bundle / "Cargo.toml"),
+            "--example", "decode", "--"]  # fmt: skip
+
+
+@pytest.mark.parametrize("example", [c_example, rust_example], ids=["C", "Rust"])
+def test_the_examples_decode_and_give_the_bits_of_python(
+    bundle: Path, example: Callable[[Path], list[str]]
+) -> None:
+    command = example(bundle)
+    for shape in EXAMPLES:
+        done = subprocess.run([*command, *shape.words()], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        printed = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+        output, cache = example_by_python(shape)
+        assert (printed["output"], printed["cache"]) == (output, cache)
