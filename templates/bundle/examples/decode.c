@@ -188,7 +188,15 @@ int main(int argc, char** argv) {
             argv[0]);
     return 2;
   }
-  for (int i = 0; i < 6; ++i) *sizes[i] = atoi(argv[i + 1]);
+  for (int i = 0; i < 6; ++i) {
+    char* end;
+    long const number = strtol(argv[i + 1], &end, 10);
+    if (end == argv[i + 1] || *end != '\0' || number < INT32_MIN || number > INT32_MAX) {
+      fprintf(stderr, "%s: got %s; allowed: whole numbers\n", argv[0], argv[i + 1]);
+      return 2;
+    }
+    *sizes[i] = (int32_t)number;
+  }
   config.dtype = strcmp(argv[7], "bf16") == 0 ? GQA_BFLOAT16 : GQA_FLOAT16;
   config.scale = (float)(1.0 / sqrt((double)config.head_dim));
   if (!device_open()) {

@@ -71,9 +71,9 @@ GQA_API gqa_status gqa_attention_decode(void* output, void const* q, void const*
 //
 //   cache_seqlens  int32 [batch_size] in device memory, tokens in each cache before the step
 //   overflow       int32 [1] that the device can write (mapped host memory will do): receives
-//                  1 + the index of a sequence that the new token does not fit into, and is left
-//                  alone when all fit. That sequence's output is NaN and its cache is untouched;
-//                  the others are right.
+//                  1 + the index of a sequence that the new token does not fit into, or whose
+//                  length is negative, and is left alone when there is none. That sequence's output
+//                  is NaN and its cache is untouched; the others are right.
 GQA_API gqa_status gqa_attention_decode_ragged(void* output, void const* q, void const* k,
                                                void const* v, void* kv_cache_k, void* kv_cache_v,
                                                int32_t const* cache_seqlens, int32_t* overflow,
@@ -84,7 +84,8 @@ GQA_API gqa_status gqa_attention_decode_ragged(void* output, void const* q, void
 // can then serve any configuration that it is large enough for, without being zeroed again.
 GQA_API gqa_status gqa_workspace_size(GQADecodeConfig const* config, size_t* bytes);
 
-// Loads the kernels that either function would launch, on the current device.
+// Loads the kernels that either function would launch for tensors aligned to 16 bytes, on the
+// current device.
 GQA_API gqa_status gqa_prepare(GQADecodeConfig const* config);
 
 // What would be launched.
@@ -115,13 +116,17 @@ GQA_API const char* gqa_last_error(void);
 GQA_API const char* gqa_status_name(gqa_status status);
 
 // Receives one line per launch, "launch key=value key=value ..."; null (the default): none. Called
-// from the launching thread, which must not launch from within it.
+// from the launching thread, which must not launch from within it. A launch that is under way on
+// another thread may still call what has just been replaced.
 typedef void (*gqa_log_callback)(char const* line, void* user);
 GQA_API void gqa_set_log_callback(gqa_log_callback callback, void* user);
 
 // The kernels in this library, 0 to gqa_kernel_count() - 1.
 GQA_API int32_t gqa_kernel_count(void);
 GQA_API const char* gqa_kernel_name(int32_t index);  // null beyond the last
+
+// The targets that they were compiled for, "sm_90a" for instance, from 0 on; null beyond the last.
+GQA_API const char* gqa_arch_name(int32_t index);
 
 #ifdef __cplusplus
 }  // extern "C"

@@ -105,7 +105,22 @@ pub fn kernel_names() -> impl ExactSizeIterator<Item = &'static str> {
     (0..unsafe { ffi::gqa_kernel_count() }).map(|i| unsafe { name(ffi::gqa_kernel_name(i)) })
 }
 
-/// A kernel's name.
+/// The targets that they were compiled for.
+///
+/// ```
+/// for name in gqa_attention_decode::arch_names() {
+///     assert!(name.starts_with("sm_"));
+/// }
+/// ```
+pub fn arch_names() -> impl Iterator<Item = &'static str> {
+    // SAFETY: C takes any index; what is not null is a name.
+    (0..).map_while(|i| unsafe {
+        let text = ffi::gqa_arch_name(i);
+        (!text.is_null()).then(|| name(text))
+    })
+}
+
+/// A name.
 ///
 /// # Safety
 ///
@@ -113,5 +128,5 @@ pub fn kernel_names() -> impl ExactSizeIterator<Item = &'static str> {
 unsafe fn name(text: *const c_char) -> &'static str {
     // SAFETY: the caller's promise.
     let text = unsafe { CStr::from_ptr(text) };
-    text.to_str().expect("kernels are named in ASCII")
+    text.to_str().expect("names are ASCII")
 }

@@ -159,4 +159,7 @@ extern "C" {
 
     /// The name of one of them, never freed; null beyond the last.
     pub fn gqa_kernel_name(index: i32) -> *const c_char;
+
+    /// The name of a target that they were compiled for, never freed; null beyond the last.
+    pub fn gqa_arch_name(index: i32) -> *const c_char;
 }

@@ -80,5 +80,5 @@ pub use decode::{decode, decode_ragged, prepare, workspace_size};
 pub use device::{DeviceSlice, DeviceSliceMut, Stream, Workspace};
 pub use element::{bf16, f16, Element};
 pub use error::GqaError;
-pub use explain::{explain, kernel_names, Launch};
+pub use explain::{arch_names, explain, kernel_names, Launch};
 pub use log::{set_log_callback, LogCallback};

@@ -703,3 +703,7 @@ int32_t gqa_kernel_count(void) { return gqa_num_kernels; }
 char const* gqa_kernel_name(int32_t index) {
   return index >= 0 && index < gqa_num_kernels ? gqa_kernels[index].name : NULL;
 }
+
+char const* gqa_arch_name(int32_t index) {
+  return index >= 0 && index < gqa_num_archs ? gqa_archs[index].name : NULL;
+}

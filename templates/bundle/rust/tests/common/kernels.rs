@@ -2,9 +2,6 @@
 
 use gqa_attention_decode::{bf16, explain, f16, kernel_names, Config, GqaError, Launch};
 
-/// Architectures that a library may have been exported for.
-const ARCHS: [&str; 6] = ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a"];
-
 /// What a kernel is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Kind {
@@ -58,16 +55,4 @@ impl Kind {
             false => explain::<f16>(config, arch, 132, ragged),
         }
     }
-}
-
-/// The architectures that the library was exported for.
-pub fn archs() -> Vec<&'static str> {
-    let config = kinds()[0].config(1, 1, 64);
-    let known = |arch: &&str| {
-        !matches!(
-            explain::<f16>(&config, arch, 132, false),
-            Err(GqaError::InvalidValue(_))
-        )
-    };
-    ARCHS.into_iter().filter(known).collect()
 }
