@@ -131,6 +131,22 @@ def after(meddle: Callable[..., None]) -> Plant:
     return plant
 
 
+def flipping(*index: int) -> Plant:
+    """Flip a bit of K's cache, once, however often the step runs."""
+
+    def plant(patch: pytest.MonkeyPatch) -> None:
+        original: list[int] = []
+
+        def flip(kv_cache_k: torch.Tensor, **_: Any) -> None:
+            element = bits(kv_cache_k)[index]
+            original.append(int(element.item()))
+            element.fill_(original[0] ^ 1)
+
+        after(flip)(patch)
+
+    return plant
+
+
 def on_overflow(meddle: Callable[..., None]) -> Plant:
     """Meddle where a step should be refused, in place of it."""
 
@@ -200,10 +216,7 @@ FAULTS: dict[str, tuple[int, Plant, str]] = {
     "append to one sequence": (
         CACHES, after(lambda kv_cache_k, **_: kv_cache_k[1, 10].zero_()), "sequences: NOT"
     ),
-    "a bit of an old row": (
-        CACHES, after(lambda kv_cache_k, **_: bits(kv_cache_k)[1, 3, 1, 63].fill_(0x1234)),
-        "rows 0 to 9: WRITTEN at 3",
-    ),
+    "a bit of an old row": (CACHES, flipping(1, 3, 1, 63), "rows 0 to 9: WRITTEN at 3"),
     "another NaN in a free row": (
         CACHES, after(lambda kv_cache_v, **_: bits(kv_cache_v)[0, 63, 0, 0].fill_(0x7E5B)),
         "rows 11 to 63: WRITTEN at 63",
