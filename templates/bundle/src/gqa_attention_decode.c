@@ -11,7 +11,7 @@
 #include "gqa_kernels.h"
 #include "gqa_params.h"
 
-enum { kMaxDevices = 64, kMaxKernels = 4096, kElementBytes = 2, kAlignment = 16 };
+enum { kMaxDevices = 64, kElementBytes = 2, kAlignment = 16 };
 
 // Counters come first in the workspace and have room of a fixed size, so that one configuration's
 // partial outputs never lie where another's counters are, which must stay zero.
@@ -50,7 +50,7 @@ typedef struct choice {
   gqa_dispatch chosen;
 } choice;
 
-static loaded_kernel loaded[kMaxKernels];
+static loaded_kernel loaded[kGqaMaxKernels];
 static known_device known_devices[kMaxDevices];
 static pthread_mutex_t loading = PTHREAD_MUTEX_INITIALIZER;
 static pthread_mutex_t logging = PTHREAD_MUTEX_INITIALIZER;

@@ -48,7 +48,7 @@ typedef struct gqa_cu_launch {
 } gqa_cu_launch;
 
 // CUtensorMap
-typedef struct __attribute__((aligned(64))) gqa_tensor_map {
+typedef struct __attribute__((aligned(128))) gqa_tensor_map {
   uint64_t opaque[16];
 } gqa_tensor_map;
 

@@ -9,7 +9,7 @@
 extern "C" {
 #endif
 
-enum { kGqaMaxStages = 8, kGqaMaxArchs = 8 };
+enum { kGqaMaxKernels = 4096, kGqaMaxStages = 8, kGqaMaxArchs = 8 };
 
 // A GPU architecture that kernels were compiled for.
 typedef struct gqa_arch {

@@ -1,0 +1,476 @@
+"""What the C library refuses: the status, a message that says what, got, allowed and remedy, and
+nothing launched."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Callable
+from threading import Thread
+from typing import Any
+
+import pytest
+import torch
+from c_library import (
+    STATUSES,
+    Config,
+    Explained,
+    Library,
+    addresses_of,
+    config_of,
+    fresh_library,
+    workspace_of,
+)
+from cases import Step, make_step
+from helpers import REPOSITORY
+
+import gqa_cutlass
+
+VALID: dict[str, Any] = dict(
+    batch_size=2, cache_len=3, num_q_heads=8, num_kv_heads=2, head_dim=64, scale=0.125,
+    max_seq_len=30, dtype=0,
+)  # fmt: skip
+STEP: dict[str, Any] = dict(lengths=[3, 3], max_seq_len=30, head_dim=64, device="cpu")
+# Few heads in a cache that one block does not read at once: tensor copies, clusters that meet.
+CLUSTERS: dict[str, Any] = dict(
+    lengths=[3], max_seq_len=4096, num_kv_heads=1, poison=False, device="cpu"
+)
+DRIVER_C = REPOSITORY / "templates" / "bundle" / "src" / "gqa_driver.c"
+LOOKED_UP = re.findall(r'find\(library, "(cu\w+)"', DRIVER_C.read_text())
+NOTHING = ("Nothing was launched.", "Nothing was written.")
+
+BAD_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
+    "batch_size 0": (dict(batch_size=0), "batch_size: got 0; allowed: 1 to 65535"),
+    "batch_size -1": (dict(batch_size=-1), "batch_size: got -1; allowed: 1 to 65535"),
+    "batch_size 65536": (dict(batch_size=65536), "batch_size: got 65536; allowed: 1 to 65535"),
+    "max_seq_len 0": (dict(max_seq_len=0), "max_seq_len: got 0; allowed: 1 to 1073741824"),
+    "max_seq_len 2^30+1": (
+        dict(max_seq_len=2**30 + 1), "max_seq_len: got 1073741825; allowed: 1 to 1073741824",
+    ),
+    "cache_len -1": (dict(cache_len=-1), "cache_len: got -1; allowed: 0 to 29"),
+    "head_dim 0": (dict(head_dim=0), "head_dim: got 0; allowed: multiples of 8 from 32 to 256"),
+    "head_dim -64": (dict(head_dim=-64), "head_dim: got -64; allowed: multiples of 8 from 32"),
+    "head_dim 24": (dict(head_dim=24), "head_dim: got 24; allowed: multiples of 8 from 32 to 256"),
+    "head_dim 68": (dict(head_dim=68), "head_dim: got 68; allowed: multiples of 8 from 32 to 256"),
+    "head_dim 264": (dict(head_dim=264), "head_dim: got 264; allowed: multiples of 8 from 32"),
+    "no KV heads": (dict(num_kv_heads=0), "heads: got 8 query heads and 0 KV heads; allowed: a"),
+    "no query heads": (dict(num_q_heads=0), "heads: got 0 query heads and 2 KV heads; allowed: a"),
+    "negative heads": (
+        dict(num_q_heads=-8, num_kv_heads=-2), "heads: got -8 query heads and -2 KV heads; allowed",
+    ),
+    "heads that do not divide": (
+        dict(num_q_heads=9), "heads: got 9 query heads and 2 KV heads; allowed: a number of query",
+    ),
+    "large groups": (
+        dict(num_q_heads=2050), "query heads per KV head: got 1025; allowed: 1 to 1024",
+    ),
+    "scale inf": (dict(scale=float("inf")), "scale: got inf; allowed: a number from -1e+38 to 1e"),
+    "scale nan": (dict(scale=float("nan")), "scale: got nan; allowed: a number from -1e+38 to 1e"),
+    "scale 2e38": (dict(scale=2e38), "scale: got 2e+38; allowed: a number from -1e+38 to 1e+38"),
+    "scale -2e38": (dict(scale=-2e38), "scale: got -2e+38; allowed: a number from -1e+38 to 1e+38"),
+    "caches of 2^51 bytes": (
+        dict(batch_size=2**13, max_seq_len=2**30),
+        "sizes: got caches of 2.252e+15 bytes; allowed: up to 1.407e+14",
+    ),
+    "dtype 2": (dict(dtype=2), "dtype: got 2; allowed: GQA_FLOAT16 (0), GQA_BFLOAT16 (1)"),
+    "dtype -1": (dict(dtype=-1), "dtype: got -1; allowed: GQA_FLOAT16 (0), GQA_BFLOAT16 (1)"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def library() -> Library:
+    """As in a new process."""
+    return fresh_library()
+
+
+@pytest.fixture
+def step() -> Step:
+    """A step of two sequences of which the library has the kernel, and which needs no workspace."""
+    return make_step(**STEP)
+
+
+@pytest.fixture
+def overflow() -> torch.Tensor:
+    """Where a sequence that does not fit is reported."""
+    return torch.zeros(1, dtype=torch.int32)
+
+
+def nothing_happened(library: Library, *fragments: str, launches: int = 0) -> bool:
+    """The message holds these fragments and says that nothing happened, and nothing did."""
+    assert [part for part in fragments if part not in library.error] == [], library.error
+    assert any(text in library.error for text in NOTHING), library.error
+    return library.driver.launches == launches
+
+
+def test_what_is_valid_is_launched(library: Library, step: Step, overflow: torch.Tensor) -> None:
+    config = Config(**VALID)
+    assert library.decode(step, config) == "GQA_SUCCESS"
+    assert library.decode_ragged(step, overflow, config) == "GQA_SUCCESS"
+    assert library.driver.launches == 2
+    assert library.error == ""
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_FIELDS.values(), ids=BAD_FIELDS)
+def test_a_bad_field_is_refused(
+    library: Library, step: Step, changes: dict[str, Any], message: str
+) -> None:
+    assert library.decode(step, Config(**VALID | changes)) == "GQA_ERROR_INVALID_VALUE"
+    assert nothing_happened(library, f"config: {message}")
+    assert library.driver.all_calls() == {}
+
+
+@pytest.mark.parametrize("field", ["batch_size", "head_dim", "dtype", "max_seq_len"])
+def test_every_function_checks_the_configuration(
+    library: Library, step: Step, overflow: torch.Tensor, field: str
+) -> None:
+    config, size = Config(**VALID | {field: -1}), ctypes.c_size_t(77)
+    assert library.decode_ragged(step, overflow, config) == "GQA_ERROR_INVALID_VALUE"
+    calls: list[Callable[[], int]] = [
+        lambda: library.c.gqa_workspace_size(config, size),
+        lambda: library.c.gqa_prepare(config),
+        lambda: library.c.gqa_explain(config, b"sm_90a", 132, 0, Explained()),
+    ]
+    for call in calls:
+        assert STATUSES[call()] == "GQA_ERROR_INVALID_VALUE"
+        assert nothing_happened(library, f"config: {field}: got -1; allowed: ")
+    assert size.value == 77
+
+
+@pytest.mark.parametrize("name", ["output", "q", "k", "v", "kv_cache_k", "kv_cache_v"])
+def test_a_null_tensor_is_refused(library: Library, step: Step, name: str) -> None:
+    cache = 2 * 30 * 2 * 64 * 2
+    size = {"output": 2048, "q": 2048, "k": 512, "v": 512}.get(name, cache)
+    assert library.decode(step, **{name: None}) == "GQA_ERROR_NULL_POINTER"
+    assert nothing_happened(library, f"{name}: got null; needed: device memory of {size} bytes")
+
+
+@pytest.mark.parametrize(("name", "size"), [("cache_seqlens", 8), ("overflow", 4)])
+def test_null_lengths_are_refused(
+    library: Library, step: Step, overflow: torch.Tensor, name: str, size: int
+) -> None:
+    assert library.decode_ragged(step, overflow, **{name: None}) == "GQA_ERROR_NULL_POINTER"
+    assert nothing_happened(library, f"{name}: got null; needed: device memory of {size} bytes")
+
+
+def test_a_null_configuration_is_refused(library: Library, step: Step) -> None:
+    tensors = addresses_of(step).values()
+    lengths = step.seqlens.data_ptr()
+    calls: list[Callable[[], int]] = [
+        lambda: library.c.gqa_attention_decode(*tensors, None, None),
+        lambda: library.c.gqa_attention_decode_ragged(*tensors, lengths, lengths, None, None),
+        lambda: library.c.gqa_workspace_size(None, ctypes.c_size_t()),
+        lambda: library.c.gqa_prepare(None),
+        lambda: library.c.gqa_explain(None, b"sm_90a", 132, 0, Explained()),
+    ]
+    for call in calls:
+        assert STATUSES[call()] == "GQA_ERROR_NULL_POINTER"
+        assert nothing_happened(library, "config: got null; needed: a GQADecodeConfig.")
+
+
+def test_null_results_are_refused(library: Library) -> None:
+    config, explain = Config(**VALID), library.c.gqa_explain
+    calls: list[tuple[Callable[[], int], str]] = [
+        (lambda: library.c.gqa_workspace_size(config, None), "bytes: got null; needed: where to"),
+        (lambda: explain(config, None, 132, 0, Explained()), "got null; needed: both"),
+        (lambda: explain(config, b"sm_90a", 132, 0, None), "got null; needed: both"),
+    ]
+    for call, message in calls:
+        assert STATUSES[call()] == "GQA_ERROR_NULL_POINTER"
+        assert message in library.error
+
+
+@pytest.mark.parametrize("name", ["output", "q", "k", "v", "kv_cache_k", "kv_cache_v"])
+def test_an_odd_address_is_refused(library: Library, step: Step, name: str) -> None:
+    odd = addresses_of(step)[name] + 1
+    assert library.decode(step, **{name: odd}) == "GQA_ERROR_INVALID_VALUE"
+    assert nothing_happened(library, f"{name}: got address {odd:#x}; allowed: multiples of 2.")
+
+
+@pytest.mark.parametrize("name", ["cache_seqlens", "overflow"])
+def test_lengths_between_words_are_refused(
+    library: Library, step: Step, overflow: torch.Tensor, name: str
+) -> None:
+    given = {"cache_seqlens": step.seqlens.data_ptr(), "overflow": overflow.data_ptr()}
+    off = given[name] + 2
+    assert library.decode_ragged(step, overflow, **{name: off}) == "GQA_ERROR_INVALID_VALUE"
+    assert nothing_happened(library, f"{off:#x}", "allowed: multiples of 4.")
+
+
+def far_apart(step: Step) -> dict[str, Any]:
+    """Addresses that nobody has, of the step's tensors: nothing is run."""
+    return {name: (i + 1) << 40 for i, name in enumerate(addresses_of(step))}
+
+
+def sizes_of(step: Step) -> dict[str, int]:
+    """Bytes of a step's tensors."""
+    query, cache = 2 * step.q.numel(), 2 * step.k_cache.numel()
+    token = cache // step.k_cache.shape[1]
+    return dict(output=query, q=query, k=token, v=token, kv_cache_k=cache, kv_cache_v=cache)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "kv_cache_k", "kv_cache_v"])
+def test_an_output_that_shares_memory_is_refused(library: Library, step: Step, name: str) -> None:
+    given, sizes = far_apart(step), sizes_of(step)
+    start, end = given[name], given[name] + sizes[name]
+    for shared in (start, end - 2, start - sizes["output"] + 2):
+        assert library.decode(step, **given | {"output": shared}) == "GQA_ERROR_INVALID_VALUE"
+        assert nothing_happened(library, f"output: got memory that {name} also uses; allowed: ")
+    for beside in (end, start - sizes["output"]):
+        assert library.decode(step, **given | {"output": beside}) == "GQA_SUCCESS"
+
+
+def test_caches_that_share_memory_are_refused(library: Library, step: Step) -> None:
+    given, size = far_apart(step), sizes_of(step)["kv_cache_k"]
+    start = given["kv_cache_k"]
+    for shared in (start, start + size - 2, start - size + 2):
+        assert library.decode(step, **given | {"kv_cache_v": shared}) == "GQA_ERROR_INVALID_VALUE"
+        assert nothing_happened(library, "kv_cache_v: got memory that kv_cache_k also uses; allow")
+    for beside in (start + size, start - size):
+        assert library.decode(step, **given | {"kv_cache_v": beside}) == "GQA_SUCCESS"
+
+
+def test_an_output_over_the_lengths_is_refused(
+    library: Library, step: Step, overflow: torch.Tensor
+) -> None:
+    given, size = far_apart(step), sizes_of(step)["output"]
+    start = given["output"]
+    for shared in (start, start + size - 4, start - 4):
+        given["cache_seqlens"] = shared
+        assert library.decode_ragged(step, overflow, **given) == "GQA_ERROR_INVALID_VALUE"
+        assert nothing_happened(library, "output: got memory that cache_seqlens also uses; allowed")
+    for beside in (start + size, start - 8):
+        given["cache_seqlens"] = beside
+        assert library.decode_ragged(step, overflow, **given) == "GQA_SUCCESS"
+
+
+def test_a_workspace_is_refused_that_is_missing_small_or_misaligned(library: Library) -> None:
+    step = make_step(**CLUSTERS)
+    chosen = gqa_cutlass.plan(*step.tensors(), cache_seqlens=3, out=step.out).dispatch
+    workspace = workspace_of(chosen)
+    assert workspace is not None
+    needed, address = 4 * workspace.numel(), workspace.data_ptr()
+    config = config_of(step, workspace)
+    for given, size, message in (
+        (None, needed, f"workspace: got {needed} bytes at (nil); needed: {needed} bytes of zeroed"),
+        (None, 0, f"workspace: got 0 bytes at (nil); needed: {needed} bytes of zeroed device"),
+        (address, needed - 1, f"got {needed - 1} bytes at {address:#x}; needed: {needed} bytes"),
+        (address + 8, needed, f"got address {address + 8:#x}; allowed: multiples of 16"),
+    ):
+        config.workspace, config.workspace_size = given, size
+        assert library.decode(step, config) == "GQA_ERROR_WORKSPACE"
+        assert nothing_happened(library, message)
+    config.workspace, config.workspace_size = address, needed
+    assert library.decode(step, config) == "GQA_SUCCESS"
+
+
+def test_a_workspace_that_is_not_needed_is_not_looked_at(library: Library, step: Step) -> None:
+    config = Config(**VALID, workspace=1, workspace_size=1)
+    assert library.decode(step, config) == "GQA_SUCCESS"
+    argument = library.driver.last_launch().argument
+    assert argument["partials"] is argument["tickets"] is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragments"),
+    [
+        (dict(num_q_heads=6), ("float16", "head_dim 64, 3 query heads per KV head")),
+        (dict(num_q_heads=6, dtype=1), ("bfloat16", "head_dim 64, 3 query heads per KV head")),
+        (dict(head_dim=72), ("float16", "head_dim 72, 4 query heads per KV head")),
+    ],
+    ids=["group", "bfloat16", "head_dim"],
+)
+def test_what_was_not_exported_is_unsupported(
+    library: Library, changes: dict[str, Any], fragments: tuple[str, ...]
+) -> None:
+    config = Config(**VALID | changes)
+    calls: list[Callable[[], int]] = [
+        lambda: library.c.gqa_explain(config, b"sm_90a", 132, 0, Explained()),
+        lambda: library.c.gqa_workspace_size(config, ctypes.c_size_t()),
+        lambda: library.c.gqa_prepare(config),
+    ]
+    for call in calls:
+        assert STATUSES[call()] == "GQA_ERROR_UNSUPPORTED"
+        assert nothing_happened(library, *fragments, "rows aligned to 16 bytes, on sm_90a")
+        assert f"exported with {len(library.kernels)} kernels" in library.error
+        assert "Export one that has it: gqa-cutlass export --kernels" in library.error
+
+
+def test_more_merges_than_there_are_tickets_are_unsupported(library: Library) -> None:
+    config = Config(**VALID | dict(max_seq_len=8192))
+    for batch_size, status in ((8192, "GQA_SUCCESS"), (8193, "GQA_ERROR_UNSUPPORTED")):
+        config.batch_size = batch_size
+        found = library.c.gqa_explain(config, b"sm_80", 2**20, 0, Explained())
+        assert STATUSES[found] == status
+    assert nothing_happened(library, "16386 merges in one launch; allowed: 16384.")
+
+
+def test_what_cannot_be_explained_is_refused(library: Library) -> None:
+    config = Config(**VALID)
+    for arch, num_sms, message in (
+        (b"sm_70", 132, "arch: got sm_70; allowed: what was exported, sm_80 for instance."),
+        (b"sm_100a", 132, "arch: got sm_100a; allowed: what was exported, sm_80 for instance."),
+        (b"x" * 500, 132, "arch: got " + 32 * "x" + "; allowed"),
+        (b"sm_80", 0, "num_sms: got 0; allowed: 1 to 2147483647"),
+        (b"sm_80", -1, "num_sms: got -1; allowed: 1 to 2147483647"),
+    ):
+        status = library.c.gqa_explain(config, arch, num_sms, 0, Explained())
+        assert STATUSES[status] == "GQA_ERROR_INVALID_VALUE"
+        assert message in library.error
+
+
+def test_explaining_needs_no_driver(library: Library) -> None:
+    library.driver.remove()
+    assert library.explain(Config(**VALID), "sm_80", 108).kernel.decode() in library.kernels
+    assert library.driver.all_calls() == {}
+
+
+def every_call(library: Library, step: Step) -> list[str]:
+    """The statuses of all functions that need a GPU."""
+    config = config_of(step)
+    overflow = torch.zeros(1, dtype=torch.int32)
+    return [
+        library.decode(step),
+        library.decode_ragged(step, overflow),
+        STATUSES[library.c.gqa_workspace_size(config, ctypes.c_size_t())],
+        STATUSES[library.c.gqa_prepare(config)],
+    ]
+
+
+def test_no_driver_is_said(library: Library, step: Step) -> None:
+    library.driver.remove()
+    assert every_call(library, step) == ["GQA_ERROR_NO_DRIVER"] * 4
+    assert nothing_happened(
+        library, "no usable GPU: ", "libcuda.so.1: cannot open shared object file",
+        "needed: an NVIDIA GPU and its driver.",
+    )  # fmt: skip
+
+
+def test_the_fake_driver_has_what_is_looked_up_and_no_more(library: Library) -> None:
+    assert sorted(library.driver.functions()) == sorted(LOOKED_UP)
+
+
+@pytest.mark.parametrize("function", LOOKED_UP)
+def test_a_driver_that_lacks_a_function_is_too_old(
+    library: Library, step: Step, function: str
+) -> None:
+    library.driver.hide(function)
+    assert every_call(library, step) == ["GQA_ERROR_NO_DRIVER"] * 4
+    assert nothing_happened(
+        library, f"libcuda.so.1 has no {function}; needed: a driver for CUDA 12"
+    )
+    assert library.driver.calls("cuInit") == 0
+
+
+def test_a_machine_without_a_gpu_is_said(library: Library, step: Step) -> None:
+    library.driver.fail("cuInit", 100)
+    assert every_call(library, step) == ["GQA_ERROR_NO_DRIVER"] * 4
+    assert nothing_happened(library, "no usable GPU: cuInit: CUDA_ERROR_NO_DEVICE; needed: ")
+    assert library.driver.calls("cuInit") == 1
+
+
+@pytest.mark.parametrize(
+    ("capability", "message"),
+    [
+        (75, "capability 7.5: too old; allowed: 8.0 and newer."),
+        (70, "capability 7.0: too old; allowed: 8.0 and newer."),
+        (100, "capability 10.0: this library was exported without kernels for it."),
+        (103, "capability 10.3: this library was exported without kernels for it."),
+        (121, "capability 12.1: this library was exported without kernels for it."),
+    ],
+)
+def test_a_gpu_without_kernels_is_refused(
+    library: Library, step: Step, capability: int, message: str
+) -> None:
+    library.driver.set_device(0, capability)
+    for _ in range(2):
+        assert every_call(library, step) == ["GQA_ERROR_DEVICE"] * 4
+        assert nothing_happened(library, f"GPU of compute {message}")
+    assert ("--arch" in library.error) == (capability >= 80)
+
+
+# Functions that fail once, after so many calls that do not: the status, and what was being done.
+FAILURES: dict[str, tuple[str, int, str, str]] = {
+    "context": ("cuCtxGetCurrent", 0, "GQA_ERROR_NO_DRIVER", "entering the GPU"),
+    "device": ("cuDeviceGet", 0, "GQA_ERROR_NO_DRIVER", "entering the GPU"),
+    "opening": ("cuDevicePrimaryCtxRetain", 0, "GQA_ERROR_NO_DRIVER", "entering the GPU"),
+    "entering": ("cuCtxSetCurrent", 0, "GQA_ERROR_NO_DRIVER", "entering the GPU"),
+    "current device": ("cuCtxGetDevice", 0, "GQA_ERROR_NO_DRIVER", "entering the GPU"),
+    "major": ("cuDeviceGetAttribute", 0, "GQA_ERROR_NO_DRIVER", "asking for the GPU's kind"),
+    "minor": ("cuDeviceGetAttribute", 1, "GQA_ERROR_NO_DRIVER", "asking for the GPU's kind"),
+    "SMs": ("cuDeviceGetAttribute", 2, "GQA_ERROR_NO_DRIVER", "asking for the GPU's kind"),
+    "capture": ("cuThreadExchangeStreamCaptureMode", 0, "GQA_ERROR_LAUNCH", "loading {kernel}"),
+    "image": ("cuLibraryLoadData", 0, "GQA_ERROR_LAUNCH", "loading {kernel}"),
+    "kernel": ("cuLibraryGetKernel", 0, "GQA_ERROR_LAUNCH", "loading {kernel}"),
+    "shared memory": ("cuKernelSetAttribute", 0, "GQA_ERROR_LAUNCH", "loading {kernel}"),
+    "function": ("cuKernelGetFunction", 0, "GQA_ERROR_LAUNCH", "loading {kernel}"),
+    "launch": ("cuLaunchKernelEx", 0, "GQA_ERROR_LAUNCH", "launching {kernel}"),
+    "keys": ("cuTensorMapEncodeTiled", 0, "GQA_ERROR_LAUNCH", "describing the caches"),
+    "values": ("cuTensorMapEncodeTiled", 1, "GQA_ERROR_LAUNCH", "describing the caches"),
+}
+
+
+@pytest.mark.parametrize(("function", "skip", "status", "doing"), FAILURES.values(), ids=FAILURES)
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [(2, "CUDA_ERROR_OUT_OF_MEMORY (out of memory)"), (99999, "unknown error (no description)")],
+    ids=["known", "unknown"],
+)
+def test_what_the_driver_refuses_is_said_and_can_be_repeated(
+    library: Library, function: str, skip: int, status: str, doing: str, error: int, text: str
+) -> None:
+    step = make_step(**CLUSTERS)
+    chosen = gqa_cutlass.plan(*step.tensors(), cache_seqlens=3, out=step.out).dispatch
+    workspace = workspace_of(chosen)
+    config = config_of(step, workspace)
+    library.driver.fail(function, error, skip=skip, times=1)
+    asked = int(function == "cuLaunchKernelEx")
+    assert library.decode(step, config) == status
+    doing = doing.format(kernel=chosen.config.name)
+    assert nothing_happened(library, f"{doing}: {text}. Nothing", launches=asked)
+    assert library.driver.capture_mode == 0
+    assert library.decode(step, config) == "GQA_SUCCESS", library.error
+    assert library.driver.launches == asked + 1
+    assert library.driver.loads(chosen.config.name) == 1
+
+
+def test_an_image_without_its_kernel_is_unloaded(library: Library, step: Step) -> None:
+    library.driver.fail("cuLibraryGetKernel", 500)
+    for count in (1, 2, 3):
+        assert library.decode(step) == "GQA_ERROR_LAUNCH"
+        assert nothing_happened(library, "CUDA_ERROR_NOT_FOUND (named symbol not found)")
+        assert library.driver.calls("cuLibraryUnload") == count
+        assert library.driver.calls("cuLibraryLoadData") == count
+
+
+def in_a_thread(call: Callable[[], None]) -> None:
+    """Run it in a new thread to its end."""
+    thread = Thread(target=call)
+    thread.start()
+    thread.join()
+
+
+def test_the_last_error_is_its_threads(library: Library, step: Step) -> None:
+    seen: list[str] = []
+
+    def fail_elsewhere() -> None:
+        seen.append(library.error)
+        library.decode(step, q=None)
+        seen.append(library.error)
+
+    library.decode(step, k=None)
+    in_a_thread(fail_elsewhere)
+    assert seen[0] == "" and seen[1].startswith("q: got null")
+    assert library.error.startswith("k: got null")
+
+
+def test_success_leaves_the_last_error(library: Library, step: Step) -> None:
+    library.decode(step, k=None)
+    assert library.decode(step) == "GQA_SUCCESS"
+    assert library.error.startswith("k: got null")
+
+
+def test_statuses_have_names(library: Library) -> None:
+    names = [library.c.gqa_status_name(status).decode() for status in range(len(STATUSES))]
+    assert tuple(names) == STATUSES
+    for status in (-1, len(STATUSES), 2**31 - 1, -(2**31)):
+        assert library.c.gqa_status_name(status) == b"unknown status"
