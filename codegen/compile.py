@@ -29,6 +29,8 @@ _REMEDY = "pip install nvidia-cuda-nvrtc nvidia-cuda-runtime 'nvidia-cuda-cccl<1
 # CCCL expands its type lists up to this length by macros that NVRTC takes 0.5 s to read, in every
 # kernel; none of ours is that long, and longer ones still work.
 _OPTIONS = ("-std=c++17", "-default-device", "-D_CCCL_META_UNROLL_LIMIT=2")
+# For kernels that spill without: ptxas then prefers fewer registers to a better schedule.
+_FRUGAL = "--ptxas-options=--register-usage-level=0"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +63,11 @@ def compile_kernel(config: KernelConfig, arch: str) -> Compiled:
             f"arch: got {arch!r} for {config.name}; allowed: {', '.join(config.archs)}, and for "
             f"PTX {config.ptx_arch}"
         )
-    return compile_source(render(config), config.name, arch)
+    compiled = compile_source(render(config), config.name, arch)
+    if not compiled.spill_bytes:
+        return compiled
+    frugal = compile_source(render(config), config.name, arch, _FRUGAL)
+    return min(compiled, frugal, key=lambda c: c.spill_bytes)
 
 
 def compiles_for(config: KernelConfig, arch: str) -> bool:
@@ -76,13 +82,14 @@ def compiles_for(config: KernelConfig, arch: str) -> bool:
     return arch in config.archs
 
 
-def compile_source(source: str, name: str, arch: str) -> Compiled:
+def compile_source(source: str, name: str, arch: str, *extra: str) -> Compiled:
     """Compile CUDA C++. Needs no GPU.
 
     Args:
         source: The text; may include `gqa/*.cuh`.
         name: What the compiler's messages call it.
         arch: One of `ARCHES` for a cubin; one of `PTX_ARCHES` for PTX with line information.
+        extra: More options.
 
     Raises:
         ConfigError: The architecture is unknown.
@@ -91,7 +98,7 @@ def compile_source(source: str, name: str, arch: str) -> Compiled:
     """
     _check_arch(arch)
     target: Target = "ptx" if arch in PTX_ARCHES else "cubin"
-    options = [*_OPTIONS, f"-arch={arch}", *(f"-I{path}" for path in _include_paths())]
+    options = [*_OPTIONS, *extra, f"-arch={arch}", *(f"-I{path}" for path in _include_paths())]
     options.append("-lineinfo" if target == "ptx" else "--ptxas-options=-v")
     start = time.perf_counter()
     with _program(source, name) as program:
@@ -147,7 +154,7 @@ def compiler_version() -> str:
 
 def options_digest_text(arch: str) -> str:
     """The compiler options that a cubin depends on, as text."""
-    return " ".join((arch, *_OPTIONS))
+    return " ".join((arch, *_OPTIONS, _FRUGAL))
 
 
 @contextmanager

@@ -78,6 +78,25 @@ def test_kernels_outside_the_grid_compile_without_spills(config: KernelConfig) -
     check_registers(compiled(config), registers_allowed(config))
 
 
+@pytest.mark.parametrize(
+    ("spills", "kept", "calls"), [([0], 0, 1), ([12, 0], 0, 2), ([12, 4], 4, 2), ([4, 12], 4, 2)]
+)
+def test_a_kernel_that_spills_is_compiled_again_for_fewer_registers(
+    spills: list[int], kept: int, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: list[tuple[str, ...]] = []
+
+    def compile_source(source: str, name: str, arch: str, *extra: str) -> Compiled:
+        options.append(extra)
+        spill_bytes = spills[len(options) - 1]
+        return Compiled(code=b"", registers=255, spill_bytes=spill_bytes, stack_bytes=0, seconds=0)
+
+    monkeypatch.setattr(compiler, "compile_source", compile_source)
+    assert compile_kernel(shipped()[0], "sm_80").spill_bytes == kept
+    assert options == [(), ("--ptxas-options=--register-usage-level=0",)][:calls]
+
+
+
 @pytest.mark.parametrize(("config", "arch"), [
     pytest.param(config, arch, id=f"{config.name}-{arch}")
     for config, arch in product((SAMPLE[0], SAMPLE[3]), ("compute_80", "compute_90"))
