@@ -281,7 +281,7 @@ class KernelConfig:
 
     @property
     def partial_floats(self) -> int:
-        """Floats of a block's partial output in global memory: with maxima and sums of its heads."""
+        """Floats of a block's partial output in global memory, maxima and sums included."""
         return self.block_h * (self.head_dim + 2)
 
     @property

@@ -96,7 +96,6 @@ def test_a_kernel_that_spills_is_compiled_again_for_fewer_registers(
     assert options == [(), ("--ptxas-options=--register-usage-level=0",)][:calls]
 
 
-
 @pytest.mark.parametrize(("config", "arch"), [
     pytest.param(config, arch, id=f"{config.name}-{arch}")
     for config, arch in product((SAMPLE[0], SAMPLE[3]), ("compute_80", "compute_90"))

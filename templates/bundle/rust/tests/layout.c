@@ -4,16 +4,16 @@
 #include "gqa_attention_decode.h"
 
 typedef struct gqa_fact {
-  const char* name;
+  char const* name;
   long long value;
 } gqa_fact;
 
 #define TYPE(type) \
-  {#type " size", sizeof(type)}, {#type " alignment", _Alignof(type)}
+  {#type " size", sizeof(type)}, { #type " alignment", _Alignof(type) }
 #define FIELD(type, field) {#type "." #field, offsetof(type, field)}
 #define CONSTANT(constant) {#constant, constant}
 
-const gqa_fact gqa_facts[] = {
+gqa_fact const gqa_facts[] = {
     TYPE(GQADecodeConfig),
     FIELD(GQADecodeConfig, batch_size),
     FIELD(GQADecodeConfig, cache_len),
@@ -49,4 +49,4 @@ const gqa_fact gqa_facts[] = {
     CONSTANT(GQA_FLOAT16),
     CONSTANT(GQA_BFLOAT16),
 };
-const size_t gqa_num_facts = sizeof gqa_facts / sizeof gqa_facts[0];
+size_t const gqa_num_facts = sizeof gqa_facts / sizeof gqa_facts[0];
