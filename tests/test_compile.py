@@ -58,8 +58,13 @@ def check_registers(result: Compiled, allowed: int) -> None:
     assert result.code[:4] == b"\x7fELF"
 
 
+# bfloat16 changes conversions and nothing that lives long: its fullest kernels will do.
+FULLEST = 2048  # dims of all heads of a block
+SHIPPED = [c for c in shipped() if c.dtype is DType.F16 or c.block_h * c.head_dim >= FULLEST]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("config", by_name(shipped()))
+@pytest.mark.parametrize("config", by_name(SHIPPED))
 def test_shipped_kernel_compiles_without_spills(config: KernelConfig) -> None:
     result = compiled(config)
     check_registers(result, registers_allowed(config))
