@@ -102,7 +102,7 @@ def _arch(arch: Arch) -> dict[str, object]:
     return {
         "name": arch.name,
         "capability": arch.capability,
-        "exact": arch.name.endswith("a"),
+        "exact": arch.exact,
     }
 
 

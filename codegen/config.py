@@ -55,6 +55,11 @@ class Arch:
         """Compute capability as one number: 90 for sm_90a."""
         return int(re.sub(r"\D", "", self.name))
 
+    @property
+    def exact(self) -> bool:
+        """Whether its cubins run on that compute capability alone."""
+        return self.name.endswith("a")
+
 
 _E = TypeVar("_E", bound=StrEnum)
 _KIB = 1024

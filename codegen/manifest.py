@@ -52,7 +52,7 @@ def generate(out: Path) -> list[str]:
     """
     out.mkdir(parents=True, exist_ok=True)
     files = generated_files()
-    changed = [name for name, text in files.items() if _write_if_different(out / name, text)]
+    changed = [name for name, text in files.items() if write_if_different(out / name, text)]
     stale = [name for name in _ours(out) if name not in files]
     for name in stale:
         (out / name).unlink()
@@ -82,7 +82,8 @@ def _ours(folder: Traversable) -> list[str]:
     )
 
 
-def _write_if_different(path: Path, text: str) -> bool:
+def write_if_different(path: Path, text: str) -> bool:
+    """Write a file unless it says so already; returns whether it was written."""
     if path.exists() and path.read_text(encoding="utf-8") == text:
         return False
     path.write_text(text, encoding="utf-8")

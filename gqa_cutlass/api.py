@@ -317,7 +317,6 @@ class Explanation:
 
     def __str__(self) -> str:
         shape = self.dispatch.shape
-        workspace_bytes = 4 * (self.dispatch.partial_floats + self.dispatch.num_tickets)
         lines = {
             "kernel": self.dispatch.config.name,
             "why": "; ".join(self.dispatch.reasons),
@@ -326,7 +325,7 @@ class Explanation:
             "cluster": f"{shape.cluster} blocks, along the splits",
             "block": f"{shape.block} threads, {shape.shared_bytes} bytes of shared memory, "
             f"{self.dispatch.num_stages} stages",
-            "workspace": f"{workspace_bytes} bytes",
+            "workspace": f"{self.dispatch.workspace_bytes} bytes",
             "reads": f"{self.kv_bytes} bytes of K and V with a full cache",
             "cubin": str(self.cubin or "not built yet; the first call compiles it"),
         }

@@ -43,6 +43,7 @@ EARLY_MIB = 16
 BALANCED_BATCH, BALANCED_TOKENS = 256, 4096
 BALANCED_ROUNDS = 4
 MOST_TILES = 2**31  # 32-bit sums; a tile has more than one token
+_WORD_BYTES = 4
 _BALANCED = "spare blocks, to balance ragged lengths"
 
 
@@ -86,6 +87,11 @@ class Dispatch:
     def partial_floats(self) -> int:
         """Floats of workspace for the partial outputs."""
         return self.num_tickets * self.num_partials * self.config.partial_floats
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes of partial outputs and tickets."""
+        return _WORD_BYTES * (self.partial_floats + self.num_tickets)
 
 
 @lru_cache(maxsize=4096)

@@ -21,6 +21,7 @@ from gqa_cutlass.codegen.config import (
     Math,
 )
 from gqa_cutlass.codegen.fatbin import pack
+from gqa_cutlass.codegen.manifest import write_if_different
 from gqa_cutlass.errors import ConfigError, ExportError
 from gqa_cutlass.launcher import MIN_CAPABILITY, Params, TmaParams
 from gqa_cutlass.store import Store, build_all
@@ -79,9 +80,7 @@ def _is_dispatched(kernel: KernelConfig) -> bool:
     return kernel == usual and (kernel.math is Math.TENSOROP or kernel.vec_width == 1)
 
 
-def compiled(
-    export: Export, store: Store, jobs: int = 0
-) -> Iterator[tuple[KernelConfig, str, bytes]]:
+def compiled(export: Export, store: Store, jobs: int = 0) -> Iterator[Cubin]:
     """Compile, or find compiled, what an export needs: kernel, architecture and cubin, in order.
 
     Raises:
@@ -122,8 +121,7 @@ def write_bundle(out: Path, export: Export, cubins: Iterable[Cubin]) -> list[Pat
     for name, text in files.items():
         path = out / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.is_file() or path.read_text(encoding="utf-8") != text:  # or builds start anew
-            path.write_text(text, encoding="utf-8")
+        write_if_different(path, text)  # what is as it was is not built again
     return [out / name for name in files]
 
 

@@ -13,8 +13,6 @@ from torch import Tensor
 if TYPE_CHECKING:
     from gqa_cutlass.planning import Plan
 
-_WORD_BYTES = 4
-
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchRecord:
@@ -94,7 +92,7 @@ class LaunchRecord:
             cache_seqlens="device" if isinstance(cache_seqlens, Tensor) else cache_seqlens,
             softmax_scale=plan.softmax_scale,
             return_lse=plan.return_lse,
-            workspace_bytes=_WORD_BYTES * (chosen.partial_floats + chosen.num_tickets),
+            workspace_bytes=chosen.workspace_bytes,
             device=device,
             stream=stream,
         )

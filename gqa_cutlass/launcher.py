@@ -366,7 +366,7 @@ def check_driver(version: int, compiler_major: int) -> None:
 
 
 def _runs_on(arch: Arch, capability: int) -> bool:
-    if arch.name.endswith("a"):
+    if arch.exact:
         return arch.capability == capability
     return arch.capability <= capability < (arch.capability // 10 + 1) * 10
 
