@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import gqa_cutlass
-from gqa_cutlass.bench.points import Point
+from gqa_cutlass.bench.points import Point, Ragged
 
 ROTATE_BYTES, MAX_SETS = 256 << 20, 512
 ALLOWED_ERROR = 1e-2  # by norm
@@ -59,11 +59,18 @@ class Data:
         """Random numbers of the caches' type, beside them."""
         return torch.randn(shape, dtype=self.k[0].dtype, device=self.k[0].device)
 
-    def plan(self) -> gqa_cutlass.Plan:
-        """The plan whose calls `step` makes."""
+    def plan(self, *, ragged: bool | None = None, dependent: bool = False) -> gqa_cutlass.Plan:
+        """The plan whose calls `step` makes.
+
+        Args:
+            ragged: As for `gqa_cutlass.plan`; by default as the point is.
+            dependent: As for `gqa_cutlass.plan`.
+        """
         return gqa_cutlass.plan(
-            self.q, self.k[0], self.v[0], self.new_k, self.new_v, cache_seqlens=self.seqlens
-        )
+            self.q, self.k[0], self.v[0], self.new_k, self.new_v, cache_seqlens=self.seqlens,
+            ragged=isinstance(self.point, Ragged) if ragged is None else ragged,
+            dependent=dependent,
+        )  # fmt: skip
 
     def step(self, plan: gqa_cutlass.Plan, i: int) -> Tensor:
         """Append to a buffer set and attend it."""

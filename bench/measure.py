@@ -7,6 +7,10 @@ twelve turns counts. Data are random. Ours appends the new token; peers only att
 point is checked against float32 before it is timed, with NaN from where the new token goes to the
 cache's end; peers are checked against our output, and left out where they fail.
 
+Ours has its lengths on the device. At points of the grid its plan is told that they are about
+equal, as peers are that get one length for all; what it takes without being told is measured too
+(`balanced`), and what it takes when each call is launched as a dependent of the one before.
+
 Peers that are not installed enter with times recorded elsewhere (peers.json), scaled by the floor.
 """
 
@@ -21,6 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import gqa_cutlass
 from gqa_cutlass.bench import peers
 from gqa_cutlass.bench.data import Data, check, pool_bytes, random_pool, relative_error
 from gqa_cutlass.bench.host import host_costs
@@ -33,6 +38,7 @@ from gqa_cutlass.errors import InputError
 from gqa_cutlass.evidence import ask_gpu, provenance
 
 POOL_SHARE = 0.8  # of the GPU's free memory
+OURS, BALANCED, DEPENDENT = "ours", "ours, balanced", "ours, dependent"
 
 
 def measure(point: Point, pool: Tensor, floor: Floor) -> Row:
@@ -40,11 +46,12 @@ def measure(point: Point, pool: Tensor, floor: Floor) -> Row:
     data = Data(point, pool)
     plan = data.plan()
     out, error = check(plan, data)
-    ours = Graph(lambda i: data.step(plan, i), data.num_sets)
+    plans = {OURS: plan, **variants(plan, data)}
+    ours = {name: ours_graph(each, data) for name, each in plans.items()}
     makers = {name: partial(adapter, data) for name, adapter in peers.running(point).items()}
     others = agreeing(point, makers, partial(relative_error, right=out), data.num_sets)
     floors = {f"floor {grid}": floor_graph(data, floor, grid) for grid in Floor.GRIDS}
-    times = interleaved({"ours": ours, **others, **floors})
+    times = interleaved({**ours, **others, **floors})
     lowest = min(times[name] for name in floors)
     return Row(
         point=str(point),
@@ -55,11 +62,27 @@ def measure(point: Point, pool: Tensor, floor: Floor) -> Row:
         num_splits=plan.dispatch.num_splits,
         relative_error=error,
         floor=lowest,
-        ours=times["ours"],
+        ours=times[OURS],
+        balanced=times.get(BALANCED),
+        dependent=times.get(DEPENDENT),
         measured={name: times[name] for name in others},
         recorded_scaled=peers.scaled(point, lowest),
         limit=point.limit if isinstance(point, Ragged) else None,
     )
+
+
+def variants(plan: gqa_cutlass.Plan, data: Data) -> dict[str, gqa_cutlass.Plan]:
+    """Other plans for the same steps, those that differ; each is checked."""
+    others = {BALANCED: data.plan(ragged=True), DEPENDENT: data.plan(dependent=True)}
+    differing = {n: p for n, p in others.items() if p.dispatch.shape != plan.dispatch.shape}
+    for other in differing.values():
+        check(other, data)
+    return differing
+
+
+def ours_graph(plan: gqa_cutlass.Plan, data: Data) -> Graph:
+    """A plan's steps over all buffer sets."""
+    return Graph(lambda i: data.step(plan, i), data.num_sets)
 
 
 def floor_graph(data: Data, floor: Floor, grid: int) -> Graph:

@@ -44,6 +44,10 @@ class Row:
         relative_error: By norm, against float32.
         floor: A kernel that only reads the same bytes.
         ours: One decode step, the append included.
+        balanced: The same by a plan that was not told that lengths are about equal; None where that
+            changes nothing, or they are not.
+        dependent: The same where each step is launched as a dependent of the one before; None where
+            that changes nothing.
         measured: Peers measured in the same run, attention only.
         recorded_scaled: Peers recorded elsewhere, attention only, scaled by the floor.
         limit: What ours may take as a multiple of the floor; None where the peers are the measure.
@@ -61,11 +65,18 @@ class Row:
     measured: dict[str, float] = field(default_factory=dict)
     recorded_scaled: dict[str, float] = field(default_factory=dict)
     limit: float | None = None
+    balanced: float | None = None
+    dependent: float | None = None
 
     @property
     def label(self) -> Label:
         """What the point's name says."""
         return Label.of(self.point)
+
+    @property
+    def in_a_chain(self) -> float:
+        """Ours where every kernel of the stream is launched as a dependent, if that pays."""
+        return self.ours if self.dependent is None else self.dependent
 
     @property
     def num_bytes(self) -> int:

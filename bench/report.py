@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from rich.console import Console
 from rich.table import Table
@@ -16,9 +16,9 @@ HOST_TARGETS = {"plan, out given": 8.0, "plan": 8.0, "gqa_decode": 14.0}
 ABSENT = "-"
 
 _GRID_HEADER = (
-    "model, heads (q/kv/dim)", "sequences × tokens", "KV MiB", "floor", "ours", "per token", "GB/s",
-    *SDPA, "against the better", "share of the floor's bandwidth", "against the best of all peers",
-    "peer",
+    "model, heads (q/kv/dim)", "sequences × tokens", "KV MiB", "floor", "ours", "as dependents",
+    "per token", "GB/s", *SDPA, "against the better", "share of the floor's bandwidth",
+    "against the best of all peers", "peer",
 )  # fmt: skip
 _RAGGED_HEADER = (
     "model, heads (q/kv/dim)", "sequences × room", "lengths", "MiB read", "floor", "ours",
@@ -32,7 +32,7 @@ _PREFILL_HEADER = (
 
 def show(record: Record) -> None:
     """Print everything."""
-    console = Console(width=200)
+    console = Console(width=220)
     console.print(", ".join(f"{key}: {value}" for key, value in record.run.items()))
     if record.rows:
         console.print(_grid_table(record.rows))
@@ -49,17 +49,17 @@ def show(record: Record) -> None:
 def _grid_table(rows: list[Row]) -> Table:
     names = list(dict.fromkeys((*SDPA, *(name for row in rows for name in row.measured))))
     table = Table(
-        "point", "MiB", "floor", "ours", "per token", "GB/s", *names, "of floor", "to flash",
-        "to best SDPA", "to best of all", "which is",
+        "point", "MiB", "floor", "ours", "balanced", "dependent", "per token", "GB/s", *names,
+        "of floor", "to flash", "to best SDPA", "to best of all", "which is",
         title="us per call on the grid; GB/s of K and V read",
     )  # fmt: skip
     for row in rows:
         flash = _peer(row, "SDPA flash")
         table.add_row(
             row.point, f"{row.mib:.1f}", f"{row.floor:.2f}", f"{row.ours:.2f}",
-            f"{row.per_token:.2f}", _bandwidth(row), *_micros(row.measured, names), _share(row),
-            _times(row, flash), _times(row, row.best_sdpa), _times(row, row.best_peer),
-            str(row.best_peer or ABSENT),
+            _micro(row.balanced), _micro(row.dependent), f"{row.per_token:.2f}", _bandwidth(row),
+            *_micros(row.measured, names), _share(row), _times(row, flash),
+            _times(row, row.best_sdpa), _times(row, row.best_peer), str(row.best_peer or ABSENT),
         )  # fmt: skip
     return table
 
@@ -119,10 +119,14 @@ def summary(rows: list[Row]) -> list[str]:
         "the best of all peers": [(row, row.best_peer) for row in rows],
         "the best of all peers as shipped": [(row, row.best_shipped_peer) for row in rows],
     }
+    launched: dict[str, Callable[[Row], float]] = {"": lambda row: row.ours}
+    if any(row.dependent is not None for row in rows):
+        launched["as dependents, "] = lambda row: row.in_a_chain
     lines = [
-        f"against {name}: {_summed([(row, peer) for row, peer in pairs if peer is not None])}"
+        f"{how}against {name}: {_summed(found, micros)}"
+        for how, micros in launched.items()
         for name, pairs in against.items()
-        if any(peer is not None for _, peer in pairs)
+        if (found := [(row, peer) for row, peer in pairs if peer is not None])
     ]
     drifts = [
         row.recorded_scaled[name] / micros
@@ -138,8 +142,8 @@ def summary(rows: list[Row]) -> list[str]:
     return lines
 
 
-def _summed(pairs: list[tuple[Row, Peer]]) -> str:
-    ratios = [(peer.micros / row.ours, row.point, str(peer)) for row, peer in pairs]
+def _summed(pairs: list[tuple[Row, Peer]], micros: Callable[[Row], float]) -> str:
+    ratios = [(peer.micros / micros(row), row.point, str(peer)) for row, peer in pairs]
     worst, point, peer = min(ratios)
     slower = sum(ratio < 1 for ratio, *_ in ratios)
     return (
@@ -170,9 +174,9 @@ def _markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str
 def _grid_cells(row: Row) -> list[str]:
     return [
         *_split(row.label), f"{row.mib:g}", f"{row.floor:.1f}", f"**{row.ours:.1f}**",
-        _short(row.per_token), _bandwidth(row), *_micros(row.measured, SDPA, digits=1),
-        _times(row, row.best_sdpa, "×"), _share(row), _times(row, row.best_peer, "×"),
-        str(row.best_peer or ABSENT),
+        _micro(row.dependent, digits=1), _short(row.per_token), _bandwidth(row),
+        *_micros(row.measured, SDPA, digits=1), _times(row, row.best_sdpa, "×"), _share(row),
+        _times(row, row.best_peer, "×"), str(row.best_peer or ABSENT),
     ]  # fmt: skip
 
 
@@ -199,7 +203,11 @@ def _bandwidth(row: Row) -> str:
 
 
 def _micros(measured: Mapping[str, float], names: Iterable[str], digits: int = 2) -> list[str]:
-    return [f"{measured[name]:.{digits}f}" if name in measured else ABSENT for name in names]
+    return [_micro(measured.get(name), digits) for name in names]
+
+
+def _micro(micros: float | None, digits: int = 2) -> str:
+    return ABSENT if micros is None else f"{micros:.{digits}f}"
 
 
 def _short(micros: float) -> str:

@@ -42,6 +42,8 @@ def _decode(row: Row, measured: Iterable[str], recorded: Iterable[str]) -> Cells
         **_point(row.label),
         "kv_bytes": row.num_bytes,
         "ours_us": _micros(row.ours),
+        "ours_balanced_us": _micros(row.balanced),
+        "ours_dependent_us": _micros(row.dependent),
         "ours_us_per_token": _micros(row.per_token),
         "ours_gb_per_s": round(row.bandwidth(row.ours), 1),
         "floor_us": _micros(row.floor),

@@ -92,15 +92,18 @@ _NAME = re.compile(
     r"_d(?P<head_dim>[1-9]\d*)_g(?P<group_size>[1-9]\d*)_align(?P<vec_width>[1-9]\d*)"
     r"_(?P<schedule>multistage|tma)"
     r"_h(?P<block_h>[1-9]\d*)n(?P<block_n>[1-9]\d*)w(?P<num_warps>[1-9]\d*)s(?P<num_stages>[1-9]\d*)"
+    r"(?P<dependent>_pdl)?"
 )
 MAX_CLUSTER = 8  # what every GPU with clusters allows
 BOX_DIMS = 64  # of a tensor copy: 128 bytes, the span of the swizzle
 
-# Per schedule: the oldest architecture, as names say it; those that it is compiled for; and the
-# virtual one for ptxsim.
+# Per schedule, and for dependent launches: the oldest architecture, as names say it; those that it
+# is compiled for; and the virtual one for ptxsim.
 _TARGETS = {
-    Schedule.MULTISTAGE: ("sm80", tuple(ARCHES), "compute_80"),
-    Schedule.TMA: ("sm90", ("sm_90a",), "compute_90"),
+    (Schedule.MULTISTAGE, False): ("sm80", tuple(ARCHES), "compute_80"),
+    (Schedule.MULTISTAGE, True): ("sm90", ("sm_90a", "sm_100a", "sm_120a"), "compute_90"),
+    (Schedule.TMA, False): ("sm90", ("sm_90a",), "compute_90"),
+    (Schedule.TMA, True): ("sm90", ("sm_90a",), "compute_90"),
 }
 
 # What each math allows of a field, and how to say it.
@@ -139,6 +142,8 @@ class KernelConfig:
         num_warps: Warps per block.
         num_stages: K tiles (and V tiles) that a warp keeps in flight; with tma, up to so many.
         schedule: How it loads and merges.
+        dependent: Whether it may start before the kernel before it is done (programmatic dependent
+            launch), which costs others 2% at short contexts.
 
     Raises:
         ConfigError: A rule is broken; the message names it.
@@ -154,6 +159,7 @@ class KernelConfig:
     num_warps: int
     num_stages: int
     schedule: Schedule = Schedule.MULTISTAGE
+    dependent: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "schedule", _member(Schedule, "schedule", self.schedule))
@@ -162,6 +168,7 @@ class KernelConfig:
         for field in ("head_dim", "group_size", "vec_width", "block_h", "block_n", "num_warps",
                       "num_stages"):  # fmt: skip
             _check(field, getattr(self, field), type(getattr(self, field)) is int, "an int")
+        _check("dependent", self.dependent, type(self.dependent) is bool, "a bool")
         check_head_dim(self.head_dim)
         for field, allowed, text in (
             ("group_size", range(1, MAX_GROUP_SIZE + 1), f"1 to {MAX_GROUP_SIZE}"),
@@ -191,9 +198,10 @@ class KernelConfig:
     def name(self) -> str:
         """The kernel's name: file, symbol, manifest key and log entry."""
         return (
-            f"gqa_decode_{_TARGETS[self.schedule][0]}_{self.math}_{self.dtype}_{self.dtype}"
+            f"gqa_decode_{self._target[0]}_{self.math}_{self.dtype}_{self.dtype}"
             f"_d{self.head_dim}_g{self.group_size}_align{self.vec_width}"
             f"_{self.schedule}_h{self.block_h}n{self.block_n}w{self.num_warps}s{self.num_stages}"
+            f"{'_pdl' if self.dependent else ''}"
         )
 
     @classmethod
@@ -209,11 +217,12 @@ class KernelConfig:
                 f"kernel name: got {name!r}; allowed: names as `gqa-cutlass list` prints them"
             )
         text = match.groupdict()
-        words = ("arch", "math", "dtype", "schedule")
+        words = ("arch", "math", "dtype", "schedule", "dependent")
         found = cls(
             math=Math(text["math"]),
             dtype=DType(text["dtype"]),
             schedule=Schedule(text["schedule"]),
+            dependent=text["dependent"] is not None,
             **{k: int(v) for k, v in text.items() if k not in words},
         )
         if found.name != name:
@@ -228,12 +237,16 @@ class KernelConfig:
     @property
     def archs(self) -> tuple[str, ...]:
         """Architectures that it is compiled for."""
-        return _TARGETS[self.schedule][1]
+        return self._target[1]
 
     @property
     def ptx_arch(self) -> str:
         """The virtual architecture that its PTX is for."""
-        return _TARGETS[self.schedule][2]
+        return self._target[2]
+
+    @property
+    def _target(self) -> tuple[str, tuple[str, ...], str]:
+        return _TARGETS[self.schedule, self.dependent]
 
     @property
     def num_threads(self) -> int:

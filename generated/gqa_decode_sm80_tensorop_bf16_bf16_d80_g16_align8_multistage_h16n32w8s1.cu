@@ -14,6 +14,7 @@ struct Variant {
   static constexpr int kBlockN = 32;     // KV tokens per tile
   static constexpr int kNumWarps = 8;
   static constexpr int kNumStages = 1;  // K tiles in flight per warp, and V tiles
+  static constexpr bool kDependent = false;  // may start early: griddepcontrol
 };
 
 static_assert(sizeof(gqa::SharedStorage<gqa::Traits<Variant>>) == 91184);

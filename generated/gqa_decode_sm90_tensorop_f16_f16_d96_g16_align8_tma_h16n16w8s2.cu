@@ -14,6 +14,7 @@ struct Variant {
   static constexpr int kBlockN = 16;     // KV tokens per tile
   static constexpr int kNumWarps = 8;
   static constexpr int kNumStages = 2;  // K tiles in flight per warp, and V tiles
+  static constexpr bool kDependent = false;  // may start early: griddepcontrol
 };
 
 static_assert(gqa::kLargestStorage<gqa::Traits<Variant>> == 147456);

@@ -187,6 +187,7 @@ class KVCache:
         softmax_scale: float | None = None,
         num_splits: int = 0,
         return_lse: bool = False,
+        ragged: bool = True,
         out: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Append a token's K and V, if given, and attend over everything cached: `gqa_decode`.
@@ -198,6 +199,7 @@ class KVCache:
             softmax_scale: As for `gqa_decode`.
             num_splits: As for `gqa_decode`.
             return_lse: As for `gqa_decode`.
+            ragged: As for `gqa_decode`.
             out: As for `gqa_decode`.
 
         Returns:
@@ -212,7 +214,7 @@ class KVCache:
             self._lengths.check_room("decode", ONE_TOKEN)
         result = gqa_decode(
             q, self.k, self.v, k, v, cache_seqlens=self.seqlens, softmax_scale=softmax_scale,
-            num_splits=num_splits, return_lse=return_lse, out=out,
+            num_splits=num_splits, return_lse=return_lse, ragged=ragged, out=out,
         )  # fmt: skip
         if k is not None and self._leads:
             self._lengths.advance(ONE_TOKEN, self._lengths.room(ONE_TOKEN))

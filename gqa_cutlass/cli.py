@@ -160,6 +160,10 @@ def explain(
     max_seq_len: Annotated[int, typer.Option(help="Tokens that the cache holds.")] = 4096,
     dtype: Annotated[str, typer.Option(help="float16 or bfloat16.")] = "float16",
     arch: Annotated[str, typer.Option(help="Target.")] = "sm_90a",
+    ragged: Annotated[bool, typer.Option(help="Whether lengths may differ much.")] = True,
+    dependent: Annotated[
+        bool, typer.Option(help="Start while the kernel before finishes, where it pays.")
+    ] = False,
 ) -> None:
     """Say which kernel a decode step would run, why, and how it is launched."""
     import torch
@@ -174,7 +178,9 @@ def explain(
     cache = empty(batch, max_seq_len, kv_heads, head_dim)
     token = empty(batch, kv_heads, head_dim)
     q = empty(batch, q_heads, head_dim)
-    print(explain_call(q, cache, cache, token, token, arch=arch))
+    print(
+        explain_call(q, cache, cache, token, token, ragged=ragged, dependent=dependent, arch=arch)
+    )
 
 
 @app.command()

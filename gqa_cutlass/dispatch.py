@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import gcd
 
@@ -18,7 +18,7 @@ from gqa_cutlass.codegen.config import (
 from gqa_cutlass.codegen.variants import default_config, shipped
 from gqa_cutlass.errors import InputError
 from gqa_cutlass.inputs import WIDEST, Problem
-from gqa_cutlass.launcher import Device, LaunchShape
+from gqa_cutlass.launcher import Device, LaunchShape, Overlap
 
 # The cost model's figures, measured on an H200. A split costs its merge; a multiprocessor draws its
 # share of the bandwidth only with so many bytes under way (1x131072 of 8 heads took 143 us with
@@ -34,9 +34,21 @@ TMA_MIB, TMA_MIB_PARTIAL_BOXES = 128, 16
 TMA_HEADS = 64
 TMA_BLOCKS = 64
 
+# Larger caches, where rows are whole boxes: so many KV heads in the batch, whose sequences are
+# equally long. Blocks in pairs, one on every multiprocessor; in the largest clusters for so few
+# heads that pairs would meet too often in global memory.
+TMA_LARGE_HEADS = 32
+TMA_LARGE_CLUSTER, TMA_FEW_HEADS = 2, 2
+
 # What caches may hold in all for first tiles to be read before lengths are known: with so few bytes
 # latency counts, and reading a tile per warp too many costs little.
 EARLY_MIB = 16
+
+# Up to how many MiB of caches dependent launches pay: with fewer, the next launch may start at once
+# and fetches its first tiles meanwhile; with more, that disturbs this one, and the next may start
+# when this one's tiles are done; beyond, nothing is gained that can be relied on.
+WHOLE_OVERLAP_MIB, END_OVERLAP_MIB = 5, 32
+_DEPENDENT_CAPABILITY = 90
 
 # Where splits are dealt out by length (docs/design/0001-decode-kernel.md, "Ragged batches"): the
 # batch, the tokens that a cache can hold, and the rounds that one block per sequence makes.
@@ -57,6 +69,7 @@ class Dispatch:
         num_splits: Parts that a sequence is cut into when all are about as long.
         num_stages: K tiles (and V tiles) that a warp keeps in flight.
         early: Whether warps ask for their first tile before they know the length.
+        overlap: When the next kernel may start.
         reasons: Why, one sentence per decision.
     """
 
@@ -65,6 +78,7 @@ class Dispatch:
     num_splits: int
     num_stages: int
     early: bool
+    overlap: Overlap
     reasons: tuple[str, ...]
 
     @property
@@ -100,7 +114,8 @@ def dispatch(
     device: Device,
     num_splits: int = 0,
     kernel: KernelConfig | None = None,
-    device_lengths: bool = False,
+    ragged: bool = False,
+    dependent: bool = False,
 ) -> Dispatch:
     """Choose a kernel and a launch shape.
 
@@ -109,16 +124,21 @@ def dispatch(
         device: Where it will run.
         num_splits: Parts to cut every sequence into; 0 leaves the choice to the model.
         kernel: A kernel to use instead of the model's choice.
-        device_lengths: Whether the host does not know the lengths, which may then be ragged.
+        ragged: Whether sequences may differ in length, by lengths that only the device knows.
+        dependent: Whether the kernel may start before the kernel before it is done.
 
     Raises:
         InputError: The given kernel cannot solve the problem.
     """
     if kernel is None:
-        config, why_config = choose_config(problem, device)
+        config, why_config = choose_config(problem, device, ragged)
     else:
         _check_fits(kernel, problem, device)
         config, why_config = kernel, "this kernel, as asked"
+    overlap, why_overlap = Overlap.NONE, ""
+    if dependent:
+        overlap, why_overlap = _choose_overlap(problem, device)
+        config = replace(config, dependent=overlap is not Overlap.NONE)
     if num_splits:
         splits = Splits(
             cluster=gcd(num_splits, MAX_CLUSTER) if config.tma else 1,
@@ -127,26 +147,59 @@ def dispatch(
             why=f"{num_splits} splits, as asked",
         )
     elif config.tma:
-        splits = choose_clusters(problem, config)
+        splits = choose_clusters(problem, config, device)
     else:
         count, why = choose_splits(problem, config, device)
         splits = Splits(cluster=1, splits=count, num_stages=config.num_stages, why=why)
-    known = not device_lengths or num_splits > 0  # the lengths, or what is wanted
-    spare = 0 if known else spare_rows(problem, config, device)
-    grid = (problem.num_kv_heads * config.head_blocks, splits.splits + spare, problem.batch_size)
+    spare = spare_rows(problem, config, device) if ragged and not num_splits else 0
+    heads = problem.num_kv_heads * config.head_blocks
+    shared_bytes = config.shared_bytes_with(splits.num_stages)
+    if overlap:
+        alone = _shared_bytes_alone(heads * splits.splits * problem.batch_size, device)
+        shared_bytes = max(shared_bytes, alone)
     return Dispatch(
         config=config,
         shape=LaunchShape(
-            grid=grid,
+            grid=(heads, splits.splits + spare, problem.batch_size),
             block=config.num_threads,
-            shared_bytes=config.shared_bytes_with(splits.num_stages),
+            shared_bytes=shared_bytes,
             cluster=splits.cluster,
+            dependent=overlap is not Overlap.NONE,
         ),
         num_splits=splits.splits,
         num_stages=splits.num_stages,
-        early=config.tma or (not spare and problem.cache_bytes <= EARLY_MIB * 2**20),
-        reasons=(why_config, splits.why, *((_BALANCED,) if spare else ())),
+        early=not spare and problem.cache_bytes <= (TMA_MIB if config.tma else EARLY_MIB) * 2**20,
+        overlap=overlap,
+        reasons=tuple(
+            filter(None, (why_config, splits.why, _BALANCED if spare else "", why_overlap))
+        ),
     )
+
+
+def _choose_overlap(problem: Problem, device: Device) -> tuple[Overlap, str]:
+    """When the launch after this one may start, where it has been measured to pay."""
+    mib = problem.cache_bytes / 2**20
+    if device.arch.capability < _DEPENDENT_CAPABILITY:
+        return Overlap.NONE, f"ordinary launch: {device.arch.name} has no dependent ones"
+    if mib > END_OVERLAP_MIB:
+        return Overlap.NONE, f"ordinary launch: more than {END_OVERLAP_MIB} MiB"
+    whole = mib <= WHOLE_OVERLAP_MIB
+    return (
+        Overlap.WHOLE if whole else Overlap.END,
+        f"dependent launch, a kernel of its own that the first use compiles: the next launch may "
+        f"start {'at once' if whole else 'at the end'}",
+    )
+
+
+def _shared_bytes_alone(blocks: int, device: Device) -> int:
+    """Shared memory with which no more blocks fit on a multiprocessor than a launch has for each.
+
+    Otherwise the next launch's blocks crowd where this one's ended first, and take longer. Where
+    both launches find room side by side, nothing is asked for.
+    """
+    if 2 * blocks <= device.num_sms:
+        return 0
+    return device.arch.shared_per_sm // (ceil_div(blocks, device.num_sms) + 1)
 
 
 def spare_rows(problem: Problem, config: KernelConfig, device: Device) -> int:
@@ -204,10 +257,21 @@ def _check_fits(kernel: KernelConfig, problem: Problem, device: Device) -> None:
         )
 
 
-def choose_config(problem: Problem, device: Device) -> tuple[KernelConfig, str]:
-    """The kernel for a problem: tensor cores wherever the copies can move what was passed."""
+def choose_config(
+    problem: Problem, device: Device, ragged: bool = False
+) -> tuple[KernelConfig, str]:
+    """The kernel for a problem: tensor cores wherever the copies can move what was passed.
+
+    Args:
+        problem: What is asked for.
+        device: Where it will run.
+        ragged: As for `dispatch`.
+
+    Returns:
+        The kernel, and why.
+    """
     math = Math.TENSOROP if problem.vec_width >= 2 else Math.SIMT
-    schedule, why = _choose_schedule(problem, device)
+    schedule, why = _choose_schedule(problem, device, ragged)
     config = default_config(
         math, problem.dtype, problem.head_dim, problem.group_size, problem.vec_width, schedule
     )
@@ -218,24 +282,28 @@ def choose_config(problem: Problem, device: Device) -> tuple[KernelConfig, str]:
     return config, f"tensorop: {aligned}; {schedule}: {why}; {origin}"
 
 
-def _choose_schedule(problem: Problem, device: Device) -> tuple[Schedule, str]:
-    """The tma schedule for few heads and small caches, where latency counts more than bandwidth."""
+def _choose_schedule(problem: Problem, device: Device, ragged: bool) -> tuple[Schedule, str]:
+    """The tma schedule for few heads: if caches are large, only of sequences that are as long."""
     if problem.vec_width < WIDEST:
         return Schedule.MULTISTAGE, "the copy engine wants rows aligned to 16 bytes"
     head_dim, group_size = problem.head_dim, problem.group_size
     tma = default_config(Math.TENSOROP, problem.dtype, head_dim, group_size, WIDEST, Schedule.TMA)
     if device.arch.name not in tma.archs:
         return Schedule.MULTISTAGE, f"{device.arch.name} is not among {', '.join(tma.archs)}"
-    limit = TMA_MIB if head_dim % BOX_DIMS == 0 else TMA_MIB_PARTIAL_BOXES
+    whole_boxes = head_dim % BOX_DIMS == 0
+    limit = TMA_MIB if whole_boxes else TMA_MIB_PARTIAL_BOXES
     mib = problem.cache_bytes / 2**20
-    few = problem.num_kv_heads * problem.batch_size <= TMA_HEADS
+    heads = problem.num_kv_heads * problem.batch_size
     alone = problem.max_seq_len <= tma.block_n * tma.num_warps  # one block's warps at once
-    if not few or mib > limit or alone:
-        return Schedule.MULTISTAGE, f"{mib:.1f} MiB of {problem.max_seq_len} tokens"
-    return Schedule.TMA, f"{mib:.1f} MiB, at most {limit}; few heads"
+    if mib <= limit and heads <= TMA_HEADS and not alone:
+        return Schedule.TMA, f"{mib:.1f} MiB, at most {limit}; few heads"
+    equal = problem.batch_size == 1 or not ragged
+    if mib > limit and whole_boxes and heads <= TMA_LARGE_HEADS and equal:
+        return Schedule.TMA, f"{mib:.1f} MiB of at most {TMA_LARGE_HEADS} heads, not ragged"
+    return Schedule.MULTISTAGE, f"{mib:.1f} MiB of {problem.max_seq_len} tokens"
 
 
-def choose_clusters(problem: Problem, config: KernelConfig) -> Splits:
+def choose_clusters(problem: Problem, config: KernelConfig, device: Device) -> Splits:
     """How the blocks of the tma schedule share sequences, when caches are full.
 
     As many blocks as keep memory busy and no more, in clusters of at most 8: clusters that share a
@@ -244,6 +312,8 @@ def choose_clusters(problem: Problem, config: KernelConfig) -> Splits:
     """
     heads = problem.num_kv_heads * config.head_blocks * problem.batch_size
     tiles = ceil_div(problem.max_seq_len, config.block_n)
+    if problem.cache_bytes > TMA_MIB * 2**20:
+        return _fill_with_clusters(heads, tiles, config, device)
     wanted = max(2, ceil_div(TMA_BLOCKS, heads))
     splits = _power_of_two(min(wanted, ceil_div(tiles, config.num_warps)))
     per_warp = ceil_div(tiles, splits * config.num_warps)
@@ -255,6 +325,20 @@ def choose_clusters(problem: Problem, config: KernelConfig) -> Splits:
         num_stages=config.num_stages if deep else 1,
         why=f"{splits // cluster} clusters of {cluster} for each of {heads} heads, at most "
         f"{per_warp} tiles per warp",
+    )
+
+
+def _fill_with_clusters(heads: int, tiles: int, config: KernelConfig, device: Device) -> Splits:
+    """The same for large caches: a block for every multiprocessor."""
+    few = heads <= TMA_FEW_HEADS
+    cluster = MAX_CLUSTER if few else TMA_LARGE_CLUSTER
+    most = tiles // (config.num_warps * cluster)  # clusters whose warps have a tile each
+    clusters = max(1, min(device.num_sms // (heads * cluster), most))
+    return Splits(
+        splits=clusters * cluster,
+        cluster=cluster,
+        num_stages=1 if few else config.num_stages,
+        why=f"{clusters} clusters of {cluster} for each of {heads} heads: {device.num_sms} SMs",
     )
 
 

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import cache, partial
 from typing import Any
 
@@ -21,6 +22,20 @@ from gqa_cutlass.tensormap import TENSOR_MAP_ALIGN, TENSOR_MAP_BYTES, TensorMap
 
 MIN_CAPABILITY = 80
 _STREAM_OFFSET = 32  # of hStream in CUlaunchConfig, behind seven 32-bit words
+
+
+class Overlap(IntEnum):
+    """When the next kernel of the stream may start; mirrors templates/include/gqa/params.cuh.
+
+    Members:
+        NONE: When this one is done.
+        END: When this one's tiles are, if it is launched as a dependent.
+        WHOLE: As soon as this one may read; until then this one fetches its first tiles to L2.
+    """
+
+    NONE = 0
+    END = 1
+    WHOLE = 2
 
 
 class RowStrides(ctypes.Structure):
@@ -40,18 +55,21 @@ class Params(ctypes.Structure):
 
     _fields_ = [
         ("seqlens", ctypes.c_void_p),
-        *((name, ctypes.c_int32) for name in ("seqlen", "max_seq_len", "num_splits", "num_stages")),
+        *(
+            (name, ctypes.c_int32)
+            for name in ("seqlen", "max_seq_len", "num_splits", "num_stages", "overlap")
+        ),
+        ("scale_log2", ctypes.c_float),
         ("q", ctypes.c_void_p),
         ("q_stride", RowStrides),
         *((name, ctypes.c_void_p) for name in ("k_new", "v_new")),
         *((name, RowStrides) for name in ("k_new_stride", "v_new_stride")),
-        ("num_kv_heads", ctypes.c_int32),
-        ("scale_log2", ctypes.c_float),
         *((name, ctypes.c_void_p) for name in ("k_cache", "v_cache", "out")),
+        ("num_kv_heads", ctypes.c_int32),
         *((name, CacheStrides) for name in ("k_cache_stride", "v_cache_stride")),
         ("out_stride", RowStrides),
         *((name, ctypes.c_void_p) for name in ("lse", "partials", "tickets", "status")),
-        ("reserved", ctypes.c_ubyte * 32),
+        ("reserved", ctypes.c_ubyte * 24),
     ]
 
 
@@ -276,9 +294,10 @@ def _load(config: KernelConfig, device: Device, jit: bool | None) -> LoadedKerne
         name = config.name.encode()
         function = _check(driver.cuModuleGetFunction(module, name), f"finding {config.name}")
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        most = device.arch.shared_per_block if config.dependent else config.shared_bytes
         _check(
-            driver.cuFuncSetAttribute(function, attribute, config.shared_bytes),
-            f"giving {config.name} {config.shared_bytes} bytes of shared memory",
+            driver.cuFuncSetAttribute(function, attribute, most),
+            f"giving {config.name} {most} bytes of shared memory",
         )
     return LoadedKernel(config, device, function)
 

@@ -410,6 +410,7 @@ def _params(
         num_kv_heads=problem.num_kv_heads,
         num_splits=chosen.num_splits,
         num_stages=chosen.num_stages,
+        overlap=chosen.overlap,
         scale_log2=softmax_scale * math.log2(math.e),
         status=status,
     )

@@ -298,8 +298,20 @@ class FakeFloor:
 
 
 def _times(graphs: dict[str, FakeGraph]) -> dict[str, float]:
-    known = {"ours": 4.0, "floor 1": 3.0, "floor 2": 3.5, "decode": 5.0, "SDPA flash": 7.0}
+    known = {
+        "ours": 4.0,
+        "ours, balanced": 4.5,
+        "ours, dependent": 3.25,
+        "floor 1": 3.0,
+        "floor 2": 3.5,
+        "decode": 5.0,
+        "SDPA flash": 7.0,
+    }
     return {name: known.get(name, 6.0) for name in graphs}
+
+
+def _plan(*tensors: Tensor, cache_seqlens: Tensor, ragged: bool, dependent: bool) -> FakePlan:
+    return FakePlan(shape=f"{'spare rows, ' * ragged}{'early' * dependent}")
 
 
 @pytest.fixture
@@ -323,7 +335,7 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (measure, prefill, timing):
         monkeypatch.setattr(module, "Graph", FakeGraph)
     monkeypatch.setattr(prefill, "SDPA", dict.fromkeys(peers.SDPA, SDPBackend.MATH))
-    monkeypatch.setattr(gqa_cutlass, "plan", lambda *args, **kwargs: FakePlan())
+    monkeypatch.setattr(gqa_cutlass, "plan", _plan)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 40, 1 << 40))
 
 
@@ -335,6 +347,8 @@ def test_a_run_writes_what_it_measured(tmp_path: Path, monkeypatch: pytest.Monke
     assert Record.load(path) == record
     (row,), (ragged,) = record.rows, record.ragged
     assert (row.point, row.ours, row.floor) == ("small 4/2/64 3x48", 4.0, 3.0)
+    assert (row.balanced, row.dependent, row.in_a_chain) == (4.5, 3.25, 3.25)
+    assert (ragged.ours, ragged.balanced, ragged.dependent) == (4.0, None, 3.25)
     assert row.measured.keys() >= {"FlashInfer", "FA3", "FA2"}
     assert row.recorded_scaled == {"XQA": 3.0, "FA3": 1.0}
     assert str(row.best_peer) == "XQA (recorded)"  # FA3 was measured, so its record is no peer

@@ -72,16 +72,16 @@ def test_prompts_are_compared_by_the_faster_backend() -> None:
 def test_markdown_has_a_row_per_point(full: Record) -> None:
     grid, ragged, prefill, host, sentences = report.markdown(full).split("\n\n")
     for table, rows, columns in (
-        (grid, len(GRID), 13), (ragged, len(RAGGED), 8), (prefill, len(PREFILL), 8), (host, 4, 3),
+        (grid, len(GRID), 14), (ragged, len(RAGGED), 8), (prefill, len(PREFILL), 8), (host, 4, 3),
     ):  # fmt: skip
         lines = table.splitlines()
         assert len(lines) == 2 + rows
         assert {line.count("|") for line in lines} == {columns + 1}
     assert grid.splitlines()[3] == (
-        "| llama3-8b 32/8/128 | 1 × 1024 | 4 | 2.8 | **3.5** | 3.5 | 1198 | 8.4 | 5.6 | 1.60× "
-        "| 80% | 1.40× | TileOPs (recorded) |"
+        "| llama3-8b 32/8/128 | 1 × 1024 | 4 | 2.8 | **3.5** | 2.8 | 3.5 | 1198 | 8.4 | 5.6 "
+        "| 1.60× | 80% | 1.40× | TileOPs (recorded) |"
     )
-    assert "| 64 × 1024 | 256 | 62.0 | **77.5** | 1.2 | 3464 | 186.0 |" in grid
+    assert "| 64 × 1024 | 256 | 62.0 | **77.5** | - | 1.2 | 3464 | 186.0 |" in grid
     assert ragged.splitlines()[3].endswith("| long first | 69 | 19.0 | **23.7** | 1.25× | 1.30× |")
     assert prefill.splitlines()[5] == (
         "| llama3-8b 32/8/128 | 8 × 1024 | **12.5** | 1.6 | 500.0 | 400.0 | 0.049 | 32.0× |"
@@ -94,6 +94,10 @@ def test_markdown_has_a_row_per_point(full: Record) -> None:
     ]
     assert "against the best SDPA backend: geometric mean 1.60x, worst 1.60x" in sentences
     assert "against the best of all peers: geometric mean 1.40x, worst 1.40x" in sentences
+    assert "\nagainst the best of all peers as shipped: geometric mean 1.40x" in sentences
+    assert (
+        "as dependents, against the best of all peers as shipped: geometric mean 1.5" in sentences
+    )
     assert "are 0.50 to 0.50 of what was measured" in sentences
 
 
@@ -106,7 +110,7 @@ def test_a_terminal_shows_every_part(full: Record, capsys: pytest.CaptureFixture
         assert title in said
     rows = [line.split("│") for line in said.splitlines() if " 8x1024 " in line]
     of_step, of_prompts = ([cell.strip() for cell in row[1:-1]] for row in rows)
-    assert of_step[1:6] == ["32.0", "10.00", "12.50", "1.56", "2684"]
+    assert of_step[1:8] == ["32.0", "10.00", "12.50", "-", "10.00", "1.56", "2684"]
     assert of_prompts[1:] == ["12.50", "1.56", "500.00", "400.00", "0.0488", "32.0x"]
 
 
@@ -159,10 +163,14 @@ def test_csv_has_what_was_measured(full: Record) -> None:
         if (row["model"], row["batch"], row["tokens"]) == ("llama3-8b", "8", "1024")
     )
     numbers = {
-        key: float(row[key]) for key in row if key.endswith(("us", "token", "per_s", "ours"))
+        key: float(row[key])
+        for key in row
+        if key.endswith(("us", "token", "per_s", "ours")) and row[key]
     }
+    assert row["ours_balanced_us"] == ""
     assert numbers == {
-        "ours_us": 12.5, "ours_us_per_token": 1.5625, "ours_gb_per_s": 2684.4,
+        "ours_us": 12.5, "ours_dependent_us": 10.0, "ours_us_per_token": 1.5625,
+        "ours_gb_per_s": 2684.4,
         "floor_us": 10.0, "floor_gb_per_s": 3355.4,
         "sdpa_flash_us": 30.0, "sdpa_cudnn_us": 20.0, "best_sdpa_over_ours": 1.6,
         "sdpa_cudnn_recorded_scaled_us": 10.0, "tileops_recorded_scaled_us": 17.5,

@@ -163,6 +163,23 @@ def test_check_fails_on_a_kernel_without_current_evidence(
     assert "1 kernels without GPU evidence" in words(result)
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ([], "to balance ragged lengths"),
+        (["--no-ragged"], "1 splits of at most 2"),
+        (["--dependent", "--batch", "1", "--max-seq-len", "128"], "may start at once"),
+    ],
+    ids=["ragged", "equal", "dependent"],
+)
+def test_explain_knows_what_plans_are_told(options: list[str], reason: str) -> None:
+    sizes = ["--q-heads", "32", "--kv-heads", "8", "--head-dim", "128", "--batch", "16"]
+    said = run("explain", *sizes, "--max-seq-len", "8192", *options).output
+    why = next(line for line in said.splitlines() if line.startswith("why"))
+    assert reason in why
+    assert ("ragged" in why) == (not options)
+
+
 def test_explain_prints_the_report() -> None:
     result = run("explain", "--q-heads", "32", "--kv-heads", "8", "--head-dim", "128",
                  "--dtype", "bfloat16", "--arch", "sm_80")  # fmt: skip

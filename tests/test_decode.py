@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from helpers import check, run
 import gqa_cutlass
 from gqa_cutlass import gqa_decode
 from gqa_cutlass.codegen import DType
+from gqa_cutlass.dispatch import dispatch
 from gqa_cutlass.errors import CacheOverflowError, InputError
 
 
@@ -65,6 +67,27 @@ def test_32_query_heads_on_one_kv_head_of_the_largest_dim(device: str) -> None:
 def test_any_number_of_splits_gives_the_answer(splits: int, device: str) -> None:
     step = make_step(device=device, lengths=[4000, 100, 0, 1], max_seq_len=4096)
     check(step, run(step, num_splits=splits))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "capacity", "cluster"),
+    [([1023, 40, 0], 1024, 2), ([300, 300, 300], 1024, 2), ([2000], 2048, 8), ([3], 2048, 8)],
+    ids=["pairs-of-any-length", "pairs", "clusters", "clusters-of-a-short-sequence"],
+)
+def test_clusters_of_large_caches(
+    lengths: list[int], capacity: int, cluster: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is large is lowered to a size that ptxsim can take."""
+    monkeypatch.setattr(sys.modules["gqa_cutlass.dispatch"], "TMA_MIB", 0)
+    dispatch.cache_clear()
+    step = make_step(device=device, lengths=lengths, max_seq_len=capacity)
+    plan = gqa_cutlass.plan(*step.tensors(), cache_seqlens=step.seqlens, ragged=False)
+    dispatch.cache_clear()
+    if device == "cuda" and not plan.dispatch.config.tma:
+        pytest.skip("tensor copies are for Hopper")
+    assert plan.dispatch.shape.cluster == cluster < plan.dispatch.num_splits
+    assert not plan.dispatch.early
+    check(step, plan(*step.tensors(), step.seqlens))
 
 
 def test_int_and_device_lengths_agree_to_the_bit(device: str) -> None:

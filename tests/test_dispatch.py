@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from gqa_cutlass.codegen import (
 from gqa_cutlass.dispatch import choose_config, dispatch, model_device
 from gqa_cutlass.errors import InputError
 from gqa_cutlass.inputs import MAX_SPLITS, Problem
+from gqa_cutlass.launcher import Overlap
 
 H200 = model_device(ARCHES["sm_90a"])
 LLAMA_3_8B = Problem(
@@ -103,6 +105,12 @@ SHARED_BY_CLUSTERS = [  # splits, cluster, stages
     pytest.param(_problem(1, 8192, ONE_HEAD), (64, 8, 1), id="1x8192-of-1-head"),
     pytest.param(_problem(1, 1024, NO_GROUPS), (2, 2, 2), id="1x1024-of-32-heads"),
     pytest.param(_problem(1, 8192, (16, 8, 256)), (8, 8, 1), id="largest-dim-has-one-stage"),
+    pytest.param(_problem(1, 131072), (16, 2, 2), id="large"),
+    pytest.param(_problem(2, 131072), (8, 2, 2), id="large-of-16-heads"),
+    pytest.param(_problem(1, 131072, (40, 10, 128)), (12, 2, 2), id="large-of-10-heads"),
+    pytest.param(_problem(1, 32768, (32, 32, 128)), (4, 2, 2), id="large-of-32-heads"),
+    pytest.param(_problem(1, 262144, (8, 2, 128)), (64, 8, 1), id="large-of-2-heads"),
+    pytest.param(_problem(1, 65536, (16, 8, 256)), (16, 2, 1), id="large-with-one-stage"),
 ]
 
 
@@ -120,7 +128,9 @@ def test_few_heads_and_small_caches_are_shared_by_clusters_of_hopper(
 @pytest.mark.parametrize(
     ("problem", "why"),
     [
-        pytest.param(_problem(1, 131072), "512.0 MiB of 131072 tokens", id="large-cache"),
+        pytest.param(
+            _problem(1, 16384, (40, 40, 128)), "320.0 MiB of 16384 tokens", id="large-of-many-heads"
+        ),
         pytest.param(_problem(1, 128), "0.5 MiB of 128 tokens", id="one-blocks-tiles"),
         pytest.param(_problem(16, 1024), "64.0 MiB of 1024 tokens", id="many-heads"),
         pytest.param(
@@ -147,8 +157,25 @@ def test_other_architectures_are_served_by_the_multistage_schedule(arch: str) ->
     assert f"multistage: {arch} is not among sm_90a" in chosen.reasons[0]
 
 
+@pytest.mark.parametrize(("batch", "ragged", "schedule"), [
+    (1, True, Schedule.TMA), (2, False, Schedule.TMA), (2, True, Schedule.MULTISTAGE),
+])  # fmt: skip
+def test_large_caches_are_shared_by_clusters_if_none_can_be_ragged(
+    batch: int, ragged: bool, schedule: Schedule
+) -> None:
+    assert dispatch(_problem(batch, 65536), H200, ragged=ragged).config.schedule is schedule
+
+
+@pytest.mark.parametrize(("tokens", "early"), [(32768, True), (32769, False)])
+def test_large_caches_are_not_read_before_lengths_are_known(tokens: int, early: bool) -> None:
+    chosen = dispatch(_problem(1, tokens), H200)
+    assert (chosen.config.schedule, chosen.early) == (Schedule.TMA, early)
+
+
 @pytest.mark.parametrize(("problem", "larger"), [
-    pytest.param(_problem(1, 32768), _problem(1, 32769), id="128-MiB"),
+    pytest.param(
+        _problem(1, 8193, (32, 32, 128)), _problem(1, 8193, (33, 33, 128)), id="32-large-heads"
+    ),
     pytest.param(_problem(8, 256), _problem(9, 256), id="64-heads-of-the-batch"),
     pytest.param(
         _problem(1, 1365, (32, 32, 96)), _problem(1, 1366, (32, 32, 96)),
@@ -158,6 +185,56 @@ def test_other_architectures_are_served_by_the_multistage_schedule(arch: str) ->
 def test_limits_of_clusters_are_exact(problem: Problem, larger: Problem) -> None:
     assert dispatch(problem, H200).config.schedule is Schedule.TMA
     assert dispatch(larger, H200).config.schedule is Schedule.MULTISTAGE
+
+
+OVERLAPS = [
+    pytest.param(_problem(1, 1280), Overlap.WHOLE, id="5-MiB"),
+    pytest.param(_problem(1, 1281), Overlap.END, id="more"),
+    pytest.param(_problem(1, 8192), Overlap.END, id="32-MiB"),
+    pytest.param(_problem(1, 8193), Overlap.NONE, id="still-more"),
+]
+
+
+@pytest.mark.parametrize(("problem", "overlap"), OVERLAPS)
+def test_small_caches_are_launched_as_dependents_if_wanted(
+    problem: Problem, overlap: Overlap
+) -> None:
+    chosen, plain = dispatch(problem, H200, dependent=True), dispatch(problem, H200)
+    assert (chosen.overlap, plain.overlap) == (overlap, Overlap.NONE)
+    pays = overlap is not Overlap.NONE
+    assert chosen.shape.dependent == chosen.config.dependent == pays
+    assert not plain.shape.dependent and not plain.config.dependent
+    assert replace(chosen.config, dependent=False) == plain.config
+    assert ("dependent launch" if pays else "ordinary launch: more than 32") in chosen.reasons[-1]
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_dependent_launches_want_hopper_or_newer(arch: str) -> None:
+    chosen = dispatch(_problem(1, 128), model_device(ARCHES[arch]), dependent=True)
+    newer = ARCHES[arch].capability >= 90
+    assert chosen.shape.dependent == newer
+    assert newer or f"{arch} has no dependent ones" in chosen.reasons[-1]
+    assert arch in chosen.config.archs
+
+
+def test_a_kernel_chosen_by_hand_is_launched_as_a_dependent_too() -> None:
+    kernel = default_config(Math.TENSOROP, DType.F16, 128, 4, 8)
+    chosen = dispatch(_problem(1, 1024), H200, 0, kernel, dependent=True)
+    assert chosen.config == replace(kernel, dependent=True)
+
+
+@pytest.mark.parametrize("problem", [p for p in PROBLEMS if p.cache_bytes <= 32 * 2**20], ids=str)
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_120a"])
+def test_dependent_launches_leave_the_next_one_no_room_to_crowd(
+    problem: Problem, arch: str
+) -> None:
+    """As many blocks fit on a multiprocessor as it gets, unless two launches fit side by side."""
+    device = model_device(ARCHES[arch])
+    shape = dispatch(problem, device, dependent=True).shape
+    blocks = math.prod(shape.grid)
+    fit = device.arch.shared_per_sm // (shape.shared_bytes + 1024)
+    assert shape.shared_bytes <= device.arch.shared_per_block
+    assert 2 * blocks <= device.num_sms or fit * device.num_sms < blocks + device.num_sms
 
 
 def test_clusters_start_where_one_blocks_warps_do_not_take_all_tokens_at_once() -> None:

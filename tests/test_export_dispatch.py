@@ -28,7 +28,9 @@ from gqa_cutlass.dispatch import (
     BALANCED_TOKENS,
     EARLY_MIB,
     MOST_TILES,
+    TMA_FEW_HEADS,
     TMA_HEADS,
+    TMA_LARGE_HEADS,
     TMA_MIB,
     TMA_MIB_PARTIAL_BOXES,
     dispatch,
@@ -199,6 +201,13 @@ def edge_cases() -> Iterator[Case]:
         most = limit * 2**20 // (4 * kind[1] * heads)  # tokens
         for length in (most, most + 1):
             yield case_of(kind, 8, hopper, batch=1, kv_heads=heads, tokens=length, ragged=False)
+    for heads, batch, ragged in product(
+        (1, TMA_FEW_HEADS, TMA_FEW_HEADS + 1, TMA_LARGE_HEADS, TMA_LARGE_HEADS + 1),
+        (1, 2),
+        (False, True),
+    ):
+        length = TMA_MIB * 2**20 // (4 * 128 * heads) + 1
+        yield case_of(usual, 8, hopper, batch=batch, kv_heads=heads, tokens=length, ragged=ragged)
     for batch, beyond, ragged in product((1, 4), (0, 1), (False, True)):
         most = EARLY_MIB * 2**20 // (4 * 128 * 4 * batch)
         yield case_of(

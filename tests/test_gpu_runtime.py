@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import textwrap
 import threading
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ import gqa_cutlass
 from gqa_cutlass import GQADecodeConfig, gqa_attention_decode
 from gqa_cutlass.codegen import DType, KernelConfig, Math, Schedule, default_config
 from gqa_cutlass.errors import KernelMissingError
+from gqa_cutlass.launcher import Overlap
 
 pytestmark = pytest.mark.gpu
 
@@ -52,6 +55,14 @@ def test_graph_of_clusters_replays_with_changing_lengths(tma: KernelConfig, spli
     with torch.cuda.graph(graph):
         plan(*step.tensors(), step.seqlens, step.out)
     replay_with_changing_lengths(graph, step)
+
+
+@pytest.mark.parametrize("length", [39_999, 20_000, 100, 0])
+def test_a_large_cache_of_one_sequence(tma: KernelConfig, length: int) -> None:
+    step = make_step(lengths=[length], max_seq_len=40_000, num_kv_heads=8)
+    plan = gqa_cutlass.plan(*step.tensors(), cache_seqlens=step.seqlens)
+    assert plan.dispatch.config == tma and plan.dispatch.shape.cluster == 2
+    check(step, plan(*step.tensors(), step.seqlens))
 
 
 def test_results_repeat_to_the_bit() -> None:
@@ -235,25 +246,69 @@ def test_a_plan_runs_on_its_gpus_addresses_whatever_they_were_before() -> None:
             check(step, out)
 
 
+@pytest.mark.parametrize("captured", [False, True], ids=["stream", "graph"])
+@pytest.mark.parametrize(
+    ("capacity", "overlap"), [(1024, Overlap.WHOLE), (16384, Overlap.END)], ids=["whole", "end"]
+)
 @pytest.mark.parametrize("schedule", Schedule)
-def test_dependent_launches_wait_for_what_they_read(schedule: Schedule) -> None:
-    """Each call's output is the next one's queries, behind a kernel that takes its time."""
+def test_dependent_launches_wait_for_what_they_read(
+    schedule: Schedule, capacity: int, overlap: Overlap, captured: bool
+) -> None:
+    """Each call's output is the next one's query, key and value; it reads the row just appended."""
     kernel = default_config(Math.TENSOROP, DType.F16, 128, 4, 8, schedule)
     skip_unless_it_runs(kernel, "cuda")
-    step = make_step(lengths=[3000], max_seq_len=4096, append=False)
+    count = 20
+    lengths = torch.arange(700, 700 + count, dtype=torch.int32, device="cuda")
     results = []
     for dependent in (False, True):
+        step = make_step(lengths=[700], max_seq_len=capacity)
+        caches = step.k_cache, step.v_cache
+        outs = [step.q, *(torch.empty_like(step.q) for _ in range(count))]
+        calls = [
+            (last, *caches, last[:, :2], last[:, 2:4], lengths[i : i + 1], out)
+            for i, (last, out) in enumerate(pairwise(outs))
+        ]
+        *tensors, seqlens, out = calls[0]
         plan = gqa_cutlass.plan(
-            *step.tensors(), cache_seqlens=step.seqlens, dependent=dependent, out=step.out,
-            kernel=kernel,
-        )  # fmt: skip
-        q, out = step.q.clone(), torch.empty_like(step.q)
-        torch.cuda._sleep(5_000_000)
-        for _ in range(20):
-            plan(q, step.k_cache, step.v_cache, None, None, step.seqlens, out)
-            q, out = out, q
-        results.append(q.clone())
-    assert torch.equal(*results)
+            *tensors, cache_seqlens=seqlens, out=out, dependent=dependent, kernel=kernel
+        )
+        assert plan.dispatch.overlap == (overlap if dependent else Overlap.NONE)
+
+        def chain(plan: gqa_cutlass.Plan = plan, calls: list[Any] = calls) -> None:
+            for call in calls:
+                plan(*call)
+
+        if captured:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                chain()
+            graph.replay()
+        else:
+            torch.cuda._sleep(5_000_000)  # so that calls queue up
+            chain()
+        results.append([*outs, *(cache[:, : 700 + count] for cache in caches)])
+    for plain, other in zip(*results, strict=True):
+        assert torch.equal(plain, other)
+
+
+def test_a_dependent_launch_waits_for_every_stream_that_its_own_waits_for() -> None:
+    """Two things come before it: a kernel of its stream, and one of another stream."""
+    step = make_step(lengths=[700], max_seq_len=1024)
+    plan = gqa_cutlass.plan(*step.tensors(), cache_seqlens=step.seqlens, dependent=True)
+    right = plan(*step.tensors(), step.seqlens)
+    q, side = torch.zeros_like(step.q), torch.cuda.Stream()
+    k_cache = torch.zeros_like(step.k_cache)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(2_000_000)
+            k_cache.copy_(step.k_cache)
+        q.copy_(step.q)
+        torch.cuda.current_stream().wait_stream(side)
+        out = plan(q, k_cache, step.v_cache, step.k, step.v, step.seqlens)
+    graph.replay()
+    assert torch.equal(out, right)
 
 
 def test_one_kernel_launch_per_call() -> None:

@@ -19,9 +19,9 @@ from torch import Tensor
 import gqa_cutlass
 from gqa_cutlass import api, gqa_decode, planning, shortcuts, workspace
 from gqa_cutlass.codegen import ARCHES, KernelConfig
-from gqa_cutlass.dispatch import model_device
+from gqa_cutlass.dispatch import BALANCED_TOKENS, model_device
 from gqa_cutlass.errors import CacheOverflowError, InputError
-from gqa_cutlass.launcher import Device, LaunchShape, Params, TmaParams
+from gqa_cutlass.launcher import Device, LaunchShape, Overlap, Params, TmaParams
 from gqa_cutlass.tensormap import TensorMap
 from gqa_cutlass.workspace import OverflowFlag
 
@@ -452,9 +452,26 @@ def test_scale_of_another_type_finds_no_plan(notes: Notes) -> None:
 
 @pytest.mark.parametrize("dependent", [False, True])
 def test_a_dependent_launch_is_asked_for(notes: Notes, dependent: bool) -> None:
-    plan = gqa_cutlass.plan(**inputs_of(), cache_seqlens=3, dependent=dependent)
-    (shape,) = notes.shapes
+    tensors = inputs_of()
+    plan = gqa_cutlass.plan(**tensors, cache_seqlens=3, dependent=dependent)
+    plan(**tensors, cache_seqlens=3)
+    (shape,), (argument,) = notes.shapes, notes.launches
     assert shape.dependent == plan.dispatch.shape.dependent == dependent
+    assert notes.loaded[0].dependent == dependent
+    overlap = Overlap.WHOLE if dependent else Overlap.NONE
+    assert params_of(argument).overlap == plan.dispatch.overlap == overlap
+
+
+@pytest.mark.parametrize("call", [gqa_decode, gqa_cutlass.plan], ids=["gqa_decode", "plan"])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_splits_are_dealt_out_by_length_where_lengths_may_differ(
+    notes: Notes, call: Callable[..., object], ragged: bool
+) -> None:
+    tensors = inputs_of(max_seq_len=BALANCED_TOKENS, batch=33)
+    call(**tensors, cache_seqlens=torch.full((33,), 3, dtype=torch.int32), ragged=ragged)
+    call(**tensors, cache_seqlens=3, ragged=ragged)  # the host knows that all are equal
+    on_device, on_host = (shape.grid[1] for shape in notes.shapes)
+    assert (on_device > on_host) == ragged
 
 
 def test_tensor_maps_describe_the_caches(notes: Notes, encoded: list[TensorMap]) -> None:

@@ -46,15 +46,17 @@ static double cache_mib(gqa_problem const* problem) {
   return (double)(4 * tokens * problem->num_kv_heads * problem->head_dim) / 1048576.0;
 }
 
-// Tensor copies for few heads and small caches, where latency counts more than bandwidth.
+// Tensor copies for few heads; if caches are large, only of sequences that are as long.
 static int prefers_tma(gqa_problem const* problem, gqa_kernel const* tma) {
   gqa_model const* model = &gqa_dispatch_model;
+  int const whole_boxes = problem->head_dim % model->box_dims == 0;
+  double const limit = whole_boxes ? model->tma_mib : model->tma_mib_partial_boxes;
   double const mib = cache_mib(problem);
-  double const limit =
-      problem->head_dim % model->box_dims == 0 ? model->tma_mib : model->tma_mib_partial_boxes;
-  int const few = problem->num_kv_heads * problem->batch_size <= model->tma_heads;
+  int64_t const heads = problem->num_kv_heads * problem->batch_size;
   int const alone = problem->max_seq_len <= (int64_t)tma->block_n * tma->num_warps;
-  return few && mib <= limit && !alone;
+  int const equal = problem->batch_size == 1 || !problem->ragged;
+  if (mib <= limit) return heads <= model->tma_heads && !alone;
+  return whole_boxes && heads <= model->tma_large_heads && equal;
 }
 
 static gqa_kernel const* choose_kernel(gqa_problem const* problem, int32_t arch) {
@@ -63,12 +65,29 @@ static gqa_kernel const* choose_kernel(gqa_problem const* problem, int32_t arch)
   return find_kernel(problem, arch, 0);
 }
 
+// For large caches: a block for every multiprocessor.
+static gqa_splits fill_with_clusters(int64_t heads, int64_t tiles, gqa_kernel const* kernel,
+                                     gqa_target const* target) {
+  gqa_model const* model = &gqa_dispatch_model;
+  int const few = heads <= model->tma_few_heads;
+  int64_t const cluster = few ? model->max_cluster : model->tma_large_cluster;
+  int64_t const limit = tiles / (kernel->num_warps * cluster);
+  int64_t const clusters = most(1, least(target->num_sms / (heads * cluster), limit));
+  gqa_splits chosen;
+  chosen.splits = clusters * cluster;
+  chosen.cluster = cluster;
+  chosen.num_stages = few ? 1 : kernel->num_stages;
+  return chosen;
+}
+
 // As many blocks as keep memory busy and no more, in clusters; a second stage where warps walk
 // several tiles.
-static gqa_splits choose_clusters(gqa_problem const* problem, gqa_kernel const* kernel) {
+static gqa_splits choose_clusters(gqa_problem const* problem, gqa_kernel const* kernel,
+                                  gqa_target const* target) {
   gqa_model const* model = &gqa_dispatch_model;
   int64_t const heads = problem->num_kv_heads * kernel->head_blocks * problem->batch_size;
   int64_t const tiles = ceil_div(problem->max_seq_len, kernel->block_n);
+  if (cache_mib(problem) > model->tma_mib) return fill_with_clusters(heads, tiles, kernel, target);
   int64_t const wanted = most(2, ceil_div(model->tma_blocks, heads));
   int64_t const splits = power_of_two(least(wanted, ceil_div(tiles, kernel->num_warps)));
   int64_t const per_warp = ceil_div(tiles, splits * kernel->num_warps);
@@ -139,7 +158,7 @@ int gqa_choose(gqa_problem const* problem, gqa_target const* target, gqa_dispatc
   gqa_kernel const* kernel = choose_kernel(problem, target->arch);
   if (kernel == NULL) return 0;
   gqa_splits const splits =
-      kernel->tma ? choose_clusters(problem, kernel) : choose_splits(problem, kernel, target);
+      kernel->tma ? choose_clusters(problem, kernel, target) : choose_splits(problem, kernel, target);
   int64_t const spare = spare_rows(problem, kernel, target);
   int64_t const rows = splits.splits + spare;
   int64_t const partials = rows / splits.cluster;
@@ -154,7 +173,9 @@ int gqa_choose(gqa_problem const* problem, gqa_target const* target, gqa_dispatc
   chosen->shared_bytes = (uint32_t)kernel->shared_bytes[splits.num_stages - 1];
   chosen->num_splits = (int32_t)splits.splits;
   chosen->num_stages = splits.num_stages;
-  chosen->early = kernel->tma || (spare == 0 && cache_mib(problem) <= gqa_dispatch_model.early_mib);
+  gqa_model const* model = &gqa_dispatch_model;
+  double const early_mib = kernel->tma ? model->tma_mib : model->early_mib;
+  chosen->early = spare == 0 && cache_mib(problem) <= early_mib;
   chosen->num_tickets = partials > 1 ? columns * problem->batch_size * splits.cluster : 0;
   chosen->partial_floats = chosen->num_tickets * partials * kernel->partial_floats;
   return 1;

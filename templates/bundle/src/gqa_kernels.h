@@ -46,6 +46,9 @@ typedef struct gqa_model {
   double tma_mib_partial_boxes;
   int64_t tma_heads;
   int64_t tma_blocks;
+  int64_t tma_large_heads;
+  int64_t tma_large_cluster;
+  int64_t tma_few_heads;
   int64_t box_dims;
   int64_t max_cluster;
   double early_mib;

@@ -25,17 +25,18 @@ typedef struct gqa_params {
   int32_t max_seq_len;
   int32_t num_splits;
   int32_t num_stages;
+  int32_t overlap;  // always 0: these kernels start when the one before them is done
+  float scale_log2;
   void const* q;
   gqa_row_strides q_stride;
   void const* k_new;
   void const* v_new;
   gqa_row_strides k_new_stride;
   gqa_row_strides v_new_stride;
-  int32_t num_kv_heads;
-  float scale_log2;
   void* k_cache;
   void* v_cache;
   void* out;
+  int32_t num_kv_heads;
   gqa_cache_strides k_cache_stride;
   gqa_cache_strides v_cache_stride;
   gqa_row_strides out_stride;
@@ -43,7 +44,7 @@ typedef struct gqa_params {
   float* partials;
   uint32_t* tickets;
   int32_t* status;
-  unsigned char reserved[32];
+  unsigned char reserved[24];
 } gqa_params;
 
 // Of the schedule with tensor copies. Kernels want the maps at multiples of 64 bytes of the

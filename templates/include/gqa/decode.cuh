@@ -10,6 +10,7 @@
 #include "append.cuh"
 #include "load.cuh"
 #include "merge.cuh"
+#include "overlap.cuh"
 #include "params.cuh"
 #include "score.cuh"
 #include "softmax.cuh"
@@ -69,12 +70,17 @@ CUTE_DEVICE void decode(Params const& p) {
   extern __shared__ __align__(16) unsigned char storage[];
   auto& shared = *reinterpret_cast<SharedStorage<T>*>(storage);
   int const warp = threadIdx.x / kWarpSize;
-  follow_previous_kernel();
+  int const first_tile = blockIdx.y * T::kNumWarps + warp;
+  TileRing<T> ring(p, shared.warp[warp], first_tile);
+  if constexpr (T::kDependent) {
+    follow_previous_kernel(p.overlap, [&] { ring.prefetch(p, first_tile); });
+  }
   int const length = Work<T>::read_length(p);
-  TileRing<T> ring(p, shared.warp[warp], blockIdx.y * T::kNumWarps + warp);
+  ring.start(p, first_tile);
   Work<T> const w(p, length);
   if (w.split >= w.num_splits) return ring.drain();
   attend(p, w, shared, ring);
+  if (T::kDependent && p.overlap == Overlap::kEnd) start_next_kernel();
   __syncthreads();
   merge(p, w, shared);
   report_overflow(p, w);

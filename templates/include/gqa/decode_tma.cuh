@@ -11,6 +11,7 @@
 
 #include "append.cuh"
 #include "attend_once.cuh"
+#include "overlap.cuh"
 #include "value.cuh"
 
 namespace gqa {
@@ -79,10 +80,15 @@ CUTE_DEVICE void decode_tma(TmaParams const& p) {
   extern __shared__ __align__(1024) unsigned char storage[];
   auto& shared = *reinterpret_cast<ClusterStorage<T>*>(storage);
   int const warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarpSize, 0);  // known to be uniform
-  follow_previous_kernel();
-  int const length = Work<T>::read_length(p.decode);
   int const first_tile = blockIdx.y * T::kNumWarps + warp;
+  int length;
+  if constexpr (!T::kDependent) length = Work<T>::read_length(p.decode);  // as early as it may
   TmaRing<T> ring(p, shared, warp, first_tile);
+  if constexpr (T::kDependent) {
+    follow_previous_kernel(p.decode.overlap, [&] { ring.prefetch(first_tile); });
+    length = Work<T>::read_length(p.decode);
+  }
+  ring.start(first_tile);
   ClusterWork<T> const w(p.decode, length);
   Scorer<T> const score(p.decode, w);
   if (w.split >= w.num_splits) return ring.drain();
@@ -107,6 +113,7 @@ CUTE_DEVICE void decode_tma(TmaParams const& p) {
   } else {
     attend_many(p, w, shared, ring, score, exchange);
   }
+  if (T::kDependent && p.decode.overlap == Overlap::kEnd) start_next_kernel();
   exchange.receive(p.decode, score);
   report_overflow(p.decode, w);
 }

@@ -36,6 +36,15 @@ struct RowSource {
         stride(strides.token),
         policy(evict_first_policy()) {}
 
+  // Brings the rows of a tile before `end` to L2. All lanes take part.
+  CUTE_DEVICE void prefetch_tile(int tile, int end) const {
+    constexpr int kRowBytes = T::kHeadDim * int(sizeof(typename T::Element));
+    int const token = tile * T::kBlockN + int(threadIdx.x) % kWarpSize;
+    if (token < (tile + 1) * T::kBlockN && token < end) {
+      prefetch_to_l2(cache + token * stride, kRowBytes);
+    }
+  }
+
   // Copies a tile: rows before `end`, and zeros behind them. All lanes take part.
   //
   // Every instruction of the warp copies whole rows, as many as fit into it, and the last lanes
@@ -71,16 +80,28 @@ class TileRing {
  public:
   using Element = typename T::Element;
 
-  // Asks for the first tile before the length of the sequence is known, if the launch allows it:
-  // the latency of memory is most of a short decode step. Rows past the sequence's end are then
-  // read as the cache has them.
   CUTE_DEVICE TileRing(Params const& p, unsigned char* storage, int first_tile)
       : keys_(p.k_cache, p.k_cache_stride, blockIdx.z),
         values_(p.v_cache, p.v_cache_stride, blockIdx.z),
         slots_(reinterpret_cast<Element*>(storage)),
         early_(first_tile * T::kBlockN < p.seqlen) {
-    if (early_) load_both(first_tile, p.seqlen, 0);
     if constexpr (T::kHeadDim != T::kHeadDimPadded) clear_padding();
+  }
+
+  // Brings the first tile to L2, before it may be read, if the launch allows to ask for it early.
+  CUTE_DEVICE void prefetch(Params const& p, int first_tile) const {
+    if constexpr (T::kVecWidth * sizeof(Element) == 16) {
+      if (!early_) return;
+      keys_.prefetch_tile(first_tile, p.seqlen);
+      values_.prefetch_tile(first_tile, p.seqlen);
+    }
+  }
+
+  // Asks for the first tile before the length of the sequence is known, if the launch allows it:
+  // the latency of memory is most of a short decode step. Rows past the sequence's end are then
+  // read as the cache has them.
+  CUTE_DEVICE void start(Params const& p, int first_tile) {
+    if (early_) load_both(first_tile, p.seqlen, 0);
   }
 
   // Asks for the other tiles that have a slot.

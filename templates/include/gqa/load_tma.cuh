@@ -22,12 +22,13 @@ class TmaRing {
  public:
   using Element = typename T::Element;
 
-  // Initialises the barriers and asks for the first tile, if there may be one, before the length of
-  // the sequence is known: the latency of memory is most of a short decode step.
+  // Initialises the barriers.
   CUTE_DEVICE TmaRing(TmaParams const& p, ClusterStorage<T>& shared, int warp, int first_tile)
-      : params_(p), shared_(shared), warp_(warp), leader_(threadIdx.x % kWarpSize == 0) {
-    int const limit = p.decode.seqlens != nullptr ? p.decode.max_seq_len : p.decode.seqlen;
-    early_ = first_tile * T::kBlockN < limit;
+      : params_(p),
+        shared_(shared),
+        warp_(warp),
+        leader_(threadIdx.x % kWarpSize == 0),
+        early_(first_tile * T::kBlockN < p.decode.seqlen) {
     if (leader_) {
       CUTE_NO_UNROLL
       for (int stage = 0; stage < p.decode.num_stages; ++stage) {
@@ -37,6 +38,18 @@ class TmaRing {
       barrier_init_fence();
     }
     __syncwarp();
+  }
+
+  // Brings the first tile to L2, before it may be read, if the launch allows to ask for it early.
+  CUTE_DEVICE void prefetch(int first_tile) const {
+    if (!early_ || !leader_) return;
+    prefetch(params_.keys, first_tile);
+    prefetch(params_.values, first_tile);
+  }
+
+  // Asks for the first tile before the length of the sequence is known, if the launch allows it:
+  // the latency of memory is most of a short decode step.
+  CUTE_DEVICE void start(int first_tile) {
     if (early_) load_both(first_tile, 0);
   }
 
@@ -112,11 +125,25 @@ class TmaRing {
     }
   }
 
+  CUTE_DEVICE static void prefetch(TensorMap const& map, int tile) {
+    int const head = blockIdx.x / T::kHeadBlocks;
+    if constexpr (T::kHeadDim % T::kBoxDims == 0) {
+      using Prefetch = cute::SM90_TMA_LOAD_5D::PREFETCH;
+      Prefetch::copy(&map, 0, tile * T::kBlockN, 0, head, blockIdx.z);
+    } else {
+      using Prefetch = cute::SM90_TMA_LOAD_4D::PREFETCH;
+      CUTE_UNROLL
+      for (int box = 0; box < T::kBoxes; ++box) {
+        Prefetch::copy(&map, box * T::kBoxDims, tile * T::kBlockN, head, blockIdx.z);
+      }
+    }
+  }
+
   TmaParams const& params_;
   ClusterStorage<T>& shared_;
   int const warp_;
   bool const leader_;
-  bool early_;  // the first tile has been asked for before the length was known
+  bool const early_;  // the first tile has been asked for before the length was known
   int stage_ = 0;
   uint32_t parity_ = 0;
 };

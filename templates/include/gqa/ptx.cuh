@@ -53,13 +53,29 @@ CUTE_DEVICE uint32_t atomic_inc_acq_rel(uint32_t* counter, uint32_t last) {
   return ticket;
 }
 
-// With programmatic dependent launch, a kernel starts while the one before it in the stream
-// finishes: waits until that one is done and what it wrote can be read, then lets the next one
-// start. Without it, nothing. PTX ISA 9.7.13.13, griddepcontrol.
-CUTE_DEVICE void follow_previous_kernel() {
+// Programmatic dependent launch: a kernel may start while the one before it in the stream finishes.
+// Waits until that one is done and what it wrote can be read. PTX ISA 9.7.13.13, griddepcontrol.
+CUTE_DEVICE void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" : : : "memory");
+#endif
+}
+
+// Lets the next kernel start, if it is launched so, once all blocks have come here or ended.
+CUTE_DEVICE void start_next_kernel() {
+#if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" : : : "memory");
+#endif
+}
+
+// Starts bringing bytes to L2, a multiple of 16 at an address that is one. Whoever writes them
+// later is not disturbed: all writes go through L2. PTX ISA 9.7.9.25.5.3, cp.async.bulk.prefetch.
+CUTE_DEVICE void prefetch_to_l2(void const* source, int num_bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;"
+               :
+               : "l"(source), "r"(num_bytes)
+               : "memory");
 #endif
 }
 

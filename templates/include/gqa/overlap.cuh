@@ -1,0 +1,18 @@
+// Programmatic dependent launch: kernels that start before the one before them in the stream is
+// done.
+#pragma once
+
+#include "params.cuh"
+#include "ptx.cuh"
+
+namespace gqa {
+
+// What a kernel that starts early does before it reads anything. All blocks call it.
+template <class Prefetch>
+CUTE_DEVICE void follow_previous_kernel(Overlap overlap, Prefetch&& prefetch) {
+  if (overlap == Overlap::kWhole) prefetch();
+  wait_for_previous_kernel();
+  if (overlap == Overlap::kWhole) start_next_kernel();
+}
+
+}  // namespace gqa
