@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ptx_kernels import faults, refuses, run_ptx
+from ptx_kernels import Tensor, faults, refuses, run_ptx
 
 TILE = ".shared .align 128 .b8 tile[4096]; .shared .align 8 .b64 bars[4];"
 # %r9 and %rd9: 16 bytes per thread of the tile and of x.
@@ -268,6 +268,10 @@ def test_faults_of_copies(copy: str, essential: str) -> None:
         "mbarrier.init.shared.b64 [%r9];", "mbarrier.try_wait.bogus.shared.b64 %p1, [%r9], %r1;",
         "cp.async.bulk.shared::cluster.global.bulk_group [%r9], [%rd9], 16;",
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r9], [%rd9], 16;",
+        "cp.async.bulk.prefetch.L1.global [%rd9], 16;", "cp.async.bulk.prefetch.L2 [%rd9], 16;",
+        "cp.async.bulk.prefetch.L2.shared [%rd9], 16;", "cp.async.bulk.prefetch.L2.global [%rd9];",
+        "cp.async.bulk.prefetch.L2.global.L2::cache_hint [%rd9], 16;",
+        "cp.async.bulk.prefetch.L2.global [%rd9], 16, %rd1;",
     ],
 )  # fmt: skip
 def test_refuses_unknown_forms(statement: str) -> None:
@@ -644,3 +648,75 @@ def test_faults_of_bulk_copies_out(copy: str, essential: str) -> None:
             f"""setp.eq.u32 %p1, %t, 0; mov.u32 %r1, 1;
             @%p1 st.shared.v4.u32 [tile+1024], {{%r1, %r1, %r1, %r1}}; @%p1 {copy}"""
         )
+
+
+# cp.async.bulk.prefetch
+
+PREFETCH = "cp.async.bulk.prefetch.L2.global"
+
+
+@pytest.mark.parametrize(
+    "prefetch",
+    [
+        f"{PREFETCH} [%x], 512;",
+        f"{PREFETCH} [%x+496], 16;",
+        f"mov.u64 %rd7, 0; {PREFETCH}.L2::cache_hint [%x], 512, %rd7;",
+        f"mov.u32 %r5, 16; setp.lt.u32 %p6, %t, 32; @%p6 {PREFETCH} [%rd9], %r5;",
+    ],
+    ids=["whole", "end", "policy", "each lane"],
+)
+def test_a_prefetch_leaves_everything_as_it_is(prefetch: str) -> None:
+    """What a copy brings meanwhile, too."""
+    assert (run(f"{COPY} {prefetch} {DONE} {STORE}") == numbers()).all()
+
+
+@pytest.mark.parametrize(
+    ("read", "races"),
+    [(f"{PREFETCH} [%x], 128;", False), ("ld.global.u32 %r1, [%x];", True)],
+    ids=["prefetch", "load"],
+)
+def test_what_is_prefetched_may_be_written_meanwhile(read: str, races: bool) -> None:
+    body = f"""
+        setp.eq.u32 %p1, %b, 1; @%p1 bra OTHER; {read} ret; OTHER: st.global.u32 [%x_g+-128], 7;
+    """
+    x = np.zeros(32, np.uint32)
+    if races:
+        with faults("race in global memory"):
+            run_ptx(body, grid=2, x=x)
+    else:
+        run_ptx(body, grid=2, x=x)
+        assert (x == 7).all()
+
+
+@pytest.mark.parametrize(
+    ("prefetch", "essential"),
+    [
+        ("[%x], 8;", "8 bytes; allowed: positive multiples of 16"),
+        ("[%x], 0;", "0 bytes; allowed: positive multiples of 16"),
+        ("[%x+8], 16;", "global access not a multiple of 16 bytes; at byte 8 of x"),
+        ("[%x+16], 512;", "global access outside all tensors; 0 bytes past the end of x"),
+        ("[%x+-16], 32;", "global access outside all tensors; 16 bytes before x"),
+        ("[%rd5], 16;", "global access outside all tensors"),
+    ],
+    ids=["odd size", "no size", "alignment", "end", "start", "shared memory"],
+)
+def test_faults_of_prefetches(prefetch: str, essential: str) -> None:
+    with faults(essential, "block \\(0, 0, 0\\), warp 0, lane 9", f"`{PREFETCH}` at PTX line"):
+        run(
+            f"""mov.u64 %rd5, tile; cvta.shared.u64 %rd5, %rd5; setp.eq.u32 %p1, %t, 9;
+            @%p1 {PREFETCH} {prefetch}"""
+        )
+
+
+@pytest.mark.parametrize(
+    ("x", "essential"),
+    [
+        (np.zeros((4, 64), np.uint8)[:, :48], "outside all tensors; at byte 48 of x"),
+        (Tensor(np.zeros(64, np.uint8), readable=False), "not to be read; at byte 0 of x"),
+        (Tensor(np.zeros(64, np.uint8), fresh=True), "never written before; at byte 0 of x"),
+    ],
+    ids=["gap between rows", "not readable", "never written"],
+)
+def test_only_what_may_be_read_may_be_prefetched(x: Any, essential: str) -> None:
+    with faults(essential, PREFETCH):
+        run_ptx(f"{PREFETCH} [%x], 64;", x=x)

@@ -23,7 +23,7 @@ from gqa_cutlass.codegen.render import include_dir
 from gqa_cutlass.dispatch import Dispatch, dispatch, model_device
 from gqa_cutlass.errors import KernelFault
 from gqa_cutlass.inputs import Problem
-from gqa_cutlass.launcher import Params, TmaParams
+from gqa_cutlass.launcher import Overlap, Params, TmaParams
 from gqa_cutlass.planning import FIELDS, _params, describe
 from gqa_cutlass.ptxsim.prepare import Program
 from gqa_cutlass.simulation import Checks, overreads, program_from, regions_of, run
@@ -50,18 +50,25 @@ class Case:
     append: bool = True
     schedule: Schedule = Schedule.MULTISTAGE
     stages: int | None = None  # of the launch, with tma
+    overlap: Overlap = Overlap.NONE
 
     @property
     def config(self) -> KernelConfig:
         return KernelConfig(
             math=self.math, dtype=DType.F16, head_dim=self.head_dim, group_size=self.group_size,
             vec_width=8, block_h=self.block_h, block_n=16, num_warps=self.num_warps,
-            num_stages=self.num_stages, schedule=self.schedule,
+            num_stages=self.num_stages, schedule=self.schedule, dependent=self.dependent,
         )  # fmt: skip
+
+    @property
+    def dependent(self) -> bool:
+        return self.overlap is not Overlap.NONE
 
     def dispatch(self, problem: Problem) -> Dispatch:
         """How the kernel is launched."""
-        chosen = dispatch(problem, model_device(ARCHES["sm_90a"]), self.splits, self.config)
+        device = model_device(ARCHES["sm_90a"])
+        chosen = dispatch(problem, device, self.splits, self.config, dependent=self.dependent)
+        chosen = replace(chosen, overlap=self.overlap)
         if self.stages is None:
             return chosen
         shape = replace(chosen.shape, shared_bytes=self.config.shared_bytes_with(self.stages))
@@ -108,6 +115,16 @@ CLUSTER_WALK = _tma(lengths=(300,), splits=2)
 TWO_OF_THREE_CLUSTERS = _tma(lengths=(250,), splits=6)
 IDLE_RANKS = _tma(lengths=(5,), splits=4, max_seq_len=250)
 ODD_BOXES = _tma(head_dim=40, lengths=(100,), splits=8)
+
+# Of launches that start before the one before them is done
+WHOLE_OVERLAP = Case(lengths=(20,), max_seq_len=24, overlap=Overlap.WHOLE)
+END_OVERLAP = Case(lengths=(20,), max_seq_len=24, overlap=Overlap.END)
+PADDED_OVERLAP = Case(
+    head_dim=40, lengths=(9,), max_seq_len=16, layout="padded", overlap=Overlap.WHOLE
+)
+CLUSTER_WHOLE_OVERLAP = _tma(lengths=(200,), splits=4, overlap=Overlap.WHOLE)
+CLUSTER_END_OVERLAP = _tma(lengths=(200,), splits=4, overlap=Overlap.END)
+ODD_BOXES_OVERLAP = _tma(head_dim=40, lengths=(100,), splits=8, overlap=Overlap.WHOLE)
 CASES = {name: case for name, case in globals().items() if isinstance(case, Case)}
 
 
@@ -382,8 +399,8 @@ MUTANTS = (
     Mutant(
         name="no barrier before warps merge",
         header="decode.cuh",
-        old="attend(p, w, shared, ring);\n  __syncthreads();",
-        new="attend(p, w, shared, ring);",
+        old="start_next_kernel();\n  __syncthreads();",
+        new="start_next_kernel();",
         fault=f"{_UNWRITTEN}.* at merge.cuh",
     ),
     Mutant(
@@ -973,7 +990,131 @@ TMA_MUTANTS = (
         case=CLUSTER,
     ),
 )
-MUTANTS += TMA_MUTANTS
+_TOO_SOON = "before griddepcontrol.wait: the kernel before this one may not be done"
+_FOLLOW = """\
+  if constexpr (T::kDependent) {
+    follow_previous_kernel(p.overlap, [&] { ring.prefetch(p, first_tile); });
+  }
+"""
+_LENGTH = "  int const length = Work<T>::read_length(p);\n"
+_FOLLOW_TMA = """\
+    follow_previous_kernel(p.decode.overlap, [&] { ring.prefetch(first_tile); });
+"""
+_LENGTH_TMA = "    length = Work<T>::read_length(p.decode);\n"
+_START, _START_TMA = "  ring.start(p, first_tile);\n", "  ring.start(first_tile);\n"
+_WAIT = "  wait_for_previous_kernel();\n"
+
+DEPENDENT_MUTANTS = (
+    # Before the wait
+    Mutant(
+        name="the length read before the wait",
+        header="decode.cuh",
+        old=_FOLLOW + _LENGTH,
+        new=_LENGTH + _FOLLOW,
+        fault=f"global memory is read {_TOO_SOON}; at byte 0 of seqlens.* at work.cuh",
+        case=WHOLE_OVERLAP,
+    ),
+    Mutant(
+        name="the length read before the wait of a cluster",
+        header="decode_tma.cuh",
+        old=_FOLLOW_TMA + _LENGTH_TMA,
+        new=_LENGTH_TMA + _FOLLOW_TMA,
+        fault=f"global memory is read {_TOO_SOON}; at byte 0 of seqlens.* at work.cuh",
+        case=CLUSTER_WHOLE_OVERLAP,
+    ),
+    Mutant(
+        name="the first tile asked for before the wait",
+        header="decode.cuh",
+        old=_FOLLOW + _LENGTH + _START,
+        new=_START + _FOLLOW + _LENGTH,
+        fault=f"global memory is read {_TOO_SOON}; at byte 0 of k_cache.* in `cp.async.c",
+        case=END_OVERLAP,
+    ),
+    Mutant(
+        name="the first tile asked for before the wait by a copy",
+        header="decode_tma.cuh",
+        old=f"{_FOLLOW_TMA}{_LENGTH_TMA}  }}\n{_START_TMA}",
+        new=f"{_START_TMA}{_FOLLOW_TMA}{_LENGTH_TMA}  }}\n",
+        fault=f"global memory is read {_TOO_SOON}; at byte 0 of k_cache.* in `cp.async.bulk.tensor",
+        case=CLUSTER_END_OVERLAP,
+    ),
+    Mutant(
+        name="a tile brought to the block instead of to L2",
+        header="load.cuh",
+        old="      keys_.prefetch_tile(first_tile, p.seqlen);\n",
+        new="      keys_.copy_tile(first_tile, p.seqlen, key_slot(0));\n",
+        fault=f"global memory is read {_TOO_SOON}; at byte 0 of k_cache.* in `cp.async.c",
+        case=WHOLE_OVERLAP,
+    ),
+    Mutant(
+        name="waits only if it may start the next kernel at once",
+        header="overlap.cuh",
+        old=f"{_WAIT}  if (overlap == Overlap::kWhole) start_next_kernel();\n",
+        new=f"  if (overlap != Overlap::kWhole) return;\n{_WAIT}  start_next_kernel();\n",
+        fault=f"global memory is read {_TOO_SOON}; at byte 0 of seqlens",
+        case=END_OVERLAP,
+    ),
+    Mutant(
+        name="one warp waits for all of the block",
+        header="overlap.cuh",
+        old=_WAIT,
+        new="  if (threadIdx.x < 32) wait_for_previous_kernel();\n  __syncthreads();\n",
+        fault=f"global memory is read {_TOO_SOON}.* warp 1, lane 0",
+        case=CLUSTER_WHOLE_OVERLAP,
+    ),
+    # What is prefetched
+    Mutant(
+        name="rows past the end of the cache prefetched",
+        header="load.cuh",
+        old="if (token < (tile + 1) * T::kBlockN && token < end) {",
+        new="if (token < (tile + 1) * T::kBlockN) {",
+        fault="outside all tensors; 0 bytes past the end of k_cache.* in `cp.async.bulk.prefetch",
+        case=WHOLE_OVERLAP,
+    ),
+    Mutant(
+        name="padding behind the rows prefetched",
+        header="load.cuh",
+        old="kRowBytes = T::kHeadDim * int(",
+        new="kRowBytes = T::kHeadDimPadded * int(",
+        fault="outside all tensors; at byte 80 of k_cache.* in `cp.async.bulk.prefetch",
+        case=PADDED_OVERLAP,
+    ),
+    Mutant(
+        name="rows prefetched from one element further",
+        header="load.cuh",
+        old="prefetch_to_l2(cache + token * stride, kRowBytes);",
+        new="prefetch_to_l2(cache + token * stride + 1, kRowBytes);",
+        fault="global access not a multiple of 16 bytes.* in `cp.async.bulk.prefetch.L2",
+        case=PADDED_OVERLAP,
+    ),
+    Mutant(
+        name="bytes taken for elements",
+        header="load.cuh",
+        old="T::kHeadDim * int(sizeof(typename T::Element));",
+        new="T::kHeadDim;",
+        fault="cp.async.bulk: 40 bytes; allowed: positive multiples of 16",
+        case=PADDED_OVERLAP,
+    ),
+    Mutant(
+        name="a prefetch of another rank than the map's",
+        header="load_tma.cuh",
+        old="using Prefetch = cute::SM90_TMA_LOAD_5D::PREFETCH;\n"
+        "      Prefetch::copy(&map, 0, tile * T::kBlockN, 0, head, blockIdx.z);",
+        new="using Prefetch = cute::SM90_TMA_LOAD_4D::PREFETCH;\n"
+        "      Prefetch::copy(&map, 0, tile * T::kBlockN, head, blockIdx.z);",
+        fault="tensor map of 5 dimensions, and coordinates of 4",
+        case=CLUSTER_WHOLE_OVERLAP,
+    ),
+    Mutant(
+        name="a prefetch by boxes as if they were pieces of 8 bytes",
+        header="load_tma.cuh",
+        old="Prefetch::copy(&map, box * T::kBoxDims, tile",
+        new="Prefetch::copy(&map, box * T::kBoxDims + 4, tile",
+        fault="innermost coordinate 4, byte 8; .* in `cp.async.bulk.prefetch.tensor.4d",
+        case=ODD_BOXES_OVERLAP,
+    ),
+)
+MUTANTS += TMA_MUTANTS + DEPENDENT_MUTANTS
 
 
 @cache

@@ -52,6 +52,15 @@ def load(start: Indices, place: str = "tile", form: str = LOAD, tail: str = "") 
     return f"@%p1 {name} [{place}], [%map, {{{coordinates}}}], [bars]{tail};"
 
 
+PREFETCH = "cp.async.bulk.prefetch.tensor.{}d.L2.global"
+
+
+def prefetch(start: Indices, form: str = PREFETCH, tail: str = "") -> str:
+    """The prefetch of a box, by thread 0."""
+    coordinates = ", ".join(map(str, start))
+    return f"@%p1 {form.format(len(start))} [%map, {{{coordinates}}}]{tail};"
+
+
 def tensor(shape: Indices, dtype: type[np.generic] = np.uint16) -> NDArray[Any]:
     """A tensor at a multiple of 64 bytes, outermost dimension first, with no blank byte in it."""
     count = math.prod(shape) * np.dtype(dtype).itemsize
@@ -461,13 +470,20 @@ def test_destinations_that_do_not_fit(place: str, essential: str) -> None:
         (COPY.replace("%map,", "%x+64,"), "no tensor map there .tensor map: got 128 bytes that"),
         (COPY.replace("%map,", "%rd5,"), "tensor map in neither parameters nor global memory"),
         (COPY.replace("%map,", "%rd6,"), "outside all tensors"),
+        (prefetch([1, 2]), "innermost coordinate 1, byte 2; allowed: multiples of 16 bytes"),
+        (prefetch([0, 0, 0]), "tensor map of 2 dimensions, and coordinates of 3"),
+        (prefetch([0]), "tensor map of 2 dimensions, and coordinates of 1"),
+        (prefetch([16, 2]).replace("%map,", "%map+16,"), "tensor map not at a multiple of 64"),
+        (prefetch([16, 2]).replace("%map,", "%x+64,"), "no tensor map there"),
     ],
     ids=["barrier alignment", "no barrier", "barrier elsewhere", "target elsewhere", "coordinate",
          "negative coordinate", "rank too high", "rank too low", "beyond the map", "map alignment",
-         "no map", "map in shared memory", "map nowhere"],
+         "no map", "map in shared memory", "map nowhere", "prefetch, coordinate",
+         "prefetch, rank too high", "prefetch, rank too low", "prefetch, map alignment",
+         "prefetch, no map"],
 )  # fmt: skip
 def test_faults(statement: str, essential: str) -> None:
-    with faults(essential, "lane 0", "`cp.async.bulk.tensor"):
+    with faults(essential, "lane 0", f"in `{statement.split()[1]}` at"):
         run(X, MAP, f"mov.u64 %rd5, tile; cvta.shared.u64 %rd5, %rd5; mov.u64 %rd6, 0; {statement}")
 
 
@@ -498,15 +514,80 @@ def test_bytes_that_are_no_tensor_map(change: Any, essential: str) -> None:
     ],
     ids=["gap between rows", "end", "not readable", "never written", "stride"],
 )
-def test_only_what_is_in_a_tensor_may_be_read(x: Any, made: TensorMap, essential: str) -> None:
-    with faults(essential, "`cp.async.bulk.tensor"):
-        run(x, made, COPY)
+@pytest.mark.parametrize("statement", [COPY, prefetch([16, 2])], ids=["copy", "prefetch"])
+def test_only_what_is_in_a_tensor_may_be_read(
+    x: Any, made: TensorMap, essential: str, statement: str
+) -> None:
+    with faults(essential, f"in `{statement.split()[1]}` at"):
+        run(x, made, statement)
 
 
 def test_what_lies_outside_the_map_need_not_be_there() -> None:
     x = X[:5]
     made = map_of(x, [32, 5], 64)
     assert (copied(x, made, [48, 3]) == expected(x, made, [48, 3])).all()
+    run(x, made, prefetch([48, 3]))
+
+
+# What is prefetched
+
+
+@pytest.mark.parametrize("rank", SHAPES)
+def test_a_prefetch_of_any_rank_looks_and_does_not_touch(rank: int) -> None:
+    shape, box, start = SHAPES[rank]
+    x = tensor(shape)
+    before = x.copy()
+    made = map_of(x, [32, *box[1:]], 64)
+    assert (run(x, made, f"{prefetch(start)} bar.sync 0; {DUMP}") == BLANK).all()
+    assert (x == before).all()
+    with faults("not to be read", f"`cp.async.bulk.prefetch.tensor.{rank}d.L2.global` at"):
+        run(Tensor(x, readable=False), made, prefetch(start))
+
+
+@pytest.mark.parametrize(
+    ("form", "tail"),
+    [(f"{PREFETCH}.tile", ""), (f"{PREFETCH}.L2::cache_hint", ", %rd7"),
+     (f"{PREFETCH}.tile.L2::cache_hint", ", %rd7")],
+    ids=["tile", "policy", "both"],
+)  # fmt: skip
+def test_forms_of_prefetches(form: str, tail: str) -> None:
+    run(X, MAP, f"mov.u64 %rd7, 0; {prefetch([16, 2], form, tail)}")
+    with faults("tensor map of 2 dimensions"):
+        run(X, MAP, f"mov.u64 %rd7, 0; {prefetch([0], form, tail)}")
+
+
+@pytest.mark.parametrize(("there", "fine"), [(61, True), (60, False)])
+def test_a_prefetch_ends_with_the_tensor(there: int, fine: bool) -> None:
+    """Within 16 bytes, behind which nothing need be."""
+    x = tensor([4, 9, 64])
+    made = map_of(x[:, :, :61], [32, 4, 2], 64)
+    if fine:
+        run(x[:, :, :there], made, prefetch([40, 7, 3]))
+    else:
+        with faults("outside all tensors"):
+            run(x[:, :, :there], made, prefetch([40, 7, 3]))
+
+
+def test_each_lane_prefetches_a_box_of_its_own() -> None:
+    """From coordinates in registers, of which those of lane 30 lead to what is not there."""
+    x = tensor([32, 64])
+    body = f"""
+        setp.lt.u32 %p1, %t, 32; sub.u32 %r10, 31, %t; mov.u32 %r11, 0;
+        {prefetch(["%r11", "%r10"])}
+    """
+    run(x, map_of(x, [64, 1]), body)
+    with faults("outside all tensors; 128 bytes before x", "warp 0, lane 30"):
+        run(x[2:], map_of(x, [64, 1]), f"{body.replace('%t, 32;', '%t, 31;')}")
+
+
+def test_what_another_block_writes_may_be_prefetched() -> None:
+    x = X.copy()
+    body = f"""
+        setp.eq.u32 %p4, %b, 1; @%p4 bra OTHER; {prefetch([16, 2])} ret;
+        OTHER: @%p1 st.global.u32 [%x+288], 7;
+    """
+    run(x, map_of(x, [32, 5], 64), body, grid=2)
+    assert x.reshape(-1).view(np.uint32)[72] == 7
 
 
 @pytest.mark.parametrize(
@@ -520,7 +601,12 @@ def test_what_lies_outside_the_map_need_not_be_there() -> None:
         COPY.replace("shared::cluster", "shared"), COPY.replace("mbarrier::complete_tx::bytes", ""),
         COPY.replace(", [bars]", ""), COPY.replace("[tile]", "[tile, {0}]"),
         "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%map, {%r1, %r2}], [tile];",
-        "cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%map, {%r1, %r2}];",
+        prefetch([0, 0]).replace("2d", "1d"), prefetch([0, 0]).replace(".L2", ".L1"),
+        prefetch([0, 0]).replace("global", "global.im2col"),
+        prefetch([0, 0]).replace("global", "global.tile::gather4"),
+        prefetch([0, 0]).replace("global", "shared"), prefetch([0, 0], tail=", %rd1"),
+        prefetch([0, 0], f"{PREFETCH}.L2::cache_hint"), prefetch([]).replace(", {}", ""),
+        "cp.async.bulk.prefetch.tensor.2d.L2.global %rd1;",
         "cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.bulk_group [%map, {%r1, %r2}], "
         "[tile];",
         "fence.proxy.tensormap::generic.acquire.gpu [%map], 128;", "fence.proxy.tensormap;",
@@ -534,9 +620,10 @@ def test_refuses_unknown_forms(statement: str) -> None:
 
 
 def test_bytes_and_sectors_are_counted() -> None:
-    """A box of 5 rows of 64 bytes, of which one lies outside."""
+    """A box of 5 rows of 64 bytes, of which one lies outside. Its prefetch is none."""
     arguments = {"x": X, "map": MAP.to_bytes()}
-    body = f"{PLACES} bar.sync 0; {EXPECT.format(SIZE)} {load([16, -1])} {WAIT}"
+    copy = f"{EXPECT.format(SIZE)} {load([16, -1])} {WAIT}"
+    body = f"{PLACES} bar.sync 0; {prefetch([16, -1])} {copy}"
     program = Program(parse(module(body, TILE, **arguments), "k"))
     stats = Stats(len(program.code))
     params, regions = parameters(**arguments)
@@ -623,6 +710,7 @@ __device__ unsigned shared_address(const void* p) {
 extern "C" __global__ void __launch_bounds__(128) k(const __grid_constant__ Params params) {
   __shared__ unsigned long long bar;
   const unsigned at = shared_address(&bar);
+  asm volatile("griddepcontrol.wait;" ::: "memory");
   if (threadIdx.x < 32) {
     unsigned elected;
     asm volatile("{.reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p;}"
@@ -634,7 +722,6 @@ extern "C" __global__ void __launch_bounds__(128) k(const __grid_constant__ Para
       asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
       asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;"
                    ::"r"(at), "r"(params.bytes) : "memory");
-      asm volatile("griddepcontrol.wait;" ::: "memory");
       asm volatile(
           "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
           ".L2::cache_hint [%0], [%1, {%2, %3, %4, %5}], [%6], %7;"

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from cases import make_step
+from cases import Step, make_step
 from helpers import call_tensors, check, run
+from torch import Tensor
 
 import gqa_cutlass
 from gqa_cutlass import api
 from gqa_cutlass.codegen import DType, KernelConfig, Math, Schedule, default_config
 from gqa_cutlass.codegen.compile import compile_kernel
+from gqa_cutlass.dispatch import dispatch
 from gqa_cutlass.errors import InputError, KernelMissingError, PtxError
+from gqa_cutlass.launcher import Overlap
 from gqa_cutlass.simulation import CpuPlan, program_from, program_of
 from gqa_cutlass.store import Store
 
@@ -146,6 +150,45 @@ def test_a_plan_and_a_call_agree_to_the_bit() -> None:
     first = plan(*steps[0].tensors(), steps[0].seqlens)
     assert torch.equal(first, run(steps[1]))
     assert plan.dispatch.config.name in str(gqa_cutlass.explain(*steps[0].tensors()))
+
+
+@pytest.fixture(params=[Overlap.WHOLE, Overlap.END], ids=["whole", "end"])
+def overlap(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Overlap]:
+    """When dependent launches of small caches let the next one start."""
+    if request.param is Overlap.END:
+        monkeypatch.setattr("gqa_cutlass.dispatch.WHOLE_OVERLAP_MIB", 0)
+    dispatch.cache_clear()
+    yield request.param
+    dispatch.cache_clear()
+
+
+@pytest.mark.parametrize("by_value", [False, True], ids=["lengths on the device", "int"])
+@pytest.mark.parametrize(
+    ("tokens", "head_dim", "schedule"),
+    [
+        (128, 128, Schedule.MULTISTAGE),
+        (100, 64, Schedule.MULTISTAGE),
+        (1024, 128, Schedule.TMA),
+        (1000, 96, Schedule.TMA),
+    ],
+)
+def test_a_dependent_launch_gives_the_same_bits(
+    tokens: int, head_dim: int, schedule: Schedule, by_value: bool, overlap: Overlap
+) -> None:
+    def decode(dependent: bool) -> tuple[gqa_cutlass.Plan, Step, Tensor]:
+        step = make_step(lengths=[tokens - 5], max_seq_len=tokens, head_dim=head_dim, device="cpu")
+        lengths = step.lengths[0] if by_value else step.seqlens
+        plan = gqa_cutlass.plan(*step.tensors(), cache_seqlens=lengths, dependent=dependent)
+        return plan, step, plan(*step.tensors(), lengths)
+
+    _, plain, expected = decode(dependent=False)
+    plan, step, out = decode(dependent=True)
+    chosen = plan.dispatch
+    assert (chosen.overlap, chosen.config.schedule) == (overlap, schedule)
+    assert chosen.config.name.endswith("_pdl")
+    check(step, out)
+    for a, b in ((out, expected), (step.k_cache, plain.k_cache), (step.v_cache, plain.v_cache)):
+        assert torch.equal(a.view(torch.int16), b.view(torch.int16))
 
 
 def test_dispatch_is_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

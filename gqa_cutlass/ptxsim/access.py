@@ -154,7 +154,11 @@ def note_global(
     """Enter accesses to global memory into the ledger and the statistics.
 
     With `overread` not where a region allows reading what is written meanwhile.
+
+    Raises:
+        KernelFault: A lane should have waited for the kernel before this one.
     """
+    machine.predecessor.check(lanes, addresses, write)
     context = machine.context
     if context.ledger is not None:
         kept = ~context.memory.overread(addresses) if overread else slice(None)

@@ -1,6 +1,7 @@
 """cp.async.bulk, not its tensor forms (PTX ISA 9.7.9.25.4).
 
 Copies into shared memory complete on an mbarrier; copies out of it are done when they are issued.
+Prefetches to L2 copy nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gqa_cutlass.ptxsim.access import note_global
-from gqa_cutlass.ptxsim.landing import BARRIER_BYTES, COMPLETES, aligned, keys, land, read_global
+from gqa_cutlass.ptxsim.landing import (
+    BARRIER_BYTES,
+    COMPLETES,
+    aligned,
+    check_global,
+    keys,
+    land,
+    read_global,
+)
 from gqa_cutlass.ptxsim.mbarrier import Ints, Key
 from gqa_cutlass.ptxsim.memory import WINDOW_BYTES, AccessError
 from gqa_cutlass.ptxsim.operands import pointer
@@ -64,6 +73,27 @@ def build_bulk(instruction: Instruction, slots: Slots) -> Action:
             land(machine, np.full(len(where), lane), goal[0], where, data, key, source)
 
     return Action(step=step, shared_width=_UNIT)
+
+
+def build_bulk_prefetch(instruction: Instruction, slots: Slots) -> Action:
+    """`cp.async.bulk.prefetch`: no effect, but what it asks for must be there."""
+    words = list(instruction.opcode[4:])
+    hint = words[-1] == "L2::cache_hint"
+    if words[: len(words) - hint] != ["L2", "global"]:
+        raise unknown(instruction)
+    if len(instruction.operands) != 2 + hint:
+        raise unknown(instruction, "number of operands")
+    origin = pointer(instruction.operands[0], slots, instruction)
+    size = slots.source(instruction.operands[1], 32, instruction)
+
+    def step(machine: Machine, group: Group) -> None:
+        sizes = machine.value(size, group).tolist()
+        origins = origin.addresses(machine, group).tolist()
+        for i, lane in enumerate(group.lanes.tolist()):
+            where = origins[i] + _units(machine, lane, sizes[i])
+            check_global(machine, lane, where, _UNIT)
+
+    return Action(step=step)
 
 
 def _build_copy_out(instruction: Instruction, slots: Slots) -> Action:

@@ -11,16 +11,17 @@ from gqa_cutlass.errors import PtxError
 from gqa_cutlass.ptxsim.access import build_atom, build_cvta, build_ld, build_st, resize
 from gqa_cutlass.ptxsim.arith import lookup
 from gqa_cutlass.ptxsim.bits import Arithmetic
-from gqa_cutlass.ptxsim.bulk import build_bulk
+from gqa_cutlass.ptxsim.bulk import build_bulk, build_bulk_prefetch
 from gqa_cutlass.ptxsim.cluster import build_cluster_barrier, build_getctarank, build_mapa
 from gqa_cutlass.ptxsim.copies import build_cp_async
+from gqa_cutlass.ptxsim.dependent import build_griddepcontrol
 from gqa_cutlass.ptxsim.mbarrier import build_mbarrier
 from gqa_cutlass.ptxsim.operands import items
 from gqa_cutlass.ptxsim.program import UNSIGNED, Action, Slots, unknown
 from gqa_cutlass.ptxsim.store_async import build_st_async
 from gqa_cutlass.ptxsim.sync import build_bar, build_fence
 from gqa_cutlass.ptxsim.syntax import Instruction, Not, Operand, Pair, Reg, Vector
-from gqa_cutlass.ptxsim.tensor import build_tensor
+from gqa_cutlass.ptxsim.tensor import build_tensor, build_tensor_prefetch
 from gqa_cutlass.ptxsim.warp import (
     build_activemask,
     build_elect,
@@ -220,7 +221,7 @@ BUILDERS: dict[str, Builder] = {
     "mbarrier": build_mbarrier,
     "mapa": build_mapa,
     "getctarank": build_getctarank,
-    "griddepcontrol": _nothing,
+    "griddepcontrol": build_griddepcontrol,
     "nanosleep": _nothing,
     "prefetch": _nothing,
     "prefetchu": _nothing,
@@ -231,6 +232,8 @@ BUILDERS: dict[str, Builder] = {
 
 
 _PREFIXES: list[tuple[tuple[str, ...], Builder]] = [
+    (("cp", "async", "bulk", "prefetch", "tensor"), build_tensor_prefetch),
+    (("cp", "async", "bulk", "prefetch"), build_bulk_prefetch),
     (("cp", "async", "bulk", "tensor"), build_tensor),
     (("cp", "async", "bulk"), build_bulk),
     (("cp", "async"), build_cp_async),

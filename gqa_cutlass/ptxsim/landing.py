@@ -71,6 +71,17 @@ def read_global(
     return np.ascontiguousarray(data).view(np.uint8).reshape(len(where), size)
 
 
+def check_global(machine: Machine, lane: int, where: Ints, size: int) -> None:
+    """Refuse to prefetch what one lane may not read: `size` bytes at every address, [n].
+
+    Nothing is read, so nothing can race.
+    """
+    try:
+        machine.context.memory.check_read(where, size)
+    except AccessError as error:
+        raise machine.memory_fault(error, np.full(len(where), lane), "global") from None
+
+
 def land(
     machine: Machine,
     lanes: Ints,

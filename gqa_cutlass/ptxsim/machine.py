@@ -21,6 +21,7 @@ from gqa_cutlass.ptxsim.bits import Bits
 from gqa_cutlass.ptxsim.clocks import WARP, Clocks
 from gqa_cutlass.ptxsim.cluster import ClusterBarriers
 from gqa_cutlass.ptxsim.copies import Copies
+from gqa_cutlass.ptxsim.dependent import Predecessor
 from gqa_cutlass.ptxsim.ledger import GlobalLedger
 from gqa_cutlass.ptxsim.mbarrier import MBarriers
 from gqa_cutlass.ptxsim.memory import CLUSTER_SHIFT, AccessError, GlobalMemory, SharedMemory
@@ -132,6 +133,7 @@ class Machine:
         self.local = np.zeros(0, dtype=np.uint8)
         if program.local_bytes:
             self.local = np.zeros(self.num_lanes * program.local_bytes, dtype=np.uint8)
+        self.predecessor = Predecessor(self, program.awaits_predecessor)
         self.copies = Copies(self)
         self.atomics = Atomics(self, context.cells)
         self.barriers = Barriers(self)

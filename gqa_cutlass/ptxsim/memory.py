@@ -207,6 +207,14 @@ class GlobalMemory:
 
         return cell
 
+    def check_read(self, addresses: Indices, size: int) -> None:
+        """Refuse what `load` of `size` bytes at every address would refuse.
+
+        Raises:
+            AccessError: Outside all tensors, or not readable.
+        """
+        self._split(addresses, size, _READ)
+
     def overread(self, addresses: Indices) -> NDArray[np.bool_]:
         """Which addresses tensor copies may read while they are written."""
         found = np.zeros(len(addresses), dtype=bool)

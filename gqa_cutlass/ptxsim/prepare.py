@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from gqa_cutlass.errors import KernelFault
 from gqa_cutlass.ptxsim.bits import Bits
 from gqa_cutlass.ptxsim.decode import build
+from gqa_cutlass.ptxsim.dependent import WAIT
 from gqa_cutlass.ptxsim.program import (
     UNSIGNED,
     Action,
@@ -81,6 +82,7 @@ class Program:
         ]
         inits = any(i.opcode[:2] == ("mbarrier", "init") for i in kernel.instructions)
         self.agents = _AGENTS if inits else 0  # of `Clocks`
+        self.awaits_predecessor = any(i.opcode == WAIT for i in kernel.instructions)
         widths = [c.action.shared_width for c in self.code if c.action.shared_width]
         self.granule = min([_NARROWEST, *widths])
 

@@ -1,5 +1,7 @@
 """cp.async.bulk.tensor from global to shared memory, by a tensor map (PTX ISA 9.7.9.25.5).
 
+Prefetches to L2 go by the same maps and coordinates, and copy nothing.
+
 What the ISA leaves open is as an H100 does it: rows of a box in shared memory start at multiples
 of the swizzle's span, the swizzle goes by the bits of the address in the block, and a box that
 starts within 16 bytes, or has another rank than the instruction, is an illegal instruction.
@@ -7,13 +9,23 @@ starts within 16 bytes, or has another rank than the instruction, is an illegal 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gqa_cutlass.errors import InputError
-from gqa_cutlass.ptxsim.landing import BARRIER_BYTES, COMPLETES, aligned, keys, land, read_global
+from gqa_cutlass.ptxsim.landing import (
+    BARRIER_BYTES,
+    COMPLETES,
+    aligned,
+    check_global,
+    keys,
+    land,
+    read_global,
+)
 from gqa_cutlass.ptxsim.mbarrier import Ints
 from gqa_cutlass.ptxsim.memory import (
     LOCAL_WINDOW,
@@ -21,9 +33,9 @@ from gqa_cutlass.ptxsim.memory import (
     SHARED_WINDOW,
     WINDOW_BYTES,
 )
-from gqa_cutlass.ptxsim.operands import pointer
+from gqa_cutlass.ptxsim.operands import Pointer, pointer
 from gqa_cutlass.ptxsim.program import Action, Slots, unknown
-from gqa_cutlass.ptxsim.syntax import Address, Instruction
+from gqa_cutlass.ptxsim.syntax import Address, Instruction, Operand
 from gqa_cutlass.tensormap import TENSOR_MAP_ALIGN, TENSOR_MAP_BYTES, UNIT_BYTES, TensorMap
 
 if TYPE_CHECKING:
@@ -34,37 +46,89 @@ _SPACES = {"shared::cluster": "cluster", "shared::cta": "shared"}
 _ROW_SHIFT, _PIECE_SHIFT = 7, 4  # of the address bits that a swizzle joins
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Boxes:
+    """The operand [map, {coordinates}].
+
+    Args:
+        table: Where the tensor map lies.
+        starts: Slots of the coordinates, innermost first.
+    """
+
+    table: Pointer
+    starts: list[int]
+
+    def of(self, machine: Machine, group: Group) -> Iterator[tuple[int, TensorMap, list[int]]]:
+        """Every lane of a group with its tensor map and its coordinates, which fit the map."""
+        addresses = self.table.addresses(machine, group).tolist()
+        values = [machine.value(s, group).view(np.int32) for s in self.starts]
+        coordinates = np.stack(values, axis=1).tolist()
+        for lane, address, start in zip(group.lanes.tolist(), addresses, coordinates, strict=True):
+            tensor = _tensor_map(machine, lane, address)
+            _check_start(machine, lane, tensor, start)
+            yield lane, tensor, start
+
+
 def build_tensor(instruction: Instruction, slots: Slots) -> Action:
     """`cp.async.bulk.tensor`, to shared memory."""
     dimensions, to, *rest = instruction.opcode[4:]
-    hint = rest[-1] == "L2::cache_hint"
-    rest = [word for word in rest[: len(rest) - hint] if word != "tile"]
+    rest, hint = _without_options(rest)
     if to not in _SPACES or rest != ["global", COMPLETES]:
         raise unknown(instruction)
-    to_operand, what, barrier_operand, *_ = instruction.operands
-    if len(instruction.operands) != 3 + hint or not isinstance(what, Address):
+    if len(instruction.operands) != 3 + hint:
         raise unknown(instruction, "operands")
-    if dimensions != f"{len(what.coordinates)}d" or not 1 <= len(what.coordinates) <= 5:
-        raise unknown(instruction, f"number of coordinates, {len(what.coordinates)},")
-    target = pointer(to_operand, slots, instruction)
-    barrier = pointer(barrier_operand, slots, instruction)
-    table = pointer(Address(what.base, what.offset), slots, instruction)
-    starts = [slots.source(c, 32, instruction) for c in what.coordinates]
+    boxes = _boxes(instruction.operands[1], dimensions, slots, instruction)
+    target, barrier = (pointer(instruction.operands[i], slots, instruction) for i in (0, 2))
 
     def step(machine: Machine, group: Group) -> None:
         goals, bars = keys(machine, group, target, _SPACES[to]), keys(machine, group, barrier)
-        addresses = table.addresses(machine, group).tolist()
-        coordinates = np.stack([machine.value(s, group).view(np.int32) for s in starts], axis=1)
-        for i, lane in enumerate(group.lanes.tolist()):
-            aligned(machine, lane, bars[i], BARRIER_BYTES, "mbarrier")
-            aligned(machine, lane, goals[i], _TARGET_ALIGN, "destination of a tensor copy")
-            tensor = _tensor_map(machine, lane, addresses[i])
-            data = _read(machine, lane, tensor, coordinates[i].tolist())
-            places = _swizzled(goals[i][1] + _places(tensor), tensor.swizzle)
+        for goal, bar, (lane, tensor, start) in zip(
+            goals, bars, boxes.of(machine, group), strict=True
+        ):
+            aligned(machine, lane, bar, BARRIER_BYTES, "mbarrier")
+            aligned(machine, lane, goal, _TARGET_ALIGN, "destination of a tensor copy")
+            data = _read(machine, lane, tensor, start)
+            places = _swizzled(goal[1] + _places(tensor), tensor.swizzle)
             source = machine.clocks.release_own(lane)
-            land(machine, np.full(len(places), lane), goals[i][0], places, data, bars[i], source)
+            land(machine, np.full(len(places), lane), goal[0], places, data, bar, source)
 
     return Action(step=step, shared_width=UNIT_BYTES)
+
+
+def build_tensor_prefetch(instruction: Instruction, slots: Slots) -> Action:
+    """`cp.async.bulk.prefetch.tensor`: reads the map; what that asks for must be there."""
+    dimensions, *rest = instruction.opcode[5:]
+    rest, hint = _without_options(rest)
+    if rest != ["L2", "global"]:
+        raise unknown(instruction)
+    if len(instruction.operands) != 1 + hint:
+        raise unknown(instruction, "operands")
+    boxes = _boxes(instruction.operands[0], dimensions, slots, instruction)
+
+    def step(machine: Machine, group: Group) -> None:
+        for lane, tensor, start in boxes.of(machine, group):
+            for piece in _pieces(*_sources(tensor, start)):
+                check_global(machine, lane, piece.where, piece.size)
+
+    return Action(step=step)
+
+
+def _without_options(words: list[str]) -> tuple[list[str], bool]:
+    """Modifiers without `tile`, which is the default, and whether a cache policy was the last."""
+    hint = words[-1] == "L2::cache_hint"
+    return [word for word in words[: len(words) - hint] if word != "tile"], hint
+
+
+def _boxes(operand: Operand, dimensions: str, slots: Slots, instruction: Instruction) -> _Boxes:
+    if not isinstance(operand, Address):
+        raise unknown(instruction, "operands")
+    count = len(operand.coordinates)
+    if dimensions != f"{count}d" or not 1 <= count <= 5:
+        raise unknown(instruction, f"number of coordinates, {count},")
+    return _Boxes(
+        table=pointer(Address(operand.base, operand.offset), slots, instruction),
+        starts=[slots.source(c, 32, instruction) for c in operand.coordinates],
+    )
 
 
 def _tensor_map(machine: Machine, lane: int, address: int) -> TensorMap:
@@ -88,8 +152,8 @@ def _tensor_map(machine: Machine, lane: int, address: int) -> TensorMap:
         raise machine.fault(f"no tensor map there ({error})", lane, address) from None
 
 
-def _read(machine: Machine, lane: int, tensor: TensorMap, start: list[int]) -> NDArray[np.uint64]:
-    """The box at these coordinates in units of 16 bytes, zeros where it is not in the tensor."""
+def _check_start(machine: Machine, lane: int, tensor: TensorMap, start: list[int]) -> None:
+    """Refuse coordinates that do not fit the tensor map."""
     first = start[0] * tensor.element_bytes
     if len(start) != tensor.rank:
         raise machine.fault(
@@ -101,18 +165,15 @@ def _read(machine: Machine, lane: int, tensor: TensorMap, start: list[int]) -> N
             f"{UNIT_BYTES} bytes",
             lane,
         )
+
+
+def _read(machine: Machine, lane: int, tensor: TensorMap, start: list[int]) -> NDArray[np.uint64]:
+    """The box at these coordinates in units of 16 bytes, zeros where it is not in the tensor."""
     where, inside = _sources(tensor, start)
     data = np.zeros((len(where), UNIT_BYTES), dtype=np.uint8)
-    whole = inside == UNIT_BYTES
-    if whole.any():
-        data[whole] = read_global(machine, lane, where[whole], UNIT_BYTES, overread=True)
-    ragged = (inside > 0) & ~whole
-    if ragged.any():
-        length = int(inside[ragged][0])  # the same wherever the innermost dimension ends
-        unit = min(length & -length, 8)
-        for at in range(0, length, unit):
-            piece = read_global(machine, lane, where[ragged] + at, unit, overread=True)
-            data[ragged, at : at + unit] = piece
+    for piece in _pieces(where, inside):
+        found = read_global(machine, lane, piece.where, piece.size, overread=True)
+        data[piece.units, piece.at : piece.at + piece.size] = found
     return data.view(np.uint64)
 
 
@@ -129,6 +190,36 @@ def _sources(tensor: TensorMap, start: list[int]) -> tuple[Ints, Ints]:
     column = start[0] * tensor.element_bytes + np.arange(0, tensor.inner_bytes, UNIT_BYTES)
     left = np.clip(tensor.sizes[0] * tensor.element_bytes - column, 0, UNIT_BYTES) * (column >= 0)
     return (rows[:, None] + column).reshape(-1), (fine[:, None] * left).reshape(-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Piece:
+    """Bytes of a box that are in the tensor, to be read at once.
+
+    Args:
+        units: [n], of which of the box's units.
+        at: Their first byte in the unit.
+        where: [n], their addresses in global memory.
+        size: How many of each.
+    """
+
+    units: Ints
+    at: int
+    where: Ints
+    size: int
+
+
+def _pieces(where: Ints, inside: Ints) -> Iterator[_Piece]:
+    """What of a box is in the tensor, from what `_sources` returns."""
+    whole = np.flatnonzero(inside == UNIT_BYTES)
+    if len(whole):
+        yield _Piece(units=whole, at=0, where=where[whole], size=UNIT_BYTES)
+    ragged = np.flatnonzero((inside > 0) & (inside < UNIT_BYTES))
+    if len(ragged):
+        length = int(inside[ragged[0]])  # the same wherever the innermost dimension ends
+        size = min(length & -length, 8)
+        for at in range(0, length, size):
+            yield _Piece(units=ragged, at=at, where=where[ragged] + at, size=size)
 
 
 def _places(tensor: TensorMap) -> Ints:
