@@ -29,8 +29,10 @@ _REMEDY = "pip install nvidia-cuda-nvrtc nvidia-cuda-runtime 'nvidia-cuda-cccl<1
 # CCCL expands its type lists up to this length by macros that NVRTC takes 0.5 s to read, in every
 # kernel; none of ours is that long, and longer ones still work.
 _OPTIONS = ("-std=c++17", "-default-device", "-D_CCCL_META_UNROLL_LIMIT=2")
-# For kernels that spill without: ptxas then prefers fewer registers to a better schedule.
+# For kernels that spill without: ptxas then prefers fewer registers to a better schedule; or
+# allocates them as for a single block, and may happen to need no more.
 _FRUGAL = "--ptxas-options=--register-usage-level=0"
+_BOUND, _ALONE = re.compile(r"(__launch_bounds__\(\d+), \d+\)"), r"\1, 1)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +65,16 @@ def compile_kernel(config: KernelConfig, arch: str) -> Compiled:
             f"arch: got {arch!r} for {config.name}; allowed: {', '.join(config.archs)}, and for "
             f"PTX {config.ptx_arch}"
         )
-    compiled = compile_source(render(config), config.name, arch)
-    if not compiled.spill_bytes:
-        return compiled
-    frugal = compile_source(render(config), config.name, arch, _FRUGAL)
-    return min(compiled, frugal, key=lambda c: c.spill_bytes)
+    source = render(config)
+    best = compile_source(source, config.name, arch)
+    alone = _BOUND.sub(_ALONE, source)
+    for text, options in ((source, (_FRUGAL,)), (alone, ())):
+        if not best.spill_bytes:
+            break
+        other = compile_source(text, config.name, arch, *options)
+        if other.registers <= config.max_registers:
+            best = min(best, other, key=lambda c: c.spill_bytes)
+    return best
 
 
 def compiles_for(config: KernelConfig, arch: str) -> bool:
@@ -154,7 +161,7 @@ def compiler_version() -> str:
 
 def options_digest_text(arch: str) -> str:
     """The compiler options that a cubin depends on, as text."""
-    return " ".join((arch, *_OPTIONS, _FRUGAL))
+    return " ".join((arch, *_OPTIONS, _FRUGAL, _ALONE))
 
 
 @contextmanager

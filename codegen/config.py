@@ -319,6 +319,11 @@ class KernelConfig:
         fewest = self.shared_bytes_with(1 if self.tma else self.num_stages)
         return max(1, min(by_registers, _blocks_by_shared(_LARGEST_SHARED_PER_SM, fewest)))
 
+    @property
+    def max_registers(self) -> int:
+        """Registers per thread with which so many blocks fit."""
+        return min(255, _REGISTERS_PER_SM // (self.num_threads * self.min_blocks))
+
     def blocks_per_sm(self, arch: Arch) -> int:
         """Blocks that one multiprocessor holds at a time, with all their stages."""
         by_threads = arch.max_threads_per_sm // self.num_threads

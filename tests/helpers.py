@@ -38,11 +38,6 @@ def compiled(config: KernelConfig, arch: str = "sm_90a") -> Compiled:
     return Store.default().get(config, arch, jit=True).compiled
 
 
-def registers_allowed(config: KernelConfig) -> int:
-    """Registers per thread when `min_blocks` blocks share the register file of a multiprocessor."""
-    return min(255, 65536 // (config.num_threads * config.min_blocks))
-
-
 def call_tensors(
     *,
     batch: int = 2,

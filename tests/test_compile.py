@@ -8,7 +8,7 @@ from itertools import product
 
 import pytest
 from cuda.bindings import nvrtc
-from helpers import by_name, compiled, registers_allowed
+from helpers import by_name, compiled
 
 from gqa_cutlass.codegen import (
     ARCHES,
@@ -67,38 +67,51 @@ SHIPPED = [c for c in shipped() if c.dtype is DType.F16 or c.block_h * c.head_di
 @pytest.mark.parametrize("config", by_name(SHIPPED))
 def test_shipped_kernel_compiles_without_spills(config: KernelConfig) -> None:
     result = compiled(config)
-    check_registers(result, registers_allowed(config))
+    check_registers(result, config.max_registers)
     assert config.name.encode() in result.code
 
 
 @pytest.mark.parametrize("arch", ARCHES)
 @pytest.mark.parametrize("config", by_name(SAMPLE))
 def test_every_architecture_compiles_without_spills(config: KernelConfig, arch: str) -> None:
-    check_registers(compiled(config, arch), registers_allowed(config))
+    check_registers(compiled(config, arch), config.max_registers)
 
 
 @pytest.mark.parametrize("config", by_name(NOT_SHIPPED))
 def test_kernels_outside_the_grid_compile_without_spills(config: KernelConfig) -> None:
     assert config not in shipped()
-    check_registers(compiled(config), registers_allowed(config))
+    check_registers(compiled(config), config.max_registers)
 
 
 @pytest.mark.parametrize(
-    ("spills", "kept", "calls"), [([0], 0, 1), ([12, 0], 0, 2), ([12, 4], 4, 2), ([4, 12], 4, 2)]
+    ("spills", "last_registers", "kept"),
+    [
+        ([0], 0, 0),
+        ([12, 0], 0, 0),
+        ([12, 4, 0], 128, 0),
+        ([12, 4, 0], 129, 4),  # too many for the blocks that are to share a multiprocessor
+        ([4, 12, 8], 128, 4),
+    ],
 )
-def test_a_kernel_that_spills_is_compiled_again_for_fewer_registers(
-    spills: list[int], kept: int, calls: int, monkeypatch: pytest.MonkeyPatch
+def test_a_kernel_that_spills_is_compiled_again(
+    spills: list[int], last_registers: int, kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options: list[tuple[str, ...]] = []
+    config = default_config(Math.SIMT, DType.F16, 128, 4, 4)
+    assert config.max_registers == 128
+    calls: list[tuple[bool, tuple[str, ...]]] = []
 
-    def compile_source(source: str, name: str, arch: str, *extra: str) -> Compiled:
-        options.append(extra)
-        spill_bytes = spills[len(options) - 1]
-        return Compiled(code=b"", registers=255, spill_bytes=spill_bytes, stack_bytes=0, seconds=0)
+    def compile_source(source: str, name: str, arch: str, *options: str) -> Compiled:
+        calls.append(("__launch_bounds__(256, 2)" in source, options))
+        registers = last_registers if len(calls) == 3 else 128
+        return Compiled(
+            code=b"", registers=registers, spill_bytes=spills[len(calls) - 1], stack_bytes=0,
+            seconds=0,
+        )  # fmt: skip
 
     monkeypatch.setattr(compiler, "compile_source", compile_source)
-    assert compile_kernel(shipped()[0], "sm_80").spill_bytes == kept
-    assert options == [(), ("--ptxas-options=--register-usage-level=0",)][:calls]
+    assert compile_kernel(config, "sm_80").spill_bytes == kept
+    frugal = ("--ptxas-options=--register-usage-level=0",)
+    assert calls == [(True, ()), (True, frugal), (False, ())][: len(spills)]
 
 
 @pytest.mark.parametrize(("config", "arch"), [
