@@ -321,8 +321,8 @@ class KernelConfig:
 
     @property
     def max_registers(self) -> int:
-        """Registers per thread with which so many blocks fit."""
-        return min(255, _REGISTERS_PER_SM // (self.num_threads * self.min_blocks))
+        """Registers per thread with which so many blocks fit; they are allocated by eights."""
+        return min(255, _REGISTERS_PER_SM // (self.num_threads * self.min_blocks) // 8 * 8)
 
     def blocks_per_sm(self, arch: Arch) -> int:
         """Blocks that one multiprocessor holds at a time, with all their stages."""

@@ -29,7 +29,7 @@ SHIPPED_GRID: tuple[tuple[Math, tuple[int, ...], tuple[int, ...], tuple[int, ...
     (Math.SIMT, HEAD_DIMS, (1,), (8, 2)),
     (Math.SIMT, (64, 128), (4,), (4, 2, 1)),
 )
-# (head dims, group sizes) of the kernels for short contexts on Hopper.
+# (head dims, group sizes) of the tma kernels: few heads, on Hopper.
 SHIPPED_TMA: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = (
     (HEAD_DIMS, (1, 2, 4, 8, 16)),
     ((128,), (3, 5, 6, 7)),

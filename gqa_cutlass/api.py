@@ -160,7 +160,8 @@ def plan(
             32 MiB): the kernel may start while the kernel before it in the stream finishes. It
             reads nothing before that one is done, but may fetch its first tiles to L2. Worth
             having where that kernel lets others start early, as this one does; after one that does
-            not, a call takes up to a microsecond longer.
+            not, a call takes up to a microsecond longer. It is a kernel of its own, which is
+            compiled on first use, or by name with `gqa-cutlass build`.
 
     Raises:
         GqaError: As for `gqa_decode`.
@@ -276,7 +277,8 @@ def warmup(
     """Compile and load kernels ahead of time, so that no call and no capture compiles anything.
 
     Args:
-        configs: Kernels, or decode steps as in `GQADecodeConfig` (contiguous tensors are assumed).
+        configs: Kernels, or decode steps as in `GQADecodeConfig` (contiguous tensors are assumed;
+            of dependent launches, give the kernel: `plan.dispatch.config`).
         dtype: Element type for the decode steps.
         device: The GPU to load them on, or "cpu" for ptxsim.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import gcd
+from math import gcd, prod
 
 from gqa_cutlass.codegen.config import (
     BOX_DIMS,
@@ -138,7 +138,8 @@ def dispatch(
     overlap, why_overlap = Overlap.NONE, ""
     if dependent:
         overlap, why_overlap = _choose_overlap(problem, device)
-        config = replace(config, dependent=overlap is not Overlap.NONE)
+        if overlap:
+            config = replace(config, dependent=True)
     if num_splits:
         splits = Splits(
             cluster=gcd(num_splits, MAX_CLUSTER) if config.tma else 1,
@@ -152,15 +153,14 @@ def dispatch(
         count, why = choose_splits(problem, config, device)
         splits = Splits(cluster=1, splits=count, num_stages=config.num_stages, why=why)
     spare = spare_rows(problem, config, device) if ragged and not num_splits else 0
-    heads = problem.num_kv_heads * config.head_blocks
+    grid = (problem.num_kv_heads * config.head_blocks, splits.splits + spare, problem.batch_size)
     shared_bytes = config.shared_bytes_with(splits.num_stages)
     if overlap:
-        alone = _shared_bytes_alone(heads * splits.splits * problem.batch_size, device)
-        shared_bytes = max(shared_bytes, alone)
+        shared_bytes = max(shared_bytes, _shared_bytes_alone(prod(grid), device))
     return Dispatch(
         config=config,
         shape=LaunchShape(
-            grid=(heads, splits.splits + spare, problem.batch_size),
+            grid=grid,
             block=config.num_threads,
             shared_bytes=shared_bytes,
             cluster=splits.cluster,

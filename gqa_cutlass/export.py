@@ -67,8 +67,8 @@ def plan_export(kernels: str | None, archs: Sequence[str]) -> Export:
     if not found:
         raise ConfigError(
             f"--kernels: got {kernels!r} for {', '.join(archs)}; allowed: kernels for these "
-            "architectures that dispatch chooses: tensorop, or simt with align1, in the tile shape "
-            "that `codegen.variants` gives them"
+            "architectures that dispatch chooses, of ordinary launches: tensorop, or simt with "
+            "align1, in the tile shape that `codegen.variants` gives them"
         )
     used = [ARCHES[a] for a in ARCHES if a in archs and any(a in k.archs for k in found)]
     return Export(kernels=tuple(found), archs=tuple(used))

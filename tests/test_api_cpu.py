@@ -25,7 +25,7 @@ from gqa_cutlass import (  # fmt: skip
     plan,
     warmup,
 )
-from gqa_cutlass.codegen import ARCHES, shipped
+from gqa_cutlass.codegen import ARCHES, KernelConfig, Schedule, shipped
 from gqa_cutlass.errors import DeviceError, GqaError, InputError, LaunchError
 from gqa_cutlass.tensormap import TensorMap
 
@@ -87,6 +87,24 @@ def test_the_storys_configuration_is_checked(field: str, value: Any, message: st
 def test_configuration_of_another_type_is_refused() -> None:
     with pytest.raises(InputError, match="config: got .*; allowed: a GQADecodeConfig"):
         gqa_attention_decode(**story_tensors(), config={"batch_size": 2})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("batch", "schedules"),
+    [(1, [Schedule.TMA]), (2, [Schedule.TMA, Schedule.MULTISTAGE])],
+    ids=["one", "ragged-or-not"],
+)
+def test_warmup_loads_what_a_step_may_take(
+    batch: int, schedules: list[Schedule], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[KernelConfig] = []
+    monkeypatch.setattr("gqa_cutlass.simulation.program_of", loaded.append)
+    step = GQADecodeConfig(
+        batch_size=batch, cache_len=0, num_q_heads=32, num_kv_heads=8, head_dim=128, scale=1.0,
+        max_seq_len=65536,
+    )  # fmt: skip
+    assert warmup([step, step], device="cpu") == loaded
+    assert [config.schedule for config in loaded] == schedules
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8, "float16"])

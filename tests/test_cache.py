@@ -437,6 +437,16 @@ def test_prompts_longer_than_the_cache_are_allowed_if_their_tokens_fit(device: s
         cache.prefill(k, v, [3, 5])
 
 
+def test_decode_says_whether_lengths_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[object] = []
+    monkeypatch.setattr(cache_module, "gqa_decode", lambda *_, ragged, **__: told.append(ragged))
+    cache = KVCache(1, 16, 2, 64, dtype=torch.float16, device="cpu")
+    q = torch.ones(1, 8, 64, dtype=torch.float16)
+    cache.decode(q)
+    cache.decode(q, ragged=False)
+    assert told == [True, False]
+
+
 def test_reorder_moves_only_what_changes_and_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
     cache = new_cache(5)
     filled(cache, [4, 6, 0, 2, 1])

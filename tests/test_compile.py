@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -45,6 +46,9 @@ NOT_SHIPPED = [
     default_config(Math.TENSOROP, DType.BF16, 248, 32, 8, Schedule.TMA),
     default_config(Math.SIMT, DType.BF16, 40, 12, 1),
     default_config(Math.SIMT, DType.F16, 256, 3, 1),
+    replace(default_config(Math.TENSOROP, DType.BF16, 256, 16, 8), dependent=True),
+    replace(default_config(Math.TENSOROP, DType.F16, 128, 4, 8, Schedule.TMA), dependent=True),
+    replace(default_config(Math.TENSOROP, DType.BF16, 256, 16, 8, Schedule.TMA), dependent=True),
 ]
 
 

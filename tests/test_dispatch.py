@@ -223,18 +223,32 @@ def test_a_kernel_chosen_by_hand_is_launched_as_a_dependent_too() -> None:
     assert chosen.config == replace(kernel, dependent=True)
 
 
-@pytest.mark.parametrize("problem", [p for p in PROBLEMS if p.cache_bytes <= 32 * 2**20], ids=str)
+@pytest.mark.parametrize("problem", [p for p in PROBLEMS if p.cache_bytes <= 32 * 2**20] + [
+    _problem(2, 4096), _problem(2, 8192, (16, 4, 128)), _problem(4, 8192, (8, 2, 128)),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_120a"])
 def test_dependent_launches_leave_the_next_one_no_room_to_crowd(
-    problem: Problem, arch: str
+    problem: Problem, ragged: bool, arch: str
 ) -> None:
     """As many blocks fit on a multiprocessor as it gets, unless two launches fit side by side."""
     device = model_device(ARCHES[arch])
-    shape = dispatch(problem, device, dependent=True).shape
-    blocks = math.prod(shape.grid)
-    fit = device.arch.shared_per_sm // (shape.shared_bytes + 1024)
-    assert shape.shared_bytes <= device.arch.shared_per_block
-    assert 2 * blocks <= device.num_sms or fit * device.num_sms < blocks + device.num_sms
+    chosen = dispatch(problem, device, ragged=ragged, dependent=True)
+    plain = dispatch(problem, device, ragged=ragged)
+    blocks = math.prod(chosen.shape.grid)
+    fit, fit_plain = (
+        device.num_sms * (device.arch.shared_per_sm // (d.shape.shared_bytes + 1024))
+        for d in (chosen, plain)
+    )
+    assert chosen.shape.shared_bytes <= device.arch.shared_per_block
+    assert 2 * blocks <= device.num_sms or fit < blocks + device.num_sms
+    assert fit >= blocks or fit == fit_plain
+
+
+def test_a_dependent_kernel_chosen_by_hand_is_kept() -> None:
+    kernel = replace(default_config(Math.TENSOROP, DType.F16, 128, 4, 8), dependent=True)
+    chosen = dispatch(_problem(1, 16384), H200, 0, kernel, dependent=True)
+    assert (chosen.config, chosen.overlap) == (kernel, Overlap.NONE)
 
 
 def test_clusters_start_where_one_blocks_warps_do_not_take_all_tokens_at_once() -> None:

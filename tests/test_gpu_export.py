@@ -65,7 +65,8 @@ SHAPES = {
     "cluster": Shape(2, 32, 8, 128, 1000, 4096, "bf16"),
     "odd group": Shape(1, 14, 2, 64, 500, 1024, "f16"),
     "partial boxes": Shape(3, 32, 32, 96, 100, 300, "f16"),
-    "splits": Shape(1, 32, 8, 128, 30000, 65536 + 32768, "f16"),
+    "splits": Shape(1, 32, 32, 96, 1900, 2000, "f16"),
+    "clusters of a large cache": Shape(1, 32, 8, 128, 30000, 65536 + 32768, "f16"),
     "empty cache": Shape(2, 32, 8, 128, 0, 256, "bf16"),
     "last position": Shape(2, 32, 8, 128, 4095, 4096, "f16"),
 }

@@ -179,6 +179,7 @@ def test_the_same_layout_is_planned_once_and_bound_anew(notes: Notes) -> None:
         dict(softmax_scale=1.0),
         dict(num_splits=1),
         dict(return_lse=True),
+        dict(ragged=False),
         dict(cache_seqlens=torch.zeros(2, dtype=torch.int32)),
         dict(q=torch.ones(2, 16, 64, dtype=torch.float16)),
         dict(k_cache=torch.ones(2, 16, 2, 72, dtype=torch.float16)[..., :64]),

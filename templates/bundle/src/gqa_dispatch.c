@@ -157,8 +157,8 @@ static int64_t spare_rows(gqa_problem const* problem, gqa_kernel const* kernel,
 int gqa_choose(gqa_problem const* problem, gqa_target const* target, gqa_dispatch* chosen) {
   gqa_kernel const* kernel = choose_kernel(problem, target->arch);
   if (kernel == NULL) return 0;
-  gqa_splits const splits =
-      kernel->tma ? choose_clusters(problem, kernel, target) : choose_splits(problem, kernel, target);
+  gqa_splits const splits = kernel->tma ? choose_clusters(problem, kernel, target)
+                                        : choose_splits(problem, kernel, target);
   int64_t const spare = spare_rows(problem, kernel, target);
   int64_t const rows = splits.splits + spare;
   int64_t const partials = rows / splits.cluster;
