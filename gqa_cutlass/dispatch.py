@@ -48,7 +48,6 @@ EARLY_MIB = 16
 # and fetches its first tiles meanwhile; with more, that disturbs this one, and the next may start
 # when this one's tiles are done; beyond, nothing is gained that can be relied on.
 WHOLE_OVERLAP_MIB, END_OVERLAP_MIB = 5, 32
-_DEPENDENT_CAPABILITY = 90
 
 # Where splits are dealt out by length (docs/design/0001-decode-kernel.md, "Ragged batches"): the
 # batch, the tokens that a cache can hold, and the rounds that one block per sequence makes.
@@ -137,9 +136,10 @@ def dispatch(
         config, why_config = kernel, "this kernel, as asked"
     overlap, why_overlap = Overlap.NONE, ""
     if dependent:
-        overlap, why_overlap = _choose_overlap(problem, device)
+        early_starter = replace(config, dependent=True)
+        overlap, why_overlap = _choose_overlap(early_starter, problem, device)
         if overlap:
-            config = replace(config, dependent=True)
+            config = early_starter
     if num_splits:
         splits = Splits(
             cluster=gcd(num_splits, MAX_CLUSTER) if config.tma else 1,
@@ -168,7 +168,7 @@ def dispatch(
         ),
         num_splits=splits.splits,
         num_stages=splits.num_stages,
-        early=not spare and problem.cache_bytes <= (TMA_MIB if config.tma else EARLY_MIB) * 2**20,
+        early=not spare and problem.cache_mib <= (TMA_MIB if config.tma else EARLY_MIB),
         overlap=overlap,
         reasons=tuple(
             filter(None, (why_config, splits.why, _BALANCED if spare else "", why_overlap))
@@ -176,14 +176,15 @@ def dispatch(
     )
 
 
-def _choose_overlap(problem: Problem, device: Device) -> tuple[Overlap, str]:
-    """When the launch after this one may start, where it has been measured to pay."""
-    mib = problem.cache_bytes / 2**20
-    if device.arch.capability < _DEPENDENT_CAPABILITY:
+def _choose_overlap(
+    early_starter: KernelConfig, problem: Problem, device: Device
+) -> tuple[Overlap, str]:
+    """When the launch after one of such a kernel may start, where it has been measured to pay."""
+    if device.arch.name not in early_starter.archs:
         return Overlap.NONE, f"ordinary launch: {device.arch.name} has no dependent ones"
-    if mib > END_OVERLAP_MIB:
+    if problem.cache_mib > END_OVERLAP_MIB:
         return Overlap.NONE, f"ordinary launch: more than {END_OVERLAP_MIB} MiB"
-    whole = mib <= WHOLE_OVERLAP_MIB
+    whole = problem.cache_mib <= WHOLE_OVERLAP_MIB
     return (
         Overlap.WHOLE if whole else Overlap.END,
         f"dependent launch, a kernel of its own that the first use compiles: the next launch may "
@@ -292,7 +293,7 @@ def _choose_schedule(problem: Problem, device: Device, ragged: bool) -> tuple[Sc
         return Schedule.MULTISTAGE, f"{device.arch.name} is not among {', '.join(tma.archs)}"
     whole_boxes = head_dim % BOX_DIMS == 0
     limit = TMA_MIB if whole_boxes else TMA_MIB_PARTIAL_BOXES
-    mib = problem.cache_bytes / 2**20
+    mib = problem.cache_mib
     heads = problem.num_kv_heads * problem.batch_size
     alone = problem.max_seq_len <= tma.block_n * tma.num_warps  # one block's warps at once
     if mib <= limit and heads <= TMA_HEADS and not alone:
@@ -312,7 +313,7 @@ def choose_clusters(problem: Problem, config: KernelConfig, device: Device) -> S
     """
     heads = problem.num_kv_heads * config.head_blocks * problem.batch_size
     tiles = ceil_div(problem.max_seq_len, config.block_n)
-    if problem.cache_bytes > TMA_MIB * 2**20:
+    if problem.cache_mib > TMA_MIB:
         return _fill_with_clusters(heads, tiles, config, device)
     wanted = max(2, ceil_div(TMA_BLOCKS, heads))
     splits = _power_of_two(min(wanted, ceil_div(tiles, config.num_warps)))

@@ -81,6 +81,11 @@ class Problem:
         rows = self.batch_size * self.max_seq_len * self.num_kv_heads
         return 2 * rows * self.head_dim * _ELEMENT_BYTES
 
+    @property
+    def cache_mib(self) -> float:
+        """The same in MiB."""
+        return self.cache_bytes / 2**20
+
 
 def gather(
     q: Tensor,

@@ -93,8 +93,7 @@ def program_of(config: KernelConfig) -> Program:
 
 def _seconds(problem: Problem) -> float:
     """About how long a call takes with a full cache."""
-    elements = problem.batch_size * problem.max_seq_len * problem.num_kv_heads * problem.head_dim
-    return _SECONDS_PER_LAUNCH + _SECONDS_PER_MEGABYTE * 4 * elements / 2**20
+    return _SECONDS_PER_LAUNCH + _SECONDS_PER_MEGABYTE * problem.cache_mib
 
 
 def program_from(ptx: str, name: str) -> Program:
