@@ -1,9 +1,8 @@
-"""CPU tensors: what is said about them, what they need, and how fast they are."""
+"""CPU tensors: what is said about them, what they need, and what they cost."""
 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from gqa_cutlass.codegen.compile import compile_kernel
 from gqa_cutlass.dispatch import dispatch
 from gqa_cutlass.errors import InputError, KernelMissingError, PtxError
 from gqa_cutlass.launcher import Overlap
+from gqa_cutlass.ptxsim.stats import Stats
 from gqa_cutlass.simulation import CpuPlan, program_from, program_of
 from gqa_cutlass.store import Store
 
@@ -76,29 +76,47 @@ def test_truncated_ptx_is_refused() -> None:
             program_from(text[:end], SMALL.name)
 
 
-@pytest.mark.parametrize(
-    ("schedule", "splits", "limit"),
-    [
-        (Schedule.MULTISTAGE, 0, 2.0),
-        (Schedule.MULTISTAGE, 1, 2.0),
-        (Schedule.TMA, 0, 15.0),  # copies and clusters: more to order, and to keep in mind
-    ],
-)
-def test_a_2048_token_cache_of_8_heads_decodes_in_seconds(
-    schedule: Schedule, splits: int, limit: float
-) -> None:
-    step = make_step(lengths=[2047], max_seq_len=2048, num_kv_heads=8, device="cpu")
+def steps_of(plan: gqa_cutlass.Plan, step: Step) -> int:
+    """Run a step, and count what the interpreter does one after the other."""
+    assert isinstance(plan, CpuPlan)
+    executed: list[int] = []
+    length = len(plan.program.code)
+    plan.stats = Stats(length, trace=lambda pc, warps, lanes: executed.append(pc))
+    check(step, plan(*step.tensors(), step.seqlens))
+    return len(executed)
+
+
+@pytest.mark.parametrize("schedule", Schedule)
+def test_heads_and_splits_are_interpreted_together(schedule: Schedule) -> None:
+    """How long a call takes follows from it: 8 blocks cost the instructions of one."""
     config = default_config(Math.TENSOROP, DType.F16, 128, 4, 8, schedule)
-    plan = gqa_cutlass.plan(
-        *step.tensors(), cache_seqlens=step.seqlens, num_splits=splits, kernel=config
-    )
-    seconds = []
-    for _ in range(2):
-        start = time.perf_counter()
-        out = plan(*step.tensors(), step.seqlens)
-        seconds.append(time.perf_counter() - start)
-    check(step, out)
-    assert min(seconds) < limit
+    tokens = config.block_n * config.num_warps  # what each block of the longest one takes
+    steps = []
+    for heads, splits in ((1, 1), (4, 1), (4, 2)):
+        step = make_step(
+            lengths=[tokens * splits - 1], max_seq_len=tokens * splits, num_kv_heads=heads,
+            device="cpu",
+        )  # fmt: skip
+        plan = gqa_cutlass.plan(
+            *step.tensors(), cache_seqlens=step.seqlens, num_splits=splits, kernel=config
+        )
+        steps.append(steps_of(plan, step))
+    one, heads_only, with_splits = steps
+    assert heads_only <= 1.05 * one
+    assert with_splits <= 2 * one  # and what it takes to combine them
+
+
+def test_a_long_cache_takes_the_shared_memory_of_a_short_one() -> None:
+    config = default_config(Math.TENSOROP, DType.F16, 128, 4, 8)
+    shared = set()
+    for tokens in (64, 2048):
+        step = make_step(lengths=[tokens - 1], max_seq_len=tokens, device="cpu")
+        plan = gqa_cutlass.plan(
+            *step.tensors(), cache_seqlens=step.seqlens, num_splits=1, kernel=config
+        )
+        check(step, plan(*step.tensors(), step.seqlens))
+        shared.add(plan.dispatch.shape.shared_bytes)
+    assert len(shared) == 1
 
 
 @pytest.mark.parametrize("math", Math)
