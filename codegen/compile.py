@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -33,6 +35,7 @@ _OPTIONS = ("-std=c++17", "-default-device", "-D_CCCL_META_UNROLL_LIMIT=2")
 # allocates them as for a single block, and may happen to need no more.
 _FRUGAL = "--ptxas-options=--register-usage-level=0"
 _BOUND, _ALONE = re.compile(r"(__launch_bounds__\(\d+), \d+\)"), r"\1, 1)"
+_SHARING: ContextVar[tuple[str, ...]] = ContextVar("options for precompiled headers", default=())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +112,11 @@ def compile_source(source: str, name: str, arch: str, *extra: str) -> Compiled:
     options.append("-lineinfo" if target == "ptx" else "--ptxas-options=-v")
     start = time.perf_counter()
     with _program(source, name) as program:
-        ok, log = _compile(program, options)
+        ok, log = _compile(program, [*options, *_SHARING.get()])
+        if not ok and _SHARING.get():
+            ok, log = _compile(program, options)
+            if ok:  # it failed for want of space
+                _SHARING.set(())
         if not ok:
             raise CompileError(
                 f"NVRTC could not compile {name} for {arch}; compiler: {compiler_version()}; "
@@ -123,6 +130,26 @@ def compile_source(source: str, name: str, arch: str, *extra: str) -> Compiled:
         stack_bytes=_figure(r"(\d+) bytes stack frame", log),
         seconds=time.perf_counter() - start,
     )
+
+
+@contextmanager
+def shared_headers() -> Iterator[Path]:
+    """Within, kernels that this thread compiles share the work of reading their headers.
+
+    That is nearly half of the work, and the code is the same to the byte. The first kernel of a
+    schedule and an architecture takes a quarter longer, and 110 MB of temporary files until the
+    end; once they cannot be written, each kernel reads its headers.
+
+    Yields:
+        The folder with those files.
+    """
+    with tempfile.TemporaryDirectory(prefix="gqa_cutlass_", ignore_cleanup_errors=True) as folder:
+        sharing = "--pch", f"--pch-dir={folder}", "--pch-messages=false", "--diag-suppress=629"
+        token = _SHARING.set(sharing)
+        try:
+            yield Path(folder)
+        finally:
+            _SHARING.reset(token)
 
 
 def _check_arch(arch: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from contextvars import Context
 from dataclasses import replace
 from itertools import product
 
@@ -27,6 +28,7 @@ from gqa_cutlass.codegen.compile import (
     compile_source,
     compiler_version,
     compiles_for,
+    shared_headers,
 )
 from gqa_cutlass.errors import CompileError, CompilerMissingError, ConfigError, GqaError
 
@@ -123,7 +125,7 @@ def test_a_kernel_that_spills_is_compiled_again(
     for config, arch in product((SAMPLE[0], SAMPLE[3]), ("compute_80", "compute_90"))
 ])  # fmt: skip
 def test_ptx_needs_no_driver_and_names_source_lines(config: KernelConfig, arch: str) -> None:
-    result = compile_kernel(config, arch)
+    result = compiled(config, arch)
     text = result.code.decode()
     assert f".target {arch.replace('compute', 'sm')}" in text
     assert f".entry {config.name}(" in text
@@ -134,14 +136,14 @@ def test_ptx_needs_no_driver_and_names_source_lines(config: KernelConfig, arch: 
 
 def test_ptx_is_that_of_the_configured_schedule() -> None:
     tensorop, simt = (
-        compile_kernel(config, "compute_80").code.decode() for config in (SAMPLE[0], SAMPLE[3])
+        compiled(config, "compute_80").code.decode() for config in (SAMPLE[0], SAMPLE[3])
     )
     assert "mma.sync.aligned.m16n8k16" in tensorop and "cp.async" in tensorop
     assert "mma.sync" not in simt and "cp.async" in simt
 
 
 def test_tensor_copies_and_clusters_are_in_the_ptx_of_hopper() -> None:
-    text = compile_kernel(TMA, TMA.ptx_arch).code.decode()
+    text = compiled(TMA, TMA.ptx_arch).code.decode()
     for instruction in ("cp.async.bulk.tensor.5d", "st.async", "mapa", "barrier.cluster.wait"):
         assert instruction in text
     assert "cp.async.ca" not in text
@@ -158,9 +160,34 @@ def test_kernels_compile_for_what_their_schedule_allows_and_nothing_else(arch: s
             compile_kernel(TMA, arch)
 
 
-def test_compiling_twice_gives_the_same_cubin() -> None:
-    first, second = (compile_kernel(SAMPLE[0], "sm_90a").code for _ in range(2))
-    assert first == second
+@pytest.mark.parametrize("arch", ["compute_80", "sm_90a"])
+def test_code_repeats_to_the_byte_with_shared_headers_and_without(arch: str) -> None:
+    def code() -> list[bytes]:
+        return [compile_kernel(config, arch).code for config in (SAMPLE[0], SAMPLE[3])]
+
+    alone = Context().run(code)
+    with shared_headers() as folder:
+        assert code() == alone
+        assert len(list(folder.glob("*.pch"))) == 1  # the second kernel took the first one's
+
+
+def test_headers_that_cannot_be_shared_are_read_for_each_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tried = []
+
+    def attempt(program: object, options: list[str]) -> tuple[bool, str]:
+        tried.append("--pch" in options)
+        return compile_program(program, options)
+
+    compile_program = compiler._compile
+    monkeypatch.setattr(compiler, "_compile", attempt)
+    with shared_headers() as folder:
+        folder.rmdir()
+        for _ in range(2):
+            result = compile_source('extern "C" __global__ void f() {}', "f", "compute_80")
+            assert b".entry f(" in result.code
+    assert tried == [True, False, False]
 
 
 @pytest.mark.parametrize("arch", ["sm_70", "compute_75", "", "sm_90"])
