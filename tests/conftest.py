@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import nullcontext
+
 import pytest
 import torch
 from calibration import Calibration
 
 from gqa_cutlass.codegen import KernelConfig, shipped, source_digest
+from gqa_cutlass.codegen.compile import shared_headers
 from gqa_cutlass.evidence import Evidence, provenance
 
 
@@ -28,6 +33,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shared_headers() -> Iterator[None]:
+    """Most of the time goes into compiling; of several processes each takes space of its own."""
+    few = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) <= 4
+    with shared_headers() if few else nullcontext():
+        yield
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

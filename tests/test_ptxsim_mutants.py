@@ -30,6 +30,7 @@ from gqa_cutlass.simulation import Checks, overreads, program_from, regions_of, 
 
 _MAX_STEPS = 10_000  # the longest of the runs that end takes a third of them
 _INCLUDE = re.compile(r'#include ["<](?:gqa/)?(\w+\.cuh)[">]\n')
+_FOREIGN_INCLUDE = re.compile(r"#include <(?!gqa/).*>\n")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1136,9 +1137,13 @@ def headers(first: str) -> dict[str, str]:
 
 @cache
 def program(config: KernelConfig, header: str = "", old: str = "", new: str = "") -> Program:
-    """A kernel compiled from one text, in which one place of one header is replaced."""
-    parts = []
+    """A kernel compiled from one text, in which one place of one header is replaced.
+
+    Headers that are not ours come first, so that all texts can share them.
+    """
     first = "decode_tma.cuh" if config.tma else "decode.cuh"
+    foreign = _FOREIGN_INCLUDE.findall("".join(headers(first).values()))
+    parts = [*dict.fromkeys(foreign), "#pragma nv_hdrstop\n"]
     assert not header or header in headers(first)
     for name, text in headers(first).items():
         if name == header:
