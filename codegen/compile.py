@@ -5,7 +5,8 @@ Through cuda.bindings, for cuda.core's Program asks the driver before it gives P
 
 from __future__ import annotations
 
-import importlib.metadata
+import hashlib
+import os
 import re
 import tempfile
 import time
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cuda.bindings import nvrtc
-from cuda.pathfinder import locate_nvidia_header_directory
+from cuda.pathfinder import load_nvidia_dynamic_lib, locate_nvidia_header_directory
 
 from gqa_cutlass.codegen.config import ARCHES, KernelConfig
 from gqa_cutlass.codegen.render import include_dir, render
@@ -34,6 +35,14 @@ _OPTIONS = ("-std=c++17", "-default-device", "-D_CCCL_META_UNROLL_LIMIT=2")
 # For kernels that spill without: ptxas then prefers fewer registers to a better schedule; or
 # allocates them as for a single block, and may happen to need no more.
 _FRUGAL = "--ptxas-options=--register-usage-level=0"
+# What tells releases of headers apart: a header and its macros.
+_RELEASES = (
+    ("cccl", "cuda/std/__cccl/version.h", "CCCL_VERSION"),
+    ("cudart", "cuda_runtime_api.h", "CUDART_VERSION"),
+    ("cutlass", "cutlass/version.h", "CUTLASS_MAJOR|CUTLASS_MINOR|CUTLASS_PATCH"),
+)
+_HEADER_HEAD, _ELF_HEAD = 1 << 15, 1 << 12  # enough for them, and for the note:
+_BUILD_ID = re.compile(rb"\x04\0\0\0\x14\0\0\0\x03\0\0\0GNU\0(.{20})", re.DOTALL)
 _BOUND, _ALONE = re.compile(r"(__launch_bounds__\(\d+), \d+\)"), r"\1, 1)"
 _SHARING: ContextVar[tuple[str, ...]] = ContextVar("options for precompiled headers", default=())
 
@@ -176,14 +185,16 @@ def nvrtc_version() -> tuple[int, int]:
 
 @cache
 def compiler_version() -> str:
-    """NVRTC and the third-party headers, as part of a cubin's identity.
+    """What compiles here, as part of a cubin's identity: NVRTC as loaded, headers as found.
+
+    Of the headers it names the releases; who edits them in place is not noticed.
 
     Raises:
         CompilerMissingError: NVRTC or a header is not installed.
     """
     major, minor = nvrtc_version()
-    compiler = _distribution("nvidia-cuda-nvrtc") or f"{major}.{minor}"
-    return f"nvrtc-{compiler} cccl-{_cccl_version()} cutlass-{_distribution('nvidia-cutlass')}"
+    headers = " ".join(f"{name}-{_release(*where)}" for name, *where in _RELEASES)
+    return f"nvrtc-{major}.{minor}+{_nvrtc_build()} {headers}"
 
 
 def options_digest_text(arch: str) -> str:
@@ -224,23 +235,35 @@ def _check(result: tuple[Any, ...]) -> Any:
     return values[0] if values else None
 
 
-def _distribution(name: str) -> str:
+def _nvrtc_build() -> str:
+    """What tells builds of one version of NVRTC apart: the linker's note in it, or its size."""
+    path = load_nvidia_dynamic_lib("nvrtc").abs_path  # as cuda.bindings does, so it is the same
     try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
-@cache
-def _cccl_version() -> str:
-    header = _include_paths()[-1] / "cuda" / "std" / "__cccl" / "version.h"
-    try:
-        match = re.search(r"define CCCL_VERSION (\d+)", header.read_text())
+        with open(path, "rb") as library:
+            found = _BUILD_ID.search(library.read(_ELF_HEAD))
+            return found[1].hex()[:12] if found else str(os.fstat(library.fileno()).st_size)
     except OSError as error:
         raise CompilerMissingError(
-            f"headers of CCCL: {header} cannot be read ({error.strerror}); remedy: {_REMEDY}"
+            f"NVRTC: {path} is loaded but cannot be read ({error.strerror}); needed: the library "
+            f"that is in use; remedy: start again, or {_REMEDY}"
         ) from error
-    return match.group(1) if match else "unknown"
+
+
+def _release(header: str, macros: str) -> str:
+    """The release of the headers that the compiler would find, as one of them says."""
+    for folder in _include_paths():
+        try:
+            with open(folder / header, encoding="utf-8", errors="replace") as file:
+                text = file.read(_HEADER_HEAD)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise CompilerMissingError(
+                f"header {folder / header}: cannot be read ({error.strerror}); remedy: {_REMEDY}"
+            ) from error
+        numbers = re.findall(rf"^#define (?:{macros})\s+(\d+)", text, re.MULTILINE)
+        return ".".join(numbers) or hashlib.sha256(text.encode()).hexdigest()[:12]
+    raise CompilerMissingError(f"header {header}: not found; remedy: {_REMEDY}")
 
 
 @cache

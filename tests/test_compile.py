@@ -7,9 +7,12 @@ from collections.abc import Callable, Iterator
 from contextvars import Context
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from cuda.bindings import nvrtc
+from cuda.pathfinder import load_nvidia_dynamic_lib
 from helpers import by_name, compiled
 
 from gqa_cutlass.codegen import (
@@ -257,4 +260,95 @@ def test_missing_headers_name_the_remedy(
 
 
 def test_identity_of_the_compiler_names_every_part() -> None:
-    assert re.fullmatch(r"nvrtc-\d+\S* cccl-\d+ cutlass-\d\S*", compiler_version())
+    parts = r"nvrtc-\d+\.\d+\+[0-9a-f]{12} cccl-\d{7} cudart-\d{5} cutlass-\d+\.\d+\.\d+"
+    assert re.fullmatch(parts, compiler_version())
+
+
+def test_the_library_that_is_identified_is_the_one_in_use() -> None:
+    compiler_version()
+    maps = Path("/proc/self/maps").read_text().split()
+    loaded = {word for word in maps if re.search(r"/libnvrtc\.[^/]*$", word)}
+    assert loaded == {load_nvidia_dynamic_lib("nvrtc").abs_path}
+
+
+_NOTE = b"\x7fELF" + bytes(500) + bytes.fromhex("04000000 14000000 03000000") + b"GNU\0"
+
+
+@pytest.mark.usefixtures("fresh")
+def test_identity_changes_with_version_and_build_of_nvrtc(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def identify(version: tuple[int, int], library: bytes) -> str:
+        (tmp_path / "libnvrtc.so").write_bytes(library)
+        found = SimpleNamespace(abs_path=str(tmp_path / "libnvrtc.so"))
+        monkeypatch.setattr(nvrtc, "nvrtcVersion", lambda: (0, *version))
+        monkeypatch.setattr(compiler, "load_nvidia_dynamic_lib", lambda name: found)
+        compiler.nvrtc_version.cache_clear()
+        compiler_version.cache_clear()
+        return compiler_version().split()[0]
+
+    one, other = b"\xab\n" * 10, b"\n\xcd" * 10
+    assert identify((13, 0), _NOTE + one) == "nvrtc-13.0+ab0aab0aab0a"
+    assert identify((13, 0), _NOTE + other) == "nvrtc-13.0+0acd0acd0acd"
+    assert identify((13, 5), _NOTE + one) == "nvrtc-13.5+ab0aab0aab0a"
+    assert identify((13, 0), b"no note") == "nvrtc-13.0+7"
+    with pytest.raises(CompilerMissingError, match="libnvrtc.so is loaded but cannot be read"):
+        (tmp_path / "libnvrtc.so").unlink()
+        compiler._nvrtc_build()
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize(
+    ("part", "header", "text", "release"),
+    [
+        (
+            "cutlass",
+            "source/include/cutlass/version.h",
+            "#define CUTLASS_MAJOR 4\n#define CUTLASS_MINOR 3\n#define CUTLASS_PATCH 7 \n",
+            "cutlass-4.3.7",
+        ),
+        ("cudart", "cuda_runtime_api.h", "#define CUDART_VERSION  13050\n", "cudart-13050"),
+        (
+            "cccl",
+            "cuda/std/__cccl/version.h",
+            "// \xe9\n#define CCCL_VERSION 3001004 // MMMmmmppp",
+            "cccl-3001004",
+        ),
+        ("cccl", "cuda/std/__cccl/version.h", "nothing of the kind", r"cccl-[0-9a-f]{12}"),
+    ],
+)
+def test_identity_follows_the_headers_that_are_found(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    part: str,
+    header: str,
+    text: str,
+    release: str,
+) -> None:
+    before = compiler_version().split()
+    file = tmp_path / "found" / header
+    file.parent.mkdir(parents=True)
+    file.write_text(text, encoding="latin-1")
+    locate = compiler.locate_nvidia_header_directory
+    found = SimpleNamespace(abs_path=str(tmp_path / "found"))
+    monkeypatch.setattr(
+        compiler, "locate_nvidia_header_directory", lambda n: found if n == part else locate(n)
+    )
+    if part == "cutlass":
+        origin = SimpleNamespace(origin=str(tmp_path / "found" / "__init__.py"))
+        monkeypatch.setattr(compiler, "find_spec", lambda name: origin)
+    for function in (compiler_version, compiler._include_paths):
+        function.cache_clear()
+    changed = set(compiler_version().split()) - set(before)
+    assert len(changed) == 1 and re.fullmatch(release, changed.pop())
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_header_that_cannot_be_read_names_the_remedy(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "cutlass" / "version.h").mkdir(parents=True)
+    for paths, why in (((tmp_path,), "Is a directory"), ((), "not found")):
+        monkeypatch.setattr(compiler, "_include_paths", lambda paths=paths: paths)
+        with pytest.raises(CompilerMissingError, match=f"header .*version.h: .*{why}.*pip install"):
+            compiler._release("cutlass/version.h", "CUTLASS_MAJOR")
