@@ -12,14 +12,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import multiprocessing
 import os
 import stat
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from filelock import FileLock
@@ -33,7 +33,8 @@ from gqa_cutlass.codegen.compile import (
 )
 from gqa_cutlass.codegen.config import KernelConfig
 from gqa_cutlass.codegen.render import source_digest
-from gqa_cutlass.errors import CompilerMissingError, KernelMissingError, StoreError
+from gqa_cutlass.errors import CompileError, CompilerMissingError, KernelMissingError, StoreError
+from gqa_cutlass.workers import map_in_order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,17 +175,22 @@ def build_all(
         StoreError, CompileError, CompilerMissingError: As `Store.get`.
     """
     jobs = min(jobs or len(os.sched_getaffinity(0)), len(wanted))
+    build_one = partial(_build_one, store)
     if jobs <= 1:
-        yield from (store.get(config, arch, jit=True) for config, arch in wanted)
+        yield from map(build_one, wanted)
         return
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
-        yield from pool.map(_build_one, [(store, *item) for item in wanted])
+    try:
+        yield from map_in_order(build_one, wanted, jobs)
+    except BrokenProcessPool as error:
+        raise CompileError(
+            f"build: one of {jobs} processes that compiled ended abruptly: it was killed, or there "
+            "is too little memory; needed: 250 MB for each. What is done is kept: go on with fewer "
+            "jobs."
+        ) from error
 
 
-def _build_one(item: tuple[Store, KernelConfig, str]) -> StoredKernel:
-    store, config, arch = item
-    return store.get(config, arch, jit=True)
+def _build_one(store: Store, item: tuple[KernelConfig, str]) -> StoredKernel:
+    return store.get(*item, jit=True)
 
 
 def entry_stem(config: KernelConfig, arch: str) -> str:
