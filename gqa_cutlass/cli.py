@@ -86,7 +86,7 @@ def build(
     from gqa_cutlass.errors import ConfigError
     from gqa_cutlass.store import Store, build_all
 
-    store = Store(root=out) if out else Store.default()
+    store = Store(root=out, private=False) if out else Store.default()
     archs = _archs(arch)
     wanted = [(config, a) for a in archs for config in select(kernels) if compiles_for(config, a)]
     if not wanted:

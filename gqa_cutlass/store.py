@@ -1,30 +1,27 @@
-"""Compiled kernels on disk: content-addressed, written atomically, healing itself.
+"""Compiled kernels on disk: content-addressed, shared between processes, healing itself.
 
-An entry is two files, `<kernel>.<arch>.<source>.<compiler>.cubin` (or `.ptx`; digests of the source
-with the options, and of the compiler's version) and the same name with `.json`, which holds the
-code's checksum and what the compiler said. The JSON is written last; an entry without it, or
-one whose checksum does not match, is a miss and gets replaced. Processes that want the same kernel
-take turns on a lock file, so each kernel is compiled once.
+What an entry is, and who is trusted to have written it, `entries` says. Anything odd is a miss, and
+in the writable folder gets replaced. Processes that want the same kernel take turns on a lock, so
+each kernel is compiled once.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import errno
 import hashlib
-import json
+import logging
 import os
-import stat
-import tempfile
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from itertools import groupby
 from pathlib import Path
+from typing import TypeVar
 
-from filelock import FileLock
-
-from gqa_cutlass import env
+from gqa_cutlass import entries, env
 from gqa_cutlass.codegen.compile import (
     Compiled,
     compile_kernel,
@@ -33,8 +30,21 @@ from gqa_cutlass.codegen.compile import (
 )
 from gqa_cutlass.codegen.config import KernelConfig
 from gqa_cutlass.codegen.render import source_digest
-from gqa_cutlass.errors import CompileError, CompilerMissingError, KernelMissingError, StoreError
+from gqa_cutlass.entries import Folder, RefusedError
+from gqa_cutlass.errors import (
+    CompileError,
+    CompilerMissingError,
+    GqaError,
+    KernelMissingError,
+    StoreError,
+)
+from gqa_cutlass.locks import locked, locked_if_free
 from gqa_cutlass.workers import map_in_order
+
+LOG = logging.getLogger("gqa_cutlass")
+_OURS = re.compile(r"gqa_decode_.*\.(json|cubin|ptx|lock|tmp)")
+_TRIES = 3  # at writing into a folder that somebody removes
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,30 +71,36 @@ class Store:
     """A folder of compiled kernels, behind read-only folders that are looked at first.
 
     Args:
-        root: Where new entries go.
-        read_only: Folders filled ahead of time; entries of any compiler version are taken.
+        root: Where new entries go; None where this user has no such folder, which only matters
+            once an entry is to go there.
+        read_only: Folders filled ahead of time; entries of any compiler are taken.
+        private: Whether what is written is for this user alone; if not, the umask says for whom.
     """
 
-    root: Path
+    root: Path | None
     read_only: tuple[Path, ...] = ()
+    private: bool = True
 
     @classmethod
     def default(cls) -> Store:
-        """The store that the environment asks for."""
-        return cls(root=env.cache_dir(), read_only=env.kernel_dirs())
+        """The store that the environment asks for.
+
+        Raises:
+            StoreError: A folder of kernels cannot be resolved.
+        """
+        try:
+            root = env.cache_dir()
+        except StoreError:
+            root = None
+        return cls(root=root, read_only=env.kernel_dirs())
 
     def find(self, config: KernelConfig, arch: str) -> StoredKernel | None:
-        """Look a kernel up without compiling it; a corrupt entry counts as absent."""
-        for folder in (*self.read_only, self.root):
-            _check_private(folder)
-            for stem in _candidates(folder, config, arch, any_compiler=folder != self.root):
-                compiled = _read(stem)
-                if compiled is not None:
-                    return StoredKernel(
-                        config=config, arch=arch, path=_code(stem), compiled=compiled,
-                        was_built=False,
-                    )  # fmt: skip
-        return None
+        """Look a kernel up without compiling it; what cannot be used counts as absent.
+
+        Raises:
+            StoreError: Others could have written what is in a folder.
+        """
+        return self._search(config, arch)[0]
 
     def get(self, config: KernelConfig, arch: str, *, jit: bool | None = None) -> StoredKernel:
         """Look a kernel up, or compile and keep it.
@@ -96,67 +112,109 @@ class Store:
 
         Raises:
             KernelMissingError: Absent, and compiling is not allowed.
-            StoreError: The folder cannot be written.
+            StoreError: The folder cannot be written, others could have written what is in a
+                folder, or another process builds the kernel for longer than anybody should.
             CompileError, CompilerMissingError: Compiling failed.
         """
-        if found := self.find(config, arch):
+        found, refused = self._search(config, arch)
+        if found:
             return found
         if jit is False or (jit is None and env.jit_disabled()):
             raise KernelMissingError(
                 f"{config.name} for {arch}: not found in {self._places()}, and nothing is compiled "
                 "during a CUDA-graph capture or with GQA_CUTLASS_DISABLE_JIT. Call "
                 "gqa_cutlass.warmup() before the capture, or build the kernel ahead of time: "
-                f"gqa-cutlass build --arch {arch} --kernels {config.name}"
+                f"gqa-cutlass build --arch {arch} --kernels {config.name}{_because(refused)}"
             )
-        with self._locked(f"{entry_stem(config, arch)}.lock"):
-            return self.find(config, arch) or self._build(config, arch)
+        try:
+            return self._build(config, arch)
+        except GqaError as error:
+            if not refused:
+                raise
+            raise type(error)(f"{error}{_because(refused)}") from error
 
     def clean(self) -> int:
-        """Remove every entry of the writable folder; returns how many files went."""
-        patterns = ("*.cubin", "*.ptx", "*.json", "*.lock", "*.tmp")
-        files = [path for pattern in patterns for path in self.root.glob(f"gqa_decode_{pattern}")]
-        for path in files:
-            path.unlink(missing_ok=True)
-        return len(files)
+        """Remove what the writable folder holds, but for kernels that are being built just now.
+
+        Returns:
+            How many files went.
+
+        Raises:
+            StoreError: The folder cannot be read or written.
+        """
+        root, removed = self._root(), 0
+        with self._writing(root), suppress(FileNotFoundError):  # no folder, or none any more
+            ours = [name for name in os.listdir(root) if _OURS.fullmatch(name)]
+            for stem, names in groupby(sorted(ours, key=_stem), key=_stem):
+                with locked_if_free(root / f"{stem}.lock") as free:
+                    for name in names:
+                        if free and not name.endswith(".lock"):
+                            removed += entries.remove(root / name)
+        return removed
+
+    def _search(self, config: KernelConfig, arch: str) -> tuple[StoredKernel | None, list[str]]:
+        """A kernel that can be used, if any; and why others, that are there, cannot."""
+        refused: list[str] = []
+        stem = entry_stem(config, arch)
+        for path in self._folders():
+            with _noting(refused), entries.opened(path) as folder:
+                for name in _candidates(folder, stem, any_compiler=path != self.root):
+                    with _noting(refused):
+                        return StoredKernel(
+                            config=config, arch=arch, path=path / entries.code_name(name),
+                            compiled=folder.read(name), was_built=False,
+                        ), refused  # fmt: skip
+        return None, refused
 
     def _build(self, config: KernelConfig, arch: str) -> StoredKernel:
-        compiled = compile_kernel(config, arch)
-        stem = self.root / f"{entry_stem(config, arch)}.{_digest(compiler_version())}"
-        meta = {
-            "compiler": compiler_version(),
-            "sha256": hashlib.sha256(compiled.code).hexdigest(),
-            **{k: v for k, v in dataclasses.asdict(compiled).items() if k != "code"},
-        }
-        with self._writing():
-            _write_atomically(_code(stem), compiled.code)
-            _write_atomically(_meta(stem), json.dumps(meta, indent=1).encode())
-        return StoredKernel(
-            config=config, arch=arch, path=_code(stem), compiled=compiled, was_built=True
-        )
+        """Compile a kernel and keep it, unless another process does so first."""
+        root, stem = self._root(), entry_stem(config, arch)
+        with ExitStack() as stack:
+            self._insist(root, lambda: stack.enter_context(locked(root / f"{stem}.lock")))
+            if found := self.find(config, arch):
+                return found
+            with self._writing(root):
+                for left in root.glob(f"{stem}.*.tmp"):  # by a process that was killed
+                    entries.remove(left)
+            compiled, compiler = compile_kernel(config, arch), compiler_version()
+            name, mode = f"{stem}.{_digest(compiler)}", 0o600 if self.private else 0o644
+            path = self._insist(root, lambda: entries.write(root, name, compiled, compiler, mode))
+        return StoredKernel(config=config, arch=arch, path=path, compiled=compiled, was_built=True)
+
+    def _insist(self, root: Path, act: Callable[[], Result]) -> Result:
+        """Do something in the writable folder, which others may remove at any time."""
+        with self._writing(root):
+            for _ in range(_TRIES):
+                root.mkdir(parents=True, exist_ok=True, mode=0o700 if self.private else 0o755)
+                with suppress(FileNotFoundError):
+                    return act()
+            raise FileNotFoundError(errno.ENOENT, "removed again and again", str(root))
+
+    def _folders(self) -> list[Path]:
+        return [*self.read_only, *([self.root] if self.root else [])]
+
+    def _root(self) -> Path:
+        return self.root or env.cache_dir()
 
     @contextmanager
-    def _locked(self, name: str) -> Iterator[None]:
-        with self._writing():
-            self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
-            lock = FileLock(self.root / name)
-            lock.acquire()
+    def _writing(self, root: Path) -> Iterator[None]:
         try:
             yield
-        finally:
-            lock.release()
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a path with a null character
+            where = getattr(error, "filename", None) or root
             raise StoreError(
-                f"cubin store: cannot write to {self.root} ({error.strerror or error}); needed: a "
-                "folder that this user can write to. Set GQA_CUTLASS_CACHE_DIR to one."
+                f"cubin store: cannot write to {root} ({getattr(error, 'strerror', None) or error}"
+                f": {where}); needed: a folder that this user can write to. "
+                + ("Set GQA_CUTLASS_CACHE_DIR to one." if self.private else "Name another one.")
             ) from error
 
     def _places(self) -> str:
-        return ", ".join(str(folder) for folder in (*self.read_only, self.root))
+        nowhere = (
+            []
+            if self.root
+            else [f"this user's cache, for which there is no place (see {env.CACHE_DIR})"]
+        )
+        return ", ".join([*map(_place, self._folders()), *nowhere])
 
 
 def build_all(
@@ -194,52 +252,34 @@ def _build_one(store: Store, item: tuple[KernelConfig, str]) -> StoredKernel:
 
 
 def entry_stem(config: KernelConfig, arch: str) -> str:
-    """First part of an entry's file name; changes with the source and the options."""
+    """First part of an entry's name; changes with the source and the options."""
     return f"{config.name}.{arch}.{_digest(source_digest(config) + options_digest_text(arch))}"
+
+
+def _place(folder: Path) -> str:
+    """A folder that was looked at, as an error names it."""
+    try:
+        folder.stat()
+    except FileNotFoundError:
+        return f"{folder} (does not exist)"
+    except (OSError, ValueError):  # which the error says anyway
+        pass
+    return str(folder)
+
+
+def _stem(name: str) -> str:
+    """The same of a file's name."""
+    return ".".join(name.split(".")[:3])
 
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _candidates(folder: Path, config: KernelConfig, arch: str, *, any_compiler: bool) -> list[Path]:
-    """Paths, without suffix, of entries that may serve: this compiler's, or if allowed anyone's."""
-    stem = entry_stem(config, arch)
-    compiler = _compiler()
-    if compiler is not None and not any_compiler:
-        return [folder / f"{stem}.{_digest(compiler)}"]
-    return sorted(path.with_suffix("") for path in folder.glob(f"{stem}.*.json"))
-
-
-def _check_private(folder: Path) -> None:
-    """Refuse a folder that anybody may write to: whoever does runs code on the GPU."""
-    if folder.is_dir() and folder.stat().st_mode & stat.S_IWOTH:
-        raise StoreError(
-            f"cubin store: {folder} is writable by every user; needed: a folder that only its "
-            f"owner can write to. Run chmod o-w {folder}, or name another folder."
-        )
-
-
-def _code(stem: Path) -> Path:
-    suffix = ".ptx" if ".compute_" in stem.name else ".cubin"
-    return stem.with_name(stem.name + suffix)
-
-
-def _meta(stem: Path) -> Path:
-    return stem.with_name(stem.name + ".json")
-
-
-def _read(stem: Path) -> Compiled | None:
-    """Read an entry. Anything odd is a miss."""
-    try:
-        meta = json.loads(_meta(stem).read_bytes())
-        code = _code(stem).read_bytes()
-        if meta.pop("sha256") != hashlib.sha256(code).hexdigest():
-            return None
-        del meta["compiler"]
-        return Compiled(code=code, **meta)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+def _candidates(folder: Folder, stem: str, *, any_compiler: bool) -> list[str]:
+    """Names of entries that may serve: this compiler's, or if allowed or without one anybody's."""
+    compiler = None if any_compiler else _compiler()
+    return folder.entries(f"{stem}.") if compiler is None else [f"{stem}.{_digest(compiler)}"]
 
 
 def _compiler() -> str | None:
@@ -250,14 +290,23 @@ def _compiler() -> str | None:
         return None
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+@contextmanager
+def _noting(refused: list[str]) -> Iterator[None]:
+    """Note what cannot be used and go on, as where there is nothing."""
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        yield
+    except FileNotFoundError:
+        pass
+    except RefusedError as error:
+        refused.append(str(error))
+        _warn(refused[-1])
+
+
+@cache
+def _warn(refused: str) -> None:
+    """Say once that something was there and is not used."""
+    LOG.warning("cubin store: not used: %s", refused)
+
+
+def _because(refused: list[str]) -> str:
+    return f". Found, but not used: {'; '.join(refused)}" if refused else ""

@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
 from calibration import Calibration
+from instant import InstantCompiler
 
+from gqa_cutlass import store as store_module
 from gqa_cutlass.codegen import KernelConfig, shipped, source_digest
 from gqa_cutlass.codegen.compile import shared_headers
 from gqa_cutlass.evidence import Evidence, provenance
+from gqa_cutlass.store import Store
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -47,6 +51,21 @@ def _shared_headers() -> Iterator[None]:
 def device(request: pytest.FixtureRequest) -> str:
     """Where a kernel runs: in ptxsim, and on a GPU if there is one."""
     return str(request.param)
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> InstantCompiler:
+    """What a store compiles with, in place of NVRTC."""
+    monkeypatch.delenv("GQA_CUTLASS_DISABLE_JIT", raising=False)
+    fake = InstantCompiler()
+    monkeypatch.setattr(store_module, "compile_kernel", fake)
+    return fake
+
+
+@pytest.fixture
+def store(tmp_path: Path, compiler: InstantCompiler) -> Store:
+    """A store that is new and compiles in no time."""
+    return Store(root=tmp_path / "store")
 
 
 class Record:

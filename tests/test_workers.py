@@ -12,8 +12,10 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
+from instant import ARCH, CONFIG, OTHER
 from late import touch_late
 
+from gqa_cutlass.store import Store
 from gqa_cutlass.workers import map_in_order
 
 PATIENCE_S = 120  # for what takes a second on an idle machine
@@ -25,6 +27,12 @@ from gqa_cutlass.workers import map_in_order
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs lack it
     list(map_in_order(time.sleep, [3600] * 4, 2))
+"""
+_BUILD = """
+from gqa_cutlass.cli import main
+
+if __name__ == "__main__":
+    main()
 """
 
 
@@ -102,3 +110,18 @@ def test_ctrl_c_at_a_terminal_is_one_traceback(tmp_path: Path) -> None:
     os.killpg(parent.pid, signal.SIGINT)
     assert parent.communicate()[1].count("Traceback") == 1
     _wait_for(lambda: not _running(parent.pid))
+
+
+@pytest.mark.usefixtures("compiler")
+def test_a_killed_build_leaves_no_process_and_holds_up_no_other(tmp_path: Path) -> None:
+    out, kernels = tmp_path / "built", f"{CONFIG.name},{OTHER.name}"
+    parent = _start(tmp_path, _BUILD, "build", "--jobs", 2, "--out", out, "--kernels", kernels)
+    _wait_for(lambda: out.is_dir() and len(list(out.glob("*.lock"))) == 2)  # both compile
+    assert len(_workers(parent.pid)) == 2
+    parent.kill()
+    parent.communicate()
+    _wait_for(lambda: not _running(parent.pid))
+    assert len(list(out.glob("*.lock"))) == 2
+    for config in (CONFIG, OTHER):
+        assert Store(root=out).get(config, ARCH).was_built
+    assert {file.suffix for file in out.iterdir()} == {".cubin", ".json"}
