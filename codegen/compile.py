@@ -23,7 +23,8 @@ from cuda.bindings import nvrtc
 from cuda.pathfinder import load_nvidia_dynamic_lib, locate_nvidia_header_directory
 
 from gqa_cutlass.codegen.config import ARCHES, KernelConfig
-from gqa_cutlass.codegen.render import include_dir, render
+from gqa_cutlass.codegen.headers import include_dir
+from gqa_cutlass.codegen.render import render
 from gqa_cutlass.errors import CompileError, CompilerMissingError, ConfigError
 
 Target = Literal["cubin", "ptx"]

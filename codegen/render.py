@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from functools import cache
-from importlib import resources
-from importlib.resources.abc import Traversable
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from gqa_cutlass.codegen.config import DType, KernelConfig, Math, Schedule
+from gqa_cutlass.codegen.headers import our_headers
 
 _TEMPLATE = "decode.cu.jinja"
 _ELEMENT = {DType.F16: "cutlass::half_t", DType.BF16: "cutlass::bfloat16_t"}
@@ -35,21 +33,8 @@ def render(config: KernelConfig) -> str:
 
 @cache
 def source_digest(config: KernelConfig) -> str:
-    """Digest of everything of ours that a kernel is compiled from: rendered text and headers."""
-    return hashlib.sha256((render(config) + _headers_digest()).encode()).hexdigest()[:16]
-
-
-def include_dir() -> Traversable:
-    """The folder that holds our own headers, `gqa/*.cuh`."""
-    return resources.files("gqa_cutlass.templates") / "include"
-
-
-@cache
-def _headers_digest() -> str:
-    digest = hashlib.sha256()
-    for header in sorted((include_dir() / "gqa").iterdir(), key=lambda entry: entry.name):
-        digest.update(header.name.encode() + b"\0" + header.read_bytes() + b"\0")
-    return digest.hexdigest()
+    """Digest of all of ours that a kernel is compiled from: rendered text, headers it includes."""
+    return our_headers().digest(render(config))
 
 
 @cache

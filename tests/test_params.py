@@ -8,7 +8,7 @@ import re
 import pytest
 
 from gqa_cutlass.codegen.compile import compile_source
-from gqa_cutlass.codegen.render import include_dir
+from gqa_cutlass.codegen.headers import include_dir
 from gqa_cutlass.launcher import Params, TmaParams
 from gqa_cutlass.tensormap import TENSOR_MAP_ALIGN, TENSOR_MAP_BYTES
 

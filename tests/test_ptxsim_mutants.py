@@ -19,7 +19,7 @@ from torch import Tensor
 from gqa_cutlass import inputs
 from gqa_cutlass.codegen import ARCHES, DType, KernelConfig, Math, Schedule, render
 from gqa_cutlass.codegen.compile import compile_source
-from gqa_cutlass.codegen.render import include_dir
+from gqa_cutlass.codegen.headers import include_dir
 from gqa_cutlass.dispatch import Dispatch, dispatch, model_device
 from gqa_cutlass.errors import KernelFault
 from gqa_cutlass.inputs import Problem
