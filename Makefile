@@ -6,7 +6,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu-test sanitize bench style format types clean ready
+.PHONY: help demo test gpu-test sanitize bench sass style format types clean ready
 
 ARGS ?=
 BOOTSTRAP ?= python3
@@ -47,6 +47,9 @@ sanitize: $(READY) ## Run numerical GPU tests under compute-sanitizer
 
 bench: $(READY) ## Time the kernels against PyTorch on a GPU
 	$(PYTHON) -m gqa_cutlass.bench $(ARGS)
+
+sass: $(READY) ## Write the machine code of the base kernels to build/listings; ARGS=--record records its digests
+	$(PYTHON) tests/sass.py $(ARGS)
 
 style: $(VENV)/.style-ready ## Check format, lint, types and generated/ for drift
 	$(BIN)/pre-commit run --all-files $(ARGS)

@@ -1,19 +1,18 @@
-"""The instructions of compiled kernels: wide asynchronous copies, tensor cores, no local memory."""
+"""The instructions of compiled kernels: wide asynchronous copies, tensor cores, no local memory;
+and of a few kernels all instructions, as they are recorded."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import re
-import subprocess
 from collections import Counter
-from functools import cache
-from pathlib import Path
 
 import pytest
-from helpers import by_name, compiled
+from helpers import by_name
+from sass import BASE, disassemble, figures, normalised, nvdisasm, recorded, tools
 
 from gqa_cutlass.codegen import DType, KernelConfig, Math, Schedule, default_config
 
+_OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", re.MULTILINE)
 TENSOROP = [
     default_config(Math.TENSOROP, DType.F16, 128, 4, 8),
     default_config(Math.TENSOROP, DType.BF16, 64, 7, 8),
@@ -34,28 +33,16 @@ TMA = [
 ]
 
 
-def _nvdisasm() -> Path:
-    try:
-        files = importlib.metadata.files("nvidia-cuda-nvdisasm") or []
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("needs nvdisasm: pip install nvidia-cuda-nvdisasm")
-    return Path(str(next(file for file in files if file.stem == "nvdisasm").locate()))
-
-
-@cache
-def _disassemble(config: KernelConfig, folder: Path) -> Counter[str]:
-    cubin = folder / f"{config.name}.cubin"
-    cubin.write_bytes(compiled(config).code)
-    text = subprocess.run(
-        [_nvdisasm(), "-c", cubin], check=True, capture_output=True, text=True
-    ).stdout
-    return Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", text, re.M))
-
-
 @pytest.fixture
-def opcodes(config: KernelConfig, tmp_path_factory: pytest.TempPathFactory) -> Counter[str]:
+def opcodes(config: KernelConfig) -> Counter[str]:
     """How often each instruction occurs in a kernel for sm_90a."""
-    return _disassemble(config, tmp_path_factory.getbasetemp())
+    return Counter(_OPCODE.findall(text_of(config)))
+
+
+def text_of(config: KernelConfig) -> str:
+    if nvdisasm() is None:
+        pytest.skip("needs nvdisasm: pip install nvidia-cuda-nvdisasm")
+    return disassemble(config)
 
 
 def _starting(opcodes: Counter[str], *prefixes: str) -> set[str]:
@@ -112,3 +99,48 @@ def test_single_elements_are_copied_through_registers(opcodes: Counter[str]) -> 
 @pytest.mark.parametrize("config", by_name(TENSOROP[:1] + SIMT[:1]))
 def test_new_token_is_appended_at_full_width(opcodes: Counter[str]) -> None:
     assert opcodes["LDG.E.128"] > 0 and opcodes["STG.E.128"] > 0
+
+
+@pytest.mark.parametrize("config", by_name(BASE))
+def test_machine_code_is_as_recorded(config: KernelConfig) -> None:
+    text_of(config)  # or skips
+    made_with, kernels = recorded()
+    if made_with != tools():
+        pytest.skip(f"recorded with {made_with}; here are {tools()}")
+    assert figures(config) == kernels[config.name], (
+        "the machine code of a kernel has changed. To see how, run `make sass` here and in a "
+        "checkout of the commit before, and compare the two folders build/listings with diff -r. "
+        "If it is meant to change, `make sass ARGS=--record`, and say in the commit what moved."
+    )
+
+
+def test_every_base_kernel_is_recorded_and_no_other() -> None:
+    assert set(recorded()[1]) == {config.name for config in BASE}
+
+
+LISTING = """
+.text.k:
+        /*0000*/               @P0 LDC R1, c[0x0][0x28] ;       /* 0x00000a00ff017b82 */
+                                                                /* 0x{control:016x} */
+.L_x_7:
+        /*0010*/                   BRA `(.L_x_7) ;              /* 0x0000840000047ab9 */
+                                                                /* 0x000fe20000000a00 */
+        /*0020*/                   NOP;                         /* 0x0000000000007918 */
+                                                                /* 0x000fc00000000000 */
+.L_x_8:
+"""
+
+
+def test_listings_differ_by_instructions_and_by_their_scheduling() -> None:
+    text = normalised(LISTING.format(control=0x000FE20000000800), "k")
+    assert text == "  0007f1 @P0 LDC R1, c[0x0][0x28]\n.L0:\n  0007f1 BRA `(.L0)\n"
+    assert normalised(LISTING.format(control=0x000FCA0000000800), "k") != text  # stalls longer
+    assert normalised(LISTING.replace("R1", "R2").format(control=0x000FE20000000800), "k") != text
+
+
+def test_listings_are_equal_whatever_addresses_and_names() -> None:
+    text = LISTING.format(control=0)
+    moved = text.replace(".L_x_7", ".L_x_70").replace("*00", "*0f")
+    assert normalised(moved, "k") == normalised(text, "k")
+    call = text.replace("`(.L_x_7)", "`(my_kernel)")
+    assert normalised(call, "my_kernel") == normalised(call.replace("my_kernel", "k2"), "k2")
