@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from importlib import resources
 from importlib.resources.abc import Traversable
 
-from gqa_cutlass.codegen.config import Arch, DType, KernelConfig
+from gqa_cutlass.codegen.config import Arch, KernelConfig
 from gqa_cutlass.codegen.render import environment
+from gqa_cutlass.codegen.schema.kinds import DType
 
 _KERNELS = "src/gqa_kernels.c"
 _MAX_STAGES = 8  # kGqaMaxStages in gqa_kernels.h

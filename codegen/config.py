@@ -8,28 +8,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeVar
 
+from gqa_cutlass.codegen.schema import storage
+from gqa_cutlass.codegen.schema.kinds import DType, Math, Schedule
+from gqa_cutlass.codegen.schema.rounding import ceil_div, round_up
+from gqa_cutlass.codegen.schema.storage import ELEMENT_BYTES, box_tile_bytes
 from gqa_cutlass.errors import ConfigError
-
-
-class Math(StrEnum):
-    """What multiplies: tensor cores (mma.sync) or CUDA cores."""
-
-    TENSOROP = "tensorop"
-    SIMT = "simt"
-
-
-class DType(StrEnum):
-    """Element type of q, k, v, the cache and the output."""
-
-    F16 = "f16"
-    BF16 = "bf16"
-
-
-class Schedule(StrEnum):
-    """How a kernel loads, and how the blocks that share a sequence merge."""
-
-    MULTISTAGE = "multistage"  # cp.async; by way of global memory
-    TMA = "tma"  # tensor copies; through the shared memory of a cluster
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +67,6 @@ HEAD_DIMS = range(32, 257, 8)
 HEAD_DIM_RULE = f"multiples of 8 from {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}"
 MAX_GROUP_SIZE = 1024
 WARP_SIZE = 32
-_ELEMENT_BYTES = 2
 _REGISTERS_PER_SM = 65536
 _LARGEST_SHARED_PER_SM = max(arch.shared_per_sm for arch in ARCHES.values())
 _NAME = re.compile(
@@ -94,8 +76,6 @@ _NAME = re.compile(
     r"_h(?P<block_h>[1-9]\d*)n(?P<block_n>[1-9]\d*)w(?P<num_warps>[1-9]\d*)s(?P<num_stages>[1-9]\d*)"
     r"(?P<dependent>_pdl)?"
 )
-MAX_CLUSTER = 8  # what every GPU with clusters allows
-BOX_DIMS = 64  # of a tensor copy: 128 bytes, the span of the swizzle
 
 # Per schedule, and for dependent launches: the oldest architecture, as names say it; those that it
 # is compiled for; and the virtual one for ptxsim.
@@ -190,7 +170,7 @@ class KernelConfig:
             _check(
                 "block_n",
                 self.block_n,
-                self.block_h * self.head_dim * 4 <= 2 * self._box_tile_bytes,
+                self.block_h * self.head_dim * 4 <= 2 * box_tile_bytes(self.head_dim, self.block_n),
                 "with tma, tiles of K and V in which a warp's partial output has room",
             )
 
@@ -265,37 +245,16 @@ class KernelConfig:
 
     def shared_bytes_with(self, num_stages: int) -> int:
         """The same for so many stages; kernels of the tma schedule can be launched with fewer."""
-        return self._tma_bytes(num_stages) if self.tma else self._multistage_bytes(num_stages)
-
-    def _multistage_bytes(self, num_stages: int) -> int:
-        padded = _round_up(self.head_dim, 16)
-        row = (padded // 8 | 1) * 8
-        ring = num_stages * 2 * self.block_n * row * _ELEMENT_BYTES
-        partial = self.block_h * (self.head_dim + 4) * 4
-        simt = self.math is Math.SIMT
-        offset = self.num_warps * _round_up(max(ring, partial), 16)
-        offset += 2 * self.num_warps * self.block_h * 4
-        offset = _round_up(offset, 16) + (self.block_h * self.head_dim * 4 if simt else 16)
-        offset = _round_up(offset, 16)
-        offset += self.num_warps * self.block_h * self.block_n * 4 if simt else 16
-        return _round_up(offset + 4, 16)
-
-    def _tma_bytes(self, num_stages: int) -> int:
-        row = (_round_up(self.head_dim, 16) // 8 | 1) * 8 * _ELEMENT_BYTES
-        offset = 2 * self.block_h * self.num_warps * 4
-        offset += self.num_warps * self.block_n * self.block_h * _ELEMENT_BYTES
-        offset = _round_up(offset, 16) + 2 * row
-        offset = _round_up(offset + self.num_warps * self.block_h * 4, 8)
-        offset += MAX_CLUSTER * self.block_h * 8
-        offset += (self.head_dim + 4 * MAX_CLUSTER) * self.block_h * 4
-        offset += (2 * self.num_stages * self.num_warps + 1) * 8 + 4
-        ring = 2 * self.num_warps * self._box_tile_bytes
-        return _round_up(offset, 1024) + num_stages * ring
-
-    @property
-    def _box_tile_bytes(self) -> int:
-        """A tile of K or V as boxes in shared memory."""
-        return ceil_div(self.head_dim, BOX_DIMS) * BOX_DIMS * self.block_n * _ELEMENT_BYTES
+        shape = storage.Shape(
+            head_dim=self.head_dim,
+            block_h=self.block_h,
+            block_n=self.block_n,
+            num_warps=self.num_warps,
+            num_stages=self.num_stages if self.tma else num_stages,
+            simt=self.math is Math.SIMT,
+        )
+        parts = storage.cluster(shape, num_stages) if self.tma else storage.multistage(shape)
+        return storage.total(parts)
 
     @property
     def partial_floats(self) -> int:
@@ -305,7 +264,7 @@ class KernelConfig:
     @property
     def tile_bytes(self) -> int:
         """Bytes of a tile of K and one of V, as they lie in the cache."""
-        return 2 * self.block_n * self.head_dim * _ELEMENT_BYTES
+        return 2 * self.block_n * self.head_dim * ELEMENT_BYTES
 
     @property
     def bytes_in_flight(self) -> int:
@@ -339,7 +298,7 @@ class KernelConfig:
             held = accumulators + queries + self.block_n // 2 + 72
         else:
             held = ceil_div(self.head_dim, 64) * self.block_h * 2 + 104
-        return min(255, _round_up(held, 8))
+        return min(255, round_up(held, 8))
 
 
 def check_head_dim(head_dim: int) -> None:
@@ -350,11 +309,6 @@ def check_head_dim(head_dim: int) -> None:
 def _blocks_by_shared(available: int, per_block: int) -> int:
     """Blocks for which shared memory suffices; the system takes 1 KiB from each."""
     return available // (per_block + _KIB)
-
-
-def ceil_div(a: int, b: int) -> int:
-    """Quotient, rounded up."""
-    return -(-a // b)
 
 
 def _member(enum: type[_E], field: str, value: object) -> _E:
@@ -368,7 +322,3 @@ def _member(enum: type[_E], field: str, value: object) -> _E:
 def _check(field: str, value: object, ok: bool, allowed: str) -> None:
     if not ok:
         raise ConfigError(f"KernelConfig: {field}: got {value!r}; allowed: {allowed}")
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return ceil_div(value, multiple) * multiple

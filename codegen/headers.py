@@ -43,20 +43,15 @@ class Headers:
         """Digest of a source and of the names and contents of the headers in its closure."""
         digest = hashlib.sha256(source.encode())
         for name in sorted(self.closure(source)):
-            digest.update(b"\0" + name.encode() + b"\0" + self._text(name).encode())
+            digest.update(b"\0" + name.encode() + b"\0" + self.text(name).encode())
         return digest.hexdigest()[:16]
 
-    def _closure_of(self, header: str) -> frozenset[str]:
-        if header not in self._closures:
-            found: set[str] = set()
-            new = {header}
-            while new:
-                found |= new
-                new = {n for h in new for n in _includes(self._text(h), at=h)} - found
-            self._closures[header] = frozenset(found)
-        return self._closures[header]
+    def text(self, name: str) -> str:
+        """What a header says.
 
-    def _text(self, name: str) -> str:
+        Raises:
+            ConfigError: It is not there.
+        """
         if name not in self._texts:
             path = self._folder.joinpath(*name.split("/"))
             if not path.is_file():
@@ -66,6 +61,16 @@ class Headers:
                 )
             self._texts[name] = path.read_text(encoding="utf-8")
         return self._texts[name]
+
+    def _closure_of(self, header: str) -> frozenset[str]:
+        if header not in self._closures:
+            found: set[str] = set()
+            new = {header}
+            while new:
+                found |= new
+                new = {n for h in new for n in _includes(self.text(h), at=h)} - found
+            self._closures[header] = frozenset(found)
+        return self._closures[header]
 
 
 @cache

@@ -1,4 +1,6 @@
-"""What is in generated/: one source per shipped kernel, and a manifest that describes them."""
+"""What is generated and committed: one source per shipped kernel, a manifest that describes them,
+and the headers that the schema gives.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ from pathlib import Path
 
 from gqa_cutlass.codegen.config import KernelConfig
 from gqa_cutlass.codegen.render import render, source_digest
+from gqa_cutlass.codegen.schema.emit import emitted_files
 from gqa_cutlass.codegen.variants import shipped
 
 MANIFEST = "manifest.json"
@@ -59,8 +62,24 @@ def generate(out: Path) -> list[str]:
     return changed + stale
 
 
+def emit(templates: Path | None = None) -> list[str]:
+    """Bring the headers that the schema gives up to date; returns the paths that changed.
+
+    Args:
+        templates: The folder that they are below; that of this package by default.
+    """
+    folder = Path(str(_templates())) if templates is None else templates
+    return [
+        name for name, text in emitted_files().items() if write_if_different(folder / name, text)
+    ]
+
+
 def drift(out: Traversable | None = None) -> list[str]:
-    """Names of files in generated/ that differ from the templates' output, are missing or stale."""
+    """Names of files in generated/ that differ from the templates' output, are missing or stale.
+
+    Raises:
+        ConfigError: The headers are not what the schema says.
+    """
     folder = resources.files("gqa_cutlass.generated") if out is None else out
     expected = generated_files()
     wrong = [
@@ -69,6 +88,20 @@ def drift(out: Traversable | None = None) -> list[str]:
         if not (folder / name).is_file() or (folder / name).read_text(encoding="utf-8") != text
     ]
     return wrong + [name for name in _ours(folder) if name not in expected]
+
+
+def emitted_drift(templates: Traversable | None = None) -> list[str]:
+    """Paths below templates/ of headers that differ from what the schema gives, or are missing."""
+    folder = _templates() if templates is None else templates
+    return [
+        name for name, text in emitted_files().items()
+        if not (file := folder.joinpath(*name.split("/"))).is_file()
+        or file.read_text(encoding="utf-8") != text
+    ]  # fmt: skip
+
+
+def _templates() -> Traversable:
+    return resources.files("gqa_cutlass.templates")
 
 
 def _ours(folder: Traversable) -> list[str]:

@@ -6,8 +6,10 @@ from functools import cache
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from gqa_cutlass.codegen.config import DType, KernelConfig, Math, Schedule
+from gqa_cutlass.codegen.config import KernelConfig
 from gqa_cutlass.codegen.headers import our_headers
+from gqa_cutlass.codegen.schema.emit import check_emitted
+from gqa_cutlass.codegen.schema.kinds import DType, Math, Schedule
 
 _TEMPLATE = "decode.cu.jinja"
 _ELEMENT = {DType.F16: "cutlass::half_t", DType.BF16: "cutlass::bfloat16_t"}
@@ -20,7 +22,12 @@ _MATH = {Math.TENSOROP: "gqa::Math::kTensorOp", Math.SIMT: "gqa::Math::kSimt"}
 
 @cache
 def render(config: KernelConfig) -> str:
-    """Render the source of one kernel: its traits spelled out and its entry point."""
+    """Render the source of one kernel: its traits spelled out and its entry point.
+
+    Raises:
+        ConfigError: The headers are not what the schema says; run `gqa-cutlass generate`.
+    """
+    _check_headers()
     template = environment().get_template(_TEMPLATE)
     return template.render(
         config=config,
@@ -29,6 +36,11 @@ def render(config: KernelConfig) -> str:
         schedule=_SCHEDULE[config.schedule],
         template=_TEMPLATE,
     )
+
+
+@cache
+def _check_headers() -> None:
+    check_emitted(our_headers().text("gqa/params.cuh"))
 
 
 @cache

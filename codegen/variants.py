@@ -7,14 +7,9 @@ from fnmatch import fnmatchcase
 from functools import cache
 from itertools import product
 
-from gqa_cutlass.codegen.config import (
-    DType,
-    KernelConfig,
-    Math,
-    Schedule,
-    ceil_div,
-    check_head_dim,
-)
+from gqa_cutlass.codegen.config import KernelConfig, check_head_dim
+from gqa_cutlass.codegen.schema.kinds import DType, Math, Schedule
+from gqa_cutlass.codegen.schema.rounding import ceil_div
 from gqa_cutlass.errors import ConfigError
 
 HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)

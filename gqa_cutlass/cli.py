@@ -43,10 +43,15 @@ Jobs = Annotated[int, typer.Option(help="Kernels to compile at a time. 0: one pe
 def generate(
     out: Annotated[Path, typer.Option(help="Folder to bring up to date.")] = Path("generated"),
 ) -> None:
-    """Render every shipped kernel and the manifest. Needs no GPU and no torch."""
-    from gqa_cutlass.codegen.manifest import generate as write
-    from gqa_cutlass.codegen.manifest import generated_files
+    """Render every shipped kernel and the manifest, and the headers that the schema gives.
 
+    Needs no GPU and no torch.
+    """
+    from gqa_cutlass.codegen.manifest import emit, generated_files
+    from gqa_cutlass.codegen.manifest import generate as write
+
+    for header in emit():
+        console.print(f"templates/{header} changed")
     changed = write(out)
     console.print(f"{len(generated_files())} files in {out}, {len(changed)} changed")
 
@@ -124,11 +129,16 @@ def export(
 
 @app.command()
 def check() -> None:
-    """Fail when generated/ has drifted from the templates, or a kernel lacks GPU evidence."""
+    """Fail when what is generated has drifted from its source, or a kernel lacks GPU evidence."""
     from gqa_cutlass.codegen import shipped
-    from gqa_cutlass.codegen.manifest import drift
+    from gqa_cutlass.codegen.manifest import drift, emitted_drift
     from gqa_cutlass.evidence import FILE, Evidence
 
+    headers = emitted_drift()
+    for name in headers:
+        console.print(f"drift: templates/{name}; run `gqa-cutlass generate`")
+    if headers:  # kernels are compared once what they include is right
+        raise typer.Exit(1)
     wrong = drift()
     for name in wrong:
         console.print(f"drift: generated/{name}; run `gqa-cutlass generate`")

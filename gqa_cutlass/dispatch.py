@@ -6,19 +6,15 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import gcd, prod
 
-from gqa_cutlass.codegen.config import (
-    BOX_DIMS,
-    MAX_CLUSTER,
-    Arch,
-    KernelConfig,
-    Math,
-    Schedule,
-    ceil_div,
-)
+from gqa_cutlass.codegen.config import Arch, KernelConfig
+from gqa_cutlass.codegen.schema.kinds import Math, Schedule
+from gqa_cutlass.codegen.schema.launch import Overlap
+from gqa_cutlass.codegen.schema.rounding import ceil_div
+from gqa_cutlass.codegen.schema.storage import BOX_DIMS, MAX_CLUSTER
 from gqa_cutlass.codegen.variants import default_config, shipped
 from gqa_cutlass.errors import InputError
 from gqa_cutlass.inputs import WIDEST, Problem
-from gqa_cutlass.launcher import Device, LaunchShape, Overlap
+from gqa_cutlass.launcher import Device, LaunchShape
 
 # The cost model's figures, measured on an H200. A split costs its merge; a multiprocessor draws its
 # share of the bandwidth only with so many bytes under way (1x131072 of 8 heads took 143 us with

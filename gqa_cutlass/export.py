@@ -12,18 +12,14 @@ from gqa_cutlass import dispatch, inputs
 from gqa_cutlass.codegen import ARCHES, KernelConfig, default_config, select
 from gqa_cutlass.codegen.bundle import Facts, Image, bundle_files
 from gqa_cutlass.codegen.compile import compiler_version, compiles_for
-from gqa_cutlass.codegen.config import (
-    BOX_DIMS,
-    HEAD_DIMS,
-    MAX_CLUSTER,
-    MAX_GROUP_SIZE,
-    Arch,
-    Math,
-)
+from gqa_cutlass.codegen.config import HEAD_DIMS, MAX_GROUP_SIZE, Arch
 from gqa_cutlass.codegen.fatbin import pack
 from gqa_cutlass.codegen.manifest import write_if_different
+from gqa_cutlass.codegen.schema.kinds import Math
+from gqa_cutlass.codegen.schema.params import Params, TmaParams
+from gqa_cutlass.codegen.schema.storage import BOX_DIMS, MAX_CLUSTER
 from gqa_cutlass.errors import ConfigError, ExportError
-from gqa_cutlass.launcher import MIN_CAPABILITY, Params, TmaParams
+from gqa_cutlass.launcher import MIN_CAPABILITY
 from gqa_cutlass.store import Store, build_all
 
 Cubin = tuple[KernelConfig, str, bytes]  # a kernel, an architecture, and the code for it

@@ -8,7 +8,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from gqa_cutlass.codegen.config import HEAD_DIM_RULE, HEAD_DIMS, MAX_GROUP_SIZE, DType
+from gqa_cutlass.codegen.config import HEAD_DIM_RULE, HEAD_DIMS, MAX_GROUP_SIZE
+from gqa_cutlass.codegen.schema.kinds import DType
 from gqa_cutlass.errors import CacheOverflowError, InputError
 
 DTYPES = {torch.float16: DType.F16, torch.bfloat16: DType.BF16}

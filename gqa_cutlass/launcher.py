@@ -8,7 +8,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import IntEnum
 from functools import cache, partial
 from typing import Any
 
@@ -16,71 +15,13 @@ from cuda.bindings import driver
 
 from gqa_cutlass.codegen.compile import nvrtc_version
 from gqa_cutlass.codegen.config import ARCHES, Arch, KernelConfig
+from gqa_cutlass.codegen.schema.params import TENSOR_MAP_ALIGN, TENSOR_MAP_BYTES
 from gqa_cutlass.errors import CompilerMissingError, DeviceError, InputError, LaunchError
 from gqa_cutlass.store import Store
-from gqa_cutlass.tensormap import TENSOR_MAP_ALIGN, TENSOR_MAP_BYTES, TensorMap
+from gqa_cutlass.tensormap import TensorMap
 
 MIN_CAPABILITY = 80
 _STREAM_OFFSET = 32  # of hStream in CUlaunchConfig, behind seven 32-bit words
-
-
-class Overlap(IntEnum):
-    """When the next kernel of the stream may start; mirrors templates/include/gqa/params.cuh.
-
-    Members:
-        NONE: When this one is done.
-        END: When this one's tiles are, if it is launched as a dependent.
-        WHOLE: As soon as this one may read; until then this one fetches its first tiles to L2.
-    """
-
-    NONE = 0
-    END = 1
-    WHOLE = 2
-
-
-class RowStrides(ctypes.Structure):
-    """Distances between neighbours, in elements."""
-
-    _fields_ = [("batch", ctypes.c_int64), ("head", ctypes.c_int64)]
-
-
-class CacheStrides(ctypes.Structure):
-    """Distances between neighbours, in elements."""
-
-    _fields_ = [("batch", ctypes.c_int64), ("token", ctypes.c_int64), ("head", ctypes.c_int64)]
-
-
-class Params(ctypes.Structure):
-    """The kernel's one argument; mirrors templates/include/gqa/params.cuh."""
-
-    _fields_ = [
-        ("seqlens", ctypes.c_void_p),
-        *(
-            (name, ctypes.c_int32)
-            for name in ("seqlen", "max_seq_len", "num_splits", "num_stages", "overlap")
-        ),
-        ("scale_log2", ctypes.c_float),
-        ("q", ctypes.c_void_p),
-        ("q_stride", RowStrides),
-        *((name, ctypes.c_void_p) for name in ("k_new", "v_new")),
-        *((name, RowStrides) for name in ("k_new_stride", "v_new_stride")),
-        *((name, ctypes.c_void_p) for name in ("k_cache", "v_cache", "out")),
-        ("num_kv_heads", ctypes.c_int32),
-        *((name, CacheStrides) for name in ("k_cache_stride", "v_cache_stride")),
-        ("out_stride", RowStrides),
-        *((name, ctypes.c_void_p) for name in ("lse", "partials", "tickets", "status")),
-        ("reserved", ctypes.c_ubyte * 24),
-    ]
-
-
-class TmaParams(ctypes.Structure):
-    """The argument of kernels of the TMA schedule; what `Params` names is where they have it."""
-
-    _fields_ = [
-        ("decode", Params),
-        ("keys", ctypes.c_ubyte * TENSOR_MAP_BYTES),
-        ("values", ctypes.c_ubyte * TENSOR_MAP_BYTES),
-    ]
 
 
 @dataclass(frozen=True, kw_only=True)

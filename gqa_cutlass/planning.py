@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from gqa_cutlass import inputs, shortcuts, workspace
-from gqa_cutlass.codegen.config import BOX_DIMS
+from gqa_cutlass.codegen.schema.params import CacheStrides, Params, TmaParams
+from gqa_cutlass.codegen.schema.storage import BOX_DIMS
 from gqa_cutlass.dispatch import Dispatch
 from gqa_cutlass.errors import InputError
 from gqa_cutlass.inputs import Problem, Tensors
 from gqa_cutlass.launch_log import LaunchRecord
-from gqa_cutlass.launcher import CacheStrides, LoadedKernel, Params, TmaParams, encode_tensor_map
+from gqa_cutlass.launcher import LoadedKernel, encode_tensor_map
 from gqa_cutlass.tensormap import TensorMap
 
 LOG = logging.getLogger("gqa_cutlass")

@@ -8,10 +8,9 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
+from gqa_cutlass.codegen.schema.params import TENSOR_MAP_BYTES
 from gqa_cutlass.errors import InputError
 
-TENSOR_MAP_BYTES = 128
-TENSOR_MAP_ALIGN = 64
 UNIT_BYTES = 16  # what the TMA unit moves at a time, and the least alignment in global memory
 MAX_RANK = 5
 _MAGIC = b"gqaTMA\0\1"

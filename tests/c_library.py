@@ -23,13 +23,14 @@ from torch import Tensor
 from gqa_cutlass import simulation
 from gqa_cutlass.codegen import ARCHES, KernelConfig, Math, select
 from gqa_cutlass.codegen.bundle import Image, bundle_files
+from gqa_cutlass.codegen.schema.params import TENSOR_MAP_BYTES, Params, TmaParams
 from gqa_cutlass.dispatch import Dispatch
 from gqa_cutlass.errors import InputError
 from gqa_cutlass.export import facts
-from gqa_cutlass.launcher import LaunchShape, Params, TmaParams
+from gqa_cutlass.launcher import LaunchShape
 from gqa_cutlass.ptxsim.simulate import Checks
 from gqa_cutlass.simulation import program_of, regions_of
-from gqa_cutlass.tensormap import TENSOR_MAP_BYTES, UNIT_BYTES, TensorMap
+from gqa_cutlass.tensormap import UNIT_BYTES, TensorMap
 
 FAKE_CUDA = Path(__file__).with_name("fake_cuda.c")
 WARNINGS = ("-Wall", "-Wextra", "-Wpedantic", "-Werror")

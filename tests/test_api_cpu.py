@@ -26,6 +26,7 @@ from gqa_cutlass import (  # fmt: skip
     warmup,
 )
 from gqa_cutlass.codegen import ARCHES, KernelConfig, Schedule, shipped
+from gqa_cutlass.codegen.schema.params import Params
 from gqa_cutlass.errors import DeviceError, GqaError, InputError, LaunchError
 from gqa_cutlass.tensormap import TensorMap
 
@@ -247,12 +248,12 @@ def contexts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def prepared(
     monkeypatch: pytest.MonkeyPatch, fake: FakeDriver, **shape: Any
-) -> tuple[launcher.Launch, launcher.Params]:
+) -> tuple[launcher.Launch, Params]:
     """A launch by way of the fake driver, and its argument."""
     monkeypatch.setattr(launcher, "_library", lambda: fake)
     device = launcher.Device(index=3, arch=ARCHES["sm_80"], num_sms=1)
     kernel = launcher.LoadedKernel(shipped()[0], device, driver.CUfunction(0xF00))
-    argument = launcher.Params()
+    argument = Params()
     sizes: dict[str, Any] = {"grid": (1, 2, 3), "block": 128, "shared_bytes": 4096}
     return kernel.prepare(launcher.LaunchShape(**sizes | shape), argument), argument
 

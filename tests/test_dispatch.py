@@ -20,10 +20,10 @@ from gqa_cutlass.codegen import (
     default_config,
     shipped,
 )
+from gqa_cutlass.codegen.schema.launch import Overlap
 from gqa_cutlass.dispatch import choose_config, dispatch, model_device
 from gqa_cutlass.errors import InputError
 from gqa_cutlass.inputs import MAX_SPLITS, Problem
-from gqa_cutlass.launcher import Overlap
 
 H200 = model_device(ARCHES["sm_90a"])
 LLAMA_3_8B = Problem(

@@ -25,7 +25,7 @@ from cuda.bindings import driver
 
 from gqa_cutlass import launcher
 from gqa_cutlass.codegen.compile import _include_paths
-from gqa_cutlass.tensormap import TENSOR_MAP_ALIGN, TENSOR_MAP_BYTES
+from gqa_cutlass.codegen.schema.params import TENSOR_MAP_ALIGN, TENSOR_MAP_BYTES
 
 COMPILERS = {
     "gcc": ("-std=c11",),

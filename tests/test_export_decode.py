@@ -39,8 +39,8 @@ from torch import Tensor
 import gqa_cutlass
 from gqa_cutlass import CacheOverflowError, GQADecodeConfig, gqa_attention_decode, gqa_decode
 from gqa_cutlass.codegen import DType, KernelConfig, Math, Schedule, default_config
+from gqa_cutlass.codegen.schema.params import Params
 from gqa_cutlass.dispatch import Dispatch
-from gqa_cutlass.launcher import Params
 
 KERNELS = [
     default_config(Math.TENSOROP, dtype, head_dim, group_size, 8, schedule)

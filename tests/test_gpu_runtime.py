@@ -16,8 +16,8 @@ from helpers import check, run, run_python, skip_unless_it_runs
 import gqa_cutlass
 from gqa_cutlass import GQADecodeConfig, gqa_attention_decode
 from gqa_cutlass.codegen import DType, KernelConfig, Math, Schedule, default_config
+from gqa_cutlass.codegen.schema.launch import Overlap
 from gqa_cutlass.errors import KernelMissingError
-from gqa_cutlass.launcher import Overlap
 
 pytestmark = pytest.mark.gpu
 

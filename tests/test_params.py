@@ -9,8 +9,7 @@ import pytest
 
 from gqa_cutlass.codegen.compile import compile_source
 from gqa_cutlass.codegen.headers import include_dir
-from gqa_cutlass.launcher import Params, TmaParams
-from gqa_cutlass.tensormap import TENSOR_MAP_ALIGN, TENSOR_MAP_BYTES
+from gqa_cutlass.codegen.schema.params import TENSOR_MAP_ALIGN, TENSOR_MAP_BYTES, Params, TmaParams
 
 FIELDS = [name for name, *_ in Params._fields_]
 STRIDES = {kind for _, kind, *_ in Params._fields_ if issubclass(kind, ctypes.Structure)}

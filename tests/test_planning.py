@@ -19,9 +19,11 @@ from torch import Tensor
 import gqa_cutlass
 from gqa_cutlass import api, gqa_decode, planning, shortcuts, workspace
 from gqa_cutlass.codegen import ARCHES, KernelConfig
+from gqa_cutlass.codegen.schema.launch import Overlap
+from gqa_cutlass.codegen.schema.params import Params, TmaParams
 from gqa_cutlass.dispatch import BALANCED_TOKENS, model_device
 from gqa_cutlass.errors import CacheOverflowError, InputError
-from gqa_cutlass.launcher import Device, LaunchShape, Overlap, Params, TmaParams
+from gqa_cutlass.launcher import Device, LaunchShape
 from gqa_cutlass.tensormap import TensorMap
 from gqa_cutlass.workspace import OverflowFlag
 

@@ -16,9 +16,9 @@ import gqa_cutlass
 from gqa_cutlass import api
 from gqa_cutlass.codegen import DType, KernelConfig, Math, Schedule, default_config
 from gqa_cutlass.codegen.compile import compile_kernel
+from gqa_cutlass.codegen.schema.launch import Overlap
 from gqa_cutlass.dispatch import dispatch
 from gqa_cutlass.errors import InputError, KernelMissingError, PtxError
-from gqa_cutlass.launcher import Overlap
 from gqa_cutlass.ptxsim.stats import Stats
 from gqa_cutlass.simulation import CpuPlan, program_from, program_of
 from gqa_cutlass.store import Store

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from gqa_cutlass.codegen.schema.params import TENSOR_MAP_ALIGN, TENSOR_MAP_BYTES
 from gqa_cutlass.errors import InputError
 from gqa_cutlass.ptxsim.landing import (
     BARRIER_BYTES,
@@ -36,7 +37,7 @@ from gqa_cutlass.ptxsim.memory import (
 from gqa_cutlass.ptxsim.operands import Pointer, pointer
 from gqa_cutlass.ptxsim.program import Action, Slots, unknown
 from gqa_cutlass.ptxsim.syntax import Address, Instruction, Operand
-from gqa_cutlass.tensormap import TENSOR_MAP_ALIGN, TENSOR_MAP_BYTES, UNIT_BYTES, TensorMap
+from gqa_cutlass.tensormap import UNIT_BYTES, TensorMap
 
 if TYPE_CHECKING:
     from gqa_cutlass.ptxsim.machine import Group, Machine

@@ -1,0 +1,130 @@
+"""The memory that a launch touches: a row per tensor of a call, and per buffer behind it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from gqa_cutlass.codegen.schema.structs import check_distinct
+
+
+class Access(StrEnum):
+    """What a kernel does with memory."""
+
+    READ = "read"
+    WRITE = "write"  # and never reads
+    APPEND = "append"  # reads, and writes the new token's rows if there is one
+    SCRATCH = "scratch"  # writes, then reads what it wrote
+    COUNT = "count"  # reads and writes
+
+
+class Elements(StrEnum):
+    """What memory holds."""
+
+    ELEMENT = "element"  # of the kernel's type
+    FLOAT32 = "float32"
+    INT32 = "int32"
+    UINT32 = "uint32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Argument:
+    """Memory that a launch touches.
+
+    Args:
+        name: As calls name it.
+        dims: The names of its dimensions' sizes; strides of the last one are 1.
+        elements: What it holds.
+        field: The field of `Params` that holds its address.
+        stride: The field of `Params` that holds its strides; None for contiguous memory.
+        access: What kernels do with it.
+        optional: Whether a call may leave it out: its address is then null, unless the call
+            allocates it.
+        single_token: Whether calls may pass it with a dimension of size 1 behind the first.
+        feature: The policy that it belongs to.
+    """
+
+    name: str
+    dims: tuple[str, ...]
+    elements: Elements = Elements.ELEMENT
+    field: str
+    stride: str | None = None
+    access: Access = Access.READ
+    optional: bool = False
+    single_token: bool = False
+    feature: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Arguments in the order in which calls pass them.
+
+    Args:
+        rows: Them.
+
+    Raises:
+        ConfigError: A name, or a field of `Params`, stands in it twice.
+    """
+
+    rows: tuple[Argument, ...]
+
+    def __post_init__(self) -> None:
+        check_distinct("arguments", "arguments", (row.name for row in self.rows))
+        check_distinct("arguments", "fields", (row.field for row in self.rows))
+
+
+_QUERY = ("batch", "num_q_heads", "head_dim")
+_TOKEN = ("batch", "num_kv_heads", "head_dim")
+_CACHE = ("batch", "max_seq_len", "num_kv_heads", "head_dim")
+
+ARGUMENTS = Table(
+    rows=(
+        Argument(name="q", dims=_QUERY, field="q", stride="q_stride", single_token=True),
+        Argument(
+            name="k_cache", dims=_CACHE, field="k_cache", stride="k_cache_stride",
+            access=Access.APPEND,
+        ),
+        Argument(
+            name="v_cache", dims=_CACHE, field="v_cache", stride="v_cache_stride",
+            access=Access.APPEND,
+        ),
+        Argument(
+            name="k", dims=_TOKEN, field="k_new", stride="k_new_stride", optional=True,
+            single_token=True,
+        ),
+        Argument(
+            name="v", dims=_TOKEN, field="v_new", stride="v_new_stride", optional=True,
+            single_token=True,
+        ),
+        Argument(
+            name="out", dims=_QUERY, field="out", stride="out_stride", access=Access.WRITE,
+            optional=True, single_token=True,
+        ),
+        Argument(
+            name="cache_seqlens", dims=("batch",), elements=Elements.INT32, field="seqlens",
+            optional=True,
+        ),
+    )
+)  # fmt: skip
+
+# What a launch touches besides: what calls allocate, or keep.
+BUFFERS = Table(
+    rows=(
+        Argument(
+            name="lse", dims=("batch", "num_q_heads"), elements=Elements.FLOAT32, field="lse",
+            access=Access.WRITE, optional=True,
+        ),
+        Argument(
+            name="partials", dims=("partial_floats",), elements=Elements.FLOAT32,
+            field="partials", access=Access.SCRATCH, optional=True,
+        ),
+        Argument(
+            name="tickets", dims=("num_tickets",), elements=Elements.UINT32, field="tickets",
+            access=Access.COUNT, optional=True,
+        ),
+        Argument(
+            name="status", dims=("one",), elements=Elements.INT32, field="status",
+            access=Access.WRITE,
+        ),
+    )
+)  # fmt: skip

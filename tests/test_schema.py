@@ -1,0 +1,169 @@
+"""The schema: consistent in itself, a leaf, and in step with the headers emitted from it."""
+
+from __future__ import annotations
+
+import ast
+import ctypes
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from gqa_cutlass.codegen import DType, Math, default_config, render
+from gqa_cutlass.codegen import headers as our
+from gqa_cutlass.codegen.headers import Headers
+from gqa_cutlass.codegen.manifest import emit, emitted_drift
+from gqa_cutlass.codegen.schema import arguments, params, storage
+from gqa_cutlass.codegen.schema.arguments import ARGUMENTS, BUFFERS, Argument, Table
+from gqa_cutlass.codegen.schema.emit import check_emitted, cpp_header, emitted_files
+from gqa_cutlass.codegen.schema.launch import Overlap
+from gqa_cutlass.codegen.schema.params import CACHE_STRIDES, PARAMS, ROW_STRIDES, Params
+from gqa_cutlass.codegen.schema.storage import Shared
+from gqa_cutlass.codegen.schema.structs import FLOAT, INT32, INT64, Field, Struct
+from gqa_cutlass.errors import ConfigError
+
+MODULES = sorted(Path(params.__file__).parent.glob("*.py"))
+MEMORY = (*ARGUMENTS.rows, *BUFFERS.rows)
+POINTERS = [field.name for field in PARAMS.fields if field.type.cpp.endswith("*")]
+CONFIG = default_config(Math.TENSOROP, DType.F16, 128, 4, 8)
+
+
+@pytest.fixture
+def templates(tmp_path: Path) -> Path:
+    """A folder with emitted headers, to change."""
+    for name in emitted_files():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    emit(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda path: path.stem)
+def test_the_schema_imports_nothing_but_itself(module: Path) -> None:
+    imported = set()
+    for node in ast.walk(ast.parse(module.read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module or "")
+    others = {
+        name
+        for name in imported
+        if name.partition(".")[0] not in sys.stdlib_module_names
+        and not name.startswith("gqa_cutlass.codegen.schema")
+    }
+    assert others <= {"gqa_cutlass.errors"}
+
+
+def test_committed_headers_are_what_the_schema_gives() -> None:
+    assert emitted_drift() == []
+
+
+@pytest.mark.parametrize("name", emitted_files())
+def test_edited_and_missing_headers_are_drift_and_get_repaired(name: str, templates: Path) -> None:
+    assert emit(templates) == [] == emitted_drift(templates)
+    (templates / name).write_text("// mine\n")
+    assert emitted_drift(templates) == [name]
+    assert emit(templates) == [name]
+    (templates / name).unlink()
+    assert emitted_drift(templates) == [name]
+    assert emit(templates) == [name]
+    assert emitted_drift(templates) == []
+
+
+@pytest.mark.parametrize("name", emitted_files())
+def test_emitted_headers_say_so_and_fit_on_a_line(name: str) -> None:
+    text = emitted_files()[name]
+    assert "Do not edit" in text.splitlines()[1]
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_enumerations_mean_the_same_in_every_language() -> None:
+    members = [f"k{member.name.title()}," for member in Overlap]
+    assert [line.split()[0] for line in cpp_header().splitlines() if line.startswith("  k")] == (
+        members
+    )
+    assert list(Overlap) == list(range(len(Overlap))) and Overlap(1) is Overlap.END
+
+
+def test_a_field_out_of_order_with_what_was_emitted_is_named() -> None:
+    lines = cpp_header().splitlines()
+    place = next(i for i, line in enumerate(lines) if "num_splits;" in line)
+    lines[place - 1], lines[place] = lines[place], lines[place - 1]
+    with pytest.raises(ConfigError, match=r"line \d+: got 'int32_t num_splits;'.*max_seq_len"):
+        check_emitted("\n".join(lines))
+    check_emitted(cpp_header())
+
+
+def test_no_kernel_is_rendered_for_a_header_that_is_out_of_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(str(our.include_dir()), tmp_path / "include")
+    header = tmp_path / "include" / "gqa" / "params.cuh"
+    header.write_text(header.read_text().replace("int32_t max_seq_len", "int64_t max_seq_len"))
+    module = sys.modules["gqa_cutlass.codegen.render"]
+    monkeypatch.setattr(module, "our_headers", lambda: Headers(tmp_path / "include"))
+    module._check_headers.cache_clear()
+    try:
+        with pytest.raises(ConfigError, match=r"int64_t max_seq_len.*Run `gqa-cutlass generate`"):
+            render.__wrapped__(CONFIG)
+    finally:
+        module._check_headers.cache_clear()
+
+
+def test_every_address_that_a_kernel_is_told_is_a_row_of_memory() -> None:
+    assert sorted(row.field for row in MEMORY) == sorted(POINTERS)
+
+
+@pytest.mark.parametrize("row", [r for r in MEMORY if r.stride], ids=lambda row: row.name)
+def test_strides_are_those_of_the_dimensions(row: Argument) -> None:
+    (kind,) = [field.type for field in PARAMS.fields if field.name == row.stride]
+    (struct,) = [s for s in (ROW_STRIDES, CACHE_STRIDES) if s.cpp == kind.cpp]
+    assert len(struct.fields) == len(row.dims) - 1  # the last one's are 1
+
+
+def test_the_argument_leaves_room_for_tensor_maps_to_follow() -> None:
+    assert ctypes.sizeof(Params) == 256
+    assert ctypes.sizeof(Params) % params.TENSOR_MAP_ALIGN == 0
+
+
+def test_two_arguments_of_one_name_are_refused() -> None:
+    row = Argument(name="k", dims=("batch",), field="k_new")
+    other = Argument(name="k", dims=("batch",), field="v_new")
+    with pytest.raises(ConfigError, match=r"arguments: got k twice.*No kernel was generated"):
+        Table(rows=(row, other))
+
+
+def test_two_arguments_in_one_field_are_refused() -> None:
+    rows = [Argument(name=name, dims=("batch",), field="k_new") for name in "kv"]
+    with pytest.raises(ConfigError, match="arguments: got k_new twice"):
+        Table(rows=tuple(rows))
+
+
+def test_two_fields_of_one_name_are_refused() -> None:
+    fields = (Field(name="scale", type=FLOAT), Field(name="scale", type=INT32))
+    with pytest.raises(ConfigError, match="S: got scale twice"):
+        Struct(cpp="S", c="s", doc="", fields=fields)
+
+
+def test_more_fields_than_have_room_are_refused() -> None:
+    fields = (Field(name="a", type=INT64), Field(name="b", type=INT32))
+    with pytest.raises(ConfigError, match="S: got fields of 16 bytes; allowed: 12"):
+        Struct(cpp="S", c="s", doc="", fields=fields, bytes=12)
+    assert Struct(cpp="S", c="s", doc="", fields=fields, bytes=64).reserved == 48
+    assert Struct(cpp="S", c="s", doc="", fields=fields).reserved == 0
+
+
+def test_parts_of_shared_memory_lie_one_behind_the_other_as_aligned() -> None:
+    parts = (
+        Shared(name="a", bytes=3, align=1),
+        Shared(name="b", bytes=4),
+        Shared(name="c", bytes=16, align=16),
+        Shared(name="d", bytes=1, align=1),
+    )
+    assert storage.total(parts) == 48  # 0-3, 4-8, 16-32, 32-33, rounded up to 16
+
+
+def test_access_says_what_a_kernel_writes() -> None:
+    written = {row.name for row in MEMORY if row.access is not arguments.Access.READ}
+    assert written == {"k_cache", "v_cache", "out", "lse", "partials", "tickets", "status"}
