@@ -274,7 +274,7 @@ class Plan(ABC):
         if lse is not None:
             params.lse = lse.data_ptr()
         if not self._device_lengths:
-            params.seqlen = cache_seqlens
+            params.seqlen = params.prefetch_limit = cache_seqlens
 
     @abstractmethod
     def _encode(self, description: TensorMap) -> bytes:
@@ -406,7 +406,7 @@ def _params(
 ) -> Params:
     """The kernel's argument, with everything set that does not change from call to call."""
     params = Params(
-        seqlen=problem.max_seq_len if chosen.early else 0,
+        prefetch_limit=problem.max_seq_len if chosen.early else 0,
         max_seq_len=problem.max_seq_len,
         num_kv_heads=problem.num_kv_heads,
         num_splits=chosen.num_splits,

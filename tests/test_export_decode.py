@@ -235,7 +235,7 @@ def test_ragged_lengths_decode_like_python(sizes: dict[str, Any], rows: int) -> 
     assert step.errors(step.out).share <= 1
     assert launched.shape.grid[1] == rows
     early = chosen_for(step, ragged=True).early
-    assert launched.argument["seqlen"] == (step.k_cache.shape[1] if early else 0)
+    assert launched.argument["prefetch_limit"] == (step.k_cache.shape[1] if early else 0)
     assert overflow.item() == 0
 
 

@@ -21,7 +21,7 @@ from gqa_cutlass import api, gqa_decode, planning, shortcuts, workspace
 from gqa_cutlass.codegen import ARCHES, KernelConfig
 from gqa_cutlass.codegen.schema.launch import Overlap
 from gqa_cutlass.codegen.schema.params import Params, TmaParams
-from gqa_cutlass.dispatch import BALANCED_TOKENS, model_device
+from gqa_cutlass.dispatch import BALANCED_TOKENS, dispatch, model_device
 from gqa_cutlass.errors import CacheOverflowError, InputError
 from gqa_cutlass.launcher import Device, LaunchShape
 from gqa_cutlass.tensormap import TensorMap
@@ -140,6 +140,22 @@ def test_an_int_length_is_passed_by_value(notes: Notes) -> None:
     gqa_decode(**inputs_of(), cache_seqlens=9)
     (params,) = notes.launches
     assert params.seqlens is None and params.seqlen == 9
+    assert params.prefetch_limit == 9  # what is known may be read
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_lengths_on_the_device_say_nothing_of_what_may_be_read_before(
+    notes: Notes, early: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        api, "dispatch", lambda *given: dataclasses.replace(dispatch(*given), early=early)
+    )
+    tensors = inputs_of()
+    seqlens = torch.full((len(tensors["q"]),), 9, dtype=torch.int32)
+    gqa_decode(**tensors, cache_seqlens=seqlens)
+    (params,) = notes.launches
+    assert params.seqlens == seqlens.data_ptr() and params.seqlen == 0
+    assert params.prefetch_limit == (tensors["k_cache"].shape[1] if early else 0)
 
 
 def test_attend_only_passes_no_token(notes: Notes) -> None:

@@ -1043,8 +1043,8 @@ DEPENDENT_MUTANTS = (
     Mutant(
         name="a tile brought to the block instead of to L2",
         header="load.cuh",
-        old="      keys_.prefetch_tile(first_tile, p.seqlen);\n",
-        new="      keys_.copy_tile(first_tile, p.seqlen, key_slot(0));\n",
+        old="      keys_.prefetch_tile(first_tile, p.prefetch_limit);\n",
+        new="      keys_.copy_tile(first_tile, p.prefetch_limit, key_slot(0));\n",
         fault=f"global memory is read {_TOO_SOON}; at byte 0 of k_cache.* in `cp.async.c",
         case=WHOLE_OVERLAP,
     ),

@@ -54,7 +54,8 @@ PARAMS = Struct(
         Field(name=name, type=kind, doc=doc)
         for name, kind, doc in (
             ("seqlens", _LENGTHS, "[batch], or null: every sequence holds `seqlen` tokens"),
-            ("seqlen", INT32, "otherwise how many may be read before lengths are known"),
+            ("seqlen", INT32, ""),
+            ("prefetch_limit", INT32, "tokens that may be read before lengths are known"),
             ("max_seq_len", INT32, ""),
             ("num_splits", INT32, ""),
             (
@@ -63,7 +64,6 @@ PARAMS = Struct(
                 "tma: K tiles (and V tiles) that a warp keeps in flight",
             ),
             ("overlap", _OVERLAP, "kernels that start before the one before them is done"),
-            ("scale_log2", FLOAT, "softmax_scale * log2(e): exponentials are powers of two"),
             ("q", _READ, "[batch, num_q_heads, head_dim]"),
             ("q_stride", _ROW, ""),
             ("k_new", _READ, "[batch, num_kv_heads, head_dim], or null: attend only"),
@@ -73,6 +73,7 @@ PARAMS = Struct(
             ("k_cache", _WRITTEN, "[batch, max_seq_len, num_kv_heads, head_dim]"),
             ("v_cache", _WRITTEN, "likewise"),
             ("out", _WRITTEN, "[batch, num_q_heads, head_dim]"),
+            ("scale_log2", FLOAT, "softmax_scale * log2(e): exponentials are powers of two"),
             ("num_kv_heads", INT32, ""),
             ("k_cache_stride", _CACHE, ""),
             ("v_cache_stride", _CACHE, ""),

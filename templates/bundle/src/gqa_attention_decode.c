@@ -442,7 +442,10 @@ static gqa_params bind(GQADecodeConfig const* config, tensors const* t,
   gqa_params params;
   memset(&params, 0, sizeof params);
   params.seqlens = t->seqlens;
-  params.seqlen = t->seqlens == NULL ? config->cache_len : chosen->early ? config->max_seq_len : 0;
+  params.seqlen = t->seqlens == NULL ? config->cache_len : 0;
+  params.prefetch_limit = t->seqlens == NULL ? config->cache_len
+                          : chosen->early    ? config->max_seq_len
+                                             : 0;
   params.max_seq_len = config->max_seq_len;
   params.num_splits = chosen->num_splits;
   params.num_stages = chosen->num_stages;

@@ -84,7 +84,7 @@ class TileRing {
       : keys_(p.k_cache, p.k_cache_stride, blockIdx.z),
         values_(p.v_cache, p.v_cache_stride, blockIdx.z),
         slots_(reinterpret_cast<Element*>(storage)),
-        early_(first_tile * T::kBlockN < p.seqlen) {
+        early_(first_tile * T::kBlockN < p.prefetch_limit) {
     if constexpr (T::kHeadDim != T::kHeadDimPadded) clear_padding();
   }
 
@@ -92,8 +92,8 @@ class TileRing {
   CUTE_DEVICE void prefetch(Params const& p, int first_tile) const {
     if constexpr (T::kVecWidth * sizeof(Element) == 16) {
       if (!early_) return;
-      keys_.prefetch_tile(first_tile, p.seqlen);
-      values_.prefetch_tile(first_tile, p.seqlen);
+      keys_.prefetch_tile(first_tile, p.prefetch_limit);
+      values_.prefetch_tile(first_tile, p.prefetch_limit);
     }
   }
 
@@ -101,7 +101,7 @@ class TileRing {
   // the latency of memory is most of a short decode step. Rows past the sequence's end are then
   // read as the cache has them.
   CUTE_DEVICE void start(Params const& p, int first_tile) {
-    if (early_) load_both(first_tile, p.seqlen, 0);
+    if (early_) load_both(first_tile, p.prefetch_limit, 0);
   }
 
   // Asks for the other tiles that have a slot.

@@ -28,7 +28,7 @@ class TmaRing {
         shared_(shared),
         warp_(warp),
         leader_(threadIdx.x % kWarpSize == 0),
-        early_(first_tile * T::kBlockN < p.decode.seqlen) {
+        early_(first_tile * T::kBlockN < p.decode.prefetch_limit) {
     if (leader_) {
       CUTE_NO_UNROLL
       for (int stage = 0; stage < p.decode.num_stages; ++stage) {

@@ -30,21 +30,22 @@ enum class Overlap : int32_t {
 // and a miss delays the first loads, or waits behind them.
 struct Params {
   int32_t const* seqlens;  // [batch], or null: every sequence holds `seqlen` tokens
-  int32_t seqlen;          // otherwise how many may be read before lengths are known
+  int32_t seqlen;
+  int32_t prefetch_limit;  // tokens that may be read before lengths are known
   int32_t max_seq_len;
   int32_t num_splits;
   int32_t num_stages;  // tma: K tiles (and V tiles) that a warp keeps in flight
   Overlap overlap;     // kernels that start before the one before them is done
-  float scale_log2;    // softmax_scale * log2(e): exponentials are powers of two
   void const* q;       // [batch, num_q_heads, head_dim]
   RowStrides q_stride;
   void const* k_new;  // [batch, num_kv_heads, head_dim], or null: attend only
   void const* v_new;  // likewise
   RowStrides k_new_stride;
   RowStrides v_new_stride;
-  void* k_cache;  // [batch, max_seq_len, num_kv_heads, head_dim]
-  void* v_cache;  // likewise
-  void* out;      // [batch, num_q_heads, head_dim]
+  void* k_cache;     // [batch, max_seq_len, num_kv_heads, head_dim]
+  void* v_cache;     // likewise
+  void* out;         // [batch, num_q_heads, head_dim]
+  float scale_log2;  // softmax_scale * log2(e): exponentials are powers of two
   int32_t num_kv_heads;
   CacheStrides k_cache_stride;
   CacheStrides v_cache_stride;
