@@ -35,7 +35,7 @@ _MOST_JSON, _MOST_CODE = 1 << 16, 1 << 26  # bytes: 100 times what is usual
 _READ = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 
 
-class RefusedError(Exception):
+class RefusedError(StoreError):
     """Something is there but cannot be used; the message says what and why."""
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path, PurePosixPath
 
@@ -149,3 +151,57 @@ def test_installed_package_compiles(installed: Path, tmp_path: Path) -> None:
     build = ("build", "--kernels", "tensorop*_f16*d64_g1_*align8", "--out", "built")
     output = _run(installed / "gqa-cutlass", *build, cwd=tmp_path)
     assert "2 of 2 compiled" in output  # one per schedule
+
+
+# Of the dependencies those that are small, and not of CI's pinned CUDA and torch.
+_SMALL = ("cuda-bindings", "cuda-core", "cuda-pathfinder", "jinja2", "numpy", "rich", "typer")
+_USE = """
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import cuda.core
+from gqa_cutlass.cli import app
+from gqa_cutlass.codegen import render, shipped
+from gqa_cutlass.codegen.fatbin import pack
+from gqa_cutlass.store import Store
+
+repository, *names = sys.argv[1:]
+kernel = shipped()[0]
+assert render(kernel) == Path(repository, "generated", f"{kernel.name}.cu").read_text()
+cubin = Store.default().get(kernel, "sm_90a", jit=True)
+assert not Store.default().get(kernel, "sm_90a", jit=False).was_built
+assert pack(kernel.name, {"sm_90a": cubin.compiled.code})
+for command in (
+    ["--help"],
+    ["build", "--kernels", kernel.name],
+    ["list", "--kernels", kernel.name],
+    ["sim", "--kernel", kernel.name, "--cache-len", "3"],
+):
+    app(command, standalone_mode=False)
+print(*(version(name) for name in names))
+"""
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason="newer Pythons need newer versions anyway")
+def test_the_lowest_versions_that_are_declared_work(tmp_path: Path) -> None:
+    declared = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["dependencies"]
+    bounds = dict(re.fullmatch(r"([\w-]+)>=([\d.]+).*", text).groups() for text in declared)
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
+    lowest = [f"{name}=={bounds[name]}" for name in _SMALL]
+    target = ("install", "--no-compile", "--only-binary", ":all:", "--target", tmp_path / "lowest")
+    done = subprocess.run([*pip, *target, *lowest], capture_output=True, text=True)
+    if done.returncode:
+        reached = subprocess.run([*pip, "index", "versions", "typer"], capture_output=True)
+        assert reached.returncode, done.stderr
+        pytest.skip("no package index can be reached")
+    used = subprocess.run(
+        [sys.executable, "-c", _USE, REPOSITORY, *_SMALL],
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "lowest")},
+        capture_output=True,
+        text=True,
+    )
+    assert used.returncode == 0, used.stdout + used.stderr
+    versions = used.stdout.splitlines()[-1].split()
+    for version, name in zip(versions, _SMALL, strict=True):
+        assert f"{version}.0".startswith(bounds[name]), name
