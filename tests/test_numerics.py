@@ -25,7 +25,9 @@ LENGTHS = [150, 0, 15, 299]
 every_kernel = pytest.mark.parametrize("config", KERNELS, ids=lambda config: config.name)
 
 
-def step_for(config: KernelConfig, device: str, lengths: list[int] = LENGTHS) -> Step:
+def step_for(
+    config: KernelConfig, device: str, lengths: list[int] = LENGTHS, kv_heads: int = 1
+) -> Step:
     skip_unless_it_runs(config, device)
     return make_step(
         dtype=config.dtype,
@@ -33,6 +35,7 @@ def step_for(config: KernelConfig, device: str, lengths: list[int] = LENGTHS) ->
         group_size=config.group_size,
         lengths=lengths,
         max_seq_len=300,
+        num_kv_heads=kv_heads,
         device=device,
     )
 
@@ -148,7 +151,7 @@ def test_denormal_inputs_count(config: KernelConfig, device: str) -> None:
 
 @every_kernel
 def test_nan_in_one_sequence_stays_there(config: KernelConfig, device: str) -> None:
-    step = step_for(config, device, [100, 100])
+    step = step_for(config, device, [100, 100], kv_heads=2)
     step.k_cache[0, 50, 0, 0] = float("nan")
     out, _ = run(step, config)
     assert out[0, : config.group_size].isnan().all()
