@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from pathlib import Path
 
+import conftest
 import pytest
-from helpers import REPOSITORY
 
 from gqa_cutlass.codegen import shipped, source_digest
 from gqa_cutlass.evidence import FILE, Evidence
@@ -26,23 +25,43 @@ def test_evidence_counts_for_the_source_that_was_tested() -> None:
     assert described == ["H200, 2026-01-01", "outdated", "none"]
 
 
+SUITE = """
+import pytest
+gpu = pytest.mark.gpu
+
+@gpu
+def test_one(): pass
+
+@gpu
+def test_two(): pass
+
+def test_three(): pass
+"""
+
+
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "why"),
     [
-        ["-m", "gpu", "tests/test_numerics.py"],
-        ["-m", "gpu", "-k", "test_softmax_scale"],
-        ["-m", "not gpu", "-k", "test_gather"],
+        pytest.param(["test_suite.py"], "only a part of the GPU suite was run", id="a file"),
+        pytest.param(["-k", "one"], "only a part of the GPU suite was run", id="a selection"),
+        pytest.param(["-m", "not gpu"], "only a part of the GPU suite was run", id="no GPU tests"),
+        pytest.param([], "kernels were not tested", id="too few kernels"),
     ],
-    ids=["a file", "a selection", "no GPU tests"],
 )
-def test_a_part_of_the_gpu_suite_writes_nothing(arguments: list[str]) -> None:
+def test_a_part_of_the_gpu_suite_writes_nothing(
+    arguments: list[str],
+    why: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "test_suite.py").write_text(SUITE)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    monkeypatch.chdir(tmp_path)
     before = FILE.read_bytes() if FILE.exists() else None
-    finished = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--gpu-evidence", *arguments],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-    )
-    assert finished.returncode != 0
-    assert "no evidence written" in finished.stdout + finished.stderr or finished.returncode == 5
+    options = ["-p", "no:cacheprovider", "-p", "no:xdist", "--import-mode=importlib"]
+    arguments = [*options, "--gpu-evidence", *arguments]
+    assert pytest.main(arguments, plugins=[conftest]) is pytest.ExitCode.USAGE_ERROR
+    said = capsys.readouterr().err
+    assert "no evidence written: " in said and why in said
     assert (FILE.read_bytes() if FILE.exists() else None) == before
