@@ -58,3 +58,11 @@ class PtxError(GqaError, ValueError):
 
 class KernelFault(GqaError, RuntimeError):
     """A kernel in ptxsim did what no kernel may: the message says what, where and who."""
+
+
+def shown(value: object) -> str:
+    """A value as messages say it: 80 characters at most, whatever it is and does."""
+    try:
+        return repr(value)[:80]
+    except Exception:  # of a caller's class, or an int of too many digits
+        return f"a {type(value).__name__} that cannot be shown"

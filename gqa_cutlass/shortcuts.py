@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import cache, partial, reduce
+from operator import or_
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _Comparison = Callable[..., bool]
+_BACKENDS = {"cpu": "CPU", "cuda": "CUDA", "meta": "Meta"}
 
 
 class _StandIn(Tensor):
@@ -84,3 +87,42 @@ def _allocation(device_type: str) -> Callable[..., Tensor] | None:
         return None
     right = made.device.type == device_type and made.dtype == torch.float16
     return shortcut if right and made.shape == (2, 3) and made.stride() == (3, 1) else None
+
+
+def foreign_keys(tensor: Tensor) -> str | None:
+    """Names of the keys by which torch dispatches a tensor, but no plain one.
+
+    Nested, sparse and quantised tensors, negated views, wrappers of vmap and of functionalisation,
+    subclasses with `__torch_dispatch__`, zero tensors and kinds yet to come have one. Empty also on
+    devices that run no kernels; None where torch does not tell.
+    """
+    plain = _plain_keys()
+    if plain is None:
+        return None
+    keys = torch._C._dispatch_keys(tensor)
+    if not keys.raw_repr() & ~plain.raw_repr():
+        return ""
+    with torch._C.DisableTorchFunctionSubclass():  # a subclass may answer as it likes
+        if tensor.device.type not in _BACKENDS:
+            return ""
+    return str(keys - plain).removeprefix("DispatchKeySet(").removesuffix(")")
+
+
+@cache
+def _plain_keys() -> torch._C.DispatchKeySet | None:
+    """All keys that a plain tensor may have."""
+    names = ["ADInplaceOrView", "AutocastCPU", "AutocastCUDA"]
+    for backend in _BACKENDS.values():
+        names += backend, f"Autograd{backend}"
+    try:
+        keys = (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)) for name in names)
+        plain = reduce(or_, keys)
+        one = torch._C._dispatch_keys(stand_ins()[0])
+        return plain if one.raw_repr() and str(one - plain) == "DispatchKeySet()" else None
+    except (AttributeError, TypeError, RuntimeError):
+        return None
+
+
+def in_forward_ad() -> bool:
+    """Whether a tensor may have a tangent."""
+    return getattr(forward_ad, "_current_level", 0) >= 0
