@@ -191,15 +191,16 @@ def _raise_too_large(sizes: Sizes, device: torch.device, available: int) -> NoRe
     layers = f" in each of {sizes.num_layers} layers" * (sizes.num_layers > 1)
     fits = f"max_seq_len up to {longest}" if longest else "no max_seq_len"
     raise CacheAllocationError(
-        f"KVCache: memory: got a cache of {sizes.total_bytes} bytes ({_gib(sizes.total_bytes)}): "
+        f"KVCache: memory: got a cache of {sizes.total_bytes} bytes ({gib(sizes.total_bytes)}): "
         f"k and v of {list(sizes.shape)} (batch_size, max_seq_len, num_kv_heads, head_dim), "
-        f"{sizes.dtype}{layers}; free on {device}: {available} bytes ({_gib(available)}). Nothing "
+        f"{sizes.dtype}{layers}; free on {device}: {available} bytes ({gib(available)}). Nothing "
         f"was allocated. With the other sizes as they are {fits} fits: shorten the cache, take "
         "fewer sequences, or free memory."
     )
 
 
-def _gib(count: int) -> str:
+def gib(count: int) -> str:
+    """A number of bytes, as messages say it."""
     return f"{count / 2**30:.2f} GiB"
 
 

@@ -11,8 +11,9 @@ from gqa_cutlass.allocation import Memory, Sizes, allocate, placed
 from gqa_cutlass.api import check_overflow, gqa_decode
 from gqa_cutlass.cache_inputs import check_prompt, ints, one_token
 from gqa_cutlass.errors import CacheOverflowError, InputError
+from gqa_cutlass.guard import guarded, lack_of_memory, raise_no_temporaries
 from gqa_cutlass.lengths import ONE_TOKEN, REMEDY, Growth, Lengths, capturing
-from gqa_cutlass.rows import gather, scatter
+from gqa_cutlass.rows import buffer, gather, scatter
 
 
 class KVCache:
@@ -35,6 +36,10 @@ class KVCache:
 
     Whoever writes into `seqlens` takes the host's knowledge away, and must call `refresh` (which
     waits) or `forget` (which does not) before the next operation.
+
+    A call that an error or an interrupt ends in its middle leaves a cache that works: every
+    sequence is as it was, or as it was to become, or (`reorder`) empty, and `lengths` says which,
+    or nothing. What lies behind the lengths may have been written. Temporaries take up to 64 MiB.
 
     Works in inference mode or outside; nothing is recorded for gradients. Not thread-safe: one
     thread and one stream at a time.
@@ -93,7 +98,9 @@ class KVCache:
         any of the caches.
 
         A forward pass that an error ends in its middle has moved no length: it can be repeated from
-        the first layer, which writes the same rows again.
+        the first layer, which writes the same rows again. Not so `reorder`, which moves rows on
+        every layer: after an error, go on with the cache that raised it where `lengths` are as
+        before; otherwise the sequences that were to change are empty.
 
         Args:
             num_layers: Caches.
@@ -208,18 +215,25 @@ class KVCache:
         Raises:
             CacheOverflowError: A sequence is full, or an earlier call on this GPU found one to be.
                 Nothing was launched, and the lengths are as they were.
-            GqaError: As for `gqa_decode`.
+            CacheAllocationError: There is no memory for the output. The lengths are as they were.
+            GqaError: As for `gqa_decode`. The lengths are as they were, though the token may have
+                been written behind them.
         """
         if k is not None:
             self._lengths.check_room("decode", ONE_TOKEN)
-        result = gqa_decode(
-            q, self.k, self.v, k, v, cache_seqlens=self.seqlens, softmax_scale=softmax_scale,
-            num_splits=num_splits, return_lse=return_lse, ragged=ragged, out=out,
-        )  # fmt: skip
-        if k is not None and self._leads:
-            self._lengths.advance(ONE_TOKEN, self._lengths.room(ONE_TOKEN))
-        return result
+        try:
+            result = gqa_decode(
+                q, self.k, self.v, k, v, cache_seqlens=self.seqlens, softmax_scale=softmax_scale,
+                num_splits=num_splits, return_lse=return_lse, ragged=ragged, out=out,
+            )  # fmt: skip
+            if k is not None and self._leads:
+                self._lengths.advance(ONE_TOKEN, self._lengths.room(ONE_TOKEN))
+            return result
+        except RuntimeError as error:
+            told = lack_of_memory(error)
+        raise_no_temporaries("decode", self.device, told)
 
+    @guarded
     def append(self, k: Tensor, v: Tensor) -> None:
         """Append one token to every sequence, without attending.
 
@@ -231,11 +245,13 @@ class KVCache:
         Raises:
             InputError: A tensor is not allowed. Nothing was written.
             CacheOverflowError: A sequence is known to be full. Nothing was written.
+            CacheAllocationError: There is no memory for temporaries. The lengths are as they were.
         """
         k = one_token("append", "k", k, self.k)
-        v = one_token("append", "v", v, self.v)
+        v = one_token("append", "v", v, self.k)
         self._extend("append", k, v, ONE_TOKEN)
 
+    @guarded
     def prefill(self, k: Tensor, v: Tensor, lengths: Sequence[int] | Tensor | None = None) -> None:
         """Append a whole prompt, or a piece of one, to every sequence.
 
@@ -252,10 +268,12 @@ class KVCache:
         Raises:
             InputError: An argument is not allowed. Nothing was written.
             CacheOverflowError: A sequence is known not to have the room. Nothing was written.
+            CacheAllocationError: There is no memory for temporaries. The lengths are as they were.
         """
         check_prompt("prefill", k, v, self.k)
         self._extend("prefill", k, v, self._lengths.growth(k.shape[1], lengths))
 
+    @guarded
     def truncate(self, lengths: int | Sequence[int] | Tensor) -> None:
         """Keep at most so many tokens of every sequence: take speculation back.
 
@@ -265,14 +283,17 @@ class KVCache:
 
         Raises:
             InputError: Not of these types, or out of 0 to max_seq_len. Nothing was changed.
+            CacheAllocationError: There is no memory for temporaries. Nothing was changed.
         """
         self._lengths.truncate(lengths)
 
+    @guarded
     def reorder(self, indices: Sequence[int] | Tensor) -> None:
         """Let row i hold what row indices[i] held: beam search, continuous batching.
 
         Of caches that share their lengths, call it on every one, the last one last: that one moves
-        the lengths.
+        the lengths. While rows are moved, those that change are empty, and stay so if an error or
+        an interrupt ends the call there.
 
         Args:
             indices: Ints, of which any may be repeated, and -1 for an empty row; only rows that
@@ -281,27 +302,36 @@ class KVCache:
 
         Raises:
             InputError: Not of these types, or ints out of range. Nothing was moved.
+            CacheAllocationError: There is no memory for temporaries. Nothing was moved.
         """
         lengths = self._lengths
+        host = targets = None
         if isinstance(indices, Tensor):
-            order, host = lengths.order(indices), None
+            order = lengths.order(indices)
             own = torch.arange(self.batch_size, device=self.device)
-            gather((self.k, self.v), lengths.reach, torch.where(order < 0, own, order))
+            sources = torch.where(order < 0, own, order)
         else:
             host = ints("reorder", "indices", indices, -1, self.batch_size - 1, self.batch_size)
-            order = lengths.upload("reorder", host, torch.int64)
-            self._move(host)
-        if self._leads:
-            lengths.reorder(order, host)
+            order, sources, targets = (
+                lengths.upload("reorder", rows, torch.int64) for rows in (host, *self._moves(host))
+            )
+        reach = lengths.reach
+        through = buffer(self.k, len(sources), reach)
+        with lengths.reordering(order, host, self._leads):
+            if len(sources):
+                gather((self.k, self.v), reach, sources, targets, through)
 
+    @guarded
     def reset(self, sequences: Sequence[int] | None = None) -> None:
         """Empty all sequences, or some.
 
         Raises:
             InputError: Not a sequence of ints from 0 to batch_size - 1. Nothing was changed.
+            CacheAllocationError: There is no memory for temporaries. Nothing was changed.
         """
         self._lengths.reset(sequences)
 
+    @guarded
     def refresh(self) -> list[int]:
         """Wait for the device's lengths, and know them exactly.
 
@@ -315,6 +345,7 @@ class KVCache:
         """Know no lengths any more, without waiting: somebody else has written `seqlens`."""
         self._lengths.forget()
 
+    @guarded
     def check(self) -> None:
         """Wait for the device, and report what did not fit since the last report.
 
@@ -325,7 +356,7 @@ class KVCache:
                 they were.
             InputError: A CUDA graph is being captured.
         """
-        found = self._lengths.take_overflow("check")
+        found = self._lengths.overflowed("check")
         messages = []
         if found:
             named = ", ".join(map(str, found[:8])) + ", ..." * (len(found) > 8)
@@ -339,6 +370,8 @@ class KVCache:
             check_overflow(self.device)
         except CacheOverflowError as error:
             messages.append(str(error))
+        if found:  # not before: had the other check failed, nobody would have been told
+            self._lengths.drop_overflow()
         if messages:
             raise CacheOverflowError(" ".join(messages))
 
@@ -354,26 +387,22 @@ class KVCache:
             for cache, new in pairs:
                 cache[:, start:stop].copy_(new)  # padding included, which lands behind the lengths
         else:
-            scatter(pairs, self.seqlens, growth.device, room)
+            through = buffer(self.k, self.batch_size, min(growth.most, self.max_seq_len))
+            scatter(pairs, self.seqlens, growth.device, room, through)
         if room is not None:
             lengths.note_overflow(room)
         if self._leads:
             lengths.advance(growth, room)
 
-    def _move(self, host: list[int]) -> None:
-        """Move the rows that change, from those that hold something."""
+    def _moves(self, host: list[int]) -> tuple[list[int], list[int]]:
+        """Rows to move something from, and those that it goes to."""
         settled = self._lengths.settled
-        moves = [
-            (source, target)
+        targets = [
+            target
             for target, source in enumerate(host)
             if source not in (target, -1) and (settled is None or settled[source])
         ]
-        if moves:
-            sources, targets = (
-                self._lengths.upload("reorder", rows, torch.int64)
-                for rows in zip(*moves, strict=True)
-            )
-            gather((self.k, self.v), self._lengths.reach, sources, targets)
+        return [host[target] for target in targets], targets
 
 
 def _sizes(

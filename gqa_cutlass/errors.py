@@ -21,7 +21,10 @@ class CacheOverflowError(InputError):
 
 
 class CacheAllocationError(GqaError, MemoryError):
-    """There is not enough memory for a cache. Nothing stays allocated."""
+    """There is not enough memory for a cache, or for what a method of it needs meanwhile.
+
+    Nothing stays allocated, and a cache holds what it held.
+    """
 
 
 class CompileError(GqaError, RuntimeError):

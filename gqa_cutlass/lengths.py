@@ -4,12 +4,17 @@ The device has the truth: kernels read it there, and CUDA graphs advance it unse
 what it can compute itself, without ever waiting, and so knows the lengths exactly, or only a bound.
 What moves data asks for `settled` and `reach`, which claim nothing about lengths that a graph may
 have advanced since.
+
+A call may end anywhere: memory runs out, a kernel faults, somebody interrupts it. So whatever it
+allocates it allocates first, and while the device's lengths change the host knows nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import NoReturn
 
 import torch
@@ -90,10 +95,10 @@ class Lengths:
         if isinstance(lengths, Tensor):
             check_per_sequence("prefill", "lengths", lengths, self.seqlens, torch.int32)
             return Growth(most=tokens, host=None, device=lengths)
-        counts = ints("prefill", "lengths", lengths, 0, tokens, self.batch_size)
-        same = len(set(counts)) == 1
-        device = counts[0] if same else self.upload("prefill", counts, torch.int32)
-        return Growth(most=max(counts), host=counts, device=device)
+        host = ints("prefill", "lengths", lengths, 0, tokens, self.batch_size)
+        same = len(set(host)) == 1
+        device = host[0] if same else self.upload("prefill", host, torch.int32)
+        return Growth(most=max(host), host=host, device=device)
 
     def check_room(self, method: str, growth: Growth) -> None:
         """Refuse what is certain not to fit; during a capture, whatever the lengths at replays.
@@ -127,23 +132,24 @@ class Lengths:
 
     def advance(self, growth: Growth, room: Tensor | None) -> None:
         """Add the tokens, where there is room for them."""
-        self.seqlens.add_(growth.device if room is None else room * growth.device)
+        added = growth.device if room is None else room * growth.device
         known = None
         if self._known is not None and growth.host is not None:
             known = [n + c for n, c in zip(self._known, self._each(growth.host), strict=True)]
-        self._learn(known, self._bound + growth.most)
+        self._change(partial(self.seqlens.add_, added), known, self._bound + growth.most)
 
     def note_overflow(self, room: Tensor) -> None:
-        """Remember, until it is asked for, which sequences had no room."""
+        """Remember, until `drop_overflow`, which sequences had no room."""
         self._overflowed.logical_or_(~room)
 
-    def take_overflow(self, method: str) -> list[int]:
-        """Wait for the sequences that `note_overflow` has noted since the last time."""
+    def overflowed(self, method: str) -> list[int]:
+        """Wait for the sequences that `note_overflow` has noted."""
         self._check_may_wait(method)
-        found = [b for b, flag in enumerate(self._overflowed.tolist()) if flag]
-        if found:
-            self._overflowed.zero_()
-        return found
+        return [b for b, flag in enumerate(self._overflowed.tolist()) if flag]
+
+    def drop_overflow(self) -> None:
+        """Forget what `note_overflow` has noted."""
+        self._overflowed.zero_()
 
     def truncate(self, lengths: int | Sequence[int] | Tensor) -> None:
         """Keep at most so many tokens.
@@ -153,19 +159,18 @@ class Lengths:
         """
         if isinstance(lengths, Tensor):
             check_per_sequence("truncate", "lengths", lengths, self.seqlens, torch.int32)
-            self._at_most(lengths.clamp(min=0))
-            self._learn(None, self._bound)
+            self._at_most(lengths.clamp(min=0), None, self._bound)
             return
+        most: int | Tensor
         if isinstance(lengths, int):
             if type(lengths) is not int or not 0 <= lengths <= self.limit:
                 refuse("truncate", "lengths", repr(lengths)[:80], f"an int from 0 to {self.limit}")
-            counts = [lengths] * self.batch_size
-            self.seqlens.clamp_(max=lengths)
+            counts, most = [lengths] * self.batch_size, lengths
         else:
             counts = ints("truncate", "lengths", lengths, 0, self.limit, self.batch_size)
-            self._at_most(self.upload("truncate", counts, torch.int32))
+            most = self.upload("truncate", counts, torch.int32)
         known = None if self._known is None else list(map(min, self._known, counts))
-        self._learn(known, min(self._bound, max(counts)))
+        self._at_most(most, known, min(self._bound, max(counts)))
 
     def order(self, indices: Tensor) -> Tensor:
         """Indices on the device as int64, -1 for all that name no row.
@@ -177,20 +182,32 @@ class Lengths:
         order = indices.long()
         return order.masked_fill((order < 0) | (order >= self.batch_size), -1)
 
-    def reorder(self, order: Tensor, host: list[int] | None) -> None:
-        """Let every row take the length of another.
+    @contextmanager
+    def reordering(self, order: Tensor, host: list[int] | None, leads: bool) -> Iterator[None]:
+        """Let every row take the length of another, when the caller has moved what it holds.
+
+        Meanwhile the rows that change are empty: where the caller fails, every sequence is as it
+        was, or empty.
 
         Args:
             order: Int64 [batch] on the device, the rows to take from, and -1 for empty.
             host: The same, or None when only the device knows.
+            leads: Whether the lengths go with the rows, or stay, for other caches to follow.
         """
-        taken = self.seqlens.index_select(0, order.clamp(min=0))
-        self.seqlens.copy_(taken.masked_fill_(order < 0, 0))
-        known = self._known
+        known, bound = self._known, self._bound
+        kept = after = None
         if known is not None and host is not None:
-            self._learn([known[row] if row >= 0 else 0 for row in host], self._bound)
+            kept = [known[b] if row == b else 0 for b, row in enumerate(host)]
+            after = [known[row] if row >= 0 else 0 for row in host]
+        if leads:
+            lengths = self.seqlens.index_select(0, order.clamp(min=0))
+            lengths.masked_fill_(order < 0, 0)
         else:
-            self._learn(None, self._bound)
+            lengths, after = self.seqlens.clone(), known
+        changes = order != torch.arange(self.batch_size, device=self.device)
+        self._change(partial(self.seqlens.masked_fill_, changes, 0), kept, bound)
+        yield
+        self._change(partial(self.seqlens.copy_, lengths), after, bound)
 
     def reset(self, sequences: Sequence[int] | None) -> None:
         """Empty all sequences, or some.
@@ -202,14 +219,13 @@ class Lengths:
         if sequences is not None:
             emptied = set(ints("reset", "sequences", sequences, 0, self.batch_size - 1))
         if len(emptied) == self.batch_size:
-            self.seqlens.zero_()
-            self._learn([0] * self.batch_size, 0)
+            self._change(self.seqlens.zero_, [0] * self.batch_size, 0)
         elif emptied:
-            self.seqlens.index_fill_(0, self.upload("reset", sorted(emptied), torch.int64), 0)
+            rows = self.upload("reset", sorted(emptied), torch.int64)
             known = self._known
             if known is not None:
                 known = [0 if b in emptied else n for b, n in enumerate(known)]
-            self._learn(known, self._bound)
+            self._change(partial(self.seqlens.index_fill_, 0, rows, 0), known, self._bound)
 
     def refresh(self) -> list[int]:
         """Wait for the lengths, and know them.
@@ -226,12 +242,13 @@ class Lengths:
                     f"KVCache.refresh: seqlens[{b}]: got {length}; allowed: 0 to {self.limit}. "
                     "It was not this cache that wrote it. Write a right one, or reset()."
                 )
-        self._learn(lengths, self.limit)
+        self._know(lengths, self.limit)
         return list(lengths)
 
     def forget(self) -> None:
         """Know no more than that no length exceeds the limit."""
-        self._known, self._bound = None, self.limit
+        self._known = None  # first, so that both are true in between
+        self._bound = self.limit
 
     def upload(self, method: str, values: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Values on the device, without waiting for it.
@@ -243,22 +260,32 @@ class Lengths:
             allowed = "tensors on the device, or one int; or make the call before the capture"
             refuse(method, "in a CUDA-graph capture", "a sequence of ints", allowed)
         # Pinned: from other memory the driver may wait until it has a buffer of its own to copy to.
-        pinned = self.device.type == "cuda"
+        pinned = self.device.type == "cuda" and len(values) > 0
         host = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=pinned)
         return host.to(self.device, non_blocking=True)
 
     def _each(self, counts: int | list[int]) -> list[int]:
         return [counts] * self.batch_size if isinstance(counts, int) else counts
 
-    def _at_most(self, lengths: Tensor) -> None:
-        self.seqlens.copy_(torch.minimum(self.seqlens, lengths))
+    def _at_most(self, lengths: int | Tensor, known: list[int] | None, bound: int) -> None:
+        self._change(partial(self.seqlens.clamp_, max=lengths), known, bound)
 
-    def _learn(self, known: list[int] | None, bound: int) -> None:
-        """Take what the host now knows, unless all this happens only at replays."""
-        if capturing(self.device):
-            self._captured = True
-            self.forget()
-            return
+    def _change(self, change: Callable[[], object], known: list[int] | None, bound: int) -> None:
+        """Change the device's lengths, and then know them; in between, and if it fails, nothing.
+
+        Args:
+            change: One operation in place, which allocates nothing.
+            known: The lengths after it, if the host knows them.
+            bound: What none of them exceeds then.
+        """
+        captured = capturing(self.device)
+        self._captured |= captured
+        self.forget()
+        change()
+        if not captured:  # or else it only happens at replays
+            self._know(known, bound)
+
+    def _know(self, known: list[int] | None, bound: int) -> None:
         self._bound = min(bound, self.limit) if known is None else max(known)
         self._known = known if self._bound else [0] * self.batch_size
 

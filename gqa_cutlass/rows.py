@@ -1,13 +1,36 @@
-"""Moves tokens into and within caches, to and from rows that only the device knows."""
+"""Moves tokens into and within caches, to and from rows that only the device knows.
+
+Rows go through a buffer of bounded size, which is allocated before anything is written.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-_TEMPORARY_BYTES = 2**28
+_TEMPORARY_BYTES = 2**26  # a GPU is busy with as much for longer than a launch takes
+_INDEX_BYTES = 18  # of a token of a sequence, to know where it goes: two int64, two bools
+
+
+def buffer(cache: Tensor, sequences: int, tokens: int) -> Tensor:
+    """Memory for the rows that `scatter` and `gather` have under way.
+
+    Args:
+        cache: [batch, max_seq_len, heads, dim].
+        sequences: Of how many rows of the batch tokens are moved.
+        tokens: How many of each at most.
+
+    Returns:
+        [sequences, tokens, heads, dim] of the largest piece, all of it unless that is too large.
+    """
+    heads, dim = cache.shape[2:]
+    per_head = dim * cache.element_size()
+    each = _TEMPORARY_BYTES // max(1, sequences)  # bytes of a sequence
+    width = max(1, min(heads, (each - _INDEX_BYTES) // per_head))
+    window = max(1, min(tokens, each // (width * per_head + _INDEX_BYTES)))
+    return cache.new_empty(sequences, window, width, dim)
 
 
 def scatter(
@@ -15,6 +38,7 @@ def scatter(
     starts: Tensor,
     counts: int | Tensor,
     room: Tensor | None,
+    buffer: Tensor,
 ) -> None:
     """Write the first tokens of every sequence behind those that it has.
 
@@ -23,43 +47,76 @@ def scatter(
     starts are.
 
     Args:
-        pairs: Caches, [batch, max_seq_len, heads, dim], each with what is new,
+        pairs: Caches, [batch, max_seq_len, heads, dim], contiguous, each with what is new,
             [batch, tokens, heads, dim].
         starts: Integer [batch], the sequences' lengths.
         counts: How many of the tokens to write: one int for all, or integer [batch].
         room: Bool [batch], False for sequences to leave alone; None for none of them.
+        buffer: What `buffer` made for so many sequences and tokens.
     """
-    (cache, new), *_ = pairs
-    batch, max_seq_len = cache.shape[:2]
-    tokens = min(new.shape[1], max_seq_len)  # sequences with more have no room
-    step = torch.arange(tokens, device=cache.device)
-    rows = (starts.long()[:, None] + step).remainder_(max_seq_len)
+    cache, new = pairs[0]
+    tokens = min(new.shape[1], cache.shape[1])  # sequences with more have no room
+    for window, some in _pieces(tokens, cache.shape[2], buffer):
+        pieces = [(cache[:, :, some], new[:, window, some]) for cache, new in pairs]
+        _scatter_piece(pieces, window.start, starts, counts, room, buffer)
+
+
+def _scatter_piece(
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    skipped: int,
+    starts: Tensor,
+    counts: int | Tensor,
+    room: Tensor | None,
+    buffer: Tensor,
+) -> None:
+    """As `scatter`, for tokens of which the first is number `skipped` of its sequence."""
+    cache, new = pairs[0]
+    batch, max_seq_len, _, _ = cache.shape
+    number = torch.arange(skipped, skipped + new.shape[1], device=cache.device)
     sequence = torch.arange(batch, device=cache.device)[:, None]
-    written = step < (counts[:, None] if isinstance(counts, Tensor) else counts)
+    rows = (starts[:, None] + number).remainder_(max_seq_len).add_(sequence * max_seq_len).flatten()
+    written = number < (counts[:, None] if isinstance(counts, Tensor) else counts)
     if room is not None:
         written = written & room[:, None]
     for cache, new in pairs:
-        old = cache[sequence, rows]
-        cache[sequence, rows] = torch.where(written[..., None, None], new[:, :tokens], old)
+        held = _part(buffer, *new.shape)
+        cache = cache.view(-1, *cache.shape[2:])
+        torch.index_select(cache, 0, rows, out=held.flatten(0, 1))
+        torch.where(written[..., None, None], new, held, out=held)
+        cache.index_copy_(0, rows, held.flatten(0, 1))
 
 
 def gather(
-    caches: Iterable[Tensor], reach: int, sources: Tensor, targets: Tensor | None = None
+    caches: Iterable[Tensor], reach: int, sources: Tensor, targets: Tensor | None, buffer: Tensor
 ) -> None:
-    """Copy rows of the batch over others, as if all at once, in pieces of bounded size.
+    """Copy rows of the batch over others, as if all at once.
 
     Args:
         caches: Each [batch, max_seq_len, heads, dim].
         reach: How many of their tokens to copy.
         sources: Int64, the rows to read.
         targets: Int64, the rows to write, each once; None for all of them, in order.
+        buffer: What `buffer` made for so many sequences and tokens.
     """
     for cache in caches:
-        window = max(1, _TEMPORARY_BYTES // (len(sources) * cache[0, 0].nbytes))
-        for start in range(0, reach, window):
-            tokens = cache[:, start : min(start + window, reach)]
-            moved = tokens.index_select(0, sources)
+        for window, some in _pieces(reach, cache.shape[2], buffer):
+            tokens = cache[:, window, some]
+            moved = _part(buffer, len(sources), *tokens.shape[1:])
+            torch.index_select(tokens, 0, sources, out=moved)
             if targets is None:
                 tokens.copy_(moved)
             else:
                 tokens.index_copy_(0, targets, moved)
+
+
+def _pieces(tokens: int, heads: int, buffer: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Of all tokens and heads, as many at a time as there is a buffer for."""
+    _, window, width, _ = buffer.shape
+    for start in range(0, tokens, window):
+        for head in range(0, heads, width):
+            yield slice(start, min(start + window, tokens)), slice(head, min(head + width, heads))
+
+
+def _part(buffer: Tensor, *shape: int) -> Tensor:
+    """The first elements of a buffer."""
+    return buffer.flatten()[: torch.Size(shape).numel()].view(shape)

@@ -296,9 +296,11 @@ def test_reorder_moves_only_what_changes_and_is_held(monkeypatch: pytest.MonkeyP
     filled(cache, [4, 6, 0, 2, 1])
     calls: list[tuple[int, list[int], list[int] | None]] = []
 
-    def noted(caches: Any, reach: int, sources: Tensor, targets: Tensor | None = None) -> None:
+    def noted(
+        caches: Any, reach: int, sources: Tensor, targets: Tensor | None, buffer: Tensor
+    ) -> None:
         calls.append((reach, sources.tolist(), None if targets is None else targets.tolist()))
-        rows.gather(caches, reach, sources, targets)
+        rows.gather(caches, reach, sources, targets, buffer)
 
     monkeypatch.setattr(cache_module, "gather", noted)
     cache.reorder([0, 1, 2, 3, 4])

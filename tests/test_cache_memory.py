@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from cache_model import (
     DIM,
     F16,
-    HEADS,
-    Told,
     bits,
-    new_cache,
+    filled,
+    nothing_written,
+    on_device,
     same,
 )
+from modes import Memory
 from torch import Tensor
 
 from gqa_cutlass import (
@@ -77,30 +80,90 @@ def test_available_memory_is_read_where_linux_says_it(
     assert allocation.available_bytes(cpu) == 2**21
 
 
-@pytest.mark.parametrize("form", ["ints", "device"])
-def test_reorder_takes_little_memory_at_a_time(
-    form: str, device: str, monkeypatch: pytest.MonkeyPatch
+Operation = Callable[[KVCache, Tensor, Tensor], object]
+
+OPERATIONS: dict[str, Operation] = {
+    "append": lambda c, k, v: c.append(k[:, 0], v[:, 0]),
+    "prefill": lambda c, k, v: c.prefill(k, v),
+    "prefill, ints": lambda c, k, v: c.prefill(k, v, [9, 0, 4]),
+    "prefill, device": lambda c, k, v: c.prefill(k, v, on_device(c, 4, 9, 10)),
+    "reorder": lambda c, k, v: c.reorder([1, 2, 0]),
+    "reorder, fewer": lambda c, k, v: c.reorder([0, 0, -1]),
+    "reorder, device": lambda c, k, v: c.reorder(on_device(c, 2, 2, 1)),
+}
+
+
+@pytest.mark.parametrize("limit", [1, 500, 2000, 5000], ids="at most {} bytes".format)
+@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
+def test_temporaries_take_little_memory_at_a_time(
+    operation: Operation, limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limit = 2 * 3 * HEADS * DIM * 2  # two tokens of all sequences
+    """At most so much, or one head of one token of all sequences; and all in one go is the same."""
+    at_once, cache = (KVCache(3, 24, 3, DIM, F16, "cpu") for _ in range(2))
+    k, v = (torch.randn(3, 9, 3, DIM).to(F16) for _ in "kv")
+    for each in (at_once, cache):
+        each.prefill(k, v, [5, 9, 7])
+        for rows_of in (each.k, each.v):
+            rows_of.copy_(torch.arange(rows_of.numel()).view_as(rows_of) % 2001)
+    operation(at_once, k, v)
     monkeypatch.setattr(rows, "_TEMPORARY_BYTES", limit)
-    taken: list[int] = []
-    select = Tensor.index_select
+    with Memory() as memory:
+        operation(cache, k, v)
+    per_sequence, least = 300, 3 * (DIM * 2 + 18)
+    assert 0 < memory.peak <= max(limit, least) + per_sequence
+    assert cache.lengths == at_once.lengths and torch.equal(cache.seqlens, at_once.seqlens)
+    assert same(bits(cache.k, cache.v), bits(at_once.k, at_once.v))
 
-    def noted(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
-        taken.append((result := select(tensor, dim, index)).nbytes)
-        return result
 
-    monkeypatch.setattr(Tensor, "index_select", noted)
-    told = Told([new_cache(device=device)])
-    told.prefill([5, 9, 7])
-    behind = bits(told.first.k[:, 9:], told.first.v[:, 9:])
-    reorder = {"ints": told.reorder, "device": told.reorder_on_device}[form]
-    reorder([1, 2, 0])
-    reorder([2, 2, 1])
-    assert max(taken) == limit
-    assert same(behind, bits(told.first.k[:, 9:], told.first.v[:, 9:])), (
-        "more was moved than is held"
-    )
+@pytest.mark.parametrize("batch", [1, 3, 255, 65535])
+@pytest.mark.parametrize("heads", [1, 8, 129])
+@pytest.mark.parametrize("dim", [32, 256])
+def test_temporaries_of_any_cache_take_64_mib(batch: int, heads: int, dim: int) -> None:
+    cache = torch.empty(batch, 2**30, heads, dim, dtype=F16, device="meta")
+    buffer = rows.buffer(cache, batch, 2**30)
+    tokens = buffer.shape[0] * buffer.shape[1]
+    assert 2**25 < buffer.nbytes + tokens * 18 <= 2**26
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["all", "ints", "device"])
+def test_a_long_prompt_takes_64_mib_meanwhile(form: str) -> None:
+    cache = KVCache(4, 40_000, 8, 128, F16, "cuda")
+    cache.prefill(*(torch.ones(4, 3, 8, 128, dtype=F16, device="cuda"),) * 2, [1, 2, 3, 0])
+    k, v = (torch.randn(4, 32_000, 8, 128, dtype=F16, device="cuda") for _ in "kv")  # 250 MiB
+    counts = [32_000, 1, 20_000, 31_999]
+    given: Any = {"all": None, "ints": counts, "device": on_device(cache, *counts)}[form]
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    cache.prefill(k, v, given)
+    assert torch.cuda.max_memory_allocated() - before <= 2**26 + 2**21
+    assert torch.cuda.memory_allocated() == before
+    counts = [32_000] * 4 if form == "all" else counts
+    assert cache.refresh() == [
+        held + count for held, count in zip([1, 2, 3, 0], counts, strict=True)
+    ]
+    for rows_of, new in ((cache.k, k), (cache.v, v)):
+        for b, (held, count) in enumerate(zip([1, 2, 3, 0], counts, strict=True)):
+            assert torch.equal(rows_of[b, held : held + count], new[b, :count])
+
+
+@pytest.mark.gpu
+def test_a_prompt_without_memory_for_its_temporaries_writes_nothing() -> None:
+    cache = KVCache(4, 40_000, 8, 128, F16, "cuda")
+    filled(cache, [1, 2, 3, 0])
+    k, v = (torch.randn(4, 32_000, 8, 128, dtype=F16, device="cuda") for _ in "kv")
+    device = torch.cuda.current_device()
+    _, total = torch.cuda.mem_get_info()
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / total, device)
+    try:
+        with nothing_written(cache), pytest.raises(CacheAllocationError, match="prefill: memory"):
+            cache.prefill(k, v)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+    cache.prefill(k, v)
+    assert cache.seqlens.tolist() == [32_001, 32_002, 32_003, 32_000]
 
 
 @pytest.mark.gpu

@@ -1,0 +1,63 @@
+"""What the methods of a cache say when memory runs out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Concatenate, NoReturn, ParamSpec, Protocol, TypeVar
+
+import torch
+
+from gqa_cutlass.allocation import available_bytes, gib
+from gqa_cutlass.errors import CacheAllocationError, GqaError
+
+
+class Stored(Protocol):
+    """A cache, as far as it is storage."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the cache is."""
+
+
+Cache = TypeVar("Cache", bound=Stored)
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def guarded(method: Callable[Concatenate[Cache, P], R]) -> Callable[Concatenate[Cache, P], R]:
+    """Let a lack of memory be an error of this package."""
+    name = method.__name__
+
+    @wraps(method)
+    def call(self: Cache, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return method(self, *args, **kwargs)
+        except RuntimeError as error:
+            told = lack_of_memory(error)
+        raise_no_temporaries(name, self.device, told)  # where no traceback holds a tensor
+
+    return call
+
+
+def lack_of_memory(error: RuntimeError) -> str:
+    """What torch says of there being no memory: on a GPU, on the CPU, or pinned.
+
+    Raises:
+        RuntimeError: The error, if it is another one.
+    """
+    told = str(error)
+    spoken = "out of memory" in told or "DefaultCPUAllocator: can't allocate memory" in told
+    if isinstance(error, GqaError) or not (spoken or isinstance(error, torch.OutOfMemoryError)):
+        raise error
+    return told
+
+
+def raise_no_temporaries(method: str, device: torch.device, told: str) -> NoReturn:
+    """Say that a method of a cache had no memory for what it needs meanwhile."""
+    available = available_bytes(device)
+    raise CacheAllocationError(
+        f"KVCache.{method}: memory: got none for what the call needs ({told[:200]}); free "
+        f"on {device}: {available} bytes ({gib(available)}). Nothing stays allocated, and all "
+        "tokens that the lengths count are as they were. Free memory, and call it again."
+    )
