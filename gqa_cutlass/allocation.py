@@ -10,12 +10,14 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from gqa_cutlass.cache_inputs import surroundings_flaw
 from gqa_cutlass.codegen.config import HEAD_DIM_RULE, HEAD_DIMS
-from gqa_cutlass.errors import CacheAllocationError, DeviceError, InputError
+from gqa_cutlass.errors import CacheAllocationError, DeviceError, InputError, shown
 from gqa_cutlass.inputs import DTYPES, MAX_BATCH, MAX_SEQ_LEN
 
 _PAGE = 2**21  # torch's allocator, and the driver below it, hand out large blocks in such steps
 _SPARE_SHARE = 256  # one part in so many is left to the driver's tables and to workspaces
+_MOST = 2**31 - 1  # of what has no other limit; a kernel's int is no larger
 _STATE_BYTES = 8  # per sequence: two int32
 _MEMINFO = Path("/proc/meminfo")
 
@@ -58,16 +60,16 @@ class Sizes:
 
     def __post_init__(self) -> None:
         for name, most in (
-            ("num_layers", None), ("batch_size", MAX_BATCH), ("max_seq_len", MAX_SEQ_LEN),
-            ("num_kv_heads", None),
+            ("num_layers", _MOST), ("batch_size", MAX_BATCH), ("max_seq_len", MAX_SEQ_LEN),
+            ("num_kv_heads", _MOST),
         ):  # fmt: skip
             value = getattr(self, name)
-            if type(value) is not int or value < 1 or (most is not None and value > most):
-                _fail(name, repr(value)[:80], "an int from 1" + f" to {most}" * (most is not None))
+            if type(value) is not int or not 1 <= value <= most:
+                _fail(name, shown(value), f"an int from 1 to {most}")
         if type(self.head_dim) is not int or self.head_dim not in HEAD_DIMS:
-            _fail("head_dim", repr(self.head_dim)[:80], HEAD_DIM_RULE)
+            _fail("head_dim", shown(self.head_dim), HEAD_DIM_RULE)
         if not isinstance(self.dtype, torch.dtype) or self.dtype not in DTYPES:
-            _fail("dtype", repr(self.dtype)[:80], " or ".join(map(str, DTYPES)))
+            _fail("dtype", shown(self.dtype), " or ".join(map(str, DTYPES)))
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -106,8 +108,10 @@ def placed(device: torch.device | int | str) -> torch.device:
     allowed = "a CUDA device, such as 'cuda:0', or 'cpu' (simulated, slow)"
     try:
         meant = torch.device("cuda", device) if type(device) is int else torch.device(device)
-    except (RuntimeError, TypeError):
-        _fail("device", repr(device)[:80], allowed)
+    except (RuntimeError, TypeError, ValueError):
+        _fail("device", shown(device), allowed)
+    if device not in (meant, meant.index, meant.type, str(meant)):  # torch keeps 8 bits of an index
+        _fail("device", shown(device), allowed)
     if meant.type == "cpu":
         return torch.device("cpu")
     if meant.type != "cuda":
@@ -129,7 +133,10 @@ def allocate(sizes: Sizes, device: torch.device) -> Memory:
 
     Raises:
         CacheAllocationError: There is not enough; nothing stays allocated.
+        InputError: What torch would make here is no memory.
     """
+    if found := surroundings_flaw():
+        _fail("surroundings", *found)
     available = available_bytes(device)
     memory = None
     if sizes.total_bytes <= available:

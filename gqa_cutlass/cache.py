@@ -9,11 +9,12 @@ from torch import Tensor
 
 from gqa_cutlass.allocation import Memory, Sizes, allocate, placed
 from gqa_cutlass.api import check_overflow, gqa_decode
-from gqa_cutlass.cache_inputs import check_prompt, ints, one_token
+from gqa_cutlass.cache_inputs import check_apart, ints, one_token, prompt
 from gqa_cutlass.errors import CacheOverflowError, InputError
 from gqa_cutlass.guard import guarded, lack_of_memory, raise_no_temporaries
 from gqa_cutlass.lengths import ONE_TOKEN, REMEDY, Growth, Lengths, capturing
 from gqa_cutlass.rows import buffer, gather, scatter
+from gqa_cutlass.tensors import is_tensor
 
 
 class KVCache:
@@ -247,8 +248,8 @@ class KVCache:
             CacheOverflowError: A sequence is known to be full. Nothing was written.
             CacheAllocationError: There is no memory for temporaries. The lengths are as they were.
         """
-        k = one_token("append", "k", k, self.k)
-        v = one_token("append", "v", v, self.k)
+        k = one_token("append", "k", k, (self.k, self.v))
+        v = one_token("append", "v", v, (self.k, self.v))
         self._extend("append", k, v, ONE_TOKEN)
 
     @guarded
@@ -263,15 +264,18 @@ class KVCache:
             v: As k.
             lengths: How many of each sequence's tokens are real, the first ones: all (None), ints,
                 or int32 [batch] on the device, which the host never reads. There a number that is
-                negative or larger than `tokens` does not fit.
+                negative or larger than `tokens` does not fit. No part of k or v of the cache.
 
         Raises:
             InputError: An argument is not allowed. Nothing was written.
             CacheOverflowError: A sequence is known not to have the room. Nothing was written.
             CacheAllocationError: There is no memory for temporaries. The lengths are as they were.
         """
-        check_prompt("prefill", k, v, self.k)
-        self._extend("prefill", k, v, self._lengths.growth(k.shape[1], lengths))
+        k, v = prompt("prefill", k, v, (self.k, self.v))
+        growth = self._lengths.growth(k.shape[1], lengths)
+        if isinstance(growth.device, Tensor):
+            check_apart("prefill", "lengths", growth.device, (self.k, self.v))
+        self._extend("prefill", k, v, growth)
 
     @guarded
     def truncate(self, lengths: int | Sequence[int] | Tensor) -> None:
@@ -306,7 +310,7 @@ class KVCache:
         """
         lengths = self._lengths
         host = targets = None
-        if isinstance(indices, Tensor):
+        if is_tensor(indices):
             order = lengths.order(indices)
             own = torch.arange(self.batch_size, device=self.device)
             sources = torch.where(order < 0, own, order)

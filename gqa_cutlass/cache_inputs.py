@@ -8,46 +8,80 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from gqa_cutlass.errors import InputError
+from gqa_cutlass.errors import InputError, shown
+from gqa_cutlass.tensors import Flaw, byte_reach, flaw, memory_flaw
 
 _TOKEN = "[batch, num_kv_heads, head_dim] or [batch, 1, num_kv_heads, head_dim]"
 _TOKENS = "[batch, tokens, num_kv_heads, head_dim]"
+Caches = tuple[Tensor, Tensor]  # keys and values, [batch, max_seq_len, num_kv_heads, head_dim]
 
 
-def one_token(method: str, name: str, tensor: Tensor, cache: Tensor) -> Tensor:
+def one_token(method: str, name: str, tensor: Tensor, caches: Caches) -> Tensor:
     """One token per sequence, as [batch, 1, num_kv_heads, head_dim].
 
     Raises:
         InputError: Something else, or not like the cache.
     """
-    _check_tensor(method, name, tensor)
-    batch, _, *row = cache.shape
-    right = list(tensor.shape) in ([batch, *row], [batch, 1, *row])
-    _check_like(method, name, tensor, cache, _TOKEN, right)
+    batch, _, *row = caches[0].shape
+    tensor = _plain(method, name, tensor)
+    _check_new(method, name, tensor, caches, _TOKEN, [batch, *row], [batch, 1, *row])
     return tensor.unsqueeze(1) if tensor.dim() == 3 else tensor
 
 
-def check_prompt(method: str, k: Tensor, v: Tensor, cache: Tensor) -> None:
-    """Raise InputError unless k and v are as many tokens of the cache's sequences."""
+def prompt(method: str, k: Tensor, v: Tensor, caches: Caches) -> tuple[Tensor, Tensor]:
+    """As many tokens of keys and of values per sequence, [batch, tokens, num_kv_heads, head_dim].
+
+    Raises:
+        InputError: Something else, or not like the cache.
+    """
+    batch, _, *row = caches[0].shape
+    k, v = _plain(method, "k", k), _plain(method, "v", v)
     for name, tensor in (("k", k), ("v", v)):
-        _check_tensor(method, name, tensor)
-        batch, _, *row = cache.shape
-        right = tensor.dim() == 4 and [*tensor.shape[:1], *tensor.shape[2:]] == [batch, *row]
-        _check_like(method, name, tensor, cache, _TOKENS, right)
+        _check_new(method, name, tensor, caches, _TOKENS, [batch, *tensor.shape[1:2], *row])
     if k.shape != v.shape:
         refuse(method, "v", _describe(v), f"k's shape, {list(k.shape)}")
+    return k, v
 
 
-def check_per_sequence(
+def per_sequence(
     method: str, what: str, tensor: Tensor, lengths: Tensor, *dtypes: torch.dtype
-) -> None:
-    """Raise InputError unless a tensor has one value per sequence, where the lengths are."""
-    _check_dense(method, what, tensor)
+) -> Tensor:
+    """One value per sequence, where the lengths are.
+
+    Raises:
+        InputError: Something else.
+    """
+    tensor = _plain(method, what, tensor)
     same = tensor.shape == lengths.shape and tensor.device == lengths.device
     if not same or tensor.dtype not in dtypes:
         types = " or ".join(map(str, dtypes))
         allowed = f"{types} {list(lengths.shape)} on {lengths.device}, or a sequence of ints"
         refuse(method, what, _describe(tensor), allowed)
+    check_memory(method, what, tensor)
+    return tensor
+
+
+def check_apart(method: str, name: str, tensor: Tensor, caches: Caches) -> None:
+    """Raise InputError for a tensor that shares memory with the caches."""
+    start, reach = tensor.data_ptr(), byte_reach(tensor)
+    for cache in caches:
+        if start < cache.data_ptr() + byte_reach(cache) and cache.data_ptr() < start + reach:
+            allowed = "memory of its own; pass a .clone()"
+            refuse(method, name, "memory of the cache itself", allowed)
+
+
+def check_memory(method: str, what: str, tensor: Tensor) -> None:
+    """Raise InputError for a tensor whose storage was freed or shrunk."""
+    if found := memory_flaw(tensor):
+        refuse(method, what, *found)
+
+
+def surroundings_flaw() -> Flaw | None:
+    """What is wrong where torch makes no plain tensors, in a FakeTensorMode for instance."""
+    if found := flaw(torch.empty(0, device="cpu")):
+        allowed = "a call outside of modes and transforms that replace tensors"
+        return Flaw(f"torch.empty making {found.got}", allowed)
+    return None
 
 
 def ints(
@@ -60,24 +94,14 @@ def ints(
     """
     if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
         refuse(method, what, f"a {type(values).__name__}", "a sequence of ints")
-    if count is not None and len(values) != count:
-        refuse(method, what, f"{len(values)} values", f"{count}, one per sequence")
-    for i, value in enumerate(values):
+    taken = []
+    for i, value in enumerate(values):  # once: a caller's class may not say the same again
         if type(value) is not int or not least <= value <= most:
-            refuse(method, f"{what}[{i}]", repr(value)[:80], f"an int from {least} to {most}")
-    return list(values)
-
-
-def _check_dense(method: str, what: str, tensor: Tensor) -> None:
-    """Raise InputError for a tensor that is not strided memory."""
-    if tensor.is_nested or tensor.layout is not torch.strided:
-        kind = "nested" if tensor.is_nested else tensor.layout
-        refuse(method, what, f"a {kind} tensor", "a dense (strided) tensor")
-
-
-def _describe(tensor: Tensor) -> str:
-    """What matters of a tensor, for a message."""
-    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+            refuse(method, f"{what}[{i}]", shown(value), f"an int from {least} to {most}")
+        taken.append(value)
+    if count is not None and len(taken) != count:
+        refuse(method, what, f"{len(taken)} values", f"{count}, one per sequence")
+    return taken
 
 
 def refuse(method: str, what: str, got: str, allowed: str) -> NoReturn:
@@ -87,10 +111,22 @@ def refuse(method: str, what: str, got: str, allowed: str) -> NoReturn:
     )
 
 
-def _check_tensor(method: str, name: str, tensor: object) -> None:
-    if not isinstance(tensor, Tensor):
-        refuse(method, name, f"a {type(tensor).__name__}", "a torch.Tensor")
-    _check_dense(method, name, tensor)
+def _plain(method: str, name: str, tensor: Tensor) -> Tensor:
+    """A plain, dense tensor, without what a subclass makes of it.
+
+    Raises:
+        InputError: It is something else.
+    """
+    if found := flaw(tensor):
+        refuse(method, name, *found)
+    with torch._C.DisableTorchFunctionSubclass():
+        return Tensor.as_subclass(tensor, Tensor)
+
+
+def _check_new(
+    method: str, name: str, tensor: Tensor, caches: Caches, form: str, *shapes: list[int]
+) -> None:
+    """Raise InputError unless a tensor is of one of the shapes, and can be copied to the caches."""
     if tensor.requires_grad and torch.is_grad_enabled():
         refuse(
             method,
@@ -98,13 +134,17 @@ def _check_tensor(method: str, name: str, tensor: object) -> None:
             "a tensor that requires grad (a cache has no backward pass)",
             "tensors without grad; call it under torch.inference_mode() or torch.no_grad()",
         )
-
-
-def _check_like(
-    method: str, name: str, tensor: Tensor, cache: Tensor, form: str, right_shape: bool
-) -> None:
-    if not right_shape or tensor.dtype != cache.dtype or tensor.device != cache.device:
+    cache, _ = caches
+    like = tensor.dtype == cache.dtype and tensor.device == cache.device
+    if not like or list(tensor.shape) not in shapes:
         batch, _, num_kv_heads, head_dim = cache.shape
         sizes = f"batch {batch}, num_kv_heads {num_kv_heads}, head_dim {head_dim}"
         allowed = f"{form} with {sizes}; {cache.dtype} on {cache.device}"
         refuse(method, name, _describe(tensor), allowed)
+    check_memory(method, name, tensor)
+    check_apart(method, name, tensor, caches)
+
+
+def _describe(tensor: Tensor) -> str:
+    """What matters of a tensor, for a message."""
+    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"

@@ -1,4 +1,4 @@
-"""What the methods of a cache say when memory runs out."""
+"""What all methods of a cache refuse, and what they say when memory runs out."""
 
 from __future__ import annotations
 
@@ -7,13 +7,22 @@ from functools import wraps
 from typing import Concatenate, NoReturn, ParamSpec, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from gqa_cutlass.allocation import available_bytes, gib
+from gqa_cutlass.cache_inputs import check_memory, refuse, surroundings_flaw
 from gqa_cutlass.errors import CacheAllocationError, GqaError
 
 
 class Stored(Protocol):
     """A cache, as far as it is storage."""
+
+    k: Tensor
+    v: Tensor
+
+    @property
+    def seqlens(self) -> Tensor:
+        """Tokens cached."""
 
     @property
     def device(self) -> torch.device:
@@ -26,11 +35,15 @@ R = TypeVar("R")
 
 
 def guarded(method: Callable[Concatenate[Cache, P], R]) -> Callable[Concatenate[Cache, P], R]:
-    """Let a lack of memory be an error of this package."""
+    """Refuse where a cache cannot be worked on; let a lack of memory be an error of ours."""
     name = method.__name__
 
     @wraps(method)
     def call(self: Cache, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        if found := surroundings_flaw():
+            refuse(name, "surroundings", *found)
+        for what, tensor in (("k", self.k), ("v", self.v), ("seqlens", self.seqlens)):
+            check_memory(name, f"the cache's {what}", tensor)
         try:
             return method(self, *args, **kwargs)
         except RuntimeError as error:

@@ -20,8 +20,9 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from gqa_cutlass.cache_inputs import check_per_sequence, ints, refuse
-from gqa_cutlass.errors import CacheOverflowError, InputError
+from gqa_cutlass.cache_inputs import ints, per_sequence, refuse
+from gqa_cutlass.errors import CacheOverflowError, InputError, shown
+from gqa_cutlass.tensors import is_tensor
 
 _MAX_NAMED = 4
 REMEDY = (
@@ -92,9 +93,9 @@ class Lengths:
         """
         if lengths is None:
             return Growth(most=tokens, host=tokens, device=tokens)
-        if isinstance(lengths, Tensor):
-            check_per_sequence("prefill", "lengths", lengths, self.seqlens, torch.int32)
-            return Growth(most=tokens, host=None, device=lengths)
+        if is_tensor(lengths):
+            counts = per_sequence("prefill", "lengths", lengths, self.seqlens, torch.int32)
+            return Growth(most=tokens, host=None, device=counts)
         host = ints("prefill", "lengths", lengths, 0, tokens, self.batch_size)
         same = len(set(host)) == 1
         device = host[0] if same else self.upload("prefill", host, torch.int32)
@@ -157,14 +158,14 @@ class Lengths:
         Raises:
             InputError: The lengths are not allowed.
         """
-        if isinstance(lengths, Tensor):
-            check_per_sequence("truncate", "lengths", lengths, self.seqlens, torch.int32)
-            self._at_most(lengths.clamp(min=0), None, self._bound)
+        if is_tensor(lengths):
+            given = per_sequence("truncate", "lengths", lengths, self.seqlens, torch.int32)
+            self._at_most(given.clamp(min=0), None, self._bound)
             return
         most: int | Tensor
         if isinstance(lengths, int):
             if type(lengths) is not int or not 0 <= lengths <= self.limit:
-                refuse("truncate", "lengths", repr(lengths)[:80], f"an int from 0 to {self.limit}")
+                refuse("truncate", "lengths", shown(lengths), f"an int from 0 to {self.limit}")
             counts, most = [lengths] * self.batch_size, lengths
         else:
             counts = ints("truncate", "lengths", lengths, 0, self.limit, self.batch_size)
@@ -178,8 +179,8 @@ class Lengths:
         Raises:
             InputError: Of another type or shape, or elsewhere.
         """
-        check_per_sequence("reorder", "indices", indices, self.seqlens, torch.int32, torch.int64)
-        order = indices.long()
+        types = torch.int32, torch.int64
+        order = per_sequence("reorder", "indices", indices, self.seqlens, *types).long()
         return order.masked_fill((order < 0) | (order >= self.batch_size), -1)
 
     @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from cache_model import (
 from torch import Tensor
 
 from gqa_cutlass import (
+    CacheAllocationError,
     CacheOverflowError,
     InputError,
     KVCache,
@@ -81,8 +83,9 @@ SIZES = dict(batch_size=2, max_seq_len=16, num_kv_heads=1, head_dim=64, dtype=F1
         ("max_seq_len", 0, "an int from 1 to 1073741824"),
         ("max_seq_len", 2**30 + 1, "an int from 1 to 1073741824"),
         ("max_seq_len", None, "an int from 1 to 1073741824"),
-        ("num_kv_heads", -1, "an int from 1"),
-        ("num_kv_heads", "2", "an int from 1"),
+        ("num_kv_heads", -1, "an int from 1 to 2147483647"),
+        ("num_kv_heads", 2**31, "an int from 1 to 2147483647"),
+        ("num_kv_heads", "2", "an int from 1 to 2147483647"),
         ("head_dim", 65, "multiples of 8 from 32"),
         ("head_dim", 64.0, "multiples of 8 from 32"),
         ("dtype", torch.float32, "torch.float16 or torch.bfloat16"),
@@ -91,6 +94,10 @@ SIZES = dict(batch_size=2, max_seq_len=16, num_kv_heads=1, head_dim=64, dtype=F1
         ("device", "nonsense", "a CUDA device, such as 'cuda:0', or 'cpu'"),
         ("device", None, "a CUDA device, such as 'cuda:0', or 'cpu'"),
         ("device", True, "a CUDA device, such as 'cuda:0', or 'cpu'"),
+        ("device", 256, "a CUDA device, such as 'cuda:0', or 'cpu'"),  # of which torch makes 0
+        ("device", "cuda:256", "a CUDA device, such as 'cuda:0', or 'cpu'"),
+        ("device", "cpu:300", "a CUDA device, such as 'cuda:0', or 'cpu'"),
+        ("device", -1, "a CUDA device, such as 'cuda:0', or 'cpu'"),
     ],
 )
 def test_sizes_that_no_decode_step_allows_are_refused(name: str, bad: Any, allowed: str) -> None:
@@ -109,6 +116,37 @@ def test_a_number_of_layers_that_is_none_is_refused(layers: Any) -> None:
         KVCache.for_layers(layers, **SIZES)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="num_layers"):
         KVCache.bytes_needed(1, 1, 1, 64, num_layers=layers)
+
+
+@pytest.mark.parametrize("digits", [20, 400, 5000])
+def test_numbers_that_no_machine_holds_are_refused_and_said_shortly(digits: int) -> None:
+    """Python prints no int of more than 4,300 digits, and makes no float of one of 400."""
+    cache, number = new_cache(), 10**digits
+    k, v = tokens(cache, 1)
+    sizes = ["num_layers", "batch_size", "max_seq_len", "num_kv_heads", "head_dim", "device"]
+    kind = dict(SIZES, num_layers=2)
+    calls: list[Callable[[], object]] = [
+        *(partial(KVCache.for_layers, **kind | {name: number}) for name in sizes),
+        *(partial(KVCache.for_layers, **kind | {name: -number}) for name in sizes),
+        lambda: KVCache.bytes_needed(1, 1, number, 64),
+        lambda: cache.prefill(k, v, [0, number, 1]),
+        lambda: cache.truncate(number),
+        lambda: cache.truncate([0, -number, 1]),
+        lambda: cache.reorder([number, 1, 2]),
+        lambda: cache.reset([number]),
+    ]
+    for call in calls:
+        with pytest.raises(InputError) as raised:
+            call()
+        assert len(str(raised.value)) < 300
+
+
+def test_the_largest_sizes_have_a_number_of_bytes_and_no_memory() -> None:
+    most = 2**31 - 1
+    needed = KVCache.bytes_needed(65535, 2**30, most, 256, num_layers=most)
+    assert needed == 2 * most * 65535 * 2**30 * most * 256 * 2 + 65535 * 8
+    with pytest.raises(CacheAllocationError, match=f"{needed} bytes"):
+        KVCache.for_layers(most, 65535, 2**30, most, 256, F16, "cpu")
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", 0])

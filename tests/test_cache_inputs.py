@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -112,6 +112,38 @@ def test_lengths_and_indices_of_another_kind_are_refused(method: str, bad: Any) 
     expected = rf"^KVCache.{method}: .*: got .*; allowed: .*Nothing was written\.$"
     with nothing_written(cache), pytest.raises(InputError, match=expected):
         call()
+
+
+class Changing(Sequence[int]):
+    """Says that it has three values, and has others whenever it is asked."""
+
+    def __init__(self) -> None:
+        self.times = 0
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: Any) -> Any:
+        raise IndexError
+
+    def __iter__(self) -> Iterator[int]:
+        self.times += 1
+        return iter([1, 0, 2] if self.times == 1 else [99] * 99)
+
+
+def test_sequences_are_read_once() -> None:
+    cache = new_cache()
+    filled(cache, [3, 4, 5])
+    cache.reorder(Changing())
+    assert cache.lengths == cache.seqlens.tolist() == [4, 3, 5]
+    cache.truncate(Changing())
+    assert cache.lengths == cache.seqlens.tolist() == [1, 0, 2]
+    cache.prefill(*tokens(cache, 2), Changing())
+    assert cache.lengths == cache.seqlens.tolist() == [2, 0, 4]
+    again = Changing()
+    list(again)
+    with nothing_written(cache), pytest.raises(InputError, match="got 99"):
+        cache.truncate(again)
 
 
 def test_int64_is_for_indices_only() -> None:
