@@ -8,7 +8,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import TypeVar
@@ -34,10 +34,9 @@ def map_in_order(
         Exception: Whatever the function raised.
     """
     waiting: deque[Future[Result]] = deque()
-    with _pool(jobs) as pool:
+    with _pool(jobs) as pool, _starter() as starter:
         for item in items:
-            with _interrupts_blocked():  # which a new process inherits
-                waiting.append(pool.submit(function, item))
+            waiting.append(starter.submit(pool.submit, function, item).result())
             if len(waiting) > 2 * jobs:
                 yield waiting.popleft().result()
         while waiting:
@@ -72,11 +71,13 @@ def _end_with_parent(ended: Connection, parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-@contextmanager
-def _interrupts_blocked() -> Iterator[None]:
-    """Keep Ctrl-C, which reaches every process of a terminal, from what is started meanwhile."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+def _starter() -> ThreadPoolExecutor:
+    """A thread that starts processes without interruption, and such as Ctrl-C does not reach.
+
+    A terminal's Ctrl-C goes to all its processes; here it is for the main thread alone to see.
+    """
+    return ThreadPoolExecutor(1, initializer=_block_interrupts)
+
+
+def _block_interrupts() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # what is started inherits this
