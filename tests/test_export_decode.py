@@ -160,24 +160,24 @@ def capacity_for(kernel: KernelConfig) -> int:
     return kernel.block_n * kernel.num_warps + 9 if kernel.tma else 41
 
 
-STEPS: dict[str, tuple[int, Callable[[int], int]]] = {
-    "3 empty": (3, lambda capacity: 0),
-    "3 in part": (3, lambda capacity: capacity // 3),
-    "1 last token": (1, lambda capacity: capacity - 1),
-}
-
-
-@pytest.mark.parametrize(("batch", "length"), STEPS.values(), ids=STEPS)
-@pytest.mark.parametrize("kernel", by_name(KERNELS))
-def test_c_library_decodes_like_python(
-    kernel: KernelConfig, batch: int, length: Callable[[int], int]
-) -> None:
-    capacity = capacity_for(kernel)
-    step = step_of(
+def step_for(kernel: KernelConfig, batch: int, length: int) -> Step:
+    """A step for which dispatch takes this kernel."""
+    return step_of(
         dtype=kernel.dtype, head_dim=kernel.head_dim, group_size=kernel.group_size,
-        lengths=[length(capacity)] * batch, max_seq_len=capacity,
+        lengths=[length] * batch, max_seq_len=capacity_for(kernel),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("kernel", by_name(KERNELS))
+def test_c_library_decodes_like_python(kernel: KernelConfig) -> None:
+    step = step_for(kernel, batch=2, length=capacity_for(kernel) // 3)
     assert decode_both(step).kernel == kernel.name
+
+
+@pytest.mark.parametrize("kernel", by_name([WIDE_64, TMA_128]))
+def test_the_first_and_the_last_token_decode_like_python(kernel: KernelConfig) -> None:
+    for batch, length in ((3, 0), (1, capacity_for(kernel) - 1)):
+        assert decode_both(step_for(kernel, batch, length)).kernel == kernel.name
 
 
 # Sizes of steps with few tokens in large caches, with how many splits, in clusters of how many.

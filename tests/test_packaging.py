@@ -18,7 +18,7 @@ from helpers import REPOSITORY
 
 from gqa_cutlass.codegen.manifest import generated_files
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging")]  # what is built is shared
 
 IGNORED = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info")
 
