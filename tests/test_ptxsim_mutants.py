@@ -30,7 +30,7 @@ from gqa_cutlass.ptxsim.prepare import Program
 from gqa_cutlass.simulation import Checks, overreads, program_from, regions_of, run
 
 _MAX_STEPS = 10_000  # the longest of the runs that end takes a third of them
-_INCLUDE = re.compile(r'#include ["<](?:gqa/)?(\w+\.cuh)[">]\n')
+_INCLUDE = re.compile(r"#include <gqa/([\w/]+\.cuh)>\n")
 _FOREIGN_INCLUDE = re.compile(r"#include <(?!gqa/).*>\n")
 
 
@@ -368,23 +368,23 @@ MUTANTS = (
     ),
     Mutant(
         name="output rows as if they were dense",
-        header="merge.cuh",
+        header="output.cuh",
         old="head * p.out_stride.head",
         new="head * T::kHeadDim",
-        fault="outside all tensors.* at merge.cuh",
+        fault="outside all tensors.* at output.cuh",
         case=PADDED_ROWS,
     ),
     Mutant(
         name="heads counted from the block's first",
-        header="merge.cuh",
+        header="output.cuh",
         old="int const head = w.first_head() + s.head;",
         new="int const head = s.head;",
-        fault=f"{_GLOBAL_RACE}.* of (out|lse).* at merge.cuh",
+        fault=f"{_GLOBAL_RACE}.* of (out|lse).* at output.cuh",
         case=TWO_HEADS,
     ),
     Mutant(
         name="lse of the neighbour",
-        header="merge.cuh",
+        header="output.cuh",
         old="num_q_heads + head]",
         new="num_q_heads + (head ^ 1)]",
         wrong="lse",
@@ -407,7 +407,7 @@ MUTANTS = (
     ),
     Mutant(
         name="no barrier before the ticket",
-        header="merge.cuh",
+        header="combine.cuh",
         old="  __syncthreads();\n  if (threadIdx.x == 0) {",
         new="  if (threadIdx.x == 0) {",
         fault=f"{_GLOBAL_RACE}.* of partials",
@@ -415,18 +415,18 @@ MUTANTS = (
     ),
     Mutant(
         name="no barrier behind the ticket",
-        header="merge.cuh",
+        header="combine.cuh",
         old="  __syncthreads();\n  return shared_answer;",
         new="  return shared_answer;",
-        fault=f"({_UNWRITTEN}|never written).* at merge.cuh",
+        fault=f"({_UNWRITTEN}|never written).* at combine.cuh",
         case=SPLIT,
     ),
     Mutant(
         name="a barrier for one warp only",
-        header="merge.cuh",
+        header="combine.cuh",
         old="  __syncthreads();\n  return shared_answer;",
         new="  if (threadIdx.x < 32) __syncthreads();\n  return shared_answer;",
-        fault=f"({_UNWRITTEN}|never written).* at merge.cuh",
+        fault=f"({_UNWRITTEN}|never written).* at combine.cuh",
         case=SPLIT,
     ),
     Mutant(
@@ -434,7 +434,7 @@ MUTANTS = (
         header="merge.cuh",
         old="if (alone || !arrives_last",
         new="if (alone || threadIdx.x < 32 || !arrives_last",
-        fault="unbalanced barrier 0: 32 threads of the block have exited.* at merge.cuh",
+        fault="unbalanced barrier 0: 32 threads of the block have exited.* at combine.cuh",
         case=SPLIT,
     ),
     Mutant(
@@ -486,7 +486,7 @@ MUTANTS = (
     ),
     Mutant(
         name="a ticket that is no atomic",
-        header="merge.cuh",
+        header="combine.cuh",
         old="atomic_inc_acq_rel(counter, last) == last",
         new="(*counter)++ == last",
         fault=f"{_GLOBAL_RACE}.* of tickets",
@@ -494,7 +494,7 @@ MUTANTS = (
     ),
     Mutant(
         name="whoever comes first merges",
-        header="merge.cuh",
+        header="combine.cuh",
         old="atomic_inc_acq_rel(counter, last) == last",
         new="atomic_inc_acq_rel(counter, last) == 0",
         fault=f"{_GLOBAL_RACE}.* of partials",
@@ -502,7 +502,7 @@ MUTANTS = (
     ),
     Mutant(
         name="nobody merges",
-        header="merge.cuh",
+        header="combine.cuh",
         old="last = count - 1;",
         new="last = count;",
         wrong="output",
@@ -510,7 +510,7 @@ MUTANTS = (
     ),
     Mutant(
         name="tickets not back at zero",
-        header="merge.cuh",
+        header="combine.cuh",
         old="atomic_inc_acq_rel(counter, last)",
         new="atomic_inc_acq_rel(counter, last + 1)",
         wrong="tickets",
@@ -545,12 +545,12 @@ MUTANTS = (
         header="decode.cuh",
         old="  if (w.split >= w.num_splits) return ring.drain();\n",
         new="",
-        fault=f"{_GLOBAL_RACE}.* of (out|lse).* at merge.cuh",
+        fault=f"{_GLOBAL_RACE}.* of (out|lse).* at output.cuh",
         case=RAGGED,
     ),
     Mutant(
         name="the last split left out",
-        header="merge.cuh",
+        header="combine.cuh",
         old="bool const exists = first + i < num_parts;",
         new="bool const exists = first + i < num_parts - 1;",
         wrong="output",
@@ -558,7 +558,7 @@ MUTANTS = (
     ),
     Mutant(
         name="splits merged without their maxima",
-        header="merge.cuh",
+        header="combine.cuh",
         old="exp2_approx(max_sum[i].x - next.max)",
         new="1.f",
         wrong="output",
@@ -1120,19 +1120,20 @@ MUTANTS += TMA_MUTANTS + DEPENDENT_MUTANTS
 
 
 @cache
-def headers(first: str) -> dict[str, str]:
-    """A header of ours and those that it includes, which come first."""
+def headers(source: str) -> dict[str, str]:
+    """The headers that a source includes, by file name, each behind those that it includes."""
     folder = include_dir() / "gqa"
     found: dict[str, str] = {}
 
-    def visit(name: str) -> None:
-        text = (folder / name).read_text()
-        for other in _INCLUDE.findall(text):
-            if other not in found:
-                visit(other)
-        found[name] = text
+    def visit(text: str) -> None:
+        for path in _INCLUDE.findall(text):
+            name = path.rpartition("/")[2]
+            if name not in found:
+                header = folder.joinpath(*path.split("/")).read_text(encoding="utf-8")
+                visit(header)
+                found[name] = header
 
-    visit(first)
+    visit(source)
     return found
 
 
@@ -1142,21 +1143,18 @@ def program(config: KernelConfig, header: str = "", old: str = "", new: str = ""
 
     Headers that are not ours come first, so that all texts can share them.
     """
-    first = "decode_tma.cuh" if config.tma else "decode.cuh"
-    foreign = _FOREIGN_INCLUDE.findall("".join(headers(first).values()))
+    source = render(config)
+    foreign = _FOREIGN_INCLUDE.findall("".join(headers(source).values()))
     parts = [*dict.fromkeys(foreign), "#pragma nv_hdrstop\n"]
-    assert not header or header in headers(first)
-    for name, text in headers(first).items():
+    assert not header or header in headers(source)
+    for name, text in headers(source).items():
         if name == header:
             assert text.count(old) == 1, f"{old!r} must occur once in {name}"
             text = text.replace(old, new)
         text = _INCLUDE.sub("\n", text.replace("#pragma once", ""))
         parts.append(f'#line 1 "{name}"\n{text}')
-    before, include, behind = render(config).partition(f"#include <gqa/{first}>\n")
-    assert include
-    rest = f'#line {before.count(chr(10)) + 2} "{config.name}.cu"\n{behind}'
-    source = before + "".join(parts) + rest
-    ptx = compile_source(source, config.name, config.ptx_arch).code.decode()
+    own = f'#line 1 "{config.name}.cu"\n' + _INCLUDE.sub("\n", source)
+    ptx = compile_source("".join(parts) + own, config.name, config.ptx_arch).code.decode()
     return program_from(ptx, config.name)
 
 

@@ -52,7 +52,7 @@ def total(parts: tuple[Shared, ...]) -> int:
 
 
 def multistage(s: Shape) -> tuple[Shared, ...]:
-    """`SharedStorage` in traits.cuh."""
+    """`SharedStorage` in schedule/multistage/storage.cuh."""
     ring = s.num_stages * 2 * s.block_n * row_bytes(s.head_dim)
     partial = s.block_h * (s.head_dim + 4) * _FLOAT
     rows = s.num_warps * s.block_h * _FLOAT
@@ -74,7 +74,7 @@ def multistage(s: Shape) -> tuple[Shared, ...]:
 
 
 def cluster(s: Shape, launched_stages: int) -> tuple[Shared, ...]:
-    """`ClusterStorage` in storage_tma.cuh, and the ring of tiles behind it.
+    """`ClusterStorage` in schedule/tma/storage_tma.cuh, and the ring of tiles behind it.
 
     Args:
         s: Of the kernel, whose barriers are those of all its stages.

@@ -7,16 +7,17 @@
 // A warp walks its tiles alone; warps meet once, at the end.
 #pragma once
 
-#include "append.cuh"
-#include "load.cuh"
-#include "merge.cuh"
-#include "overlap.cuh"
-#include "params.cuh"
-#include "score.cuh"
-#include "softmax.cuh"
-#include "traits.cuh"
-#include "value.cuh"
-#include "work.cuh"
+#include <gqa/params.cuh>
+#include <gqa/schedule/multistage/load.cuh>
+#include <gqa/schedule/multistage/merge.cuh>
+#include <gqa/schedule/multistage/storage.cuh>
+#include <gqa/schedule/overlap.cuh>
+#include <gqa/stage/append.cuh>
+#include <gqa/stage/score.cuh>
+#include <gqa/stage/softmax.cuh>
+#include <gqa/stage/value.cuh>
+#include <gqa/stage/work.cuh>
+#include <gqa/traits.cuh>
 
 namespace gqa {
 

@@ -9,9 +9,9 @@
 #include <cute/arch/copy_sm90_desc.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 
-#include "ptx_sm90.cuh"
-#include "storage_tma.cuh"
-#include "work.cuh"
+#include <gqa/arch/ptx_sm90.cuh>
+#include <gqa/schedule/tma/storage_tma.cuh>
+#include <gqa/stage/work.cuh>
 
 namespace gqa {
 

@@ -8,8 +8,8 @@
 
 #include <cute/arch/copy_sm80.hpp>
 
-#include "ptx.cuh"
-#include "work.cuh"
+#include <gqa/arch/ptx.cuh>
+#include <gqa/stage/work.cuh>
 
 namespace gqa {
 

@@ -2,8 +2,8 @@
 // done.
 #pragma once
 
-#include "params.cuh"
-#include "ptx.cuh"
+#include <gqa/arch/ptx.cuh>
+#include <gqa/params.cuh>
 
 namespace gqa {
 

@@ -9,10 +9,11 @@
 // asked for first, and nothing waits for what it does not need.
 #pragma once
 
-#include "append.cuh"
-#include "attend_once.cuh"
-#include "overlap.cuh"
-#include "value.cuh"
+#include <gqa/schedule/overlap.cuh>
+#include <gqa/schedule/tma/attend_once.cuh>
+#include <gqa/stage/append.cuh>
+#include <gqa/stage/softmax.cuh>
+#include <gqa/stage/value.cuh>
 
 namespace gqa {
 

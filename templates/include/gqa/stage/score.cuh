@@ -5,11 +5,14 @@
 // 12 rows of 16.
 #pragma once
 
-#include "mma.cuh"
-#include "tile.cuh"
-#include "work.cuh"
+#include <gqa/arch/mma.cuh>
+#include <gqa/arch/tile.cuh>
+#include <gqa/stage/work.cuh>
 
 namespace gqa {
+
+template <class T>
+struct SharedStorage;
 
 template <class T, Math = T::kMath>
 struct Scorer;

@@ -3,11 +3,11 @@
 // heads, where partial outputs would be 16 times as much.
 #pragma once
 
-#include "agree.cuh"
-#include "exchange.cuh"
-#include "load_tma.cuh"
-#include "mma.cuh"
-#include "score.cuh"
+#include <gqa/arch/mma.cuh>
+#include <gqa/schedule/tma/agree.cuh>
+#include <gqa/schedule/tma/exchange.cuh>
+#include <gqa/schedule/tma/load_tma.cuh>
+#include <gqa/stage/score.cuh>
 
 namespace gqa {
 

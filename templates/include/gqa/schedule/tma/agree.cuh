@@ -1,7 +1,7 @@
 // What the warps of a block tell each other about their heads: tables in shared memory.
 #pragma once
 
-#include "storage_tma.cuh"
+#include <gqa/schedule/tma/storage_tma.cuh>
 
 namespace gqa {
 

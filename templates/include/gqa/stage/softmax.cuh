@@ -3,8 +3,8 @@
 // a dominating key loses nothing when P is rounded for the MMA.
 #pragma once
 
-#include "ptx.cuh"
-#include "traits.cuh"
+#include <gqa/arch/ptx.cuh>
+#include <gqa/traits.cuh>
 
 namespace gqa {
 

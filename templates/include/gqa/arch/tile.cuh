@@ -9,7 +9,7 @@
 #include <cute/arch/util.hpp>
 #include <cute/swizzle.hpp>
 
-#include "traits.cuh"
+#include <gqa/traits.cuh>
 
 namespace gqa {
 

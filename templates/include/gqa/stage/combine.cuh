@@ -1,4 +1,4 @@
-// Stage 6, merge: partial outputs (O, m, l) of warps, then of splits, into the output and lse.
+// Stage 6, combine: partial outputs (O, m, l) of warps, of blocks or of splits into one.
 //
 // Partials combine as (m, l, O) -> M = max m, sum of 2^(m - M) l and of 2^(m - M) O: section 3.1 of
 // FlashAttention (arXiv:2205.14135), Flash-Decoding's reduction. Splits meet through global memory:
@@ -6,12 +6,8 @@
 // order of summation is that of the splits, not of their arrival, so results repeat to the bit.
 #pragma once
 
-#include <cutlass/array.h>
-#include <cutlass/numeric_conversion.h>
-
-#include "ptx.cuh"
-#include "softmax.cuh"
-#include "work.cuh"
+#include <gqa/arch/ptx.cuh>
+#include <gqa/traits.cuh>
 
 namespace gqa {
 
@@ -48,32 +44,6 @@ struct Merged {
     *this = next;
   }
 };
-
-template <class T, int kWidth>
-CUTE_DEVICE void write_output(Params const& p, Work<T> const& w, Slice s, Merged<kWidth> const& r) {
-  using Element = typename T::Element;
-  constexpr int kVec = T::kVecWidth < kWidth ? T::kVecWidth : kWidth;
-  bool const empty = r.sum == 0.f;  // nothing attended: the output is zero and lse minus infinity
-  float const scale = !w.valid ? kNan : empty ? 0.f : reciprocal_approx(r.sum);
-  cutlass::Array<float, kWidth> values;
-  CUTE_UNROLL
-  for (int i = 0; i < kWidth; ++i) values[i] = r.out[i] * scale;
-  auto const rounded = cutlass::NumericArrayConverter<Element, float, kWidth>{}(values);
-  int const head = w.first_head() + s.head;
-  auto* target = static_cast<Element*>(p.out) + w.batch * p.out_stride.batch +
-                 head * p.out_stride.head + s.dim;
-  using Out = cute::uint_bit_t<kVec * 16>;
-  CUTE_UNROLL
-  for (int i = 0; i < kWidth / kVec; ++i) {
-    reinterpret_cast<Out*>(target)[i] = reinterpret_cast<Out const*>(&rounded)[i];
-  }
-  if (p.lse != nullptr && s.dim == 0) {
-    constexpr float kLn2 = 0.693147180559945309f;
-    int64_t const num_q_heads = int64_t(p.num_kv_heads) * T::kGroupSize;
-    float const lse = empty ? -kInfinity : (r.max + log2f(r.sum)) * kLn2;
-    p.lse[w.batch * num_q_heads + head] = w.valid ? lse : kNan;
-  }
-}
 
 // The partials that one merge brings together, in global memory: every O of the launch first, then
 // every (m, l).
@@ -138,56 +108,6 @@ CUTE_DEVICE bool arrives_last(uint32_t* counter, int count, uint32_t& shared_ans
   }
   __syncthreads();
   return shared_answer;
-}
-
-// The block's partial: its warps' partials, all of them in shared memory.
-template <class T, int kWidth>
-CUTE_DEVICE Merged<kWidth> merge_warps(SharedStorage<T> const& shared, Slice s) {
-  float2 max_sum[T::kNumWarps];
-  float o[T::kNumWarps][kWidth];
-  CUTE_UNROLL
-  for (int i = 0; i < T::kNumWarps; ++i) {
-    auto const* partial = reinterpret_cast<float const*>(shared.warp[i]);
-    max_sum[i] = make_float2(shared.row_max[i][s.head], shared.row_sum[i][s.head]);
-    float4 const v = *reinterpret_cast<float4 const*>(partial + s.head * T::kPartialPitch + s.dim);
-    o[i][0] = v.x, o[i][1] = v.y, o[i][2] = v.z, o[i][3] = v.w;
-  }
-  Merged<kWidth> r;
-  r.add_all(max_sum, o);
-  return r;
-}
-
-// Called by the whole block after the barrier that follows the warps' stores.
-template <class T>
-CUTE_DEVICE void merge(Params const& p, Work<T> const& w, SharedStorage<T>& shared) {
-  constexpr int kWidth = 4;
-  constexpr int kPerHead = T::kHeadDim / kWidth;
-  auto const for_slices = [&](auto&& visit) {
-    for (int i = threadIdx.x; i < w.num_heads() * kPerHead; i += T::kNumThreads) {
-      visit(Slice{i / kPerHead, i % kPerHead * kWidth});
-    }
-  };
-  bool const alone = w.num_splits == 1;
-  PartialStore<T, kWidth> const store(p.partials, w.first_partial(), w.num_partials());
-  for_slices([&](Slice s) {
-    Merged<kWidth> const r = merge_warps<T, kWidth>(shared, s);
-    if (alone) {
-      write_output(p, w, s, r);
-    } else {
-      store.write(w.split, s, r);
-    }
-  });
-  if (alone || !arrives_last(p.tickets + w.head_index(), w.num_splits, shared.is_last)) return;
-  for_slices([&](Slice s) { write_output(p, w, s, store.merge(w.num_splits, s)); });
-}
-
-// Leaves word of a sequence whose length the cache cannot hold. Its output is NaN. Volatile: other
-// blocks may do the same, and the host reads it.
-template <class T>
-CUTE_DEVICE void report_overflow(Params const& p, Work<T> const& w) {
-  if (!w.valid && w.split == 0 && blockIdx.x == 0 && threadIdx.x == 0) {
-    *static_cast<int32_t volatile*>(p.status) = 1 + w.batch;
-  }
 }
 
 }  // namespace gqa

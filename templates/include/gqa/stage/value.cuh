@@ -1,10 +1,13 @@
 // Stage 4, value: O^T += V^T P^T, and the warp's partial output.
 #pragma once
 
-#include "mma.cuh"
-#include "tile.cuh"
+#include <gqa/arch/mma.cuh>
+#include <gqa/arch/tile.cuh>
 
 namespace gqa {
+
+template <class T>
+struct SharedStorage;
 
 template <class T, Math = T::kMath>
 struct Accumulator;

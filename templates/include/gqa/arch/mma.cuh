@@ -5,7 +5,7 @@
 #include <cute/arch/mma_sm80.hpp>
 #include <cutlass/numeric_conversion.h>
 
-#include "traits.cuh"
+#include <gqa/traits.cuh>
 
 namespace gqa {
 

@@ -9,8 +9,8 @@
 // number the blocks: sequences get as many splits as their lengths ask for.
 #pragma once
 
-#include "params.cuh"
-#include "traits.cuh"
+#include <gqa/params.cuh>
+#include <gqa/traits.cuh>
 
 namespace gqa {
 

@@ -1,7 +1,7 @@
 // Shared memory of one block of the TMA schedule.
 #pragma once
 
-#include "traits.cuh"
+#include <gqa/traits.cuh>
 
 namespace gqa {
 

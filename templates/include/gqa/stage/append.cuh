@@ -1,7 +1,7 @@
 // Stage 5, append: the new token's K and V into the cache, bit for bit, once per KV head.
 #pragma once
 
-#include "work.cuh"
+#include <gqa/stage/work.cuh>
 
 namespace gqa {
 

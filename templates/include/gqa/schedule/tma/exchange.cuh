@@ -6,10 +6,11 @@
 // of the blocks. No block waits for another to read.
 #pragma once
 
-#include "merge.cuh"
-#include "ptx_sm90.cuh"
-#include "score.cuh"
-#include "storage_tma.cuh"
+#include <gqa/arch/ptx_sm90.cuh>
+#include <gqa/schedule/tma/storage_tma.cuh>
+#include <gqa/stage/combine.cuh>
+#include <gqa/stage/output.cuh>
+#include <gqa/stage/score.cuh>
 
 namespace gqa {
 

@@ -1,0 +1,47 @@
+// Stage 7, output: what is merged, divided and rounded into the output, and the log-sum-exp.
+#pragma once
+
+#include <cutlass/array.h>
+#include <cutlass/numeric_conversion.h>
+
+#include <gqa/stage/combine.cuh>
+#include <gqa/stage/work.cuh>
+
+namespace gqa {
+
+template <class T, int kWidth>
+CUTE_DEVICE void write_output(Params const& p, Work<T> const& w, Slice s, Merged<kWidth> const& r) {
+  using Element = typename T::Element;
+  constexpr int kVec = T::kVecWidth < kWidth ? T::kVecWidth : kWidth;
+  bool const empty = r.sum == 0.f;  // nothing attended: the output is zero and lse minus infinity
+  float const scale = !w.valid ? kNan : empty ? 0.f : reciprocal_approx(r.sum);
+  cutlass::Array<float, kWidth> values;
+  CUTE_UNROLL
+  for (int i = 0; i < kWidth; ++i) values[i] = r.out[i] * scale;
+  auto const rounded = cutlass::NumericArrayConverter<Element, float, kWidth>{}(values);
+  int const head = w.first_head() + s.head;
+  auto* target = static_cast<Element*>(p.out) + w.batch * p.out_stride.batch +
+                 head * p.out_stride.head + s.dim;
+  using Out = cute::uint_bit_t<kVec * 16>;
+  CUTE_UNROLL
+  for (int i = 0; i < kWidth / kVec; ++i) {
+    reinterpret_cast<Out*>(target)[i] = reinterpret_cast<Out const*>(&rounded)[i];
+  }
+  if (p.lse != nullptr && s.dim == 0) {
+    constexpr float kLn2 = 0.693147180559945309f;
+    int64_t const num_q_heads = int64_t(p.num_kv_heads) * T::kGroupSize;
+    float const lse = empty ? -kInfinity : (r.max + log2f(r.sum)) * kLn2;
+    p.lse[w.batch * num_q_heads + head] = w.valid ? lse : kNan;
+  }
+}
+
+// Leaves word of a sequence whose length the cache cannot hold. Its output is NaN. Volatile: other
+// blocks may do the same, and the host reads it.
+template <class T>
+CUTE_DEVICE void report_overflow(Params const& p, Work<T> const& w) {
+  if (!w.valid && w.split == 0 && blockIdx.x == 0 && threadIdx.x == 0) {
+    *static_cast<int32_t volatile*>(p.status) = 1 + w.batch;
+  }
+}
+
+}  // namespace gqa
