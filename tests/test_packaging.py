@@ -154,7 +154,7 @@ def test_installed_package_compiles(installed: Path, tmp_path: Path) -> None:
 
 
 # Of the dependencies those that are small, and not of CI's pinned CUDA and torch.
-_SMALL = ("cuda-bindings", "cuda-core", "cuda-pathfinder", "jinja2", "numpy", "rich", "typer")
+_SMALL = ("cuda-python", "cuda-core", "filelock", "jinja2", "numpy", "rich", "typer")
 _USE = """
 import sys
 from importlib.metadata import version
