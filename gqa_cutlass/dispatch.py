@@ -39,6 +39,7 @@ TMA_LARGE_CLUSTER, TMA_FEW_HEADS = 2, 2
 # What caches may hold in all for first tiles to be read before lengths are known: with so few bytes
 # latency counts, and reading a tile per warp too many costs little.
 EARLY_MIB = 16
+SMALLEST_COPY = 2  # elements that an asynchronous copy moves at least (cp.async: four bytes)
 
 # Up to how many MiB of caches dependent launches pay: with fewer, the next launch may start at once
 # and fetches its first tiles meanwhile; with more, that disturbs this one, and the next may start
@@ -164,12 +165,22 @@ def dispatch(
         ),
         num_splits=splits.splits,
         num_stages=splits.num_stages,
-        early=not spare and problem.cache_mib <= (TMA_MIB if config.tma else EARLY_MIB),
+        early=not spare and _may_be_early(problem, config),
         overlap=overlap,
         reasons=tuple(
             filter(None, (why_config, splits.why, _BALANCED if spare else "", why_overlap))
         ),
     )
+
+
+def _may_be_early(problem: Problem, config: KernelConfig) -> bool:
+    """Whether warps should ask for their first tile before they know the length.
+
+    It may reach into the row that another block appends meanwhile. Asynchronous copies of rows that
+    turn out to be none are of no consequence; the loads by which single elements come would race.
+    """
+    limit = TMA_MIB if config.tma else EARLY_MIB
+    return config.vec_width >= SMALLEST_COPY and problem.cache_mib <= limit
 
 
 def _choose_overlap(

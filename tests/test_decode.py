@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from itertools import product
 
 import pytest
 import torch
@@ -32,6 +33,23 @@ def test_misaligned_and_strided_tensors(vec_width: int, layout: str, device: str
     plan = gqa_cutlass.plan(*step.tensors(), cache_seqlens=step.seqlens)
     assert plan.dispatch.config.vec_width == vec_width
     check(step, run(step))
+
+
+@pytest.mark.parametrize("vec_width", [8, 2, 1])
+def test_tiny_caches_that_several_blocks_read_and_one_appends_to(
+    vec_width: int, device: str
+) -> None:
+    """The first tile holds the row that is appended, and may be asked for before that is known."""
+    for max_seq_len, on_device in product((1, 5, 33), (True, False)):
+        length = min(3, max_seq_len - 1)
+        step = make_step(
+            device=device, lengths=[length, length], max_seq_len=max_seq_len, head_dim=32,
+            group_size=33, num_kv_heads=1, vec_width=vec_width,
+        )  # fmt: skip
+        lengths = step.seqlens if on_device else length
+        plan = gqa_cutlass.plan(*step.tensors(), cache_seqlens=lengths)
+        assert plan.dispatch.config.head_blocks > 1
+        check(step, plan(*step.tensors(), lengths))
 
 
 @pytest.mark.parametrize("head_dim", range(32, 257, 8))

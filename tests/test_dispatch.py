@@ -166,6 +166,14 @@ def test_large_caches_are_shared_by_clusters_if_none_can_be_ragged(
     assert dispatch(_problem(batch, 65536), H200, ragged=ragged).config.schedule is schedule
 
 
+@pytest.mark.parametrize("vec_width", [8, 4, 2, 1])
+def test_single_elements_are_not_read_before_lengths_are_known(vec_width: int) -> None:
+    """They come by loads, which race with the block that appends."""
+    problem = replace(_problem(1, 128, (9, 1, 32)), vec_width=vec_width)
+    for arch in ("sm_80", "sm_90a"):
+        assert dispatch(problem, model_device(ARCHES[arch])).early == (vec_width > 1)
+
+
 @pytest.mark.parametrize(("tokens", "early"), [(32768, True), (32769, False)])
 def test_large_caches_are_not_read_before_lengths_are_known(tokens: int, early: bool) -> None:
     chosen = dispatch(_problem(1, tokens), H200)

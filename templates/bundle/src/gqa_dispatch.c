@@ -154,6 +154,15 @@ static int64_t spare_rows(gqa_problem const* problem, gqa_kernel const* kernel,
   return rounds == 1 ? 1 : 3;
 }
 
+// Whether warps should ask for their first tile before they know the length. It may reach into the
+// row that another block appends meanwhile: asynchronous copies of it are of no consequence, but
+// the loads by which single elements come (cp.async moves no less than four bytes) would race.
+static int may_be_early(gqa_problem const* problem, gqa_kernel const* kernel) {
+  gqa_model const* model = &gqa_dispatch_model;
+  return kernel->vec_width > 1 &&
+         cache_mib(problem) <= (kernel->tma ? model->tma_mib : model->early_mib);
+}
+
 int gqa_choose(gqa_problem const* problem, gqa_target const* target, gqa_dispatch* chosen) {
   gqa_kernel const* kernel = choose_kernel(problem, target->arch);
   if (kernel == NULL) return 0;
@@ -173,9 +182,7 @@ int gqa_choose(gqa_problem const* problem, gqa_target const* target, gqa_dispatc
   chosen->shared_bytes = (uint32_t)kernel->shared_bytes[splits.num_stages - 1];
   chosen->num_splits = (int32_t)splits.splits;
   chosen->num_stages = splits.num_stages;
-  gqa_model const* model = &gqa_dispatch_model;
-  double const early_mib = kernel->tma ? model->tma_mib : model->early_mib;
-  chosen->early = spare == 0 && cache_mib(problem) <= early_mib;
+  chosen->early = spare == 0 && may_be_early(problem, kernel);
   chosen->num_tickets = partials > 1 ? columns * problem->batch_size * splits.cluster : 0;
   chosen->partial_floats = chosen->num_tickets * partials * kernel->partial_floats;
   return 1;
