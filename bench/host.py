@@ -86,19 +86,20 @@ def parts(tensors: Arguments, lengths: Tensor) -> Calls:
     index, chosen = out.device.index, plan.dispatch
     stream = torch._C._cuda_getCurrentRawStream(index)
     borrowed = index, stream, chosen.partial_floats, chosen.num_tickets
-    compared = plan._without_gaps(given, lengths)
+    compared = *given, lengths
     _, partials, tickets = workspace.borrow(*borrowed)
     return {
         "nothing (the loop)": lambda: None,
         "match": lambda: plan.match(given, lengths),
         "  compare layouts": lambda: plan._equal(*compared),
-        "  seven data_ptr()": lambda: [t.data_ptr() for t in (*given, lengths)],
+        "  seven is_nested": lambda: [t.is_nested for t in compared],
+        "  seven data_ptr()": lambda: [t.data_ptr() for t in compared],
         "run": lambda: plan.run(given, lengths, argument),
         "  current device": torch._C._cuda_getDevice,
         "  current stream": lambda: torch._C._cuda_getCurrentRawStream(index),
         "  borrow workspace": lambda: workspace.borrow(*borrowed),
         "    is a capture on": torch.cuda.is_current_stream_capturing,
-        "  bind": lambda: plan._bind(argument, given, lengths, None, partials, tickets),
+        "  bind": lambda: plan._bind(argument, out, lengths, None, partials, tickets),
         "  launch": lambda: plan._launch(stream),
         "  DEBUG log check (off)": log_check,
         "allocate out": plan._new_out,

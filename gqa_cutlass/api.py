@@ -14,14 +14,16 @@ from torch import Tensor
 from gqa_cutlass import inputs, workspace
 from gqa_cutlass.codegen.config import ARCHES, KernelConfig
 from gqa_cutlass.dispatch import Dispatch, choose_config, dispatch, model_device
-from gqa_cutlass.errors import DeviceError, InputError
+from gqa_cutlass.errors import DeviceError, InputError, shown
 from gqa_cutlass.inputs import DTYPES, Problem
 from gqa_cutlass.launcher import Device, describe_device, load
 from gqa_cutlass.planning import Arguments, GpuPlan, Plan, Settings, signature
 from gqa_cutlass.store import Store
+from gqa_cutlass.tensors import Flaw, flaw
 
 _MAX_PLANS = 4096
-_PER_THREAD_STREAM = 2  # up to here handles are names of default streams, not streams
+_DEFAULT_STREAMS, _PER_THREAD_STREAM = (0, 1), 2  # names of streams, not their addresses
+_MAX_HANDLE = 2**64
 _Options = tuple[int, type, float | None, type, bool, bool, bool]
 _plans: dict[object, Plan] = {}  # by signature, and the latest by the cache's shape
 
@@ -47,6 +49,9 @@ def gqa_decode(
     the lengths. CPU tensors run through the same dispatch and kernel in ptxsim, which interprets
     the kernel's PTX: for tests and trying things out, a fraction of a second per call and more.
 
+    Tensors are plain and dense, parameters and views included: no wrappers of torch.func, negated
+    views (call `.resolve_neg()`) or subclasses with `__torch_dispatch__`.
+
     Args:
         q: Queries of the new token, float16 or bfloat16, [batch, num_q_heads, head_dim] or
             [batch, 1, num_q_heads, head_dim]. head_dim is a multiple of 8 from 32 to 256.
@@ -56,7 +61,9 @@ def gqa_decode(
         v_cache: As k_cache.
         k: The new token's keys, [batch, num_kv_heads, head_dim] or
             [batch, 1, num_kv_heads, head_dim]. None: attend only, append nothing.
-        v: As k. Neither may lie in the rows of the caches that are written.
+        v: As k. The row of a cache that is written must not hold q, k, v or cache_seqlens; with
+            lengths on the device, no row of a cache that is appended to may. This is told by
+            addresses: memory that is mapped twice is not seen.
         cache_seqlens: Tokens in the cache before this call: one int for all sequences, or
             int32 [batch] on q's device, which the host never reads.
         softmax_scale: Factor on the scores; head_dim ** -0.5 by default.
@@ -85,12 +92,16 @@ def gqa_decode(
     """
     tensors = q, k_cache, v_cache, k, v, out
     # With types, for True == 1 would find the plan of 1.
-    options = (num_splits, type(num_splits), softmax_scale, type(softmax_scale), return_lse,
-               ragged, torch.is_grad_enabled())  # fmt: skip
+    options = (
+        num_splits, type(num_splits), softmax_scale, type(softmax_scale), return_lse, ragged,
+        torch.is_grad_enabled(),
+    )  # fmt: skip
+    found = None
     try:
-        found = _plans.get((k_cache.shape, options))
-    except (AttributeError, TypeError, RuntimeError):  # plan() says what is wrong
-        found = None
+        if type(return_lse) is type(ragged) is bool:
+            found = _plans.get((k_cache.shape, options))
+    except Exception:  # no tensor, or no options: _find_plan says what is wrong
+        pass
     argument = None if found is None else found.match(tensors, cache_seqlens)
     if found is None or argument is None:
         found, argument = _find_plan(tensors, cache_seqlens, options)
@@ -103,22 +114,19 @@ def _find_plan(
     """The plan for a call, made if there is none, and the kernel's argument."""
     q, k_cache, v_cache, k, v, out = tensors
     num_splits, _, softmax_scale, _, return_lse, ragged, _ = options
-    key: object
-    try:
-        key = signature(tensors), isinstance(cache_seqlens, Tensor), options
-        found = _plans.get(key)
-    except (AttributeError, TypeError, RuntimeError):  # no dense tensors: plan() says what is wrong
-        key = found = None
+    inputs.check_kinds(tensors, cache_seqlens)
+    inputs.check_options(num_splits, softmax_scale, return_lse=return_lse, ragged=ragged)
+    key = signature(tensors), isinstance(cache_seqlens, Tensor), options
+    found = _plans.get(key)
     if found is None:
         found = plan(
             q, k_cache, v_cache, k, v, cache_seqlens=cache_seqlens, softmax_scale=softmax_scale,
             num_splits=num_splits, return_lse=return_lse, ragged=ragged, out=out,
         )  # fmt: skip
     argument = found.adopt(tensors, cache_seqlens)
-    if key is not None:
-        if len(_plans) >= _MAX_PLANS:
-            _plans.clear()
-        _plans[key] = _plans[k_cache.shape, options] = found
+    if len(_plans) >= _MAX_PLANS:
+        _plans.clear()
+    _plans[key] = _plans[k_cache.shape, options] = found
     return found, argument
 
 
@@ -166,13 +174,18 @@ def plan(
     Raises:
         GqaError: As for `gqa_decode`.
     """
+    inputs.check_kinds((q, k_cache, v_cache, k, v, out), cache_seqlens)
+    inputs.check_options(
+        num_splits, softmax_scale, return_lse=return_lse, ragged=ragged, dependent=dependent
+    )
+    _check_kernel(kernel)
     tensors = inputs.gather(q, k_cache, v_cache, k, v, out)
     problem = inputs.validate(tensors)
-    inputs.check_lengths(problem, cache_seqlens, q.device)
-    inputs.check_aliases(tensors, cache_seqlens)
-    inputs.check_splits(num_splits)
-    scale = inputs.check_scale(softmax_scale, problem.head_dim)
     device = _device_of(q)
+    inputs.check_lengths(problem, cache_seqlens, q.device)
+    inputs.check_memory(tensors, cache_seqlens)
+    inputs.check_aliases(tensors, cache_seqlens)
+    scale = problem.head_dim**-0.5 if softmax_scale is None else float(softmax_scale)
     device_lengths = isinstance(cache_seqlens, Tensor)
     chosen = dispatch(problem, device, num_splits, kernel, device_lengths and ragged, dependent)
     settings = Settings(
@@ -234,17 +247,16 @@ def gqa_attention_decode(
         kv_cache_k: [batch, max_seq_len, num_kv_heads, head_dim]; written at position cache_len.
         kv_cache_v: As kv_cache_k.
         config: Sizes, which must agree with the tensors, the cache's length and the scale.
-        stream: A torch stream, a stream handle, or None for the current stream.
+        stream: A torch stream, a stream's handle, or None for the current stream. The handles 0
+            (the null stream) and 1 (cudaStreamLegacy) mean the default stream, as torch calls it;
+            2 (cudaStreamPerThread) is refused: one handle for many streams. With tensors on the
+            CPU there is only the default stream.
 
     Raises:
         InputError: A tensor's shape differs from what the configuration says.
         GqaError: As for `gqa_decode`.
     """
-    if not isinstance(config, GQADecodeConfig):
-        raise InputError(
-            f"gqa_attention_decode: config: got {config!r}; allowed: a GQADecodeConfig. "
-            "Nothing was launched."
-        )
+    _check_config("gqa_attention_decode: config", config)
     c = config
     query = (c.batch_size, 1, c.num_q_heads, c.head_dim)
     token = (c.batch_size, 1, c.num_kv_heads, c.head_dim)
@@ -254,11 +266,13 @@ def gqa_attention_decode(
         ("output", output, flat), ("q", q, query), ("k", k, token), ("v", v, token),
         ("kv_cache_k", kv_cache_k, cache), ("kv_cache_v", kv_cache_v, cache),
     ):  # fmt: skip
-        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape:
-            got = f"shape {list(tensor.shape)}" if isinstance(tensor, Tensor) else repr(tensor)
+        found = flaw(tensor)
+        if found is None and tuple(tensor.shape) != shape:
+            found = Flaw(f"shape {list(tensor.shape)}", f"{list(shape)}, from the configuration")
+        if found:
             raise InputError(
-                f"gqa_attention_decode: {name}: got {got}; allowed: {list(shape)}, from the "
-                "configuration. Nothing was launched."
+                f"gqa_attention_decode: {name}: got {found.got}; allowed: {found.allowed}. Nothing "
+                "was launched."
             )
     with _on_stream(stream, q.device):
         gqa_decode(
@@ -289,11 +303,15 @@ def warmup(
         InputError: The dtype is not supported.
         GqaError: As for `gqa_decode`.
     """
-    if dtype not in DTYPES:
-        raise InputError(f"warmup: dtype: got {dtype}; allowed: torch.float16, torch.bfloat16.")
-    gpu = None if _is_cpu(device) else _gpu(device)
+    if not isinstance(dtype, torch.dtype) or dtype not in DTYPES:
+        raise InputError(
+            f"warmup: dtype: got {shown(dtype)}; allowed: torch.float16, torch.bfloat16."
+        )
+    wanted = _listed(configs)
+    where = _device(device)
+    gpu = None if where.type == "cpu" else _gpu(where)
     target = gpu or model_device(ARCHES["sm_90a"])
-    kernels = list(dict.fromkeys(chain.from_iterable(_kernels(c, dtype, target) for c in configs)))
+    kernels = list(dict.fromkeys(chain.from_iterable(_kernels(c, dtype, target) for c in wanted)))
     for config in kernels:
         if gpu is None:
             from gqa_cutlass.simulation import program_of
@@ -372,10 +390,10 @@ def explain(
     Raises:
         InputError: An argument is not allowed.
     """
+    inputs.check_options(num_splits, ragged=ragged, dependent=dependent)
     problem = inputs.validate(inputs.gather(q, k_cache, v_cache, k, v, out))
-    inputs.check_splits(num_splits)
-    if arch is not None and arch not in ARCHES:
-        raise InputError(f"explain: arch: got {arch!r}; allowed: {', '.join(ARCHES)}.")
+    if not (arch is None or type(arch) is str and arch in ARCHES):
+        raise InputError(f"explain: arch: got {shown(arch)}; allowed: {', '.join(ARCHES)}.")
     if q.device.type == "cuda" and arch is None:
         device = _device_of(q)
     else:
@@ -402,9 +420,9 @@ def check_overflow(device: torch.device | int | str = "cuda") -> None:
             cache could not hold.
         DeviceError: No usable GPU.
     """
-    index = workspace.CPU
-    if not _is_cpu(device):
-        index = _gpu(device).index
+    index, where = workspace.CPU, _device(device)
+    if where.type != "cpu":
+        index = _gpu(where).index
         torch.cuda.synchronize(index)
     workspace.overflow_flag(index).raise_if_set()
 
@@ -414,25 +432,67 @@ def _may_compile() -> bool | None:
     return False if torch.cuda.is_current_stream_capturing() else None
 
 
+def _listed(
+    configs: Iterable[KernelConfig | GQADecodeConfig],
+) -> list[KernelConfig | GQADecodeConfig]:
+    """What `warmup` was given, checked."""
+    try:
+        found = list(iter(configs))
+    except TypeError:
+        raise InputError(
+            f"warmup: configs: got {shown(configs)}; allowed: an iterable of KernelConfig or "
+            "GQADecodeConfig; put a single one into a list."
+        ) from None
+    for config in found:
+        if not isinstance(config, KernelConfig):
+            _check_config("warmup: configs", config, "a KernelConfig or a GQADecodeConfig")
+    return found
+
+
 def _kernels(
     config: KernelConfig | GQADecodeConfig, dtype: torch.dtype, device: Device
 ) -> list[KernelConfig]:
     """The kernel, or those that a decode step may take, by what is known of its lengths."""
     if isinstance(config, KernelConfig):
         return [config]
-    problem = _problem(config, dtype)
+    problem = Problem(
+        batch_size=config.batch_size,
+        num_q_heads=config.num_q_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        max_seq_len=config.max_seq_len,
+        dtype=DTYPES[dtype],
+        vec_width=inputs.WIDEST,  # of contiguous tensors
+        append=True,
+    )
     return [choose_config(problem, device, ragged)[0] for ragged in (False, True)]
 
 
-def _problem(config: GQADecodeConfig, dtype: torch.dtype) -> Problem:
-    """The problem that a configuration describes, by way of tensors without memory."""
-    c = config
-    q = torch.empty(c.batch_size, c.num_q_heads, c.head_dim, dtype=dtype, device="meta")
-    token = torch.empty(c.batch_size, c.num_kv_heads, c.head_dim, dtype=dtype, device="meta")
-    cache = torch.empty(
-        c.batch_size, c.max_seq_len, c.num_kv_heads, c.head_dim, dtype=dtype, device="meta"
-    )
-    return inputs.validate(inputs.gather(q, cache, cache, token, token, None))
+def _check_config(what: str, config: GQADecodeConfig, allowed: str = "a GQADecodeConfig") -> None:
+    """Raise InputError unless a configuration's sizes are such that a kernel can have them."""
+    if not isinstance(config, GQADecodeConfig):
+        raise InputError(f"{what}: got {shown(config)}; allowed: {allowed}. Nothing was launched.")
+    for name in ("batch_size", "cache_len", "num_q_heads", "num_kv_heads", "head_dim",
+                 "max_seq_len"):  # fmt: skip
+        value = getattr(config, name)
+        if type(value) is not int:
+            raise InputError(
+                f"{what}: {name}: got {shown(value)}; allowed: an int. Nothing was launched."
+            )
+    inputs.check_sizes(
+        config.batch_size, config.num_q_heads, config.num_kv_heads, config.head_dim,
+        config.max_seq_len,
+    )  # fmt: skip
+    inputs.check_options(softmax_scale=config.scale)
+
+
+def _check_kernel(kernel: object) -> None:
+    """Raise InputError unless a kernel is a configuration, or None."""
+    if kernel is not None and not isinstance(kernel, KernelConfig):
+        raise InputError(
+            f"plan: kernel: got {shown(kernel)}; allowed: a KernelConfig (another plan's "
+            "`dispatch.config`, for instance), or None. Nothing was launched."
+        )
 
 
 def _device_of(tensor: Tensor) -> Device:
@@ -448,12 +508,25 @@ def _device_of(tensor: Tensor) -> Device:
     return _gpu(tensor.device)
 
 
-def _is_cpu(device: torch.device | int | str) -> bool:
-    return not isinstance(device, int) and torch.device(device).type == "cpu"
+def _device(device: torch.device | int | str) -> torch.device:
+    """A device by its name or its index.
+
+    Raises:
+        DeviceError: No such name.
+    """
+    try:
+        if type(device) is int:
+            return torch.device("cuda", device)
+        if isinstance(device, (str, torch.device)):
+            return torch.device(device)
+    except (RuntimeError, OverflowError, TypeError, ValueError):
+        pass  # as for any other value
+    raise DeviceError(
+        f"device: got {shown(device)}; allowed: a CUDA device, such as 'cuda:0', or 'cpu'."
+    )
 
 
-def _gpu(device: torch.device | int | str) -> Device:
-    device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+def _gpu(device: torch.device) -> Device:
     if device.type != "cuda":
         raise DeviceError(f"device: got {device}; allowed: a CUDA device, such as 'cuda:0'.")
     if not torch.cuda.is_available():
@@ -471,19 +544,22 @@ def _on_stream(
     stream: torch.cuda.Stream | int | None, device: torch.device
 ) -> AbstractContextManager[object]:
     """Make a stream current; None keeps the one that is."""
+    on_gpu, given = device.type == "cuda", stream
+    if type(stream) is int and stream in _DEFAULT_STREAMS:
+        stream = torch.cuda.default_stream(device) if on_gpu else None
+    elif type(stream) is int and on_gpu and _PER_THREAD_STREAM < stream < _MAX_HANDLE:
+        stream = torch.cuda.ExternalStream(stream, device=device)
     if stream is None:
         return nullcontext()
-    if type(stream) is int and stream > _PER_THREAD_STREAM and device.type == "cuda":
-        stream = torch.cuda.ExternalStream(stream, device=device)
-    if device.type != "cuda":
+    if not on_gpu:
         raise InputError(
-            f"gqa_attention_decode: stream: got {stream!r} with tensors on {device}; allowed: "
-            "None. Nothing was launched."
+            f"gqa_attention_decode: stream: got {shown(given)} with tensors on {device}; allowed: "
+            "None, or 0. Nothing was launched."
         )
     if not isinstance(stream, torch.cuda.Stream) or stream.device != device:
         raise InputError(
-            f"gqa_attention_decode: stream: got {stream!r}; allowed: a torch.cuda.Stream on "
-            f"{device}, the handle of one that cudaStreamCreate made, or None for the current "
-            "stream. Nothing was launched."
+            f"gqa_attention_decode: stream: got {shown(given)}; allowed: a torch.cuda.Stream on "
+            f"{device}, the handle of one that cudaStreamCreate made, 0 for the default stream, or "
+            "None for the current stream. Nothing was launched."
         )
     return torch.cuda.stream(stream)

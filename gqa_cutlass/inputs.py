@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -10,16 +11,20 @@ from torch import Tensor
 
 from gqa_cutlass.codegen.config import HEAD_DIM_RULE, HEAD_DIMS, MAX_GROUP_SIZE
 from gqa_cutlass.codegen.schema.kinds import DType
-from gqa_cutlass.errors import CacheOverflowError, InputError
+from gqa_cutlass.errors import CacheOverflowError, InputError, shown
+from gqa_cutlass.tensors import byte_reach, flaw, is_tensor, memory_flaw
 
 DTYPES = {torch.float16: DType.F16, torch.bfloat16: DType.BF16}
 MAX_BATCH = 65535  # grid z
 MAX_SEQ_LEN = 2**30  # tile arithmetic is 32-bit
 MAX_SPLITS = 1024
+MAX_HEADS = 2**31 - 1  # grid x
 MAX_SCALE = 1e38  # times log2(e) it is still a float32
 VECTOR_WIDTHS = (8, 4, 2, 1)
 WIDEST = VECTOR_WIDTHS[0]
-_ELEMENT_BYTES = 2
+ARGUMENTS = ("q", "k_cache", "v_cache", "k", "v", "out")
+_OPTIONAL = ("k", "v", "out")
+_ELEMENT_BYTES, _INT_BYTES = 2, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +93,25 @@ class Problem:
         return self.cache_bytes / 2**20
 
 
+def check_kinds(arguments: Sequence[object], cache_seqlens: object = 0) -> None:
+    """Raise InputError unless all arguments are plain, dense tensors, or absent where they may be.
+
+    Args:
+        arguments: As in `ARGUMENTS`.
+        cache_seqlens: The lengths; an int will do.
+    """
+    for name, value in zip(ARGUMENTS, arguments, strict=True):
+        optional = name in _OPTIONAL
+        if not (optional and value is None) and (found := flaw(value)):
+            _fail(name, found.got, found.allowed + optional * " or None")
+    if type(cache_seqlens) is int:
+        return
+    if not is_tensor(cache_seqlens):
+        _fail("cache_seqlens", f"a {type(cache_seqlens).__name__}", "an int or an int32 tensor")
+    if found := flaw(cache_seqlens):
+        _fail("cache_seqlens", *found)
+
+
 def gather(
     q: Tensor,
     k_cache: Tensor,
@@ -96,19 +120,12 @@ def gather(
     v: Tensor | None,
     out: Tensor | None,
 ) -> Tensors:
-    """Check types and ranks, and drop the single-token dimension of 4-D queries.
+    """Check kinds and ranks, and drop the single-token dimension of 4-D queries.
 
     Raises:
-        InputError: An argument is no tensor or has the wrong rank, or k comes without v.
+        InputError: An argument is no plain tensor or has the wrong rank, or k comes without v.
     """
-    given = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v, "out": out}
-    for name, tensor in given.items():
-        optional = name in ("k", "v", "out")
-        if not isinstance(tensor, Tensor) and not (optional and tensor is None):
-            _fail(name, f"a {type(tensor).__name__}", "a torch.Tensor" + optional * " or None")
-        if tensor is not None and (tensor.layout is not torch.strided or tensor.is_nested):
-            kind = "nested" if tensor.is_nested else tensor.layout
-            _fail(name, f"a {kind} tensor", "a dense (strided) tensor")
+    check_kinds((q, k_cache, v_cache, k, v, out))
     if (k is None) != (v is None):
         missing = "v" if v is None else "k"
         _fail("k and v", f"no {missing}", "both (append the token) or neither (attend only)")
@@ -133,16 +150,16 @@ def validate(tensors: Tensors) -> Problem:
     """
     _check_placement(tensors)
     problem = _check_shapes(tensors)
-    _check_memory(tensors)
+    _check_layouts(tensors)
     return problem
 
 
 def check_lengths(problem: Problem, cache_seqlens: int | Tensor, device: torch.device) -> None:
-    """Check the lengths: all of it for an int, everything but the values for a tensor.
+    """Check lengths of the right kind: an int wholly, of a tensor everything but the values.
 
     Raises:
         CacheOverflowError: The new token does not fit.
-        InputError: Negative, of the wrong type, shape or device.
+        InputError: Negative, or of the wrong dtype, shape or device.
     """
     if isinstance(cache_seqlens, Tensor):
         ok = (
@@ -158,65 +175,94 @@ def check_lengths(problem: Problem, cache_seqlens: int | Tensor, device: torch.d
                 f"an int, or contiguous torch.int32 [{problem.batch_size}] on {device}",
             )
         return
-    if type(cache_seqlens) is not int:
-        _fail("cache_seqlens", f"a {type(cache_seqlens).__name__}", "an int or an int32 tensor")
     if cache_seqlens < 0:
-        _fail("cache_seqlens", str(cache_seqlens), f"0 to {problem.max_seq_len - problem.append}")
+        allowed = f"0 to {problem.max_seq_len - problem.append}"
+        _fail("cache_seqlens", shown(cache_seqlens), allowed)
     if cache_seqlens > problem.max_seq_len - problem.append:
         raise CacheOverflowError(
-            f"gqa_decode: cache overflow: the cache holds {cache_seqlens} tokens"
+            f"gqa_decode: cache overflow: the cache holds {shown(cache_seqlens)} tokens"
             f"{' and one is to be appended' * problem.append}; max_seq_len is "
             f"{problem.max_seq_len}. Nothing was written. Evict tokens, or allocate a larger cache."
         )
 
 
-def check_scale(softmax_scale: float | None, head_dim: int) -> float:
-    """The scale of the scores: head_dim ** -0.5 unless given.
+def check_options(num_splits: int = 0, softmax_scale: float | None = None, **flags: bool) -> None:
+    """Raise InputError for an option that is not allowed.
 
-    Raises:
-        InputError: Not a number, or too large for float32.
+    Args:
+        num_splits: 0 (choose) to MAX_SPLITS.
+        softmax_scale: A number that float32 can hold, or None for head_dim ** -0.5.
+        flags: True or False, by name.
     """
-    if softmax_scale is None:
-        return float(head_dim**-0.5)
-    number = isinstance(softmax_scale, (int, float)) and not isinstance(softmax_scale, bool)
-    # Compared before it is converted: an int may be too large for a float.
-    if not number or not -MAX_SCALE <= softmax_scale <= MAX_SCALE:
-        allowed = f"a number from {-MAX_SCALE:g} to {MAX_SCALE:g}, or None for head_dim ** -0.5"
-        _fail("softmax_scale", repr(softmax_scale)[:80], allowed)
-    return float(softmax_scale)
-
-
-def check_splits(num_splits: int) -> None:
-    """Raise InputError unless num_splits is an int from 0 (choose) to MAX_SPLITS."""
     if type(num_splits) is not int or not 0 <= num_splits <= MAX_SPLITS:
-        _fail("num_splits", repr(num_splits), f"0 (the dispatcher decides) to {MAX_SPLITS}")
+        _fail("num_splits", shown(num_splits), f"0 (the dispatcher decides) to {MAX_SPLITS}")
+    if softmax_scale is not None:
+        number = isinstance(softmax_scale, (int, float)) and not isinstance(softmax_scale, bool)
+        # Compared before it is converted: an int may be too large for a float.
+        if not number or not -MAX_SCALE <= softmax_scale <= MAX_SCALE:
+            allowed = f"a number from {-MAX_SCALE:g} to {MAX_SCALE:g}, or None for head_dim ** -0.5"
+            _fail("softmax_scale", shown(softmax_scale), allowed)
+    for name, value in flags.items():
+        if type(value) is not bool:
+            _fail(name, shown(value), "True or False")
 
 
-def check_addresses(tensors: Tensors, cache_seqlens: int | Tensor) -> None:
-    """Raise InputError for a tensor without memory, or lengths that cannot be loaded."""
+def check_memory(tensors: Tensors, cache_seqlens: int | Tensor) -> None:
+    """Raise InputError for a tensor whose memory is not all there, or misaligned lengths.
+
+    A storage that is shrunk later, under a tensor that was checked, gets memory elsewhere: then the
+    address is new, and the tensor is checked again. Not seen is one that comes back to an address
+    where it was seen whole, after it was resized twice.
+    """
     given = tensors.present() | {"cache_seqlens": cache_seqlens}
     for name, tensor in given.items():
-        if isinstance(tensor, Tensor) and not tensor.data_ptr():
-            _fail(
-                name,
-                "a tensor without memory (fake, or its storage was freed)",
-                "tensors that hold their elements",
-            )
-    if isinstance(cache_seqlens, Tensor) and cache_seqlens.data_ptr() % 4:
+        if isinstance(tensor, Tensor) and (found := memory_flaw(tensor)):
+            _fail(name, *found)
+    if isinstance(cache_seqlens, Tensor) and cache_seqlens.data_ptr() % _INT_BYTES:
         address = f"address {cache_seqlens.data_ptr():#x}"
         _fail("cache_seqlens", address, "an address that is a multiple of 4")
 
 
-def check_aliases(tensors: Tensors, cache_seqlens: int | Tensor) -> None:
-    """Raise InputError when what is written shares memory with what it must not."""
-    if tensors.k is not None and _overlap(tensors.k_cache, tensors.v_cache):
-        _fail("v_cache", "memory that k_cache also uses", "two caches that do not share memory")
-    if tensors.out is None:
-        return
+def check_aliases(tensors: Tensors, cache_seqlens: int | Tensor) -> bool:
+    """Raise InputError when what is written shares memory with what it must not.
+
+    Returns:
+        Whether that is so for every length: not when a row of a cache is read that is another one
+        than the row which is written, and will be that one at another length.
+    """
     read = tensors.present() | {"cache_seqlens": cache_seqlens}
-    for name, other in read.items():
-        if name != "out" and isinstance(other, Tensor) and _overlap(tensors.out, other):
-            _fail("out", f"memory that {name} also uses", "memory of its own; pass out=None")
+    if tensors.out is not None:
+        for name, other in read.items():
+            if name != "out" and isinstance(other, Tensor) and _overlap(tensors.out, other):
+                _fail("out", f"memory that {name} also uses", "memory of its own; pass out=None")
+    if tensors.k is None:
+        return True
+    if _overlap(tensors.k_cache, tensors.v_cache):
+        _fail("v_cache", "memory that k_cache also uses", "two caches that do not share memory")
+    return not any(
+        [
+            _reads_what_is_written(name, other, tensors, cache_seqlens)
+            for name, other in read.items()
+            if name in ("q", "k", "v", "cache_seqlens") and isinstance(other, Tensor)
+        ]
+    )
+
+
+def _reads_what_is_written(
+    name: str, read: Tensor, tensors: Tensors, cache_seqlens: int | Tensor
+) -> bool:
+    """Whether a tensor lies in a cache that a token is appended to; raises if in the very row."""
+    inside = False
+    for cache_name, cache in (("k_cache", tensors.k_cache), ("v_cache", tensors.v_cache)):
+        if _overlap(cache, read):
+            inside = True
+            if isinstance(cache_seqlens, Tensor) or _overlap(cache[:, cache_seqlens], read):
+                _fail(
+                    name,
+                    f"memory of {cache_name}, to which this call writes the new token",
+                    f"memory of its own; pass {name}.clone()",
+                )
+    return inside
 
 
 def _single_token(name: str, tensor: Tensor) -> Tensor:
@@ -244,24 +290,33 @@ def _check_placement(tensors: Tensors) -> None:
             )
 
 
-def _check_shapes(tensors: Tensors) -> Problem:
-    batch, num_q_heads, head_dim = tensors.q.shape
-    _, max_seq_len, num_kv_heads, _ = tensors.k_cache.shape
+def check_sizes(
+    batch: int, num_q_heads: int, num_kv_heads: int, head_dim: int, max_seq_len: int
+) -> None:
+    """Raise InputError for sizes that no kernel takes."""
     if not 1 <= batch <= MAX_BATCH:
-        _fail("batch size", str(batch), f"1 to {MAX_BATCH}")
+        _fail("batch size", shown(batch), f"1 to {MAX_BATCH}")
     if head_dim not in HEAD_DIMS:
         allowed = f"{HEAD_DIM_RULE}; pad q, k, v and the cache with zeros"
-        _fail("head_dim", str(head_dim), allowed)
+        _fail("head_dim", shown(head_dim), allowed)
     if not 1 <= max_seq_len <= MAX_SEQ_LEN:
-        _fail("max_seq_len", str(max_seq_len), f"1 to {MAX_SEQ_LEN}")
+        _fail("max_seq_len", shown(max_seq_len), f"1 to {MAX_SEQ_LEN}")
     if num_kv_heads < 1 or num_q_heads < 1 or num_q_heads % num_kv_heads:
         _fail(
             "head counts",
-            f"{num_q_heads} query heads and {num_kv_heads} KV heads",
+            f"{shown(num_q_heads)} query heads and {shown(num_kv_heads)} KV heads",
             "a number of query heads that is a multiple of the number of KV heads",
         )
     if num_q_heads // num_kv_heads > MAX_GROUP_SIZE:
-        _fail("group size", str(num_q_heads // num_kv_heads), f"1 to {MAX_GROUP_SIZE}")
+        _fail("group size", shown(num_q_heads // num_kv_heads), f"1 to {MAX_GROUP_SIZE}")
+    if num_q_heads > MAX_HEADS:
+        _fail("number of query heads", shown(num_q_heads), f"1 to {MAX_HEADS}")
+
+
+def _check_shapes(tensors: Tensors) -> Problem:
+    batch, num_q_heads, head_dim = tensors.q.shape
+    _, max_seq_len, num_kv_heads, _ = tensors.k_cache.shape
+    check_sizes(batch, num_q_heads, num_kv_heads, head_dim, max_seq_len)
     cache_shape = (batch, max_seq_len, num_kv_heads, head_dim)
     token_shape = (batch, num_kv_heads, head_dim)
     query_shape = (batch, num_q_heads, head_dim)
@@ -282,7 +337,7 @@ def _check_shapes(tensors: Tensors) -> Problem:
     )
 
 
-def _check_memory(tensors: Tensors) -> None:
+def _check_layouts(tensors: Tensors) -> None:
     for name, tensor in tensors.present().items():
         if tensor.device.type != "meta" and tensor.data_ptr() % _ELEMENT_BYTES:
             _fail(name, f"address {tensor.data_ptr():#x}", "an address that is a multiple of 2")
@@ -337,12 +392,6 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
             if a_reach and b_reach and a_reach <= offset and offset + b_reach <= pitch:
                 return False
     return True
-
-
-def byte_reach(tensor: Tensor) -> int:
-    """Bytes from a tensor's first to the one past its last."""
-    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    return (last + 1) * tensor.element_size()
 
 
 def _reach_within(tensor: Tensor, pitch: int) -> int:

@@ -14,7 +14,8 @@ import threading
 from abc import ABC, abstractmethod
 from dataclasses import replace
 from functools import partial
-from typing import TypedDict, Unpack
+from itertools import product
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -27,7 +28,9 @@ from gqa_cutlass.errors import InputError
 from gqa_cutlass.inputs import Problem, Tensors
 from gqa_cutlass.launch_log import LaunchRecord
 from gqa_cutlass.launcher import LoadedKernel, encode_tensor_map
+from gqa_cutlass.shortcuts import FORWARD_AD
 from gqa_cutlass.tensormap import TensorMap
+from gqa_cutlass.tensors import byte_reach
 
 LOG = logging.getLogger("gqa_cutlass")
 _ALIGNMENT, _INT_BYTES = 16, 4
@@ -35,9 +38,8 @@ _MAX_KNOWN = 1024
 
 # q, k_cache, v_cache, k, v, out; the last three may be absent. Their addresses go into FIELDS.
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
-Bound = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]
 FIELDS = ("q", "k_cache", "v_cache", "k_new", "v_new", "out")
-_K_CACHE, _V_CACHE, _OUT, _LENGTHS = 1, 2, 5, 6
+_Q, _K_CACHE, _V_CACHE, _K, _V, OUT, _LENGTHS = range(7)
 
 # Of the arguments, then of the lengths on the device; 0 for what is absent.
 Addresses = tuple[int, int, int, int, int, int, int]
@@ -95,6 +97,7 @@ class Plan(ABC):
         self._device_lengths = device_lengths
         self._longest = problem.max_seq_len - problem.append
         self._flag = flag
+        self._overflowed = flag.word
         self._new_out = shortcuts.allocator(tuple(q.shape), q.dtype, q.device)
         lse_shape = problem.batch_size, problem.num_q_heads
         self._new_lse = shortcuts.allocator(lse_shape, torch.float32, q.device)
@@ -102,7 +105,8 @@ class Plan(ABC):
         self._absent = shortcuts.stand_ins()
         self._alignments = _alignments(_addresses(arguments, 0))
         self._num_absent = sum(t is None for t in arguments) + (not device_lengths)
-        self._may_meet = _may_meet(tensors, problem.batch_size if device_lengths else 0)
+        self._reaches = _reaches(tensors, problem.batch_size if device_lengths else 0)
+        self._may_meet = _may_meet(self._reaches, problem.append)
         self._lock = threading.Lock()
         params = _params(problem, chosen, tensors, softmax_scale, flag.address)
         tma = chosen.config.tma
@@ -150,20 +154,34 @@ class Plan(ABC):
         """
         if type(cache_seqlens) is int and not 0 <= cache_seqlens <= self._longest:
             return None
+        given: tuple[Any, ...] = tensors
+        q, k_cache, v_cache, k, v, out = given
+        lengths: Any = cache_seqlens
         if self._num_absent:
-            same = self._equal(*self._without_gaps(tensors, cache_seqlens))
-        else:
-            same = self._equal(*tensors, cache_seqlens)
-        if not same:
+            k, v, out, lengths = self._fill_gaps(k, v, out, lengths)
+        try:
+            if (
+                q.is_nested or k_cache.is_nested or v_cache.is_nested or k.is_nested
+                or v.is_nested or out.is_nested or lengths.is_nested
+                or FORWARD_AD._current_level >= 0
+                or not self._equal(q, k_cache, v_cache, k, v, out, lengths)
+            ):  # fmt: skip
+                return None
+            addresses = (
+                q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), k.data_ptr(), v.data_ptr(),
+                out.data_ptr(), lengths.data_ptr(),
+            )  # fmt: skip
+        except Exception:  # no tensors, or some that cannot answer
             return None
-        addresses = _addresses(tensors, cache_seqlens)
         argument = self._known.get(addresses)
         if argument is None and _alignments(addresses) == self._alignments:
             return self._learn(tensors, cache_seqlens, addresses)
         return argument
 
     def adopt(self, tensors: Arguments, cache_seqlens: int | Tensor) -> bytes:
-        """Check the rest of a call whose signature is the plan's, so that `match` knows its like.
+        """Check the rest of a call of plain tensors whose signature is the plan's.
+
+        From then on `match` knows its like.
 
         Returns:
             What `run` wants.
@@ -173,41 +191,33 @@ class Plan(ABC):
             CacheOverflowError: The new token does not fit.
         """
         inputs.check_lengths(self.problem, cache_seqlens, tensors[0].device)
-        self._equal = shortcuts.comparison(self._without_gaps(tensors, cache_seqlens))
+        q, k_cache, v_cache, k, v, out = tensors
+        self._equal = shortcuts.comparison(
+            (q, k_cache, v_cache, *self._fill_gaps(k, v, out, cache_seqlens))
+        )
         addresses = _addresses(tensors, cache_seqlens)
         return self._known.get(addresses) or self._learn(tensors, cache_seqlens, addresses)
 
+    @abstractmethod
     def run(self, tensors: Arguments, cache_seqlens: int | Tensor, argument: bytes) -> Result:
         """As `__call__`, for what `match` or `adopt` found to be right."""
-        return self._run(tensors, cache_seqlens, argument)
 
-    def _run(self, tensors: Arguments, cache_seqlens: int | Tensor, argument: bytes) -> Result:
-        self._flag.raise_if_set()
-        q, k_cache, v_cache, k, v, out = tensors
-        if out is None:
-            out = self._new_out()
-        lse = self._new_lse() if self.return_lse else None
-        self._submit((q, k_cache, v_cache, k, v, out), cache_seqlens, lse, argument)
-        return out if lse is None else (out, lse)
-
-    def _without_gaps(self, tensors: Arguments, cache_seqlens: int | Tensor) -> tuple[object, ...]:
-        """The tensors and the lengths, with stand-ins for those that are absent."""
-        q, k_cache, v_cache, k, v, out = tensors
+    def _fill_gaps(
+        self, k: Tensor | None, v: Tensor | None, out: Tensor | None, lengths: int | Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, object]:
+        """What may be absent, with stand-ins for what is."""
         no_k, no_v, no_out, no_lengths = self._absent
         return (
-            q,
-            k_cache,
-            v_cache,
             no_k if k is None else k,
             no_v if v is None else v,
             no_out if out is None else out,
-            no_lengths if type(cache_seqlens) is int else cache_seqlens,
+            no_lengths if type(lengths) is int else lengths,
         )
 
     def _check_layouts(self, tensors: Arguments, cache_seqlens: int | Tensor) -> None:
         try:
             same = signature(tensors) == self._key
-        except (AttributeError, RuntimeError):  # no dense tensors
+        except Exception:  # no tensors, or some that cannot answer
             same = False
         if not same:
             raise InputError(
@@ -215,6 +225,7 @@ class Plan(ABC):
                 "plan was made for (or k, v or out was given then and not now, or the reverse). "
                 "Nothing was launched. Make a new plan, or call gqa_decode."
             )
+        inputs.check_kinds(tensors, cache_seqlens)
         if isinstance(cache_seqlens, Tensor) != self._device_lengths:
             kind = "an int32 tensor" if self._device_lengths else "an int"
             raise InputError(f"plan: cache_seqlens: the plan was made for {kind}; make a new plan.")
@@ -225,11 +236,13 @@ class Plan(ABC):
         """Check addresses, and make the kernel's argument for them."""
         q, k_cache, v_cache, k, v, out = tensors
         named = partial(Tensors, q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v, out=out)
-        if addresses.count(0) != self._num_absent or addresses[_LENGTHS] % _INT_BYTES:
-            inputs.check_addresses(named(), cache_seqlens)
+        held = all(map(_holds, (*tensors, cache_seqlens), self._reaches))
+        if not held or addresses.count(0) != self._num_absent or addresses[_LENGTHS] % _INT_BYTES:
+            inputs.check_memory(named(), cache_seqlens)
+        lasting = True
         for a, a_reach, b, b_reach in self._may_meet:  # spans first, which is cheap
             if addresses[a] < addresses[b] + b_reach and addresses[b] < addresses[a] + a_reach:
-                inputs.check_aliases(named(), cache_seqlens)
+                lasting = inputs.check_aliases(named(), cache_seqlens)
                 break
         params = Params.from_buffer_copy(self._constants)
         for field, address in zip((*FIELDS, "seqlens"), addresses, strict=True):
@@ -237,9 +250,10 @@ class Plan(ABC):
         argument = bytes(params)
         if self._described:
             argument += self._maps_of(addresses[_K_CACHE], addresses[_V_CACHE])
-        if len(self._known) >= _MAX_KNOWN:
-            self._known.clear()
-        self._known[addresses] = argument
+        if lasting:
+            if len(self._known) >= _MAX_KNOWN:
+                self._known.clear()
+            self._known[addresses] = argument
         return argument
 
     def _maps_of(self, k_address: int, v_address: int) -> bytes:
@@ -258,7 +272,7 @@ class Plan(ABC):
     def _bind(
         self,
         argument: bytes,
-        tensors: Bound,
+        out: Tensor,
         cache_seqlens: int | Tensor,
         lse: Tensor | None,
         partials: int,
@@ -268,7 +282,7 @@ class Plan(ABC):
         self._memory[:] = argument
         params = self._params
         if not params.out:
-            params.out = tensors[-1].data_ptr()
+            params.out = out.data_ptr()
         if tickets:
             params.partials, params.tickets = partials, tickets
         if lse is not None:
@@ -279,16 +293,6 @@ class Plan(ABC):
     @abstractmethod
     def _encode(self, description: TensorMap) -> bytes:
         """Encode a tensor map for where the kernel runs."""
-
-    @abstractmethod
-    def _submit(
-        self,
-        tensors: Bound,
-        cache_seqlens: int | Tensor,
-        lse: Tensor | None,
-        argument: bytes,
-    ) -> None:
-        """Bind the workspace and run the kernel."""
 
     def log(self, cache_seqlens: int | Tensor, device: int | str, stream: int) -> None:
         """Log a launch, at DEBUG: every parameter of it."""
@@ -313,16 +317,13 @@ class GpuPlan(Plan):
         """As `Plan.run`, on the plan's GPU, whichever is current."""
         if torch._C._cuda_getDevice() != self._index:
             with torch.cuda.device(self._index):
-                return self._run(tensors, cache_seqlens, argument)
-        return self._run(tensors, cache_seqlens, argument)
-
-    def _submit(
-        self,
-        tensors: Bound,
-        cache_seqlens: int | Tensor,
-        lse: Tensor | None,
-        argument: bytes,
-    ) -> None:
+                return self.run(tensors, cache_seqlens, argument)
+        if self._overflowed.value:
+            self._flag.raise_if_set()
+        out = tensors[OUT]
+        if out is None:
+            out = self._new_out()
+        lse = self._new_lse() if self.return_lse else None
         # What Inductor and Triton use: torch.cuda.current_stream() costs 5 us more.
         stream = torch._C._cuda_getCurrentRawStream(self._index)
         held, partials, tickets = None, 0, 0
@@ -332,11 +333,12 @@ class GpuPlan(Plan):
                 self._index, stream, self._floats, self._tickets
             )
         with self._lock:
-            self._bind(argument, tensors, cache_seqlens, lse, partials, tickets)
+            self._bind(argument, out, cache_seqlens, lse, partials, tickets)
             self._launch(stream)
         del held
         if LOG.isEnabledFor(logging.DEBUG):
             self.log(cache_seqlens, self._index, stream)
+        return out if lse is None else (out, lse)
 
     def _encode(self, description: TensorMap) -> bytes:
         return encode_tensor_map(description, self._index)
@@ -359,16 +361,26 @@ def _alignments(addresses: Addresses) -> list[int]:
     return [address % _ALIGNMENT for address in addresses[:-1]]
 
 
-def _may_meet(tensors: Tensors, num_lengths: int) -> tuple[tuple[int, int, int, int], ...]:
-    """What must not share memory: pairs of argument positions, each with its reach in bytes.
+def _reaches(tensors: Tensors, num_lengths: int) -> tuple[int, ...]:
+    """Bytes from first to last of the tensors, then of the lengths on the device; 0 if absent."""
+    given = vars(tensors).values()
+    return *(0 if t is None else byte_reach(t) for t in given), num_lengths * _INT_BYTES
 
-    The lengths on the device, if there are any, stand behind the tensors.
-    """
-    reach = [0 if t is None else inputs.byte_reach(t) for t in vars(tensors).values()]
-    reach.append(num_lengths * _INT_BYTES)
-    pairs = [(_K_CACHE, _V_CACHE)] if tensors.k is not None else []
-    pairs += [(_OUT, other) for other in range(len(reach)) if other != _OUT]
-    return tuple((a, reach[a], b, reach[b]) for a, b in pairs if reach[a] and reach[b])
+
+def _may_meet(reaches: tuple[int, ...], append: bool) -> tuple[tuple[int, int, int, int], ...]:
+    """What must not share memory: pairs of argument positions, each with its reach in bytes."""
+    pairs = [(OUT, other) for other in range(len(reaches)) if other != OUT]
+    if append:
+        pairs += [(_K_CACHE, _V_CACHE), *product((_K_CACHE, _V_CACHE), (_Q, _K, _V, _LENGTHS))]
+    return tuple((a, reaches[a], b, reaches[b]) for a, b in pairs if reaches[a] and reaches[b])
+
+
+def _holds(tensor: Any, reach: int) -> bool:
+    """Whether a tensor's memory reaches as far as its elements do; see `tensors.memory_flaw`."""
+    if not reach:
+        return True
+    start = tensor.storage_offset() * tensor.element_size()
+    return bool(start + reach <= tensor.untyped_storage().nbytes())
 
 
 def describe(cache: Tensor, block_n: int) -> TensorMap:

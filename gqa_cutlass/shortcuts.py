@@ -6,17 +6,30 @@ import math
 from collections.abc import Callable, Sequence
 from functools import cache, partial, reduce
 from operator import or_
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 _Comparison = Callable[..., bool]
+
+# Its `_current_level` is not negative while a tensor may have a tangent.
+FORWARD_AD: Any = (
+    forward_ad if hasattr(forward_ad, "_current_level") else SimpleNamespace(_current_level=0)
+)
 _BACKENDS = {"cpu": "CPU", "cuda": "CUDA", "meta": "Meta"}
 
 
 class _StandIn(Tensor):
-    """Stands in for an argument that is absent; tensors that are given have other types."""
+    """Stands in for an argument that is absent; tensors that are given have other types.
+
+    What every call asks for is answered here, for torch takes its time with subclasses.
+    """
+
+    is_nested = False
+    data_ptr = int
 
 
 @cache
@@ -32,7 +45,8 @@ def comparison(tensors: Sequence[object]) -> _Comparison:
 
     A yes means equal shapes, strides, dtypes, devices and `requires_grad`. A no asks for a closer
     look: it is also said under inference mode when this was made outside, and for a tensor that
-    comes twice. Done in C++ by what Dynamo guards its graphs with: 0.1 us per tensor.
+    comes twice. Done in C++ by what Dynamo guards its graphs with: 0.1 us per tensor. It asks for
+    strides, at which a nested tensor ends the process: never pass one.
     """
     return _guard(tensors) if _guards_work() else unequal
 
@@ -96,11 +110,11 @@ def foreign_keys(tensor: Tensor) -> str | None:
     subclasses with `__torch_dispatch__`, zero tensors and kinds yet to come have one. Empty also on
     devices that run no kernels; None where torch does not tell.
     """
-    plain = _plain_keys()
+    plain, foreign = _plain_keys()
     if plain is None:
         return None
     keys = torch._C._dispatch_keys(tensor)
-    if not keys.raw_repr() & ~plain.raw_repr():
+    if not keys.raw_repr() & foreign:
         return ""
     with torch._C.DisableTorchFunctionSubclass():  # a subclass may answer as it likes
         if tensor.device.type not in _BACKENDS:
@@ -109,20 +123,15 @@ def foreign_keys(tensor: Tensor) -> str | None:
 
 
 @cache
-def _plain_keys() -> torch._C.DispatchKeySet | None:
-    """All keys that a plain tensor may have."""
+def _plain_keys() -> tuple[torch._C.DispatchKeySet | None, int]:
+    """All keys that a plain tensor may have, and the bits of all others."""
     names = ["ADInplaceOrView", "AutocastCPU", "AutocastCUDA"]
     for backend in _BACKENDS.values():
         names += backend, f"Autograd{backend}"
     try:
         keys = (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)) for name in names)
         plain = reduce(or_, keys)
-        one = torch._C._dispatch_keys(stand_ins()[0])
-        return plain if one.raw_repr() and str(one - plain) == "DispatchKeySet()" else None
+        foreign, one = ~plain.raw_repr(), torch._C._dispatch_keys(stand_ins()[0])
+        return (plain, foreign) if one.raw_repr() and not one.raw_repr() & foreign else (None, 0)
     except (AttributeError, TypeError, RuntimeError):
-        return None
-
-
-def in_forward_ad() -> bool:
-    """Whether a tensor may have a tangent."""
-    return getattr(forward_ad, "_current_level", 0) >= 0
+        return None, 0

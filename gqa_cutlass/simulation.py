@@ -17,7 +17,7 @@ from gqa_cutlass.codegen.schema.params import Params, TmaParams
 from gqa_cutlass.dispatch import Dispatch
 from gqa_cutlass.inputs import Problem
 from gqa_cutlass.launcher import LaunchShape
-from gqa_cutlass.planning import FIELDS, LOG, Bound, Plan, Settings
+from gqa_cutlass.planning import FIELDS, LOG, OUT, Arguments, Plan, Result, Settings
 from gqa_cutlass.ptxsim.memory import Region
 from gqa_cutlass.ptxsim.prepare import Launch, Program
 from gqa_cutlass.ptxsim.ptx import parse
@@ -53,15 +53,15 @@ class CpuPlan(Plan):
             self.dispatch.config.name, _seconds(self.problem),
         )  # fmt: skip
 
-    def _submit(
-        self,
-        tensors: Bound,
-        cache_seqlens: int | Tensor,
-        lse: Tensor | None,
-        argument: bytes,
-    ) -> None:
+    def run(self, tensors: Arguments, cache_seqlens: int | Tensor, argument: bytes) -> Result:
+        """As `Plan.run`, in ptxsim."""
+        self._flag.raise_if_set()
+        out = tensors[OUT]
+        if out is None:
+            out = self._new_out()
+        lse = self._new_lse() if self.return_lse else None
         bound: dict[str, Tensor | None] = dict(zip(FIELDS, tensors, strict=True))
-        bound |= {"lse": lse, "status": self._flag.memory}
+        bound |= {"out": out, "lse": lse, "status": self._flag.memory}
         if isinstance(cache_seqlens, Tensor):
             bound["seqlens"] = cache_seqlens
         partials = tickets = 0
@@ -74,8 +74,9 @@ class CpuPlan(Plan):
             self.log(cache_seqlens, "cpu", 0)
         regions = regions_of(bound, self.problem.append, overreads(self.dispatch))
         with self._lock:
-            self._bind(argument, tensors, cache_seqlens, lse, partials, tickets)
+            self._bind(argument, out, cache_seqlens, lse, partials, tickets)
             run(self.program, self.dispatch.shape, self._argument, regions, self.checks, self.stats)
+        return out if lse is None else (out, lse)
 
     def _encode(self, description: TensorMap) -> bytes:
         return description.to_bytes()

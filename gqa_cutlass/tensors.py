@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.parameter import is_lazy
 
-from gqa_cutlass import shortcuts
+from gqa_cutlass.shortcuts import FORWARD_AD, foreign_keys
 
 _PLAIN = "a plain, dense torch.Tensor, whose elements are what its memory holds"
 
@@ -41,14 +41,16 @@ def flaw(value: object) -> Flaw | None:
 
     Subclasses and parameters will do, on any device, with or without memory; see `memory_flaw`.
     """
-    if not is_tensor(value):
-        return Flaw(f"a {type(value).__name__}", "a torch.Tensor")
-    if is_lazy(value):
-        return Flaw("a parameter that is not initialised", "a dense (strided) tensor")
-    keys = shortcuts.foreign_keys(value)
+    if type(value) is not Tensor:
+        if not is_tensor(value):
+            return Flaw(f"a {type(value).__name__}", "a torch.Tensor")
+        if is_lazy(value):
+            return Flaw("a parameter that is not initialised", "a dense (strided) tensor")
+    keys = foreign_keys(value)
     if keys != "" and (found := _flaw_of_kind(value, keys)):
         return found
-    if shortcuts.in_forward_ad() and forward_ad.unpack_dual(value).tangent is not None:
+    in_level = FORWARD_AD._current_level >= 0
+    if in_level and forward_ad.unpack_dual(value).tangent is not None:
         return Flaw(
             "a tensor with a tangent (there is no forward-mode derivative)",
             "tensors without tangents; call it outside forward_ad.dual_level()",

@@ -44,11 +44,14 @@ class OverflowFlag:
 
     Args:
         memory: Int32[1], pinned for a GPU; 0, or 1 + the index of an offending sequence.
+
+    Attributes:
+        word: The same, to look at without asking torch.
     """
 
     def __init__(self, memory: Tensor) -> None:
         self.memory = memory
-        self._word = ctypes.c_int32.from_address(self.address)
+        self.word = ctypes.c_int32.from_address(self.address)
 
     @property
     def address(self) -> int:
@@ -61,9 +64,9 @@ class OverflowFlag:
         Raises:
             CacheOverflowError: The length of a sequence was negative or too large for its cache.
         """
-        value = self._word.value
+        value = self.word.value
         if value:
-            self._word.value = 0
+            self.word.value = 0
             raise CacheOverflowError(
                 f"gqa_decode: an earlier call found a length in cache_seqlens[{value - 1}] that "
                 "the cache cannot hold: negative, or too large with the new token. That sequence's "

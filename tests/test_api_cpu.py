@@ -6,6 +6,7 @@ import ctypes
 import gc
 import struct
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from helpers import call_tensors
 import gqa_cutlass
 from gqa_cutlass import (  # fmt: skip
     GQADecodeConfig,
+    api,
     check_overflow,
     errors,
     gqa_attention_decode,
@@ -55,10 +57,10 @@ def test_tensors_that_are_on_no_device_are_refused(call: Callable[..., object]) 
     [
         ("output", lambda t: t["output"].view(2, 512), "shape [2, 512]"),
         ("q", lambda t: t["q"][:, 0], "shape [2, 8, 64]"),
-        ("k", lambda t: None, "None"),
+        ("k", lambda t: None, "a NoneType"),
         ("v", lambda t: t["v"][:1], "shape [1, 1, 2, 64]"),
         ("kv_cache_k", lambda t: t["kv_cache_k"][:, :15], "shape [2, 15, 2, 64]"),
-        ("kv_cache_v", lambda t: "cache", "'cache'"),
+        ("kv_cache_v", lambda t: "cache", "a str"),
     ],
 )
 def test_tensors_that_contradict_the_storys_configuration_are_refused(
@@ -67,7 +69,8 @@ def test_tensors_that_contradict_the_storys_configuration_are_refused(
     tensors = story_tensors()
     with pytest.raises(InputError) as raised:
         gqa_attention_decode(**tensors | {name: bad(tensors)}, config=CONFIG)
-    assert f"gqa_attention_decode: {name}: got {got}; allowed: [2, " in str(raised.value)
+    allowed = "[2, " if got.startswith("shape") else "a torch.Tensor"
+    assert f"gqa_attention_decode: {name}: got {got}; allowed: {allowed}" in str(raised.value)
     assert "Nothing was launched." in str(raised.value)
 
 
@@ -88,6 +91,59 @@ def test_the_storys_configuration_is_checked(field: str, value: Any, message: st
 def test_configuration_of_another_type_is_refused() -> None:
     with pytest.raises(InputError, match="config: got .*; allowed: a GQADecodeConfig"):
         gqa_attention_decode(**story_tensors(), config={"batch_size": 2})  # type: ignore[arg-type]
+
+
+class FakeStream(torch.cuda.Stream):
+    """Stands in for a stream where there is no GPU."""
+
+    device = torch.device("cuda", 0)
+
+    def __new__(cls, name: object) -> FakeStream:
+        return object.__new__(cls)
+
+    def __init__(self, name: object) -> None:
+        self.name = name
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's streams: what is made current is the stream itself."""
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: FakeStream("default"))
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle, device: FakeStream(handle))
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext(stream.name))
+
+
+@pytest.mark.usefixtures("streams")
+@pytest.mark.parametrize(
+    ("stream", "current"),
+    [(None, None), (0, "default"), (1, "default"), (3, 3), (2**64 - 1, 2**64 - 1)],
+)
+def test_a_stream_is_known_by_its_handle(stream: int | None, current: object) -> None:
+    with api._on_stream(stream, torch.device("cuda", 0)) as entered:
+        assert entered == current
+
+
+@pytest.mark.usefixtures("streams")
+@pytest.mark.parametrize("stream", [2, -1, 2**64, True, 3.0, "default", object()])
+def test_what_names_no_stream_is_refused(stream: Any) -> None:
+    with pytest.raises(InputError, match=r"stream: got .*; allowed: .*0 for the default stream"):
+        api._on_stream(stream, torch.device("cuda", 0))
+
+
+@pytest.mark.usefixtures("streams")
+def test_a_stream_of_another_gpu_is_refused() -> None:
+    with pytest.raises(InputError, match=r"allowed: a torch.cuda.Stream on cuda:1"):
+        api._on_stream(FakeStream("other"), torch.device("cuda", 1))
+
+
+@pytest.mark.parametrize("stream", [None, 0, 1])
+def test_on_the_cpu_there_is_the_default_stream(stream: int | None) -> None:
+    with api._on_stream(stream, torch.device("cpu")) as entered:
+        assert entered is None
+    for other in (2, 3, FakeStream("other")):
+        with pytest.raises(InputError, match="with tensors on cpu; allowed: None, or 0"):
+            api._on_stream(other, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,7 @@ from gqa_cutlass.inputs import (  # fmt: skip
     MAX_SEQ_LEN,
     MAX_SPLITS,
     check_lengths,
-    check_scale,
-    check_splits,
+    check_options,
     gather,
     validate,
 )
@@ -222,12 +221,11 @@ def test_lengths_on_the_device_are_accepted_without_being_read() -> None:
     check_lengths(problem_of(**call_tensors()), lengths, torch.device("cpu"))
 
 
-def test_scale_is_the_usual_one_unless_given() -> None:
-    assert check_scale(None, 64) == 0.125
-    assert check_scale(2, 64) == 2.0
-    assert check_scale(-0.5, 64) == -0.5
+@pytest.mark.parametrize("scale", [None, 2, -0.5, 0, 1e38])
+def test_scale_that_float32_holds_is_accepted(scale: float | None) -> None:
+    check_options(softmax_scale=scale)
 
 
 @pytest.mark.parametrize("num_splits", [0, 1, MAX_SPLITS])
 def test_number_of_splits_in_range_is_accepted(num_splits: int) -> None:
-    check_splits(num_splits)
+    check_options(num_splits)

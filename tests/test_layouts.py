@@ -143,3 +143,37 @@ def test_output_that_shares_an_element_is_refused(out: Tensor, other: Tensor) ->
             check_aliases(tensors, 0)
     elif max(mine) < min(theirs) or max(theirs) < min(mine):
         check_aliases(tensors, 0)
+
+
+@st.composite
+def caches(draw: st.DrawFn) -> Tensor:
+    """A cache [batch, tokens, heads, dim] in a small buffer, its dimensions in any order."""
+    sizes = [draw(st.integers(1, 3)) for _ in range(4)]
+    strides, reach = [0, 0, 0, 1], sizes[3]
+    for dim in draw(st.permutations(range(3))):
+        strides[dim] = reach + draw(st.integers(0, 3))
+        reach += strides[dim] * (sizes[dim] - 1)
+    return _BUFFER.as_strided(sizes, strides, draw(st.integers(0, 40)))
+
+
+@settings(deadline=None, max_examples=500)
+@given(caches(), views())
+def test_reading_an_element_of_the_row_that_is_written_is_refused(
+    cache: Tensor, read: Tensor
+) -> None:
+    apart, token = torch.zeros(1, 3, 1, 1), torch.zeros(1, 1, 1)
+    tensors = Tensors(q=read, k_cache=apart, v_cache=cache, k=token, v=token, out=None)
+    mine = _addresses(read)
+    for length in range(cache.shape[1]):
+        try:
+            lasting = check_aliases(tensors, length)
+        except InputError:
+            continue
+        assert not mine & _addresses(cache[:, length])
+        assert not (lasting and mine & _addresses(cache))
+    lengths = torch.zeros(1, dtype=torch.int32)
+    if mine & _addresses(cache):
+        with pytest.raises(InputError, match="q: got memory of v_cache"):
+            check_aliases(tensors, lengths)
+    elif max(mine) < min(_addresses(cache)):
+        assert check_aliases(tensors, lengths)

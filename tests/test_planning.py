@@ -411,14 +411,123 @@ def test_a_tensor_may_come_twice_where_nothing_is_written(notes: Notes, comparis
     assert len(notes.loaded) == 1 and len(notes.launches) == 2
 
 
-def test_tensors_without_memory_are_refused_by_a_plan_that_exists(notes: Notes) -> None:
-    tensors = call_tensors()
+class Subclass(Tensor):
+    """A name of its own for plain memory."""
+
+
+ALSO_PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
+    "parameter": lambda t: torch.nn.Parameter(t, requires_grad=False),
+    "subclass": lambda t: t.as_subclass(Subclass),
+    "conjugate of a real tensor": Tensor.conj,
+}
+
+
+@pytest.mark.parametrize("other", ALSO_PLAIN.values(), ids=ALSO_PLAIN)
+@pytest.mark.parametrize("name", [*INPUTS, "out"])
+def test_plain_tensors_may_go_by_other_names(
+    notes: Notes, comparison: None, name: str, other: Callable[[Tensor], Tensor]
+) -> None:
+    tensors: dict[str, Any] = call_tensors()
     plan = gqa_cutlass.plan(**tensors, cache_seqlens=3)
-    run(plan, tensors, 3)
-    tensors["v_cache"].untyped_storage().resize_(0)
-    with pytest.raises(InputError, match="v_cache: got a tensor without memory"):
-        run(plan, tensors, 3)
+    for given in (tensors, tensors | {name: other(tensors[name])}) * 2:
+        gqa_decode(**given, cache_seqlens=3)
+        run(plan, given, 3)
+    assert len(notes.launches) == 8 and len({p.q for p in notes.launches}) == 1
+
+
+@pytest.mark.parametrize("offset", [0, 64])
+@pytest.mark.parametrize("held", [0, 4], ids=["freed", "shrunk"])
+@pytest.mark.parametrize("name", [*INPUTS, "out", "cache_seqlens"])
+def test_tensors_whose_memory_is_missing_are_refused(
+    notes: Notes, comparison: None, name: str, held: int, offset: int
+) -> None:
+    """By calls that come first, and by a plan that has seen the tensors whole."""
+    call: dict[str, Any] = call_tensors() | {"cache_seqlens": torch.zeros(2, dtype=torch.int32)}
+    whole = call[name]
+    memory = torch.zeros(offset + max(whole.numel(), 64), dtype=whole.dtype)
+    call[name] = memory[offset : offset + whole.numel()].view(whole.shape)
+    plan = gqa_cutlass.plan(**call)
+    plan(**call)
+    memory.untyped_storage().resize_(held)
+    launches = len(notes.launches)
+    for again in (plan, gqa_decode, gqa_cutlass.plan, plan):
+        with pytest.raises(InputError, match=f"{name}: got a tensor (without memory|that ends)"):
+            again(**call)
+    assert len(notes.launches) == launches
+
+
+# Views of a cache's memory with the shape of what is read, and the first and last row they touch.
+READ: dict[str, Callable[[Tensor], Tensor]] = {
+    "q": lambda cache: cache[:, 4:8].view(2, 8, 64),
+    "k": lambda cache: cache[:, 4],
+    "v": lambda cache: cache[:, 4],
+}
+ROWS = {"q": range(4, 8), "k": range(4, 5), "v": range(4, 5)}
+
+
+@pytest.mark.parametrize("cache", ["k_cache", "v_cache"])
+@pytest.mark.parametrize("name", READ)
+def test_what_is_read_may_not_be_the_row_that_is_written(
+    notes: Notes, comparison: None, name: str, cache: str
+) -> None:
+    """Other rows may be read, as long as they are others: a length later, they may not be."""
+    tensors = inputs_of()
+    tensors[name] = READ[name](tensors[cache])
+    plan = gqa_cutlass.plan(**tensors, cache_seqlens=0)
+    refused = []
+    for length in range(16):
+        for call in (plan, gqa_decode):
+            try:
+                call(**tensors, cache_seqlens=length)
+            except InputError as error:
+                assert f"{name}: got memory of {cache}, to which this call writes" in str(error)
+                assert f"pass {name}.clone()" in str(error)
+                refused.append(length)
+    assert refused == [row for row in ROWS[name] for _ in range(2)]
+    assert len(notes.launches) == 2 * (16 - len(ROWS[name]))
+
+
+@pytest.mark.parametrize("cache", ["k_cache", "v_cache"])
+@pytest.mark.parametrize("name", [*READ, "cache_seqlens"])
+def test_where_only_the_device_knows_the_row_no_row_may_be_read(
+    notes: Notes, comparison: None, name: str, cache: str
+) -> None:
+    call = inputs_of() | {"cache_seqlens": torch.zeros(2, dtype=torch.int32)}
+    if name == "cache_seqlens":
+        call[name] = call[cache].view(torch.int32).flatten()[:2].fill_(0)
+    else:
+        call[name] = READ[name](call[cache])
+    plan = gqa_cutlass.plan(**call | {cache: call[cache].clone()})
+    for again in (gqa_cutlass.plan, gqa_decode, plan):
+        with pytest.raises(InputError, match=f"{name}: got memory of {cache}, to which"):
+            again(**call)
+    assert notes.launches == []
+    gqa_decode(**call | {"k": None, "v": None})  # which writes to no row
     assert len(notes.launches) == 1
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_new_tokens_may_lie_between_the_rows_of_a_cache(notes: Notes, on_device: bool) -> None:
+    """Beside every sequence of one buffer, or behind every row."""
+    lengths: Any = torch.zeros(2, dtype=torch.int32) if on_device else 3
+    sequences = torch.ones(2, 17, 2, 64, dtype=torch.float16)
+    rows = torch.ones(2, 16, 2, 128, dtype=torch.float16)
+    for k_cache, k in (
+        (sequences[:, :16], sequences[:, 16]),
+        (rows[..., :64], rows[:, 5, :, 64:]),
+    ):
+        tensors = inputs_of() | {"k_cache": k_cache, "k": k}
+        plan = gqa_cutlass.plan(**tensors, cache_seqlens=lengths)
+        for _ in range(2):
+            plan(**tensors, cache_seqlens=lengths)
+        assert len(plan._known) == 1
+    assert len(notes.launches) == 4
+
+
+def test_scale_is_the_usual_one_unless_given(notes: Notes) -> None:
+    tensors = inputs_of()
+    assert gqa_cutlass.plan(**tensors, cache_seqlens=3).softmax_scale == 64**-0.5
+    assert gqa_cutlass.plan(**tensors, cache_seqlens=3, softmax_scale=2).softmax_scale == 2.0
 
 
 def test_a_plan_remembers_a_bounded_number_of_addresses(

@@ -149,19 +149,6 @@ def test_tensors_without_memory_are_refused() -> None:
         plan(step.q, k_cache, step.v_cache, None, None, 30)
 
 
-def test_streams_are_for_gpus() -> None:
-    t = call_tensors()
-    tokens = (t[name].unsqueeze(1) for name in ("q", "k", "v"))
-    config = gqa_cutlass.GQADecodeConfig(
-        batch_size=2, cache_len=3, num_q_heads=8, num_kv_heads=2, head_dim=64, scale=0.125,
-        max_seq_len=16,
-    )  # fmt: skip
-    with pytest.raises(InputError, match="stream: got 0 with tensors on cpu; allowed: None"):
-        gqa_cutlass.gqa_attention_decode(
-            t["out"].view(2, 1, 512), *tokens, t["k_cache"], t["v_cache"], config, stream=0
-        )
-
-
 def test_a_plan_and_a_call_agree_to_the_bit() -> None:
     steps = [make_step(lengths=[300, 17], max_seq_len=512, device="cpu") for _ in range(2)]
     plan = gqa_cutlass.plan(*steps[0].tensors(), cache_seqlens=steps[0].seqlens)

@@ -53,7 +53,7 @@ def test_kinds_are_named_with_a_remedy(name: str) -> None:
 def test_kinds_that_torch_names_are_told_without_its_keys(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(shortcuts, "_plain_keys", lambda: None)
+    monkeypatch.setattr(shortcuts, "_plain_keys", lambda: (None, 0))
     assert flaw(HALF) is None
     assert flaw_of_kind(HALF, kinds_for(HALF.dtype)[name]) is not None
 

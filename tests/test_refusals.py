@@ -1,0 +1,15 @@
+"""No kind of tensor gets through a public call but plain, dense ones, and none ends the process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from helpers import run_python
+
+
+def test_every_kind_of_tensor_is_refused_as_every_argument_of_every_call() -> None:
+    *tried, total = run_python(
+        "import refusals; refusals.main()", PYTHONPATH=Path(__file__).parent
+    ).splitlines()
+    assert [line for line in tried if not line.endswith(": refused")] == []
+    assert total == f"tried {len(tried)}" and len(tried) > 1000
