@@ -229,6 +229,35 @@ def test_caches_that_share_memory_are_refused(library: Library, step: Step) -> N
         assert library.decode(step, **given | {"kv_cache_v": beside}) == "GQA_SUCCESS"
 
 
+@pytest.mark.parametrize("cache", ["kv_cache_k", "kv_cache_v"])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_what_is_read_may_not_lie_in_a_cache(
+    library: Library, step: Step, name: str, cache: str
+) -> None:
+    given, sizes = far_apart(step), sizes_of(step)
+    start, end = given[cache], given[cache] + sizes[cache]
+    for shared in (start, end - 2, start - sizes[name] + 2):
+        assert library.decode(step, **given | {name: shared}) == "GQA_ERROR_INVALID_VALUE"
+        assert nothing_happened(library, f"{name}: got memory of {cache}, to which the new token")
+    for beside in (end, start - sizes[name]):
+        assert library.decode(step, **given | {name: beside}) == "GQA_SUCCESS"
+
+
+@pytest.mark.parametrize("cache", ["kv_cache_k", "kv_cache_v"])
+def test_lengths_may_not_lie_in_a_cache(
+    library: Library, step: Step, overflow: torch.Tensor, cache: str
+) -> None:
+    given, sizes = far_apart(step), sizes_of(step)
+    start, end = given[cache], given[cache] + sizes[cache]
+    for shared in (start, end - 4, start - 4):
+        given["cache_seqlens"] = shared
+        assert library.decode_ragged(step, overflow, **given) == "GQA_ERROR_INVALID_VALUE"
+        assert nothing_happened(library, f"cache_seqlens: got memory of {cache}, to which the new")
+    for beside in (end, start - 8):
+        given["cache_seqlens"] = beside
+        assert library.decode_ragged(step, overflow, **given) == "GQA_SUCCESS"
+
+
 def test_an_output_over_the_lengths_is_refused(
     library: Library, step: Step, overflow: torch.Tensor
 ) -> None:

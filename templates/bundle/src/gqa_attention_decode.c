@@ -158,6 +158,14 @@ static int overlap(void const* a, int64_t a_bytes, void const* b, int64_t b_byte
   return first < second + (uintptr_t)b_bytes && second < first + (uintptr_t)a_bytes;
 }
 
+static gqa_status fail_in_cache(char const* name, char const* cache) {
+  return fail(
+      GQA_ERROR_INVALID_VALUE,
+      "%s: got memory of %s, to which the new token is written; allowed: memory of its own. "
+      "Nothing was launched.",
+      name, cache);
+}
+
 static int64_t query_bytes(GQADecodeConfig const* config) {
   return (int64_t)config->batch_size * config->num_q_heads * config->head_dim * kElementBytes;
 }
@@ -195,6 +203,13 @@ static gqa_status check_tensors(GQADecodeConfig const* config, tensors const* t)
                 "kv_cache_v: got memory that kv_cache_k also uses; "
                 "allowed: two caches that do not share memory. Nothing was launched.");
   }
+  for (int i = 1; i < 4; ++i) {  // q, k and v are read while the new token is written
+    for (int j = 4; j < 6; ++j) {
+      if (overlap(addresses[i], bytes[i], addresses[j], bytes[j])) {
+        return fail_in_cache(names[i], names[j]);
+      }
+    }
+  }
   return GQA_SUCCESS;
 }
 
@@ -217,6 +232,14 @@ static gqa_status check_lengths(GQADecodeConfig const* config, tensors const* t)
     return fail(GQA_ERROR_INVALID_VALUE,
                 "output: got memory that cache_seqlens also uses; allowed: "
                 "memory of its own. Nothing was launched.");
+  }
+  int64_t const rows = (int64_t)config->batch_size * config->max_seq_len * config->num_kv_heads;
+  int64_t const cache = rows * config->head_dim * kElementBytes;
+  void const* caches[] = {t->k_cache, t->v_cache};
+  for (int i = 0; i < 2; ++i) {
+    if (overlap(t->seqlens, 4 * (int64_t)config->batch_size, caches[i], cache)) {
+      return fail_in_cache("cache_seqlens", i == 0 ? "kv_cache_k" : "kv_cache_v");
+    }
   }
   return GQA_SUCCESS;
 }
