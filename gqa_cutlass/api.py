@@ -535,8 +535,11 @@ def _gpu(device: torch.device) -> Device:
             "capability 8.0 or newer, its driver, and a torch built with CUDA. Run "
             "`gqa-cutlass doctor` to see what was found."
         )
-    index = torch.cuda.current_device() if device.index is None else device.index
-    torch.cuda.init()
+    try:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.init()
+    except RuntimeError as error:  # after a fork, for one
+        raise DeviceError(f"no usable GPU: {error}; needed: CUDA in this process.") from error
     return describe_device(index)
 
 

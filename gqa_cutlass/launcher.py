@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -203,6 +204,16 @@ def _library() -> ctypes.CDLL:
 
 _loaded: dict[tuple[KernelConfig, int], LoadedKernel] = {}
 _loading = threading.Lock()
+
+
+def _enter_child() -> None:
+    """Begin anew in a child process: a thread that held the lock in the parent is not there."""
+    global _loading
+    _loading = threading.Lock()
+
+
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=_enter_child)
 
 
 def load(config: KernelConfig, device: Device, *, jit: bool | None = None) -> LoadedKernel:

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import sys
 import threading
 from abc import ABC, abstractmethod
 from dataclasses import replace
 from functools import partial
 from itertools import product
-from typing import Any, TypedDict, Unpack
+from typing import Any, NoReturn, TypedDict, Unpack
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -24,7 +27,7 @@ from gqa_cutlass import inputs, shortcuts, workspace
 from gqa_cutlass.codegen.schema.params import CacheStrides, Params, TmaParams
 from gqa_cutlass.codegen.schema.storage import BOX_DIMS
 from gqa_cutlass.dispatch import Dispatch
-from gqa_cutlass.errors import InputError
+from gqa_cutlass.errors import DeviceError, InputError
 from gqa_cutlass.inputs import Problem, Tensors
 from gqa_cutlass.launch_log import LaunchRecord
 from gqa_cutlass.launcher import LoadedKernel, encode_tensor_map
@@ -57,6 +60,9 @@ def signature(tensors: Arguments) -> Signature:
     )
 
 
+_alive: WeakSet[Plan] = WeakSet()
+
+
 class Settings(TypedDict):
     """What every plan is made from, wherever it runs; `arguments` as passed, `tensors` gathered."""
 
@@ -73,7 +79,8 @@ class Plan(ABC):
     """Runs decode steps of one problem: the lowest-overhead call.
 
     A plan holds no tensors. It can be called from several threads and on any stream, and captured
-    into CUDA graphs.
+    into CUDA graphs. It outlives `os.fork` on the CPU, whatever other threads were at; on a GPU,
+    where torch does not, the child's calls raise DeviceError.
     """
 
     def __init__(
@@ -108,6 +115,7 @@ class Plan(ABC):
         self._reaches = _reaches(tensors, problem.batch_size if device_lengths else 0)
         self._may_meet = _may_meet(self._reaches, problem.append)
         self._lock = threading.Lock()
+        _alive.add(self)
         params = _params(problem, chosen, tensors, softmax_scale, flag.address)
         tma = chosen.config.tma
         self._argument = TmaParams(decode=params) if tma else params
@@ -197,6 +205,10 @@ class Plan(ABC):
         )
         addresses = _addresses(tensors, cache_seqlens)
         return self._known.get(addresses) or self._learn(tensors, cache_seqlens, addresses)
+
+    def enter_child(self) -> None:
+        """Begin anew in a child process: a thread that held the lock in the parent is not there."""
+        self._lock = threading.Lock()
 
     @abstractmethod
     def run(self, tensors: Arguments, cache_seqlens: int | Tensor, argument: bytes) -> Result:
@@ -340,8 +352,31 @@ class GpuPlan(Plan):
             self.log(cache_seqlens, self._index, stream)
         return out if lse is None else (out, lse)
 
+    def enter_child(self) -> None:
+        """Call it quits: CUDA does not outlive a fork."""
+        self.run = _refuse_after_fork  # type: ignore[method-assign]
+
     def _encode(self, description: TensorMap) -> bytes:
         return encode_tensor_map(description, self._index)
+
+
+def _refuse_after_fork(
+    tensors: Arguments, cache_seqlens: int | Tensor, argument: bytes
+) -> NoReturn:
+    raise DeviceError(
+        "plan: got a call in a process that was forked from the one whose GPU the plan is for; "
+        "needed: CUDA, which does not outlive fork(). Nothing was launched. Use the `spawn` or "
+        "`forkserver` start method of multiprocessing, and make the plan there."
+    )
+
+
+def _enter_child() -> None:
+    for plan in list(_alive):
+        plan.enter_child()
+
+
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=_enter_child)
 
 
 def _addresses(tensors: Arguments, cache_seqlens: int | Tensor) -> Addresses:

@@ -9,6 +9,8 @@ Tickets are zero before and after every launch, so they are zeroed once, when al
 from __future__ import annotations
 
 import ctypes
+import os
+import sys
 import threading
 from typing import NamedTuple
 
@@ -37,6 +39,16 @@ _held: dict[tuple[int, int], _Held] = {}  # by device and stream
 _tickets: dict[tuple[int, int, int], tuple[int, int]] = {}  # -> address, count
 _arenas: dict[int, tuple[int, int]] = {}  # device -> address and count of tickets not given away
 _lock = threading.Lock()
+
+
+def _enter_child() -> None:
+    """Begin anew in a child process: a thread that held the lock in the parent is not there."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=_enter_child)
 
 
 class OverflowFlag:
