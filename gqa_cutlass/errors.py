@@ -43,7 +43,11 @@ class StoreError(GqaError, RuntimeError):
     """The cubin store cannot be used."""
 
 
-class ExportError(GqaError, OSError):
+class OutputError(GqaError, OSError):
+    """Files cannot be written where they should go."""
+
+
+class ExportError(OutputError):
     """A bundle for C and Rust cannot be written where it should go."""
 
 

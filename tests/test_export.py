@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import importlib.metadata
+import os
 import re
 import struct
 import tomllib
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from c_library import Library, build, dispatched
+from command_line import file_size_limit
 from helpers import REPOSITORY
 from typer.testing import CliRunner, Result
 
@@ -21,10 +24,17 @@ from gqa_cutlass import store as store_module
 from gqa_cutlass.cli import app, main
 from gqa_cutlass.codegen import ARCHES, DType, KernelConfig, Math, Schedule, default_config, shipped
 from gqa_cutlass.codegen import fatbin as fatbin_module
+from gqa_cutlass.codegen import files as files_module
 from gqa_cutlass.codegen.bundle import Image, bundle_files
 from gqa_cutlass.codegen.compile import Compiled, compile_source, compiler_version
 from gqa_cutlass.codegen.fatbin import pack
-from gqa_cutlass.errors import CompileError, CompilerMissingError, ConfigError, ExportError
+from gqa_cutlass.errors import (
+    CompileError,
+    CompilerMissingError,
+    ConfigError,
+    ExportError,
+    OutputError,
+)
 from gqa_cutlass.export import Export, facts, plan_export, write_bundle
 
 WIDE = default_config(Math.TENSOROP, DType.F16, 64, 4, 8)
@@ -272,6 +282,43 @@ def test_nothing_is_written_or_compiled_before_the_folder_is_known_to_do(tmp_pat
     (tmp_path / "mine").touch()
     with pytest.raises(ExportError):
         write_bundle(tmp_path, EXPORT, compiled())
+
+
+@pytest.mark.parametrize("written", [0, 1, 5])
+def test_an_export_on_a_full_disk_leaves_a_folder_for_the_next(
+    tmp_path: Path, named: Named, written: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = [written]
+
+    def write(path: Path, content: bytes) -> None:
+        left[0] -= 1
+        with path.open("xb") as file:
+            file.write(content if left[0] >= 0 else content[:100])
+            if left[0] < 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(files_module, "_write", write)
+        with pytest.raises(OutputError, match="export: --out: got .*No space left on device"):
+            write_bundle(out, EXPORT, named)
+    assert not out.exists()
+    paths = write_bundle(out, EXPORT, named)
+    assert all(path.is_file() for path in paths)
+
+
+def test_an_export_on_a_full_disk_leaves_an_earlier_one_as_it_was(
+    tmp_path: Path, named: Named
+) -> None:
+    paths = write_bundle(tmp_path, EXPORT, named)
+    (tmp_path / "README.md").unlink()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    later = Export(kernels=(WIDE,), archs=EXPORT.archs)
+    for limit in (0, 100, 1000):
+        with file_size_limit(limit), pytest.raises(OutputError, match="File too large"):
+            write_bundle(tmp_path, later, named[:2])
+        assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert write_bundle(tmp_path, later, named[:2]) == paths
 
 
 def test_an_image_that_cannot_be_packed_leaves_nothing_behind(tmp_path: Path) -> None:

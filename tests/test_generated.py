@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from gqa_cutlass.codegen import KernelConfig, shipped, source_digest
 from gqa_cutlass.codegen.config import ARCHES
 from gqa_cutlass.codegen.manifest import MANIFEST, drift, generate, generated_files
 from gqa_cutlass.codegen.render import render
+from gqa_cutlass.errors import OutputError
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +92,47 @@ def test_files_of_others_are_left_alone(touched: Path, name: str) -> None:
     other.write_text("# mine\n")
     assert drift(touched.parent) == [] == generate(touched.parent)
     assert other.read_text() == "# mine\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        (MANIFEST, b'{"name": "an app", "icons": []}\n'),
+        (MANIFEST, b'{"kernels": []}\n'),
+        (MANIFEST, b"\xff\xfe"),
+        (f"{shipped()[0].name}.cu", b"// mine\n"),
+    ],
+    ids=["an app's", "another list", "no text", "a source"],
+)
+def test_a_folder_of_others_is_refused(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(OutputError, match=rf"whose {name} is not of the .*Nothing was written"):
+        generate(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_bytes() == content
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo], ids=["a folder", "a pipe"])
+def test_what_is_no_file_is_not_of_the_generator(
+    tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    make(tmp_path / MANIFEST)
+    make(tmp_path / f"{shipped()[0].name}.cu")
+    with pytest.raises(OutputError, match="is not of the generator"):
+        generate(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("space", [None, 2])
+def test_a_manifest_alone_is_known_to_be_ours(folder: Path, tmp_path: Path, space: int) -> None:
+    older = json.loads((folder / MANIFEST).read_text()) | {"more": 1}
+    (tmp_path / MANIFEST).write_text(json.dumps(older, indent=space))
+    assert MANIFEST in generate(tmp_path)
+
+
+def test_an_edited_manifest_among_our_sources_is_repaired(touched: Path) -> None:
+    (touched.parent / MANIFEST).write_text("{}\n")
+    assert generate(touched.parent) == [MANIFEST]
 
 
 @pytest.mark.parametrize("config", by_name(shipped()))
