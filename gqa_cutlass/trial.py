@@ -10,17 +10,22 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from gqa_cutlass.allocation import available_bytes
 from gqa_cutlass.api import plan
 from gqa_cutlass.codegen.config import KernelConfig
-from gqa_cutlass.errors import InputError
 from gqa_cutlass.inputs import DTYPES
 from gqa_cutlass.launcher import LaunchShape
 from gqa_cutlass.ptxsim.prepare import Program
 from gqa_cutlass.ptxsim.simulate import Checks
 from gqa_cutlass.ptxsim.stats import Stats
 from gqa_cutlass.simulation import CpuPlan
+from gqa_cutlass.sizes import check_room, check_sizes, enough_memory
 
+Trace = Callable[[Program, int, int, int], None]
+# About what a step takes per element of K, with the reference and what ptxsim notes.
+BYTES_PER_ELEMENT = 64
 _TORCH = {kind: dtype for dtype, kind in DTYPES.items()}
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +63,7 @@ def run_trial(
     kv_heads: int = 1,
     num_splits: int = 0,
     races: bool = True,
-    trace: Callable[[Program, int, int, int], None] | None = None,
+    trace: Trace | None = None,
 ) -> Trial:
     """Run one decode step.
 
@@ -76,8 +81,28 @@ def run_trial(
         InputError: A size is not allowed.
         KernelFault: The kernel did what no kernel may.
     """
-    check_sizes("sim", 0, cache_len=cache_len)
-    check_sizes("sim", 1, batch=batch, kv_heads=kv_heads)
+    check_sizes("sim", batch=batch, kv_heads=kv_heads, splits=num_splits)
+    heads = batch * kv_heads
+    check_room(
+        "sim", "cache_len", cache_len, least=0, each=heads * config.head_dim * BYTES_PER_ELEMENT,
+        fixed=heads * config.group_size * config.head_dim * BYTES_PER_ELEMENT,
+        room=available_bytes(_CPU), where="free on the CPU",
+    )  # fmt: skip
+    check_sizes("sim", cache_len=cache_len)
+    with enough_memory("sim"):
+        return _run(config, cache_len, batch, kv_heads, num_splits, Checks(races=races), trace)
+
+
+def _run(
+    config: KernelConfig,
+    cache_len: int,
+    batch: int,
+    kv_heads: int,
+    num_splits: int,
+    checks: Checks,
+    trace: Trace | None,
+) -> Trial:
+    """Run it; sizes are checked."""
     q, k_cache, v_cache, k, v = _step(config, cache_len + 1, batch, kv_heads)
     made = plan(
         q, k_cache, v_cache, k, v, cache_seqlens=cache_len, num_splits=num_splits,
@@ -85,7 +110,7 @@ def run_trial(
     )  # fmt: skip
     assert isinstance(made, CpuPlan)
     program = made.program
-    made.checks = Checks(races=races)
+    made.checks = checks
     made.stats = Stats(len(program.code), None if trace is None else partial(trace, program))
     start = time.perf_counter()
     out, lse = made(q, k_cache, v_cache, k, v, cache_len)
@@ -116,13 +141,6 @@ def _step(config: KernelConfig, tokens: int, batch: int, kv_heads: int) -> tuple
         torch.randn(*shape, generator=generator).to(_TORCH[config.dtype])
         for shape in (query, cache, cache, token, token)
     )
-
-
-def check_sizes(command: str, least: int, **sizes: int) -> None:
-    """Raise InputError, in a command's name, for a size that is less than the least."""
-    for name, value in sizes.items():
-        if value < least:
-            raise InputError(f"{command}: {name}: got {value}; allowed: {least} and more.")
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:

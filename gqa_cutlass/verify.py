@@ -12,16 +12,19 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from gqa_cutlass.api import GQADecodeConfig, gqa_attention_decode, warmup
+from gqa_cutlass.allocation import available_bytes
+from gqa_cutlass.api import GQADecodeConfig, gqa_attention_decode, plan
 from gqa_cutlass.codegen.config import KernelConfig
-from gqa_cutlass.errors import CacheOverflowError, GqaError, InputError
+from gqa_cutlass.errors import CacheOverflowError, DeviceError, GqaError, InputError
 from gqa_cutlass.launch_log import LaunchRecord, parse
-from gqa_cutlass.planning import LOG
-from gqa_cutlass.trial import attention, check_sizes, difference, same_bits
+from gqa_cutlass.planning import LOG, Plan
+from gqa_cutlass.sizes import check_room, check_sizes, enough_memory
+from gqa_cutlass.trial import BYTES_PER_ELEMENT, attention, difference, same_bits
 
 MAX_RATIO, MEAN_RATIO, SLACK = 2.0, 1.5, 1e-5  # of PyTorch's errors, as in tests/reference.py
 TOLERANCE = 0.05  # the story's
 _MAX_SEQ_LEN, _ROOM = 64, 16  # tokens that a cache holds at least, and behind the new one
+_BYTES_ON_THE_HOST = 8  # per element of K, where random numbers for a GPU are made
 _CANARY = 0x7FA5  # a NaN in float16 and in bfloat16: it shows when it is read
 
 
@@ -73,7 +76,7 @@ class Verification:
 
     Args:
         config: Its configuration.
-        kernel: The kernel that the dispatcher names for it.
+        kernel: The kernel that its plan names.
         call: Its tensors, as the step left them.
         k_before: kv_cache_k as it was before the step.
         v_before: kv_cache_v as it was before the step.
@@ -118,24 +121,28 @@ def verify(
         The four steps of the story, and one for its overflow of the cache.
 
     Raises:
-        InputError: A size is not allowed, or does not fit into memory.
+        InputError: A size is not allowed, or does not fit into memory; there is no such device.
+        DeviceError: There is no usable GPU.
         GqaError: The kernel cannot be compiled or loaded.
     """
-    check_sizes("verify", 0, cache_len=cache_len)
-    check_sizes("verify", 1, batch=batch_size, q_heads=num_q_heads, kv_heads=num_kv_heads,
+    check_sizes("verify", batch=batch_size, q_heads=num_q_heads, kv_heads=num_kv_heads,
                 head_dim=head_dim)  # fmt: skip
     capacity = max(_MAX_SEQ_LEN, cache_len + _ROOM) if max_seq_len is None else max_seq_len
+    config = GQADecodeConfig(
+        batch_size=batch_size, cache_len=cache_len, num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads, head_dim=head_dim, scale=head_dim**-0.5, max_seq_len=capacity,
+    )  # fmt: skip
+    _check_device(device)
+    _check_memory(config, device, by_length=max_seq_len is None)
+    check_sizes("verify", cache_len=cache_len, max_seq_len=capacity)
     if cache_len >= capacity:
         raise InputError(
             f"verify: max_seq_len: got {capacity}; allowed: more than cache_len, {cache_len}. "
             "Nothing was launched."
         )
-    config = GQADecodeConfig(
-        batch_size=batch_size, cache_len=cache_len, num_q_heads=num_q_heads,
-        num_kv_heads=num_kv_heads, head_dim=head_dim, scale=head_dim**-0.5, max_seq_len=capacity,
-    )  # fmt: skip
-    ran = _decode(config, dtype, device)
-    return [_ran(ran), _output(ran), _caches(ran), _logged(ran), _overflow(ran)]
+    with enough_memory("verify"):
+        ran = _decode(config, dtype, device)
+        return [_ran(ran), _output(ran), _caches(ran), _logged(ran), _overflow(ran)]
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -148,11 +155,49 @@ def choose_device(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError:
+    except (RuntimeError, ValueError, OverflowError):
         device = None
     if device is None or device.type not in ("cuda", "cpu"):
         raise InputError(f"verify: device: got {name!r}; allowed: cuda, cuda:0 and so on, cpu.")
     return device
+
+
+def _check_device(device: torch.device) -> None:
+    """Raise DeviceError without a usable GPU, and InputError without this one."""
+    if device.type == "cpu":
+        return
+    if not torch.cuda.is_available():
+        raise DeviceError(
+            f"verify: device: got {device}; no usable GPU: torch.cuda.is_available() is False. Run "
+            "`gqa-cutlass doctor` to see what was found, or take cpu (in ptxsim, slow)."
+        )
+    count = torch.cuda.device_count()
+    if (device.index or 0) >= count:
+        raise InputError(f"verify: device: got {device}; allowed: cuda:0 to cuda:{count - 1}, cpu.")
+
+
+def _check_memory(c: GQADecodeConfig, device: torch.device, by_length: bool) -> None:
+    """Raise InputError where a step would need more memory than there is.
+
+    Args:
+        c: The step.
+        device: Where it runs.
+        by_length: Whether the cache's capacity follows from its length.
+    """
+    per_token = c.batch_size * c.num_kv_heads * c.head_dim
+    queries = c.batch_size * c.num_q_heads * c.head_dim
+    places = {device: BYTES_PER_ELEMENT}
+    places.setdefault(torch.device("cpu"), _BYTES_ON_THE_HOST)
+    name, value, least = "max_seq_len", c.max_seq_len, c.cache_len + 1
+    if by_length:
+        name, value, least = "cache_len", c.cache_len, 0
+    spare = c.max_seq_len - value
+    for place, each in places.items():
+        check_room(
+            "verify", name, value, least=least, each=per_token * each,
+            fixed=(queries + spare * per_token) * each, room=available_bytes(place),
+            where=f"free on {place}",
+        )  # fmt: skip
 
 
 def provenance(device: torch.device) -> str:
@@ -168,21 +213,24 @@ def provenance(device: torch.device) -> str:
 
 def _decode(config: GQADecodeConfig, dtype: torch.dtype, device: torch.device) -> Verification:
     """Run the step."""
-    (kernel,) = warmup([config], dtype=dtype, device=device)
-    try:
-        call = _random_call(config, dtype, device)
-        k_before, v_before = call.kv_cache_k.clone(), call.kv_cache_v.clone()
-    except RuntimeError as error:
-        raise InputError(
-            f"verify: the sizes: got {config}; allowed: tensors that fit into the memory of "
-            f"{device} ({str(error).splitlines()[0]}). Nothing was launched."
-        ) from error
+    call = _random_call(config, dtype, device)
+    k_before, v_before = call.kv_cache_k.clone(), call.kv_cache_v.clone()
+    kernel = _planned(call, config).dispatch.config
     outcome = _run(call, config)
     # A plan's first call takes longer; the step may be repeated, for it writes the same again.
     again = _run(call, config) if call.q.is_cuda else outcome
     return Verification(
         config=config, kernel=kernel, call=call, k_before=k_before, v_before=v_before,
         outcome=outcome, seconds=again.seconds,
+    )  # fmt: skip
+
+
+def _planned(call: Call, c: GQADecodeConfig) -> Plan:
+    """The plan of the step, which alone says which kernel runs; now it is compiled and loaded."""
+    out = call.output.unflatten(-1, (c.num_q_heads, c.head_dim))
+    return plan(
+        call.q, call.kv_cache_k, call.kv_cache_v, call.k, call.v, cache_seqlens=c.cache_len,
+        softmax_scale=c.scale, out=out,
     )  # fmt: skip
 
 

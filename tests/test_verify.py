@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,11 +13,12 @@ import reference
 import torch
 from typer.testing import CliRunner, Result
 
-from gqa_cutlass import Plan, verify
+from gqa_cutlass import GQADecodeConfig, Plan, dispatch, verify, warmup
 from gqa_cutlass.api import gqa_attention_decode
 from gqa_cutlass.cli import app, main
-from gqa_cutlass.errors import CacheOverflowError, InputError, LaunchError
+from gqa_cutlass.errors import CacheOverflowError, InputError, KernelFault, LaunchError
 from gqa_cutlass.planning import LOG
+from gqa_cutlass.sizes import enough_memory
 
 RAN, OUTPUT, CACHES, LOGGED, OVERFLOW = range(5)
 SMALL: dict[str, Any] = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 64}
@@ -99,6 +100,44 @@ def test_sizes_and_type_are_those_of_the_options() -> None:
 def test_the_cache_leaves_room_behind_the_token(cache_len: int, capacity: int) -> None:
     steps = steps_of(cache_len=cache_len, batch_size=1, **SMALL)
     assert f"rows {cache_len + 1} to {capacity - 1}: as" in steps[CACHES].evidence[-1]
+
+
+@pytest.fixture
+def small_caches_count_as_large(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Which kernel runs then depends on whether lengths may differ."""
+    dispatch.dispatch.cache_clear()
+    monkeypatch.setattr(dispatch, "TMA_MIB", 0.0)
+    yield
+    dispatch.dispatch.cache_clear()
+
+
+@pytest.mark.usefixtures("small_caches_count_as_large")
+def test_the_kernel_is_the_one_that_runs_where_ragged_lengths_would_take_another(
+    device: str,
+) -> None:
+    sizes: dict[str, int] = {**SMALL, "batch_size": 2, "cache_len": 10, "max_seq_len": 77}
+    config = GQADecodeConfig(**sizes, scale=0.125)
+    assert len(warmup([config], device=device)) == 2 or device == "cuda"  # by its architecture
+    steps = steps_of(device, **sizes)
+    assert failed(steps) == []
+    (launch,) = steps[LOGGED].evidence
+    name = steps[RAN].evidence[0].removeprefix("kernel ")
+    assert f"launch kernel={name} " in launch
+
+
+def test_memory_that_runs_out_after_all_is_an_error_of_ours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(verify, "available_bytes", lambda device: 2**70)
+    with pytest.raises(InputError, match="verify: the sizes: got more than there is memory for"):
+        steps_of(batch_size=60000, max_seq_len=1_000_000_000)
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("illegal memory access"), KernelFault("a race")])
+def test_other_faults_are_not_taken_for_too_little_memory(fault: Exception) -> None:
+    with pytest.raises(type(fault)) as raised, enough_memory("verify"):
+        raise fault
+    assert raised.value is fault
 
 
 def test_the_error_rule_is_that_of_the_tests() -> None:
@@ -301,13 +340,20 @@ def test_a_call_that_does_nothing_fails_all_but_the_first(monkeypatch: pytest.Mo
 
 
 BAD: dict[str, tuple[list[str], str]] = {
-    "negative length": (["--cache-len", "-1"], "verify: cache_len: got -1; allowed: 0 and more"),
+    "negative length": (["--cache-len", "-1"], "cache_len: got -1; allowed: 0 to 1073741823"),
+    "10^20 tokens": (
+        ["--cache-len", f"{10**20}"],
+        "verify: cache_len: got 100000000000000000000, for which about 13107200000000000002621440 "
+        "bytes (1.22e+16 GiB) are needed; allowed: 0 to ",
+    ),
+    "10^20 rows": (["--max-seq-len", f"{10**20}"], "(1.22e+16 GiB) are needed; allowed: 11 to "),
+    "10^20 sequences": (["--batch", f"{10**20}"], f"batch: got {10**20}; allowed: 1 to 65535"),
     "overflow": (
         ["--cache-len", "64", "--max-seq-len", "64"],
         "verify: max_seq_len: got 64; allowed: more than cache_len, 64",
     ),
     "no cache": (["--cache-len", "0", "--max-seq-len", "0"], "verify: max_seq_len: got 0"),
-    "batch": (["--batch", "0"], "verify: batch: got 0; allowed: 1 and more"),
+    "batch": (["--batch", "0"], "verify: batch: got 0; allowed: 1 to 65535"),
     "heads": (["--q-heads", "-8"], "verify: q_heads: got -8"),
     "group": (["--q-heads", "30"], "head counts: got 30 query heads and 8 KV heads"),
     "head_dim": (["--head-dim", "100"], "head_dim: got 100; allowed: multiples of 8"),
@@ -317,9 +363,12 @@ BAD: dict[str, tuple[list[str], str]] = {
     "device without kernels": (["--device", "meta"], "verify: device: got 'meta'; allowed: cuda"),
     "memory": (
         ["--batch", "60000", "--max-seq-len", "1000000000", "--device", "cpu"],
-        "allowed: tensors that fit into the memory of cpu",
+        "max_seq_len: got 1000000000, for which about 3932160015728640000 bytes (3.66e+09 GiB) are "
+        "needed; allowed: none, the other sizes being as they are",
     ),
     "no GPU": (["--device", "cuda"], "no usable GPU"),
+    "no number of a GPU": (["--device", "cuda:\udcff"], r"device: got 'cuda:\udcff'; allowed"),
+    "no such number": (["--device", "cuda:99999999999999999999"], "device: got 'cuda:9999"),
 }  # fmt: skip
 
 
@@ -336,6 +385,13 @@ def test_bad_arguments_are_one_line_and_status_2(
     assert stopped.value.code == 2 and captured.out == ""
     assert captured.err.startswith("gqa-cutlass: ") and message in captured.err
     assert captured.err.count("\n") == 1
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(InputError, match=r"device: got cuda:2; allowed: cuda:0 to cuda:1, cpu\."):
+        steps_of("cuda:2", **SMALL)
 
 
 @pytest.mark.parametrize("gpu", [False, True])
