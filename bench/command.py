@@ -11,6 +11,7 @@ import torch
 
 from gqa_cutlass.bench import checkout, measure, report, spreadsheet
 from gqa_cutlass.bench.record import Record
+from gqa_cutlass.codegen.files import update, writing
 from gqa_cutlass.errors import DeviceError, InputError
 
 SHIPPED = "nvidia-h200.json"
@@ -32,6 +33,7 @@ def bench(
     Raises:
         InputError: Options that do not go together, no such point, or no record.
         DeviceError: There is no GPU to measure on.
+        OutputError: The file system refuses.
     """
     if source is None:
         record, path = _measured(points, out, commit)
@@ -68,19 +70,19 @@ def _measured(points: str, out: Path | None, commit: str | None) -> tuple[Record
 
 def _write(record: Record, base: Path) -> list[Path]:
     """Write CSV, and plots if matplotlib is there; returns the files."""
-    base.parent.mkdir(parents=True, exist_ok=True)
     sheets = {"": spreadsheet.decode_csv(record), "-prefill": spreadsheet.prefill_csv(record)}
-    files = []
-    for ending, text in sheets.items():
-        if text:
-            files.append(base.with_name(f"{base.name}{ending}.csv"))
-            files[-1].write_text(text)
+    files: dict[str, str | bytes] = {
+        f"{base.name}{ending}.csv": text for ending, text in sheets.items() if text
+    }
     if importlib.util.find_spec("matplotlib") is None:
         print("bench: no plots, which need `pip install 'gqa-cutlass[plots]'`", file=sys.stderr)
-        return files
-    from gqa_cutlass.bench import plot
+    else:
+        from gqa_cutlass.bench import plot
 
-    return files + plot.draw(record, base)
+        files |= plot.draw(record, base.name)
+    with writing("bench: --out", base.parent):
+        update(base.parent, files)
+    return [base.parent / name for name in files]
 
 
 def _shipped() -> str:

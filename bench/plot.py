@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterable, Sequence
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
 import matplotlib.style
@@ -18,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from gqa_cutlass.bench.checkout import UNKNOWN
 from gqa_cutlass.bench.record import Record, Row
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, without the yellow. Models, of
@@ -32,6 +32,7 @@ FLOOR_LABEL = "floor: only reads the same bytes"
 STYLE: dict[Any, object] = {
     "svg.hashsalt": "gqa_cutlass",
     "svg.fonttype": "none",  # text stays text
+    "text.parse_math": False,
     "axes.axisbelow": True,
     "axes.grid": True,
     "axes.spines.right": False,
@@ -50,45 +51,44 @@ MICROS = tuple(first * 10.0**power for power in range(-1, 5) for first in (1, 2,
 Points = Iterable[tuple[float, float]]
 
 
-def draw(record: Record, base: Path) -> list[Path]:
-    """Write the pictures for which the record has points.
+def draw(record: Record, base: str) -> dict[str, str | bytes]:
+    """The pictures for which the record has points.
 
     Args:
         record: The run.
-        base: Path of the first picture without its suffix; the names of the others go on from it.
+        base: Name of the first picture without its suffix; the names of the others go on from it.
 
     Returns:
-        The files.
+        Files by name.
     """
     alone = [row for row in record.rows if row.label.batch == 1]
-    files = []
+    files: dict[str, str | bytes] = {}
     for ending, title, picture, rows in (
         ("", "Decode step, cold cache", latency, record.rows),
         ("-context", "Decode step of one sequence, cold cache", context, alone),
         ("-bandwidth", "Reading the cache in a decode step", bandwidth, record.rows),
     ):
         if rows:
-            about = f"float16, {record.run['gpu']}, {record.run['date']}"
-            files += _save(f"{title}\n{about}", picture, rows, base.with_name(base.name + ending))
+            about = f"float16, {record.run.get('gpu', UNKNOWN)}, {record.run.get('date', UNKNOWN)}"
+            name = base + ending
+            files[f"{name}.svg"], files[f"{name}.png"] = _drawn(f"{title}\n{about}", picture, rows)
     return files
 
 
-def _save(
-    title: str, picture: Callable[[Axes, Sequence[Row]], None], rows: Sequence[Row], base: Path
-) -> list[Path]:
-    svg, png = (base.with_name(f"{base.name}.{kind}") for kind in ("svg", "png"))
-    text = io.StringIO()
+def _drawn(
+    title: str, picture: Callable[[Axes, Sequence[Row]], None], rows: Sequence[Row]
+) -> tuple[str, bytes]:
+    text, image = io.StringIO(), io.BytesIO()
     with matplotlib.style.context(["default", STYLE]):
         figure = Figure(figsize=SIZE, layout="constrained")
         axes = figure.subplots()
         picture(axes, rows)
         axes.set_title(title)
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-        figure.savefig(png, dpi=DPI, metadata={"Software": None})
+        figure.savefig(image, format="png", dpi=DPI, metadata={"Software": None})
     # Without the spaces at the ends of lines, which the repository has nowhere.
     lines = text.getvalue().splitlines()
-    svg.write_text("".join(f"{line.rstrip()}\n" for line in lines), encoding="utf-8")
-    return [svg, png]
+    return "".join(f"{line.rstrip()}\n" for line in lines), image.getvalue()
 
 
 def latency(axes: Axes, rows: Sequence[Row]) -> None:

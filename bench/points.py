@@ -76,9 +76,10 @@ class Ragged(Point):
         return f"{super().__str__()} ragged {self.name}"
 
 
+_SIZE = r"[1-9]\d{0,9}"
 _NAME = re.compile(
-    r"(?P<model>\S+) (?P<num_q_heads>\d+)/(?P<num_kv_heads>\d+)/(?P<head_dim>\d+) "
-    r"(?P<batch>\d+)x(?P<tokens>\d+)(?: ragged (?P<lengths>.+))?"
+    rf"(?P<model>\S+) (?P<num_q_heads>{_SIZE})/(?P<num_kv_heads>{_SIZE})/(?P<head_dim>{_SIZE}) "
+    rf"(?P<batch>{_SIZE})x(?P<tokens>{_SIZE})(?: ragged (?P<lengths>.+))?"
 )
 
 

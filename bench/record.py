@@ -9,7 +9,11 @@ from pathlib import Path
 
 from gqa_cutlass.bench import peers
 from gqa_cutlass.bench.points import Label
+from gqa_cutlass.bench.schema import parsed
+from gqa_cutlass.codegen.files import read_json, update, writing
 from gqa_cutlass.errors import InputError
+
+_ALLOWED = "JSON that `gqa-cutlass bench` wrote"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,30 +192,45 @@ class Record:
         Raises:
             InputError: It is no such file.
         """
+        found = read_json("bench: record", path, _ALLOWED)
         try:
-            found = json.loads(path.read_text())
-            return cls(
-                run=found["run"],
-                rows=[Row(**row) for row in found["microseconds"]],
-                ragged=[Row(**row) for row in found["ragged"]],
-                prefill=[Prefill(**row) for row in found.get("prefill", [])],
-                host=found["host_microseconds"],
-            )
-        except (ValueError, KeyError, TypeError) as wrong:
+            file: _File = parsed(_File, found, "the record")
+            for row in (*file.microseconds, *file.ragged):
+                Label.of(row.point)
+            for prompts in file.prefill:
+                Label.of(prompts.point)
+                if not prompts.measured:
+                    raise ValueError(f"the record: {prompts.point}: no prefill was measured")
+        except ValueError as wrong:
             raise InputError(
-                f"bench: record: got {path}, which cannot be read ({wrong!r}); allowed: JSON "
-                "that `gqa-cutlass bench` wrote."
+                f"bench: record: got {path}, which is none ({wrong}); allowed: {_ALLOWED}."
             ) from wrong
+        return cls(
+            run=file.run, rows=file.microseconds, ragged=file.ragged, prefill=file.prefill,
+            host=file.host_microseconds,
+        )  # fmt: skip
 
     def save(self, path: Path) -> None:
-        """Write JSON."""
-        content = {
-            "run": self.run,
-            "recorded_scaled": peers.SOURCE,
-            "host_microseconds": self.host,
-            "microseconds": [asdict(row) for row in self.rows],
-            "ragged": [asdict(row) for row in self.ragged],
-            "prefill": [asdict(row) for row in self.prefill],
-        }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        """Write JSON.
+
+        Raises:
+            OutputError: The file system refuses.
+        """
+        file = _File(
+            run=self.run, recorded_scaled=peers.SOURCE, host_microseconds=self.host,
+            microseconds=self.rows, ragged=self.ragged, prefill=self.prefill,
+        )  # fmt: skip
+        with writing("bench: --out", path.parent):
+            update(path.parent, {path.name: json.dumps(asdict(file), indent=1) + "\n"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class _File:
+    """A record as JSON has it."""
+
+    run: dict[str, str]
+    recorded_scaled: dict[str, str]
+    host_microseconds: dict[str, float]
+    microseconds: list[Row]
+    ragged: list[Row]
+    prefill: list[Prefill] = field(default_factory=list)

@@ -32,7 +32,7 @@ _PREFILL_HEADER = (
 
 def show(record: Record) -> None:
     """Print everything."""
-    console = Console(width=220)
+    console = Console(width=220, markup=False, emoji=False, highlight=False)
     console.print(", ".join(f"{key}: {value}" for key, value in record.run.items()))
     if record.rows:
         console.print(_grid_table(record.rows))

@@ -7,6 +7,7 @@ import io
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bench_fakes import full_record, prefill_of, row_of
@@ -49,6 +50,62 @@ def test_the_shipped_record_is_read() -> None:
 def test_what_is_no_record_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(InputError, match=r"record: got .*x\.json"):
+        Record.load(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("name", ["bench/peers.json", "generated/manifest.json"])
+def test_other_files_of_ours_are_no_records(name: str) -> None:
+    with pytest.raises(InputError, match="the record: lacks 'run'"):
+        Record.load(REPOSITORY / name)
+
+
+def _at(content: Any, path: str) -> tuple[Any, Any]:
+    """What holds the value at a path, and its key."""
+    *way, last = [int(word) if word.isdigit() else word for word in path.split("/")]
+    for word in way:
+        content = content[word]
+    return content, last
+
+
+VALUES = {
+    "run": "a", "run/gpu": 1, "run/date": "a\nb", "run/clocks": None,
+    "microseconds": {}, "ragged": None, "prefill": "x",
+    "microseconds/0": [], "microseconds/0/point": "a point",
+    "microseconds/1/point": "m 4/2/64 0x50", "ragged/0/point": f"m 4/2/64 1x{'1' * 5000}",
+    "prefill/0/point": "\ud800",
+    "microseconds/0/ours": 0, "microseconds/0/floor": -1.0,
+    "microseconds/0/mib": 1e400, "microseconds/0/relative_error": float("nan"),
+    "microseconds/0/num_splits": 1.5, "microseconds/0/balanced": "1",
+    "microseconds/0/dependent": True, "microseconds/0/limit": 10**400,
+    "microseconds/0/measured": [1.0], "microseconds/0/measured/FA3": 0.0,
+    "microseconds/0/recorded_scaled/XQA": 1e300, "prefill/0/measured": {},
+    "prefill/0/decode": [[]], "host_microseconds/plan": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", VALUES)
+def test_a_value_that_makes_no_sense_is_refused(full: Record, tmp_path: Path, path: str) -> None:
+    full.save(tmp_path / "x.json")
+    content = json.loads((tmp_path / "x.json").read_text())
+    inside, key = _at(content, path)
+    inside[key] = VALUES[path]
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"^bench: record: got .*x\.json, which is none \(.*\);"):
+        Record.load(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("path", ["run", "microseconds", "microseconds/0/ours", "prefill/0/decode"])
+def test_what_is_absent_and_what_is_new_are_named(full: Record, tmp_path: Path, path: str) -> None:
+    full.save(tmp_path / "x.json")
+    content = json.loads((tmp_path / "x.json").read_text())
+    inside, key = _at(content, path)
+    inside["other"] = inside.pop(key)
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=f"lacks '{key}'"):
+        Record.load(tmp_path / "x.json")
+    inside[key] = inside["other"]
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="has 'other', which is not known"):
         Record.load(tmp_path / "x.json")
 
 
