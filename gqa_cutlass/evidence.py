@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from gqa_cutlass.codegen.config import KernelConfig
+from gqa_cutlass.codegen.files import read_json
 from gqa_cutlass.codegen.render import source_digest
+from gqa_cutlass.errors import InputError
 
 FILE = Path(__file__).parent.parent / "tests" / "gpu_evidence.json"
+_ALLOWED = "JSON that `make gpu-test` wrote"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,17 +30,28 @@ class Evidence:
         run: GPU, driver, CUDA, torch and date of the run that wrote it.
         kernels: Per kernel name: the source's digest, cases run, and the worst error as a share
             of what the error rule allows.
+        known: Whether there is a record to look into: a checkout has one, an installed package not.
     """
 
     run: dict[str, str] = field(default_factory=dict)
     kernels: dict[str, dict[str, Any]] = field(default_factory=dict)
+    known: bool = True
 
     @classmethod
     def shipped(cls) -> Evidence:
-        """The repository's record; empty outside a checkout."""
+        """The repository's record; empty where there is none, and not known outside a checkout.
+
+        Raises:
+            InputError: The file holds something else.
+        """
         if not FILE.exists():
-            return cls()
-        return cls(**json.loads(FILE.read_text()))
+            return cls(known=(FILE.parent.parent / "pyproject.toml").is_file())
+        match read_json("evidence", FILE, _ALLOWED):
+            case {"run": {"gpu": str(), "date": str()} as run, "kernels": dict() as kernels} if all(
+                isinstance(entry, dict) for entry in kernels.values()
+            ):
+                return cls(run=run, kernels=kernels)
+        raise InputError(f"evidence: got {FILE}, which is no record; allowed: {_ALLOWED}.")
 
     def is_current(self, config: KernelConfig) -> bool:
         """Whether the kernel's present source is what was tested."""
@@ -49,6 +63,8 @@ class Evidence:
 
     def describe(self, config: KernelConfig) -> str:
         """One phrase for a table."""
+        if not self.known:
+            return "not known here"
         if config.name not in self.kernels:
             return "none"
         return f"{self.run['gpu']}, {self.run['date']}" if self.is_current(config) else "outdated"

@@ -6,12 +6,14 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from bench_fakes import full_record
+from command_line import console_script, file_size_limit
 from helpers import REPOSITORY
 from typer.testing import CliRunner, Result
 
@@ -162,6 +164,33 @@ def test_options_of_a_measurement_are_refused_without_one(
     option: str, saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "--from: got --points or" in _refused(monkeypatch, capsys, "--from", saved, option, "x")
+
+
+def test_without_the_benchmark_it_says_where_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], saved: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "gqa_cutlass.bench", None)
+    assert "bench: works in a checkout" in _refused(monkeypatch, capsys, "--from", saved)
+
+
+def test_names_of_a_record_are_no_markup(saved: Path) -> None:
+    odd = {"gpu": "[red]GPU[/x]", "date": ":warning:"}
+    record = full_record()
+    row = replace(record.rows[0], kernel="[/]", measured={"[red]": 1.0, "[/y]": 2.0})
+    replace(record, run=odd, rows=[row], host={"[/z]": 1.0}).save(saved)
+    output = _bench("--from", saved).output
+    for name in ("gpu: [red]GPU[/x], date: :warning:", "[/y]", " [/z] "):
+        assert name in output
+
+
+def test_files_that_cannot_be_written_are_one_line_below_the_tables(
+    saved: Path, elsewhere: Path
+) -> None:
+    with file_size_limit(100):
+        outcome = console_script("bench", "--from", saved, "--out", "new", "--markdown")
+    assert (outcome.status, outcome.out) == (2, report.markdown(full_record()) + "\n")
+    assert "bench: --out: got new, where files cannot be written (File too large)" in outcome.err
+    assert outcome.err.count("\n") == 1 and _names(elsewhere) == set()
 
 
 @pytest.mark.parametrize("content", [None, "{}"], ids=["absent", "no record"])

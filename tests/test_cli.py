@@ -8,14 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_line import console_script
 from typer.testing import CliRunner, Result
 
 from gqa_cutlass import evidence as evidence_module
+from gqa_cutlass import export as export_module
 from gqa_cutlass import store as store_module
 from gqa_cutlass.cli import app, main
 from gqa_cutlass.codegen import ARCHES, manifest, select, shipped, source_digest
 from gqa_cutlass.codegen.compile import Compiled
-from gqa_cutlass.errors import CompilerMissingError
+from gqa_cutlass.errors import CompilerMissingError, DeviceError
 
 ONE = shipped()[0]
 TMA = next(config for config in shipped() if config.tma)
@@ -99,6 +101,58 @@ def test_list_shows_evidence(proven: Path) -> None:
     assert "Testing GPU, 2026-01-01" in lines[ONE.name]
     assert "outdated" in lines[outdated]
     assert "none" in lines[absent]
+
+
+def test_list_does_not_know_evidence_outside_a_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evidence_module, "FILE", tmp_path / "tests" / "gpu_evidence.json")
+    (line,) = (line for line in run("list").output.splitlines() if ONE.name in line)
+    assert "not known here" in line
+    (tmp_path / "pyproject.toml").touch()
+    (line,) = (line for line in run("list").output.splitlines() if ONE.name in line)
+    assert "none" in line
+
+
+def test_check_works_in_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evidence_module, "FILE", tmp_path / "tests" / "gpu_evidence.json")
+    outcome = console_script("check")
+    assert outcome.is_refusal and "check: works in a checkout" in outcome.err
+
+
+@pytest.mark.parametrize("command", ["list", "check"])
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{}", '{"run": {}, "kernels": {}}', "[" * 100_000,
+     '{"run": {"gpu": "g", "date": "d"}, "kernels": {"k": 1}}'],
+    ids=["empty", "a list", "nothing in it", "no run", "deep", "no digests"],
+)  # fmt: skip
+def test_evidence_that_is_none_is_an_error_in_one_line(
+    proven: Path, command: str, content: str
+) -> None:
+    proven.write_text(content)
+    outcome = console_script(command)
+    assert outcome.is_refusal and "evidence: got " in outcome.err, outcome
+
+
+@pytest.mark.parametrize("name", ["[red]x[/red]", "[/x]", "[bold", ":warning:", "x" * 180])
+def test_folders_are_printed_as_they_are(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = Compiled(code=b"cubin", registers=1, spill_bytes=0, stack_bytes=0, seconds=0.1)
+    monkeypatch.setattr(store_module, "compile_kernel", lambda config, arch: compiled)
+    monkeypatch.setattr(export_module, "pack", lambda name, found: name.encode())
+    monkeypatch.setattr(manifest, "shipped", lambda: [ONE])
+    monkeypatch.setenv("GQA_CUTLASS_CACHE_DIR", str(tmp_path / name / "store"))
+    one = ("--kernels", ONE.name, "--jobs", "1", "--out")
+    for said, arguments in {
+        f"2 files in {name}/made, 2 changed": ("generate", "--out", f"{name}/made"),
+        f"1 of 1 compiled, in {name}/built": ("build", *one, f"{name}/built"),
+        f"files in {name}/exported: 1 kernels": ("export", *one, f"{name}/exported"),
+        f"store                  {tmp_path / name}/store\n": ("doctor",),
+        f"files removed from {tmp_path / name}/store\n": ("clean",),
+    }.items():
+        assert said in console_script(*arguments).out
 
 
 def test_build_compiles_one_kernel_once_into_a_folder(tmp_path: Path, store_root: Path) -> None:
@@ -195,6 +249,31 @@ def test_doctor_reports_every_part(store_root: Path) -> None:
     assert re.search(r"nvrtc-\d+", output)
 
 
+def test_doctor_is_content_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent() -> str:
+        raise DeviceError("no usable GPU: no driver; needed: one. Run `gqa-cutlass doctor`.")
+
+    monkeypatch.setattr("gqa_cutlass.launcher.driver_version", absent)
+    result = run("doctor")
+    assert "none, so that kernels run in ptxsim (no usable GPU: no driver)" in result.output
+    assert (result.exit_code, "MISSING" in result.output) == (0, False)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ImportError("No module named 'torch'"), OSError("libtorch.so: too\n short"), MemoryError()],
+)
+def test_doctor_reports_what_is_broken(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> str:
+        raise error
+
+    monkeypatch.setattr("gqa_cutlass.doctor._torch", broken)
+    outcome = console_script("doctor")
+    said = " ".join(str(error).split()) or "MemoryError"
+    assert f"\ntorch                  MISSING: {said}\n" in outcome.out
+    assert (outcome.status, outcome.err) == (1, "")
+
+
 def test_doctor_reports_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> str:
         raise CompilerMissingError("NVRTC: not found; remedy: pip install nvidia-cuda-nvrtc")
@@ -202,7 +281,7 @@ def test_doctor_reports_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("gqa_cutlass.codegen.compile.compiler_version", missing)
     monkeypatch.setenv("GQA_CUTLASS_DISABLE_JIT", "1")
     result = run("doctor")
-    assert result.exit_code == 0
+    assert result.exit_code == 1
     assert "MISSING: NVRTC: not found" in result.output and "disabled" in result.output
 
 

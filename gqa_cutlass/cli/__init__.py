@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import typer
 
 from gqa_cutlass.cli import benchmark, generation, inspection
-from gqa_cutlass.errors import GqaError
+from gqa_cutlass.cli.failures import status_of
 
 __all__ = ["app", "main"]
 
@@ -26,16 +27,14 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "doctor": inspection.doctor,
 }
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False
-)
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Generate, compile, check and measure kernels for GQA decode attention.",
+)  # fmt: skip
 for _name, _command in _COMMANDS.items():
     app.command(_name)(_command)
 
 
 def main() -> None:
-    """Run a command; an error is one line, not a traceback."""
-    try:
-        app()
-    except (GqaError, OSError) as error:
-        print(f"gqa-cutlass: {error}", file=sys.stderr)
-        sys.exit(2)
+    """Run a command, or without one print which there are."""
+    given = sys.argv[1:] or ["--help"]
+    sys.exit(status_of(partial(app, given, prog_name="gqa-cutlass", standalone_mode=False)))

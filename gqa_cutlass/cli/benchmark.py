@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from gqa_cutlass.cli.options import folder
+from gqa_cutlass.errors import GqaError
 
 
 def bench(
@@ -14,8 +18,8 @@ def bench(
     ] = "",
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="Folder for JSON, CSV and plots. Default: bench/results of a checkout, or here; "
+        folder(
+            "Folder for JSON, CSV and plots. Default: bench/results of a checkout, or here; "
             "with --from: write nothing."
         ),
     ] = None,
@@ -31,6 +35,8 @@ def bench(
     ] = None,
 ) -> None:
     """Time decode steps on the GPU against PyTorch and a kernel that only reads the same bytes."""
+    if find_spec("gqa_cutlass.bench") is None:
+        raise GqaError("bench: works in a checkout of the repository, where it is; it is not here")
     from gqa_cutlass.bench.command import bench as run
 
     run(points=points, out=out, source=source, markdown=markdown, commit=commit)

@@ -9,27 +9,16 @@ import typer
 from rich.progress import Progress
 from rich.table import Table
 
-from gqa_cutlass.cli.output import console, print_wide
+from gqa_cutlass.cli.options import Archs, Jobs, Kernels, folder
+from gqa_cutlass.cli.output import console, print_wide, say
 from gqa_cutlass.errors import GqaError
 
 if TYPE_CHECKING:
     from gqa_cutlass.store import StoredKernel
 
-Kernels = Annotated[
-    str | None,
-    typer.Option(
-        "--kernels",
-        help="Comma-separated; each entry is `*`-separated substrings of a name. Default: all.",
-    ),
-]
-Archs = Annotated[
-    str, typer.Option("--arch", help="Comma-separated targets, or `all`. Default: sm_90a.")
-]
-Jobs = Annotated[int, typer.Option(help="Kernels to compile at a time. 0: one per CPU.")]
-
 
 def generate(
-    out: Annotated[Path, typer.Option(help="Folder to bring up to date.")] = Path("generated"),
+    out: Annotated[Path, folder("Folder to bring up to date.")] = Path("generated"),
 ) -> None:
     """Render every shipped kernel and the manifest, and the headers that the schema gives.
 
@@ -39,9 +28,9 @@ def generate(
     from gqa_cutlass.codegen.manifest import generate as write
 
     for header in emit():
-        console.print(f"templates/{header} changed")
+        say(f"templates/{header} changed")
     changed = write(out)
-    console.print(f"{len(generated_files())} files in {out}, {len(changed)} changed")
+    say(f"{len(generated_files())} files in {out}, {len(changed)} changed")
 
 
 def list_(kernels: Kernels = None) -> None:
@@ -63,8 +52,7 @@ def build(
     kernels: Kernels = None,
     arch: Archs = "sm_90a",
     out: Annotated[
-        Path | None,
-        typer.Option(help="Folder for GQA_CUTLASS_KERNEL_DIR. Default: this user's store."),
+        Path | None, folder("Folder for GQA_CUTLASS_KERNEL_DIR. Default: this user's store.")
     ] = None,
     jobs: Jobs = 0,
 ) -> None:
@@ -90,11 +78,11 @@ def build(
         for stored in progress.track(build_all(store, wanted, jobs), total=len(wanted)):
             built.append(stored)
     print_wide(built_table(built))
-    console.print(f"{sum(s.was_built for s in built)} of {len(built)} compiled, in {store.root}")
+    say(f"{sum(s.was_built for s in built)} of {len(built)} compiled, in {store.root}")
 
 
 def export(
-    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    out: Annotated[Path, folder("Folder to write.")],
     kernels: Kernels = None,
     arch: Archs = "sm_90a",
     jobs: Jobs = 0,
@@ -109,29 +97,30 @@ def export(
         tracked = progress.track(cubins, total=len(wanted.wanted))
         files = write_bundle(out, wanted, tracked)
     names = ", ".join(a.name for a in wanted.archs)
-    console.print(f"{len(files)} files in {out}: {len(wanted.kernels)} kernels for {names}")
+    say(f"{len(files)} files in {out}: {len(wanted.kernels)} kernels for {names}")
 
 
 def check() -> None:
     """Fail when what is generated has drifted from its source, or a kernel lacks GPU evidence."""
     from gqa_cutlass.codegen import shipped
     from gqa_cutlass.codegen.manifest import drift, emitted_drift
-    from gqa_cutlass.evidence import FILE, Evidence
+    from gqa_cutlass.evidence import Evidence
 
+    evidence = Evidence.shipped()
+    if not evidence.known:
+        raise GqaError("check: works in a checkout of the repository, whose evidence it reads")
     headers = emitted_drift()
     for name in headers:
-        console.print(f"drift: templates/{name}; run `gqa-cutlass generate`")
+        say(f"drift: templates/{name}; run `gqa-cutlass generate`")
     if headers:  # kernels are compared once what they include is right
         raise typer.Exit(1)
     wrong = drift()
     for name in wrong:
-        console.print(f"drift: generated/{name}; run `gqa-cutlass generate`")
-    if not FILE.parent.is_dir():
-        raise GqaError("check: works in a checkout of the repository, whose evidence it reads")
-    unproven = Evidence.shipped().missing(shipped())
+        say(f"drift: generated/{name}; run `gqa-cutlass generate`")
+    unproven = evidence.missing(shipped())
     for config in unproven:
-        console.print(f"no current GPU evidence: {config.name}; run `make gpu-test` on a GPU")
-    console.print(f"{len(wrong)} files drifted, {len(unproven)} kernels without GPU evidence")
+        say(f"no current GPU evidence: {config.name}; run `make gpu-test` on a GPU")
+    say(f"{len(wrong)} files drifted, {len(unproven)} kernels without GPU evidence")
     if wrong or unproven:
         raise typer.Exit(1)
 
@@ -141,14 +130,15 @@ def clean() -> None:
     from gqa_cutlass.store import Store
 
     store = Store.default()
-    console.print(f"{store.clean()} files removed from {store.root}")
+    say(f"{store.clean()} files removed from {store.root}")
 
 
 def _archs(given: str) -> list[str]:
-    """The targets that --arch names."""
+    """The targets that --arch names, each once."""
     from gqa_cutlass.codegen import ARCHES
 
-    return list(ARCHES) if given == "all" else [entry.strip() for entry in given.split(",")]
+    names = ARCHES if given == "all" else [entry.strip() for entry in given.split(",")]
+    return list(dict.fromkeys(names))
 
 
 def built_table(built: list[StoredKernel]) -> Table:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from gqa_cutlass.cli.output import print_wide
+from gqa_cutlass.cli.options import number
+from gqa_cutlass.cli.output import print_wide, say
 
 if TYPE_CHECKING:
     import torch
@@ -16,13 +17,15 @@ if TYPE_CHECKING:
     from gqa_cutlass.ptxsim.prepare import Program
     from gqa_cutlass.trial import Trial
 
+_ADDRESSES = 2**63 - 1  # bytes, more than which no tensor has
+
 
 def explain(
-    q_heads: Annotated[int, typer.Option(help="Query heads.")],
-    kv_heads: Annotated[int, typer.Option(help="KV heads.")],
-    head_dim: Annotated[int, typer.Option(help="Dimension per head.")],
-    batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
-    max_seq_len: Annotated[int, typer.Option(help="Tokens that the cache holds.")] = 4096,
+    q_heads: Annotated[int, number("Query heads.")],
+    kv_heads: Annotated[int, number("KV heads.")],
+    head_dim: Annotated[int, number("Dimension per head.")],
+    batch: Annotated[int, number("Sequences.")] = 1,
+    max_seq_len: Annotated[int, number("Tokens that the cache holds.")] = 4096,
     dtype: Annotated[str, typer.Option(help="float16 or bfloat16.")] = "float16",
     arch: Annotated[str, typer.Option(help="Target.")] = "sm_90a",
     ragged: Annotated[bool, typer.Option(help="Whether lengths may differ much.")] = True,
@@ -34,7 +37,14 @@ def explain(
     import torch
 
     from gqa_cutlass.api import explain as explain_call
+    from gqa_cutlass.sizes import check_room, check_sizes
 
+    check_sizes("explain", batch=batch, max_seq_len=max_seq_len, q_heads=q_heads,
+                kv_heads=kv_heads, head_dim=head_dim)  # fmt: skip
+    check_room(
+        "explain", "max_seq_len", max_seq_len, least=1, each=4 * batch * kv_heads * head_dim,
+        fixed=0, room=_ADDRESSES, where="what can be addressed",
+    )  # fmt: skip
     kind = _element_type("explain", dtype)
 
     def empty(*shape: int) -> torch.Tensor:
@@ -43,21 +53,21 @@ def explain(
     cache = empty(batch, max_seq_len, kv_heads, head_dim)
     token = empty(batch, kv_heads, head_dim)
     q = empty(batch, q_heads, head_dim)
-    print(
-        explain_call(q, cache, cache, token, token, ragged=ragged, dependent=dependent, arch=arch)
-    )
+    found = explain_call(q, cache, cache, token, token, ragged=ragged, dependent=dependent,
+                         arch=arch)  # fmt: skip
+    say(str(found))
 
 
 def verify(
-    cache_len: Annotated[int, typer.Option(help="Tokens in the cache before the step.")] = 10,
-    batch: Annotated[int, typer.Option(help="Sequences.")] = 2,
-    q_heads: Annotated[int, typer.Option(help="Query heads.")] = 32,
-    kv_heads: Annotated[int, typer.Option(help="KV heads.")] = 8,
-    head_dim: Annotated[int, typer.Option(help="Dimension per head.")] = 128,
+    cache_len: Annotated[int, number("Tokens in the cache before the step.")] = 10,
+    batch: Annotated[int, number("Sequences.")] = 2,
+    q_heads: Annotated[int, number("Query heads.")] = 32,
+    kv_heads: Annotated[int, number("KV heads.")] = 8,
+    head_dim: Annotated[int, number("Dimension per head.")] = 128,
     dtype: Annotated[str, typer.Option(help="float16 or bfloat16.")] = "float16",
     max_seq_len: Annotated[
         int | None,
-        typer.Option(help="Tokens that the cache holds. Default: 64, or cache-len + 16 if more."),
+        number("Tokens that the cache holds. Default: 64, or cache-len + 16 if more."),
     ] = None,
     device: Annotated[
         str | None,
@@ -74,22 +84,22 @@ def verify(
         head_dim=head_dim, max_seq_len=max_seq_len, dtype=_element_type("verify", dtype),
         device=where,
     )  # fmt: skip
-    print(provenance(where))
-    for number, step in enumerate(steps, 1):
-        print(f"{number}. {step.name}: {'passed' if step.passed else 'FAILED'}")
-        print(textwrap.indent("\n".join(step.evidence), "   "))
+    say(provenance(where))
+    for position, step in enumerate(steps, 1):
+        say(f"{position}. {step.name}: {'passed' if step.passed else 'FAILED'}")
+        say(textwrap.indent("\n".join(step.evidence), "   "))
     passed = sum(step.passed for step in steps)
-    print(f"{passed} of {len(steps)} passed")
+    say(f"{passed} of {len(steps)} passed")
     if passed < len(steps):
         raise typer.Exit(1)
 
 
 def sim(
     kernel: Annotated[str, typer.Option(help="A kernel's name, as `list` prints it.")],
-    cache_len: Annotated[int, typer.Option(help="Tokens in the cache before the step.")],
-    batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
-    kv_heads: Annotated[int, typer.Option(help="KV heads.")] = 1,
-    splits: Annotated[int, typer.Option(help="Parts per sequence. 0: as dispatched.")] = 0,
+    cache_len: Annotated[int, number("Tokens in the cache before the step.")],
+    batch: Annotated[int, number("Sequences.")] = 1,
+    kv_heads: Annotated[int, number("KV heads.")] = 1,
+    splits: Annotated[int, number("Parts per sequence. 0: as dispatched.")] = 0,
     trace: Annotated[bool, typer.Option("--trace", help="Print every instruction.")] = False,
     no_races: Annotated[bool, typer.Option("--no-races", help="Do not look for races.")] = False,
 ) -> None:
@@ -108,10 +118,11 @@ def doctor() -> None:
     """Report what the package finds on this machine: compiler, headers, GPU, store."""
     from gqa_cutlass.doctor import findings
 
-    table = Table("what", "found", show_header=False)
-    for what, found in findings():
-        table.add_row(what, found)
-    print_wide(table)
+    found = findings()
+    for finding in found:
+        say(str(finding))
+    if any(finding.missing for finding in found):
+        raise typer.Exit(1)
 
 
 def _element_type(command: str, name: str) -> torch.dtype:

@@ -1,0 +1,60 @@
+"""Options that several commands have, and how what is given for them is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+_MOST_JOBS = 1024
+
+
+def folder(help: str) -> Any:
+    """An option for a folder to write to."""
+    return typer.Option(parser=_folder, metavar="FOLDER", help=help)
+
+
+def number(help: str) -> Any:
+    """An option for a whole number, of which the command knows what it allows."""
+    return typer.Option(parser=_number, metavar="INTEGER", help=help)
+
+
+def _folder(name: str | Path) -> Path:
+    from gqa_cutlass.codegen.files import unfit
+
+    if reason := unfit(name):
+        raise typer.BadParameter(reason)
+    return Path(name)
+
+
+def _number(text: str | int) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(f"got {text!r}; allowed: a whole number.") from None
+
+
+def _jobs(text: str | int) -> int:
+    jobs = _number(text)
+    if not 0 <= jobs <= _MOST_JOBS:
+        raise typer.BadParameter(f"got {jobs}; allowed: 0 (one per CPU) to {_MOST_JOBS}.")
+    return jobs
+
+
+Kernels = Annotated[
+    str | None,
+    typer.Option(
+        "--kernels",
+        help="Comma-separated; each entry is `*`-separated substrings of a name. Default: all.",
+    ),
+]
+Archs = Annotated[
+    str, typer.Option("--arch", help="Comma-separated targets, or `all`. Default: sm_90a.")
+]
+Jobs = Annotated[
+    int,
+    typer.Option(
+        parser=_jobs, metavar="INTEGER", help="Kernels to compile at a time. 0: one per CPU."
+    ),
+]
