@@ -119,6 +119,43 @@ def test_graph_and_eager_launches_side_by_side() -> None:
     assert all(torch.equal(other, expected[1]) for other in outs)
 
 
+@pytest.mark.parametrize("allocator", ["backend:native", "backend:cudaMallocAsync"])
+@pytest.mark.parametrize("what", ["torch", "ours"])
+def test_several_graphs_and_eager_calls_with_each_allocator(what: str, allocator: str) -> None:
+    """With torch alone first, to know what an allocator cannot do for anyone."""
+    printed = run_python(
+        f"import several_graphs; several_graphs.main({what!r})",
+        PYTHONPATH=Path(__file__).parent, PYTORCH_CUDA_ALLOC_CONF=allocator,
+    )  # fmt: skip
+    assert printed == f"{allocator.removeprefix('backend:')}\n"
+
+
+def test_a_stream_may_be_given_by_its_handle() -> None:
+    """The default stream's is 0; what is on it is waited for, as for any other."""
+    config = GQADecodeConfig(
+        batch_size=1, cache_len=500, num_q_heads=8, num_kv_heads=2, head_dim=128,
+        scale=128**-0.5, max_seq_len=512,
+    )  # fmt: skip
+    other = torch.cuda.Stream()
+    default = torch.cuda.default_stream()
+    for handle, stream in ((0, default), (1, default), (other.cuda_stream, other)):
+        step = make_step(lengths=[500], max_seq_len=512)
+        assert step.k is not None and step.v is not None
+        late_q = torch.randn_like(step.q)
+        tokens = (t.unsqueeze(1) for t in (step.q, step.k, step.v))
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(50_000_000)
+            step.q.copy_(late_q)  # a kernel on any other stream would see the old queries
+        with torch.cuda.stream(torch.cuda.Stream()):
+            output = step.out.view(1, 1, 8 * 128)
+            caches = step.k_cache, step.v_cache
+            gqa_attention_decode(output, *tokens, *caches, config, stream=handle)
+        torch.cuda.synchronize()
+        step.before["q"] = late_q
+        check(step, step.out)
+
+
 def test_first_call_may_happen_inside_a_capture_once_warmed_up() -> None:
     gqa_cutlass.warmup(
         [
