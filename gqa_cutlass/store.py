@@ -43,7 +43,7 @@ from gqa_cutlass.workers import map_in_order
 
 LOG = logging.getLogger("gqa_cutlass")
 _OURS = re.compile(r"gqa_decode_.*\.(json|cubin|ptx|lock|tmp)")
-_TRIES = 3  # at writing into a folder that somebody removes
+_TRIES = 10  # at writing into a folder that somebody removes
 Result = TypeVar("Result")
 
 
