@@ -230,14 +230,16 @@ def _edges_of_splits(config: KernelConfig) -> dict[str, Edge]:
 def _edges_of_clusters(config: KernelConfig) -> dict[str, Edge]:
     """With `block` tokens a block's warps take one tile each, and with more they walk."""
     tile, block = config.block_n, config.block_n * config.num_warps
-    half = 4 if config.dtype is DType.F16 else 2  # of a cluster's blocks, to give the rest no tile
+    # Half of a cluster's blocks, and one tile: the rest gets none. In small clusters, which cost
+    # ptxsim less, there is also a sequence that one block attends to.
+    half, short = (4, ()) if config.dtype is DType.F16 else (2, (5,))
     return {
         "one block": Edge(
             lengths=(0, 15, 16, block - 1, 2 * block + tile + 2),
             capacity=2 * block + tile + 3, layout="HND",
         ),
-        "whole cluster, and one block of it": Edge(
-            lengths=(half * block + 1, 5), capacity=half * block + 2, splits=2 * half,
+        "cluster": Edge(
+            lengths=(half * block + 1, *short), capacity=half * block + 2, splits=2 * half,
             layout="padded",
         ),
         "warps that walk in a cluster": Edge(

@@ -29,14 +29,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.xdist_group("gpu"))  # one process: they measure time
+        if group := _process_of(item):
+            item.add_marker(pytest.mark.xdist_group(group))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a GPU; what it proved on one is in gpu_evidence.json")
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+def _process_of(item: pytest.Item) -> str:
+    """What tests that belong into one process have in common."""
+    if item.get_closest_marker("gpu"):
+        return "gpu"  # they measure time
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    # A kernel is compiled and parsed once by the process that has all of its tests.
+    return next((value.name for value in parameters if isinstance(value, KernelConfig)), "")
 
 
 @pytest.fixture(scope="session", autouse=True)
