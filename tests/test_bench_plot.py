@@ -16,13 +16,28 @@ from gqa_cutlass.bench.checkout import RESULTS
 from gqa_cutlass.bench.points import GRID
 from gqa_cutlass.bench.record import Record, Row
 
+pytestmark = pytest.mark.xdist_group("pictures")  # drawn once
+
 SVG = "{http://www.w3.org/2000/svg}"
 ENDINGS = ("", "-context", "-bandwidth")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def full() -> Record:
     return full_record()
+
+
+@pytest.fixture(scope="module")
+def drawn(full: Record) -> dict[str, str | bytes]:
+    """The pictures of a record, called x."""
+    return plot.draw(full, "x")
+
+
+@pytest.fixture(scope="module")
+def drawn_again(full: Record) -> dict[str, str | bytes]:
+    """The same, drawn by a user with other settings."""
+    with matplotlib.rc_context({"font.size": 20, "svg.fonttype": "path"}):
+        return plot.draw(full, "x")
 
 
 @pytest.fixture
@@ -40,34 +55,31 @@ def _row(name: str, rows: list[Row]) -> Row:
     return found
 
 
-def _texts(record: Record, ending: str = "") -> list[str | None]:
+def _texts(picture: str | bytes) -> list[str | None]:
     """What is written in a picture."""
-    svg = plot.draw(record, "x")[f"x{ending}.svg"]
-    return [text.text for text in ET.fromstring(svg).iter(f"{SVG}text")]
+    return [text.text for text in ET.fromstring(picture).iter(f"{SVG}text")]
 
 
-def test_pictures_are_svg_and_png(full: Record) -> None:
-    drawn = plot.draw(full, "nvidia-x1.5")
-    assert list(drawn) == [
-        f"nvidia-x1.5{ending}.{kind}" for ending in ENDINGS for kind in ("svg", "png")
-    ]
+def test_pictures_are_svg_and_png(drawn: dict[str, str | bytes]) -> None:
+    assert list(drawn) == [f"x{ending}.{kind}" for ending in ENDINGS for kind in ("svg", "png")]
     for name, content in drawn.items():
         start = "<?xml" if name.endswith(".svg") else b"\x89PNG"
         assert content[: len(start)] == start and len(content) < 150_000
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_pictures_repeat_and_carry_no_date(full: Record, ending: str) -> None:
-    first = str(plot.draw(full, "x")[f"x{ending}.svg"])
-    with matplotlib.rc_context({"font.size": 20, "svg.fonttype": "path"}):  # as a user may have it
-        assert plot.draw(full, "x")[f"x{ending}.svg"] == first
+def test_pictures_repeat_and_carry_no_date(
+    drawn: dict[str, str | bytes], drawn_again: dict[str, str | bytes], ending: str
+) -> None:
+    first = str(drawn[f"x{ending}.svg"])
+    assert first == drawn_again[f"x{ending}.svg"]
     assert "dc:date" not in first and "Matplotlib" not in first
     assert not any(line.endswith(" ") for line in first.splitlines())
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_pictures_name_gpu_and_date(full: Record, ending: str) -> None:
-    texts = _texts(full, ending)
+def test_pictures_name_gpu_and_date(drawn: dict[str, str | bytes], ending: str) -> None:
+    texts = _texts(drawn[f"x{ending}.svg"])
     assert "float16, NVIDIA <X1>, 2026-01-02" in texts
     assert {"ours, append included", "best SDPA backend"} <= set(texts)
 
@@ -148,5 +160,8 @@ def test_a_record_without_a_grid_has_no_pictures(full: Record) -> None:
 
 def test_a_gpus_name_is_no_formula(full: Record) -> None:
     run = {"gpu": r"$\frac{$", "date": "2026-01-02"}
-    assert r"float16, $\frac{$, 2026-01-02" in _texts(replace(full, run=run))
-    assert "float16, unknown, unknown" in _texts(replace(full, run={}))
+    assert r"float16, $\frac{$, 2026-01-02" in _texts(
+        plot.draw(replace(full, run=run), "x")["x.svg"]
+    )
+    unknown = plot.draw(replace(full, run={}), "x")["x.svg"]
+    assert "float16, unknown, unknown" in _texts(unknown)

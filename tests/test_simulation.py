@@ -173,8 +173,8 @@ def overlap(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     [
         (128, 128, Schedule.MULTISTAGE),
         (100, 64, Schedule.MULTISTAGE),
-        (1024, 128, Schedule.TMA),
-        (1000, 96, Schedule.TMA),
+        (512, 128, Schedule.TMA),
+        (500, 96, Schedule.TMA),
     ],
 )
 def test_a_dependent_launch_gives_the_same_bits(
