@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -63,9 +63,10 @@ class Form:
         return " ".join([".".join(self.opcode), *map(hex, self.constants.values())])
 
 
-def element_wise() -> list[Form]:
+@cache
+def element_wise() -> tuple[Form, ...]:
     """Return every form of `arith`; lop3 with all its tables."""
-    made = []
+    made: list[Form] = []
     for opcode in forms():
         if opcode[0] != "lop3":
             made.append(_form(opcode))
@@ -73,7 +74,7 @@ def element_wise() -> list[Form]:
             made += [_form(opcode, {3: table}) for table in range(256)]
         else:
             made += [_form(opcode, {3: table}) for table in (0x00, 0x1B, 0x80, 0x96, 0xCA, 0xFF)]
-    return made
+    return tuple(made)
 
 
 def _form(opcode: Opcode, constants: dict[int, int] | None = None) -> Form:

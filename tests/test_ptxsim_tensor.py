@@ -686,7 +686,11 @@ def test_a_tensor_map_that_the_driver_refuses(change: dict[str, Any], essential:
         TensorMap(**{**FINE, **change})
 
 
-@pytest.mark.parametrize("data", [b"", bytes(128), b"gqaTMA", MAP.to_bytes()[:-1]])
+@pytest.mark.parametrize(
+    "data",
+    [b"", bytes(128), b"gqaTMA", MAP.to_bytes()[:-1]],
+    ids=["nothing", "zeros", "a beginning", "a byte less"],  # a map holds an address
+)
 def test_other_bytes_are_no_tensor_map(data: bytes) -> None:
     with pytest.raises(InputError, match="tensor map: got"):
         TensorMap.from_bytes(data)
