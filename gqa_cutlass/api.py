@@ -179,6 +179,7 @@ def plan(
         num_splits, softmax_scale, return_lse=return_lse, ragged=ragged, dependent=dependent
     )
     _check_kernel(kernel)
+    inputs.check_mode()
     tensors = inputs.gather(q, k_cache, v_cache, k, v, out)
     problem = inputs.validate(tensors)
     device = _device_of(q)

@@ -207,6 +207,17 @@ def check_options(num_splits: int = 0, softmax_scale: float | None = None, **fla
             _fail(name, shown(value), "True or False")
 
 
+def check_mode() -> None:
+    """Raise InputError while torch makes tensors that no kernel can work on."""
+    made = torch.empty(1, device="cpu")
+    if found := flaw(made) or memory_flaw(made):
+        _fail(
+            "torch's mode",
+            f"one in which a new tensor is {found.got}",
+            "calls outside of FakeTensorMode and of the transforms of torch.func",
+        )
+
+
 def check_memory(tensors: Tensors, cache_seqlens: int | Tensor) -> None:
     """Raise InputError for a tensor whose memory is not all there, or misaligned lengths.
 

@@ -23,6 +23,7 @@ from gqa_cutlass.ptxsim.prepare import Launch, Program
 from gqa_cutlass.ptxsim.ptx import parse
 from gqa_cutlass.ptxsim.simulate import Checks, simulate
 from gqa_cutlass.ptxsim.stats import Stats
+from gqa_cutlass.shortcuts import allocator
 from gqa_cutlass.store import Store
 from gqa_cutlass.tensormap import TensorMap
 
@@ -66,8 +67,9 @@ class CpuPlan(Plan):
             bound["seqlens"] = cache_seqlens
         partials = tickets = 0
         if self.dispatch.num_tickets:
-            floats = torch.empty(self.dispatch.partial_floats, dtype=torch.float32, device="cpu")
-            counters = torch.zeros(self.dispatch.num_tickets, dtype=torch.int32, device="cpu")
+            floats = _memory(self.dispatch.partial_floats, torch.float32)
+            counters = _memory(self.dispatch.num_tickets, torch.int32)
+            ctypes.memset(counters.data_ptr(), 0, counters.nbytes)
             partials, tickets = floats.data_ptr(), counters.data_ptr()
             bound |= {"partials": floats, "tickets": counters}
         if LOG.isEnabledFor(logging.DEBUG):
@@ -80,6 +82,11 @@ class CpuPlan(Plan):
 
     def _encode(self, description: TensorMap) -> bytes:
         return description.to_bytes()
+
+
+def _memory(count: int, dtype: torch.dtype) -> Tensor:
+    """Memory, whatever mode torch is in."""
+    return allocator((count,), dtype, torch.device("cpu"))()
 
 
 @lru_cache(maxsize=512)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gqa_cutlass.errors import CacheOverflowError
 from gqa_cutlass.launcher import allocate_zeroed, capture_id, relaxed_capture
+from gqa_cutlass.shortcuts import allocator
 
 CPU = -1  # instead of a GPU's index
 _TICKET_BYTES = 4
@@ -107,7 +108,7 @@ def borrow(device: int, stream: int, num_floats: int, num_tickets: int) -> tuple
     """Memory for the stream's next launch.
 
     Args:
-        device: The GPU.
+        device: The GPU, which is the current one.
         stream: The current stream's handle.
         num_floats: Float32 elements for partial outputs.
         num_tickets: Counters.
@@ -117,7 +118,7 @@ def borrow(device: int, stream: int, num_floats: int, num_tickets: int) -> tuple
         counters.
     """
     if torch.cuda.is_current_stream_capturing():
-        temporary = torch.empty(num_floats, dtype=torch.float32, device=device)
+        temporary = _floats(num_floats, device)
         tickets = _tickets_for((device, stream, capture_id(stream)), num_tickets)
         return temporary, temporary.data_ptr(), tickets
     held = _held.get((device, stream))
@@ -132,7 +133,7 @@ def _grown(
     """What a stream holds once it has had so much."""
     memory = None if held is None or held.num_floats < num_floats else held.memory
     if memory is None:
-        memory = torch.empty(num_floats, dtype=torch.float32, device=device)
+        memory = _floats(num_floats, device)
     return _Held(
         memory=memory,
         address=memory.data_ptr(),
@@ -140,6 +141,11 @@ def _grown(
         tickets=_tickets_for((device, stream, 0), num_tickets),
         num_tickets=num_tickets,
     )
+
+
+def _floats(count: int, device: int) -> Tensor:
+    """Memory on the current GPU, whatever mode torch is in."""
+    return allocator((count,), torch.float32, torch.device("cuda", device))()
 
 
 def _tickets_for(key: tuple[int, int, int], count: int) -> int:

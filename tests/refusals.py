@@ -12,10 +12,12 @@ import torch
 from helpers import call_tensors
 from tensor_kinds import Kind, kinds_for
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 import gqa_cutlass
 from gqa_cutlass import GQADecodeConfig, explain, gqa_attention_decode, gqa_decode, simulation
 from gqa_cutlass.errors import InputError
+from gqa_cutlass.ptxsim.memory import Region
 
 Call = Callable[..., object]
 Arguments = dict[str, Any]
@@ -78,11 +80,54 @@ def outcome(call: Call, arguments: Arguments, name: str, kind: Kind) -> str:
     return ", ".join(filter(None, seen)) if seen else "not called"
 
 
+def surroundings() -> Iterator[tuple[str, Callable[[Callable[[], object]], object]]]:
+    """Modes in which torch makes tensors without memory; each runs what it is given."""
+
+    def fake(work: Callable[[], object]) -> None:
+        with FakeTensorMode():
+            work()
+
+    yield "FakeTensorMode", fake
+    for transform in (torch.func.functionalize, torch.func.grad):
+        inside = transform  # bound now
+
+        def run(work: Callable[[], object], inside: Any = inside) -> None:
+            inside(lambda x: (work(), x.sum())[1])(torch.zeros(2))
+
+        yield transform.__name__, run
+
+
+def plans_in(surrounding: Callable[[Callable[[], object]], object]) -> str:
+    """Plan, and call a plan made before, where new tensors have no memory; what went wrong."""
+    call: Arguments = call_tensors(max_seq_len=300) | {"cache_seqlens": 3, "num_splits": 16}
+    a_plan = gqa_cutlass.plan(**call)
+    del call["num_splits"]
+    wrong: list[str] = []
+
+    def work() -> None:
+        a_plan(**call)
+        try:
+            gqa_cutlass.plan(**call)
+            wrong.append("a plan was made")
+        except InputError as error:
+            wrong.extend([] if "torch's mode: got one in which" in str(error) else [str(error)])
+
+    def run(program: None, shape: Any, params: Any, regions: list[Region], *_: object) -> None:
+        wrong.extend(f"no memory for {r.name}" for r in regions if not r.address)
+        wrong.extend([] if params.decode.partials and params.decode.tickets else ["no workspace"])
+
+    simulation.run = run
+    surrounding(work)
+    return ", ".join(wrong)
+
+
 def main() -> None:
     """Try every kind as every argument of every call."""
     warnings.simplefilter("ignore")
-    simulation.CpuPlan = Nothing  # type: ignore[misc]
     simulation.program_of = lambda config: None  # type: ignore[assignment, return-value]
+    for what, surrounding in surroundings():
+        print(f"{what}: {plans_in(surrounding) or 'refused'}")
+    simulation.CpuPlan = Nothing  # type: ignore[misc]
     tried = 0
     for what, call, arguments in calls():
         for name, plain in arguments.items():

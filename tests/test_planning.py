@@ -702,14 +702,14 @@ def test_a_stream_keeps_its_workspace_until_more_is_needed(
 ) -> None:
     made: list[Tensor] = []
 
-    def empty(count: int, *, dtype: torch.dtype, device: int) -> Tensor:
-        made.append(torch.zeros(count, dtype=dtype))
+    def floats(count: int, device: int) -> Tensor:
+        made.append(torch.zeros(count))
         return made[-1]
 
     monkeypatch.setattr(workspace, "_held", {})
     monkeypatch.setattr(workspace, "_tickets_for", lambda key, count: 4096 * (key[1] + 1) + count)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(workspace, "_floats", floats)
     asked = [(100, 10), (60, 5), (60, 20), (200, 5), (100, 20)]
     borrowed = [workspace.borrow(0, STREAM, *sizes) for sizes in asked]
     assert [memory is made[0] for memory, *_ in borrowed] == [True, True, True, False, False]

@@ -12,4 +12,4 @@ def test_every_kind_of_tensor_is_refused_as_every_argument_of_every_call() -> No
         "import refusals; refusals.main()", PYTHONPATH=Path(__file__).parent
     ).splitlines()
     assert [line for line in tried if not line.endswith(": refused")] == []
-    assert total == f"tried {len(tried)}" and len(tried) > 1000
+    assert total == f"tried {len(tried) - 3}" and len(tried) > 1000  # and three modes
