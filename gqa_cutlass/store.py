@@ -182,13 +182,15 @@ class Store:
         return StoredKernel(config=config, arch=arch, path=path, compiled=compiled, was_built=True)
 
     def _insist(self, root: Path, act: Callable[[], Result]) -> Result:
-        """Do something in the writable folder, which others may remove at any time."""
+        """Do something in the writable folder, where others may remove or put things meanwhile."""
         with self._writing(root):
             for _ in range(_TRIES):
-                root.mkdir(parents=True, exist_ok=True, mode=0o700 if self.private else 0o755)
-                with suppress(FileNotFoundError):
+                with suppress(FileExistsError):
+                    root.mkdir(parents=True, mode=0o700 if self.private else 0o755)
+                with suppress(FileNotFoundError, IsADirectoryError):
                     return act()
-            raise FileNotFoundError(errno.ENOENT, "removed again and again", str(root))
+            what = "a link to nothing" if root.is_symlink() else "removed again and again"
+            raise FileNotFoundError(errno.ENOENT, what, str(root))
 
     def _folders(self) -> list[Path]:
         return [*self.read_only, *([self.root] if self.root else [])]

@@ -261,6 +261,22 @@ def test_what_killed_processes_left_of_a_kernel_goes_when_it_is_built(store: Sto
     assert _files(store.root) == {path.name, path.with_suffix(".json").name}
 
 
+@pytest.mark.parametrize(
+    ("kind", "why"), [("file", "Not a directory"), ("link", "a link to nothing")]
+)
+def test_what_lies_in_the_folders_place_is_said(
+    tmp_path: Path, compiler: InstantCompiler, kind: str, why: str
+) -> None:
+    root = tmp_path / "store"
+    if kind == "file":
+        root.touch()
+    else:
+        root.symlink_to("nowhere")
+    with pytest.raises(StoreError, match=f"cannot write to {root} .{why}: {root}.*needed"):
+        Store(root=root).get(CONFIG, ARCH)
+    assert compiler.compiled == []
+
+
 @pytest.mark.parametrize("name", ["a" * 300, "nul\0nul", "[red]"])
 def test_odd_names_of_folders_are_errors_of_ours_or_work(
     tmp_path: Path, compiler: InstantCompiler, name: str
