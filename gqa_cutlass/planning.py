@@ -165,8 +165,12 @@ class Plan(ABC):
         given: tuple[Any, ...] = tensors
         q, k_cache, v_cache, k, v, out = given
         lengths: Any = cache_seqlens
-        if self._num_absent:
-            k, v, out, lengths = self._fill_gaps(k, v, out, lengths)
+        if self._num_absent:  # as `_fill_gaps`, whose call would cost as much again
+            no_k, no_v, no_out, no_lengths = self._absent
+            k = no_k if k is None else k
+            v = no_v if v is None else v
+            out = no_out if out is None else out
+            lengths = no_lengths if type(lengths) is int else lengths
         try:
             if (
                 q.is_nested or k_cache.is_nested or v_cache.is_nested or k.is_nested
