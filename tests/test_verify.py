@@ -141,8 +141,32 @@ def test_other_faults_are_not_taken_for_too_little_memory(fault: Exception) -> N
 
 
 def test_the_error_rule_is_that_of_the_tests() -> None:
-    rule = verify.MAX_RATIO, verify.MEAN_RATIO, verify.SLACK
-    assert rule == (reference.MAX_RATIO, reference.MEAN_RATIO, reference.SLACK)
+    rule = verify.MAX_RATIO, verify.MEAN_RATIO, verify.SLACK, verify.MIN_HEADS
+    assert rule == (
+        reference.MAX_RATIO, reference.MEAN_RATIO, reference.SLACK, reference.MIN_HEADS,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("batch", "heads", "runs"), [(1, 1, 16), (2, 2, 4), (3, 5, 2), (1, 16, 1)])
+def test_errors_are_those_of_at_least_16_heads(batch: int, heads: int, runs: int) -> None:
+    """In other steps as many runs, of which the caches and the log say nothing."""
+    steps = steps_of(batch_size=batch, num_q_heads=heads, num_kv_heads=1, head_dim=64)
+    assert failed(steps) == []
+    said = [line for line in steps[OUTPUT].evidence if "runs" in line]
+    assert said == ([f"errors of {runs} runs, for 16 heads or more"] if runs > 1 else [])
+    assert len(steps[LOGGED].evidence) == 1
+
+
+def test_a_fault_of_a_later_run_fails_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[None] = []
+
+    def fail_later(output: torch.Tensor, **_: Any) -> None:
+        runs.append(None)
+        if len(runs) == 2:
+            output.fill_(float("nan"))
+
+    after(fail_later)(monkeypatch)
+    assert failed(steps_of(batch_size=1, **SMALL)) == [OUTPUT]
 
 
 def test_the_log_is_left_as_it_was(caplog: pytest.LogCaptureFixture) -> None:
@@ -305,7 +329,8 @@ def test_the_mean_error_counts_where_the_largest_is_allowed(
     after(lambda output, **_: output.add_(2e-4))(monkeypatch)
     steps = steps_of(**SMALL)
     assert failed(steps) == [OUTPUT]
-    _, largest, mean = (re.findall(r"\d\.\d\de-\d\d", line) for line in steps[OUTPUT].evidence)
+    _, *lines = steps[OUTPUT].evidence
+    largest, mean = (re.findall(r"\d\.\d\de-\d\d", line) for line in lines[:2])
     assert float(largest[0]) <= float(largest[1]) and float(mean[0]) > float(mean[1])
 
 
