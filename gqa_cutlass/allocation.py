@@ -153,15 +153,16 @@ def available_bytes(device: torch.device, held: bool = True) -> int:
     """Bytes that could be allocated on a device.
 
     Args:
-        device: A GPU or the CPU.
+        device: A GPU, the current one if it has no index, or the CPU.
         held: Whether to count what torch's allocator holds on the GPU and does not use.
     """
     if device.type == "cpu":
         return _available_on_the_host()
-    free, total = torch.cuda.mem_get_info(device)
-    reserved = torch.cuda.memory_reserved(device)
-    allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total)
-    unused = reserved - torch.cuda.memory_allocated(device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    free, total = torch.cuda.mem_get_info(index)
+    reserved = torch.cuda.memory_reserved(index)
+    allowed = int(torch.cuda.get_per_process_memory_fraction(index) * total)
+    unused = reserved - torch.cuda.memory_allocated(index)
     return max(0, min(free, allowed - reserved)) + held * unused
 
 

@@ -38,7 +38,7 @@ def random_like(cache: KVCache, *shape: int) -> Tensor:
 
 def tokens(cache: KVCache, count: int) -> tuple[Tensor, Tensor]:
     """Random K and V, [batch, count, heads, dim]."""
-    shape = cache.batch_size, count, HEADS, DIM
+    shape = cache.batch_size, count, *cache.k.shape[2:]
     return random_like(cache, *shape), random_like(cache, *shape)
 
 

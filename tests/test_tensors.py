@@ -84,7 +84,11 @@ def test_plain_tensors_have_no_flaw(make: Callable[[], Tensor]) -> None:
     assert tensor.device.type == "meta" or memory_flaw(tensor) is None
 
 
-@pytest.mark.parametrize("value", [None, 3, "tensor", [1.0], Mock(spec=Tensor)], ids=repr)
+@pytest.mark.parametrize(
+    "value",
+    [None, 3, "tensor", [1.0], Mock(spec=Tensor)],
+    ids=["None", "int", "str", "list", "mock"],
+)
 def test_what_is_no_tensor_is_named_by_its_type(value: object) -> None:
     assert flaw(value) == Flaw(f"a {type(value).__name__}", "a torch.Tensor")
 
