@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from gqa_cutlass.codegen.schema import storage
 from gqa_cutlass.codegen.schema.kinds import DType, Math, Schedule
+from gqa_cutlass.codegen.schema.policies import Policy, special, tagged
 from gqa_cutlass.codegen.schema.rounding import ceil_div, round_up
 from gqa_cutlass.codegen.schema.storage import ELEMENT_BYTES, box_tile_bytes
 from gqa_cutlass.errors import ConfigError
@@ -74,7 +75,7 @@ _NAME = re.compile(
     r"_d(?P<head_dim>[1-9]\d*)_g(?P<group_size>[1-9]\d*)_align(?P<vec_width>[1-9]\d*)"
     r"_(?P<schedule>multistage|tma)"
     r"_h(?P<block_h>[1-9]\d*)n(?P<block_n>[1-9]\d*)w(?P<num_warps>[1-9]\d*)s(?P<num_stages>[1-9]\d*)"
-    r"(?P<dependent>_pdl)?"
+    r"(?P<policies>(?:_(?!pdl)[a-z0-9]+)*)(?P<dependent>_pdl)?"
 )
 
 # Per schedule, and for dependent launches: the oldest architecture, as names say it; those that it
@@ -124,6 +125,7 @@ class KernelConfig:
         schedule: How it loads and merges.
         dependent: Whether it may start before the kernel before it is done (programmatic dependent
             launch), which costs others 2% at short contexts.
+        policies: Features: what stands in the kernel's slots in place of their defaults.
 
     Raises:
         ConfigError: A rule is broken; the message names it.
@@ -140,6 +142,7 @@ class KernelConfig:
     num_stages: int
     schedule: Schedule = Schedule.MULTISTAGE
     dependent: bool = False
+    policies: tuple[Policy, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "schedule", _member(Schedule, "schedule", self.schedule))
@@ -148,6 +151,14 @@ class KernelConfig:
         for field in ("head_dim", "group_size", "vec_width", "block_h", "block_n", "num_warps",
                       "num_stages"):  # fmt: skip
             _check(field, getattr(self, field), type(getattr(self, field)) is int, "an int")
+        object.__setattr__(self, "policies", special(tuple(self.policies)))
+        for policy in self.policies:
+            _check(
+                "schedule",
+                self.schedule,
+                self.schedule in policy.schedules,
+                f"{', '.join(sorted(policy.schedules))} with {policy}",
+            )
         _check("dependent", self.dependent, type(self.dependent) is bool, "a bool")
         check_head_dim(self.head_dim)
         for field, allowed, text in (
@@ -181,6 +192,7 @@ class KernelConfig:
             f"gqa_decode_{self._target[0]}_{self.math}_{self.dtype}_{self.dtype}"
             f"_d{self.head_dim}_g{self.group_size}_align{self.vec_width}"
             f"_{self.schedule}_h{self.block_h}n{self.block_n}w{self.num_warps}s{self.num_stages}"
+            f"{''.join(f'_{policy.tag}' for policy in self.policies)}"
             f"{'_pdl' if self.dependent else ''}"
         )
 
@@ -197,11 +209,12 @@ class KernelConfig:
                 f"kernel name: got {name!r}; allowed: names as `gqa-cutlass list` prints them"
             )
         text = match.groupdict()
-        words = ("arch", "math", "dtype", "schedule", "dependent")
+        words = ("arch", "math", "dtype", "schedule", "policies", "dependent")
         found = cls(
             math=Math(text["math"]),
             dtype=DType(text["dtype"]),
             schedule=Schedule(text["schedule"]),
+            policies=tagged(text["policies"]),
             dependent=text["dependent"] is not None,
             **{k: int(v) for k, v in text.items() if k not in words},
         )
@@ -298,6 +311,7 @@ class KernelConfig:
             held = accumulators + queries + self.block_n // 2 + 72
         else:
             held = ceil_div(self.head_dim, 64) * self.block_h * 2 + 104
+        held += sum(policy.registers for policy in self.policies)
         return min(255, round_up(held, 8))
 
 

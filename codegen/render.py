@@ -10,6 +10,7 @@ from gqa_cutlass.codegen.config import KernelConfig
 from gqa_cutlass.codegen.headers import our_headers
 from gqa_cutlass.codegen.schema.emit import check_emitted
 from gqa_cutlass.codegen.schema.kinds import DType, Math, Schedule
+from gqa_cutlass.codegen.schema.policies import Policy, check_contract, in_every_slot
 
 _TEMPLATE = "decode.cu.jinja"
 _ELEMENT = {DType.F16: "cutlass::half_t", DType.BF16: "cutlass::bfloat16_t"}
@@ -25,22 +26,31 @@ def render(config: KernelConfig) -> str:
     """Render the source of one kernel: its traits spelled out and its entry point.
 
     Raises:
-        ConfigError: The headers are not what the schema says; run `gqa-cutlass generate`.
+        ConfigError: A header is not what the schema says.
     """
-    _check_headers()
+    _check_params()
+    policies = in_every_slot(config.policies)
+    for policy in policies:
+        _check_policy(policy)
     template = environment().get_template(_TEMPLATE)
     return template.render(
         config=config,
         element=_ELEMENT[config.dtype],
         math=_MATH[config.math],
         schedule=_SCHEDULE[config.schedule],
+        policies=policies,
         template=_TEMPLATE,
     )
 
 
 @cache
-def _check_headers() -> None:
+def _check_params() -> None:
     check_emitted(our_headers().text("gqa/params.cuh"))
+
+
+@cache
+def _check_policy(policy: Policy) -> None:
+    check_contract(policy, our_headers().text(f"gqa/{policy.header}"))
 
 
 @cache

@@ -9,6 +9,7 @@ from itertools import product
 
 from gqa_cutlass.codegen.config import KernelConfig, check_head_dim
 from gqa_cutlass.codegen.schema.kinds import DType, Math, Schedule
+from gqa_cutlass.codegen.schema.policies import Policy
 from gqa_cutlass.codegen.schema.rounding import ceil_div
 from gqa_cutlass.errors import ConfigError
 
@@ -51,6 +52,7 @@ def default_config(
     group_size: int,
     vec_width: int,
     schedule: Schedule = Schedule.MULTISTAGE,
+    policies: tuple[Policy, ...] = (),
 ) -> KernelConfig:
     """Choose the tile shape for what a problem fixes.
 
@@ -61,6 +63,7 @@ def default_config(
         group_size: Query heads per KV head.
         vec_width: Elements per access that every address allows.
         schedule: How it loads and merges.
+        policies: Features.
 
     Raises:
         ConfigError: head_dim, group_size or vec_width is out of range.
@@ -79,6 +82,7 @@ def default_config(
         num_warps=num_warps,
         num_stages=num_stages,
         schedule=schedule,
+        policies=policies,
     )
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from gqa_cutlass.codegen import ARCHES, DType, KernelConfig, Math, Schedule, default_config
 from gqa_cutlass.codegen.config import MAX_GROUP_SIZE
+from gqa_cutlass.codegen.schema.policies import POLICIES, SLOTS
 from gqa_cutlass.errors import ConfigError
 
 TENSOROP: dict[str, Any] = {
@@ -26,11 +27,13 @@ TENSOROP: dict[str, Any] = {
     "num_stages": 2,
     "schedule": Schedule.MULTISTAGE,
     "dependent": False,
+    "policies": (),
 }
 SIMT = TENSOROP | {"math": Math.SIMT, "block_h": 4}
 TMA = TENSOROP | {"schedule": Schedule.TMA}
 DEPENDENT = TENSOROP | {"dependent": True}
 BASES = {"tensorop": TENSOROP, "simt": SIMT, "tma": TMA, "dependent": DEPENDENT}
+IN_SLOT = {slot: [p for p in POLICIES if p.slot is slot] for slot in SLOTS}
 INTEGERS = [name for name, value in TENSOROP.items() if type(value) is int]
 
 BROKEN_RULES = [
@@ -87,6 +90,7 @@ def configs(draw: st.DrawFn) -> KernelConfig:
             num_stages=draw(st.integers(1, 4 if tma else 8)),
             schedule=schedule,
             dependent=draw(st.booleans()),
+            policies=tuple(draw(st.sampled_from(IN_SLOT[slot])) for slot in SLOTS),
         )
     except ConfigError:  # too much shared memory, or no room for a warp's partial output
         reject()

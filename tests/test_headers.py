@@ -94,7 +94,12 @@ def test_a_header_that_is_not_there_is_named(folder: Path) -> None:
         Headers(folder).digest("#include <gqa/absent.cuh>\n")
 
 
-@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(KernelConfig)])
+def test_every_field_has_another_value_to_compare_with() -> None:
+    named = {field.name for field in dataclasses.fields(KernelConfig)}
+    assert set(OTHERS) == named - {"policies"}  # of which test_policies.py has more to say
+
+
+@pytest.mark.parametrize("field", OTHERS)
 def test_configurations_that_render_differently_have_different_names(field: str) -> None:
     other = dataclasses.replace(CONFIG, **{field: OTHERS[field]})
     assert other.name != CONFIG.name

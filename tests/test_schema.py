@@ -103,12 +103,12 @@ def test_no_kernel_is_rendered_for_a_header_that_is_out_of_step(
     header.write_text(header.read_text().replace("int32_t max_seq_len", "int64_t max_seq_len"))
     module = sys.modules["gqa_cutlass.codegen.render"]
     monkeypatch.setattr(module, "our_headers", lambda: Headers(tmp_path / "include"))
-    module._check_headers.cache_clear()
+    module._check_params.cache_clear()
     try:
         with pytest.raises(ConfigError, match=r"int64_t max_seq_len.*Run `gqa-cutlass generate`"):
             render.__wrapped__(CONFIG)
     finally:
-        module._check_headers.cache_clear()
+        module._check_params.cache_clear()
 
 
 def test_every_address_that_a_kernel_is_told_is_a_row_of_memory() -> None:

@@ -4,15 +4,17 @@
 #include <cutlass/array.h>
 #include <cutlass/numeric_conversion.h>
 
+#include <gqa/policy/slots.cuh>
 #include <gqa/stage/combine.cuh>
 #include <gqa/stage/work.cuh>
 
 namespace gqa {
 
 template <class T, int kWidth>
-CUTE_DEVICE void write_output(Params const& p, Work<T> const& w, Slice s, Merged<kWidth> const& r) {
+CUTE_DEVICE void write_output(Params const& p, Work<T> const& w, Slice s, Merged<kWidth>&& r) {
   using Element = typename T::Element;
   constexpr int kVec = T::kVecWidth < kWidth ? T::kVecWidth : kWidth;
+  OutputOf<T>::finish(p, w, s, r);
   bool const empty = r.sum == 0.f;  // nothing attended: the output is zero and lse minus infinity
   float const scale = !w.valid ? kNan : empty ? 0.f : reciprocal_approx(r.sum);
   cutlass::Array<float, kWidth> values;

@@ -1,4 +1,4 @@
-// Stage 2, score: S = scale * K Q^T for one tile, masked past the end of the sequence.
+// Stage 2, score: S = K Q^T for one tile, as logits count it.
 //
 // Transposed with respect to prefill: tokens take the MMA's M side and the heads of the group its
 // N side of 8, so a group of 8 wastes nothing and one of 4 half, where heads on M would waste 8 or
@@ -7,6 +7,7 @@
 
 #include <gqa/arch/mma.cuh>
 #include <gqa/arch/tile.cuh>
+#include <gqa/stage/logits.cuh>
 #include <gqa/stage/work.cuh>
 
 namespace gqa {
@@ -50,7 +51,7 @@ struct Scorer<T, Math::kTensorOp> {
   // Position in the tile of a lane's t-th token.
   CUTE_DEVICE static int token(int t) { return t * 8 + int(threadIdx.x) % kWarpSize / 4; }
 
-  CUTE_DEVICE void operator()(Element const* keys, int tokens_left, float scale_log2,
+  CUTE_DEVICE void operator()(Element const* keys, TileEnd end, Logits<T> const& logit,
                               float (&scores)[T::kLaneHeads][T::kLaneTokens]) const {
     int const lane = threadIdx.x % kWarpSize;
     CUTE_UNROLL
@@ -61,7 +62,7 @@ struct Scorer<T, Math::kTensorOp> {
       CUTE_UNROLL
       for (int step = 0; step < kSteps; ++step) {
         uint32_t k[4];
-        cute::SM75_U32x4_LDSM_N::copy(row[step], k[0], k[1], k[2], k[3]);
+        OperandsOf<T>::key_fragment(row[step], k);
         CUTE_UNROLL
         for (int n = 0; n < kHeadTiles; ++n) mma<Element>(sum[step % 2][n], k, query[step][n]);
       }
@@ -70,15 +71,15 @@ struct Scorer<T, Math::kTensorOp> {
         CUTE_UNROLL
         for (int i = 0; i < 4; ++i) {
           int const t = 2 * m + i / 2;
-          float const s = (sum[0][n][i] + sum[1][n][i]) * scale_log2;
-          scores[2 * n + i % 2][t] = token(t) < tokens_left ? s : -kInfinity;
+          int const h = 2 * n + i % 2;
+          scores[h][t] = logit(sum[0][n][i] + sum[1][n][i], h, end.at(token(t)));
         }
       }
     }
   }
 
-  // Scores of a single key in shared memory, [head]. It stands in all 16 rows of the MMA.
-  CUTE_DEVICE void score_one(Element const* key, float scale_log2,
+  // Scores of the new token's key in shared memory, [head]. It stands in all 16 rows of the MMA.
+  CUTE_DEVICE void score_one(Element const* key, LogitOf<T> const& logit,
                              float (&scores)[T::kBlockH]) const {
     int const lane = threadIdx.x % kWarpSize;
     float sum[2][kHeadTiles][4] = {};
@@ -93,7 +94,8 @@ struct Scorer<T, Math::kTensorOp> {
     if (lane / 4 != 0) return;
     CUTE_UNROLL
     for (int h = 0; h < T::kLaneHeads; ++h) {
-      scores[T::head_of(lane, h)] = (sum[0][h / 2][h % 2] + sum[1][h / 2][h % 2]) * scale_log2;
+      scores[T::head_of(lane, h)] =
+          logit(sum[0][h / 2][h % 2] + sum[1][h / 2][h % 2], h, {0, 1, 0});
     }
   }
 
@@ -129,7 +131,7 @@ struct Scorer<T, Math::kSimt> {
 
   CUTE_DEVICE static int token() { return int(threadIdx.x) % kWarpSize % T::kBlockN; }
 
-  CUTE_DEVICE void operator()(typename T::Element const* keys, int tokens_left, float scale_log2,
+  CUTE_DEVICE void operator()(typename T::Element const* keys, TileEnd end, Logits<T> const& logit,
                               float (&scores)[T::kLaneHeads][T::kLaneTokens]) const {
     int const part = int(threadIdx.x) % kWarpSize / T::kBlockN;
     float sum[T::kBlockH] = {};
@@ -144,7 +146,7 @@ struct Scorer<T, Math::kSimt> {
       for (int bit = T::kBlockN; bit < kWarpSize; bit *= 2) {
         sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], bit);
       }
-      scores[h][0] = token() < tokens_left ? sum[h] * scale_log2 : -kInfinity;
+      scores[h][0] = logit(sum[h], h, end.at(token()));
     }
   }
 
@@ -160,10 +162,10 @@ struct Scorer<T, Math::kSimt> {
       CUTE_UNROLL
       for (int i = 0; i < kChunk / 4; ++i) {
         float4 const v = q[i];
-        sum[h] = fmaf(float(k[4 * i]), v.x, sum[h]);
-        sum[h] = fmaf(float(k[4 * i + 1]), v.y, sum[h]);
-        sum[h] = fmaf(float(k[4 * i + 2]), v.z, sum[h]);
-        sum[h] = fmaf(float(k[4 * i + 3]), v.w, sum[h]);
+        sum[h] = fmaf(OperandsOf<T>::number(k[4 * i]), v.x, sum[h]);
+        sum[h] = fmaf(OperandsOf<T>::number(k[4 * i + 1]), v.y, sum[h]);
+        sum[h] = fmaf(OperandsOf<T>::number(k[4 * i + 2]), v.z, sum[h]);
+        sum[h] = fmaf(OperandsOf<T>::number(k[4 * i + 3]), v.w, sum[h]);
       }
     }
   }

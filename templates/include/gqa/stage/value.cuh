@@ -47,7 +47,7 @@ struct Accumulator<T, Math::kTensorOp> {
       CUTE_UNROLL
       for (int m = 0; m < kDimTiles; ++m) {
         uint32_t v[4];
-        cute::SM75_U16x8_LDSM_T::copy(row[m], v[0], v[1], v[2], v[3]);
+        OperandsOf<T>::value_fragment(row[m], v);
         CUTE_UNROLL
         for (int n = 0; n < kHeadTiles; ++n) mma<Element>(out[m][n], v, p[n]);
       }
@@ -158,8 +158,8 @@ struct Accumulator<T, Math::kSimt> {
         alignas(4) Element pair[2];
         *reinterpret_cast<uint32_t*>(pair) =
             *reinterpret_cast<uint32_t const*>(values + typename T::TileLayout{}(t + i, dim));
-        v[i][0] = float(pair[0]);
-        v[i][1] = float(pair[1]);
+        v[i][0] = OperandsOf<T>::number(pair[0]);
+        v[i][1] = OperandsOf<T>::number(pair[1]);
       }
       CUTE_UNROLL
       for (int h = 0; h < T::kBlockH; ++h) {

@@ -10,6 +10,7 @@
 #pragma once
 
 #include <gqa/params.cuh>
+#include <gqa/policy/slots.cuh>
 #include <gqa/traits.cuh>
 
 namespace gqa {
@@ -20,6 +21,7 @@ struct Work {
   int num_cached;  // tokens in the cache before the call
   int num_tokens;  // tokens attended: cached ones and the new one
   int num_tiles;   // the new token is in the last one; not so with TMA, which reads the cache alone
+  int start_tile;  // the first tile of which the mask lets anything be seen
   int num_splits;  // splits that have tiles; the others have nothing to do
   int first_part;  // number of the sequence's first split among those of the batch
   bool valid;      // the length is one that the cache can hold; if not, it counts as zero
@@ -33,7 +35,7 @@ struct Work {
 
   CUTE_DEVICE Work(Params const& p, int length)
       : batch(blockIdx.z),
-        kv_head(kv_head_of_block()),
+        kv_head(kv_head_of_block<T>()),
         head_block(blockIdx.x % T::kHeadBlocks),
         split(blockIdx.y),
         first_part(blockIdx.z * gridDim.y) {
@@ -43,7 +45,8 @@ struct Work {
   }
 
   // First tile of this warp, and the distance to its next.
-  CUTE_DEVICE int first_tile(int warp) const { return split * T::kNumWarps + warp; }
+  CUTE_DEVICE int first_tile(int warp) const { return start_tile + split * T::kNumWarps + warp; }
+  CUTE_DEVICE int num_walked_tiles() const { return num_tiles - start_tile; }
   CUTE_DEVICE int tile_step() const { return num_splits * T::kNumWarps; }
 
   // Heads of this block: the group's heads first_head() .. first_head() + num_heads() - 1.
@@ -52,8 +55,6 @@ struct Work {
     return left < T::kBlockH ? left : T::kBlockH;
   }
   CUTE_DEVICE int first_head() const { return kv_head * T::kGroupSize + head_block * T::kBlockH; }
-
-  CUTE_DEVICE static int kv_head_of_block() { return blockIdx.x / T::kHeadBlocks; }
 
   // The row of this block's KV head in a tensor of new tokens.
   template <class Element>
@@ -79,11 +80,12 @@ struct Work {
     num_cached = valid ? length : 0;
     num_tokens = num_cached + appends;
     num_tiles = ceil_div(T::kTma ? num_cached : num_tokens, T::kBlockN);
+    start_tile = MaskOf<T>::first_token(p, batch, num_tokens) / T::kBlockN;
   }
 
   // No more splits than leave every warp a tile.
   CUTE_DEVICE int useful_splits(int most) const {
-    int const wanted = ceil_div(num_tiles, T::kNumWarps);
+    int const wanted = ceil_div(num_walked_tiles(), T::kNumWarps);
     return wanted < 1 ? 1 : wanted < most ? wanted : most;
   }
 
@@ -95,8 +97,8 @@ struct Work {
     int longest = 0;
     for (int b = lane; b < num_sequences; b += kWarpSize) {
       set_length(p, p.seqlens[b]);
-      total += num_tiles;
-      longest = num_tiles > longest ? num_tiles : longest;
+      total += num_walked_tiles();
+      longest = num_walked_tiles() > longest ? num_walked_tiles() : longest;
     }
     total = __reduce_add_sync(0xffffffffu, total);
     longest = __reduce_max_sync(0xffffffffu, longest);
@@ -131,7 +133,9 @@ struct Work {
       bool const exists = first + lane < int(gridDim.z);
       int const length = exists ? p.seqlens[first + lane] : 0;
       set_length(p, length);
-      int const splits = !exists ? 0 : num_tiles == 0 ? 1 : ceil_div(num_tiles, share);
+      int const splits = !exists                   ? 0
+                         : num_walked_tiles() == 0 ? 1
+                                                   : ceil_div(num_walked_tiles(), share);
       int end = splits;  // of this sequence's splits, counted from those of sequence `first`
       CUTE_UNROLL
       for (int distance = 1; distance < kWarpSize; distance *= 2) {

@@ -34,6 +34,7 @@ CUTE_DEVICE void attend(Params const& p, Work<T> const& w, SharedStorage<T>& sha
   int const warp = threadIdx.x / kWarpSize;
   ring.fill(p, w, w.first_tile(warp));
   Scorer<T> const score(p, w, shared);
+  Logits<T> const logits(p);
   OnlineSoftmax<T> softmax;
   Accumulator<T> acc(shared);
   CUTE_NO_UNROLL
@@ -48,7 +49,7 @@ CUTE_DEVICE void attend(Params const& p, Work<T> const& w, SharedStorage<T>& sha
       put_new_row<T>(token.key, left, keys);
       if (w.head_block == 0) token.append(p, w);
     }
-    score(keys, left, p.scale_log2, scores);
+    score(keys, {left, left - 1}, logits, scores);
     ring.refill_keys(w, tile);
     softmax.update(scores, [&](auto const& factor) { acc.rescale(factor); });
     auto* values = ring.wait_values();

@@ -26,22 +26,18 @@ CUTE_DEVICE void copy_or_zero(Vec const* source, Vec* target, bool exists, uint6
 // The rows of one KV head of one sequence, in K or in V.
 template <class T>
 struct RowSource {
-  typename T::Element const* cache;
-  int64_t stride;
+  typename CacheOf<T>::Rows row;
   uint64_t policy;
 
-  CUTE_DEVICE RowSource(void const* base, CacheStrides strides, int batch)
-      : cache(static_cast<typename T::Element const*>(base) + batch * strides.batch +
-              Work<T>::kv_head_of_block() * strides.head),
-        stride(strides.token),
-        policy(evict_first_policy()) {}
+  CUTE_DEVICE explicit RowSource(typename CacheOf<T>::Rows const& rows)
+      : row(rows), policy(evict_first_policy()) {}
 
   // Brings the rows of a tile before `end` to L2. All lanes take part.
   CUTE_DEVICE void prefetch_tile(int tile, int end) const {
     constexpr int kRowBytes = T::kHeadDim * int(sizeof(typename T::Element));
     int const token = tile * T::kBlockN + int(threadIdx.x) % kWarpSize;
     if (token < (tile + 1) * T::kBlockN && token < end) {
-      prefetch_to_l2(cache + token * stride, kRowBytes);
+      prefetch_to_l2(row(token), kRowBytes);
     }
   }
 
@@ -57,15 +53,15 @@ struct RowSource {
     if (kRows * kLanes < kWarpSize && lane >= kRows * kLanes) return;
     _Pragma("unroll 8")
     for (int i = 0; i < ceil_div(T::kBlockN, kRows); ++i) {
-      int const row = i * kRows + lane / kLanes;
-      if (T::kBlockN % kRows != 0 && row >= T::kBlockN) return;
-      int const token = tile * T::kBlockN + row;
-      auto const* source = cache + token * stride;
+      int const at = i * kRows + lane / kLanes;
+      if (T::kBlockN % kRows != 0 && at >= T::kBlockN) return;
+      int const token = tile * T::kBlockN + at;
+      auto const* source = row(token);
       CUTE_UNROLL
       for (int dim = lane % kLanes * T::kVecWidth; dim < T::kHeadDim;
            dim += kLanes * T::kVecWidth) {
         copy_or_zero(reinterpret_cast<Vector<T> const*>(source + dim),
-                     reinterpret_cast<Vector<T>*>(target + typename T::TileLayout{}(row, dim)),
+                     reinterpret_cast<Vector<T>*>(target + typename T::TileLayout{}(at, dim)),
                      token < end, policy);
       }
     }
@@ -81,8 +77,8 @@ class TileRing {
   using Element = typename T::Element;
 
   CUTE_DEVICE TileRing(Params const& p, unsigned char* storage, int first_tile)
-      : keys_(p.k_cache, p.k_cache_stride, blockIdx.z),
-        values_(p.v_cache, p.v_cache_stride, blockIdx.z),
+      : keys_(CacheOf<T>::keys(p, blockIdx.z)),
+        values_(CacheOf<T>::values(p, blockIdx.z)),
         slots_(reinterpret_cast<Element*>(storage)),
         early_(first_tile * T::kBlockN < p.prefetch_limit) {
     if constexpr (T::kHeadDim != T::kHeadDimPadded) clear_padding();
@@ -107,8 +103,8 @@ class TileRing {
   // Asks for the other tiles that have a slot.
   CUTE_DEVICE void fill(Params const& p, Work<T> const& w, int first_tile) {
     if (!early_) {
-      keys_ = RowSource<T>(p.k_cache, p.k_cache_stride, w.batch);  // which balancing may change
-      values_ = RowSource<T>(p.v_cache, p.v_cache_stride, w.batch);
+      keys_ = RowSource<T>(CacheOf<T>::keys(p, w.batch));  // which balancing may change
+      values_ = RowSource<T>(CacheOf<T>::values(p, w.batch));
       load_both_if(first_tile, w, 0);
     }
     CUTE_UNROLL

@@ -39,9 +39,9 @@ CUTE_DEVICE void merge(Params const& p, Work<T> const& w, SharedStorage<T>& shar
   bool const alone = w.num_splits == 1;
   PartialStore<T, kWidth> const store(p.partials, w.first_partial(), w.num_partials());
   for_slices([&](Slice s) {
-    Merged<kWidth> const r = merge_warps<T, kWidth>(shared, s);
+    Merged<kWidth> r = merge_warps<T, kWidth>(shared, s);
     if (alone) {
-      write_output(p, w, s, r);
+      write_output(p, w, s, cute::move(r));
     } else {
       store.write(w.split, s, r);
     }

@@ -73,9 +73,9 @@ struct DimTile {
       for (int t = 0; t < T::kBlockN / 16; ++t) {
         constexpr int kWarpBytes = 2 * T::kTileElements * int(sizeof(typename T::Element));
         uint32_t v[4];
-        cute::SM75_U16x8_LDSM_T::copy(*reinterpret_cast<cute::uint128_t const*>(
+        OperandsOf<T>::value_fragment(*reinterpret_cast<cute::uint128_t const*>(
                                           values + w * kWarpBytes + t * 16 * T::kBoxRowBytes),
-                                      v[0], v[1], v[2], v[3]);
+                                      v);
         CUTE_UNROLL
         for (int n = 0; n < kHeadTiles; ++n) {
           uint2 const p = shared.probability[w][t][n][lane];
@@ -122,7 +122,9 @@ CUTE_DEVICE void attend_once(TmaParams const& p, ClusterWork<T> const& w, Cluste
     CUTE_UNROLL
     for (int t = 0; t < T::kLaneTokens; ++t) scores[h][t] = -kInfinity;
   }
-  if (left > 0) score(ring.wait_keys(), left, p.decode.scale_log2, scores);
+  if (left > 0) {
+    score(ring.wait_keys(), {left, left - 1 + w.appends}, Logits<T>(p.decode), scores);
+  }
   softmax_over_block<T>(scores, max, sum, shared);
   store_probability<T>(scores, shared);
   reduce_lanes<T>(sum, Sum());

@@ -29,7 +29,7 @@ CUTE_DEVICE void attend_many(TmaParams const& p, ClusterWork<T> const& w, Cluste
   for (int tile = w.first_tile(warp); tile < w.num_tiles; tile += w.tile_step()) {
     int const left = w.num_cached - tile * T::kBlockN;
     float scores[T::kLaneHeads][T::kLaneTokens];
-    score(ring.wait_keys(), left, p.decode.scale_log2, scores);
+    score(ring.wait_keys(), {left, left - 1 + w.appends}, Logits<T>(p.decode), scores);
     ring.refill_keys(w, tile);
     softmax.update(scores, [&](auto const& factor) { acc.rescale(factor); });
     auto* values = ring.wait_values();
@@ -93,7 +93,7 @@ CUTE_DEVICE void decode_tma(TmaParams const& p) {
   ClusterWork<T> const w(p.decode, length);
   Scorer<T> const score(p.decode, w);
   if (w.split >= w.num_splits) return ring.drain();
-  ring.fill(w, first_tile);
+  ring.fill(w, w.first_tile(warp));
   Exchange<T> const exchange(shared, w);
   if (threadIdx.x == T::kNumThreads - kWarpSize) {
     barrier_init(shared.exchange_barrier);
@@ -109,7 +109,7 @@ CUTE_DEVICE void decode_tma(TmaParams const& p) {
     if (w.split == 0 && w.head_block == 0) token.append(p.decode, w);
   }
   if (w.log_cluster_size > 0) cute::cluster_wait();  // every block's barrier is ready
-  if (w.num_tiles <= w.tile_step()) {
+  if (w.num_walked_tiles() <= w.tile_step()) {
     attend_once(p, w, shared, ring, score, exchange);
   } else {
     attend_many(p, w, shared, ring, score, exchange);

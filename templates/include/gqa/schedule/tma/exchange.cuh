@@ -111,7 +111,7 @@ class Exchange {
     if (alone()) __syncthreads();
     int const warp = threadIdx.x / kWarpSize;
     if (warp * kWarpSize < num_slices() && work_.brings_new_token()) {
-      score.score_one(shared_.new_key, p.scale_log2, shared_.new_score[warp]);
+      score.score_one(shared_.new_key, LogitOf<T>(p), shared_.new_score[warp]);
       __syncwarp();
     }
     if (work_.num_clusters > 1) return receive_by_way_of_global(p);

@@ -111,30 +111,30 @@ class TmaRing {
   CUTE_DEVICE void load(TensorMap const& map, int tile, Element* slot, uint64_t& barrier) const {
     if (!leader_) return;
     barrier_arrive_expect(barrier, T::kTileElements * int(sizeof(Element)));
-    int const head = blockIdx.x / T::kHeadBlocks;
+    Box const at = CacheOf<T>::box(tile);
     auto const hint = uint64_t(cute::TMA::CacheHintSm90::EVICT_FIRST);
     if constexpr (T::kHeadDim % T::kBoxDims == 0) {
-      cute::SM90_TMA_LOAD_5D::copy(&map, &barrier, hint, slot, 0, tile * T::kBlockN, 0, head,
-                                   blockIdx.z);
+      cute::SM90_TMA_LOAD_5D::copy(&map, &barrier, hint, slot, 0, at.token, 0, at.head,
+                                   at.sequence);
     } else {
       CUTE_UNROLL
       for (int box = 0; box < T::kBoxes; ++box) {
         cute::SM90_TMA_LOAD_4D::copy(&map, &barrier, hint, slot + box * T::kBlockN * T::kBoxDims,
-                                     box * T::kBoxDims, tile * T::kBlockN, head, blockIdx.z);
+                                     box * T::kBoxDims, at.token, at.head, at.sequence);
       }
     }
   }
 
   CUTE_DEVICE static void prefetch(TensorMap const& map, int tile) {
-    int const head = blockIdx.x / T::kHeadBlocks;
+    Box const at = CacheOf<T>::box(tile);
     if constexpr (T::kHeadDim % T::kBoxDims == 0) {
       using Prefetch = cute::SM90_TMA_LOAD_5D::PREFETCH;
-      Prefetch::copy(&map, 0, tile * T::kBlockN, 0, head, blockIdx.z);
+      Prefetch::copy(&map, 0, at.token, 0, at.head, at.sequence);
     } else {
       using Prefetch = cute::SM90_TMA_LOAD_4D::PREFETCH;
       CUTE_UNROLL
       for (int box = 0; box < T::kBoxes; ++box) {
-        Prefetch::copy(&map, box * T::kBoxDims, tile * T::kBlockN, head, blockIdx.z);
+        Prefetch::copy(&map, box * T::kBoxDims, at.token, at.head, at.sequence);
       }
     }
   }

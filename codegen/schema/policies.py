@@ -1,0 +1,157 @@
+"""Features: a policy each, one policy per slot of the kernel.
+
+A policy is a struct template in a header of its own below templates/include/gqa/policy/, which
+slots.cuh explains; here is all else that generator and runtime know of it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from gqa_cutlass.codegen.schema.arguments import Argument
+from gqa_cutlass.codegen.schema.kinds import Schedule
+from gqa_cutlass.codegen.schema.structs import Field, check_distinct
+from gqa_cutlass.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slot:
+    """A place in the kernel where features differ.
+
+    Args:
+        alias: What a generated file calls its policy.
+        contract: The names that a policy's struct must define.
+    """
+
+    alias: str
+    contract: tuple[str, ...]
+
+
+CACHE = Slot(alias="Cache", contract=("Rows", "keys", "values", "new_key", "new_value", "box"))
+MASK = Slot(alias="Mask", contract=("sees", "first_token"))
+LOGIT = Slot(alias="Logit", contract=("operator()",))
+NEW_TOKEN = Slot(alias="NewToken", contract=("load",))
+ELEMENT = Slot(alias="Operands", contract=("key_fragment", "value_fragment", "number"))
+OUTPUT = Slot(alias="Output", contract=("finish",))
+SLOTS = (CACHE, MASK, LOGIT, NEW_TOKEN, ELEMENT, OUTPUT)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Policy:
+    """What stands in a slot. Policies are compared by identity.
+
+    Args:
+        slot: Where.
+        tag: What the names of its kernels end with; empty for a slot's default.
+        cpp: Its struct.
+        header: Where that is, below templates/include/gqa/.
+        feature: The option of a call that asks for it; empty for a slot's default.
+        fields: Of the kernel's argument, that it reads.
+        arguments: Tensors of a call, that it reads.
+        schedules: Those that implement it.
+        registers: About how many more a thread holds.
+    """
+
+    slot: Slot
+    tag: str = ""
+    cpp: str
+    header: str
+    feature: str = ""
+    fields: tuple[Field, ...] = ()
+    arguments: tuple[Argument, ...] = ()
+    schedules: frozenset[Schedule] = frozenset(Schedule)
+    registers: int = 0
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        """Pickle by name, so that another process has its own."""
+        return named, (self.cpp,)
+
+    def __repr__(self) -> str:
+        return self.cpp
+
+
+POLICIES = (
+    Policy(slot=CACHE, cpp="DenseCache", header="policy/cache_dense.cuh"),
+    Policy(slot=MASK, cpp="WholeSequence", header="policy/mask_whole.cuh"),
+    Policy(slot=LOGIT, cpp="Scaled", header="policy/logit_scaled.cuh"),
+    Policy(slot=NEW_TOKEN, cpp="CopiedToken", header="policy/token_copied.cuh"),
+    Policy(slot=ELEMENT, cpp="NativeOperands", header="policy/element_native.cuh"),
+    Policy(slot=OUTPUT, cpp="KeysAlone", header="policy/output_plain.cuh"),
+)
+check_distinct("policies", "policies", (policy.cpp for policy in POLICIES))
+check_distinct("policies", "tags", (policy.tag for policy in POLICIES if policy.tag))
+DEFAULTS = {policy.slot: policy for policy in POLICIES if not policy.tag}
+
+
+def named(cpp: str) -> Policy:
+    """The policy of a struct's name."""
+    return next(policy for policy in POLICIES if policy.cpp == cpp)
+
+
+def tagged(tags: str) -> tuple[Policy, ...]:
+    """The policies of the tags in a kernel's name, "_cap_sink" for instance.
+
+    Raises:
+        ConfigError: One is not known.
+    """
+    known = {policy.tag: policy for policy in POLICIES if policy.tag}
+    found = [tag for tag in tags.split("_") if tag]
+    if unknown := [tag for tag in found if tag not in known]:
+        raise ConfigError(
+            f"kernel name: got the tag {unknown[0]!r}; allowed: {', '.join(known) or 'none'}"
+        )
+    return tuple(known[tag] for tag in found)
+
+
+def special(policies: tuple[Policy, ...]) -> tuple[Policy, ...]:
+    """Those that are not their slot's default, in the order of the slots.
+
+    Raises:
+        ConfigError: Two are for one slot, or something is no policy.
+    """
+    for policy in policies:
+        if not isinstance(policy, Policy):
+            raise ConfigError(
+                f"policies: got {policy!r}; allowed: objects of codegen.schema.policies"
+            )
+    by_slot: dict[Slot, Policy] = {}
+    for policy in policies:
+        other = by_slot.setdefault(policy.slot, policy)
+        if other is not policy:
+            raise ConfigError(
+                f"policies: got {other} and {policy} for the slot {policy.slot.alias}; allowed: "
+                "one per slot. No kernel was generated."
+            )
+    return tuple(by_slot[s] for s in SLOTS if s in by_slot and by_slot[s] is not DEFAULTS[s])
+
+
+def in_every_slot(policies: tuple[Policy, ...]) -> tuple[Policy, ...]:
+    """One per slot: the given ones, and defaults."""
+    by_slot = DEFAULTS | {policy.slot: policy for policy in policies}
+    return tuple(by_slot[slot] for slot in SLOTS)
+
+
+def check_contract(policy: Policy, header: str) -> None:
+    """Compare a policy's header with what its slot asks for.
+
+    Args:
+        policy: The policy.
+        header: The text.
+
+    Raises:
+        ConfigError: The struct, or something in it, is missing; the message names it.
+    """
+    body = re.search(rf"^struct {policy.cpp}\b.*?^}};", header, re.MULTILINE | re.DOTALL)
+    missing = [
+        name
+        for name in policy.slot.contract
+        if body is None
+        or not re.search(rf"(?<!\w){re.escape(name)}\(|(struct|using) {re.escape(name)}\b", body[0])
+    ]
+    if missing:
+        what = f"{policy.cpp} without {', '.join(missing)}" if body else f"no struct {policy.cpp}"
+        raise ConfigError(
+            f"{policy.header}: got {what}; the slot {policy.slot.alias} asks for "
+            f"{', '.join(policy.slot.contract)}, as policy/slots.cuh says. No kernel was generated."
+        )

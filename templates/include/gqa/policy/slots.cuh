@@ -1,0 +1,59 @@
+// What a variant chooses: one policy per slot, a struct template over the traits.
+//
+// A generated file names all of them. Both schedules and the append ask them, and nothing else, for
+// what features change; codegen/schema/policies.py lists what each must define.
+//
+//   Cache     where rows lie.        Rows keys(p, batch), values(p, batch): Rows{}(token) is a
+//   row's
+//                                    address. Box box(tile): a tile's coordinates in a tensor map.
+//   Mask      what is attended to.   bool sees(Position). int first_token(p, batch, num_tokens):
+//                                    none before it is seen; at most num_tokens.
+//   Logit     what a product counts. float operator()(dot, head, Position), in units of log2.
+//   NewToken  what is appended.      load(p, work, key, value): the rows of this block's KV head.
+//   Operands  what is multiplied.    key_fragment, value_fragment: 16 bytes per lane of a tile as
+//   the
+//                                    MMA takes them. number: an element on CUDA cores.
+//   Output    what else is divided   finish(p, work, head, merged): called once per output, when
+//             by.                    everything has been merged.
+#pragma once
+
+#include <gqa/params.cuh>
+#include <gqa/traits.cuh>
+
+namespace gqa {
+
+// Where a key lies, counted from its tile's first token, as are the others.
+struct Position {
+  int token;
+  int end;    // of the tokens in the cache's tiles: the new one is no part of them with TMA
+  int query;  // the newest token, whose query it is
+};
+
+// The coordinates of a tile's first token in the tensor map of a cache.
+struct Box {
+  int token, head, sequence;
+};
+
+// The KV head that this block serves.
+template <class T>
+CUTE_DEVICE int kv_head_of_block() {
+  return blockIdx.x / T::kHeadBlocks;
+}
+
+template <class T>
+struct Work;
+
+template <class T>
+using CacheOf = typename T::template Cache<T>;
+template <class T>
+using MaskOf = typename T::template Mask<T>;
+template <class T>
+using LogitOf = typename T::template Logit<T>;
+template <class T>
+using NewTokenOf = typename T::template NewToken<T>;
+template <class T>
+using OperandsOf = typename T::template Operands<T>;
+template <class T>
+using OutputOf = typename T::template Output<T>;
+
+}  // namespace gqa
