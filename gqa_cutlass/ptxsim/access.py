@@ -19,15 +19,19 @@ from gqa_cutlass.ptxsim.memory import (
     WINDOW_BYTES,
     AccessError,
 )
-from gqa_cutlass.ptxsim.operands import Addresses, Pointer, items, pointer
+from gqa_cutlass.ptxsim.operands import Addresses, Pointer, arity, items, pointer
 from gqa_cutlass.ptxsim.program import UNSIGNED, Action, Slots, unknown
-from gqa_cutlass.ptxsim.syntax import Instruction, Reg
+from gqa_cutlass.ptxsim.syntax import Instruction
 
 if TYPE_CHECKING:
     from gqa_cutlass.ptxsim.machine import Group, Machine
 
-_SCOPES = {"cta": "cta", "cluster": "cluster", "gpu": "gpu", "sys": "gpu"}
-_CACHE = {"ca", "cg", "cs", "lu", "cv", "nc", "wb", "wt"}
+SCOPES = {"cta": "cta", "cluster": "cluster", "gpu": "gpu", "sys": "gpu"}
+_EVICT = ("evict_normal", "evict_unchanged", "evict_first", "evict_last", "no_allocate")
+_CACHE = {
+    "ca", "cg", "cs", "lu", "cv", "nc", "wb", "wt", "L2::64B", "L2::128B", "L2::256B",
+    *(f"{level}::{word}" for level in ("L1", "L2") for word in _EVICT),
+}  # fmt: skip
 _SPACES = {
     "global": "global", "shared": "shared", "shared::cta": "shared", "shared::cluster": "cluster",
     "local": "local", "param": "param", "param::entry": "param", "const": "global",
@@ -36,6 +40,8 @@ _WINDOWS = {
     "shared": SHARED_WINDOW, "shared::cta": SHARED_WINDOW, "shared::cluster": SHARED_WINDOW,
     "local": LOCAL_WINDOW, "param": PARAM_WINDOW, "global": 0, "const": 0,
 }  # fmt: skip
+# Where generic addresses are taken, too.
+_SPACE_WINDOWS = {"shared": SHARED_WINDOW, "cluster": SHARED_WINDOW, "param": PARAM_WINDOW}
 _WINDOW_STARTS = (SHARED_WINDOW, LOCAL_WINDOW, PARAM_WINDOW)
 _TYPES = {f"{kind}{bits}": bits for kind in "bus" for bits in (8, 16, 32, 64)} | {
     "f32": 32, "f64": 64, "f16": 16, "bf16": 16, "f16x2": 32, "bf16x2": 32,
@@ -73,22 +79,22 @@ class Modifiers:
 
 
 def modifiers(instruction: Instruction) -> Modifiers:
-    """Read the dots; what is neither known to all memory instructions goes to `rest`."""
+    """Read the dots; what not all memory instructions know, or comes twice, goes to `rest`."""
     m = Modifiers()
     for word in instruction.opcode[1:]:
-        if word in _SPACES:
+        if word in _SPACES and m.space == "generic":
             m.space = _SPACES[word]
-        elif word in _ORDERS or word == "volatile":
+        elif (word in _ORDERS or word == "volatile") and m.order == "weak":
             m.order = word if word in _ORDERS else "relaxed"
-        elif word in ("v2", "v4", "v8"):
+        elif word in ("v2", "v4", "v8") and m.count == 1:
             m.count = int(word[1:])
-        elif word in _TYPES:
+        elif word in _TYPES and not m.type:
             m.type = word
         elif word == "L2::cache_hint":
             m.hint = True
-        elif word in _SCOPES:
-            m.scope = _SCOPES[word]
-        elif word not in _CACHE | {"weak"} and not word.startswith(("L1::", "L2::")):
+        elif word in SCOPES:
+            m.scope = SCOPES[word]
+        elif word not in _CACHE and word != "weak":
             m.rest.append(word)
     if not m.type:
         raise unknown(instruction, "type")
@@ -122,6 +128,7 @@ def store(
 ) -> None:
     """Write to one space for the lanes of a group."""
     lanes, size = group.lanes, values[0].nbytes
+    machine.progress.changes += 1
     try:
         if space == "global":
             note_global(machine, lanes, addresses, size, write=True, strong=strong)
@@ -158,6 +165,7 @@ def note_global(
     Raises:
         KernelFault: A lane should have waited for the kernel before this one.
     """
+    machine.progress.one_by_one(len(lanes))
     machine.predecessor.check(lanes, addresses, write)
     context = machine.context
     if context.ledger is not None:
@@ -165,6 +173,12 @@ def note_global(
         context.ledger.note(
             lanes[kept], addresses[kept], size, write=write, strong=strong, pc=machine.pc
         )
+        if context.ledger.overfull:
+            raise machine.fault(
+                "more accesses to global memory than can be compared, to find races: "
+                f"{context.ledger.overfull}. Look for races in a smaller launch, or not at all",
+                int(lanes[0]),
+            )
     if context.stats is not None:
         context.stats.global_(machine.pc, lanes, addresses, size, write=write)
 
@@ -195,11 +209,11 @@ def by_space(
 ) -> Iterator[tuple[Group, str, Addresses]]:
     """A group's accesses, by the spaces that generic addresses point into."""
     addresses = place.addresses(machine, group)
-    if space == "param" and place.width == 64 and addresses[0] >= PARAM_WINDOW:
-        addresses = addresses - PARAM_WINDOW
     if space != "generic":
-        if space in ("shared", "cluster") and place.width == 64:
-            addresses = addresses & WINDOW_BYTES - 1
+        window = _SPACE_WINDOWS.get(space, 0)
+        if window and int(addresses.max()) >= window:
+            inside = addresses & -WINDOW_BYTES == window
+            addresses = np.where(inside, addresses - window, addresses)
         yield group, space, addresses
         return
     windows = addresses & ~np.int64(WINDOW_BYTES - 1)
@@ -221,14 +235,16 @@ def build_ld(instruction: Instruction, slots: Slots) -> Action:
     m = modifiers(instruction)
     if m.rest or m.order in ("release", "acq_rel"):
         raise unknown(instruction, f"modifier {m.rest or m.order}")
-    targets = [slots.register(t, instruction) for t in items(instruction.operands[0])]
+    arity(instruction, 2 + m.hint)
+    targets = [
+        slots.destination(t, m.width, instruction, wider=True)
+        for t in items(instruction.operands[0])
+    ]
     place = pointer(instruction.operands[1], slots, instruction)
     dtypes = [UNSIGNED[slots.width(t)] for t in targets]
     signed = m.type.startswith("s")
-    if len(targets) != m.count or len(instruction.operands) != 2 + m.hint:
+    if len(targets) != m.count:
         raise unknown(instruction, f"{len(targets)} destinations")
-    if any(slots.width(t) < m.width for t in targets):
-        raise unknown(instruction, f"destination of fewer than {m.width} bits")
 
     def step(machine: Machine, group: Group) -> None:
         for part, space, addresses in by_space(machine, group, place, m.space):
@@ -257,12 +273,13 @@ def build_st(instruction: Instruction, slots: Slots) -> Action:
     m = modifiers(instruction)
     if m.rest or m.order in ("acquire", "acq_rel"):
         raise unknown(instruction, f"modifier {m.rest or m.order}")
+    arity(instruction, 2 + m.hint)
     place = pointer(instruction.operands[0], slots, instruction)
-    sources = [slots.source(s, m.width, instruction) for s in items(instruction.operands[1])]
-    if len(sources) != m.count or len(instruction.operands) != 2 + m.hint:
+    sources = [
+        slots.source(s, m.width, instruction, wider=True) for s in items(instruction.operands[1])
+    ]
+    if len(sources) != m.count:
         raise unknown(instruction, f"{len(sources)} sources")
-    if any(slots.width(s) < m.width for s in sources):
-        raise unknown(instruction, f"source of fewer than {m.width} bits")
 
     def step(machine: Machine, group: Group) -> None:
         for part, space, addresses in by_space(machine, group, place, m.space):
@@ -284,7 +301,10 @@ def build_cvta(instruction: Instruction, slots: Slots) -> Action:
         raise unknown(instruction)
     window = _WINDOWS[space]
     width = int(kind[1:])
-    target = slots.register(instruction.operands[0], instruction)
+    arity(instruction, 2)
+    if window and width == 32:
+        raise unknown(instruction, "address of 32 bits")
+    target = slots.destination(instruction.operands[0], width, instruction)
     source = slots.source(instruction.operands[1], width, instruction)
     shift = np.array([-window % 2**64 if to else window], dtype=np.uint64)
 
@@ -327,6 +347,9 @@ _UPDATE_TYPES = {
 }  # fmt: skip
 
 
+_ATOMIC = 4  # times what an access takes
+
+
 def _flushed(value: float) -> float:
     """A subnormal as a zero of its sign: what `add.f32` on global memory makes of it."""
     return math.copysign(0.0, value) if abs(value) < 2.0**-126 else value
@@ -343,19 +366,13 @@ def build_atom(instruction: Instruction, slots: Slots) -> Action:
         raise unknown(instruction)
     is_atom = instruction.opcode[0] == "atom"
     operands = instruction.operands[is_atom:]
-    target = None
-    if is_atom and instruction.operands[0] != Reg("_"):
-        target = slots.register(instruction.operands[0], instruction)
+    target = slots.sink(instruction.operands[0], m.width, instruction) if is_atom else None
     place = pointer(operands[0], slots, instruction)
     wanted = 2 if m.rest[0] == "cas" else 1
     values = operands[1 : 1 + wanted]
     if len(operands) != 1 + wanted + m.hint:
         raise unknown(instruction, f"{len(operands)} operands")
     sources = [slots.source(v, m.width, instruction) for v in values]
-    if any(slots.width(s) != m.width for s in sources) or (
-        target is not None and slots.width(target) != m.width
-    ):
-        raise unknown(instruction, f"operand of other than {m.width} bits")
     update = _UPDATES[m.rest[0]]
     kind = "f4" if m.type == "f32" else ("i" if m.type[0] == "s" else "u") + str(m.width // 8)
     modulus = None if kind[0] == "f" else 1 << m.width
@@ -376,10 +393,12 @@ def build_atom(instruction: Instruction, slots: Slots) -> Action:
             given = [machine.value(s, part).view(kind) for s in sources]
             olds = np.zeros(len(part), dtype=kind)
             cells = _cells(machine, part, space, addresses, kind)
+            machine.progress.one_by_one(_ATOMIC * len(part))
             for i in range(len(part)):
                 memory, at = cells(i)
                 olds[i] = memory[at]
                 memory[at] = one(memory[at].item(), [g[i].item() for g in given], space == "global")
+                machine.progress.changes += memory[at] != olds[i]
             wrote = olds == given[0] if wanted == 2 else np.ones(len(part), dtype=bool)
             machine.atomics.update(part, space, addresses, m.scope, m.order, wrote)
             if target is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,8 +21,10 @@ SCOPES = ("cta", "cluster", "gpu")  # the narrower, the earlier; the system is o
 # Whose accesses of a scope include one another: the scope, and which block or cluster.
 Place = tuple[str, int]
 Published = dict[Place, Foreign]
-# What was published through a cell, by space, block (of shared memory) and address.
-Cells = dict[tuple[str, int, int], Published]
+Cell = tuple[int, int]  # block of the launch, or -1 in global memory, and address
+Cells = dict[Cell, Published]  # what was published through a cell, if there is anything
+_CELLS_BYTES = 1 << 30  # of what is published through cells
+_FENCE = 4  # times what an access takes
 
 
 class Atomics:
@@ -41,22 +44,24 @@ class Atomics:
     def __init__(self, machine: Machine, cells: Cells) -> None:
         self._machine = machine
         self._cells = cells
+        self._most_cells = _CELLS_BYTES // machine.clocks.known[0].nbytes
         self._fenced: dict[int, Published] = {}  # by lane
         self._observed: dict[int, Published] = {}
 
     def read(self, group: Group, space: str, addresses: Ints, scope: str, acquire: bool) -> None:
         """Lanes read strongly."""
-        if self._machine.context.ledger is None:
+        if self._machine.context.ledger is None or not self._cells:
             return
-        for key, lanes in self._by_cell(group, space, addresses).items():
-            self._see(lanes, self._cells.get(key[1:], {}), scope, acquire)
+        for cell, lanes in self._by_cell(group, space, addresses):
+            if cell in self._cells:
+                self._see(lanes, self._cells[cell], scope, acquire)
 
     def write(self, group: Group, space: str, addresses: Ints, scope: str, release: bool) -> None:
         """Lanes store strongly."""
         if self._machine.context.ledger is None:
             return
-        for key, lanes in self._by_cell(group, space, addresses).items():
-            self._cells[key[1:]] = self._published(int(lanes[-1]), scope, release)
+        for cell, lanes in self._by_cell(group, space, addresses):
+            self._keep(cell, int(lanes[-1]), self._published(int(lanes[-1]), scope, release))
 
     def update(
         self,
@@ -70,20 +75,22 @@ class Atomics:
         """Lanes read, modify and (where a comparison did not fail) write, one after another."""
         if self._machine.context.ledger is None:
             return
-        for lane, address, writes in zip(
-            group.lanes.tolist(), addresses.tolist(), wrote.tolist(), strict=True
+        blocks, places = self._places_in_memory(group, space, addresses)
+        for lane, block, place, writes in zip(
+            group.lanes.tolist(), blocks.tolist(), places.tolist(), wrote.tolist(), strict=True
         ):
-            key = self._key(lane, space, address)
-            seen = self._cells.get(key, {})
+            cell = block, place
+            seen = self._cells.get(cell, {})
             if writes:
                 published = self._published(lane, scope, order in ("release", "acq_rel"))
-                self._cells[key] = _joined(seen, published)
+                self._keep(cell, lane, _joined(seen, published))
             self._see(np.array([lane]), seen, scope, order in ("acquire", "acq_rel"))
 
     def fence(self, group: Group, scope: str) -> None:
         """Lanes execute a fence."""
         if self._machine.context.ledger is None:
             return
+        self._machine.progress.one_by_one(_FENCE * len(group))
         for lane in group.lanes.tolist():
             self._acquire(np.array([lane]), self._observed.get(lane, {}), scope)
             published = self._published(lane, scope, release=True)
@@ -147,25 +154,40 @@ class Atomics:
         if known and ledger is not None:
             ledger.acquire(lanes, known)
 
-    def _key(self, lane: int, space: str, address: int) -> tuple[str, int, int]:
-        if space == "global":
-            return "global", 0, address
-        machine = self._machine
-        lanes = np.array([lane])
-        try:
-            blocks, local = machine.shared_places(lanes, np.array([address]), space)
-        except AccessError as error:
-            raise machine.memory_fault(error, lanes, space) from None
-        return "shared", machine.first_block + int(blocks[0]), int(local[0])
+    def _keep(self, cell: Cell, lane: int, published: Published) -> None:
+        """From now on this is what was published through a cell."""
+        if not published:
+            self._cells.pop(cell, None)
+            return
+        self._cells[cell] = published
+        if len(self._cells) > self._most_cells:
+            raise self._machine.fault(
+                f"what was published through {len(self._cells)} cells cannot be kept, to find "
+                f"races; allowed: {self._most_cells}. Look for races in a smaller launch, or not "
+                "at all",
+                lane,
+            )
 
-    def _by_cell(
-        self, group: Group, space: str, addresses: Ints
-    ) -> dict[tuple[int, str, int, int], Ints]:
+    def _places_in_memory(self, group: Group, space: str, addresses: Ints) -> tuple[Ints, Ints]:
+        """Block of the launch (-1 in global memory) and address of every lane's cell."""
+        if space == "global":
+            return np.full(len(addresses), -1), addresses
+        machine = self._machine
+        try:
+            blocks, local = machine.shared_places(group.lanes, addresses, space)
+        except AccessError as error:
+            raise machine.memory_fault(error, group.lanes, space) from None
+        return machine.first_block + blocks, local
+
+    def _by_cell(self, group: Group, space: str, addresses: Ints) -> Iterator[tuple[Cell, Ints]]:
         """Lanes by warp and cell."""
-        cells: dict[tuple[int, str, int, int], list[int]] = {}
-        for lane, address in zip(group.lanes.tolist(), addresses.tolist(), strict=True):
-            cells.setdefault((lane // WARP, *self._key(lane, space, address)), []).append(lane)
-        return {key: np.array(lanes) for key, lanes in cells.items()}
+        blocks, places = self._places_in_memory(group, space, addresses)
+        keys = np.stack([places, blocks, group.lanes // WARP])
+        order = np.lexsort(keys)
+        keys, lanes = keys[:, order], group.lanes[order]
+        starts = np.flatnonzero(np.any(keys[:, 1:] != keys[:, :-1], axis=0)) + 1
+        for which in np.split(np.arange(len(lanes)), starts):
+            yield (int(keys[1, which[0]]), int(keys[0, which[0]])), lanes[which]
 
 
 def _joined(a: Published, b: Published) -> Published:

@@ -22,8 +22,8 @@ from gqa_cutlass.ptxsim.landing import (
     read_global,
 )
 from gqa_cutlass.ptxsim.mbarrier import Ints, Key
-from gqa_cutlass.ptxsim.memory import WINDOW_BYTES, AccessError
-from gqa_cutlass.ptxsim.operands import pointer
+from gqa_cutlass.ptxsim.memory import AccessError
+from gqa_cutlass.ptxsim.operands import arity, pointer
 from gqa_cutlass.ptxsim.program import Action, Slots, unknown
 from gqa_cutlass.ptxsim.syntax import Instruction
 
@@ -31,12 +31,14 @@ if TYPE_CHECKING:
     from gqa_cutlass.ptxsim.machine import Group, Machine
 
 _UNIT = 16  # bytes
+_PIECE = 1 << 20  # of a prefetch, looked at together
 
 
 def build_bulk(instruction: Instruction, slots: Slots) -> Action:
     """`cp.async.bulk`, not its tensor forms."""
     words = list(instruction.opcode[3:])
     if words in (["commit_group"], ["wait_group"], ["wait_group", "read"]):
+        arity(instruction, 0 if words == ["commit_group"] else 1)
         return Action(step=lambda machine, group: None)
     hint = "L2::cache_hint" in words
     words = [w for w in words if w != "L2::cache_hint"]
@@ -47,8 +49,7 @@ def build_bulk(instruction: Instruction, slots: Slots) -> Action:
     across = source == "shared::cta" and to == "shared::cluster"
     if not (inward or across) or rest != [COMPLETES]:
         raise unknown(instruction)
-    if len(instruction.operands) != 4 + hint:
-        raise unknown(instruction, "number of operands")
+    arity(instruction, 4 + hint)
     target, origin, barrier = (
         pointer(instruction.operands[i], slots, instruction) for i in (0, 1, 3)
     )
@@ -57,18 +58,18 @@ def build_bulk(instruction: Instruction, slots: Slots) -> Action:
     def step(machine: Machine, group: Group) -> None:
         sizes = machine.value(size, group).tolist()
         origins = origin.addresses(machine, group).tolist()
+        own = keys(machine, group, origin, "shared") if across else []
         for i, (goal, key) in enumerate(
             zip(keys(machine, group, target), keys(machine, group, barrier), strict=True)
         ):
             lane = int(group.lanes[i])
             aligned(machine, lane, key, BARRIER_BYTES, "mbarrier")
-            if inward:
-                where = origins[i] + _units(machine, lane, sizes[i])
-                data = read_global(machine, lane, where, _UNIT).view(np.uint64)
+            units = _units(machine, lane, sizes[i])
+            if across:
+                data = _read_shared(machine, lane, own[i], units)
             else:
-                own = machine.block_of[lane].item(), origins[i] & WINDOW_BYTES - 1
-                data = _read_shared(machine, lane, own, sizes[i])
-            where = goal[1] + np.arange(0, sizes[i], _UNIT)
+                data = read_global(machine, lane, origins[i] + units, _UNIT).view(np.uint64)
+            where = goal[1] + units
             source = machine.clocks.release_own(lane)
             land(machine, np.full(len(where), lane), goal[0], where, data, key, source)
 
@@ -81,8 +82,7 @@ def build_bulk_prefetch(instruction: Instruction, slots: Slots) -> Action:
     hint = words[-1] == "L2::cache_hint"
     if words[: len(words) - hint] != ["L2", "global"]:
         raise unknown(instruction)
-    if len(instruction.operands) != 2 + hint:
-        raise unknown(instruction, "number of operands")
+    arity(instruction, 2 + hint)
     origin = pointer(instruction.operands[0], slots, instruction)
     size = slots.source(instruction.operands[1], 32, instruction)
 
@@ -90,20 +90,23 @@ def build_bulk_prefetch(instruction: Instruction, slots: Slots) -> Action:
         sizes = machine.value(size, group).tolist()
         origins = origin.addresses(machine, group).tolist()
         for i, lane in enumerate(group.lanes.tolist()):
-            where = origins[i] + _units(machine, lane, sizes[i])
-            check_global(machine, lane, where, _UNIT)
+            _check_size(machine, lane, sizes[i])
+            for start in range(0, sizes[i], _PIECE):
+                units = np.arange(start, min(start + _PIECE, sizes[i]), _UNIT)
+                check_global(machine, lane, origins[i] + units, _UNIT)
 
     return Action(step=step)
 
 
 def _build_copy_out(instruction: Instruction, slots: Slots) -> Action:
+    arity(instruction, 3 + ("L2::cache_hint" in instruction.opcode))
     target, origin = (pointer(o, slots, instruction) for o in instruction.operands[:2])
     size = slots.source(instruction.operands[2], 32, instruction)
 
     def step(machine: Machine, group: Group) -> None:
         sizes = machine.value(size, group).tolist()
         goals = target.addresses(machine, group).tolist()
-        for i, own in enumerate(keys(machine, group, origin)):
+        for i, own in enumerate(keys(machine, group, origin, "shared")):
             _copy_out(machine, int(group.lanes[i]), own, goals[i], sizes[i])
 
     return Action(step=step, shared_width=_UNIT)
@@ -111,9 +114,11 @@ def _build_copy_out(instruction: Instruction, slots: Slots) -> Action:
 
 def _copy_out(machine: Machine, lane: int, source: Key, target: int, size: int) -> None:
     """Copy from shared to global memory."""
-    data = _read_shared(machine, lane, source, size)
-    where = target + _units(machine, lane, size)
+    units = _units(machine, lane, size)
+    data = _read_shared(machine, lane, source, units)
+    where = target + units
     lanes = np.full(len(where), lane)
+    machine.progress.changes += 1
     note_global(machine, lanes, where, _UNIT, write=True, strong=False)
     try:
         machine.context.memory.store(where, data)
@@ -121,8 +126,8 @@ def _copy_out(machine: Machine, lane: int, source: Key, target: int, size: int) 
         raise machine.memory_fault(error, lanes, "global") from None
 
 
-def _read_shared(machine: Machine, lane: int, source: Key, size: int) -> NDArray[Any]:
-    addresses = source[1] + _units(machine, lane, size)
+def _read_shared(machine: Machine, lane: int, source: Key, units: Ints) -> NDArray[Any]:
+    addresses = source[1] + units
     lanes = np.full(len(addresses), lane)
     try:
         at = machine.shared.index(np.full(len(addresses), source[0]), addresses, _UNIT)
@@ -133,9 +138,19 @@ def _read_shared(machine: Machine, lane: int, source: Key, size: int) -> NDArray
 
 
 def _units(machine: Machine, lane: int, size: int) -> Ints:
-    """Where the units of a copy start, from its first byte."""
-    if size <= 0 or size % _UNIT:
+    """Where the units of a copy from or to shared memory start, from its first byte."""
+    _check_size(machine, lane, size)
+    if size > machine.shared.size:
+        raise machine.fault(
+            f"cp.async.bulk: {size} bytes; allowed: up to the {machine.shared.size} bytes of a "
+            "block's shared memory",
+            lane,
+        )
+    return np.arange(0, size, _UNIT)
+
+
+def _check_size(machine: Machine, lane: int, size: int) -> None:
+    if size == 0 or size % _UNIT:
         raise machine.fault(
             f"cp.async.bulk: {size} bytes; allowed: positive multiples of {_UNIT}", lane
         )
-    return np.arange(0, size, _UNIT)

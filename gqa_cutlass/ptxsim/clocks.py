@@ -8,7 +8,7 @@ acquired is kept apart until the warp synchronises.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 WARP = 32
 Lanes = NDArray[np.int64]
 Vector = NDArray[np.int32]
+_HISTORY_BYTES = 64 << 20  # before what nobody needs is looked for
 _ALWAYS = np.iinfo(np.int32).max
 
 
@@ -45,8 +46,12 @@ class Clocks:
         # Of a warp's own lanes no less than `synced`.
         self.known = np.zeros((num_warps, self.columns), dtype=np.int32)
         self._partial: dict[int, dict[int, Vector]] = {}  # by warp and lane
-        # What a warp knew at earlier times, for accesses that are compared only at the end.
-        self.history: list[Vector] = [np.zeros(self.columns, dtype=np.int32)]
+        # What a warp knew at earlier times, for accesses that are compared only later: by version.
+        self.history: dict[int, Vector] = {0: np.zeros(self.columns, dtype=np.int32)}
+        self.noted: Callable[[], list[int]] = list  # the versions that accesses were noted with
+        self._next_version = 1
+        self._least_room = max(1, _HISTORY_BYTES // self.known[0].nbytes)
+        self._room = self._least_room
         self._version = np.zeros(num_warps, dtype=np.int64)
         self._partial_version: dict[int, tuple[int, int]] = {}  # of lanes, from the warp's version
 
@@ -137,8 +142,7 @@ class Clocks:
         self.warp_sync(warps.reshape(-1))
         joined = self.known[warps].max(axis=1)
         self.known[warps] = joined[:, None, :]
-        self._version[warps] = len(self.history) + np.arange(len(warps))[:, None]
-        self.history.extend(joined)
+        self._version[warps] = self._enter(joined) + np.arange(len(warps))[:, None]
 
     def acquire(self, lanes: Lanes, vector: Vector) -> None:
         """These lanes of one warp learn what was published."""
@@ -153,8 +157,37 @@ class Clocks:
 
     def _learn(self, warp: int, vector: Vector) -> None:
         np.maximum(self.known[warp], vector, out=self.known[warp])
-        self._version[warp] = len(self.history)
-        self.history.append(self.known[warp].copy())
+        self._version[warp] = self._enter(self.known[warp : warp + 1].copy())
+
+    def _enter(self, vectors: NDArray[np.int32]) -> int:
+        """Keep what is known, [n, columns], in `history`; returns the first of n versions."""
+        if len(self.history) + len(vectors) > self._room:
+            self.forget()
+        first = self._next_version
+        self._next_version += len(vectors)
+        self.history.update(zip(range(first, self._next_version), vectors, strict=True))
+        return first
+
+    def forget(self) -> None:
+        """Forget the versions that nobody has and no access was noted with."""
+        self._partial_version = {
+            lane: version
+            for lane, version in self._partial_version.items()
+            if self._partial_of(lane) is not None
+        }
+        used = {*self._version.tolist(), *self.noted()}
+        used |= {version for _, version in self._partial_version.values()}
+        self.history = {version: self.history[version].copy() for version in used}
+        self._room = max(self._least_room, 2 * len(self.history))
+
+    @property
+    def history_bytes(self) -> int:
+        """What `history` takes."""
+        return len(self.history) * self.known.itemsize * self.columns
+
+    def finish(self) -> None:
+        """Nothing more will happen; `history` stays."""
+        self.known = self.known[:0].copy()
 
     def versions(self, lanes: Lanes) -> NDArray[np.int64]:
         """What lanes know now, as positions in `history`."""
@@ -169,9 +202,8 @@ class Clocks:
         """Position in `history` of what a lane knows beyond its warp, entered once."""
         found = self._partial_version.get(lane)
         if found is None or found[0] != base:
-            found = base, len(self.history)
-            self._partial_version[lane] = found
-            self.history.append(np.maximum(self.known[lane // WARP], extra))
+            known = np.maximum(self.known[lane // WARP], extra)
+            found = self._partial_version[lane] = base, self._enter(known[None, :])
         return found[1]
 
     def _partial_of(self, lane: int) -> Vector | None:
@@ -184,3 +216,10 @@ def by_warp(lanes: Lanes) -> Iterator[Lanes]:
     warps = lanes // WARP
     for warp in np.unique(warps):
         yield lanes[warps == warp]
+
+
+def joined(a: Vector | None, b: Vector | None) -> Vector | None:
+    """What is known by either."""
+    if a is None or b is None:
+        return b if a is None else a
+    return np.maximum(a, b)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from gqa_cutlass.ptxsim.clocks import WARP, Vector, by_warp
 from gqa_cutlass.ptxsim.memory import CLUSTER_SHIFT, SHARED_WINDOW, WINDOW_BYTES
+from gqa_cutlass.ptxsim.operands import arity
 from gqa_cutlass.ptxsim.program import Action, Members, Slots, unknown
 from gqa_cutlass.ptxsim.shadow import ShadowError
 from gqa_cutlass.ptxsim.syntax import Instruction
@@ -37,6 +38,7 @@ class ClusterBarriers:
     def arrive(self, group: Group, release: bool) -> None:
         """Lanes arrive and go on."""
         machine = self._machine
+        machine.progress.changes += 1
         clusters = group.lanes // self._lanes
         again = self._arrivals[group.lanes] > self._waits[group.lanes]
         if again.any():
@@ -136,6 +138,7 @@ class ClusterBarriers:
 
 def build_cluster_barrier(instruction: Instruction, slots: Slots) -> Action:
     """`barrier.cluster.arrive` and `.wait`."""
+    arity(instruction, 0)
     verb, *rest = (w for w in instruction.opcode[2:] if w != "aligned")
     members = Members() if "aligned" in instruction.opcode else None
     if verb == "arrive" and rest in ([], ["release"], ["relaxed"]):
@@ -156,14 +159,22 @@ def _wait(acquire: bool) -> Callable[[Machine, Group], Group]:
     return step
 
 
+def _where(instruction: Instruction) -> tuple[str, str]:
+    """Space and type of `mapa` and `getctarank`."""
+    *space, kind = instruction.opcode[1:]
+    return ".".join(space) or "generic", kind
+
+
 def build_mapa(instruction: Instruction, slots: Slots) -> Action:
     """`mapa`: the address of a variable in the shared memory of a block of the cluster."""
-    space, kind = instruction.opcode[1:] if len(instruction.opcode) == 3 else ("generic", "")
-    kind = kind or instruction.opcode[1]
+    space, kind = _where(instruction)
     if space not in ("generic", "shared::cluster") or kind not in ("u32", "u64"):
         raise unknown(instruction)
+    arity(instruction, 3)
     width = int(kind[1:])
-    target = slots.register(instruction.operands[0], instruction)
+    if space == "generic" and width == 32:
+        raise unknown(instruction, "address of 32 bits")
+    target = slots.destination(instruction.operands[0], width, instruction)
     where = slots.source(instruction.operands[1], width, instruction)
     rank = slots.source(instruction.operands[2], 32, instruction)
     window = SHARED_WINDOW if space == "generic" else 0
@@ -176,7 +187,14 @@ def build_mapa(instruction: Instruction, slots: Slots) -> Action:
                 f"mapa: block {int(ranks.max())} of a cluster of {size}",
                 int(group.lanes[(ranks >= size).argmax()]),
             )
-        local = machine.value(where, group).astype(np.int64) & (1 << CLUSTER_SHIFT) - 1
+        given = machine.value(where, group).astype(np.int64)
+        outside = given & -WINDOW_BYTES != window
+        if outside.any():
+            i = int(outside.argmax())
+            raise machine.fault(
+                "mapa: address outside shared memory", int(group.lanes[i]), int(given[i])
+            )
+        local = given & (1 << CLUSTER_SHIFT) - 1
         mapped = window + ((ranks + 1) << CLUSTER_SHIFT) + local
         dtype = np.uint32 if width == 32 else np.uint64
         machine.assign_lanes(target, mapped.astype(dtype), group)
@@ -186,8 +204,12 @@ def build_mapa(instruction: Instruction, slots: Slots) -> Action:
 
 def build_getctarank(instruction: Instruction, slots: Slots) -> Action:
     """`getctarank`: the block whose shared memory an address lies in."""
-    width = int(instruction.opcode[-1][1:])
-    target = slots.register(instruction.operands[0], instruction)
+    space, kind = _where(instruction)
+    if space not in ("generic", "shared::cluster") or kind not in ("u32", "u64"):
+        raise unknown(instruction)
+    arity(instruction, 2)
+    width = int(kind[1:])
+    target = slots.destination(instruction.operands[0], 32, instruction)
     where = slots.source(instruction.operands[1], width, instruction)
 
     def step(machine: Machine, group: Group) -> None:

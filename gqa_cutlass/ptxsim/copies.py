@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from gqa_cutlass.ptxsim.access import note_global
 from gqa_cutlass.ptxsim.memory import AccessError
-from gqa_cutlass.ptxsim.operands import integer, pointer
+from gqa_cutlass.ptxsim.operands import arity, integer, pointer
 from gqa_cutlass.ptxsim.program import Action, Slots, unknown
-from gqa_cutlass.ptxsim.syntax import Instruction
+from gqa_cutlass.ptxsim.syntax import Imm, Instruction
 
 if TYPE_CHECKING:
     from gqa_cutlass.ptxsim.machine import Group, Machine
@@ -46,6 +46,7 @@ class Copies:
     def start(self, group: Group, target: Ints, source: Ints, size: int, length: Ints) -> None:
         """Copy `length` bytes for every lane, zeros up to `size`."""
         machine, lanes = self._machine, group.lanes
+        machine.progress.changes += 1
         data = np.zeros((len(lanes), size // 4), dtype=np.uint32)
         try:
             self._read(data, lanes, source, size, length)
@@ -125,10 +126,13 @@ def build_cp_async(instruction: Instruction, slots: Slots) -> Action:
     """`cp.async`: the copy, commit_group, wait_group and wait_all."""
     words = instruction.opcode[2:]
     if words == ("commit_group",):
+        arity(instruction, 0)
         return Action(step=lambda machine, group: machine.copies.commit(group))
     if words == ("wait_all",):
+        arity(instruction, 0)
         return Action(step=_wait_all)
     if words == ("wait_group",):
+        arity(instruction, 1)
         newest = integer(instruction.operands[0], instruction)
         return Action(step=lambda machine, group: machine.copies.wait(group, newest))
     cache, *rest = words
@@ -136,22 +140,21 @@ def build_cp_async(instruction: Instruction, slots: Slots) -> Action:
         raise unknown(instruction)
     if any(word not in _HINTS for word in rest[2:]):
         raise unknown(instruction, f"modifier {rest[2:]}")
-    operands = list(instruction.operands)
-    if "L2::cache_hint" in rest:
-        operands.pop()
+    hint = "L2::cache_hint" in rest
+    arity(instruction, 3 + hint, 4 + hint)
+    operands = instruction.operands[: len(instruction.operands) - hint]
     size = integer(operands[2], instruction)
-    if size not in _SIZES[cache] or len(operands) not in (3, 4):
+    if size not in _SIZES[cache]:
         raise unknown(instruction, f"size {size}")
     target = pointer(operands[0], slots, instruction)
     source = pointer(operands[1], slots, instruction)
-    length = slots.source(operands[3], 32, instruction) if len(operands) == 4 else None
+    given = operands[3] if len(operands) == 4 else Imm(size)
+    ignores = slots.is_predicate(given)
+    length = slots.source(given, 1 if ignores else 32, instruction)
 
     def step(machine: Machine, group: Group) -> None:
-        lengths = np.full(len(group), size)
-        if length is not None and slots.width(length) == 1:  # a predicate: ignore-src
-            lengths = np.where(machine.value(length, group), 0, size)
-        elif length is not None:
-            lengths = machine.value(length, group).astype(np.int32).astype(np.int64)
+        lengths = machine.value(length, group)
+        lengths = np.where(lengths, 0, size) if ignores else lengths.view(np.int32).astype(np.int64)
         machine.copies.start(
             group, target.addresses(machine, group), source.addresses(machine, group), size, lengths
         )

@@ -10,17 +10,17 @@ import numpy as np
 from gqa_cutlass.errors import PtxError
 from gqa_cutlass.ptxsim.access import build_atom, build_cvta, build_ld, build_st, resize
 from gqa_cutlass.ptxsim.arith import lookup
-from gqa_cutlass.ptxsim.bits import Arithmetic
+from gqa_cutlass.ptxsim.bits import KINDS, Arithmetic
 from gqa_cutlass.ptxsim.bulk import build_bulk, build_bulk_prefetch
 from gqa_cutlass.ptxsim.cluster import build_cluster_barrier, build_getctarank, build_mapa
 from gqa_cutlass.ptxsim.copies import build_cp_async
 from gqa_cutlass.ptxsim.dependent import build_griddepcontrol
 from gqa_cutlass.ptxsim.mbarrier import build_mbarrier
-from gqa_cutlass.ptxsim.operands import items
+from gqa_cutlass.ptxsim.operands import arity, items
 from gqa_cutlass.ptxsim.program import UNSIGNED, Action, Slots, unknown
 from gqa_cutlass.ptxsim.store_async import build_st_async
 from gqa_cutlass.ptxsim.sync import build_bar, build_fence
-from gqa_cutlass.ptxsim.syntax import Instruction, Not, Operand, Pair, Reg, Vector
+from gqa_cutlass.ptxsim.syntax import Instruction, Not, Operand, Pair, Vector
 from gqa_cutlass.ptxsim.tensor import build_tensor, build_tensor_prefetch
 from gqa_cutlass.ptxsim.warp import (
     build_activemask,
@@ -40,19 +40,46 @@ if TYPE_CHECKING:
 Builder = Callable[[Instruction, Slots], Action]
 
 
+# Hints and what only makes things faster, which have no effect that can be seen: their modifiers.
+_EVICT = {f"L2::{word}" for word in (
+    "evict_last", "evict_normal", "evict_first", "evict_unchanged", "cache_hint",
+)}  # fmt: skip
+_HINTS: dict[str, set[str]] = {
+    "nanosleep": {"u32"},
+    "prefetch": {"global", "local", "const", "param", "tensormap", "L1", "L2", *_EVICT},
+    "prefetchu": {"L1"},
+    "discard": {"global", "L2"},
+    "applypriority": {"global", *_EVICT},
+    "setmaxnreg": {"inc", "dec", "sync", "aligned", "u32"},
+}
+
+
 def _nothing(instruction: Instruction, slots: Slots) -> Action:
-    """Hints and what only makes things faster: no effect that can be seen."""
+    """One of `_HINTS`."""
+    if not _HINTS[instruction.opcode[0]].issuperset(instruction.opcode[1:]):
+        raise unknown(instruction)
+    arity(instruction, 1, 2)
     return Action(step=lambda machine, group: None)
 
 
 def _build_createpolicy(instruction: Instruction, slots: Slots) -> Action:
     """`createpolicy`: a cache policy is opaque; ours is zero."""
-    target = slots.register(instruction.operands[0], instruction)
+    if not {"fractional", "range", "global", "b64", *_EVICT}.issuperset(instruction.opcode[1:]):
+        raise unknown(instruction)
+    target = slots.destination(instruction.operands[0], 64, instruction)
     policy = np.zeros(1, dtype=np.uint64)
     return Action(step=lambda machine, group: machine.assign(target, policy, group))
 
 
+def _plain_form(instruction: Instruction, operands: int, *modifiers: str) -> None:
+    """Refuse other modifiers and another number of operands."""
+    if instruction.opcode[1:] not in ((), *((word,) for word in modifiers)):
+        raise unknown(instruction)
+    arity(instruction, operands)
+
+
 def _build_bra(instruction: Instruction, slots: Slots) -> Action:
+    _plain_form(instruction, 1, "uni")
     target = slots.target(instruction)
 
     def step(machine: Machine, group: Group) -> None:
@@ -62,10 +89,13 @@ def _build_bra(instruction: Instruction, slots: Slots) -> Action:
 
 
 def _build_exit(instruction: Instruction, slots: Slots) -> Action:
+    _plain_form(instruction, 0, *(("uni",) if instruction.opcode[0] == "ret" else ()))
     return Action(step=lambda machine, group: machine.retire(group), ends=True)
 
 
 def _build_trap(instruction: Instruction, slots: Slots) -> Action:
+    _plain_form(instruction, 0)
+
     def step(machine: Machine, group: Group) -> None:
         raise machine.fault("trap", int(group.lanes[0]))
 
@@ -82,15 +112,16 @@ def _build_mov(instruction: Instruction, slots: Slots) -> Action:
 
 def _build_pack(instruction: Instruction, slots: Slots) -> Action:
     """`mov` that packs or unpacks: the first element is the lowest."""
-    width = int(instruction.opcode[1][1:])
+    _, kind = instruction.opcode
     target, source = instruction.operands
     parts = items(target if isinstance(target, Vector) else source)
+    width = KINDS[kind].width
     part = width // len(parts)
-    if part not in UNSIGNED or part * len(parts) != width or width not in UNSIGNED:
+    if part not in (8, 16, 32) or part * len(parts) != width:
         raise unknown(instruction, f"vector of {len(parts)}")
     if isinstance(target, Vector):
         whole = slots.source(source, width, instruction)
-        targets = [None if t == Reg("_") else slots.register(t, instruction) for t in parts]
+        targets = [slots.sink(t, part, instruction) for t in parts]
 
         def unpack(machine: Machine, group: Group) -> None:
             value = machine.read(whole)
@@ -101,7 +132,7 @@ def _build_pack(instruction: Instruction, slots: Slots) -> Action:
 
         return Action(step=unpack)
     sources = [slots.source(s, part, instruction) for s in parts]
-    result = slots.register(target, instruction)
+    result = slots.destination(target, width, instruction)
 
     def pack(machine: Machine, group: Group) -> None:
         columns = np.broadcast_arrays(*(machine.read(s) for s in sources))
@@ -171,7 +202,10 @@ def _targets(
     given = [operand.first, operand.second] if isinstance(operand, Pair) else [operand]
     if len(given) > len(found.results):
         raise unknown(instruction, f"{len(given)} destinations")
-    found_slots = [None if g == Reg("_") else slots.register(g, instruction) for g in given]
+    found_slots = [
+        slots.sink(g, w, instruction, wider=True)
+        for g, w in zip(given, found.results, strict=False)
+    ]
     return found_slots + [None] * (len(found.results) - len(given))
 
 
@@ -183,11 +217,10 @@ def _sources(
     sources = []
     for operand, width in zip(operands, found.sources, strict=True):
         negated = isinstance(operand, Not)
+        if negated and width != 1:
+            raise unknown(instruction, f"operand {operand}")
         inner = operand.reg if isinstance(operand, Not) else operand
-        slot = slots.source(inner, width, instruction)
-        if slots.width(slot) < width:
-            raise unknown(instruction, f"operand {inner}, of {slots.width(slot)} bits,")
-        sources.append((slot, negated))
+        sources.append((slots.source(inner, width, instruction, wider=True), negated))
     return sources
 
 
@@ -222,12 +255,7 @@ BUILDERS: dict[str, Builder] = {
     "mapa": build_mapa,
     "getctarank": build_getctarank,
     "griddepcontrol": build_griddepcontrol,
-    "nanosleep": _nothing,
-    "prefetch": _nothing,
-    "prefetchu": _nothing,
-    "discard": _nothing,
-    "applypriority": _nothing,
-    "setmaxnreg": _nothing,
+    **dict.fromkeys(_HINTS, _nothing),
 }
 
 

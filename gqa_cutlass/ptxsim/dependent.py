@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from gqa_cutlass.ptxsim.operands import arity
 from gqa_cutlass.ptxsim.program import Action, Slots, unknown
 from gqa_cutlass.ptxsim.syntax import Instruction
 
@@ -62,6 +63,7 @@ class Predecessor:
 
 def build_griddepcontrol(instruction: Instruction, slots: Slots) -> Action:
     """`griddepcontrol`: `wait`, and `launch_dependents`, which nobody here sees."""
+    arity(instruction, 0)
     if instruction.opcode == WAIT:
         return Action(step=lambda machine, group: machine.predecessor.wait(group))
     if instruction.opcode != ("griddepcontrol", "launch_dependents"):

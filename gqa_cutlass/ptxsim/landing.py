@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 COMPLETES = "mbarrier::complete_tx::bytes"
 BARRIER_BYTES = 8
+_COPY = 16  # times what an access takes
 
 
 def keys(machine: Machine, group: Group, place: Pointer, space: str = "cluster") -> list[Key]:
@@ -34,6 +35,7 @@ def keys(machine: Machine, group: Group, place: Pointer, space: str = "cluster")
         space: "shared": of the block; "cluster": of a block of the cluster; "generic".
     """
     addresses = place.addresses(machine, group)
+    machine.progress.one_by_one(_COPY * len(group))
     window = addresses & -WINDOW_BYTES
     outside = window != SHARED_WINDOW
     if space != "generic":
@@ -103,6 +105,7 @@ def land(
         source: What publishes that the lanes have read the source.
     """
     unit = data[0].nbytes
+    machine.progress.changes += 1
     if barrier[0] != block:
         raise machine.fault(
             "the mbarrier lies in another block than the data that completes on it",

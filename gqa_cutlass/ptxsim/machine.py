@@ -27,6 +27,7 @@ from gqa_cutlass.ptxsim.mbarrier import MBarriers
 from gqa_cutlass.ptxsim.memory import CLUSTER_SHIFT, AccessError, GlobalMemory, SharedMemory
 from gqa_cutlass.ptxsim.prepare import Launch, Program
 from gqa_cutlass.ptxsim.program import Code, Members
+from gqa_cutlass.ptxsim.progress import THREADS_SHIFT, Progress
 from gqa_cutlass.ptxsim.shadow import Shadow, ShadowError
 from gqa_cutlass.ptxsim.stats import Stats
 from gqa_cutlass.ptxsim.sync import Barriers
@@ -48,13 +49,14 @@ class Group:
         machine: Whose lanes.
     """
 
-    __slots__ = ("_machine", "_whole", "covers", "full", "lanes", "mask")
+    __slots__ = ("_machine", "_whole", "covers", "full", "lanes", "mask", "weight")
 
     def __init__(self, mask: Mask, machine: Machine) -> None:
         self.mask = mask
         self.lanes: Lanes = np.flatnonzero(mask)
         self.full = len(self.lanes) == len(mask)  # every lane there ever was
         self.covers = len(self.lanes) == machine.num_live  # every lane that has not exited
+        self.weight = 1 + (len(self.lanes) >> THREADS_SHIFT)  # see `Progress`
         self._machine = machine
         self._whole: bool | None = None
 
@@ -86,6 +88,7 @@ class Context:
     ledger: GlobalLedger | None
     stats: Stats | None
     max_steps: int
+    num_bytes: int  # of all the tensors
     cells: Cells = field(default_factory=dict)  # what atomics on global memory published
 
 
@@ -140,9 +143,9 @@ class Machine:
         self.mbarriers = MBarriers(self)
         self.cluster_barriers = ClusterBarriers(self)
         self.groups: dict[int, Mask] = {}
-        self._held: dict[int, Mask] = {}  # lanes waiting for the rest of their warp
+        self.held: dict[int, Mask] = {}  # lanes waiting for the rest of their warp
         self.pc = 0
-        self._steps = 0
+        self.progress = Progress(self, context.max_steps, context.num_bytes)
         if context.ledger is not None:
             context.ledger.begin(first_block * launch.block, self.clocks)
 
@@ -164,6 +167,7 @@ class Machine:
             elif turns > patience:  # who is behind may wait for what others have to do
                 turns, patience, others = 0, max(patience // 2, _LEAST_PATIENCE), others + 1
                 pc = sorted(self.groups)[others % len(self.groups)]
+            self.progress.look(pc)
             self._advance(pc, self.groups.pop(pc))
 
     def group(self, mask: Mask) -> Group:
@@ -203,13 +207,7 @@ class Machine:
 
     def _execute(self, code: Code, group: Group, acting: Group) -> Group | None:
         """Execute one instruction; returns who goes on behind it."""
-        self._steps += 1
-        if self._steps > self.context.max_steps:
-            raise self.fault(
-                f"no end after {self.context.max_steps} instructions: the kernel loops, or waits "
-                "for what does not happen",
-                int(group.lanes[0]),
-            )
+        self.progress.execute(group, acting)
         if self.defined:
             self._check_defined(code, acting)
         if self.context.stats is not None:
@@ -249,7 +247,7 @@ class Machine:
         passing = group.mask & ~acting.mask
         if passing.any():
             self.resume(passing, self.pc + 1)
-        held = self._held.pop(self.pc, None)
+        held = self.held.pop(self.pc, None)
         mask = acting.mask if held is None else acting.mask | held
         here = mask.reshape(-1, WARP)
         needed = self.live.reshape(-1, WARP) | members.strict
@@ -266,15 +264,16 @@ class Machine:
         ready = here & ~absent[:, None]
         rest = (here & ~ready).reshape(-1)
         if rest.any():
-            self._held[self.pc] = rest
+            self.held[self.pc] = rest
         return Group(ready.reshape(-1), self)
 
     def retire(self, group: Group) -> None:
         """Lanes have exited."""
+        self.progress.changes += 1
         self.live = self.live & ~group.mask
         self.cluster_barriers.leave(group)
         self.num_live = int(np.count_nonzero(self.live))
-        held, self._held = self._held, {}
+        held, self.held = self.held, {}
         for pc, mask in held.items():  # they may have waited for these lanes
             self.resume(mask, pc)
         self.barriers.recheck()
@@ -291,11 +290,11 @@ class Machine:
     def _check_read(self, slot: int, readers: Group) -> None:
         undefined = ~self.defined[slot][readers.lanes]
         if undefined.any():
-            name = self.context.program.slot_name(slot)
-            raise self.fault(
-                f"register {name} is read and was never written",
-                int(readers.lanes[undefined.argmax()]),
-            )
+            raise self._undefined(slot, int(readers.lanes[undefined.argmax()]))
+
+    def _undefined(self, slot: int, lane: int) -> KernelFault:
+        name = self.context.program.slot_name(slot)
+        return self.fault(f"register {name} is read and was never written", lane)
 
     def shared_places(self, lanes: Lanes, addresses: Lanes, space: str) -> tuple[Lanes, Lanes]:
         """Blocks of the machine, and addresses in them, of accesses to shared memory.
@@ -361,7 +360,8 @@ class Machine:
     def read(self, slot: int) -> Bits:
         """A register as it is held: one value per lane of the machine, or one for all of them."""
         value = self.regs[slot]
-        assert value is not None, "the lanes that read a register wrote it before"
+        if value is None:  # what the check for undefined registers has not found
+            raise self._undefined(slot, int(self.live.argmax()))
         return value
 
     def whole(self, slot: int) -> Bits:
@@ -425,15 +425,19 @@ class Machine:
             other = f" ({self.lane_name(lane // size * size + error.other)})"
         return self.fault(f"{error}{other}", lane, address)
 
+    def waiting(self) -> list[tuple[int, Lanes, str]]:
+        """Who waits at barriers: where, which lanes, for what."""
+        waits = (self.barriers, self.mbarriers, self.cluster_barriers)
+        return [waiting for barriers in waits for waiting in barriers.waiting()]
+
     def _deadlock(self) -> None:
         """Report who waits where."""
         waiting: list[str] = []
         first: tuple[int, int] | None = None
         held = [
-            (pc, np.flatnonzero(mask), "the rest of its warp") for pc, mask in self._held.items()
+            (pc, np.flatnonzero(mask), "the rest of its warp") for pc, mask in self.held.items()
         ]
-        waits = (self.barriers, self.mbarriers, self.cluster_barriers)
-        for pc, lanes, what in [*held, *(w for b in waits for w in b.waiting())]:
+        for pc, lanes, what in [*held, *self.waiting()]:
             if len(lanes):
                 first = first or (int(lanes[0]), pc)
                 where = self.context.program.code[pc].instruction

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from gqa_cutlass.ptxsim.clocks import Vector, by_warp
+from gqa_cutlass.ptxsim.clocks import Vector, by_warp, joined
 from gqa_cutlass.ptxsim.memory import SHARED_WINDOW, WINDOW_BYTES, AccessError
-from gqa_cutlass.ptxsim.operands import Pointer, pointer
+from gqa_cutlass.ptxsim.operands import Pointer, arity, pointer
 from gqa_cutlass.ptxsim.program import Action, Slots, unknown
-from gqa_cutlass.ptxsim.syntax import Instruction, Reg
+from gqa_cutlass.ptxsim.syntax import Instruction
 
 if TYPE_CHECKING:
     from gqa_cutlass.ptxsim.machine import Group, Machine
@@ -22,14 +22,6 @@ Ints = NDArray[np.int64]
 _BYTES = 8
 _MAX_COUNT = (1 << 20) - 1
 Key = tuple[int, int]  # block of the machine, address in its shared memory
-
-
-@dataclass(kw_only=True)
-class _Copy:
-    """A copy under way: granules [n, k], and what publishes that its source has been read."""
-
-    cells: Ints
-    source: Vector | None
 
 
 @dataclass(kw_only=True)
@@ -43,7 +35,8 @@ class _Object:
     phase: int = 0
     arrived: Vector | None = None  # what arrivals of this phase published
     passed: Vector | None = None  # what those of completed phases did
-    copies: list[_Copy] = field(default_factory=list)
+    copies: list[Ints] = field(default_factory=list)  # granules [n, k] of those under way
+    sources: Vector | None = None  # what publishes that their sources have been read
 
 
 @dataclass(kw_only=True)
@@ -71,9 +64,13 @@ class MBarriers:
     def locate(self, group: Group, place: Pointer, space: str) -> list[tuple[Key, Ints]]:
         """Lanes of a group by the mbarrier that they name, which must be whole."""
         machine = self._machine
+        machine.progress.one_by_one(len(group))
         addresses = place.addresses(machine, group)
-        outside = addresses & -WINDOW_BYTES != SHARED_WINDOW
-        if space == "generic" and outside.any():
+        window = addresses & -WINDOW_BYTES
+        outside = window != SHARED_WINDOW
+        if space != "generic":
+            outside &= window != 0
+        if outside.any():
             i = int(outside.argmax())
             raise machine.fault(
                 "mbarrier outside shared memory", int(group.lanes[i]), int(addresses[i])
@@ -95,6 +92,7 @@ class MBarriers:
     def init(self, key: Key, lanes: Ints, count: int) -> None:
         """`mbarrier.init`."""
         machine = self._machine
+        machine.progress.changes += 1
         if not 0 < count <= _MAX_COUNT:
             raise machine.fault(
                 f"mbarrier.init: count {count}; allowed: 1 to {_MAX_COUNT}", int(lanes[0])
@@ -122,10 +120,11 @@ class MBarriers:
 
     def invalidate(self, key: Key, lanes: Ints) -> None:
         """`mbarrier.inval`."""
-        if self.known(key, lanes).copies:
-            raise self._machine.fault(
-                "mbarrier.inval while asynchronous copies are under way", int(lanes[0]), key[1]
-            )
+        self._machine.progress.changes += 1
+        copying = bool(self.known(key, lanes).copies)
+        if copying or any(w.key == key for w in self._waiters):
+            why = "asynchronous copies are under way" if copying else "threads wait for it"
+            raise self._machine.fault(f"mbarrier.inval while {why}", int(lanes[0]), key[1])
         del self._objects[key]
 
     def known(self, key: Key, lanes: Ints, touched: bool = True) -> _Object:
@@ -156,6 +155,7 @@ class MBarriers:
             self._complete(key, barrier)
 
     def _count_bytes(self, key: Key, barrier: _Object, lane: int, amount: int) -> None:
+        self._machine.progress.changes += 1
         barrier.bytes += amount
         if abs(barrier.bytes) > _MAX_COUNT:
             raise self._machine.fault(
@@ -167,6 +167,7 @@ class MBarriers:
     def arrive(self, key: Key, lanes: Ints, count: int, release: bool, drop: bool) -> int:
         """Every lane arrives `count` times; returns the phase that it arrived in."""
         barrier = self.known(key, lanes)
+        self._machine.progress.changes += 1
         if not 0 < count <= _MAX_COUNT:
             raise self._machine.fault(
                 f"mbarrier: {count} arrivals; allowed: 1 to {_MAX_COUNT}", int(lanes[0]), key[1]
@@ -193,8 +194,7 @@ class MBarriers:
         return phase
 
     def _publish(self, barrier: _Object, vector: Vector) -> None:
-        held = barrier.arrived
-        barrier.arrived = vector if held is None else np.maximum(held, vector)
+        barrier.arrived = joined(barrier.arrived, vector)
 
     def _complete(self, key: Key, barrier: _Object) -> None:
         """Go on to the next phase when nothing is missing."""
@@ -202,8 +202,7 @@ class MBarriers:
             return
         if barrier.copies:
             self._finish(key, barrier)
-        vectors = [v for v in (barrier.arrived, barrier.passed) if v is not None]
-        barrier.passed = np.maximum.reduce(vectors) if vectors else None
+        barrier.passed = joined(barrier.arrived, barrier.passed)
         barrier.arrived = None
         barrier.phase += 1
         barrier.pending = barrier.count
@@ -215,11 +214,11 @@ class MBarriers:
         place = key[0] // machine.context.launch.cluster_size, barrier.agent
         epoch = self._epochs[place] = self._epochs.get(place, 0) + 1
         self._publish(barrier, machine.clocks.alone(barrier.agent, epoch))
-        for copy in barrier.copies:
-            machine.shadow.land(copy.cells, epoch << 32 | barrier.agent)
-            if copy.source is not None:
-                self._publish(barrier, copy.source)
-        barrier.copies = []
+        for cells in barrier.copies:
+            machine.shadow.land(cells, epoch << 32 | barrier.agent)
+        if barrier.sources is not None:
+            self._publish(barrier, barrier.sources)
+        barrier.copies, barrier.sources = [], None
 
     def _wake(self, key: Key) -> None:
         for waiter in [w for w in self._waiters if w.key == key]:
@@ -268,7 +267,9 @@ class MBarriers:
         """
         shadow = self._machine.shadow
         cells = self._machine.shadowed(shadow.begin_copy, lanes, at, addresses, unit)
-        self._objects[key].copies.append(_Copy(cells=cells, source=source))
+        barrier = self._objects[key]
+        barrier.copies.append(cells)
+        barrier.sources = joined(barrier.sources, source)
         if self._filled is None:
             size = len(self._machine.shared.bytes) // shadow.granule
             self._filled = np.zeros(size, dtype=bool)
@@ -327,6 +328,7 @@ def build_mbarrier(instruction: Instruction, slots: Slots) -> Action:
         return _build_arrive(instruction, slots, space, "expect_tx" in more, order)
     if more or verb not in ("init", "inval", "expect_tx", "complete_tx"):
         raise unknown(instruction)
+    arity(instruction, 1 if verb == "inval" else 2)
     place = pointer(instruction.operands[0], slots, instruction)
     amount = slots.constant(0, 32)
     if verb != "inval":
@@ -349,8 +351,9 @@ def build_mbarrier(instruction: Instruction, slots: Slots) -> Action:
 def _build_arrive(
     instruction: Instruction, slots: Slots, space: str, expects: bool, order: str
 ) -> Action:
+    arity(instruction, 2, 3)
     state, where, *rest = instruction.operands
-    target = None if state == Reg("_") else slots.register(state, instruction)
+    target = slots.sink(state, 64, instruction)
     place = pointer(where, slots, instruction)
     count = slots.source(rest[0], 32, instruction) if rest else slots.constant(1, 32)
     drop = instruction.opcode[1] == "arrive_drop"
@@ -376,8 +379,9 @@ def _build_wait(
     instruction: Instruction, slots: Slots, space: str, blocks: bool, parity: bool, order: str
 ) -> Action:
     """try_wait holds its lanes until the phase completes; test_wait answers at once."""
+    arity(instruction, 3, 4)
     result, where, wanted, *_ = instruction.operands
-    target = slots.register(result, instruction)
+    target = slots.destination(result, 1, instruction)
     place = pointer(where, slots, instruction)
     which = slots.source(wanted, 32 if parity else 64, instruction)
 

@@ -225,6 +225,7 @@ class GlobalMemory:
 
     def locate(self, address: int) -> str:
         """Where an address lies, in words."""
+        address %= 1 << 64
         near = sorted(self.regions, key=lambda r: _distance(r, address))
         if not near:
             return "no tensor was given"
@@ -258,7 +259,8 @@ class GlobalMemory:
         for i in np.unique(index):
             at = np.flatnonzero(index == i)
             segment = self.segments[max(0, int(i))]
-            outside = (addresses[at] < segment.start) | (addresses[at] + size > segment.end)
+            # Not from the addresses' end, which may be too large a number.
+            outside = (addresses[at] < segment.start) | (addresses[at] > segment.end - size)
             if outside.any():
                 position = int(at[outside.argmax()])
                 raise AccessError(position, int(addresses[position]), "outside all tensors")

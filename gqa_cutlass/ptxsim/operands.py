@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from gqa_cutlass.ptxsim.machine import Group, Machine
 
 Addresses = NDArray[np.int64]
+_CONSTANTS = 1 << 31
+_WIDTHS = (32, 64)  # bits of an address
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,7 @@ class Pointer:
 
     def addresses(self, machine: Machine, group: Group) -> Addresses:
         """The address of every lane of a group."""
-        base = machine.value(self.slot, group).astype(np.int64)
+        base = machine.value(self.slot, group).astype(np.int64)  # those from 2^63 are negative
         if self.offset:
             base = base + self.offset
             if self.width == 32:
@@ -55,6 +57,8 @@ def pointer(operand: Operand, slots: Slots, instruction: Instruction) -> Pointer
             slot = slots.constant(place, 64)
         case None:
             return Pointer(slot=slots.constant(operand.offset, 64), offset=0, width=64)
+    if slots.width(slot) not in _WIDTHS:
+        raise unknown(instruction, f"address of {slots.width(slot)} bits")
     return Pointer(slot=slot, offset=operand.offset, width=slots.width(slot))
 
 
@@ -64,7 +68,17 @@ def items(operand: Operand) -> tuple[Operand, ...]:
 
 
 def integer(operand: Operand, instruction: Instruction) -> int:
-    """The value of an operand that must be a constant."""
-    if not isinstance(operand, Imm) or operand.float_bits:
+    """The value of an operand that must be a constant, not negative."""
+    if not isinstance(operand, Imm) or operand.float_bits or not 0 <= operand.value < _CONSTANTS:
         raise unknown(instruction, f"operand {operand}, where a constant is needed,")
     return operand.value
+
+
+def arity(instruction: Instruction, *allowed: int) -> None:
+    """Refuse another number of operands.
+
+    Raises:
+        PtxError: It is none of those allowed.
+    """
+    if len(instruction.operands) not in allowed:
+        raise unknown(instruction, f"number of operands, {len(instruction.operands)},")

@@ -8,20 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gqa_cutlass.errors import KernelFault
+from gqa_cutlass.errors import KernelFault, PtxError
+from gqa_cutlass.ptxsim import limits
 from gqa_cutlass.ptxsim.bits import Bits
 from gqa_cutlass.ptxsim.decode import build
 from gqa_cutlass.ptxsim.dependent import WAIT
-from gqa_cutlass.ptxsim.program import (
-    UNSIGNED,
-    Action,
-    Code,
-    Flow,
-    Slots,
-    read,
-    written,
-)
-from gqa_cutlass.ptxsim.syntax import Instruction, Kernel
+from gqa_cutlass.ptxsim.flow import Flow
+from gqa_cutlass.ptxsim.program import UNSIGNED, Action, Code, Slots
+from gqa_cutlass.ptxsim.syntax import Instruction, Kernel, Reg
 
 _SHARED_BASE = 1024  # as on sm_90, where the system has the first KiB: null is no valid address
 _NARROWEST = 16
@@ -49,12 +43,20 @@ class Launch:
         """Blocks per cluster."""
         return self.cluster[0] * self.cluster[1] * self.cluster[2]
 
-    def block_ids(self) -> NDArray[np.int64]:
-        """All blocks as [n, (x, y, z)]: cluster by cluster, x running fastest."""
-        clusters = [g // c for g, c in zip(self.grid, self.cluster, strict=True)]
-        cells = np.indices((*clusters[::-1], *self.cluster[::-1])).reshape(6, -1)
-        outer, inner = cells[2::-1], cells[:2:-1]
-        return np.stack([outer[i] * self.cluster[i] + inner[i] for i in range(3)], axis=1)
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the grid."""
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
+    def block_ids(self, first: int, count: int) -> NDArray[np.int64]:
+        """Blocks from `first` on as [count, (x, y, z)]: cluster by cluster, x running fastest."""
+        outer, inner = np.divmod(np.arange(first, first + count), self.cluster_size)
+        ids = np.empty((count, 3), dtype=np.int64)
+        for i, (blocks, wide) in enumerate(zip(self.grid, self.cluster, strict=True)):
+            outer, place = np.divmod(outer, blocks // wide)
+            inner, rank = np.divmod(inner, wide)
+            ids[:, i] = place * wide + rank
+        return ids
 
 
 class Program:
@@ -64,27 +66,45 @@ class Program:
         kernel: As parsed.
 
     Raises:
-        PtxError: It has an instruction that is not known.
+        PtxError: It has an instruction that is not known, or more of something than there is.
     """
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
         self._place_variables()
-        specials = dict.fromkeys(_SPECIALS)
-        self._slots = Slots(kernel, self._addresses, {n: _blank(n) for n in specials})
+        self._check_names()
+        self._slots = Slots(kernel, self._addresses, {n: _blank(n) for n in _SPECIALS})
         flow = Flow(kernel)
+        widths = [kernel.registers[name] for name in flow.names]
+        self.bytes_per_thread = self.local_bytes + sum(max(8, width) // 8 for width in widths)
         self.leaders = frozenset(flow.leaders)
         watched = flow.maybe_unassigned()
         self.watched = [self._slots.named(name) for name in sorted(watched)]
         dead = flow.dead_after()
         self.code = [
-            self._code(instruction, dead[i]) for i, instruction in enumerate(kernel.instructions)
+            self._code(instruction, *touched, dead[i])
+            for i, (instruction, touched) in enumerate(
+                zip(kernel.instructions, flow.touched, strict=True)
+            )
         ]
         inits = any(i.opcode[:2] == ("mbarrier", "init") for i in kernel.instructions)
         self.agents = _AGENTS if inits else 0  # of `Clocks`
         self.awaits_predecessor = any(i.opcode == WAIT for i in kernel.instructions)
         widths = [c.action.shared_width for c in self.code if c.action.shared_width]
         self.granule = min([_NARROWEST, *widths])
+
+    def _check_names(self) -> None:
+        """Refuse what has the name of something else, and more memory than there is."""
+        special = next((n for n in self.kernel.registers if n in _SPECIALS), None)
+        for wrong, got, allowed in (
+            (special, f"a register {special}", "names that are not those of special registers"),
+            (self.local_bytes > limits.LOCAL, f"{self.local_bytes} bytes of local memory",
+             f"up to {limits.LOCAL} bytes per thread"),
+            (self.param_bytes > limits.PARAMS, f"{self.param_bytes} bytes of parameters",
+             f"up to {limits.PARAMS}"),
+        ):  # fmt: skip
+            if wrong:
+                raise PtxError(f"{self.kernel.name}: got {got}; allowed: {allowed}.")
 
     def _place_variables(self) -> None:
         """Give every variable an address."""
@@ -114,19 +134,23 @@ class Program:
         self.param_bytes = params
         self.shared_base = _SHARED_BASE
 
-    def _code(self, instruction: Instruction, dead: list[str]) -> Code:
+    def _code(
+        self, instruction: Instruction, reads: list[str], writes: list[str], dead: list[str]
+    ) -> Code:
         slots = self._slots
         guard = None
         if instruction.guard is not None:
-            guard = slots.register(instruction.guard, instruction)
+            guard = slots.source(instruction.guard, 1, instruction)
         action: Action = build(instruction, slots)
         return Code(
             instruction=instruction,
             action=action,
             guard=guard,
             dead=tuple(slots.named(name) for name in dead),
-            reads=tuple(slots.named(n) for n in read(instruction) if n in self.kernel.registers),
-            writes=tuple(slots.named(n) for n in written(instruction)),
+            reads=tuple(
+                slots.register(Reg(name), instruction) for name in reads if name not in _SPECIALS
+            ),
+            writes=tuple(slots.register(Reg(name), instruction) for name in writes),
         )
 
     def registers(self, launch: Launch, block_ids: NDArray[np.int64]) -> list[Bits | None]:
@@ -151,7 +175,7 @@ class Program:
     def fault(self, what: str, who: str, pc: int, address: int | None) -> KernelFault:
         """The error for what a kernel did."""
         instruction = self.code[pc].instruction
-        at = "" if address is None else f"; address {address:#x}"
+        at = "" if address is None else f"; address {address % 2**64:#x}"
         return KernelFault(
             f"{self.kernel.name}: {what}{at}; by {who}; in `{instruction.name}` at "
             f"{instruction.where}"
@@ -159,7 +183,7 @@ class Program:
 
 
 _AXES = "xyz"
-_SPECIALS = [
+_SPECIALS = dict.fromkeys([
     *(f"%{name}.{axis}" for axis in _AXES for name in (
         "tid", "ntid", "ctaid", "nctaid", "clusterid", "nclusterid", "cluster_ctaid",
         "cluster_nctaid",
@@ -167,7 +191,7 @@ _SPECIALS = [
     "%laneid", "%warpid", "%nwarpid", "%smid", "%nsmid", "%gridid", "%cluster_ctarank",
     "%cluster_nctarank", "%lanemask_eq", "%lanemask_lt", "%lanemask_le", "%lanemask_gt",
     "%lanemask_ge", "%dynamic_smem_size", "%total_smem_size", "%is_explicit_cluster",
-]  # fmt: skip
+])  # fmt: skip
 
 
 def _blank(name: str) -> Bits:

@@ -113,10 +113,38 @@ class Slots:
         return self._index[key]
 
     def register(self, operand: Operand, instruction: Instruction) -> int:
-        """Slot of a register operand."""
+        """Slot of a register operand, special ones included."""
         if not isinstance(operand, Reg) or operand.name not in self._index:
             raise unknown(instruction, f"operand {operand}")
         return self._index[operand.name]
+
+    def destination(
+        self, operand: Operand, width: int, instruction: Instruction, *, wider: bool = False
+    ) -> int:
+        """Slot of a register of `width` bits that may be written; if `wider`, or of more."""
+        if not isinstance(operand, Reg) or operand.name not in self.kernel.registers:
+            raise unknown(instruction, f"operand {operand}, which is written,")
+        return self._checked(self._index[operand.name], width, wider, operand, instruction)
+
+    def sink(
+        self, operand: Operand, width: int, instruction: Instruction, *, wider: bool = False
+    ) -> int | None:
+        """As `destination`, and None for `_`."""
+        if operand == Reg("_"):
+            return None
+        return self.destination(operand, width, instruction, wider=wider)
+
+    def _checked(
+        self, slot: int, width: int, wider: bool, operand: Operand, instruction: Instruction
+    ) -> int:
+        has = self.widths[slot]
+        if has != width and not (wider and has > width > 1):  # nothing is wider than a predicate
+            raise unknown(instruction, f"operand {operand}, of {has} bits,")
+        return slot
+
+    def is_predicate(self, operand: Operand) -> bool:
+        """Whether an operand is a register of one bit."""
+        return isinstance(operand, Reg) and self.kernel.registers.get(operand.name) == 1
 
     def named(self, name: str) -> int:
         """Slot of a register by its name."""
@@ -135,11 +163,14 @@ class Slots:
             found = self._add((value, width), width, array)
         return found
 
-    def source(self, operand: Operand, width: int, instruction: Instruction) -> int:
-        """Slot of a source operand of `width` bits; wider registers are narrowed later."""
+    def source(
+        self, operand: Operand, width: int, instruction: Instruction, *, wider: bool = False
+    ) -> int:
+        """Slot of a source operand of `width` bits; if `wider`, a register may have more."""
         match operand:
             case Reg():
-                return self.register(operand, instruction)
+                slot = self.register(operand, instruction)
+                return self._checked(slot, width, wider, operand, instruction)
             case Imm(value=value, float_bits=0):
                 return self.constant(value, width)
             case Imm(value=value, float_bits=bits) if bits == width:
@@ -151,7 +182,7 @@ class Slots:
     def predicate(self, operand: Operand, instruction: Instruction) -> Predicate:
         """A predicate operand, possibly negated."""
         if isinstance(operand, Not):
-            return Predicate(self.register(operand.reg, instruction), negated=True)
+            return Predicate(self.source(operand.reg, 1, instruction), negated=True)
         return Predicate(self.source(operand, 1, instruction), negated=False)
 
     def target(self, instruction: Instruction) -> int:
@@ -221,112 +252,3 @@ def read(instruction: Instruction) -> list[str]:
     skip = 1 if written(instruction) else 0
     names = registers_of(instruction.operands[skip:])
     return names if instruction.guard is None else [*names, instruction.guard.name]
-
-
-class Flow:
-    """Control flow, liveness and definite assignment of a kernel; registers as bits of integers."""
-
-    def __init__(self, kernel: Kernel) -> None:
-        self._code = kernel.instructions
-        self._labels = kernel.labels
-        self._bit = {name: 1 << i for i, name in enumerate(kernel.registers)}
-        self._names = list(kernel.registers)
-        targets = set(kernel.labels.values()) | {0}
-        after = {i + 1 for i, ins in enumerate(self._code) if self._ends_block(ins)}
-        self.leaders = sorted(i for i in targets | after if i < len(self._code))
-        self._blocks = list(zip(self.leaders, [*self.leaders[1:], len(self._code)], strict=True))
-        self._next = {start: self._successors(end) for start, end in self._blocks}
-        self._reads = [self._bits(read(ins)) for ins in self._code]
-        self._writes = [self._bits(written(ins)) for ins in self._code]
-
-    @staticmethod
-    def _ends_block(instruction: Instruction) -> bool:
-        return instruction.opcode[0] in ("bra", "ret", "exit", "trap")
-
-    def _successors(self, end: int) -> list[int]:
-        last = self._code[end - 1]
-        follows = [end] if end < len(self._code) else []
-        if last.opcode[0] == "bra":
-            return [branch_target(last, self._labels), *(follows if last.guard else [])]
-        if last.opcode[0] in ("ret", "exit", "trap") and last.guard is None:
-            return []
-        return follows
-
-    def _bits(self, names: Iterable[str]) -> int:
-        bits = 0
-        for name in names:
-            bits |= self._bit.get(name, 0)
-        return bits
-
-    def dead_after(self) -> list[list[str]]:
-        """For every instruction the registers that are read, or could have been, for the last time.
-
-        Backward liveness over the blocks, then within each.
-        """
-        live_in = dict.fromkeys(self.leaders, 0)
-        changed = True
-        while changed:
-            changed = False
-            for start, end in reversed(self._blocks):
-                live = self._live_out(start, live_in)
-                for i in range(end - 1, start - 1, -1):
-                    live = self._before(i, live)
-                if live != live_in[start]:
-                    live_in[start], changed = live, True
-        dead: list[list[str]] = [[] for _ in self._code]
-        for start, end in self._blocks:
-            live = self._live_out(start, live_in)
-            for i in range(end - 1, start - 1, -1):
-                touched = self._reads[i] | self._writes[i]
-                dead[i] = self._named(touched & ~live)
-                live = self._before(i, live)
-        return dead
-
-    def _live_out(self, start: int, live_in: dict[int, int]) -> int:
-        live = 0
-        for follower in self._next[start]:
-            live |= live_in[follower]
-        return live
-
-    def _before(self, i: int, live: int) -> int:
-        """Registers live before an instruction, given those live after it."""
-        if self._code[i].guard is None:
-            live &= ~self._writes[i]
-        return live | self._reads[i]
-
-    def maybe_unassigned(self) -> set[str]:
-        """Registers that some path reads without having written them.
-
-        Forward definite assignment; a guarded write does not count.
-        """
-        everything = (1 << len(self._names)) - 1
-        assigned = dict.fromkeys(self.leaders, everything)
-        assigned[0] = 0
-        changed = True
-        while changed:
-            changed = False
-            for start, end in self._blocks:
-                have = assigned[start]
-                for i in range(start, end):
-                    if self._code[i].guard is None:
-                        have |= self._writes[i]
-                for follower in self._next[start]:
-                    narrowed = assigned[follower] & have
-                    if narrowed != assigned[follower]:
-                        assigned[follower], changed = narrowed, True
-        missing = 0
-        for start, end in self._blocks:
-            have = assigned[start]
-            for i in range(start, end):
-                missing |= self._reads[i] & ~have
-                if self._code[i].guard is None:
-                    have |= self._writes[i]
-        return set(self._named(missing))
-
-    def _named(self, bits: int) -> list[str]:
-        names = []
-        while bits:
-            low = bits & -bits
-            names.append(self._names[low.bit_length() - 1])
-            bits ^= low
-        return names

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import re
-import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import PurePath
 
 from gqa_cutlass.errors import PtxError
+from gqa_cutlass.ptxsim import limits
 from gqa_cutlass.ptxsim.syntax import (
     Address,
     Imm,
@@ -22,28 +19,25 @@ from gqa_cutlass.ptxsim.syntax import (
     Variable,
     Vector,
 )
+from gqa_cutlass.ptxsim.tokens import Token, files, number, tokens, unexpected
 
 TARGETS = range(80, 91)  # compute capabilities, times ten
-_TOKEN = re.compile(
-    r"""(?P<skip>[ \t\r]+|//[^\n]*|/\*.*?\*/)
-      | (?P<newline>\n)
-      | (?P<loc>\.(?:loc|file)\b[^\n]*)
-      | (?P<string>"[^"\n]*")
-      | (?P<number>0[fF][0-9a-fA-F]{8}\b|0[dD][0-9a-fA-F]{16}\b|0[xX][0-9a-fA-F]+U?
-                   |0[bB][01]+U?\b|\d+\.\d*(?:[eE][+-]?\d+)?\b|\d+U?\b)
-      | (?P<word>[.%$_A-Za-z](?:[\w$.%]|::)*)
-      | (?P<mark>[{}()\[\],;@!|+=<>:-])""",
-    re.VERBOSE | re.DOTALL,
+_TARGET = re.compile(r"sm_([0-9]{2,3})a?")
+_LOC = re.compile(
+    r"\.loc[ \t]+(\d{1,9})[ \t]+(\d{1,9})[ \t]+(\d{1,9})"
+    r"(?:.*\binlined_at[ \t]+(\d{1,9})[ \t]+(\d{1,9})[ \t]+(\d{1,9}))?",
+    re.ASCII,
 )
-_LOC = re.compile(r"\.loc\s+(\d+)\s+(\d+)\s+(\d+)(?:.*\binlined_at\s+(\d+)\s+(\d+)\s+(\d+))?")
-_FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', re.MULTILINE)
 _SIZES = {"pred": 1} | {f"{kind}{bits}": bits for kind in "busf" for bits in (8, 16, 32, 64)} | {
-    "f16x2": 32, "bf16": 16, "bf16x2": 32, "b128": 128,
+    "f16x2": 32, "bf16": 16, "bf16x2": 32,
 }  # fmt: skip
+# Bytes of a variable, by its space; of what lies outside the kernel nobody here takes the address.
+_ROOM = {"shared": limits.SHARED, "local": limits.LOCAL, "param": limits.PARAMS}
+_MAX_VARIABLE = 1 << 40
 _SPACES = (".global", ".shared", ".local", ".param", ".const")
 _ENDS = ("ret", "exit", "bra")
 _LINKAGE = (".visible", ".extern", ".weak", ".common")
-_MAX_DEPTH, _MAX_REGISTERS, _MAX_INLINED = 64, 1 << 20, 16
+_MAX_INLINED = 16
 _SIGNS = {32: 1 << 31, 64: 1 << 63}
 
 Place = tuple[int, int, int]  # number of a source file, line, column
@@ -62,35 +56,15 @@ def parse(text: str, name: str) -> Kernel:
     return _Parser(text).kernel(name)
 
 
-@dataclass(frozen=True)
-class _Token:
-    kind: str
-    text: str
-    line: int
-
-
-def _tokens(text: str) -> Iterator[_Token]:
-    line, at = 1, 0
-    while at < len(text):
-        match = _TOKEN.match(text, at)
-        if match is None:
-            raise PtxError(f"PTX line {line}: got {text[at]!r}; allowed: the tokens of PTX")
-        kind = match.lastgroup or ""
-        if kind not in ("skip", "newline"):
-            yield _Token(kind, match.group(), line)
-        line += match.group().count("\n")
-        at = match.end()
-
-
 class _Parser:
     """Recursive descent over the tokens of a module."""
 
     def __init__(self, text: str) -> None:
-        self._files = {int(number): PurePath(path).name for number, path in _FILE.findall(text)}
-        # Debug sections come last and are most of the text.
-        self._tokens = list(_tokens(re.split(r"^\s*\.section\b", text, maxsplit=1, flags=re.M)[0]))
+        self._files = files(text)
+        self._tokens = tokens(text)
         self._at = 0
         self._source = ""
+        self._labels: dict[int, list[Token]] = {}  # by the position behind an opening brace
         self._inlined: dict[Place, Place | None] = {}  # the call that each place was inlined at
 
     def kernel(self, name: str) -> Kernel:
@@ -99,7 +73,7 @@ class _Parser:
         while self._at < len(self._tokens):
             token = self._next()
             if token.text == ".entry":
-                found |= self._entry(kernel)
+                found |= self._entry(kernel, found)
             elif token.text == ".func":
                 self._skip_function()
             elif token.text in _SPACES:
@@ -109,12 +83,12 @@ class _Parser:
             elif token.text in (".version", ".address_size"):
                 self._directive()
             elif token.kind != "loc" and token.text not in _LINKAGE:
-                raise _unexpected(token, "a function or a variable")
+                raise unexpected(token, "a function or a variable")
         if not found:
             raise PtxError(f"PTX: got no kernel {name!r}; needed: an .entry of that name")
         return kernel
 
-    def _peek(self) -> _Token:
+    def _peek(self) -> Token:
         if self._at >= len(self._tokens):
             line = self._tokens[-1].line if self._tokens else 1
             raise PtxError(
@@ -123,7 +97,7 @@ class _Parser:
             )
         return self._tokens[self._at]
 
-    def _next(self) -> _Token:
+    def _next(self) -> Token:
         token = self._peek()
         self._at += 1
         return token
@@ -137,19 +111,25 @@ class _Parser:
     def _expect(self, text: str) -> None:
         token = self._next()
         if token.text != text:
-            raise _unexpected(token, repr(text))
+            raise unexpected(token, repr(text))
 
     def _integer(self) -> int:
         token = self._next()
-        number = _number(token) if token.kind == "number" else None
-        if number is None or number.float_bits:
-            raise _unexpected(token, "an integer")
-        return number.value
+        found = number(token) if token.kind == "number" else None
+        if found is None or found.float_bits:
+            raise unexpected(token, "an integer")
+        return found.value
+
+    def _name(self, what: str) -> Token:
+        token = self._next()
+        if token.kind != "word" or token.text.startswith("."):
+            raise unexpected(token, what)
+        return token
 
     def _target(self) -> None:
         """Refuse architectures whose instructions this simulator does not know."""
         token = self._peek()
-        match = re.fullmatch(r"sm_(\d+)a?", token.text)
+        match = _TARGET.fullmatch(token.text)
         if match is None or int(match.group(1)) not in TARGETS:
             raise PtxError(
                 f"PTX line {token.line}: got code for {token.text}; allowed: sm_{TARGETS[0]} to "
@@ -174,19 +154,23 @@ class _Parser:
             if depth == 0 and text in ("}", ";"):
                 return
 
-    def _entry(self, kernel: Kernel) -> bool:
-        if self._next().text != kernel.name:
+    def _entry(self, kernel: Kernel, found: bool) -> bool:
+        token = self._next()
+        if token.text != kernel.name:
             self._skip_function()
             return False
+        if found:
+            raise unexpected(token, "one kernel of that name")
+        scope = _Scope(None, "", kernel)
         if self._accept("("):
             while not self._accept(")"):
                 self._expect(".param")
-                self._variable(".param", kernel, end=(",", ")"))
+                self._variable(".param", kernel, end=(",", ")"), scope=scope)
                 self._accept(",")
-        while self._peek().text != "{":
+        while not self._accept("{"):
             self._entry_directive(kernel)
-        self._at += 1
-        self._body(kernel, _Scope(None, "", kernel))
+        self._find_labels()
+        self._body(kernel, scope)
         self._close(kernel)
         return True
 
@@ -201,27 +185,39 @@ class _Parser:
             )
 
     def _entry_directive(self, kernel: Kernel) -> None:
-        name = self._next().text.removeprefix(".")
-        values = []
+        token = self._next()
+        if token.text == ".pragma":
+            self._skip_pragma()
+            return
+        if not token.text.startswith("."):
+            raise unexpected(token, "'{' or a directive")
+        values: list[int] = []
         while self._peek().kind == "number":
+            if len(values) == limits.DIMENSIONS:
+                raise unexpected(self._peek(), f"at most {limits.DIMENSIONS} numbers")
             values.append(self._integer())
             self._accept(",")
-        kernel.directives[name] = tuple(values)
+        kernel.directives[token.text.removeprefix(".")] = tuple(values)
+
+    def _skip_pragma(self) -> None:
+        while self._next().text != ";":
+            pass
 
     def _variable(
         self, space: str, kernel: Kernel, end: tuple[str, ...] = (";",), scope: _Scope | None = None
     ) -> None:
         """What follows `.shared` and the like."""
-        align, bits, count, name = 0, 0, 1, ""
+        align, bits, count = 0, 0, 1
+        name: Token | None = None
         initial: list[int] = []
         while self._peek().text not in end:
             token = self._next()
             if token.text == ".align":
-                align = self._integer()
+                align = self._alignment()
             elif token.text == ".ptr":  # what is said of the memory that the pointer points to
                 while self._peek().text.startswith("."):
                     if self._next().text == ".align":
-                        self._integer()
+                        self._alignment()
             elif token.text[:1] == "." and token.text[1:] in _SIZES and not bits:
                 bits = _SIZES[token.text[1:]]
             elif token.text in (".v2", ".v4"):
@@ -231,24 +227,33 @@ class _Parser:
                 self._expect("]")
             elif token.text == "=":
                 initial = self._initial(end)
-            elif token.kind == "word" and not token.text.startswith(".") and not name:
-                name = token.text
+            elif token.kind == "word" and not token.text.startswith(".") and name is None:
+                name = token
             else:
-                raise _unexpected(token, "a variable")
+                raise unexpected(token, "a variable")
+            room = _ROOM.get(space[1:], _MAX_VARIABLE)
+            if count * max(bits, 8) // 8 > room:
+                raise unexpected(token, f"a variable of at most {room} bytes")
         last = self._peek()
-        if not name or not bits:
-            raise _unexpected(last, "the name and the type of a variable")
+        if name is None or not bits:
+            raise unexpected(last, "the name and the type of a variable")
         if ";" in end:
             self._expect(";")
         width = max(bits, 8) // 8
+        if len(initial) > count:
+            raise unexpected(last, f"at most {count} values")
         data = b"".join((value % (1 << 8 * width)).to_bytes(width, "little") for value in initial)
-        unique = scope.declare(name) if scope else name
-        align = align or width
-        if align & align - 1:
-            raise _unexpected(last, f"an alignment that is a power of two, not {align},")
+        unique = scope.declare(name) if scope else name.text
         kernel.variables[unique] = Variable(
-            space=space[1:], align=align, size=count * width, initial=data
+            space=space[1:], align=align or width, size=count * width, initial=data
         )
+
+    def _alignment(self) -> int:
+        token = self._peek()
+        align = self._integer()
+        if align == 0 or align & align - 1:
+            raise unexpected(token, f"an alignment that is a power of two, not {align},")
+        return align
 
     def _initial(self, end: tuple[str, ...]) -> list[int]:
         values: list[int] = []
@@ -256,48 +261,54 @@ class _Parser:
         while self._peek().text not in end:
             token = self._next()
             if token.kind == "number":
-                values.append(sign * _number(token).value)
+                values.append(sign * number(token).value)
             sign = -1 if token.text == "-" else 1
         return values
 
     def _body(self, kernel: Kernel, scope: _Scope) -> None:
         """Statements up to the closing brace."""
-        self._declare_labels(scope)
+        for label in self._labels.get(self._at, ()):
+            scope.declare(label)
         while not self._accept("}"):
             token = self._next()
             if token.kind == "loc":
                 self._locate(token.text)
             elif token.text == "{":
-                if scope.depth == _MAX_DEPTH:
-                    raise _unexpected(token, f"at most {_MAX_DEPTH} levels of braces")
+                if scope.depth == limits.BRACES:
+                    raise unexpected(token, f"at most {limits.BRACES} levels of braces")
                 self._body(kernel, _Scope(scope, f"{token.line}.{self._at}", kernel))
             elif token.text == ".reg":
                 self._registers(kernel, scope)
+            elif token.text == ".param":
+                raise unexpected(token, "a statement; functions cannot be called here")
             elif token.text in _SPACES:
                 self._variable(token.text, kernel, scope=scope)
             elif token.text == ".pragma":
-                while self._next().text != ";":
-                    pass
+                self._skip_pragma()
             elif token.text != ";":
                 self._statement(token, kernel, scope)
 
-    def _declare_labels(self, scope: _Scope) -> None:
-        """Name the labels of a scope in advance: branches may go forward."""
-        depth = 0
+    def _find_labels(self) -> None:
+        """Find the labels of every pair of braces in the body: branches may go forward."""
+        self._labels.clear()
+        inside = [self._at]
         for i in range(self._at, len(self._tokens)):
             text = self._tokens[i].text
-            depth += (text == "{") - (text == "}")
-            if depth < 0:
-                return
-            if text == ":" and depth == 0 and self._tokens[i - 1].kind == "word":
-                scope.declare(self._tokens[i - 1].text)
+            if text == "{":
+                inside.append(i + 1)
+            elif text == "}":
+                inside.pop()
+                if not inside:
+                    return
+            elif text == ":" and self._tokens[i - 1].kind == "word":
+                self._labels.setdefault(inside[-1], []).append(self._tokens[i - 1])
 
     def _locate(self, text: str) -> None:
         """Read a `.loc`: where the next instructions come from."""
         match = _LOC.match(text)
         if match is None:
             return
-        numbers = [int(number or 0) for number in match.groups()]
+        numbers = [int(digits or 0) for digits in match.groups()]
         place: Place | None = (numbers[0], numbers[1], numbers[2])
         call = (numbers[3], numbers[4], numbers[5]) if match.group(4) else None
         self._inlined[(numbers[0], numbers[1], numbers[2])] = call
@@ -311,43 +322,42 @@ class _Parser:
         kind = self._next()
         width = _SIZES.get(kind.text[1:]) if kind.text.startswith(".") else None
         if width is None:
-            raise _unexpected(kind, "the type of registers")
+            raise unexpected(kind, "the type of registers")
         while True:
-            token = self._next()
-            if token.kind != "word":
-                raise _unexpected(token, "the name of a register")
-            names = [token.text]
-            if self._accept("<"):
-                count = self._integer()
-                if count > _MAX_REGISTERS:
-                    raise _unexpected(token, f"at most {_MAX_REGISTERS} registers")
-                names = [f"{token.text}{i}" for i in range(count)]
+            token = self._name("the name of a register")
+            many = self._accept("<")
+            count = self._integer() if many else 1
+            if len(kernel.registers) + count > limits.REGISTERS:
+                raise unexpected(token, f"at most {limits.REGISTERS} registers")
+            if many:
                 self._expect(">")
-            for name in names:
-                kernel.registers[scope.declare(name)] = width
+            for i in range(count):
+                name = token._replace(text=f"{token.text}{i}") if many else token
+                kernel.registers[scope.declare(name, again=True)] = width
             if self._accept(";"):
                 return
             self._expect(",")
 
-    def _statement(self, token: _Token, kernel: Kernel, scope: _Scope) -> None:
+    def _statement(self, token: Token, kernel: Kernel, scope: _Scope) -> None:
         if token.kind == "word" and self._accept(":"):
-            label = scope.find(token.text)
-            if label in kernel.labels:
-                raise _unexpected(token, "a label that is not there yet")
-            kernel.labels[label] = len(kernel.instructions)
+            kernel.labels[scope.find(token.text)] = len(kernel.instructions)
             return
         guard, negated = None, False
         if token.text == "@":
             negated = self._accept("!")
             guard = self._register(scope)
             token = self._next()
-        if token.kind != "word":
-            raise _unexpected(token, "an instruction")
+        if token.kind != "word" or not token.text[0].isalpha():
+            raise unexpected(token, "an instruction")
+        if len(kernel.instructions) == limits.INSTRUCTIONS:
+            raise unexpected(token, f"at most {limits.INSTRUCTIONS} instructions")
         operands: list[Operand] = []
         if not self._accept(";"):
             operands.append(self._operand(scope))
             while not self._accept(";"):
                 self._expect(",")
+                if len(operands) == limits.OPERANDS:
+                    raise unexpected(self._peek(), f"at most {limits.OPERANDS} operands")
                 operands.append(self._operand(scope))
         instruction = Instruction(
             opcode=tuple(token.text.split(".")),
@@ -362,7 +372,7 @@ class _Parser:
     def _register(self, scope: _Scope) -> Reg:
         token = self._next()
         if token.kind != "word":
-            raise _unexpected(token, "a register")
+            raise unexpected(token, "a register")
         return Reg(scope.find(token.text))
 
     def _operand(self, scope: _Scope) -> Operand:
@@ -378,22 +388,24 @@ class _Parser:
         if token.text == "!":
             return Not(self._register(scope))
         if token.text == "-" and self._peek().kind == "number":
-            number = _number(self._next())
-            if number.float_bits:
-                return Imm(number.value ^ _SIGNS[number.float_bits], number.float_bits)
-            return Imm(-number.value)
+            found = number(self._next())
+            if found.float_bits:
+                return Imm(found.value ^ _SIGNS[found.float_bits], found.float_bits)
+            return Imm(-found.value)
         if token.kind == "number":
-            return _number(token)
+            return number(token)
         if token.kind == "word":
             return _named(scope.find(token.text), scope.kernel)
-        raise _unexpected(token, "an operand")
+        raise unexpected(token, "an operand")
 
     def _vector(self, scope: _Scope) -> Vector:
-        items = []
+        items: list[Operand] = []
         while True:
-            if self._peek().text == "{":
-                raise _unexpected(self._peek(), "an operand")
-            items.append(self._operand(scope))
+            if self._peek().text in ("{", "["):
+                raise unexpected(self._peek(), "an operand")
+            if len(items) == limits.ITEMS:
+                raise unexpected(self._peek(), f"at most {limits.ITEMS} operands in braces")
+            items.append(self._simple(scope))
             if self._accept("}"):
                 return Vector(tuple(items))
             self._expect(",")
@@ -404,9 +416,7 @@ class _Parser:
         if self._peek().kind == "number":
             offset = self._integer()
         else:
-            token = self._next()
-            if token.kind != "word":
-                raise _unexpected(token, "a register or a variable")
+            token = self._name("a register or a variable")
             base = _named(scope.find(token.text), scope.kernel)
         while not self._accept("]"):
             sign = self._next()
@@ -416,9 +426,11 @@ class _Parser:
                 self._expect("]")
                 return Address(base, offset, coordinates)
             if sign.text not in ("+", "-"):
-                raise _unexpected(sign, "']' or an offset")
+                raise unexpected(sign, "']' or an offset")
             negative = (sign.text == "-") ^ self._accept("-")
             offset += -self._integer() if negative else self._integer()
+            if not -limits.OFFSETS <= offset < limits.OFFSETS:
+                raise unexpected(sign, "an offset of at most 63 bits")
         return Address(base, offset)
 
 
@@ -432,7 +444,19 @@ class _Scope:
         self._tag = tag
         self._names: dict[str, str] = {}
 
-    def declare(self, name: str) -> str:
+    def declare(self, token: Token, *, again: bool = False) -> str:
+        """The name by which the kernel knows what is declared here.
+
+        Args:
+            token: The name here.
+            again: Whether it may be declared already.
+
+        Raises:
+            PtxError: There is something of that name between these braces.
+        """
+        name = token.text
+        if name in self._names and not again:
+            raise unexpected(token, "a name that is not declared yet")
         self._names[name] = f"{name}@{self._tag}" if self._tag else name
         return self._names[name]
 
@@ -448,22 +472,3 @@ class _Scope:
 def _named(name: str, kernel: Kernel) -> Reg | Symbol:
     is_register = name in kernel.registers or name.startswith("%") or name == "_"
     return Reg(name) if is_register else Symbol(name)
-
-
-def _number(token: _Token) -> Imm:
-    text = token.text
-    if text[:2] in ("0f", "0F"):
-        return Imm(int(text[2:], 16), 32)
-    if text[:2] in ("0d", "0D"):
-        return Imm(int(text[2:], 16), 64)
-    try:
-        if "." in text:
-            return Imm(int.from_bytes(struct.pack("<f", float(text)), "little"), 32)
-        digits = text.removesuffix("U")
-        return Imm(int(digits, 8 if re.fullmatch("0[0-7]+", digits) else 0))
-    except (ValueError, OverflowError) as error:
-        raise _unexpected(token, "a number") from error
-
-
-def _unexpected(token: _Token, needed: str) -> PtxError:
-    return PtxError(f"PTX line {token.line}: got {token.text!r}; needed: {needed}")

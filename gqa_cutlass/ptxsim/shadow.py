@@ -108,7 +108,9 @@ class Touches:
     def _set_aside(self, places: Ints, epochs: Ints, lanes: NDArray[np.uint32]) -> None:
         entries = zip(places.tolist(), epochs.tolist(), lanes.tolist(), strict=True)
         for place, epoch, mask in dict.fromkeys(entries):
-            self._earlier.setdefault(place, []).append((epoch, mask))
+            # Who knows of a later access of a lane knows of those before.
+            before = ((e, m & ~mask) for e, m in self._earlier.get(place, ()))
+            self._earlier[place] = [*((e, m) for e, m in before if m), (epoch, mask)]
 
     def forget(self, cells: Ints) -> None:
         """Forget what was touched: whoever comes next knows of it by way of a write."""

@@ -9,7 +9,7 @@ import numpy as np
 from gqa_cutlass.ptxsim.access import resize
 from gqa_cutlass.ptxsim.landing import BARRIER_BYTES, COMPLETES, aligned, keys, land
 from gqa_cutlass.ptxsim.mbarrier import Key
-from gqa_cutlass.ptxsim.operands import items, pointer
+from gqa_cutlass.ptxsim.operands import arity, items, pointer
 from gqa_cutlass.ptxsim.program import UNSIGNED, Action, Slots, unknown
 from gqa_cutlass.ptxsim.syntax import Instruction
 
@@ -27,12 +27,15 @@ def build_st_async(instruction: Instruction, slots: Slots) -> Action:
     completes, *vector, kind = words[space == "cluster" :]
     count = {(): 1, ("v2",): 2, ("v4",): 4}[tuple(vector)]
     width = _TYPES[kind]
-    if completes != COMPLETES or count * width > _WIDEST or len(instruction.operands) != 3:
+    if completes != COMPLETES or count * width > _WIDEST:
         raise unknown(instruction)
+    arity(instruction, 3)
     target = pointer(instruction.operands[0], slots, instruction)
     barrier = pointer(instruction.operands[2], slots, instruction)
-    sources = [slots.source(s, width, instruction) for s in items(instruction.operands[1])]
-    if len(sources) != count or any(slots.width(s) < width for s in sources):
+    sources = [
+        slots.source(s, width, instruction, wider=True) for s in items(instruction.operands[1])
+    ]
+    if len(sources) != count:
         raise unknown(instruction, f"{len(sources)} sources")
 
     def step(machine: Machine, group: Group) -> None:

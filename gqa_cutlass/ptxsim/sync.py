@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from gqa_cutlass.ptxsim.access import SCOPES
 from gqa_cutlass.ptxsim.clocks import WARP, Vector, by_warp
+from gqa_cutlass.ptxsim.operands import arity
 from gqa_cutlass.ptxsim.program import Action, Members, Slots, unknown
 from gqa_cutlass.ptxsim.syntax import Instruction
 
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
 Key = tuple[int, int]  # block of the machine, number of the barrier
 _MAX_BARRIER = 15
+_LEVELS = {"cta": "cta", "gl": "gpu", "gpu": "gpu", "sys": "sys"}  # of membar
+_FENCES = ((), ("sc",), ("acq_rel",), ("acquire",), ("release",))
 _PROXIES = ("alias", "async")
 _PROXY_SPACES = ("global", "shared::cta", "shared::cluster")
 
@@ -50,6 +54,7 @@ class Barriers:
 
     def arrive(self, group: Group, number: NDArray[np.int64], expected: NDArray[np.int64]) -> None:
         """Lanes come to a barrier, and go on."""
+        self._machine.progress.changes += 1
         for key, lanes in self._by_barrier(group, number, expected):
             self._published.setdefault(key, []).extend(self._publish(lanes))
             self._complete(key)
@@ -152,21 +157,25 @@ def build_bar(instruction: Instruction, slots: Slots) -> Action:
     """`bar{.cta}` and `barrier{.cta}`: sync and arrive; `bar.warp.sync`."""
     words = [w for w in instruction.opcode[1:] if w not in ("cta", "aligned")]
     if words == ["warp", "sync"]:
+        arity(instruction, 1)
         mask = slots.source(instruction.operands[0], 32, instruction)
         return Action(step=_warp_sync, members=Members(mask=mask))
     if words not in (["sync"], ["arrive"]):
         raise unknown(instruction)
+    arity(instruction, 1, 2)
     number = slots.source(instruction.operands[0], 32, instruction)
     given = instruction.operands[1] if len(instruction.operands) > 1 else None
     count = slots.constant(0, 32) if given is None else slots.source(given, 32, instruction)
     waits = words == ["sync"]
     if given is None and not waits:
         raise unknown(instruction, "form without a count")
+    counted = given is not None
 
     def step(machine: Machine, group: Group) -> Group | None:
         numbers = machine.value(number, group).astype(np.int64)
         expected = machine.value(count, group).astype(np.int64)
         wrong = (numbers > _MAX_BARRIER) | (expected % WARP != 0) | (expected > machine.threads)
+        wrong |= (expected == 0) & counted
         if wrong.any():
             i = int(wrong.argmax())
             raise machine.fault(
@@ -194,14 +203,17 @@ def _warp_sync(machine: Machine, group: Group) -> None:
 def build_fence(instruction: Instruction, slots: Slots) -> Action:
     """`fence` and `membar`. Proxy fences order what this simulator runs in order anyway."""
     words = instruction.opcode[1:]
+    arity(instruction, 0)
     if words[:1] == ("proxy",):
         if words[1] not in _PROXIES or any(word not in _PROXY_SPACES for word in words[2:]):
             raise unknown(instruction)
         return Action(step=lambda machine, group: None)
     if words == ("mbarrier_init", "release", "cluster"):
         return Action(step=lambda machine, group: machine.atomics.fence_inits(group))
-    allowed = {"sc", "acq_rel", "cta", "cluster", "gpu", "sys", "gl", "acquire", "release"}
-    if any(word not in allowed for word in words):
+    *order, scope = words
+    if instruction.opcode[0] == "membar" and not order and scope in _LEVELS:
+        scope = _LEVELS[scope]
+    elif instruction.opcode[0] != "fence" or tuple(order) not in _FENCES or scope not in SCOPES:
         raise unknown(instruction)
-    scope = next((word for word in words if word in ("cta", "cluster")), "gpu")
+    scope = SCOPES[scope]
     return Action(step=lambda machine, group: machine.atomics.fence(group, scope))

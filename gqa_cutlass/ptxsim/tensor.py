@@ -9,6 +9,7 @@ starts within 16 bytes, or has another rank than the instruction, is an illegal 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from gqa_cutlass.codegen.schema.params import TENSOR_MAP_ALIGN, TENSOR_MAP_BYTES
 from gqa_cutlass.errors import InputError
+from gqa_cutlass.ptxsim import limits
 from gqa_cutlass.ptxsim.landing import (
     BARRIER_BYTES,
     COMPLETES,
@@ -34,7 +36,7 @@ from gqa_cutlass.ptxsim.memory import (
     SHARED_WINDOW,
     WINDOW_BYTES,
 )
-from gqa_cutlass.ptxsim.operands import Pointer, pointer
+from gqa_cutlass.ptxsim.operands import Pointer, arity, pointer
 from gqa_cutlass.ptxsim.program import Action, Slots, unknown
 from gqa_cutlass.ptxsim.syntax import Address, Instruction, Operand
 from gqa_cutlass.tensormap import UNIT_BYTES, TensorMap
@@ -66,6 +68,7 @@ class _Boxes:
         coordinates = np.stack(values, axis=1).tolist()
         for lane, address, start in zip(group.lanes.tolist(), addresses, coordinates, strict=True):
             tensor = _tensor_map(machine, lane, address)
+            _check_map(machine, lane, tensor)
             _check_start(machine, lane, tensor, start)
             yield lane, tensor, start
 
@@ -76,8 +79,7 @@ def build_tensor(instruction: Instruction, slots: Slots) -> Action:
     rest, hint = _without_options(rest)
     if to not in _SPACES or rest != ["global", COMPLETES]:
         raise unknown(instruction)
-    if len(instruction.operands) != 3 + hint:
-        raise unknown(instruction, "operands")
+    arity(instruction, 3 + hint)
     boxes = _boxes(instruction.operands[1], dimensions, slots, instruction)
     target, barrier = (pointer(instruction.operands[i], slots, instruction) for i in (0, 2))
 
@@ -102,8 +104,7 @@ def build_tensor_prefetch(instruction: Instruction, slots: Slots) -> Action:
     rest, hint = _without_options(rest)
     if rest != ["L2", "global"]:
         raise unknown(instruction)
-    if len(instruction.operands) != 1 + hint:
-        raise unknown(instruction, "operands")
+    arity(instruction, 1 + hint)
     boxes = _boxes(instruction.operands[0], dimensions, slots, instruction)
 
     def step(machine: Machine, group: Group) -> None:
@@ -151,6 +152,19 @@ def _tensor_map(machine: Machine, lane: int, address: int) -> TensorMap:
         return TensorMap.from_bytes(data)
     except InputError as error:
         raise machine.fault(f"no tensor map there ({error})", lane, address) from None
+
+
+def _check_map(machine: Machine, lane: int, tensor: TensorMap) -> None:
+    """Refuse a tensor that no memory holds, and a box that no shared memory does."""
+    reach = sum((n - 1) * s for n, s in zip(tensor.sizes[1:], tensor.strides, strict=True))
+    end = tensor.address + reach + tensor.sizes[0] * tensor.element_bytes
+    if end > 1 << 63:
+        raise machine.fault(f"tensor map of a tensor that ends at {end:#x}", lane)
+    box = tensor.row_pitch * math.prod(tensor.box[1:])
+    if box > limits.SHARED:
+        raise machine.fault(
+            f"tensor map with a box of {box} bytes; allowed: up to {limits.SHARED}", lane
+        )
 
 
 def _check_start(machine: Machine, lane: int, tensor: TensorMap, start: list[int]) -> None:
@@ -226,7 +240,7 @@ def _pieces(where: Ints, inside: Ints) -> Iterator[_Piece]:
 def _places(tensor: TensorMap) -> Ints:
     """Where the box's units lie in shared memory before they change places, from its start."""
     units = np.arange(0, tensor.inner_bytes, UNIT_BYTES)
-    count = int(np.prod(tensor.box[1:], dtype=np.int64))
+    count = math.prod(tensor.box[1:])
     return (np.arange(count)[:, None] * tensor.row_pitch + units).reshape(-1)
 
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gqa_cutlass.ptxsim import exchange, matrix
-from gqa_cutlass.ptxsim.bits import Bits
+from gqa_cutlass.ptxsim.bits import KINDS, Bits
 from gqa_cutlass.ptxsim.clocks import WARP
-from gqa_cutlass.ptxsim.memory import AccessError
-from gqa_cutlass.ptxsim.operands import items, pointer
+from gqa_cutlass.ptxsim.memory import SHARED_WINDOW, WINDOW_BYTES, AccessError
+from gqa_cutlass.ptxsim.operands import arity, items, pointer
 from gqa_cutlass.ptxsim.program import Action, Members, Slots, unknown
-from gqa_cutlass.ptxsim.syntax import Instruction, Operand, Pair, Reg
+from gqa_cutlass.ptxsim.syntax import Instruction, Operand, Pair
 
 if TYPE_CHECKING:
     from gqa_cutlass.ptxsim.machine import Group, Machine
@@ -21,11 +21,12 @@ _ALL = Members(strict=True)
 _LDMATRIX_WORDS = ("sync", "aligned", "m8n8", "shared", "shared::cta", "b16")
 
 
-def _two(operand: Operand, slots: Slots, instruction: Instruction) -> list[int | None]:
-    """Slots of `d|p`, of which either may be missing."""
-    both = (operand.first, operand.second) if isinstance(operand, Pair) else (operand,)
-    found = [None if o == Reg("_") else slots.register(o, instruction) for o in both]
-    return [*found, None][:2]
+def _two(operand: Operand, slots: Slots, instruction: Instruction) -> tuple[int | None, int | None]:
+    """Slots of a register of 32 bits and a predicate, `d|p`, of which either may be missing."""
+    if not isinstance(operand, Pair):
+        return slots.sink(operand, 32, instruction), None
+    first = slots.sink(operand.first, 32, instruction)
+    return first, slots.sink(operand.second, 1, instruction)
 
 
 def _uniform(machine: Machine, slot: int) -> Bits:
@@ -51,6 +52,7 @@ def build_shfl(instruction: Instruction, slots: Slots) -> Action:
     mode = words[2]
     if mode not in ("up", "down", "bfly", "idx"):
         raise unknown(instruction, f"mode {mode}")
+    arity(instruction, 5)
     result, predicate = _two(instruction.operands[0], slots, instruction)
     value, lane, clamp, mask = (slots.source(o, 32, instruction) for o in instruction.operands[1:])
 
@@ -81,7 +83,9 @@ def build_vote(instruction: Instruction, slots: Slots) -> Action:
     kinds = {"all": "pred", "any": "pred", "uni": "pred", "ballot": "b32"}
     if len(words) != 4 or words[1] != "sync" or kinds.get(words[2]) != words[3]:
         raise unknown(instruction)
-    result = slots.register(instruction.operands[0], instruction)
+    arity(instruction, 3)
+    width = KINDS[words[3]].width
+    result = slots.destination(instruction.operands[0], width, instruction)
     predicate = slots.predicate(instruction.operands[1], instruction)
     mask = slots.source(instruction.operands[2], 32, instruction)
 
@@ -102,6 +106,7 @@ def build_match(instruction: Instruction, slots: Slots) -> Action:
         raise unknown(instruction)
     if words[3] not in ("b32", "b64"):
         raise unknown(instruction, f"type {words[3]}")
+    arity(instruction, 3)
     result, predicate = _two(instruction.operands[0], slots, instruction)
     value = slots.source(instruction.operands[1], int(words[3][1:]), instruction)
     mask = slots.source(instruction.operands[2], 32, instruction)
@@ -122,7 +127,8 @@ def build_redux(instruction: Instruction, slots: Slots) -> Action:
     words = instruction.opcode
     if len(words) != 4 or (words[2], words[3]) not in exchange.REDUCTIONS:
         raise unknown(instruction)
-    result = slots.register(instruction.operands[0], instruction)
+    arity(instruction, 3)
+    result = slots.destination(instruction.operands[0], 32, instruction)
     value, mask = (slots.source(o, 32, instruction) for o in instruction.operands[1:])
 
     def step(machine: Machine, group: Group) -> None:
@@ -139,6 +145,7 @@ def build_elect(instruction: Instruction, slots: Slots) -> Action:
     """`elect.sync`."""
     if instruction.opcode != ("elect", "sync"):
         raise unknown(instruction)
+    arity(instruction, 2)
     leader, predicate = _two(instruction.operands[0], slots, instruction)
     mask = slots.source(instruction.operands[1], 32, instruction)
 
@@ -153,7 +160,10 @@ def build_elect(instruction: Instruction, slots: Slots) -> Action:
 
 def build_activemask(instruction: Instruction, slots: Slots) -> Action:
     """`activemask.b32`."""
-    result = slots.register(instruction.operands[0], instruction)
+    if instruction.opcode != ("activemask", "b32"):
+        raise unknown(instruction)
+    arity(instruction, 1)
+    result = slots.destination(instruction.operands[0], 32, instruction)
 
     def step(machine: Machine, group: Group) -> None:
         active = group.mask.reshape(-1, WARP)
@@ -170,8 +180,10 @@ def build_mma(instruction: Instruction, slots: Slots) -> Action:
     if found is None:
         raise unknown(instruction)
     mma = found
-    d, a, b, c = (
-        [slots.source(o, 32, instruction) for o in items(x)] for x in instruction.operands
+    arity(instruction, 4)
+    d = [slots.destination(o, 32, instruction) for o in items(instruction.operands[0])]
+    a, b, c = (
+        [slots.source(o, 32, instruction) for o in items(x)] for x in instruction.operands[1:]
     )
     if (len(a), len(b), len(c)) != mma.registers or len(d) != len(c):
         raise unknown(instruction, "number of registers")
@@ -188,7 +200,9 @@ def build_movmatrix(instruction: Instruction, slots: Slots) -> Action:
     """`movmatrix`."""
     if instruction.opcode != ("movmatrix", "sync", "aligned", "m8n8", "trans", "b16"):
         raise unknown(instruction)
-    target, source = (slots.register(o, instruction) for o in instruction.operands)
+    arity(instruction, 2)
+    target = slots.destination(instruction.operands[0], 32, instruction)
+    source = slots.source(instruction.operands[1], 32, instruction)
 
     def step(machine: Machine, group: Group) -> None:
         machine.assign(target, matrix.movmatrix(machine.whole(source)).reshape(-1), group)
@@ -205,9 +219,11 @@ def build_ldmatrix(instruction: Instruction, slots: Slots) -> Action:
     if not number or set(rest) - {"trans", number} or not {"m8n8", "b16"} <= set(words):
         raise unknown(instruction)
     num = int(number[1:])
+    arity(instruction, 2)
     is_load = head == "ldmatrix"
     registers, place = instruction.operands if is_load else instruction.operands[::-1]
-    slots_of = [slots.register(r, instruction) for r in items(registers)]
+    find = slots.destination if is_load else slots.source
+    slots_of = [find(r, 32, instruction) for r in items(registers)]
     where = pointer(place, slots, instruction)
     providers = matrix.ldmatrix_rows(num).reshape(-1)
     if len(slots_of) != num:
@@ -218,7 +234,10 @@ def build_ldmatrix(instruction: Instruction, slots: Slots) -> Action:
         warps = group.lanes[::WARP] // WARP
         lanes = (warps[:, None] * WARP + providers).reshape(-1)
         given = where.addresses(machine, group).reshape(-1, WARP)
-        addresses = given[:, providers].reshape(-1) & 0xFFFFFFFF
+        addresses = given[:, providers].reshape(-1)
+        if int(addresses.max()) >= SHARED_WINDOW:
+            inside = addresses & -WINDOW_BYTES == SHARED_WINDOW
+            addresses = np.where(inside, addresses - SHARED_WINDOW, addresses)
         try:
             return lanes, addresses, machine.shared.index(machine.block_of[lanes], addresses, 16)
         except AccessError as error:
@@ -233,6 +252,7 @@ def build_ldmatrix(instruction: Instruction, slots: Slots) -> Action:
 
     def run_store(machine: Machine, group: Group) -> None:
         lanes, addresses, at = rows(machine, group)
+        machine.progress.changes += 1
         machine.note_shared(machine.shadow.write, lanes, at, addresses, 16)
         values = [machine.value(s, group).reshape(-1, WARP) for s in slots_of]
         machine.shared.store(at, matrix.collect(values, num, transposed).reshape(-1, 4))
