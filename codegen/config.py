@@ -70,11 +70,12 @@ MAX_GROUP_SIZE = 1024
 WARP_SIZE = 32
 _REGISTERS_PER_SM = 65536
 _LARGEST_SHARED_PER_SM = max(arch.shared_per_sm for arch in ARCHES.values())
+_INT = r"[1-9]\d{0,8}"  # Python refuses to read numbers of thousands of digits
 _NAME = re.compile(
     r"gqa_decode_(?P<arch>sm\d+)_(?P<math>tensorop|simt)_(?P<dtype>f16|bf16)_(?P=dtype)"
-    r"_d(?P<head_dim>[1-9]\d*)_g(?P<group_size>[1-9]\d*)_align(?P<vec_width>[1-9]\d*)"
+    rf"_d(?P<head_dim>{_INT})_g(?P<group_size>{_INT})_align(?P<vec_width>{_INT})"
     r"_(?P<schedule>multistage|tma)"
-    r"_h(?P<block_h>[1-9]\d*)n(?P<block_n>[1-9]\d*)w(?P<num_warps>[1-9]\d*)s(?P<num_stages>[1-9]\d*)"
+    rf"_h(?P<block_h>{_INT})n(?P<block_n>{_INT})w(?P<num_warps>{_INT})s(?P<num_stages>{_INT})"
     r"(?P<policies>(?:_(?!pdl)[a-z0-9]+)*)(?P<dependent>_pdl)?"
 )
 

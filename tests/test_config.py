@@ -213,7 +213,9 @@ def test_configurations_are_equal_exactly_when_their_names_are(
         "gqa_decode_sm80_tensorop_f16_bf16_d128_g4_align8_multistage_h8n16w4s2",
         "gqa_decode_sm80_tensorop_f16_f16_d0128_g4_align8_multistage_h8n16w4s2",
         "gqa_decode_sm80_tensorop_f16_f16_d128_g4_align8_multistage_h8n16w4s2.cu",
+        f"gqa_decode_sm80_tensorop_f16_f16_d1{'0' * 5000}_g4_align8_multistage_h8n16w4s2",
     ],
+    ids=["nothing", "a part", "two types", "a leading zero", "a file", "thousands of digits"],
 )
 def test_what_is_not_a_name_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="kernel name: got .*; allowed: names as `gqa-cutlass"):

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import Progress
 from rich.table import Table
 
 from gqa_cutlass.cli.options import Archs, Jobs, Kernels, folder
-from gqa_cutlass.cli.output import console, print_wide, say
+from gqa_cutlass.cli.output import print_wide, progress, say
 from gqa_cutlass.errors import GqaError
 
 if TYPE_CHECKING:
@@ -74,8 +73,8 @@ def build(
             f"{', '.join(dict.fromkeys(a for config in select(kernels) for a in config.archs))}"
         )
     built = []
-    with Progress(console=console, transient=True) as progress:
-        for stored in progress.track(build_all(store, wanted, jobs), total=len(wanted)):
+    with progress() as bar:
+        for stored in bar.track(build_all(store, wanted, jobs), total=len(wanted)):
             built.append(stored)
     print_wide(built_table(built))
     say(f"{sum(s.was_built for s in built)} of {len(built)} compiled, in {store.root}")
@@ -93,8 +92,8 @@ def export(
 
     wanted = plan_export(kernels, _archs(arch))
     cubins = compiled(wanted, Store.default(), jobs)
-    with Progress(console=console, transient=True) as progress:
-        tracked = progress.track(cubins, total=len(wanted.wanted))
+    with progress() as bar:
+        tracked = bar.track(cubins, total=len(wanted.wanted))
         files = write_bundle(out, wanted, tracked)
     names = ", ".join(a.name for a in wanted.archs)
     say(f"{len(files)} files in {out}: {len(wanted.kernels)} kernels for {names}")

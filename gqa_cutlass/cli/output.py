@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 console = Console(markup=False, emoji=False, highlight=False)
@@ -17,6 +18,12 @@ def print_wide(table: Table) -> None:
     """Print without folding kernel names, however narrow the terminal."""
     wide = Console(width=max(console.width, 160), markup=False, emoji=False, highlight=False)
     wide.print(table)
+
+
+def progress() -> Progress:
+    """A bar on a terminal, out of the way of what is printed; elsewhere nothing."""
+    terminal = Console(stderr=True)
+    return Progress(console=terminal, transient=True, disable=not terminal.is_terminal)
 
 
 def printable(text: str) -> str:
