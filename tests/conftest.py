@@ -18,6 +18,13 @@ from gqa_cutlass.codegen.compile import shared_headers
 from gqa_cutlass.evidence import Evidence, provenance
 from gqa_cutlass.store import Store
 
+# By these, commands print otherwise, or find other kernels, on one machine than on another.
+_UNSET = (
+    "FORCE_COLOR", "NO_COLOR", "PY_COLORS", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "GITHUB_ACTIONS",
+    "GQA_CUTLASS_KERNEL_DIR", "GQA_CUTLASS_DISABLE_JIT",
+)  # fmt: skip
+_WIDTH = "1000"  # so that no line is broken, however long the temporary folder's name
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -97,7 +104,14 @@ _CALIBRATION = pytest.StashKey[Calibration]()
 _PARTIAL = pytest.StashKey[bool]()
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
+    if config.pluginmanager.has_plugin("terminalreporter"):
+        writer = config.get_terminal_writer()
+        writer.fullwidth = writer.fullwidth  # pytest keeps the terminal's
+    for name in _UNSET:  # before test files import what reads them once
+        os.environ.pop(name, None)
+    os.environ["COLUMNS"] = _WIDTH
     config.stash[_RECORD] = Record()
     config.stash[_CALIBRATION] = Calibration()
     config.stash[_PARTIAL] = config.args_source is pytest.Config.ArgsSource.ARGS

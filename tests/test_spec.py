@@ -124,7 +124,7 @@ def rows() -> dict[str, dict[str, list[str]]]:
     """The page's tables: by heading, the cells of each row behind the story's line."""
     found: dict[str, dict[str, list[str]]] = {}
     heading = ""
-    for line in PAGE.read_text().splitlines():
+    for line in PAGE.read_text("utf-8").splitlines():
         if line.startswith("## "):
             heading = line.removeprefix("## ")
         elif line.startswith("| ") and not line.startswith(("| The story |", "| --- |")):
@@ -143,14 +143,14 @@ def references(text: str) -> set[tuple[str, str]]:
 def names_in(file: Path) -> set[str]:
     """What a file has by name: what a Python file defines, and all words of another."""
     if file.suffix != ".py":
-        return set(re.findall(r"\w+", file.read_text()))
-    nodes = ast.walk(ast.parse(file.read_text()))
+        return set(re.findall(r"\w+", file.read_text("utf-8")))
+    nodes = ast.walk(ast.parse(file.read_text("utf-8")))
     return {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef)}
 
 
 def collected_in(file: Path) -> set[str]:
     """The tests that pytest finds in a file, in classes too."""
-    body = ast.parse(file.read_text()).body
+    body = ast.parse(file.read_text("utf-8")).body
     classes = [n for n in body if isinstance(n, ast.ClassDef) and n.name.startswith("Test")]
     return {
         node.name
