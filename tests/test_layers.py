@@ -1,4 +1,5 @@
-"""Who may import what: the import rules of the design, read from the sources."""
+"""Who may import what: the import rules of the design, and what tests leave alone, read from the
+sources."""
 
 from __future__ import annotations
 
@@ -10,6 +11,8 @@ from helpers import REPOSITORY
 
 CODEGEN = sorted((REPOSITORY / "codegen").glob("*.py"))
 RUNTIME = sorted((REPOSITORY / "gqa_cutlass").rglob("*.py"))
+TESTS = sorted((REPOSITORY / "tests").glob("*.py"))
+CLOCKS = ("time", "monotonic", "perf_counter", "process_time", "thread_time")
 
 
 def _imports(path: Path) -> set[str]:
@@ -60,3 +63,14 @@ def test_one_module_talks_to_the_driver() -> None:
 
 def test_one_module_reads_the_environment() -> None:
     assert _mentioning("os.environ", "getenv") == ["env.py"]
+
+
+def _reads_a_clock(path: Path) -> bool:
+    nodes = ast.walk(ast.parse(path.read_text("utf-8")))
+    read = {ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute)}
+    return any(f"time.{clock}" in {*read, *_imports(path)} for clock in CLOCKS)
+
+
+def test_no_test_depends_on_how_fast_the_machine_is() -> None:
+    """One records on a GPU machine how long ptxsim takes, and asserts nothing of it."""
+    assert [path.name for path in TESTS if _reads_a_clock(path)] == ["test_gpu_ptxsim.py"]
