@@ -84,7 +84,7 @@ def parts(tensors: Arguments, lengths: Tensor) -> Calls:
     argument = plan.match(given, lengths)
     assert argument is not None
     index, chosen = out.device.index, plan.dispatch
-    stream = torch._C._cuda_getCurrentRawStream(index)
+    stream = shortcuts.current_stream(index)
     borrowed = index, stream, chosen.partial_floats, chosen.num_tickets
     compared = *given, lengths
     _, partials, tickets = workspace.borrow(*borrowed)
@@ -95,8 +95,8 @@ def parts(tensors: Arguments, lengths: Tensor) -> Calls:
         "  seven is_nested": lambda: [t.is_nested for t in compared],
         "  seven data_ptr()": lambda: [t.data_ptr() for t in compared],
         "run": lambda: plan.run(given, lengths, argument),
-        "  current device": torch._C._cuda_getDevice,
-        "  current stream": lambda: torch._C._cuda_getCurrentRawStream(index),
+        "  current device": shortcuts.current_device,
+        "  current stream": lambda: shortcuts.current_stream(index),
         "  borrow workspace": lambda: workspace.borrow(*borrowed),
         "    is a capture on": torch.cuda.is_current_stream_capturing,
         "  bind": lambda: plan._bind(argument, out, lengths, None, partials, tickets),

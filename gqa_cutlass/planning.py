@@ -331,7 +331,7 @@ class GpuPlan(Plan):
 
     def run(self, tensors: Arguments, cache_seqlens: int | Tensor, argument: bytes) -> Result:
         """As `Plan.run`, on the plan's GPU, whichever is current."""
-        if torch._C._cuda_getDevice() != self._index:
+        if shortcuts.current_device() != self._index:
             with torch.cuda.device(self._index):
                 return self.run(tensors, cache_seqlens, argument)
         if self._overflowed.value:
@@ -340,8 +340,7 @@ class GpuPlan(Plan):
         if out is None:
             out = self._new_out()
         lse = self._new_lse() if self.return_lse else None
-        # What Inductor and Triton use: torch.cuda.current_stream() costs 5 us more.
-        stream = torch._C._cuda_getCurrentRawStream(self._index)
+        stream = shortcuts.current_stream(self._index)
         held, partials, tickets = None, 0, 0
         if self._tickets:
             # Held until the launch: a capture may give the memory to its next allocation.

@@ -12,6 +12,7 @@ import ctypes
 import os
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -133,7 +134,7 @@ def _grown(
     """What a stream holds once it has had so much."""
     memory = None if held is None or held.num_floats < num_floats else held.memory
     if memory is None:
-        memory = _floats(num_floats, device)
+        memory = _outside_of_pools(num_floats, torch.cuda.current_stream(device))
     return _Held(
         memory=memory,
         address=memory.data_ptr(),
@@ -146,6 +147,22 @@ def _grown(
 def _floats(count: int, device: int) -> Tensor:
     """Memory on the current GPU, whatever mode torch is in."""
     return allocator((count,), torch.float32, torch.device("cuda", device))()
+
+
+def _outside_of_pools(num_floats: int, stream: torch.cuda.Stream) -> Tensor:
+    """Memory for a stream, whatever pool this thread may be allocating from at present.
+
+    Before torch.compile records a CUDA graph it runs the function once with all of the thread's
+    allocations in the graph's pool, and fails when one of them outlives the run. A pool is in force
+    for one thread, as are torch's modes: another one allocates beside both.
+    """
+
+    def allocate() -> Tensor:
+        with torch.cuda.device(stream.device), torch.cuda.stream(stream):
+            return torch.empty(num_floats, dtype=torch.float32, device=stream.device)
+
+    with ThreadPoolExecutor(max_workers=1) as other_thread:
+        return other_thread.submit(allocate).result()
 
 
 def _tickets_for(key: tuple[int, int, int], count: int) -> int:

@@ -47,8 +47,8 @@ def test_the_log_check_is_what_a_launch_asks(caplog: pytest.LogCaptureFixture) -
 @pytest.mark.usefixtures("timed")
 def test_parts_of_a_call_can_be_timed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "GpuPlan", gqa_cutlass.Plan)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+    monkeypatch.setattr(host.shortcuts, "current_stream", lambda index: 0)
+    monkeypatch.setattr(host.shortcuts, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(host.workspace, "borrow", lambda *wanted: (None, 0, 0))
     parts = host.parts(*_small_call())

@@ -9,6 +9,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -82,9 +84,9 @@ def notes(monkeypatch: pytest.MonkeyPatch) -> Notes:
     monkeypatch.setattr(api, "load", notes.load)
     monkeypatch.setattr(workspace, "borrow", notes.borrow)
     monkeypatch.setattr(workspace, "overflow_flag", lambda device: notes.flag)
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+    monkeypatch.setattr(planning.shortcuts, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda i: STREAM, raising=False)
+    monkeypatch.setattr(planning.shortcuts, "current_stream", lambda i: STREAM)
     return notes
 
 
@@ -701,15 +703,20 @@ def test_a_stream_keeps_its_workspace_until_more_is_needed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made: list[Tensor] = []
+    threads: list[int] = []
 
-    def floats(count: int, device: int) -> Tensor:
-        made.append(torch.zeros(count))
+    def empty(count: int, *, dtype: torch.dtype, device: object) -> Tensor:
+        made.append(torch.zeros(count, dtype=dtype))
+        threads.append(threading.get_ident())
         return made[-1]
 
     monkeypatch.setattr(workspace, "_held", {})
     monkeypatch.setattr(workspace, "_tickets_for", lambda key, count: 4096 * (key[1] + 1) + count)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(workspace, "_floats", floats)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(device=device))
+    for context in ("device", "stream"):
+        monkeypatch.setattr(torch.cuda, context, nullcontext)
+    monkeypatch.setattr(torch, "empty", empty)
     asked = [(100, 10), (60, 5), (60, 20), (200, 5), (100, 20)]
     borrowed = [workspace.borrow(0, STREAM, *sizes) for sizes in asked]
     assert [memory is made[0] for memory, *_ in borrowed] == [True, True, True, False, False]
@@ -717,6 +724,8 @@ def test_a_stream_keeps_its_workspace_until_more_is_needed(
     assert [made.numel() for made in made] == [100, 200]
     other, *_ = workspace.borrow(0, STREAM + 1, 10, 10)
     assert other is made[-1] and len(made) == 3
+    # A pool that this thread allocates from, as before torch.compile captures, does not get them.
+    assert threading.get_ident() not in threads
 
 
 def test_tickets_are_cut_from_arenas_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:

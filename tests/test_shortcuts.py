@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from cases import make_step
+from helpers import check, run
 from torch import Tensor
 
-from gqa_cutlass import shortcuts
+from gqa_cutlass import api, shortcuts
 
 GUARDS = torch._C._dynamo
 
@@ -73,6 +75,50 @@ def test_torch_without_these_parts_will_do(monkeypatch: pytest.MonkeyPatch) -> N
     assert shortcuts.comparison([torch.ones(2, 3)]) is shortcuts.unequal
     made = shortcuts.allocator((2, 3), torch.float16, torch.device("cpu"))()
     assert made.shape == (2, 3) and made.dtype == torch.float16
+
+
+def test_torch_without_its_private_device_and_stream_will_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The choice is made on import; this makes it once more, with and without them."""
+    ways = {
+        "_cuda_getDevice": torch.cuda.current_device,
+        "_cuda_getCurrentRawStream": shortcuts._handle_of_current_stream,
+    }
+    for name, public in ways.items():
+        monkeypatch.setattr(torch._C, name, len, raising=False)
+        assert shortcuts._private(name, public) is len
+        monkeypatch.delattr(torch._C, name)
+        assert shortcuts._private(name, public) is public
+    stream = SimpleNamespace(cuda_stream=7)
+    monkeypatch.setattr(torch.cuda, "current_stream", {3: stream}.get)
+    assert shortcuts._handle_of_current_stream(3) == 7
+
+
+@pytest.mark.gpu
+def test_private_and_public_ways_to_device_and_stream_agree() -> None:
+    assert shortcuts.current_device is torch._C._cuda_getDevice
+    assert shortcuts.current_device() == torch.cuda.current_device()
+    for stream in (torch.cuda.default_stream(), torch.cuda.Stream()):
+        with torch.cuda.stream(stream):
+            handle = shortcuts.current_stream(stream.device_index)
+            assert handle == shortcuts._handle_of_current_stream(stream.device_index)
+            assert handle == stream.cuda_stream
+
+
+@pytest.mark.gpu
+def test_calls_run_by_public_ways_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shortcuts, "current_device", torch.cuda.current_device)
+    monkeypatch.setattr(shortcuts, "current_stream", shortcuts._handle_of_current_stream)
+    monkeypatch.setattr(GUARDS, "guards", SimpleNamespace())
+    monkeypatch.setattr(api, "_plans", {})
+    step = make_step(lengths=[3000, 10], max_seq_len=4096)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for _ in range(2):
+            out = run(step)
+        torch.cuda.current_stream().synchronize()
+    check(step, out)
 
 
 @pytest.mark.parametrize(
