@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from gqa_cutlass.launcher import Device, describe_device, load
 from gqa_cutlass.planning import Arguments, GpuPlan, Plan, Settings, signature
 from gqa_cutlass.store import Store
 from gqa_cutlass.tensors import Flaw, flaw
+from gqa_cutlass.tracing import is_traced, untraced
 
 _MAX_PLANS = 4096
 _DEFAULT_STREAMS, _PER_THREAD_STREAM = (0, 1), 2  # names of streams, not their addresses
@@ -91,6 +93,11 @@ def gqa_decode(
     Source: Ainslie et al., "GQA" (arXiv:2305.13245); split over the sequence as in Flash-Decoding.
     """
     tensors = q, k_cache, v_cache, k, v, out
+    if is_traced():
+        return _traced(
+            tensors, cache_seqlens, softmax_scale=softmax_scale, num_splits=num_splits,
+            return_lse=return_lse, ragged=ragged,
+        )  # fmt: skip
     # With types, for True == 1 would find the plan of 1.
     options = (
         num_splits, type(num_splits), softmax_scale, type(softmax_scale), return_lse, ragged,
@@ -104,8 +111,22 @@ def gqa_decode(
         pass
     argument = None if found is None else found.match(tensors, cache_seqlens)
     if found is None or argument is None:
+        if torch.compiler.is_compiling():  # torch.export, which Dynamo need not be part of
+            return _traced(
+                tensors, cache_seqlens, softmax_scale=softmax_scale, num_splits=num_splits,
+                return_lse=return_lse, ragged=ragged,
+            )  # fmt: skip
         found, argument = _find_plan(tensors, cache_seqlens, options)
     return found.run(tensors, cache_seqlens, argument)
+
+
+def _traced(
+    tensors: Arguments, cache_seqlens: int | Tensor, **options: Any
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The call as an operator of torch; registered when torch first traces it."""
+    from gqa_cutlass import ops
+
+    return ops.traced(tensors, cache_seqlens, **options)
 
 
 def _find_plan(
@@ -130,6 +151,7 @@ def _find_plan(
     return found, argument
 
 
+@untraced
 def plan(
     q: Tensor,
     k_cache: Tensor,
@@ -283,6 +305,7 @@ def gqa_attention_decode(
         )  # fmt: skip
 
 
+@untraced
 def warmup(
     configs: Iterable[KernelConfig | GQADecodeConfig],
     *,
@@ -358,6 +381,7 @@ class Explanation:
         return "\n".join(f"{key:<10} {value}" for key, value in lines.items())
 
 
+@untraced
 def explain(
     q: Tensor,
     k_cache: Tensor,
@@ -410,6 +434,7 @@ def explain(
     )
 
 
+@untraced
 def check_overflow(device: torch.device | int | str = "cuda") -> None:
     """Wait for a GPU and report a length that a kernel found not to be allowed, if any.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from gqa_cutlass.guard import guarded, lack_of_memory, raise_no_temporaries
 from gqa_cutlass.lengths import ONE_TOKEN, REMEDY, Growth, Lengths, capturing
 from gqa_cutlass.rows import buffer, gather, scatter
 from gqa_cutlass.tensors import is_tensor
+from gqa_cutlass.tracing import is_traced, mark_static
 
 
 class KVCache:
@@ -34,6 +36,10 @@ class KVCache:
     Outdated knowledge spoils no data, for after a capture nothing is written or moved by it; only
     `lengths`, `bound` and an overflow that they tell of may be wrong. A capture refuses sequences
     of ints, which no replay could read.
+
+    `decode` works in code that torch.compile compiles, where the device counts and the host forgets
+    with every call; what was compiled can be captured as well, if `forget` follows every replay.
+    The other methods work there too, but are compiled anew whenever the host knows other lengths.
 
     Whoever writes into `seqlens` takes the host's knowledge away, and must call `refresh` (which
     waits) or `forget` (which does not) before the next operation.
@@ -145,6 +151,7 @@ class KVCache:
     def _adopt(self, k: Tensor, v: Tensor, lengths: Lengths, *, leads: bool) -> None:
         self.k, self.v = k, v
         self._lengths = lengths
+        mark_static(k, v, lengths.seqlens)
         self._leads = leads  # of the caches that share the lengths, the one that moves them
 
     @property
@@ -220,6 +227,11 @@ class KVCache:
             GqaError: As for `gqa_decode`. The lengths are as they were, though the token may have
                 been written behind them.
         """
+        if is_traced():
+            return self._decode_traced(
+                q, k, v, softmax_scale=softmax_scale, num_splits=num_splits, return_lse=return_lse,
+                ragged=ragged, out=out,
+            )  # fmt: skip
         if k is not None:
             self._lengths.check_room("decode", ONE_TOKEN)
         try:
@@ -378,6 +390,15 @@ class KVCache:
             self._lengths.drop_overflow()
         if messages:
             raise CacheOverflowError(" ".join(messages))
+
+    def _decode_traced(
+        self, q: Tensor, k: Tensor | None, v: Tensor | None, **options: Any
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """`decode` in code that torch traces: whether there is room, only the device knows."""
+        result = gqa_decode(q, self.k, self.v, k, v, cache_seqlens=self.seqlens, **options)
+        if k is not None and self._leads:
+            self._lengths.advance_unseen()
+        return result
 
     def _extend(self, method: str, k: Tensor, v: Tensor, growth: Growth) -> None:
         """Write tokens behind every sequence's, where there is room, and count them."""

@@ -126,7 +126,7 @@ class Lengths:
             if certain and not self._captured and not capturing(self.device):
                 return None
         tokens = growth.device
-        fits = (self.seqlens >= 0) & (self.seqlens <= self.limit - tokens)
+        fits = self._fits(tokens)
         if isinstance(tokens, Tensor):
             fits &= (tokens >= 0) & (tokens <= growth.most)
         return fits
@@ -138,6 +138,14 @@ class Lengths:
         if self._known is not None and growth.host is not None:
             known = [n + c for n, c in zip(self._known, self._each(growth.host), strict=True)]
         self._change(partial(self.seqlens.add_, added), known, self._bound + growth.most)
+
+    def advance_unseen(self) -> None:
+        """Add a token, where there is room, in code that torch traces; the host cannot follow.
+
+        The graph that comes of it adds; the host forgets with every call of the compiled code.
+        """
+        self.seqlens.add_(self._fits(1))
+        self.forget()
 
     def note_overflow(self, room: Tensor) -> None:
         """Remember, until `drop_overflow`, which sequences had no room."""
@@ -264,6 +272,9 @@ class Lengths:
         pinned = self.device.type == "cuda" and len(values) > 0
         host = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=pinned)
         return host.to(self.device, non_blocking=True)
+
+    def _fits(self, tokens: int | Tensor) -> Tensor:
+        return (self.seqlens >= 0) & (self.seqlens <= self.limit - tokens)
 
     def _each(self, counts: int | list[int]) -> list[int]:
         return [counts] * self.batch_size if isinstance(counts, int) else counts

@@ -34,6 +34,7 @@ from gqa_cutlass.launcher import LoadedKernel, encode_tensor_map
 from gqa_cutlass.shortcuts import FORWARD_AD
 from gqa_cutlass.tensormap import TensorMap
 from gqa_cutlass.tensors import byte_reach
+from gqa_cutlass.tracing import HOST_ONLY, break_graph, is_traced
 
 LOG = logging.getLogger("gqa_cutlass")
 _ALIGNMENT, _INT_BYTES = 16, 4
@@ -144,6 +145,10 @@ class Plan(ABC):
             InputError: A tensor's layout differs from the plan's, or a length is not allowed.
             CacheOverflowError: The new token does not fit, or did not in an earlier call.
         """
+        if is_traced():
+            return break_graph(self.__call__, HOST_ONLY)(
+                q, k_cache, v_cache, k, v, cache_seqlens, out
+            )
         tensors = q, k_cache, v_cache, k, v, out
         argument = self.match(tensors, cache_seqlens)
         if argument is None:

@@ -1,0 +1,136 @@
+"""The decode step as operators of torch, for programs that are compiled, exported or traced.
+
+`torch.ops.gqa_cutlass.gqa_decode` appends a token and attends; its schema says that it writes to
+the caches. `gqa_attend` attends only and writes nothing, so that a graph that only reads caches
+may share them. Both return the output and the log-sum-exp, which is empty unless asked for, and run
+the plans, kernels and checks of `gqa_cutlass.gqa_decode`, which goes through them by itself in code
+that torch traces. A program that loads an exported graph needs `import gqa_cutlass.ops`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from gqa_cutlass.api import gqa_decode, plan
+from gqa_cutlass.planning import Arguments
+from gqa_cutlass.tracing import break_graph
+
+_LENGTHS = "Tensor? cache_seqlens, SymInt cache_len"  # on the device, or else one for all
+_OPTIONS = "float? softmax_scale=None, int num_splits=0, bool return_lse=False, bool ragged=True"
+_SCHEMAS = (
+    "gqa_decode(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, "
+    f"{_LENGTHS}, {_OPTIONS}) -> (Tensor, Tensor)",
+    f"gqa_attend(Tensor q, Tensor k_cache, Tensor v_cache, {_LENGTHS}, {_OPTIONS})"
+    " -> (Tensor, Tensor)",
+)
+# Inductor may change the strides of what it passes on, unless it is told not to.
+_TAGS = torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides
+
+_Pair = tuple[Tensor, Tensor]
+
+
+def traced(
+    tensors: Arguments,
+    cache_seqlens: int | Tensor,
+    *,
+    softmax_scale: float | None,
+    num_splits: int,
+    return_lse: bool,
+    ragged: bool,
+) -> Tensor | _Pair:
+    """What `gqa_decode` is in code that torch traces: one operator, and a copy if there is an out.
+
+    What no operator takes breaks the graph, so that the host says what is wrong with it. Whatever
+    else is not allowed, the operator finds when it runs.
+    """
+    q, k_cache, v_cache, k, v, out = tensors
+    given = [t for t in (q, k_cache, v_cache, k, v) if t is not None]
+    wrong = None
+    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+        wrong = "a tensor requires grad, and decode has no backward pass; use torch.no_grad()"
+    if len(given) == 4:
+        wrong = "k and v: one of them came without the other"
+    if wrong is not None:
+        check = break_graph(plan, f"gqa_decode: {wrong}")
+        check(q, k_cache, v_cache, k, v, cache_seqlens=cache_seqlens, out=out)  # raises
+    on_device = isinstance(cache_seqlens, Tensor)
+    lengths = (cache_seqlens, 0) if on_device else (None, cache_seqlens)
+    call = torch.ops.gqa_cutlass.gqa_decode
+    if len(given) == 3:
+        call = torch.ops.gqa_cutlass.gqa_attend
+    result, lse = call(*given, *lengths, softmax_scale, num_splits, return_lse, ragged)
+    if out is not None:
+        result = out.copy_(result)
+    return (result, lse) if return_lse else result
+
+
+def _decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    cache_seqlens: Tensor | None,
+    cache_len: int,
+    softmax_scale: float | None = None,
+    num_splits: int = 0,
+    return_lse: bool = False,
+    ragged: bool = True,
+) -> _Pair:
+    """Run on tensors with memory, wherever they are: the ordinary call."""
+    result = gqa_decode(
+        q, k_cache, v_cache, k, v,
+        cache_seqlens=cache_len if cache_seqlens is None else cache_seqlens,
+        softmax_scale=softmax_scale, num_splits=num_splits, return_lse=return_lse, ragged=ragged,
+    )  # fmt: skip
+    return result if isinstance(result, tuple) else (result, _lse(q, return_lse))
+
+
+def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, *lengths_and_options: object) -> _Pair:
+    """As `_decode`, appending nothing."""
+    run: partial[_Pair] = partial(_decode, q, k_cache, v_cache, None, None)
+    return run(*lengths_and_options)
+
+
+def _shapes_of_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    cache_seqlens: Tensor | None,
+    cache_len: int,
+    softmax_scale: float | None = None,
+    num_splits: int = 0,
+    return_lse: bool = False,
+    ragged: bool = True,
+) -> _Pair:
+    """Results without their values, for tracing."""
+    return torch.empty_like(q, memory_format=torch.contiguous_format), _lse(q, return_lse)
+
+
+def _shapes_of_attend(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, *lengths_and_options: object
+) -> _Pair:
+    run: partial[_Pair] = partial(_shapes_of_decode, q, k_cache, v_cache, None, None)
+    return run(*lengths_and_options)
+
+
+def _lse(q: Tensor, wanted: bool) -> Tensor:
+    shape = (q.shape[0], q.shape[-2]) if wanted else (0,)
+    return q.new_empty(shape, dtype=torch.float32)
+
+
+LIBRARY = torch.library.Library("gqa_cutlass", "DEF")  # the operators live as long as this does
+for _schema in _SCHEMAS:
+    LIBRARY.define(_schema, tags=_TAGS)
+for _name, _kernel, _fake in (
+    ("gqa_decode", _decode, _shapes_of_decode),
+    ("gqa_attend", _attend, _shapes_of_attend),
+):
+    for _where in ("CPU", "CUDA"):
+        LIBRARY.impl(_name, _kernel, _where)
+    torch.library.register_fake(f"gqa_cutlass::{_name}", _fake, lib=LIBRARY)
