@@ -1,0 +1,339 @@
+"""A cache for transformers' models whose tokens are appended by the kernel that attends.
+
+transformers updates a cache first and attends afterwards. Here `update` only hands the new keys and
+values on, as a `Pending` in place of the tensors, and the attention function does both at once.
+What else the cache holds is compact: of a padded batch only the real tokens are stored, so that
+what a sequence holds is always the beginning of its row. Keys carry their positions (they are
+rotated before), so that where they are stored does not matter.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, StaticCache, StaticLayer
+
+from gqa_cutlass.cache import KVCache
+from gqa_cutlass.errors import InputError
+from gqa_cutlass.lengths import capturing
+from gqa_cutlass.tracing import break_graph, is_traced, mark_static
+
+NAME = "gqa_cutlass"  # of the attention implementation
+
+
+class GqaCache(Cache):  # type: ignore[misc]
+    """Keys and values of all layers for `model.generate(..., past_key_values=cache)`.
+
+    Needs `attn_implementation="gqa_cutlass"`, see `register`. Every layer with full attention is a
+    `KVCache`, which share their lengths; other layers (sliding windows, linear attention) are those
+    of transformers' StaticCache, and attended by SDPA. Memory is allocated with the first prompt.
+
+    Reading is right with any padding of a prompt, left or right. It can be compiled, and CUDA
+    graphs may hold its steps; `generate` compiles them by itself on a GPU. In compiled steps a mask
+    that hides tokens which an earlier one showed gives NaN; elsewhere it is an error.
+
+    Args:
+        config: The model's, `model.config`.
+        max_cache_len: Tokens that a sequence can hold, its prompt included.
+
+    Raises:
+        InputError: The model has no layer with full attention.
+    """
+
+    def __init__(self, config: Any, max_cache_len: int) -> None:
+        stock = StaticCache(config=config, max_cache_len=max_cache_len).layers
+        ours = [index for index, layer in enumerate(stock) if type(layer) is StaticLayer]
+        if not ours:
+            kinds = sorted({type(layer).__name__ for layer in stock})
+            raise InputError(
+                f"GqaCache: config: got layers {kinds} only; allowed: a model in which at least "
+                "one layer has full attention. Use transformers' StaticCache."
+            )
+        self.storage = Storage(len(ours), max_cache_len)
+        layers = list(stock)
+        for position, index in enumerate(ours):
+            layers[index] = GqaLayer(self.storage, position)
+        super().__init__(layers=layers)
+
+    def check(self) -> None:
+        """Wait for the device, and raise if a sequence was full: `KVCache.check`.
+
+        Raises:
+            CacheOverflowError: A sequence had no room for a token; its output was NaN.
+        """
+        if self.storage.caches:
+            self.storage.caches[0].check()
+
+
+class Storage:
+    """What the layers share: their caches, and what is known of prompts and padding.
+
+    Attributes:
+        caches: One per layer, once there was a prompt. The last one moves the lengths.
+        padded: Whether a prompt had padding, which is not stored.
+        pads: Padding per sequence, int32 [batch] on the device: what transformers counts beyond the
+            tokens that are stored.
+        lengths: Real tokens of each sequence of the padded prompt that is being stored.
+        order: Its tokens, [batch, tokens, 1, 1], the real ones first.
+    """
+
+    caches: tuple[KVCache, ...] = ()
+    padded = False
+    pads: Tensor
+    lengths: list[int]
+    order: Tensor
+    _columns: int | None = 0
+
+    def __init__(self, num_layers: int, max_cache_len: int) -> None:
+        self.num_layers = num_layers
+        self.max_cache_len = max_cache_len
+
+    def allocate(self, k: Tensor, v: Tensor) -> None:
+        """Make the caches, for keys and values like these, [batch, heads, tokens, head_dim].
+
+        Raises:
+            InputError: A size or a type that `KVCache` does not allow; k and v differ.
+            CacheAllocationError: There is not enough memory.
+        """
+        batch, num_kv_heads, _, head_dim = k.shape
+        if v.shape[-1] != head_dim:
+            raise InputError(
+                f"GqaCache: v: got head_dim {v.shape[-1]} beside keys of {head_dim}; allowed: the "
+                "same. Nothing was allocated. Use transformers' StaticCache."
+            )
+        caches = KVCache.for_layers(
+            self.num_layers, batch, self.max_cache_len, num_kv_heads, head_dim, k.dtype, k.device
+        )
+        with torch.inference_mode(False):
+            self.pads = torch.zeros(batch, dtype=torch.int32, device=k.device)
+        mark_static(self.pads)
+        self.caches = tuple(caches)
+
+    @property
+    def columns(self) -> int | Tensor:
+        """Tokens and padding per sequence, as transformers counts: on the device if need be."""
+        if not is_traced() and self._columns is not None:  # traced code must not look at it
+            return self._columns
+        return (self.caches[0].seqlens[0] + self.pads[0]).long()
+
+    def known_columns(self) -> int:
+        """The same on the host, which may have to wait for the device."""
+        if is_traced():
+            return break_graph(self.known_columns, "GqaCache: a prompt in compiled code")()
+        if self._columns is None:
+            self._columns = self.caches[0].refresh()[0] + int(self.pads[0])
+        return self._columns
+
+    def count(self, tokens: int) -> None:
+        """Note on the host that so many columns were added, in a step that ran just now."""
+        if is_traced() or capturing(self.pads.device):
+            self._columns = None  # steps of compiled code and of graphs go unseen
+        elif self._columns is not None:
+            self._columns += tokens
+
+    def arrange(self, real: Tensor) -> None:
+        """Note how a padded prompt is stored, for all layers: its real tokens, in their order.
+
+        Args:
+            real: Bool [batch, tokens], False for padding.
+        """
+        self.order = (~real).to(torch.uint8).argsort(dim=1, stable=True)[..., None, None]
+        held = real.sum(1, dtype=torch.int32)
+        self.pads.copy_(real.shape[1] - held)
+        self.lengths = held.tolist()
+        self.padded = min(self.lengths) < real.shape[1]
+
+    def reset(self) -> None:
+        """Empty it; the memory stays."""
+        self._columns = 0
+        self.padded = False
+        if self.caches:
+            self.caches[0].reset()
+            self.pads.zero_()
+
+
+class GqaLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One layer of a `GqaCache`.
+
+    Args:
+        storage: What it shares with the others.
+        position: Which of the caches is its own.
+    """
+
+    is_compileable = True
+    is_croppable = True
+    is_sliding = False
+
+    def __init__(self, storage: Storage, position: int) -> None:
+        self.storage = storage
+        self.position = position
+
+    @property
+    def cache(self) -> KVCache:
+        """Its keys and values; there is none before the first prompt."""
+        return self.storage.caches[self.position]
+
+    @property
+    def leads(self) -> bool:
+        """Whether it is the last of its kind, which moves the lengths."""
+        return self.position == self.storage.num_layers - 1
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether memory was allocated."""
+        return len(self.storage.caches) > 0
+
+    @property
+    def keys(self) -> Tensor | None:
+        """Keys as transformers lays them out, [batch, heads, max_cache_len, head_dim]; a view."""
+        return self.views(self.get_max_length())[0] if self.is_initialized else None
+
+    @property
+    def values(self) -> Tensor | None:
+        """As `keys`."""
+        return self.views(self.get_max_length())[1] if self.is_initialized else None
+
+    def views(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """The first tokens' keys and values, as transformers lays them out."""
+        k, v = (t[:, :tokens].transpose(1, 2) for t in (self.cache.k, self.cache.v))
+        return k, v
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences."""
+        if not self.is_initialized:
+            raise AttributeError("no memory was allocated yet")
+        return self.cache.batch_size
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate the memory of all layers, unless there is some."""
+        if not self.is_initialized:
+            self.storage.allocate(key_states, value_states)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Pending, Pending]:
+        """Hand new tokens on to the attention function, which appends them."""
+        self.lazy_initialization(key_states, value_states)
+        if key_states.device != self.cache.device:
+            raise InputError(
+                f"GqaCache: got keys on {key_states.device}, and earlier layers on "
+                f"{self.cache.device}; allowed: a model on one device. Nothing was appended. Use "
+                "transformers' StaticCache for models over several."
+            )
+        pending = Pending(self, key_states, value_states)
+        return pending, pending
+
+    def append(self, pending: Pending, padding: Tensor | None = None) -> None:
+        """Append a prompt.
+
+        Args:
+            pending: Its keys and values.
+            padding: Bool [batch, tokens or more], False for what is not to be stored; None: store
+                all. Only into an empty cache.
+
+        Raises:
+            CacheOverflowError: It does not fit.
+        """
+        tokens = pending.k.shape[2]
+        k, v, lengths = pending.k.transpose(1, 2), pending.v.transpose(1, 2), None
+        if padding is not None:
+            if self.position == 0:
+                self.storage.arrange(padding[:, :tokens])
+            lengths, order = self.storage.lengths, self.storage.order
+            k, v = (torch.take_along_dim(t, order, dim=1) for t in (k, v))
+        self.cache.prefill(k, v, lengths)
+        if self.leads:
+            self.storage.count(tokens)
+
+    def get_seq_length(self) -> int | Tensor:
+        """Tokens and padding so far."""
+        return self.storage.columns if self.is_initialized else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int | Tensor]:
+        """What a mask must describe: for one token nothing, which `register`'s mask understands."""
+        if query_length == 1:
+            return 0, self.get_seq_length()
+        held = self.storage.known_columns() if self.is_initialized else 0
+        return held + query_length, 0
+
+    def get_max_length(self) -> int:
+        """Tokens that a sequence can hold."""
+        return self.storage.max_cache_len
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take the last tokens back; a negative number says how many.
+
+        Raises:
+            InputError: A positive number; or the cache holds a padded prompt.
+        """
+        if tokens_to_remove > 0:
+            _refuse("crop", str(tokens_to_remove), "0 or less: minus the tokens to take back")
+        if not tokens_to_remove or not self.leads or not self.is_initialized:
+            return
+        storage = self.storage
+        if storage.padded:
+            _refuse("crop", "a cache of a padded batch", "prompts of one length")
+        columns = max(0, storage.known_columns() + tokens_to_remove)
+        self.cache.truncate(columns)
+        storage._columns = columns
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let row i hold what row beam_idx[i] held: beam search."""
+        if self.is_initialized:
+            order = beam_idx.to(self.cache.device)
+            self.cache.reorder(order)
+            if self.leads:
+                self.storage.pads.copy_(self.storage.pads[order])
+
+    def reset(self) -> None:
+        """Empty the cache; the memory stays."""
+        if self.leads:
+            self.storage.reset()
+
+    def offload(self) -> NoReturn:
+        """Not offered."""
+        _refuse("offload", "a call", "caches that stay on the device")
+
+    def prefetch(self) -> NoReturn:
+        """Not offered."""
+        _refuse("prefetch", "a call", "caches that stay on the device")
+
+    def batch_repeat_interleave(self, repeats: int) -> NoReturn:
+        """Not offered: the batch does not change."""
+        _refuse("batch_repeat_interleave", "a call", "transformers' DynamicCache")
+
+    def batch_select_indices(self, indices: Tensor) -> NoReturn:
+        """Not offered: the batch does not change."""
+        _refuse("batch_select_indices", "a call", "transformers' DynamicCache")
+
+
+class Pending:
+    """New keys and values on the way from a layer's `update` to the attention function.
+
+    It stands where transformers has the tensors of keys and values, so that an attention function
+    which does not know it fails, instead of attending without the new token.
+
+    Args:
+        layer: Whose cache they belong to.
+        k: Keys, [batch, heads, tokens, head_dim].
+        v: As k.
+    """
+
+    def __init__(self, layer: GqaLayer, k: Tensor, v: Tensor) -> None:
+        self.layer = layer
+        self.k = k
+        self.v = v
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise InputError(
+            f"GqaCache: an attention function asked its keys for {name!r}; allowed: the attention "
+            f"function of gqa_cutlass. Call model.set_attn_implementation({NAME!r}) after "
+            "gqa_cutlass.integrations.transformers.register(), or use transformers' StaticCache."
+        )
+
+
+def _refuse(method: str, got: str, allowed: str) -> NoReturn:
+    raise InputError(f"GqaCache.{method}: got {got}; allowed: {allowed}. Nothing was changed.")
