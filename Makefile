@@ -6,7 +6,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu-test sanitize bench sass style format types clean ready
+.PHONY: help demo test gpu-test sanitize bench bench-e2e sass style format types tree clean ready
 
 ARGS ?=
 BOOTSTRAP ?= python3
@@ -26,7 +26,7 @@ PYTHON := $(BIN)/python
 endif
 
 help: ## List the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 demo: $(READY) ## Generate and compile kernels for real models, decode with them, check the results
 	$(PYTHON) examples/demo.py $(ARGS)
@@ -48,6 +48,9 @@ sanitize: $(READY) ## Run numerical GPU tests under compute-sanitizer
 bench: $(READY) ## Time the kernels against PyTorch on a GPU
 	$(PYTHON) -m gqa_cutlass.bench $(ARGS)
 
+bench-e2e: $(READY) ## Time whole models of transformers on a GPU (ARGS=--help lists the options)
+	$(PYTHON) -m gqa_cutlass.bench.end_to_end $(ARGS)
+
 sass: $(READY) ## Write the machine code of the base kernels to build/listings; ARGS=--record records its digests
 	$(PYTHON) tests/sass.py $(ARGS)
 
@@ -60,13 +63,16 @@ format: $(VENV)/.style-ready ## Mend what style finds, where a tool can
 	$(BIN)/clang-format -i $$(git ls-files '*.cuh' '*.c' '*.h')
 	$(BIN)/gqa-cutlass generate
 
-# mypy does not follow the folders that pyproject.toml maps into one package, and a link tree needs
-# no reinstall when a module is added. Messages name the real files.
-types: $(VENV)/.style-ready ## Check types only
-	@rm -rf $(VENV)/tree && mkdir -p $(VENV)/tree/gqa_cutlass
-	@ln -s $(CURDIR)/gqa_cutlass/* $(addprefix $(CURDIR)/,bench codegen templates generated) $(VENV)/tree/gqa_cutlass
+types: $(VENV)/.style-ready tree ## Check types only
+	@MYPYPATH=$(VENV)/tree $(BIN)/mypy tests/typed_program.py
 	@MYPYPATH=$(VENV)/tree $(BIN)/mypy -p gqa_cutlass $(ARGS) | \
 	  sed -E 's#^$(VENV)/tree/gqa_cutlass/(bench|codegen|templates|generated)/#\1/#; s#^$(VENV)/tree/##'
+
+# Type checkers, IDEs among them, do not follow the folders that pyproject.toml maps into one
+# package, but links (pyproject.toml names them for pyright). Messages name the real files.
+tree:
+	@rm -rf $(VENV)/tree && mkdir -p $(VENV)/tree/gqa_cutlass
+	@ln -s $(CURDIR)/gqa_cutlass/* $(addprefix $(CURDIR)/,bench codegen templates generated) $(VENV)/tree/gqa_cutlass
 
 clean: ## Remove everything that make and the tools left behind
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
@@ -89,6 +95,7 @@ ifeq ($(HAS_GPU),)
 	@$(INSTALL) '$(TORCH)+cpu' 2>/dev/null || $(INSTALL) --extra-index-url $(TORCH_CPU_INDEX) '$(TORCH)+cpu'
 endif
 	@$(INSTALL) -e '.[test]'
+	@$(MAKE) --no-print-directory tree
 	@touch $@
 
 $(VENV)/.style-ready: $(VENV)/.test-ready

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from gqa_cutlass.dispatch import Dispatch, choose_config, dispatch, model_device
 from gqa_cutlass.errors import DeviceError, InputError, shown
 from gqa_cutlass.inputs import DTYPES, Problem
 from gqa_cutlass.launcher import Device, describe_device, load
-from gqa_cutlass.planning import Arguments, GpuPlan, Plan, Settings, signature
+from gqa_cutlass.planning import Arguments, GpuPlan, Pair, Plan, Result, Settings, signature
 from gqa_cutlass.store import Store
 from gqa_cutlass.tensors import Flaw, flaw
 from gqa_cutlass.tracing import is_traced, untraced
@@ -30,6 +30,58 @@ _Options = tuple[int, type, float | None, type, bool, bool, bool]
 _plans: dict[object, Plan] = {}  # by signature, and the latest by the cache's shape
 
 
+class Options(TypedDict, total=False):
+    """What `gqa_decode` and `KVCache.decode` also take, for type checkers; see there."""
+
+    softmax_scale: float | None
+    num_splits: int
+    ragged: bool
+    out: Tensor | None
+
+
+class PlanOptions(Options, total=False):
+    """As `Options`, of `plan`."""
+
+    kernel: KernelConfig | None
+    dependent: bool
+
+
+@overload
+def gqa_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    cache_seqlens: int | Tensor,
+    return_lse: Literal[False] = False,
+    **options: Unpack[Options],
+) -> Tensor: ...
+@overload
+def gqa_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    cache_seqlens: int | Tensor,
+    return_lse: Literal[True],
+    **options: Unpack[Options],
+) -> Pair: ...
+@overload
+def gqa_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    cache_seqlens: int | Tensor,
+    return_lse: bool,
+    **options: Unpack[Options],
+) -> Result: ...
 def gqa_decode(
     q: Tensor,
     k_cache: Tensor,
@@ -43,7 +95,7 @@ def gqa_decode(
     return_lse: bool = False,
     ragged: bool = True,
     out: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Result:
     """Run one decode step: append the new token's K and V, then attend over everything cached.
 
     One kernel launch on the current stream; no synchronisation. Can be captured into a CUDA graph,
@@ -120,9 +172,7 @@ def gqa_decode(
     return found.run(tensors, cache_seqlens, argument)
 
 
-def _traced(
-    tensors: Arguments, cache_seqlens: int | Tensor, **options: Any
-) -> Tensor | tuple[Tensor, Tensor]:
+def _traced(tensors: Arguments, cache_seqlens: int | Tensor, **options: Any) -> Result:
     """The call as an operator of torch; registered when torch first traces it."""
     from gqa_cutlass import ops
 
@@ -151,6 +201,42 @@ def _find_plan(
     return found, argument
 
 
+@overload
+def plan(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    cache_seqlens: int | Tensor,
+    return_lse: Literal[False] = False,
+    **options: Unpack[PlanOptions],
+) -> Plan[Tensor]: ...
+@overload
+def plan(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    cache_seqlens: int | Tensor,
+    return_lse: Literal[True],
+    **options: Unpack[PlanOptions],
+) -> Plan[Pair]: ...
+@overload
+def plan(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    cache_seqlens: int | Tensor,
+    return_lse: bool,
+    **options: Unpack[PlanOptions],
+) -> Plan: ...
 @untraced
 def plan(
     q: Tensor,

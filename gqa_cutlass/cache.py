@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor
 
 from gqa_cutlass.allocation import Memory, Sizes, allocate, placed
-from gqa_cutlass.api import check_overflow, gqa_decode
+from gqa_cutlass.api import Options, check_overflow, gqa_decode
 from gqa_cutlass.cache_inputs import check_apart, ints, one_token, prompt
 from gqa_cutlass.errors import CacheOverflowError, InputError
 from gqa_cutlass.guard import guarded, lack_of_memory, raise_no_temporaries
 from gqa_cutlass.lengths import ONE_TOKEN, REMEDY, Growth, Lengths, capturing
+from gqa_cutlass.planning import Pair, Result
 from gqa_cutlass.rows import buffer, gather, scatter
 from gqa_cutlass.tensors import is_tensor
 from gqa_cutlass.tracing import is_traced, mark_static
@@ -193,6 +194,36 @@ class KVCache:
             f"device='{self.device}', bytes={size}, bound={self.bound})"
         )
 
+    @overload
+    def decode(
+        self,
+        q: Tensor,
+        k: Tensor | None = None,
+        v: Tensor | None = None,
+        *,
+        return_lse: Literal[False] = False,
+        **options: Unpack[Options],
+    ) -> Tensor: ...
+    @overload
+    def decode(
+        self,
+        q: Tensor,
+        k: Tensor | None = None,
+        v: Tensor | None = None,
+        *,
+        return_lse: Literal[True],
+        **options: Unpack[Options],
+    ) -> Pair: ...
+    @overload
+    def decode(
+        self,
+        q: Tensor,
+        k: Tensor | None = None,
+        v: Tensor | None = None,
+        *,
+        return_lse: bool,
+        **options: Unpack[Options],
+    ) -> Result: ...
     def decode(
         self,
         q: Tensor,
@@ -204,7 +235,7 @@ class KVCache:
         return_lse: bool = False,
         ragged: bool = True,
         out: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Result:
         """Append a token's K and V, if given, and attend over everything cached: `gqa_decode`.
 
         Args:
@@ -393,8 +424,9 @@ class KVCache:
 
     def _decode_traced(
         self, q: Tensor, k: Tensor | None, v: Tensor | None, **options: Any
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Result:
         """`decode` in code that torch traces: whether there is room, only the device knows."""
+        result: Result
         result = gqa_decode(q, self.k, self.v, k, v, cache_seqlens=self.seqlens, **options)
         if k is not None and self._leads:
             self._lengths.advance_unseen()

@@ -17,11 +17,12 @@ from abc import ABC, abstractmethod
 from dataclasses import replace
 from functools import partial
 from itertools import product
-from typing import Any, NoReturn, TypedDict, Unpack
+from typing import Any, Generic, NoReturn, TypedDict, Unpack
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
+from typing_extensions import TypeVar
 
 from gqa_cutlass import inputs, shortcuts, workspace
 from gqa_cutlass.codegen.schema.params import CacheStrides, Params, TmaParams
@@ -48,7 +49,9 @@ _Q, _K_CACHE, _V_CACHE, _K, _V, OUT, _LENGTHS = range(7)
 # Of the arguments, then of the lengths on the device; 0 for what is absent.
 Addresses = tuple[int, int, int, int, int, int, int]
 Signature = tuple[object, ...]
-Result = Tensor | tuple[Tensor, Tensor]
+Pair = tuple[Tensor, Tensor]  # output and log-sum-exp
+Result = Tensor | Pair
+R_co = TypeVar("R_co", bound=Result, default=Result, covariant=True)
 
 
 def signature(tensors: Arguments) -> Signature:
@@ -76,7 +79,7 @@ class Settings(TypedDict):
     device_lengths: bool
 
 
-class Plan(ABC):
+class Plan(ABC, Generic[R_co]):
     """Runs decode steps of one problem: the lowest-overhead call.
 
     A plan holds no tensors. It can be called from several threads and on any stream, and captured
@@ -138,7 +141,7 @@ class Plan(ABC):
         v: Tensor | None,
         cache_seqlens: int | Tensor,
         out: Tensor | None = None,
-    ) -> Result:
+    ) -> R_co:
         """Run one decode step; arguments as for `gqa_decode`, laid out as when the plan was made.
 
         Raises:
@@ -220,7 +223,7 @@ class Plan(ABC):
         self._lock = threading.Lock()
 
     @abstractmethod
-    def run(self, tensors: Arguments, cache_seqlens: int | Tensor, argument: bytes) -> Result:
+    def run(self, tensors: Arguments, cache_seqlens: int | Tensor, argument: bytes) -> R_co:
         """As `__call__`, for what `match` or `adopt` found to be right."""
 
     def _fill_gaps(
@@ -320,7 +323,7 @@ class Plan(ABC):
         LOG.debug("launch %s", LaunchRecord.of(self, cache_seqlens, device, stream))
 
 
-class GpuPlan(Plan):
+class GpuPlan(Plan[R_co]):
     """A plan for a GPU.
 
     Args:
@@ -334,7 +337,7 @@ class GpuPlan(Plan):
         self._floats, self._tickets = self.dispatch.partial_floats, self.dispatch.num_tickets
         self._launch = kernel.prepare(self.dispatch.shape, self._argument)
 
-    def run(self, tensors: Arguments, cache_seqlens: int | Tensor, argument: bytes) -> Result:
+    def run(self, tensors: Arguments, cache_seqlens: int | Tensor, argument: bytes) -> R_co:
         """As `Plan.run`, on the plan's GPU, whichever is current."""
         if shortcuts.current_device() != self._index:
             with torch.cuda.device(self._index):
@@ -358,7 +361,7 @@ class GpuPlan(Plan):
         del held
         if LOG.isEnabledFor(logging.DEBUG):
             self.log(cache_seqlens, self._index, stream)
-        return out if lse is None else (out, lse)
+        return out if lse is None else (out, lse)  # type: ignore[return-value]
 
     def enter_child(self) -> None:
         """Call it quits: CUDA does not outlive a fork."""

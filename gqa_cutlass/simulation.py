@@ -17,7 +17,7 @@ from gqa_cutlass.codegen.schema.params import Params, TmaParams
 from gqa_cutlass.dispatch import Dispatch
 from gqa_cutlass.inputs import Problem
 from gqa_cutlass.launcher import LaunchShape
-from gqa_cutlass.planning import FIELDS, LOG, OUT, Arguments, Plan, Result, Settings
+from gqa_cutlass.planning import FIELDS, LOG, OUT, Arguments, Plan, R_co, Settings
 from gqa_cutlass.ptxsim.memory import Region
 from gqa_cutlass.ptxsim.prepare import Launch, Program
 from gqa_cutlass.ptxsim.ptx import parse
@@ -34,7 +34,7 @@ _BOTH = ("tickets",)
 _CACHES = ("k_cache", "v_cache")
 
 
-class CpuPlan(Plan):
+class CpuPlan(Plan[R_co]):
     """A plan for CPU tensors: the kernel's PTX runs in ptxsim.
 
     What is checked and what is counted can be set between calls (`checks`, `stats`).
@@ -54,7 +54,7 @@ class CpuPlan(Plan):
             self.dispatch.config.name, _seconds(self.problem),
         )  # fmt: skip
 
-    def run(self, tensors: Arguments, cache_seqlens: int | Tensor, argument: bytes) -> Result:
+    def run(self, tensors: Arguments, cache_seqlens: int | Tensor, argument: bytes) -> R_co:
         """As `Plan.run`, in ptxsim."""
         self._flag.raise_if_set()
         out = tensors[OUT]
@@ -78,7 +78,7 @@ class CpuPlan(Plan):
         with self._lock:
             self._bind(argument, out, cache_seqlens, lse, partials, tickets)
             run(self.program, self.dispatch.shape, self._argument, regions, self.checks, self.stats)
-        return out if lse is None else (out, lse)
+        return out if lse is None else (out, lse)  # type: ignore[return-value]
 
     def _encode(self, description: TensorMap) -> bytes:
         return description.to_bytes()
