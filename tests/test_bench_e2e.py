@@ -1,0 +1,115 @@
+"""The end-to-end benchmark: what it measures, in which order, and that no row is lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from compiling import GROUP
+
+pytest.importorskip("transformers")
+
+from gqa_cutlass.bench import e2e_steps, end_to_end  # noqa: E402
+from gqa_cutlass.bench.e2e_points import SHAPES, WAYS, Job, Point, Run, Shape, Way, jobs  # noqa: E402
+from gqa_cutlass.bench.end_to_end import Bench, Record, Row  # noqa: E402
+
+pytestmark = pytest.mark.xdist_group(GROUP)
+
+TOY = Shape(
+    name="toy", config="LlamaConfig", layers=1,
+    sizes={"hidden_size": 256, "intermediate_size": 64, "num_attention_heads": 4,
+           "num_key_value_heads": 1, "vocab_size": 64},
+)  # fmt: skip
+BROKEN = Way(name="broken", attention="nonesuch", cache="dynamic", run=Run.CALLED)
+RUN = {"gpu": "NVIDIA H200", "date": "today", "torch": "2", "transformers": "5"}
+
+
+def test_every_way_is_measured_and_one_that_fails_loses_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("WARM", "BATCHES", "STEPS"):
+        monkeypatch.setattr(e2e_steps, name, 1)
+    record = Record(tmp_path / "record.json", RUN)
+    bench = Bench(record, minutes=60, layers=None, device="cpu", dtype=torch.float16)
+    for job in jobs((TOY,), (Point(2, 8),), (BROKEN, *WAYS)):
+        bench.measure(job)
+    rows = {row.way: row for row in record.rows.values()}
+    missing = {way: row.missing for way, row in rows.items() if row.missing}
+    assert missing.keys() == {"broken", "sdpa-graph", "ours-graph"}
+    assert "nonesuch" in missing["broken"] and missing["ours-graph"] == "CUDA graphs need a GPU"
+    for way in ("eager", "sdpa", "ours", "sdpa-compiled", "ours-compiled"):
+        row = rows[way]
+        assert row.ms_per_step > 0
+        assert row.tokens_per_second == pytest.approx(2e3 / row.ms_per_step, rel=1e-2)
+        assert row.logits_difference < 5e-3
+    written = json.loads(record.path.read_text())
+    assert len(written["rows"]) == len(rows) and written["run"] == RUN
+    assert "| toy, 1 | 2 × 8 |" in record.path.with_suffix(".md").read_text()
+    assert "toy 2 × 8 broken: " in capsys.readouterr().out
+
+
+def test_nothing_is_begun_that_may_not_end_in_time(tmp_path: Path) -> None:
+    record = Record(tmp_path / "record.json", RUN)
+    bench = Bench(record, minutes=0, layers=None, device="cpu", dtype=torch.float16)
+    row = bench.measure(Job(shape=TOY, point=Point(1, 8), way=WAYS[0]))
+    assert row.missing == "no time was left"
+
+
+def row(way: str, ms: float | None = None, missing: str | None = None) -> Row:
+    return Row(
+        model="toy", layers=1, batch=8, context=1024, way=way, ms_per_step=ms, missing=missing,
+        tokens_per_second=8e3 / ms if ms else None,
+    )  # fmt: skip
+
+
+def test_records_of_the_same_gpu_are_joined(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = Record(tmp_path / "a.json", RUN), Record(tmp_path / "b.json", RUN)
+    other = Record(tmp_path / "c.json", RUN | {"gpu": "another"})
+    first.add(row("sdpa-graph", 4.0))
+    first.add(row("ours-graph", missing="out of memory"))
+    second.add(row("ours-graph", 2.0))
+    second.add(row("sdpa-graph", missing="no time was left"))  # replaces no numbers
+    other.add(row("ours-graph", 1.0))
+    for record in (first, second, other):
+        record.write()
+    paths = [str(record.path) for record in (first, second, other)]
+    assert end_to_end.main(["--join", *paths, "--out", str(tmp_path)]) == 0
+    joined = Record(tmp_path / "nvidia-h200-end-to-end.json", RUN)
+    assert {r.way: r.ms_per_step for r in joined.rows.values()} == {
+        "sdpa-graph": 4.0, "ours-graph": 2.0
+    }  # fmt: skip
+    assert "| toy, 1 | 8 × 1024 | 4.00 | **2.00** | 4000 | 2.00× |" in capsys.readouterr().out
+
+
+def test_what_needs_no_compiler_is_measured_first() -> None:
+    points = Point(1, 1024), Point(8, 8192)
+    order = [(j.shape.name, j.way.run is Run.COMPILED, j.point) for j in jobs(SHAPES, points, WAYS)]
+    assert len(order) == len(set(order)) + len(SHAPES) * (2 * 4 + 2) == len(SHAPES) * 2 * 7
+    last = order[-2 * len(SHAPES) :]
+    assert all(compiled and point == Point(1, 1024) for _, compiled, point in last)
+    assert order[9:12] == [(SHAPES[0].name, False, Point(8, 8192)),
+                           *[(SHAPES[0].name, True, Point(8, 8192))] * 2]  # fmt: skip
+
+
+def test_caches_that_cannot_fit_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.device("meta"):
+        model = e2e_steps.build(SHAPES[0], 2, "meta", torch.bfloat16)
+
+    class Properties:
+        total_memory = 80 * 2**30
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    model.config.num_hidden_layers = 32
+    ours = WAYS[2]
+    assert e2e_steps.too_large(model, Point(8, 32768), ours) is None
+    assert "needs 134 GiB of 80" in str(e2e_steps.too_large(model, Point(32, 32768), ours))
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(SystemExit, match="allowed: llama3-8b, "):
+        end_to_end._chosen(SHAPES, "gpt")
