@@ -64,13 +64,18 @@ def check(model: Any, found: Generated, tolerance: float = 4e-3) -> None:
     All logits may differ by the tolerance. Two tokens tie if eager attention's logits for them
     differ by twice as much at most: either is right then.
     """
-    assert found.logits is not None
-    count = found.logits.shape[1]
-    right = eager_logits(model, found)[:, -count:]
-    worst = (found.logits.double() - right).abs().max().item()
-    assert worst <= tolerance, f"logits differ by {worst}"
+    right, worst = compared(model, found)
+    assert worst <= tolerance, f"logits differ by {worst}, more than {tolerance}"
+    count = right.shape[1]
     chosen = right.gather(2, found.sequences[:, -count:, None])[..., 0]
     assert (right.amax(2) - chosen <= 2 * tolerance).all(), "another token"
+
+
+def compared(model: Any, found: Generated) -> tuple[Tensor, float]:
+    """The logits of eager attention for the new tokens, and how far from them those found are."""
+    assert found.logits is not None
+    right = eager_logits(model, found)[:, -found.logits.shape[1] :]
+    return right, (found.logits.double() - right).abs().max().item()
 
 
 def check_beams(model: Any, found: Generated, tolerance: float = 4e-3) -> None:

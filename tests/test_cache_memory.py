@@ -155,13 +155,14 @@ def test_a_prompt_without_memory_for_its_temporaries_writes_nothing() -> None:
     k, v = (torch.randn(4, 32_000, 8, 128, dtype=F16, device="cuda") for _ in "kv")
     device = torch.cuda.current_device()
     _, total = torch.cuda.mem_get_info()
-    torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / total, device)
-    try:
-        with nothing_written(cache), pytest.raises(CacheAllocationError, match="prefill: memory"):
-            cache.prefill(k, v)
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+    with nothing_written(cache):
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / total, device)
+        try:
+            with pytest.raises(CacheAllocationError, match="prefill: memory"):
+                cache.prefill(k, v)
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
     cache.prefill(k, v)
     assert cache.seqlens.tolist() == [32_001, 32_002, 32_003, 32_000]
 
