@@ -24,7 +24,7 @@ Published = dict[Place, Foreign]
 Cell = tuple[int, int]  # block of the launch, or -1 in global memory, and address
 Cells = dict[Cell, Published]  # what was published through a cell, if there is anything
 _CELLS_BYTES = 1 << 30  # of what is published through cells
-_FENCE = 4  # times what an access takes
+_FENCE = 64  # times what an access takes
 
 
 class Atomics:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Key = tuple[int, int]  # block of the machine, number of the barrier
 _MAX_BARRIER = 15
+_BARRIER = 512  # times what an access takes
 _LEVELS = {"cta": "cta", "gl": "gpu", "gpu": "gpu", "sys": "sys"}  # of membar
 _FENCES = ((), ("sc",), ("acq_rel",), ("acquire",), ("release",))
 _PROXIES = ("alias", "async")
@@ -64,7 +65,9 @@ class Barriers:
     ) -> Iterator[tuple[Key, NDArray[np.int64]]]:
         """Arrivals, one after another: of the lanes of a warp, or of all that come to a barrier."""
         place = self._machine.block_of[group.lanes] * (_MAX_BARRIER + 1) + number
-        for at in np.unique(place).tolist():
+        places = np.unique(place).tolist()
+        self._machine.progress.one_by_one(_BARRIER * len(places))
+        for at in places:
             mine = place == at
             key = at // (_MAX_BARRIER + 1), at % (_MAX_BARRIER + 1)
             lanes, wanted = group.lanes[mine], expected[mine]
