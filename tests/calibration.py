@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 RECORD = Path(__file__).parent / "gpu_calibration.json"
@@ -102,9 +102,12 @@ class Calibration:
     @classmethod
     def recorded(cls) -> Calibration | None:
         """Read the repository's record, if there is one."""
-        if not RECORD.exists():
-            return None
-        stored = json.loads(RECORD.read_text())
+        return cls.parse(RECORD.read_text()) if RECORD.exists() else None
+
+    @classmethod
+    def parse(cls, text: str) -> Calibration:
+        """Read what `text` made."""
+        stored = json.loads(text)
         return cls(
             run=stored["run"],
             instructions=[InstructionRow(**row) for row in stored["instructions"]],
@@ -112,10 +115,19 @@ class Calibration:
             timings=[Timing(**row) for row in stored["timings"]],
         )
 
+    def text(self) -> str:
+        """The record as JSON."""
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+    def add(self, other: Calibration) -> None:
+        """Take over the rows of another process, in an order that does not tell processes apart."""
+        self.instructions = sorted(self.instructions + other.instructions, key=repr)
+        self.kernels = sorted(self.kernels + other.kernels, key=repr)
+        self.timings = sorted(self.timings + other.timings, key=repr)
+
     def write(self, run: dict[str, str]) -> None:
         """Write the repository's record."""
-        stored = asdict(self) | {"run": run}
-        RECORD.write_text(json.dumps(stored, indent=1) + "\n")
+        RECORD.write_text(replace(self, run=run).text())
 
 
 def render(record: Calibration) -> str:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -102,6 +103,7 @@ class Record:
 _RECORD = pytest.StashKey[Record]()
 _CALIBRATION = pytest.StashKey[Calibration]()
 _PARTIAL = pytest.StashKey[bool]()
+_LEFT_OUT = pytest.StashKey[bool]()
 
 
 @pytest.hookimpl(trylast=True)
@@ -114,12 +116,13 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["COLUMNS"] = _WIDTH
     config.stash[_RECORD] = Record()
     config.stash[_CALIBRATION] = Calibration()
+    config.stash[_LEFT_OUT] = False
     config.stash[_PARTIAL] = config.args_source is pytest.Config.ArgsSource.ARGS
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:
     for item in items:
-        item.config.stash[_PARTIAL] |= item.get_closest_marker("gpu") is not None
+        item.config.stash[_LEFT_OUT] |= item.get_closest_marker("gpu") is not None
 
 
 @pytest.fixture(scope="session")
@@ -138,15 +141,31 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Write the evidence and the calibration of a run that passed and missed no shipped kernel."""
     if not session.config.getoption("--gpu-evidence") or exitstatus != 0:
         return
-    if session.config.stash[_PARTIAL]:
+    stash = session.config.stash
+    if hasattr(session.config, "workeroutput"):  # one process of several: they are put together
+        seen = stash[_RECORD].kernels, stash[_CALIBRATION].text(), stash[_LEFT_OUT]
+        session.config.workeroutput["seen"] = seen
+        return
+    if stash[_PARTIAL] or stash[_LEFT_OUT]:
         raise pytest.UsageError("no evidence written: only a part of the GPU suite was run")
-    kernels = session.config.stash[_RECORD].kernels
+    kernels = stash[_RECORD].kernels
     absent = [config.name for config in shipped() if config.name not in kernels]
     if absent:
         raise pytest.UsageError(f"no evidence written: {len(absent)} kernels were not tested")
     run = provenance()
     Evidence(run=run, kernels=dict(sorted(kernels.items()))).write()
-    session.config.stash[_CALIBRATION].write(run)
+    stash[_CALIBRATION].write(run)
+
+
+@pytest.hookimpl(optionalhook=True)  # of xdist
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """Take over what one process of several has seen."""
+    seen = getattr(node, "workeroutput", {}).get("seen")
+    if seen:
+        kernels, calibration, left_out = seen
+        node.config.stash[_RECORD].kernels.update(kernels)
+        node.config.stash[_CALIBRATION].add(Calibration.parse(calibration))
+        node.config.stash[_LEFT_OUT] |= left_out
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import conftest
 import pytest
+from calibration import Calibration, Timing
 
 from gqa_cutlass.codegen import shipped, source_digest
 from gqa_cutlass.evidence import FILE, Evidence
@@ -65,3 +67,20 @@ def test_a_part_of_the_gpu_suite_writes_nothing(
     said = capsys.readouterr().err
     assert "no evidence written: " in said and why in said
     assert (FILE.read_bytes() if FILE.exists() else None) == before
+
+
+def test_what_several_processes_have_seen_is_put_together() -> None:
+    stash = pytest.Stash()
+    stash[conftest._RECORD], stash[conftest._CALIBRATION] = conftest.Record(), Calibration()
+    stash[conftest._LEFT_OUT] = False
+    for name, seconds, left_out in (("b", 2.0, False), ("a", 1.0, True)):
+        seen = Calibration(timings=[Timing(problem=name, seconds=seconds)])
+        node = SimpleNamespace(
+            config=SimpleNamespace(stash=stash),
+            workeroutput={"seen": ({name: {"cases": 1}}, seen.text(), left_out)},
+        )
+        conftest.pytest_testnodedown(node, None)
+    conftest.pytest_testnodedown(SimpleNamespace(config=SimpleNamespace(stash=stash)), None)
+    assert stash[conftest._RECORD].kernels == {"a": {"cases": 1}, "b": {"cases": 1}}
+    assert [t.problem for t in stash[conftest._CALIBRATION].timings] == ["a", "b"]
+    assert stash[conftest._LEFT_OUT]
