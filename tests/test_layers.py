@@ -48,9 +48,18 @@ def test_the_generator_never_imports_the_runtime_or_torch(path: Path) -> None:
     assert [name for name in _imports(path) if name.split(".")[0] == "torch"] == []
 
 
-def test_configurations_depend_on_no_other_part_of_the_generator() -> None:
+def test_configurations_depend_on_no_part_of_the_generator_but_the_schema() -> None:
     ours = {n for n in _imports(REPOSITORY / "codegen" / "config.py") if n.startswith("gqa_")}
-    assert ours == {"gqa_cutlass.errors.ConfigError"}
+    others = {n for n in ours if not n.startswith("gqa_cutlass.codegen.schema")}
+    assert others == {"gqa_cutlass.errors.ConfigError"}
+
+
+def test_the_schema_depends_on_nothing_of_ours() -> None:
+    """But on errors: it is what all others import."""
+    folder = REPOSITORY / "codegen" / "schema"
+    ours = {n for path in folder.glob("*.py") for n in _imports(path) if n.startswith("gqa_")}
+    others = {n for n in ours if not n.startswith("gqa_cutlass.codegen.schema")}
+    assert others == {"gqa_cutlass.errors.ConfigError"}
 
 
 def test_one_module_compiles() -> None:
@@ -72,5 +81,6 @@ def _reads_a_clock(path: Path) -> bool:
 
 
 def test_no_test_depends_on_how_fast_the_machine_is() -> None:
-    """One records on a GPU machine how long ptxsim takes, and asserts nothing of it."""
-    assert [path.name for path in TESTS if _reads_a_clock(path)] == ["test_gpu_ptxsim.py"]
+    """One records how long ptxsim takes on a GPU machine; one gives up waiting for processes."""
+    clocked = [path.name for path in TESTS if _reads_a_clock(path)]
+    assert clocked == ["test_gpu_ptxsim.py", "test_workers.py"]
