@@ -375,7 +375,7 @@ def gqa_attention_decode(
         ("output", output, flat), ("q", q, query), ("k", k, token), ("v", v, token),
         ("kv_cache_k", kv_cache_k, cache), ("kv_cache_v", kv_cache_v, cache),
     ):  # fmt: skip
-        found = flaw(tensor)
+        found = None if is_traced() else flaw(tensor)  # the operator sees what tracing stands for
         if found is None and tuple(tensor.shape) != shape:
             found = Flaw(f"shape {list(tensor.shape)}", f"{list(shape)}, from the configuration")
         if found:
