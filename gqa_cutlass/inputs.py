@@ -100,6 +100,10 @@ def check_kinds(arguments: Sequence[object], cache_seqlens: object = 0) -> None:
         arguments: As in `ARGUMENTS`.
         cache_seqlens: The lengths; an int will do.
     """
+    k, v = arguments[3:5]
+    if (k is None) != (v is None):
+        missing = "v" if v is None else "k"
+        _fail("k and v", f"no {missing}", "both (append the token) or neither (attend only)")
     for name, value in zip(ARGUMENTS, arguments, strict=True):
         optional = name in _OPTIONAL
         if not (optional and value is None) and (found := flaw(value)):
@@ -126,9 +130,6 @@ def gather(
         InputError: An argument is no plain tensor or has the wrong rank, or k comes without v.
     """
     check_kinds((q, k_cache, v_cache, k, v, out))
-    if (k is None) != (v is None):
-        missing = "v" if v is None else "k"
-        _fail("k and v", f"no {missing}", "both (append the token) or neither (attend only)")
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if cache.dim() != 4:
             _fail(name, _shape(cache), "[batch, max_seq_len, num_kv_heads, head_dim]")
