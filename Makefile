@@ -15,7 +15,10 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# pip would compile every module, one after the other, for 40 s. Few are ever imported: those are
+# compiled when they are, and kept.
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
+export PYTHONDONTWRITEBYTECODE :=
 HAS_GPU := $(shell command -v nvidia-smi)
 
 ifdef PYTHON
