@@ -187,8 +187,11 @@ class Store:
             for _ in range(_TRIES):
                 with suppress(FileExistsError):
                     root.mkdir(parents=True, mode=0o700 if self.private else 0o755)
-                with suppress(FileNotFoundError, IsADirectoryError):
-                    return act()
+                if root.is_dir():  # or the lock would make what a link to nothing names
+                    with suppress(FileNotFoundError, IsADirectoryError):
+                        return act()
+            if root.exists():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(root))
             what = "a link to nothing" if root.is_symlink() else "removed again and again"
             raise FileNotFoundError(errno.ENOENT, what, str(root))
 
