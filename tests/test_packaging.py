@@ -161,6 +161,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import cuda.core
+import typer
 from gqa_cutlass.cli import app
 from gqa_cutlass.codegen import render, shipped
 from gqa_cutlass.codegen.fatbin import pack
@@ -179,6 +180,12 @@ for command in (
     ["sim", "--kernel", kernel.name, "--cache-len", "3"],
 ):
     app(command, standalone_mode=False)
+try:
+    app(["sim"], standalone_mode=False)
+except typer.BadParameter as missing:
+    assert "--kernel" in missing.format_message()
+else:
+    raise AssertionError("an option that is needed was not asked for")
 print(*(version(name) for name in names))
 """
 
