@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import product, starmap
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,14 @@ from gqa_cutlass.bench.e2e_points import (
     Shape,
     jobs,
 )
+from gqa_cutlass.cli.failures import status_of
+from gqa_cutlass.codegen.files import read_json, update, writing
+from gqa_cutlass.errors import InputError
 from gqa_cutlass.evidence import provenance
 
 _COMPILE_SECONDS, _OTHER_SECONDS = 60, 5  # what a row may take
+_ABOUT = {"gpu", "date", "torch", "transformers"}  # what a table says of a run
+_ALLOWED = "JSON that this benchmark wrote"
 _REFERENCE = "sdpa"  # whose logits the others are compared with
 
 
@@ -83,11 +89,15 @@ class Record:
             self.join(path)
 
     def join(self, path: Path) -> None:
-        """Take the rows of a record of the same GPU."""
-        old = json.loads(path.read_text())
-        if old["run"]["gpu"] == self.run["gpu"]:
-            for fields in old["rows"]:
-                self.add(Row(**fields))
+        """Take the rows of a record of the same GPU.
+
+        Raises:
+            InputError: It is none.
+        """
+        run, rows = load(path)
+        if run["gpu"] == self.run["gpu"]:
+            for row in rows:
+                self.add(row)
 
     def add(self, row: Row) -> None:
         """Note a row; one that says why it is missing replaces no numbers."""
@@ -97,11 +107,35 @@ class Record:
         self.rows[row.key] = row
 
     def write(self) -> None:
-        """Write the JSON file and the table."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        """Write the JSON file and the table.
+
+        Raises:
+            OutputError: The file system refuses.
+        """
         content = {"run": self.run, "rows": [asdict(row) for row in self.rows.values()]}
-        self.path.write_text(json.dumps(content, indent=1) + "\n")
-        self.path.with_suffix(".md").write_text(table(list(self.rows.values()), self.run))
+        folder, sheet = self.path.parent, self.path.with_suffix(".md").name
+        files = {
+            self.path.name: json.dumps(content, indent=1) + "\n",
+            sheet: table(list(self.rows.values()), self.run),
+        }
+        with writing("end_to_end: --out", folder):
+            update(folder, files)
+
+
+def load(path: Path) -> tuple[dict[str, str], list[Row]]:
+    """What a record's run was on, and its rows.
+
+    Raises:
+        InputError: It is no record.
+    """
+    found = read_json("end_to_end: record", path, _ALLOWED)
+    try:
+        match found:
+            case {"run": dict() as run, "rows": [*rows]} if _ABOUT <= run.keys():
+                return run, [Row(**fields) for fields in rows]
+    except TypeError:  # other fields, or none
+        pass
+    raise InputError(f"end_to_end: record: got {path}, which is none; allowed: {_ALLOWED}.")
 
 
 def table(rows: Sequence[Row], run: dict[str, str]) -> str:
@@ -235,8 +269,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--models", default=",".join(names), help="comma-separated; default: all")
     add("--ways", default=",".join(ways), help="comma-separated; default: all")
-    add("--batches", default=",".join(map(str, BATCHES)))
-    add("--contexts", default=",".join(map(str, CONTEXTS)))
+    add("--batches", type=_numbers, default=BATCHES)
+    add("--contexts", type=_numbers, default=CONTEXTS)
     add("--layers", type=int, help="fewer than the models have")
     add("--minutes", type=float, default=8, help="begin nothing that may take longer than that")
     add("--out", type=Path, help="folder for the record; default: the checkout's results")
@@ -244,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     folder = options.out or checkout.results_folder()
     if options.join:
-        first = json.loads(options.join[0].read_text())["run"]
+        first, _ = load(options.join[0])
         record = Record(folder / _name(first["gpu"]), first)
         for path in options.join:
             record.join(path)
@@ -260,15 +294,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench = Bench(
         record, minutes=options.minutes, layers=options.layers, device="cuda", dtype=torch.bfloat16
     )
-    points = tuple(
-        Point(int(batch), int(context))
-        for batch in options.batches.split(",")
-        for context in options.contexts.split(",")
-    )
+    points = tuple(starmap(Point, product(options.batches, options.contexts)))
     for job in jobs(_chosen(SHAPES, options.models), points, _chosen(WAYS, options.ways)):
         bench.measure(job)
     print(record.path.with_suffix(".md").read_text())
     return 0
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """What argparse asks for, comma-separated; it says so where there are others."""
+    return tuple(int(number) for number in text.split(","))
 
 
 def _chosen(known: Sequence[Any], names: str) -> tuple[Any, ...]:
@@ -290,4 +325,4 @@ def _name(gpu: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(status_of(main))

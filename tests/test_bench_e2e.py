@@ -14,6 +14,7 @@ pytest.importorskip("transformers")
 from gqa_cutlass.bench import e2e_steps, end_to_end  # noqa: E402
 from gqa_cutlass.bench.e2e_points import SHAPES, WAYS, Job, Point, Run, Shape, Way, jobs  # noqa: E402
 from gqa_cutlass.bench.end_to_end import Bench, Record, Row  # noqa: E402
+from gqa_cutlass.errors import InputError  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group(GROUP)
 
@@ -83,6 +84,19 @@ def test_records_of_the_same_gpu_are_joined(
         "sdpa-graph": 4.0, "ours-graph": 2.0
     }  # fmt: skip
     assert "| toy, 1 | 8 × 1024 | 4.00 | **2.00** | 4000 | 2.00× |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[" * 100_000, "[]", "{}", '{"run": {"gpu": "x"}, "rows": []}',
+     json.dumps({"run": RUN, "rows": [{"model": "toy"}]}), json.dumps({"run": RUN, "rows": [1]})],
+    ids=["empty", "deep", "a list", "nothing", "a run unknown", "a row cut short", "a number"],
+)  # fmt: skip
+def test_what_is_no_record_is_not_joined(tmp_path: Path, content: str) -> None:
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(InputError, match=r"end_to_end: record: got .*x\.json, which is n"):
+        end_to_end.main(["--join", str(tmp_path / "x.json"), "--out", str(tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
 
 def test_what_needs_no_compiler_is_measured_first() -> None:
