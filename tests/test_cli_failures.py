@@ -106,6 +106,27 @@ def test_commands_are_run_so(
     assert (outcome.status, outcome.out, outcome.err) == (status, "", said)
 
 
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [(KeyboardInterrupt(), 130, ""),
+     (ImportError("No module named 'rich'"), 2,
+      "gqa-cutlass: No module named 'rich'; remedy: pip install gqa-cutlass\n")],
+    ids=["interrupt", "nothing to import"],
+)  # fmt: skip
+def test_so_is_what_they_need_imported(
+    error: BaseException, status: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Finder:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "gqa_cutlass.cli.application":
+                raise error
+
+    monkeypatch.delitem(sys.modules, "gqa_cutlass.cli.application")
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    outcome = console_script("list")
+    assert (outcome.status, outcome.out, outcome.err) == (status, "", said)
+
+
 def test_without_a_command_the_commands_are_printed() -> None:
     outcome = console_script()
     assert outcome.status == 0 and "doctor" in outcome.out and outcome.err == ""

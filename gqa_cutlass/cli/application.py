@@ -1,17 +1,14 @@
-"""`gqa-cutlass`: thin commands over the package, each importing only what it needs."""
+"""The commands under their names."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import typer
 
 from gqa_cutlass.cli import benchmark, generation, inspection
 from gqa_cutlass.cli.failures import status_of
-
-__all__ = ["app", "main"]
 
 _COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generation.generate,
@@ -34,7 +31,7 @@ for _name, _command in _COMMANDS.items():
     app.command(_name)(_command)
 
 
-def main() -> None:
-    """Run a command, or without one print which there are."""
-    given = sys.argv[1:] or ["--help"]
-    sys.exit(status_of(partial(app, given, prog_name="gqa-cutlass", standalone_mode=False)))
+def run(arguments: Sequence[str]) -> int:
+    """Run a command, or without one print which there are; returns the process' status."""
+    given = [*arguments] or ["--help"]
+    return status_of(partial(app, given, prog_name="gqa-cutlass", standalone_mode=False))
