@@ -1,4 +1,4 @@
-"""The shipped grid, as data, and the tile shape of every configuration in or outside of it."""
+"""Which kernels ship, and the tile shape of every configuration, shipped or not."""
 
 from __future__ import annotations
 
@@ -8,29 +8,22 @@ from functools import cache
 from itertools import product
 
 from gqa_cutlass.codegen.config import KernelConfig, check_head_dim
+from gqa_cutlass.codegen.models import MODELS
 from gqa_cutlass.codegen.schema.kinds import DType, Math, Schedule
 from gqa_cutlass.codegen.schema.policies import Policy
 from gqa_cutlass.codegen.schema.rounding import ceil_div
 from gqa_cutlass.errors import ConfigError
 
-HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
-# (math, head dims, group sizes, vector widths). Groups 3, 5, 6 and 7 are those of Llama-3.2-3B,
-# Qwen2.5-14B, Qwen2.5-1.5B and Qwen2.5-0.5B/7B; narrow vectors serve misaligned views.
-SHIPPED_GRID: tuple[tuple[Math, tuple[int, ...], tuple[int, ...], tuple[int, ...]], ...] = (
-    (Math.TENSOROP, HEAD_DIMS, (1, 2, 4, 8, 16), (8,)),
-    (Math.TENSOROP, (128,), (3, 5, 6, 7), (8,)),
-    (Math.TENSOROP, (64,), (7,), (8,)),
-    (Math.TENSOROP, (64, 128), (32,), (8,)),
-    (Math.TENSOROP, HEAD_DIMS, (4,), (4, 2)),
-    (Math.SIMT, HEAD_DIMS, (1,), (8, 2)),
-    (Math.SIMT, (64, 128), (4,), (4, 2, 1)),
-)
-# (head dims, group sizes) of the tma kernels: few heads, on Hopper.
-SHIPPED_TMA: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = (
-    (HEAD_DIMS, (1, 2, 4, 8, 16)),
-    ((128,), (3, 5, 6, 7)),
-    ((64,), (7,)),
-    ((64, 128), (32,)),
+# (why, head_dim, group_size, vec_widths) of what ships for no model's sake.
+PROOFS: tuple[tuple[str, int, int, tuple[int, ...]], ...] = (
+    ("the last box of a tensor copy is a quarter", 80, 4, (8,)),
+    ("the last box of a tensor copy is a half", 96, 4, (8,)),
+    ("the last box of a tensor copy is three quarters", 112, 4, (8,)),
+    ("three boxes of a tensor copy", 192, 4, (8,)),
+    ("two blocks of heads share a KV head", 128, 32, (8,)),
+    ("one block of 32 heads", 64, 32, (8,)),
+    ("misaligned views", 64, 4, (4, 2, 1)),
+    ("misaligned views", 128, 4, (4, 2, 1)),
 )
 
 # (largest head_dim served, block_n, num_warps, num_stages), chosen by measurement on an H200. The
@@ -108,16 +101,21 @@ def _named(name: str) -> KernelConfig | None:
 
 @cache
 def shipped() -> tuple[KernelConfig, ...]:
-    """Every kernel that the package carries as source, in the order of the grid."""
+    """Every kernel that the package carries as source: those of `MODELS`, and a few for proof.
+
+    Each is there for both types and, where vectors are of 8 elements, in both schedules. Whatever
+    else a call needs is compiled on first use.
+    """
+    shapes = {(model.head_dim, model.group_size, 8) for model in MODELS}
+    shapes |= {(dim, group, width) for _, dim, group, widths in PROOFS for width in widths}
     multistage = tuple(
-        default_config(math, dtype, head_dim, group_size, vec_width)
-        for math, dims, groups, widths in SHIPPED_GRID
-        for head_dim, group_size, vec_width, dtype in product(dims, groups, widths, DType)
+        default_config(Math.SIMT if width == 1 else Math.TENSOROP, dtype, dim, group, width)
+        for (dim, group, width), dtype in product(sorted(shapes), DType)
     )
     tma = tuple(
-        default_config(Math.TENSOROP, dtype, head_dim, group_size, 8, Schedule.TMA)
-        for dims, groups in SHIPPED_TMA
-        for head_dim, group_size, dtype in product(dims, groups, DType)
+        default_config(Math.TENSOROP, dtype, dim, group, width, Schedule.TMA)
+        for (dim, group, width), dtype in product(sorted(shapes), DType)
+        if width == 8
     )
     return multistage + tma
 
@@ -131,7 +129,7 @@ def select(
         filters: Comma-separated entries; each is a `*`-separated list of substrings that must occur
             in the name in this order, or a kernel's whole name, which need not be shipped. None or
             empty picks everything.
-        configs: What to pick from; the shipped grid by default.
+        configs: What to pick from; the shipped kernels by default.
 
     Raises:
         ConfigError: Nothing matches.

@@ -1,9 +1,8 @@
-"""The shipped grid, and picking kernels from it."""
+"""Which kernels ship, and picking kernels from them."""
 
 from __future__ import annotations
 
 from collections import Counter
-from itertools import product
 
 import pytest
 
@@ -17,36 +16,49 @@ from gqa_cutlass.codegen import (
     select,
     shipped,
 )
+from gqa_cutlass.codegen.models import MODELS, Model
+from gqa_cutlass.codegen.variants import PROOFS
 from gqa_cutlass.errors import ConfigError
 
-HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
+SHIPPED = set(shipped())
 
 
-def _has(math: Math, dtype: DType, head_dim: int, group_size: int, vec_width: int) -> bool:
-    return default_config(math, dtype, head_dim, group_size, vec_width) in shipped()
+@pytest.mark.parametrize("dtype", DType)
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+def test_kernels_ship_for_every_model(model: Model, dtype: DType) -> None:
+    assert {
+        default_config(Math.TENSOROP, dtype, model.head_dim, model.group_size, 8, schedule)
+        for schedule in Schedule
+    } <= SHIPPED
 
 
-@pytest.mark.parametrize(("head_dim", "dtype"), list(product(HEAD_DIMS, DType)))
-def test_every_shipped_head_dim_has_both_types_and_all_widths(head_dim: int, dtype: DType) -> None:
-    widths = {c.vec_width for c in shipped() if (c.head_dim, c.dtype) == (head_dim, dtype)}
-    assert widths >= {8, 4, 2}
+def test_every_kernel_ships_for_a_model_or_says_why() -> None:
+    models = {(model.head_dim, model.group_size, 8) for model in MODELS}
+    proofs = [(dim, group, width) for _, dim, group, widths in PROOFS for width in widths]
+    assert models.isdisjoint(proofs) and len(set(proofs)) == len(proofs)
+    assert all(why for why, *_ in PROOFS)
+    assert {(c.head_dim, c.group_size, c.vec_width) for c in SHIPPED} == models.union(proofs)
 
 
-@pytest.mark.parametrize("math", Math)
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_tensor_and_cuda_cores_serve_every_shipped_head_dim(math: Math, head_dim: int) -> None:
-    assert {c.dtype for c in shipped() if (c.math, c.head_dim) == (math, head_dim)} == set(DType)
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+def test_models_are_what_attention_can_be(model: Model) -> None:
+    assert model.num_q_heads == model.group_size * model.num_kv_heads
+    assert model.source.count("/") == 1
+    assert set(model.needs) <= {"window", "softcap", "sinks"}
 
 
-@pytest.mark.parametrize(
-    ("head_dim", "group_size"),
-    [(64, 7), (128, 7), (128, 8), (96, 1), (128, 4), (256, 2), (128, 32)],
-    ids=["qwen2.5-0.5b", "qwen2.5-7b", "qwen3-30b-a3b", "phi-3-mini", "llama-3-8b", "gemma-2-9b",
-         "32-on-one-head"],
-)  # fmt: skip
-def test_real_models_run_shipped_kernels(head_dim: int, group_size: int) -> None:
-    assert _has(Math.TENSOROP, DType.F16, head_dim, group_size, 8)
-    assert _has(Math.TENSOROP, DType.BF16, head_dim, group_size, 8)
+def test_models_have_names_of_their_own() -> None:
+    assert len({model.name for model in MODELS}) == len(MODELS)
+
+
+@pytest.mark.parametrize("vec_width", [8, 4, 2, 1])
+def test_every_width_ships(vec_width: int) -> None:
+    assert {c.dtype for c in SHIPPED if c.vec_width == vec_width} == set(DType)
+
+
+def test_cuda_cores_ship_for_single_elements_alone() -> None:
+    """Dispatch picks them for nothing else."""
+    assert {c.vec_width for c in SHIPPED if c.math is Math.SIMT} == {1}
 
 
 def test_shipped_names_are_unique() -> None:
@@ -91,7 +103,8 @@ def test_no_filter_selects_everything_in_order(filters: str | None) -> None:
         ("_bf16", lambda c: c.dtype is DType.BF16),
         ("tensorop*d128*align4", lambda c: (c.math, c.head_dim, c.vec_width)
          == (Math.TENSOROP, 128, 4)),
-        ("simt*d64, simt*d80", lambda c: c.math is Math.SIMT and c.head_dim in (64, 80)),
+        ("simt*d64, tensorop*d80", lambda c: (c.math, c.head_dim)
+         in ((Math.SIMT, 64), (Math.TENSOROP, 80))),
         ("_d64_,_d64_g", lambda c: c.head_dim == 64),
         ("*_d256_*", lambda c: c.head_dim == 256),
         ("simt,", lambda c: c.math is Math.SIMT),

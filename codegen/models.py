@@ -1,0 +1,90 @@
+"""The attention of the models that kernels ship for, as their published configurations give it.
+
+Tensor parallelism divides both numbers of heads and changes no kernel, as long as every rank has a
+KV head of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """How one model attends.
+
+    Args:
+        name: As users say it.
+        num_q_heads: Query heads.
+        num_kv_heads: KV heads.
+        head_dim: Dimension per head.
+        source: Hugging Face repository whose config.json says so.
+        needs: What its attention needs besides: "window", "softcap", "sinks".
+    """
+
+    name: str
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    source: str
+    needs: tuple[str, ...] = ()
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per KV head."""
+        return self.num_q_heads // self.num_kv_heads
+
+
+def _model(name: str, heads: tuple[int, int, int], source: str, *needs: str) -> Model:
+    num_q_heads, num_kv_heads, head_dim = heads
+    return Model(
+        name=name, num_q_heads=num_q_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
+        source=source, needs=needs,
+    )  # fmt: skip
+
+
+MODELS: tuple[Model, ...] = (
+    _model("llama2-7b", (32, 32, 128), "meta-llama/Llama-2-7b-hf"),
+    _model("llama3.2-1b", (32, 8, 64), "meta-llama/Llama-3.2-1B"),
+    _model("llama3.2-3b", (24, 8, 128), "meta-llama/Llama-3.2-3B"),
+    _model("llama3-8b", (32, 8, 128), "meta-llama/Meta-Llama-3-8B"),
+    _model("llama3-70b", (64, 8, 128), "meta-llama/Meta-Llama-3-70B"),
+    _model("llama3.1-405b", (128, 8, 128), "meta-llama/Llama-3.1-405B"),
+    _model("qwen2.5-0.5b", (14, 2, 64), "Qwen/Qwen2.5-0.5B"),
+    _model("qwen2.5-1.5b", (12, 2, 128), "Qwen/Qwen2.5-1.5B"),
+    _model("qwen2.5-3b", (16, 2, 128), "Qwen/Qwen2.5-3B"),
+    _model("qwen2.5-7b", (28, 4, 128), "Qwen/Qwen2.5-7B"),
+    _model("qwen2.5-14b", (40, 8, 128), "Qwen/Qwen2.5-14B"),
+    _model("qwen2.5-32b", (40, 8, 128), "Qwen/Qwen2.5-32B"),
+    _model("qwen2.5-72b", (64, 8, 128), "Qwen/Qwen2.5-72B"),
+    _model("qwen3-0.6b", (16, 8, 128), "Qwen/Qwen3-0.6B"),
+    _model("qwen3-1.7b", (16, 8, 128), "Qwen/Qwen3-1.7B"),
+    _model("qwen3-4b", (32, 8, 128), "Qwen/Qwen3-4B"),
+    _model("qwen3-8b", (32, 8, 128), "Qwen/Qwen3-8B"),
+    _model("qwen3-14b", (40, 8, 128), "Qwen/Qwen3-14B"),
+    _model("qwen3-32b", (64, 8, 128), "Qwen/Qwen3-32B"),
+    _model("qwen3-30b-a3b", (32, 4, 128), "Qwen/Qwen3-30B-A3B"),
+    _model("qwen3-235b-a22b", (64, 4, 128), "Qwen/Qwen3-235B-A22B"),
+    _model("phi2", (32, 32, 80), "microsoft/phi-2"),
+    _model("phi3-mini", (32, 32, 96), "microsoft/Phi-3-mini-128k-instruct"),
+    _model("phi3-medium", (40, 10, 128), "microsoft/Phi-3-medium-128k-instruct"),
+    _model("phi4", (40, 10, 128), "microsoft/phi-4"),
+    _model("phi4-mini", (24, 8, 128), "microsoft/Phi-4-mini-instruct"),
+    _model("mistral-7b-v0.1", (32, 8, 128), "mistralai/Mistral-7B-v0.1", "window"),
+    _model("mistral-7b", (32, 8, 128), "mistralai/Mistral-7B-v0.3"),
+    _model("mistral-nemo", (32, 8, 128), "mistralai/Mistral-Nemo-Base-2407"),
+    _model("mixtral-8x7b", (32, 8, 128), "mistralai/Mixtral-8x7B-v0.1"),
+    _model("tinyllama", (32, 4, 64), "TinyLlama/TinyLlama-1.1B-Chat-v1.0"),
+    _model("gemma-2b", (8, 1, 256), "google/gemma-2b"),
+    _model("gemma-7b", (16, 16, 256), "google/gemma-7b"),
+    _model("gemma2-2b", (8, 4, 256), "google/gemma-2-2b", "window", "softcap"),
+    _model("gemma2-9b", (16, 8, 256), "google/gemma-2-9b", "window", "softcap"),
+    _model("gemma2-27b", (32, 16, 128), "google/gemma-2-27b", "window", "softcap"),
+    _model("gemma3-1b", (4, 1, 256), "google/gemma-3-1b-it", "window"),
+    _model("gemma3-4b", (8, 4, 256), "google/gemma-3-4b-it", "window"),
+    _model("gemma3-12b", (16, 8, 256), "google/gemma-3-12b-it", "window"),
+    _model("gemma3-27b", (32, 16, 128), "google/gemma-3-27b-it", "window"),
+    _model("gpt-oss-20b", (64, 8, 64), "openai/gpt-oss-20b", "window", "sinks"),
+    _model("gpt-oss-120b", (64, 8, 64), "openai/gpt-oss-120b", "window", "sinks"),
+    _model("falcon-40b", (128, 8, 64), "tiiuae/falcon-40b"),
+)
