@@ -27,7 +27,7 @@ def bench(
         out: Folder for the files; None: the checkout's results or the current folder, and nothing
             is written of what was only read.
         source: A record to read instead of measuring.
-        markdown: Print the README's tables instead of a terminal's.
+        markdown: Print the tables of docs/benchmark.md instead of a terminal's.
         commit: What is measured; None: what git says of the checkout.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A run's tables, for a terminal and for the README."""
+"""A run's tables, for a terminal and for docs/benchmark.md."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def _summed(pairs: list[tuple[Row, Peer]], micros: Callable[[Row], float]) -> st
 
 
 def markdown(record: Record) -> str:
-    """The README's tables, and the figures of its sentences."""
+    """The tables of docs/benchmark.md, and the figures of its sentences."""
     tables = [_markdown_table(_GRID_HEADER, map(_grid_cells, record.rows))]
     if record.ragged:
         tables.append(_markdown_table(_RAGGED_HEADER, map(_ragged_cells, record.ragged)))

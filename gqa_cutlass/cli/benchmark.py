@@ -28,7 +28,7 @@ def bench(
         typer.Option("--from", help="Measure nothing: show this record's tables."),
     ] = None,
     markdown: Annotated[
-        bool, typer.Option("--markdown", help="Print the README's tables.")
+        bool, typer.Option("--markdown", help="Print the tables of docs/benchmark.md.")
     ] = False,
     commit: Annotated[
         str | None, typer.Option(help="Commit measured. Default: the checkout's, asked of git.")
