@@ -27,7 +27,7 @@ from gqa_cutlass.codegen.compile import Compiled
 from gqa_cutlass.store import Store, StoredKernel
 
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-KERNEL = next(c for c in select("tensorop_f16*d64_g1_*align8") if not c.tma)
+KERNEL = next(c for c in select("tensorop_f16*d64_g4_*align8") if not c.tma)
 SIZES = {"--q-heads": "1", "--kv-heads": "1", "--head-dim": "64"}
 # With which every command runs, and is cheap. A new command that needs options needs them here.
 PLAIN: dict[str, dict[str, str]] = {
