@@ -38,6 +38,13 @@ def compiled(config: KernelConfig, arch: str = "sm_90a") -> Compiled:
     return Store.default().get(config, arch, jit=True).compiled
 
 
+def check_registers(result: Compiled, allowed: int) -> None:
+    """Everything is in registers, and as many blocks fit as the launch bound promises."""
+    assert (result.spill_bytes, result.stack_bytes) == (0, 0)
+    assert 16 <= result.registers <= allowed
+    assert result.code[:4] == b"\x7fELF"
+
+
 def call_tensors(
     *,
     batch: int = 2,
@@ -90,9 +97,14 @@ def check(step: Step, out: Tensor) -> None:
 def skip_unless_it_runs(config: KernelConfig, device: str) -> None:
     """Skip a test whose kernel is not for this GPU; ptxsim runs all of them."""
     if device == "cuda":
-        arch = describe_device(torch.cuda.current_device()).arch.name
+        arch = present_arch()
         if arch not in config.archs:
             pytest.skip(f"{config.name} is not for {arch}")
+
+
+def present_arch() -> str:
+    """The architecture of this process's GPU."""
+    return describe_device(torch.cuda.current_device()).arch.name
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 from cuda.bindings import nvrtc
 from cuda.pathfinder import load_nvidia_dynamic_lib
-from helpers import by_name, compiled
+from helpers import by_name, check_registers, compiled
 
 from gqa_cutlass.codegen import (
     ARCHES,
@@ -60,20 +60,17 @@ NOT_SHIPPED = [
 TMA = default_config(Math.TENSOROP, DType.F16, 128, 4, 8, Schedule.TMA)
 
 
-def check_registers(result: Compiled, allowed: int) -> None:
-    """Everything is in registers, and as many blocks fit as the launch bound promises."""
-    assert (result.spill_bytes, result.stack_bytes) == (0, 0)
-    assert 16 <= result.registers <= allowed
-    assert result.code[:4] == b"\x7fELF"
+def fullest() -> list[KernelConfig]:
+    """Of every head_dim and schedule the kernel that holds most; the GPU suite takes all."""
+    found: dict[tuple[int, Schedule], KernelConfig] = {}
+    for config in shipped():
+        key = config.head_dim, config.schedule
+        best = found.get(key, config)
+        found[key] = max(best, config, key=lambda c: (c.block_h, c.vec_width, c.dtype.name))
+    return list(found.values())
 
 
-# bfloat16 changes conversions and nothing that lives long: its fullest kernels will do.
-FULLEST = 2048  # dims of all heads of a block
-SHIPPED = [c for c in shipped() if c.dtype is DType.F16 or c.block_h * c.head_dim >= FULLEST]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("config", by_name(SHIPPED))
+@pytest.mark.parametrize("config", by_name(fullest()))
 def test_shipped_kernel_compiles_without_spills(config: KernelConfig) -> None:
     result = compiled(config)
     check_registers(result, config.max_registers)
@@ -83,7 +80,8 @@ def test_shipped_kernel_compiles_without_spills(config: KernelConfig) -> None:
 @pytest.mark.parametrize("arch", ARCHES)
 @pytest.mark.parametrize("config", by_name(SAMPLE))
 def test_every_architecture_compiles_without_spills(config: KernelConfig, arch: str) -> None:
-    check_registers(compiled(config, arch), config.max_registers)
+    # In a context of its own, for few share the headers of an architecture.
+    check_registers(Context().run(compiled, config, arch), config.max_registers)
 
 
 @pytest.mark.parametrize("config", by_name(NOT_SHIPPED))

@@ -5,13 +5,18 @@ from __future__ import annotations
 import itertools
 
 import pytest
-import torch
 from cases import Edge, Layout, edges_of, make_step
 from conftest import Record
-from helpers import share_of_bound, skip_unless_it_runs
+from helpers import (
+    check_registers,
+    compiled,
+    present_arch,
+    share_of_bound,
+    skip_unless_it_runs,
+)
 
 import gqa_cutlass
-from gqa_cutlass.codegen import KernelConfig, Math, shipped
+from gqa_cutlass.codegen import KernelConfig, shipped
 from gqa_cutlass.store import Store, build_all
 
 pytestmark = pytest.mark.gpu
@@ -30,10 +35,8 @@ def lengths_of(config: KernelConfig) -> list[list[int]]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _built() -> None:
-    """Compile the grid once, on all cores."""
-    from gqa_cutlass.launcher import describe_device
-
-    arch = describe_device(torch.cuda.current_device()).arch.name
+    """Compile what ships once, on all cores."""
+    arch = present_arch()
     list(
         build_all(Store.default(), [(config, arch) for config in shipped() if arch in config.archs])
     )
@@ -76,5 +79,10 @@ def test_dispatcher_picks_the_kernel(config: KernelConfig) -> None:
         vec_width=config.vec_width,
     )
     chosen = gqa_cutlass.plan(*step.tensors(), cache_seqlens=5, out=step.out).dispatch.config
-    forced_only = config.math is Math.SIMT and config.vec_width > 1
-    assert (chosen == config) != forced_only
+    assert chosen == config
+
+
+@pytest.mark.parametrize("config", shipped(), ids=lambda config: config.name)
+def test_shipped_kernel_compiles_without_spills(config: KernelConfig) -> None:
+    skip_unless_it_runs(config, "cuda")
+    check_registers(compiled(config, present_arch()), config.max_registers)

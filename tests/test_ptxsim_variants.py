@@ -1,8 +1,9 @@
-"""Every shipped kernel in ptxsim, with all its checks on, against the reference and every edge."""
+"""What ships, in ptxsim with all its checks on, against the reference and at every edge."""
 
 from __future__ import annotations
 
-from itertools import product
+from dataclasses import replace
+from itertools import cycle, product
 from typing import Any
 
 import pytest
@@ -31,7 +32,13 @@ NOT_SHIPPED = [
 ]
 
 
-@pytest.mark.parametrize("config", by_name((*shipped(), *NOT_SHIPPED)))
+def one_type_of_each() -> list[KernelConfig]:
+    """Every kernel that ships in float16 or in bfloat16, by turns: the GPU suite runs both."""
+    shapes = dict.fromkeys(replace(config, dtype=DType.F16) for config in shipped())
+    return [replace(shape, dtype=dtype) for shape, dtype in zip(shapes, cycle(DType))]
+
+
+@pytest.mark.parametrize("config", by_name((*one_type_of_each(), *NOT_SHIPPED)))
 def test_every_variant_runs_without_a_fault_and_matches_the_reference(config: KernelConfig) -> None:
     for name, edge in edges_of(config).items():
         assert share_of_bound(edge, config, "cpu") <= 1, name
