@@ -11,7 +11,7 @@ import pytest
 from ptx_kernels import faults, module, refuses, run_ptx
 
 from gqa_cutlass.errors import KernelFault, PtxError
-from gqa_cutlass.ptxsim import limits
+from gqa_cutlass.ptxsim import limits, progress
 from gqa_cutlass.ptxsim.prepare import Launch, Program
 from gqa_cutlass.ptxsim.ptx import parse
 from gqa_cutlass.ptxsim.simulate import simulate
@@ -50,13 +50,33 @@ def test_a_loop_that_gets_nowhere_is_found_soon(body: str, blocks: int) -> None:
     with pytest.raises(KernelFault, match="no end after (\\d+) instructions") as raised:
         run_ptx(body, out=np.zeros(32 * blocks, np.uint32), grid=blocks)
     steps = int(str(raised.value).split("no end after ")[1].split()[0])
-    assert steps < 1 << 20
+    assert steps < 1 << 14
 
 
-def test_a_loop_that_counts_ends_by_the_size_of_its_tensors() -> None:
+@pytest.mark.parametrize(("blocks", "size"), [(1, 32), (1, 512), (4, 128)])
+def test_a_loop_that_counts_ends_by_the_size_of_its_tensors(
+    blocks: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After 2^20 units of work (fewer here) and, for every byte, 16 and one per block."""
+    assert progress._WORK == 1 << 20
+    monkeypatch.setattr(progress, "_WORK", 1 << 12)
     body = "mov.u64 %rd1, 0; again: add.u64 %rd1, %rd1, 1; bra again;"
-    with faults("no end after"):
-        run_ptx(body, out=np.zeros(32, np.uint32))
+    out = np.zeros(size, np.uint32)
+    with faults(f"no end after {(1 << 12) + (16 + blocks) * out.nbytes} instructions"):
+        run_ptx(body, out=out, grid=blocks, max_steps=20_000_000)
+
+
+def test_many_blocks_may_all_read_everything_byte_by_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As blocks do whose heads share a cache, though not each thread of them."""
+    monkeypatch.setattr(progress, "_WORK", 0)
+    out = np.zeros(32, np.uint8)
+    run_ptx(
+        """setp.eq.u32 %p2, %b, 0; mov.u64 %rd1, 0;
+        again: add.u64 %rd2, %src, %rd1; ld.global.u8 %r1, [%rd2]; add.u64 %rd1, %rd1, 1;
+        setp.lt.u64 %p1, %rd1, 512; @%p1 bra again; @%p2 st.global.u8 [%out_g], %r1;""",
+        src=np.arange(512, dtype=np.uint16).astype(np.uint8), out=out, grid=64,
+    )  # fmt: skip
+    assert (out == 255).all()
 
 
 @pytest.mark.parametrize("filler", ["\n", "// nothing\n", "/* nothing */\n", ";\n"])

@@ -182,10 +182,10 @@ def test_two_warps_may_wait_for_one_whose_code_lies_between() -> None:
 )  # fmt: skip
 def test_a_loop_without_end_is_a_fault(body: str, name: str) -> None:
     with faults(
-        "no end after 3000 instructions: the kernel loops, or waits for what does not happen",
+        "no end after 1000 instructions: the kernel loops, or waits for what does not happen",
         r"block \(0, 0, 0\), warp 0, lane [05]", f"in `({name})` at PTX line",
     ):  # fmt: skip
-        run_ptx(body, out=np.zeros(1, np.uint32), max_steps=3000)
+        run_ptx(body, out=np.zeros(1, np.uint32), max_steps=1000)
 
 
 def test_trap_is_a_fault() -> None:

@@ -148,6 +148,9 @@ def store(
         raise machine.memory_fault(error, lanes, space) from None
 
 
+_ACCESSES = 256  # what any number of accesses takes, times what one more of them does
+
+
 def note_global(
     machine: Machine,
     lanes: Addresses,
@@ -165,7 +168,7 @@ def note_global(
     Raises:
         KernelFault: A lane should have waited for the kernel before this one.
     """
-    machine.progress.one_by_one(len(lanes))
+    machine.progress.one_by_one(_ACCESSES + len(lanes))
     machine.predecessor.check(lanes, addresses, write)
     context = machine.context
     if context.ledger is not None:
@@ -347,7 +350,7 @@ _UPDATE_TYPES = {
 }  # fmt: skip
 
 
-_ATOMIC = 4  # times what an access takes
+_ATOMIC = 64  # times what an access takes
 
 
 def _flushed(value: float) -> float:

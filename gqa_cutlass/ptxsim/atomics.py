@@ -24,7 +24,7 @@ Published = dict[Place, Foreign]
 Cell = tuple[int, int]  # block of the launch, or -1 in global memory, and address
 Cells = dict[Cell, Published]  # what was published through a cell, if there is anything
 _CELLS_BYTES = 1 << 30  # of what is published through cells
-_FENCE = 64  # times what an access takes
+_VECTOR = 256  # times what an access takes
 
 
 class Atomics:
@@ -90,7 +90,6 @@ class Atomics:
         """Lanes execute a fence."""
         if self._machine.context.ledger is None:
             return
-        self._machine.progress.one_by_one(_FENCE * len(group))
         for lane in group.lanes.tolist():
             self._acquire(np.array([lane]), self._observed.get(lane, {}), scope)
             published = self._published(lane, scope, release=True)
@@ -134,6 +133,7 @@ class Atomics:
             return {place: fenced[place] for place in places if place in fenced}
         ledger = self._machine.context.ledger
         assert ledger is not None, "nothing is published without a ledger"
+        self._machine.progress.one_by_one(_VECTOR)
         vector = self._machine.clocks.release(np.array([lane]))
         return dict.fromkeys(places, ledger.publish(lane, vector))
 
@@ -152,6 +152,7 @@ class Atomics:
             known = merged(known, seen.get(place, {}))
         ledger = self._machine.context.ledger
         if known and ledger is not None:
+            self._machine.progress.one_by_one(_VECTOR * len(lanes))
             ledger.acquire(lanes, known)
 
     def _keep(self, cell: Cell, lane: int, published: Published) -> None:

@@ -37,6 +37,7 @@ Lanes = NDArray[np.int64]
 _T = TypeVar("_T")
 _LANES = np.arange(WARP, dtype=np.uint32)
 _EVERYBODY = 0xFFFFFFFF  # as a membermask
+_SHARED = 4  # times the work of an access to global memory
 # Turns after which another group gets one, since spinning ends by others' work; then half as many.
 _PATIENCE, _LEAST_PATIENCE = 1024, 16
 
@@ -345,6 +346,7 @@ class Machine:
         size: int,
     ) -> _T:
         """As `shadowed`, and count the accesses."""
+        self.progress.one_by_one(_SHARED * len(lanes))
         noted = self.shadowed(note, lanes, at, addresses, size)
         if self.context.stats is not None:
             self.context.stats.shared(self.pc, lanes, at % self.shared.pitch, size)

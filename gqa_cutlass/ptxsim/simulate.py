@@ -31,7 +31,9 @@ class Checks:
 
     Args:
         races: Races in shared and in global memory.
-        max_steps: Instructions after which a batch of blocks is taken to hang.
+        max_steps: Instructions after which a batch of blocks is taken to hang. It is earlier, too:
+            after more work than its tensors can make necessary, or when nothing changes any more
+            (see `progress`).
     """
 
     races: bool = True
