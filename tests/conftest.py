@@ -64,6 +64,12 @@ def _shared_headers() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In ptxsim, threads that spin are made to wait sooner: for tests where many of them do."""
+    monkeypatch.setattr("gqa_cutlass.ptxsim.machine._PATIENCE", 64)
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
     """Where a kernel runs: in ptxsim, and on a GPU if there is one."""

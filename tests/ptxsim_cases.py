@@ -6,6 +6,7 @@ import random
 import zlib
 from collections.abc import Iterable
 from fractions import Fraction
+from functools import cache
 
 import numpy as np
 import ptxsim_oracle as oracle
@@ -75,6 +76,7 @@ def float_edges(kind: str) -> list[int]:
     return sizes + [size | sign for size in sizes]
 
 
+@cache
 def conversion_edges(kind: str) -> list[int]:
     """Numbers about the halves and the ends of the integer ranges and of the narrower formats."""
     marks = [Fraction(2) ** power for power in (-26, -25, -24, -15, -14, 7, 8, 15, 16, 24, 31, 32)]

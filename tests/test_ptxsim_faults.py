@@ -143,6 +143,7 @@ def test_a_block_may_wait_for_a_later_one() -> None:
     assert (out == 7).all()
 
 
+@pytest.mark.usefixtures("impatient")
 def test_warps_may_wait_for_one_another_in_a_chain() -> None:
     """Warp i waits for warp i + 1, so the last one in the code starts; every wait is a spin."""
     flag = np.zeros(4, np.uint32)
@@ -156,6 +157,7 @@ def test_warps_may_wait_for_one_another_in_a_chain() -> None:
     assert flag.tolist() == [1] * 4
 
 
+@pytest.mark.usefixtures("impatient")
 def test_two_warps_may_wait_for_one_whose_code_lies_between() -> None:
     flag = np.zeros(1, np.uint32)
     spin = "ld.acquire.gpu.global.u32 %r1, [%flag]; setp.eq.u32 %p2, %r1, 0;"

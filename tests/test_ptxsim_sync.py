@@ -526,6 +526,7 @@ def test_an_atomic_races_with_a_plain_read() -> None:
         )
 
 
+@pytest.mark.usefixtures("impatient")
 def test_each_lane_may_wait_for_a_flag_of_its_own() -> None:
     """Lane i learns of warp 1's lane i at another time than the other lanes; then they meet."""
     body = f"""
