@@ -506,10 +506,8 @@ def test_a_missing_arrival_is_a_deadlock() -> None:
 
 
 def test_a_missing_arrival_before_a_test_wait_ends_the_run() -> None:
-    with faults("no end after 5000 instructions", "mbarrier.test_wait|bra"):
-        run_ptx(
-            f"{init(32)} {wait().replace('try_wait', 'test_wait')}", declare=TILE, max_steps=5000
-        )
+    with faults("no end after .* memory has not changed", "mbarrier.test_wait|bra"):
+        run_ptx(f"{init(32)} {wait().replace('try_wait', 'test_wait')}", declare=TILE)
 
 
 # cp.async.bulk
