@@ -49,10 +49,10 @@ sanitize: $(READY) ## Run numerical GPU tests under compute-sanitizer
 	    $(PYTHON) -m pytest -q -m gpu tests/test_numerics.py $(ARGS); done
 
 bench: $(READY) ## Time the kernels against PyTorch on a GPU
-	$(PYTHON) -m gqa_cutlass.bench $(ARGS)
+	$(PYTHON) -m bench $(ARGS)
 
 bench-e2e: $(READY) ## Time whole models of transformers on a GPU (ARGS=--help lists the options)
-	$(PYTHON) -m gqa_cutlass.bench.end_to_end $(ARGS)
+	$(PYTHON) -m bench.end_to_end $(ARGS)
 
 sass: $(READY) ## Write the machine code of the base kernels to build/listings; ARGS=--record records its digests
 	$(PYTHON) tests/sass.py $(ARGS)
@@ -68,21 +68,22 @@ format: $(VENV)/.style-ready ## Mend what style finds, where a tool can
 
 types: $(VENV)/.style-ready tree ## Check types only
 	@MYPYPATH=$(VENV)/tree $(BIN)/mypy tests/typed_program.py
-	@MYPYPATH=$(VENV)/tree $(BIN)/mypy -p gqa_cutlass $(ARGS) | \
-	  sed -E 's#^$(VENV)/tree/gqa_cutlass/(bench|codegen|templates|generated)/#\1/#; s#^$(VENV)/tree/##'
+	@MYPYPATH=$(VENV)/tree $(BIN)/mypy -p gqa_cutlass -p bench $(ARGS) | \
+	  sed -E 's#^$(VENV)/tree/gqa_cutlass/(codegen|templates)/#\1/#; s#^$(VENV)/tree/##'
 
 # Type checkers, IDEs among them, do not follow the folders that pyproject.toml maps into one
 # package, but links (pyproject.toml names them for pyright). Messages name the real files.
 tree:
 	@rm -rf $(VENV)/tree && mkdir -p $(VENV)/tree/gqa_cutlass
-	@ln -s $(CURDIR)/gqa_cutlass/* $(addprefix $(CURDIR)/,bench codegen templates generated) $(VENV)/tree/gqa_cutlass
+	@ln -s $(CURDIR)/gqa_cutlass/* $(addprefix $(CURDIR)/,codegen templates) $(VENV)/tree/gqa_cutlass
+	@ln -s $(CURDIR)/bench $(VENV)/tree/bench
 
 clean: ## Remove everything that make and the tools left behind
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 ready:
-	@$(PYTHON) -c 'import gqa_cutlass.bench, gqa_cutlass.codegen' || { \
+	@$(PYTHON) -c 'import gqa_cutlass.codegen' || { \
 	  echo "make: $(PYTHON) has no gqa_cutlass; remedy: $(PYTHON) -m pip install --no-deps --no-build-isolation -e ."; \
 	  exit 1; }
 

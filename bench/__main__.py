@@ -1,4 +1,4 @@
-"""`python -m gqa_cutlass.bench` is `gqa-cutlass bench`, for `make bench PYTHON=...`."""
+"""`python -m bench` is `gqa-cutlass bench`, for `make bench PYTHON=...`."""
 
 from __future__ import annotations
 

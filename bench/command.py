@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from gqa_cutlass.bench import checkout, measure, report, spreadsheet
-from gqa_cutlass.bench.record import Record
+from bench import checkout, measure, report, spreadsheet
+from bench.record import Record
 from gqa_cutlass.codegen.files import update, writing
 from gqa_cutlass.errors import DeviceError, InputError
 
@@ -77,7 +77,7 @@ def _write(record: Record, base: Path) -> list[Path]:
     if importlib.util.find_spec("matplotlib") is None:
         print("bench: no plots, which need `pip install 'gqa-cutlass[plots]'`", file=sys.stderr)
     else:
-        from gqa_cutlass.bench import plot
+        from bench import plot
 
         files |= plot.draw(record, base.name)
     with writing("bench: --out", base.parent):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import gqa_cutlass
-from gqa_cutlass.bench.points import Point, Ragged
+from bench.points import Point, Ragged
 
 ROTATE_BYTES, MAX_SETS = 256 << 20, 512
 ALLOWED_ERROR = 1e-2  # by norm

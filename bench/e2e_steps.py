@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from gqa_cutlass.bench.e2e_points import Point, Run, Shape, Way
+from bench.e2e_points import Point, Run, Shape, Way
 from gqa_cutlass.integrations.transformers import GqaCache, register
 from gqa_cutlass.integrations.transformers_cache import Pending
 

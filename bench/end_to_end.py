@@ -1,4 +1,4 @@
-"""`python -m gqa_cutlass.bench.end_to_end`: tokens per second of whole models in transformers.
+"""`python -m bench.end_to_end`: tokens per second of whole models in transformers.
 
 Every row is written as soon as it is measured, to a JSON file that a later run on the same GPU
 completes, and to a table beside it. A row that fails, does not fit or is not reached says why.
@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from gqa_cutlass.bench import checkout
-from gqa_cutlass.bench.e2e_points import (
+from bench import checkout
+from bench.e2e_points import (
     BATCHES,
     CONTEXTS,
     SHAPES,
@@ -221,7 +221,7 @@ class Bench:
         return row
 
     def _measured(self, job: Job) -> dict[str, Any]:
-        from gqa_cutlass.bench import e2e_steps
+        from bench import e2e_steps
 
         compiled = job.way.run is Run.COMPILED
         needed = _COMPILE_SECONDS if compiled else _OTHER_SECONDS

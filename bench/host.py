@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import gqa_cutlass
+from bench.points import GRID
 from gqa_cutlass import gqa_decode, shortcuts, workspace
-from gqa_cutlass.bench.points import GRID
 from gqa_cutlass.planning import LOG, GpuPlan
 
 POINT = "llama3-8b 32/8/128 1x1024"

@@ -26,13 +26,13 @@ import torch
 from torch import Tensor
 
 import gqa_cutlass
-from gqa_cutlass.bench import peers
-from gqa_cutlass.bench.data import Data, check, pool_bytes, random_pool, relative_error
-from gqa_cutlass.bench.host import host_costs
-from gqa_cutlass.bench.points import GRID, PREFILL, RAGGED, Point, Ragged
-from gqa_cutlass.bench.prefill import measure_prefill
-from gqa_cutlass.bench.record import Record, Row
-from gqa_cutlass.bench.timing import Floor, Graph, agreeing, interleaved
+from bench import peers
+from bench.data import Data, check, pool_bytes, random_pool, relative_error
+from bench.host import host_costs
+from bench.points import GRID, PREFILL, RAGGED, Point, Ragged
+from bench.prefill import measure_prefill
+from bench.record import Record, Row
+from bench.timing import Floor, Graph, agreeing, interleaved
 from gqa_cutlass.codegen import source_digest
 from gqa_cutlass.errors import InputError
 from gqa_cutlass.evidence import ask_gpu, provenance

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gqa_cutlass.bench.data import Data
-from gqa_cutlass.bench.points import Point, Ragged
-from gqa_cutlass.bench.timing import Attend
+from bench.data import Data
+from bench.points import Point, Ragged
+from bench.timing import Attend
 
 Adapter = Callable[[Data], Attend]  # outputs are [sequence, query head, head_dim]
 

@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from gqa_cutlass.bench.checkout import UNKNOWN
-from gqa_cutlass.bench.record import Record, Row
+from bench.checkout import UNKNOWN
+from bench.record import Record, Row
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, without the yellow. Models, of
 # which there are more, differ in their marks as well.

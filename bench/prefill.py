@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gqa_cutlass.bench.data import Data, check, num_sets, relative_error
-from gqa_cutlass.bench.peers import SDPA
-from gqa_cutlass.bench.points import Point
-from gqa_cutlass.bench.record import Prefill
-from gqa_cutlass.bench.timing import Attend, Graph, agreeing, interleaved
+from bench.data import Data, check, num_sets, relative_error
+from bench.peers import SDPA
+from bench.points import Point
+from bench.record import Prefill
+from bench.timing import Attend, Graph, agreeing, interleaved
 
 
 class Prompts:

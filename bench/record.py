@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from gqa_cutlass.bench import peers
-from gqa_cutlass.bench.points import Label
-from gqa_cutlass.bench.schema import parsed
+from bench import peers
+from bench.points import Label
+from bench.schema import parsed
 from gqa_cutlass.codegen.files import read_json, update, writing
 from gqa_cutlass.errors import InputError
 

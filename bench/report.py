@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Mapping
 from rich.console import Console
 from rich.table import Table
 
-from gqa_cutlass.bench.peers import SDPA
-from gqa_cutlass.bench.points import Label
-from gqa_cutlass.bench.record import Peer, Prefill, Record, Row
+from bench.peers import SDPA
+from bench.points import Label
+from bench.record import Peer, Prefill, Record, Row
 
 HOST_TARGETS = {"plan, out given": 8.0, "plan": 8.0, "gqa_decode": 14.0}
 ABSENT = "-"

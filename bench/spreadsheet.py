@@ -10,9 +10,9 @@ import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
 
-from gqa_cutlass.bench.checkout import UNKNOWN
-from gqa_cutlass.bench.points import Label
-from gqa_cutlass.bench.record import Prefill, Record, Row
+from bench.checkout import UNKNOWN
+from bench.points import Label
+from bench.record import Prefill, Record, Row
 
 PROVENANCE = ("gpu", "driver", "clocks", "torch", "compiler", "date", "commit")
 EQUAL = "equal"

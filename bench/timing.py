@@ -13,8 +13,8 @@ import torch
 from cuda.core import Device, LaunchConfig, ObjectCode, Stream, launch
 from torch import Tensor
 
-from gqa_cutlass.bench.data import ALLOWED_ERROR
-from gqa_cutlass.bench.points import Point
+from bench.data import ALLOWED_ERROR
+from bench.points import Point
 from gqa_cutlass.codegen.compile import compile_source
 from gqa_cutlass.launcher import describe_device
 

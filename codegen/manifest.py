@@ -55,8 +55,8 @@ def entry(config: KernelConfig) -> dict[str, object]:
 def generate(out: Path) -> list[str]:
     """Bring a folder up to date; returns the names of the files that changed.
 
-    Files of kernels that are no longer shipped are removed; what the generator did not write (an
-    `__init__.py`, say) is left alone.
+    Files of kernels that are no longer shipped are removed; what the generator did not write is
+    left alone.
 
     Raises:
         OutputError: Files of others have the names of ours, or the file system refuses.
@@ -89,13 +89,12 @@ def emit(templates: Path | None = None) -> list[str]:
         return update(folder, emitted_files())
 
 
-def drift(out: Traversable | None = None) -> list[str]:
-    """Names of files in generated/ that differ from the templates' output, are missing or stale.
+def drift(folder: Path) -> list[str]:
+    """Names of files in a generated/ that differ from the templates' output, are missing or stale.
 
     Raises:
         ConfigError: The headers are not what the schema says.
     """
-    folder = resources.files("gqa_cutlass.generated") if out is None else out
     expected = generated_files()
     wrong = [
         name
@@ -119,7 +118,7 @@ def _templates() -> Traversable:
     return resources.files("gqa_cutlass.templates")
 
 
-def _ours(folder: Traversable) -> list[str]:
+def _ours(folder: Path) -> list[str]:
     """Names of the sources in a folder that the generator wrote; others it leaves alone."""
     return sorted(
         entry.name

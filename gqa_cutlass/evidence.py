@@ -10,15 +10,15 @@ import json
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from gqa_cutlass.checkout import ROOT, is_checkout
 from gqa_cutlass.codegen.config import KernelConfig
 from gqa_cutlass.codegen.files import read_json
 from gqa_cutlass.codegen.render import source_digest
 from gqa_cutlass.errors import InputError
 
-FILE = Path(__file__).parent.parent / "tests" / "gpu_evidence.json"
+FILE = ROOT / "tests" / "gpu_evidence.json"
 _ALLOWED = "JSON that `make gpu-test` wrote"
 
 
@@ -45,7 +45,7 @@ class Evidence:
             InputError: The file holds something else.
         """
         if not FILE.exists():
-            return cls(known=(FILE.parent.parent / "pyproject.toml").is_file())
+            return cls(known=is_checkout())
         match read_json("evidence", FILE, _ALLOWED):
             case {"run": {"gpu": str(), "date": str()} as run, "kernels": dict() as kernels} if all(
                 isinstance(entry, dict) for entry in kernels.values()

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gqa_cutlass.bench import peers
-from gqa_cutlass.bench.data import pool_bytes
-from gqa_cutlass.bench.points import GRID, PREFILL, RAGGED, Point, Ragged
-from gqa_cutlass.bench.record import Prefill, Record, Row
+from bench import peers
+from bench.data import pool_bytes
+from bench.points import GRID, PREFILL, RAGGED, Point, Ragged
+from bench.record import Prefill, Record, Row
 
 SMALL_MIB = 32
 SMALL = Point("small", 4, 2, 64, 3, 48)

@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 import gqa_cutlass
-from gqa_cutlass.bench import data as bench_data
-from gqa_cutlass.bench import measure, peers, prefill, report, timing
-from gqa_cutlass.bench.data import Data, check, num_sets, pool_bytes
-from gqa_cutlass.bench.points import GRID, PREFILL, RAGGED, Label, Point, Ragged
-from gqa_cutlass.bench.record import Record
+from bench import data as bench_data
+from bench import measure, peers, prefill, report, timing
+from bench.data import Data, check, num_sets, pool_bytes
+from bench.points import GRID, PREFILL, RAGGED, Label, Point, Ragged
+from bench.record import Record
 from gqa_cutlass.errors import InputError
 
 POINTS = {str(point): point for point in (*GRID, *RAGGED)}

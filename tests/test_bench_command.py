@@ -17,8 +17,8 @@ from command_line import console_script, file_size_limit
 from helpers import REPOSITORY
 from typer.testing import CliRunner, Result
 
-from gqa_cutlass.bench import checkout, command, measure, report
-from gqa_cutlass.bench.record import Record
+from bench import checkout, command, measure, report
+from bench.record import Record
 from gqa_cutlass.cli import app, main
 
 PICTURES = {f"x{end}.{kind}" for end in ("", "-context", "-bandwidth") for kind in ("svg", "png")}
@@ -169,8 +169,9 @@ def test_options_of_a_measurement_are_refused_without_one(
 def test_without_the_benchmark_it_says_where_it_is(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], saved: Path
 ) -> None:
-    monkeypatch.setitem(sys.modules, "gqa_cutlass.bench", None)
-    assert "bench: works in a checkout" in _refused(monkeypatch, capsys, "--from", saved)
+    monkeypatch.setattr("gqa_cutlass.checkout.ROOT", Path("/usr/lib/python3/site-packages"))
+    error = _refused(monkeypatch, capsys, "--from", saved)
+    assert "bench: got the installed package in /usr/lib/python3/site-packages; needed: " in error
 
 
 def test_names_of_a_record_are_no_markup(saved: Path) -> None:
@@ -205,7 +206,7 @@ def test_a_record_that_cannot_be_read_is_one_line(
 
 def test_the_package_runs_as_the_command(saved: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "gqa_cutlass.bench", "--from", saved, "--markdown"],
+        [sys.executable, "-m", "bench", "--from", saved, "--markdown"],
         cwd=REPOSITORY, capture_output=True, text=True,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, report.markdown(full_record()) + "\n"), done.stderr

@@ -11,9 +11,9 @@ from compiling import GROUP
 
 pytest.importorskip("transformers")
 
-from gqa_cutlass.bench import e2e_steps, end_to_end  # noqa: E402
-from gqa_cutlass.bench.e2e_points import SHAPES, WAYS, Job, Point, Run, Shape, Way, jobs  # noqa: E402
-from gqa_cutlass.bench.end_to_end import Bench, Record, Row  # noqa: E402
+from bench import e2e_steps, end_to_end  # noqa: E402
+from bench.e2e_points import SHAPES, WAYS, Job, Point, Run, Shape, Way, jobs  # noqa: E402
+from bench.end_to_end import Bench, Record, Row  # noqa: E402
 from gqa_cutlass.errors import InputError  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group(GROUP)

@@ -10,7 +10,7 @@ from helpers import call_tensors
 from torch import Tensor
 
 import gqa_cutlass
-from gqa_cutlass.bench import host
+from bench import host
 
 
 def _small_call() -> tuple[host.Arguments, Tensor]:

@@ -11,10 +11,10 @@ from bench_fakes import full_record, row_of
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gqa_cutlass.bench import plot
-from gqa_cutlass.bench.checkout import RESULTS
-from gqa_cutlass.bench.points import GRID
-from gqa_cutlass.bench.record import Record, Row
+from bench import plot
+from bench.checkout import RESULTS
+from bench.points import GRID
+from bench.record import Record, Row
 
 pytestmark = pytest.mark.xdist_group("pictures")  # drawn once
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 import gqa_cutlass
-from gqa_cutlass.bench import data as bench_data
-from gqa_cutlass.bench import prefill
-from gqa_cutlass.bench.data import Data, check, num_sets, pool_bytes
-from gqa_cutlass.bench.points import PREFILL, Point
-from gqa_cutlass.bench.prefill import Prompts, measure_prefill
+from bench import data as bench_data
+from bench import prefill
+from bench.data import Data, check, num_sets, pool_bytes
+from bench.points import PREFILL, Point
+from bench.prefill import Prompts, measure_prefill
 
 
 @pytest.fixture(autouse=True)

@@ -13,9 +13,9 @@ import pytest
 from bench_fakes import full_record, prefill_of, row_of
 from helpers import REPOSITORY
 
-from gqa_cutlass.bench import checkout, peers, report, spreadsheet
-from gqa_cutlass.bench.points import GRID, PREFILL, RAGGED
-from gqa_cutlass.bench.record import Prefill, Record
+from bench import checkout, peers, report, spreadsheet
+from bench.points import GRID, PREFILL, RAGGED
+from bench.record import Prefill, Record
 from gqa_cutlass.errors import InputError
 
 SHIPPED = REPOSITORY / "bench" / "results" / "nvidia-h200.json"

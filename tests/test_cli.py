@@ -11,6 +11,7 @@ import pytest
 from command_line import console_script
 from typer.testing import CliRunner, Result
 
+from gqa_cutlass import checkout
 from gqa_cutlass import evidence as evidence_module
 from gqa_cutlass import export as export_module
 from gqa_cutlass import store as store_module
@@ -108,16 +109,19 @@ def test_list_does_not_know_evidence_outside_a_checkout(
 ) -> None:
     monkeypatch.setattr(evidence_module, "FILE", tmp_path / "tests" / "gpu_evidence.json")
     (line,) = (line for line in run("list").output.splitlines() if ONE.name in line)
-    assert "not known here" in line
-    (tmp_path / "pyproject.toml").touch()
-    (line,) = (line for line in run("list").output.splitlines() if ONE.name in line)
     assert "none" in line
+    monkeypatch.setattr(checkout, "ROOT", tmp_path)
+    (line,) = (line for line in run("list").output.splitlines() if ONE.name in line)
+    assert "not known here" in line
 
 
 def test_check_works_in_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evidence_module, "FILE", tmp_path / "tests" / "gpu_evidence.json")
+    monkeypatch.setattr(checkout, "ROOT", tmp_path)
     outcome = console_script("check")
-    assert outcome.is_refusal and "check: works in a checkout" in outcome.err
+    assert (
+        outcome.is_refusal
+        and f"check: got the installed package in {tmp_path}; needed: " in outcome.err
+    )
 
 
 @pytest.mark.parametrize("command", ["list", "check"])
@@ -192,14 +196,14 @@ def test_build_leaves_out_kernels_that_need_another_architecture(
 def test_check_passes_without_drift_and_with_evidence(
     proven: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(manifest, "drift", lambda: [])
+    monkeypatch.setattr(manifest, "drift", lambda _: [])
     result = run("check")
     assert result.exit_code == 0
     assert "0 files drifted, 0 kernels without GPU evidence" in words(result)
 
 
 def test_check_fails_on_drift(proven: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manifest, "drift", lambda: ["edited.cu"])
+    monkeypatch.setattr(manifest, "drift", lambda _: ["edited.cu"])
     result = run("check")
     assert result.exit_code == 1
     assert "drift: generated/edited.cu; run `gqa-cutlass generate`" in result.output
@@ -209,7 +213,7 @@ def test_check_fails_on_drift(proven: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_check_fails_on_a_kernel_without_current_evidence(
     proven: Path, monkeypatch: pytest.MonkeyPatch, entry: dict[str, str] | None
 ) -> None:
-    monkeypatch.setattr(manifest, "drift", lambda: [])
+    monkeypatch.setattr(manifest, "drift", lambda _: [])
     _edit(proven, ONE.name, entry)
     result = run("check")
     assert result.exit_code == 1

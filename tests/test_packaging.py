@@ -84,20 +84,19 @@ def _repository_files(folder: str, *patterns: str) -> set[str]:
     return {str(path.relative_to(REPOSITORY)) for path in paths}
 
 
-def test_wheel_holds_every_module_template_header_and_kernel(wheel: set[PurePosixPath]) -> None:
+def test_wheel_holds_every_module_template_and_header(wheel: set[PurePosixPath]) -> None:
     expected = _repository_files("gqa_cutlass", "*.py")
     for folder, patterns in (
-        ("bench", ("*.py", "floor.cu", "peers.json")),
         ("codegen", ("*.py",)),
         ("templates", ("*.py", "*.jinja", "*.cuh")),
     ):
         expected |= {f"gqa_cutlass/{name}" for name in _repository_files(folder, *patterns)}
-    expected |= {f"gqa_cutlass/generated/{name}" for name in generated_files()}
     assert expected - {str(name) for name in wheel} == set()
 
 
-def test_wheel_holds_no_results(wheel: set[PurePosixPath]) -> None:
-    assert [name for name in wheel if "results" in name.parts] == []
+def test_wheel_holds_nothing_that_is_of_use_in_a_checkout_alone(wheel: set[PurePosixPath]) -> None:
+    folders = {"bench", "generated", "tests", "examples", "docs"}
+    assert [name for name in wheel if folders & set(name.parts[:2])] == []
 
 
 def test_wheel_has_one_top_level_package(wheel: set[PurePosixPath]) -> None:
@@ -114,8 +113,6 @@ def test_wheel_declares_its_command(built: Path) -> None:
 def test_sdist_holds_what_the_wheel_is_made_from(sdist: set[PurePosixPath]) -> None:
     expected = _repository_files("gqa_cutlass", "*.py") | _repository_files("codegen", "*.py")
     expected |= _repository_files("templates", "*.py", "*.jinja", "*.cuh")
-    expected |= _repository_files("bench", "*.py", "floor.cu", "peers.json")
-    expected |= {f"generated/{name}" for name in generated_files()}
     expected |= {"pyproject.toml", "README.md"}
     assert expected - {str(name) for name in sdist} == set()
 
@@ -140,11 +137,14 @@ def test_installed_package_lists_its_kernels(installed: Path, tmp_path: Path) ->
     assert all(name in output for name in names)
 
 
-def test_installed_package_shows_a_record(installed: Path, tmp_path: Path) -> None:
-    record = REPOSITORY / "bench" / "results" / "nvidia-h200.json"
-    shown = ("bench", "--from", record, "--markdown")
-    assert "| SDPA cuDNN |" in _run(installed / "gqa-cutlass", *shown, cwd=tmp_path)
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("command", ["bench", "check"])
+def test_what_works_in_a_checkout_says_so(installed: Path, tmp_path: Path, command: str) -> None:
+    done = subprocess.run(
+        [installed / "gqa-cutlass", command], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert f"{command}: got the installed package in " in done.stderr
+    assert f"`.venv/bin/gqa-cutlass {command}`" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_installed_package_compiles(installed: Path, tmp_path: Path) -> None:

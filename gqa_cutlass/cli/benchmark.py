@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from gqa_cutlass.checkout import need_checkout
 from gqa_cutlass.cli.options import folder
-from gqa_cutlass.errors import GqaError
 
 
 def bench(
@@ -35,8 +35,9 @@ def bench(
     ] = None,
 ) -> None:
     """Time decode steps on the GPU against PyTorch and a kernel that only reads the same bytes."""
-    if find_spec("gqa_cutlass.bench") is None:
-        raise GqaError("bench: works in a checkout of the repository, where it is; it is not here")
-    from gqa_cutlass.bench.command import bench as run
+    folder_of_bench = str(need_checkout("bench", "its folder bench/"))
+    if folder_of_bench not in sys.path:
+        sys.path.insert(0, folder_of_bench)
+    from bench.command import bench as run
 
     run(points=points, out=out, source=source, markdown=markdown, commit=commit)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from gqa_cutlass.checkout import need_checkout
 from gqa_cutlass.cli.options import Archs, Jobs, Kernels, folder
 from gqa_cutlass.cli.output import print_wide, progress, say
-from gqa_cutlass.errors import GqaError
 
 if TYPE_CHECKING:
     from gqa_cutlass.store import StoredKernel
@@ -105,15 +105,14 @@ def check() -> None:
     from gqa_cutlass.codegen.manifest import drift, emitted_drift
     from gqa_cutlass.evidence import Evidence
 
+    root = need_checkout("check", "generated/ and the GPU evidence")
     evidence = Evidence.shipped()
-    if not evidence.known:
-        raise GqaError("check: works in a checkout of the repository, whose evidence it reads")
     headers = emitted_drift()
     for name in headers:
         say(f"drift: templates/{name}; run `gqa-cutlass generate`")
     if headers:  # kernels are compared once what they include is right
         raise typer.Exit(1)
-    wrong = drift()
+    wrong = drift(root / "generated")
     for name in wrong:
         say(f"drift: generated/{name}; run `gqa-cutlass generate`")
     unproven = evidence.missing(shipped())
