@@ -167,10 +167,11 @@ def includes(bundle: Path) -> tuple[str, str]:
 
 
 def build(bundle: Path, out: Path, *flags: str) -> Path:
-    """Build the library with the fake driver inside."""
+    """Build the library with the fake driver inside; what it keeps to itself can be called too."""
     compile_with(
         "gcc", "-std=c11", "-O1", "-shared", "-fPIC", "-ffp-contract=off", *WARNINGS,
-        "-DFAKE_CUDA_INSIDE", "-Wl,--wrap=dlopen,--wrap=dlsym", *includes(bundle), *flags,
+        "-DGQA_INTERNAL=", "-DFAKE_CUDA_INSIDE", "-Wl,--wrap=dlopen,--wrap=dlsym",
+        *includes(bundle), *flags,
         *sources(bundle), FAKE_CUDA, "-o", out, "-pthread", "-ldl", "-lm",
     )  # fmt: skip
     return out

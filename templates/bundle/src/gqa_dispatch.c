@@ -2,12 +2,23 @@
 
 #include <string.h>
 
+#include "gqa_internal.h"
+
 // How the blocks of a launch share a sequence.
 typedef struct gqa_splits {
   int64_t splits;
   int64_t cluster;
   int32_t num_stages;
 } gqa_splits;
+
+// What was chosen last on this thread, and for what: choosing again takes microseconds.
+typedef struct choice {
+  gqa_problem problem;
+  gqa_target target;
+  gqa_dispatch chosen;
+} choice;
+
+static __thread choice last_choice;
 
 static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -198,4 +209,53 @@ int32_t gqa_find_arch(int32_t capability) {
     if (runs && (found < 0 || arch->capability > gqa_archs[found].capability)) found = i;
   }
   return found;
+}
+
+gqa_problem gqa_describe(GQADecodeConfig const* config, int32_t vec_width, int ragged) {
+  gqa_problem problem;
+  memset(&problem, 0, sizeof problem);  // padding too: problems are compared as bytes
+  problem.batch_size = config->batch_size;
+  problem.num_q_heads = config->num_q_heads;
+  problem.num_kv_heads = config->num_kv_heads;
+  problem.head_dim = config->head_dim;
+  problem.max_seq_len = config->max_seq_len;
+  problem.dtype = config->dtype;
+  problem.vec_width = vec_width;
+  problem.ragged = ragged;
+  return problem;
+}
+
+gqa_status gqa_find_kernel(gqa_problem const* problem, gqa_target const* target,
+                           gqa_dispatch* chosen) {
+  choice* last = &last_choice;
+  if (last->chosen.kernel != NULL && memcmp(&last->problem, problem, sizeof *problem) == 0 &&
+      memcmp(&last->target, target, sizeof *target) == 0) {
+    *chosen = last->chosen;
+    return GQA_SUCCESS;
+  }
+  if (!gqa_choose(problem, target, chosen)) {
+    return gqa_fail(
+        GQA_ERROR_UNSUPPORTED,
+        "no kernel for %s, head_dim %d, %d query heads per KV head, rows aligned to %d "
+        "bytes, on %s; this library was exported with %d kernels (gqa_kernel_name). Nothing "
+        "was launched. Export one that has it: gqa-cutlass export --kernels ...",
+        problem->dtype == GQA_FLOAT16 ? "float16" : "bfloat16", (int)problem->head_dim,
+        (int)(problem->num_q_heads / problem->num_kv_heads), problem->vec_width * kElementBytes,
+        gqa_archs[target->arch].name, gqa_num_kernels);
+  }
+  if (chosen->num_tickets * 4 > kTicketBytes) {
+    return gqa_fail(GQA_ERROR_UNSUPPORTED,
+                    "%lld merges in one launch; allowed: %d. Nothing was "
+                    "launched. Use fewer sequences at a time.",
+                    (long long)chosen->num_tickets, kTicketBytes / 4);
+  }
+  last->problem = *problem;
+  last->target = *target;
+  last->chosen = *chosen;
+  return GQA_SUCCESS;
+}
+
+size_t gqa_workspace_of(gqa_dispatch const* chosen) {
+  if (chosen->num_tickets == 0) return 0;
+  return kTicketBytes + sizeof(float) * (size_t)chosen->partial_floats;
 }

@@ -7,6 +7,7 @@
 
 #include "gqa_attention_decode.h"
 #include "gqa_kernels.h"
+#include "gqa_visibility.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -43,10 +44,11 @@ typedef struct gqa_dispatch {
 } gqa_dispatch;
 
 // Zero where this library has no kernel for the problem.
-int gqa_choose(gqa_problem const* problem, gqa_target const* target, gqa_dispatch* chosen);
+GQA_INTERNAL int gqa_choose(gqa_problem const* problem, gqa_target const* target,
+                            gqa_dispatch* chosen);
 
 // Index of the architecture among those exported that fits a compute capability best, or -1.
-int32_t gqa_find_arch(int32_t capability);
+GQA_INTERNAL int32_t gqa_find_arch(int32_t capability);
 
 #ifdef __cplusplus
 }

@@ -7,6 +7,7 @@
 #include <stdint.h>
 
 #include "gqa_attention_decode.h"
+#include "gqa_visibility.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -79,7 +80,7 @@ typedef struct gqa_driver {
 } gqa_driver;
 
 // The driver, opened by the first call. Null where there is none that serves: `*reason` says why.
-gqa_driver const* gqa_open_driver(char const** reason);
+GQA_INTERNAL gqa_driver const* gqa_open_driver(char const** reason);
 
 #ifdef __cplusplus
 }

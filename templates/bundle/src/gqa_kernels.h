@@ -5,6 +5,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "gqa_visibility.h"
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -70,12 +72,12 @@ typedef struct gqa_limits {
   float max_scale;
 } gqa_limits;
 
-extern gqa_arch const gqa_archs[];
-extern int32_t const gqa_num_archs;
-extern gqa_kernel const gqa_kernels[];
-extern int32_t const gqa_num_kernels;
-extern gqa_model const gqa_dispatch_model;
-extern gqa_limits const gqa_config_limits;
+extern GQA_INTERNAL gqa_arch const gqa_archs[];
+extern GQA_INTERNAL int32_t const gqa_num_archs;
+extern GQA_INTERNAL gqa_kernel const gqa_kernels[];
+extern GQA_INTERNAL int32_t const gqa_num_kernels;
+extern GQA_INTERNAL gqa_model const gqa_dispatch_model;
+extern GQA_INTERNAL gqa_limits const gqa_config_limits;
 
 #ifdef __cplusplus
 }

@@ -1,0 +1,186 @@
+#include <math.h>
+
+#include "gqa_internal.h"
+#include "gqa_kernels.h"
+
+enum { kAlignment = 16 };
+
+static double const kMaxCacheBytes = 140737488355328.0;  // 2^47: sums of sizes stay in 64 bits
+
+gqa_status gqa_check_config(GQADecodeConfig const* config) {
+  gqa_limits const* limits = &gqa_config_limits;
+  if (config == NULL) {
+    return gqa_fail(GQA_ERROR_NULL_POINTER,
+                    "config: got null; needed: a GQADecodeConfig. Nothing was launched.");
+  }
+  if (config->batch_size < 1 || config->batch_size > limits->max_batch) {
+    return gqa_fail_range("batch_size", config->batch_size, 1, limits->max_batch);
+  }
+  if (config->max_seq_len < 1 || config->max_seq_len > limits->max_seq_len) {
+    return gqa_fail_range("max_seq_len", config->max_seq_len, 1, limits->max_seq_len);
+  }
+  if (config->head_dim < limits->min_head_dim || config->head_dim > limits->max_head_dim ||
+      config->head_dim % limits->head_dim_step != 0) {
+    return gqa_fail(GQA_ERROR_INVALID_VALUE,
+                    "config: head_dim: got %d; allowed: multiples of %d from %d to %d. Nothing was "
+                    "launched. Pad q, k, v and the cache with zeros.",
+                    config->head_dim, limits->head_dim_step, limits->min_head_dim,
+                    limits->max_head_dim);
+  }
+  if (config->num_kv_heads < 1 || config->num_q_heads < 1 ||
+      config->num_q_heads % config->num_kv_heads != 0) {
+    return gqa_fail(GQA_ERROR_INVALID_VALUE,
+                    "config: heads: got %d query heads and %d KV heads; allowed: a number of query "
+                    "heads that is a multiple of the number of KV heads. Nothing was launched.",
+                    config->num_q_heads, config->num_kv_heads);
+  }
+  if (config->num_q_heads / config->num_kv_heads > limits->max_group_size) {
+    return gqa_fail_range("query heads per KV head", config->num_q_heads / config->num_kv_heads, 1,
+                          limits->max_group_size);
+  }
+  if (!(fabs((double)config->scale) <= (double)limits->max_scale)) {
+    return gqa_fail(GQA_ERROR_INVALID_VALUE,
+                    "config: scale: got %g; allowed: a number from %g to %g, usually 1 / "
+                    "sqrt(head_dim). Nothing was launched.",
+                    (double)config->scale, -(double)limits->max_scale, (double)limits->max_scale);
+  }
+  if (config->dtype != GQA_FLOAT16 && config->dtype != GQA_BFLOAT16) {
+    return gqa_fail(
+        GQA_ERROR_INVALID_VALUE,
+        "config: dtype: got %d; allowed: GQA_FLOAT16 (0), GQA_BFLOAT16 (1). Nothing was "
+        "launched.",
+        config->dtype);
+  }
+  double const rows = (double)config->batch_size * config->max_seq_len * config->num_kv_heads;
+  if (rows * config->head_dim * kElementBytes > kMaxCacheBytes) {
+    return gqa_fail(
+        GQA_ERROR_INVALID_VALUE,
+        "config: sizes: got caches of %.4g bytes; allowed: up to %.4g. Nothing was launched.",
+        rows * config->head_dim * kElementBytes, kMaxCacheBytes);
+  }
+  return GQA_SUCCESS;
+}
+
+gqa_status gqa_check_length(GQADecodeConfig const* config) {
+  if (config->cache_len < 0) {
+    return gqa_fail_range("cache_len", config->cache_len, 0, config->max_seq_len - 1);
+  }
+  if (config->cache_len >= config->max_seq_len) {
+    return gqa_fail(
+        GQA_ERROR_CACHE_OVERFLOW,
+        "cache overflow: the cache holds %d tokens and one is to be appended; max_seq_len "
+        "is %d. Nothing was written. Evict tokens, or allocate a larger cache.",
+        config->cache_len, config->max_seq_len);
+  }
+  return GQA_SUCCESS;
+}
+
+static int overlap(void const* a, int64_t a_bytes, void const* b, int64_t b_bytes) {
+  uintptr_t const first = (uintptr_t)a, second = (uintptr_t)b;
+  return first < second + (uintptr_t)b_bytes && second < first + (uintptr_t)a_bytes;
+}
+
+static gqa_status fail_in_cache(char const* name, char const* cache) {
+  return gqa_fail(
+      GQA_ERROR_INVALID_VALUE,
+      "%s: got memory of %s, to which the new token is written; allowed: memory of its own. "
+      "Nothing was launched.",
+      name, cache);
+}
+
+static int64_t query_bytes(GQADecodeConfig const* config) {
+  return (int64_t)config->batch_size * config->num_q_heads * config->head_dim * kElementBytes;
+}
+
+gqa_status gqa_check_tensors(GQADecodeConfig const* config, gqa_tensors const* t) {
+  int64_t const rows = (int64_t)config->batch_size * config->num_kv_heads;
+  int64_t const token = rows * config->head_dim * kElementBytes;
+  int64_t const query = query_bytes(config);
+  int64_t const cache = token * config->max_seq_len;
+  char const* names[] = {"output", "q", "k", "v", "kv_cache_k", "kv_cache_v"};
+  void const* addresses[] = {t->out, t->q, t->k, t->v, t->k_cache, t->v_cache};
+  int64_t const bytes[] = {query, query, token, token, cache, cache};
+  for (int i = 0; i < 6; ++i) {
+    if (addresses[i] == NULL) {
+      return gqa_fail(GQA_ERROR_NULL_POINTER,
+                      "%s: got null; needed: device memory of %lld bytes. "
+                      "Nothing was launched.",
+                      names[i], (long long)bytes[i]);
+    }
+    if ((uintptr_t)addresses[i] % kElementBytes != 0) {
+      return gqa_fail(GQA_ERROR_INVALID_VALUE,
+                      "%s: got address %p; allowed: multiples of %d. Nothing "
+                      "was launched.",
+                      names[i], addresses[i], kElementBytes);
+    }
+    if (i > 0 && overlap(t->out, query, addresses[i], bytes[i])) {
+      return gqa_fail(GQA_ERROR_INVALID_VALUE,
+                      "output: got memory that %s also uses; allowed: memory "
+                      "of its own. Nothing was launched.",
+                      names[i]);
+    }
+  }
+  if (overlap(t->k_cache, cache, t->v_cache, cache)) {
+    return gqa_fail(GQA_ERROR_INVALID_VALUE,
+                    "kv_cache_v: got memory that kv_cache_k also uses; "
+                    "allowed: two caches that do not share memory. Nothing was launched.");
+  }
+  for (int i = 1; i < 4; ++i) {  // q, k and v are read while the new token is written
+    for (int j = 4; j < 6; ++j) {
+      if (overlap(addresses[i], bytes[i], addresses[j], bytes[j])) {
+        return fail_in_cache(names[i], names[j]);
+      }
+    }
+  }
+  return GQA_SUCCESS;
+}
+
+gqa_status gqa_check_lengths(GQADecodeConfig const* config, gqa_tensors const* t) {
+  int64_t const query = query_bytes(config);
+  if (t->seqlens == NULL || t->overflow == NULL) {
+    return gqa_fail(GQA_ERROR_NULL_POINTER,
+                    "%s: got null; needed: device memory of %lld bytes. Nothing "
+                    "was launched.",
+                    t->seqlens == NULL ? "cache_seqlens" : "overflow",
+                    t->seqlens == NULL ? 4LL * config->batch_size : 4LL);
+  }
+  if ((uintptr_t)t->seqlens % 4 != 0 || (uintptr_t)t->overflow % 4 != 0) {
+    return gqa_fail(GQA_ERROR_INVALID_VALUE,
+                    "cache_seqlens and overflow: got addresses %p and %p; "
+                    "allowed: multiples of 4. Nothing was launched.",
+                    (void const*)t->seqlens, (void const*)t->overflow);
+  }
+  if (overlap(t->out, query, t->seqlens, 4 * (int64_t)config->batch_size)) {
+    return gqa_fail(GQA_ERROR_INVALID_VALUE,
+                    "output: got memory that cache_seqlens also uses; allowed: "
+                    "memory of its own. Nothing was launched.");
+  }
+  int64_t const rows = (int64_t)config->batch_size * config->max_seq_len * config->num_kv_heads;
+  int64_t const cache = rows * config->head_dim * kElementBytes;
+  void const* caches[] = {t->k_cache, t->v_cache};
+  for (int i = 0; i < 2; ++i) {
+    if (overlap(t->seqlens, 4 * (int64_t)config->batch_size, caches[i], cache)) {
+      return fail_in_cache("cache_seqlens", i == 0 ? "kv_cache_k" : "kv_cache_v");
+    }
+  }
+  return GQA_SUCCESS;
+}
+
+gqa_status gqa_check_workspace(GQADecodeConfig const* config, gqa_dispatch const* chosen) {
+  size_t const needed = gqa_workspace_of(chosen);
+  if (needed == 0) return GQA_SUCCESS;
+  if (config->workspace == NULL || config->workspace_size < needed) {
+    return gqa_fail(
+        GQA_ERROR_WORKSPACE,
+        "workspace: got %zu bytes at %p; needed: %zu bytes of zeroed device memory. Nothing "
+        "was launched. Ask gqa_workspace_size.",
+        config->workspace_size, config->workspace, needed);
+  }
+  if ((uintptr_t)config->workspace % kAlignment != 0) {
+    return gqa_fail(GQA_ERROR_WORKSPACE,
+                    "workspace: got address %p; allowed: multiples of %d. Nothing "
+                    "was launched.",
+                    config->workspace, kAlignment);
+  }
+  return GQA_SUCCESS;
+}

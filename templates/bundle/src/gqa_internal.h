@@ -1,0 +1,100 @@
+// What the files behind the public functions need of each other: a call goes through check, device,
+// dispatch and launch, in this order. All that can be refused sets the thread's last error.
+#ifndef GQA_INTERNAL_H_
+#define GQA_INTERNAL_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "gqa_attention_decode.h"
+#include "gqa_dispatch.h"
+#include "gqa_driver.h"
+#include "gqa_visibility.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// Counters come first in the workspace and have room of a fixed size, so that one configuration's
+// partial outputs never lie where another's counters are, which must stay zero.
+enum { kElementBytes = 2, kTicketBytes = 65536 };
+
+// A call's tensors.
+typedef struct gqa_tensors {
+  void* out;
+  void const* q;
+  void const* k;
+  void const* v;
+  void* k_cache;
+  void* v_cache;
+  int32_t const* seqlens;
+  int32_t* overflow;
+} gqa_tensors;
+
+// -- gqa_error.c
+
+// Sets the last error, and returns the status.
+GQA_INTERNAL gqa_status gqa_fail(gqa_status status, char const* format, ...)
+#if defined(__GNUC__)
+    __attribute__((format(printf, 2, 3)))
+#endif
+    ;
+GQA_INTERNAL gqa_status gqa_fail_range(char const* what, long long got, long long from,
+                                       long long to);
+GQA_INTERNAL gqa_status gqa_fail_in_driver(gqa_driver const* driver, gqa_cu_result error,
+                                           gqa_status status, char const* doing, char const* what);
+
+// -- gqa_check.c
+
+// The sizes and the scale.
+GQA_INTERNAL gqa_status gqa_check_config(GQADecodeConfig const* config);
+
+// The one length of all sequences.
+GQA_INTERNAL gqa_status gqa_check_length(GQADecodeConfig const* config);
+
+// Addresses, and what may not share memory.
+GQA_INTERNAL gqa_status gqa_check_tensors(GQADecodeConfig const* config, gqa_tensors const* t);
+
+// The same of the lengths on the device.
+GQA_INTERNAL gqa_status gqa_check_lengths(GQADecodeConfig const* config, gqa_tensors const* t);
+
+GQA_INTERNAL gqa_status gqa_check_workspace(GQADecodeConfig const* config,
+                                            gqa_dispatch const* chosen);
+
+// -- gqa_device.c
+
+// What the current device is.
+GQA_INTERNAL gqa_status gqa_find_current(gqa_driver const** driver, gqa_cu_device* device,
+                                         gqa_target* target);
+
+// A kernel that is loaded, and ready on a device.
+GQA_INTERNAL gqa_status gqa_find_function(gqa_driver const* driver, gqa_kernel const* kernel,
+                                          gqa_cu_device device, gqa_cu_kernel* function);
+
+// -- gqa_dispatch.c
+
+GQA_INTERNAL gqa_problem gqa_describe(GQADecodeConfig const* config, int32_t vec_width, int ragged);
+
+// As gqa_choose; fails where this library has no kernel for the problem.
+GQA_INTERNAL gqa_status gqa_find_kernel(gqa_problem const* problem, gqa_target const* target,
+                                        gqa_dispatch* chosen);
+
+// Bytes of workspace of a launch.
+GQA_INTERNAL size_t gqa_workspace_of(gqa_dispatch const* chosen);
+
+// -- gqa_launch.c
+
+GQA_INTERNAL gqa_status gqa_launch_kernel(gqa_driver const* driver, GQADecodeConfig const* config,
+                                          gqa_tensors const* t, gqa_dispatch const* chosen,
+                                          gqa_cu_kernel function, gqa_stream_t stream);
+
+// A line for the callback, if there is one.
+GQA_INTERNAL void gqa_log_launch(GQADecodeConfig const* config, gqa_tensors const* t,
+                                 gqa_dispatch const* chosen, gqa_cu_device device,
+                                 gqa_stream_t stream);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif  // GQA_INTERNAL_H_

@@ -1,0 +1,148 @@
+#include <pthread.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "gqa_internal.h"
+#include "gqa_kernels.h"
+#include "gqa_params.h"
+
+static double const kLog2E = 1.4426950408889634;
+
+static pthread_mutex_t logging = PTHREAD_MUTEX_INITIALIZER;
+static gqa_log_callback log_callback;
+static void* log_user;
+
+static gqa_params bind(GQADecodeConfig const* config, gqa_tensors const* t,
+                       gqa_dispatch const* chosen) {
+  int64_t const dim = config->head_dim;
+  int64_t const token = config->num_kv_heads * dim;
+  gqa_row_strides const query = {config->num_q_heads * dim, dim};
+  gqa_row_strides const row = {token, dim};
+  gqa_cache_strides const cache = {config->max_seq_len * token, token, dim};
+  gqa_params params;
+  memset(&params, 0, sizeof params);
+  params.seqlens = t->seqlens;
+  params.seqlen = t->seqlens == NULL ? config->cache_len : 0;
+  params.prefetch_limit = t->seqlens == NULL ? config->cache_len
+                          : chosen->early    ? config->max_seq_len
+                                             : 0;
+  params.max_seq_len = config->max_seq_len;
+  params.num_splits = chosen->num_splits;
+  params.num_stages = chosen->num_stages;
+  params.q = t->q;
+  params.q_stride = query;
+  params.k_new = t->k;
+  params.v_new = t->v;
+  params.k_new_stride = row;
+  params.v_new_stride = row;
+  params.num_kv_heads = config->num_kv_heads;
+  params.scale_log2 = (float)((double)config->scale * kLog2E);
+  params.k_cache = t->k_cache;
+  params.v_cache = t->v_cache;
+  params.out = t->out;
+  params.k_cache_stride = cache;
+  params.v_cache_stride = cache;
+  params.out_stride = query;
+  params.status = t->overflow;
+  if (chosen->num_tickets > 0) {
+    params.tickets = (uint32_t*)config->workspace;
+    params.partials = (float*)((char*)config->workspace + kTicketBytes);
+  }
+  return params;
+}
+
+// The tensor map of a cache: boxes of 64 dims; where head_dim is a multiple of that, it is two
+// dimensions of the map, so that one copy brings whole rows.
+static gqa_cu_result encode(gqa_driver const* driver, GQADecodeConfig const* config, void* cache,
+                            int32_t block_n, gqa_tensor_map* map) {
+  uint32_t const columns = (uint32_t)gqa_dispatch_model.box_dims;
+  uint64_t const dim = (uint64_t)config->head_dim;
+  uint64_t const heads = (uint64_t)config->num_kv_heads;
+  uint64_t const tokens = (uint64_t)config->max_seq_len;
+  uint64_t const batch = (uint64_t)config->batch_size;
+  uint64_t const row = dim * kElementBytes, token = heads * row, sequence = tokens * token;
+  uint32_t const ones[5] = {1, 1, 1, 1, 1};
+  if (dim % columns == 0) {
+    uint32_t const boxes = (uint32_t)(dim / columns);
+    uint64_t const sizes[5] = {columns, tokens, boxes, heads, batch};
+    uint64_t const strides[4] = {token, (uint64_t)columns * kElementBytes, row, sequence};
+    uint32_t const box[5] = {columns, (uint32_t)block_n, boxes, 1, 1};
+    return driver->encode(map, kCuTensorMapUint16, 5, cache, sizes, strides, box, ones, 0,
+                          kCuTensorMapSwizzle128, 0, 0);
+  }
+  uint64_t const sizes[4] = {dim, tokens, heads, batch};
+  uint64_t const strides[3] = {token, row, sequence};
+  uint32_t const box[4] = {columns, (uint32_t)block_n, 1, 1};
+  return driver->encode(map, kCuTensorMapUint16, 4, cache, sizes, strides, box, ones, 0,
+                        kCuTensorMapSwizzle128, 0, 0);
+}
+
+gqa_status gqa_launch_kernel(gqa_driver const* driver, GQADecodeConfig const* config,
+                             gqa_tensors const* t, gqa_dispatch const* chosen,
+                             gqa_cu_kernel function, gqa_stream_t stream) {
+  gqa_tma_params argument;
+  void* pointers[1] = {&argument};
+  gqa_cu_attribute cluster;
+  gqa_cu_launch launched;
+  gqa_cu_result error = kCuSuccess;
+  argument.decode = bind(config, t, chosen);
+  if (chosen->kernel->tma) {
+    error = encode(driver, config, t->k_cache, chosen->kernel->block_n, &argument.keys);
+    if (error == kCuSuccess) {
+      error = encode(driver, config, t->v_cache, chosen->kernel->block_n, &argument.values);
+    }
+    if (error != kCuSuccess) {
+      return gqa_fail_in_driver(driver, error, GQA_ERROR_LAUNCH, "describing", "the caches");
+    }
+  }
+  memset(&cluster, 0, sizeof cluster);
+  cluster.id = kCuClusterDimension;
+  cluster.value[0] = 1;
+  cluster.value[1] = chosen->cluster;
+  cluster.value[2] = 1;
+  memset(&launched, 0, sizeof launched);
+  memcpy(launched.grid, chosen->grid, sizeof launched.grid);
+  launched.block[0] = chosen->block;
+  launched.block[1] = launched.block[2] = 1;
+  launched.shared_bytes = chosen->shared_bytes;
+  launched.stream = stream;
+  launched.attributes = &cluster;
+  launched.num_attributes = chosen->cluster > 1 ? 1 : 0;
+  error = driver->launch(&launched, (void*)function, pointers, NULL);
+  if (error != kCuSuccess) {
+    return gqa_fail_in_driver(driver, error, GQA_ERROR_LAUNCH, "launching", chosen->kernel->name);
+  }
+  return GQA_SUCCESS;
+}
+
+void gqa_log_launch(GQADecodeConfig const* config, gqa_tensors const* t, gqa_dispatch const* chosen,
+                    gqa_cu_device device, gqa_stream_t stream) {
+  char line[1024];
+  char length[16] = "device";
+  if (__atomic_load_n(&log_callback, __ATOMIC_ACQUIRE) == NULL) return;
+  pthread_mutex_lock(&logging);
+  gqa_log_callback const callback = log_callback;
+  void* user = log_user;
+  pthread_mutex_unlock(&logging);
+  if (callback == NULL) return;
+  if (t->seqlens == NULL) snprintf(length, sizeof length, "%d", config->cache_len);
+  snprintf(line, sizeof line,
+           "launch kernel=%s grid=%u,%u,%u cluster=1,%u,1 block=%u shared_bytes=%u num_splits=%d "
+           "num_stages=%d dependent=False batch_size=%d num_q_heads=%d num_kv_heads=%d "
+           "group_size=%d head_dim=%d max_seq_len=%d dtype=%s append=True cache_seqlens=%s "
+           "softmax_scale=%.9g return_lse=False workspace_bytes=%zu device=%d stream=0x%llx",
+           chosen->kernel->name, chosen->grid[0], chosen->grid[1], chosen->grid[2], chosen->cluster,
+           chosen->block, chosen->shared_bytes, chosen->num_splits, chosen->num_stages,
+           config->batch_size, config->num_q_heads, config->num_kv_heads,
+           config->num_q_heads / config->num_kv_heads, config->head_dim, config->max_seq_len,
+           config->dtype == GQA_FLOAT16 ? "f16" : "bf16", length, (double)config->scale,
+           gqa_workspace_of(chosen), device, (unsigned long long)(uintptr_t)stream);
+  callback(line, user);
+}
+
+void gqa_set_log_callback(gqa_log_callback callback, void* user) {
+  pthread_mutex_lock(&logging);
+  log_user = user;
+  __atomic_store_n(&log_callback, callback, __ATOMIC_RELEASE);
+  pthread_mutex_unlock(&logging);
+}
