@@ -10,15 +10,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from importlib.resources.abc import Traversable
+from typing import Any
 
 from gqa_cutlass.codegen.config import Arch, KernelConfig
 from gqa_cutlass.codegen.render import environment
-from gqa_cutlass.codegen.schema.kinds import DType
+from gqa_cutlass.codegen.schema.internal import ARCH, KERNEL, LIMITS, MAX_STAGES, MODEL
+from gqa_cutlass.codegen.schema.public import DTYPE_CODES
+from gqa_cutlass.codegen.schema.structs import Struct
+from gqa_cutlass.errors import ConfigError
 
 _KERNELS = "src/gqa_kernels.c"
-_MAX_STAGES = 8  # kGqaMaxStages in gqa_kernels.h
 _WORDS_PER_LINE = 4
-_DTYPES = {DType.F16: 0, DType.BF16: 1}  # gqa_dtype
 _SKIPPED = ("__pycache__",)
 
 
@@ -44,8 +46,8 @@ class Facts:
     Args:
         version: Of the package.
         compiler: What compiled the kernels.
-        model: The dispatch model's constants, in the order of gqa_model.
-        limits: What configurations may hold, in the order of gqa_limits.
+        model: The dispatch model's constants, by the fields of gqa_model.
+        limits: What configurations may hold, by the fields of gqa_limits.
         params_layout: Fields of the kernels' argument, each with its offset in bytes.
         params_bytes: Its size.
         tma_params_bytes: The size with tensor maps.
@@ -67,6 +69,9 @@ def bundle_files(images: Sequence[Image], archs: Sequence[Arch], facts: Facts) -
         images: The kernels.
         archs: What they were compiled for.
         facts: What C and Python share.
+
+    Raises:
+        ConfigError: Facts that the C library does not take, or lacks.
     """
     files = dict(_static_files(_folder()))
     files[_KERNELS] = (
@@ -75,13 +80,13 @@ def bundle_files(images: Sequence[Image], archs: Sequence[Arch], facts: Facts) -
         .render(
             version=facts.version,
             compiler=facts.compiler,
-            model=facts.model,
-            limits=facts.limits,
+            model=_in_order(MODEL, facts.model),
+            limits=_in_order(LIMITS, facts.limits),
             params_layout=facts.params_layout,
             params_bytes=facts.params_bytes,
             tma_params_bytes=facts.tma_params_bytes,
             archs=[_arch(arch) for arch in archs],
-            kernels=[_kernel(image, archs) for image in images],
+            kernels=[_kernel(index, image, archs) for index, image in enumerate(images)],
         )
     )
     return files
@@ -99,29 +104,53 @@ def _static_files(folder: Traversable, prefix: str = "") -> Iterator[tuple[str, 
             yield prefix + entry.name, entry.read_text(encoding="utf-8")
 
 
-def _arch(arch: Arch) -> dict[str, object]:
-    return {
-        "name": arch.name,
-        "capability": arch.capability,
-        "exact": arch.exact,
-    }
+def _in_order(struct: Struct, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a structure's fields, as C initialises it."""
+    names = [field.name for field in struct.fields]
+    if set(names) != set(values):
+        wrong = sorted(set(names) ^ set(values))
+        raise ConfigError(
+            f"{struct.c}: got values that differ from its fields in {', '.join(wrong)}; allowed: "
+            "one for each. Nothing was exported."
+        )
+    return {name: values[name] for name in names}
 
 
-def _kernel(image: Image, archs: Sequence[Arch]) -> dict[str, object]:
-    """One row of the table, in the order of gqa_kernel."""
-    c = image.config
-    stages = range(1, _MAX_STAGES + 1)
-    return {
-        "config": c,
-        "image": _words(image.code),
-        "numbers": (
-            _DTYPES[c.dtype], c.head_dim, c.group_size, c.vec_width, int(c.tma), c.block_n,
-            c.num_warps, c.num_stages, c.head_blocks, c.partial_floats, c.tile_bytes,
-            c.bytes_in_flight,
-        ),
-        "shared_bytes": [c.shared_bytes_with(min(n, c.num_stages)) for n in stages],
-        "blocks_per_sm": [c.blocks_per_sm(a) if a.name in image.archs else 0 for a in archs],
+def _row(struct: Struct, values: Mapping[str, Any]) -> str:
+    """A structure as a C initialiser; texts and numbers as they are, sequences in braces."""
+    row = ", ".join(
+        value if isinstance(value, str) else f"{{{', '.join(map(str, value))}}}"
+        if isinstance(value, Sequence) else str(value)
+        for value in _in_order(struct, values).values()
+    )  # fmt: skip
+    return f"{{{row}}}"
+
+
+def _arch(arch: Arch) -> str:
+    values = {
+        "name": f'"{arch.name}"', "capability": arch.capability, "exact": int(arch.exact),
     }  # fmt: skip
+    return _row(ARCH, values)
+
+
+def _kernel(index: int, image: Image, archs: Sequence[Arch]) -> dict[str, str]:
+    """One row of the table, and the words of its image."""
+    c = image.config
+    copied = (
+        "head_dim", "group_size", "vec_width", "block_n", "num_warps", "num_stages", "head_blocks",
+        "partial_floats", "tile_bytes", "bytes_in_flight",
+    )  # fmt: skip
+    values = {name: getattr(c, name) for name in copied} | {
+        "name": f'"{c.name}"',
+        "image": f"image_{index}",
+        "dtype": DTYPE_CODES[c.dtype],
+        "tma": int(c.tma),
+        "shared_bytes": [
+            c.shared_bytes_with(min(stages, c.num_stages)) for stages in range(1, MAX_STAGES + 1)
+        ],
+        "blocks_per_sm": [c.blocks_per_sm(a) if a.name in image.archs else 0 for a in archs],
+    }
+    return {"row": _row(KERNEL, values), "image": _words(image.code)}
 
 
 def _words(code: bytes) -> str:

@@ -13,9 +13,9 @@ from pathlib import Path
 from gqa_cutlass.codegen.config import KernelConfig
 from gqa_cutlass.codegen.files import update, writing
 from gqa_cutlass.codegen.render import render, source_digest
-from gqa_cutlass.codegen.schema.emit import emitted_files
+from gqa_cutlass.codegen.schema.emit import emitted_files, emitted_parts, with_part
 from gqa_cutlass.codegen.variants import shipped
-from gqa_cutlass.errors import OutputError
+from gqa_cutlass.errors import ConfigError, OutputError
 
 MANIFEST = "manifest.json"
 # What tells our files from others: in every source that the template gives, and how a manifest
@@ -76,17 +76,22 @@ def generate(out: Path) -> list[str]:
 
 
 def emit(templates: Path | None = None) -> list[str]:
-    """Bring the headers that the schema gives up to date; returns the paths that changed.
+    """Bring what the schema gives up to date; returns the paths that changed.
 
     Args:
         templates: The folder that they are below; that of this package by default.
 
     Raises:
+        ConfigError: A file that is emitted in part does not say where.
         OutputError: The file system refuses.
     """
     folder = Path(str(_templates())) if templates is None else templates
     with writing("generate", folder):
-        return update(folder, emitted_files())
+        whole = {
+            name: with_part(name, (folder / name).read_text(encoding="utf-8"), part)
+            for name, part in emitted_parts().items()
+        }
+        return update(folder, emitted_files() | whole)
 
 
 def drift(folder: Path) -> list[str]:
@@ -105,13 +110,22 @@ def drift(folder: Path) -> list[str]:
 
 
 def emitted_drift(templates: Traversable | None = None) -> list[str]:
-    """Paths below templates/ of headers that differ from what the schema gives, or are missing."""
+    """Paths below templates/ of files that differ from what the schema gives, or are missing."""
     folder = _templates() if templates is None else templates
-    return [
-        name for name, text in emitted_files().items()
-        if not (file := folder.joinpath(*name.split("/"))).is_file()
-        or file.read_text(encoding="utf-8") != text
-    ]  # fmt: skip
+
+    def text_of(name: str) -> str | None:
+        file = folder.joinpath(*name.split("/"))
+        return file.read_text(encoding="utf-8") if file.is_file() else None
+
+    def in_step(name: str, part: str) -> bool:
+        text = text_of(name)
+        try:
+            return text is not None and with_part(name, text, part) == text
+        except ConfigError:
+            return False
+
+    wrong = [name for name, text in emitted_files().items() if text_of(name) != text]
+    return wrong + [name for name, part in emitted_parts().items() if not in_step(name, part)]
 
 
 def _templates() -> Traversable:

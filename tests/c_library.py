@@ -23,6 +23,7 @@ from torch import Tensor
 from gqa_cutlass import simulation
 from gqa_cutlass.codegen import ARCHES, KernelConfig, Math, select
 from gqa_cutlass.codegen.bundle import Image, bundle_files
+from gqa_cutlass.codegen.schema import public
 from gqa_cutlass.codegen.schema.params import TENSOR_MAP_BYTES, Params, TmaParams
 from gqa_cutlass.dispatch import Dispatch
 from gqa_cutlass.errors import InputError
@@ -34,12 +35,11 @@ from gqa_cutlass.tensormap import UNIT_BYTES, TensorMap
 
 FAKE_CUDA = Path(__file__).with_name("fake_cuda.c")
 WARNINGS = ("-Wall", "-Wextra", "-Wpedantic", "-Werror")
-STATUSES = (
-    "GQA_SUCCESS", "GQA_ERROR_NULL_POINTER", "GQA_ERROR_INVALID_VALUE", "GQA_ERROR_CACHE_OVERFLOW",
-    "GQA_ERROR_UNSUPPORTED", "GQA_ERROR_WORKSPACE", "GQA_ERROR_NO_DRIVER", "GQA_ERROR_DEVICE",
-    "GQA_ERROR_LAUNCH",
-)  # fmt: skip
-DTYPES = {torch.float16: 0, torch.bfloat16: 1}
+STATUSES = tuple(member.name for member in public.STATUS.members)
+DTYPES = {
+    torch.float16: public.DTYPE["GQA_FLOAT16"],
+    torch.bfloat16: public.DTYPE["GQA_BFLOAT16"],
+}
 NUM_TICKETS = 16384  # words, the workspace's first part
 _NAME_BYTES, _ARGUMENT_BYTES = 160, 512
 _SWIZZLE_128, _UINT16 = 3, 1
@@ -51,28 +51,13 @@ FAMILIES = ((64, 4), (64, 7), (96, 4), (128, 4), (128, 7))
 class Config(ctypes.Structure):
     """GQADecodeConfig."""
 
-    _fields_ = [
-        *((name, ctypes.c_int32) for name in (
-            "batch_size", "cache_len", "num_q_heads", "num_kv_heads", "head_dim",
-        )),
-        ("scale", ctypes.c_float),
-        ("max_seq_len", ctypes.c_int32),
-        ("dtype", ctypes.c_int32),
-        ("workspace", ctypes.c_void_p),
-        ("workspace_size", ctypes.c_size_t),
-    ]  # fmt: skip
+    _fields_ = public.CONFIG.ctypes_fields()
 
 
 class Explained(ctypes.Structure):
     """gqa_launch."""
 
-    _fields_ = [
-        ("kernel", ctypes.c_char_p),
-        ("grid", ctypes.c_uint32 * 3),
-        *((name, ctypes.c_uint32) for name in ("cluster", "block", "shared_bytes")),
-        *((name, ctypes.c_int32) for name in ("num_splits", "num_stages")),
-        ("workspace_size", ctypes.c_size_t),
-    ]
+    _fields_ = public.LAUNCH.ctypes_fields()
 
 
 class DriverLaunch(ctypes.Structure):

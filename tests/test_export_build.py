@@ -3,6 +3,7 @@ as CUDA has it, and with no names but its own."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shutil
@@ -25,7 +26,8 @@ from cuda.bindings import driver
 
 from gqa_cutlass import launcher
 from gqa_cutlass.codegen.compile import _include_paths
-from gqa_cutlass.codegen.schema.params import TENSOR_MAP_ALIGN, TENSOR_MAP_BYTES
+from gqa_cutlass.codegen.schema import internal, public
+from gqa_cutlass.codegen.schema.params import PARAMS, TENSOR_MAP_ALIGN, TENSOR_MAP_BYTES
 
 COMPILERS = {
     "gcc": ("-std=c11",),
@@ -248,6 +250,24 @@ def test_structures_are_laid_out_as_in_cuda_h(bundle: Path, tmp_path: Path) -> N
     source.write_text(LAYOUT_C + "".join(f"SAME({pair});\n" for pair in same))
     compile_with("gcc", "-std=c11", *WARNINGS, *includes(bundle), "-isystem", cuda_headers(), "-c",
                  source, "-o", tmp_path / "layout.o")  # fmt: skip
+
+
+@pytest.mark.parametrize("compiler", ["gcc", "g++"])
+def test_structures_of_the_schema_are_laid_out_as_in_python(
+    bundle: Path, compiler: str, tmp_path: Path
+) -> None:
+    lines = ["#include <stddef.h>", '#include "gqa_internal.h"', '#include "gqa_params.h"',
+             "#ifndef __cplusplus", "#define static_assert _Static_assert", "#endif"]  # fmt: skip
+    for struct in (*public.STRUCTS, *internal.STRUCTS, PARAMS):
+        kind = type(struct.c, (ctypes.Structure,), {"_fields_": struct.ctypes_fields()})
+        lines.append(f'static_assert(sizeof({struct.c}) == {ctypes.sizeof(kind)}, "{struct.c}");')
+        for name in (field.name for field in struct.fields):
+            offset, where = getattr(kind, name).offset, f"offsetof({struct.c}, {name})"
+            lines.append(f'static_assert({where} == {offset}, "{struct.c}.{name}");')
+    source = tmp_path / "structures.c"
+    source.write_text("\n".join(lines) + "\n")
+    compile_with(compiler, *COMPILERS[compiler], *WARNINGS, *includes(bundle), "-c", source, "-o",
+                 tmp_path / "structures.o")  # fmt: skip
 
 
 ALIKE = """

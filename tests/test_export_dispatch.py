@@ -23,6 +23,8 @@ from c_library import (
 )
 
 from gqa_cutlass.codegen import ARCHES, DType, Schedule, shipped
+from gqa_cutlass.codegen.schema import internal
+from gqa_cutlass.codegen.schema.public import DTYPE_CODES
 from gqa_cutlass.dispatch import (
     BALANCED_BATCH,
     BALANCED_TOKENS,
@@ -41,7 +43,6 @@ from gqa_cutlass.inputs import Problem
 from gqa_cutlass.launcher import Device, arch_of
 
 KERNELS = dispatched(shipped())
-DTYPE_CODES = {DType.F16: 0, DType.BF16: 1}
 RANDOM_PROBLEMS = 20000
 H200 = model_device(ARCHES["sm_90a"])
 
@@ -49,30 +50,25 @@ H200 = model_device(ARCHES["sm_90a"])
 class CProblem(ctypes.Structure):
     """gqa_problem."""
 
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in (
-            "batch_size", "num_q_heads", "num_kv_heads", "head_dim", "max_seq_len",
-        )),
-        *((name, ctypes.c_int32) for name in ("dtype", "vec_width", "ragged")),
-    ]  # fmt: skip
+    _fields_ = internal.PROBLEM.ctypes_fields()
 
 
 class CTarget(ctypes.Structure):
     """gqa_target."""
 
-    _fields_ = [("arch", ctypes.c_int32), ("num_sms", ctypes.c_int32)]
+    _fields_ = internal.TARGET.ctypes_fields()
+
+
+class CKernel(ctypes.Structure):
+    """gqa_kernel."""
+
+    _fields_ = internal.KERNEL.ctypes_fields()
 
 
 class CDispatch(ctypes.Structure):
-    """gqa_dispatch; a gqa_kernel begins with its name."""
+    """gqa_dispatch."""
 
-    _fields_ = [
-        ("kernel", ctypes.POINTER(ctypes.c_char_p)),
-        ("grid", ctypes.c_uint32 * 3),
-        *((name, ctypes.c_uint32) for name in ("cluster", "block", "shared_bytes")),
-        *((name, ctypes.c_int32) for name in ("num_splits", "num_stages", "early")),
-        *((name, ctypes.c_int64) for name in ("num_tickets", "partial_floats")),
-    ]
+    _fields_ = internal.DISPATCH.ctypes_fields()
 
 
 @dataclass(frozen=True)
@@ -126,7 +122,8 @@ class Case:
         if not choose(ctypes.byref(problem), ctypes.byref(target), ctypes.byref(found)):
             return None
         values = {name: getattr(found, name) for name, _ in CDispatch._fields_[2:]}
-        return Chosen(found.kernel.contents.value.decode(), tuple(found.grid), **values)
+        kernel = CKernel.from_address(found.kernel)
+        return Chosen(kernel.name.decode(), tuple(found.grid), **values)
 
     def config(self) -> Config:
         """The C library's configuration for it."""

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import REPOSITORY
 
 from gqa_cutlass.codegen import DType, Math, default_config, render
 from gqa_cutlass.codegen import headers as our
@@ -16,11 +17,24 @@ from gqa_cutlass.codegen.headers import Headers
 from gqa_cutlass.codegen.manifest import emit, emitted_drift
 from gqa_cutlass.codegen.schema import arguments, params, storage
 from gqa_cutlass.codegen.schema.arguments import ARGUMENTS, BUFFERS, Argument, Table
-from gqa_cutlass.codegen.schema.emit import check_emitted, cpp_header, emitted_files
+from gqa_cutlass.codegen.schema.emit import (
+    check_emitted,
+    cpp_header,
+    emitted_files,
+    emitted_parts,
+)
 from gqa_cutlass.codegen.schema.launch import Overlap
 from gqa_cutlass.codegen.schema.params import CACHE_STRIDES, PARAMS, ROW_STRIDES, Params
 from gqa_cutlass.codegen.schema.storage import Shared
-from gqa_cutlass.codegen.schema.structs import FLOAT, INT32, INT64, Field, Struct
+from gqa_cutlass.codegen.schema.structs import (
+    FLOAT,
+    INT32,
+    INT64,
+    Constant,
+    Enumeration,
+    Field,
+    Struct,
+)
 from gqa_cutlass.errors import ConfigError
 
 MODULES = sorted(Path(params.__file__).parent.glob("*.py"))
@@ -32,8 +46,10 @@ CONFIG = default_config(Math.TENSOROP, DType.F16, 128, 4, 8)
 @pytest.fixture
 def templates(tmp_path: Path) -> Path:
     """A folder with emitted headers, to change."""
-    for name in emitted_files():
+    for name in (*emitted_files(), *emitted_parts()):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    for name in emitted_parts():
+        shutil.copy(REPOSITORY / "templates" / name, tmp_path / name)
     emit(tmp_path)
     return tmp_path
 
@@ -71,11 +87,39 @@ def test_edited_and_missing_headers_are_drift_and_get_repaired(name: str, templa
     assert emitted_drift(templates) == []
 
 
+@pytest.mark.parametrize("name", emitted_parts())
+def test_an_edited_part_is_drift_and_gets_repaired_and_the_rest_is_left(
+    name: str, templates: Path
+) -> None:
+    text = (templates / name).read_text()
+    edited = text.replace(" GQA_SUCCESS = 0,", " GQA_SUCCESS = 1,")
+    (templates / name).write_text(edited + "// mine\n")
+    assert edited != text and emitted_drift(templates) == [name]
+    assert emit(templates) == [name]
+    assert (templates / name).read_text() == text + "// mine\n"
+    assert emitted_drift(templates) == []
+
+
+@pytest.mark.parametrize("name", emitted_parts())
+def test_a_file_that_lost_its_part_is_drift_and_is_not_written(name: str, templates: Path) -> None:
+    (templates / name).write_text("// mine\n")
+    (templates / "bundle/src/gqa_params.h").write_text("// mine\n")
+    assert set(emitted_drift(templates)) == {name, "bundle/src/gqa_params.h"}
+    with pytest.raises(ConfigError, match=f"{name}: got a file without the lines .*Nothing was"):
+        emit(templates)
+    assert (templates / name).read_text() == "// mine\n"
+    assert (templates / "bundle/src/gqa_params.h").read_text() == "// mine\n"
+
+
 @pytest.mark.parametrize("name", emitted_files())
 def test_emitted_headers_say_so_and_fit_on_a_line(name: str) -> None:
     text = emitted_files()[name]
     assert "Do not edit" in text.splitlines()[1]
     assert max(map(len, text.splitlines())) <= 100
+
+
+def test_emitted_parts_fit_on_a_line() -> None:
+    assert max(len(line) for part in emitted_parts().values() for line in part.splitlines()) <= 100
 
 
 def test_enumerations_mean_the_same_in_every_language() -> None:
@@ -144,6 +188,13 @@ def test_two_fields_of_one_name_are_refused() -> None:
     fields = (Field(name="scale", type=FLOAT), Field(name="scale", type=INT32))
     with pytest.raises(ConfigError, match="S: got scale twice"):
         Struct(cpp="S", c="s", doc="", fields=fields)
+
+
+def test_two_members_of_one_name_or_value_are_refused() -> None:
+    for values, names, twice in (((1, 1), "ab", "got 1 twice"), ((1, 2), "aa", "got a")):
+        members = [Constant(name=n, value=v) for n, v in zip(names, values, strict=True)]
+        with pytest.raises(ConfigError, match=twice):
+            Enumeration(c="e", members=tuple(members))
 
 
 def test_more_fields_than_have_room_are_refused() -> None:

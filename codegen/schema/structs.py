@@ -19,11 +19,15 @@ class Type:
         cpp: In the kernels.
         c: In the C library.
         ctype: In Python.
+        rust: In the Rust crate; "" where it has none.
+        dims: What follows a field's name in C: the lengths of an array.
     """
 
     cpp: str
     c: str
     ctype: type[Any]
+    rust: str = ""
+    dims: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,16 +92,78 @@ class Struct:
         return ctypes.sizeof(type(self.cpp, (ctypes.Structure,), {"_fields_": fields}))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Constant:
+    """A member of an enumeration.
+
+    Args:
+        name: In C and Rust.
+        value: Its number, which never changes.
+        doc: What it means.
+    """
+
+    name: str
+    value: int
+    doc: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Enumeration:
+    """Named numbers of the C library.
+
+    Args:
+        c: Its name in C and Rust; "" for numbers that have no type of their own.
+        doc: What it is.
+        members: In the order of their values.
+        rust: The integer that it is in Rust; "" where it has none.
+
+    Raises:
+        ConfigError: Two members of one name, or of one value.
+    """
+
+    c: str
+    doc: str = ""
+    members: tuple[Constant, ...]
+    rust: str = ""
+
+    def __post_init__(self) -> None:
+        check_distinct(self.c, "members", (member.name for member in self.members))
+        if self.c:
+            check_distinct(self.c, "values", (str(member.value) for member in self.members))
+
+    def __getitem__(self, name: str) -> int:
+        """A member's value."""
+        return next(member.value for member in self.members if member.name == name)
+
+
 RESERVED = "reserved"
-INT32 = Type(cpp="int32_t", c="int32_t", ctype=ctypes.c_int32)
+INT32 = Type(cpp="int32_t", c="int32_t", ctype=ctypes.c_int32, rust="i32")
 INT64 = Type(cpp="int64_t", c="int64_t", ctype=ctypes.c_int64)
-FLOAT = Type(cpp="float", c="float", ctype=ctypes.c_float)
+UINT32 = Type(cpp="uint32_t", c="uint32_t", ctype=ctypes.c_uint32, rust="u32")
+SIZE = Type(cpp="size_t", c="size_t", ctype=ctypes.c_size_t, rust="usize")
+FLOAT = Type(cpp="float", c="float", ctype=ctypes.c_float, rust="f32")
+DOUBLE = Type(cpp="double", c="double", ctype=ctypes.c_double)
+TEXT = Type(cpp="char const*", c="char const*", ctype=ctypes.c_char_p, rust="*const c_char")
+MEMORY = Type(cpp="void*", c="void*", ctype=ctypes.c_void_p, rust="*mut c_void")
 
 
 def pointer(to: str, *, const: bool = False) -> Type:
     """The type of an address on the device."""
     text = f"{to} const*" if const else f"{to}*"
     return Type(cpp=text, c=text, ctype=ctypes.c_void_p)
+
+
+def array(of: Type, length: int, name: str = "") -> Type:
+    """The type of several in a row.
+
+    Args:
+        of: Each.
+        length: How many.
+        name: What C calls that number, if it has a name.
+    """
+    rust = of.rust and f"[{of.rust}; {length}]"
+    dims = f"[{name or length}]"
+    return Type(cpp=of.cpp, c=of.c, ctype=of.ctype * length, rust=rust, dims=dims)
 
 
 def check_distinct(table: str, what: str, names: Iterable[str]) -> None:

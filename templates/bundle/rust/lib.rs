@@ -74,6 +74,7 @@ mod error;
 mod explain;
 pub mod ffi;
 mod log;
+mod types;
 
 pub use config::Config;
 pub use decode::{decode, decode_ragged, prepare, workspace_size};

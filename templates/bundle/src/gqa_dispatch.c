@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "gqa_internal.h"
+#include "gqa_kernels.h"
 
 // How the blocks of a launch share a sequence.
 typedef struct gqa_splits {

@@ -69,54 +69,9 @@ macro_rules! constants {
     };
 }
 
-fn rust_facts() -> Vec<Fact> {
-    type gqa_stream_t = cudaStream_t;
-    let mut facts = Vec::new();
-    layout!(
-        facts,
-        GQADecodeConfig,
-        batch_size,
-        cache_len,
-        num_q_heads,
-        num_kv_heads,
-        head_dim,
-        scale,
-        max_seq_len,
-        dtype,
-        workspace,
-        workspace_size
-    );
-    layout!(
-        facts,
-        gqa_launch,
-        kernel,
-        grid,
-        cluster,
-        block,
-        shared_bytes,
-        num_splits,
-        num_stages,
-        workspace_size
-    );
-    layout!(facts, gqa_status);
-    layout!(facts, gqa_stream_t);
-    layout!(facts, gqa_log_callback);
-    constants!(
-        facts,
-        GQA_SUCCESS,
-        GQA_ERROR_NULL_POINTER,
-        GQA_ERROR_INVALID_VALUE,
-        GQA_ERROR_CACHE_OVERFLOW,
-        GQA_ERROR_UNSUPPORTED,
-        GQA_ERROR_WORKSPACE,
-        GQA_ERROR_NO_DRIVER,
-        GQA_ERROR_DEVICE,
-        GQA_ERROR_LAUNCH,
-        GQA_FLOAT16,
-        GQA_BFLOAT16
-    );
-    facts
-}
+type gqa_stream_t = cudaStream_t;
+
+include!("layout_facts.rs");
 
 #[test]
 fn layouts_and_constants_are_those_of_c() {
