@@ -53,11 +53,17 @@ class Config(ctypes.Structure):
 
     _fields_ = public.CONFIG.ctypes_fields()
 
+    def __init__(self, **values: Any) -> None:
+        super().__init__(**{"struct_size": ctypes.sizeof(self)} | values)
+
 
 class Explained(ctypes.Structure):
     """gqa_launch."""
 
     _fields_ = public.LAUNCH.ctypes_fields()
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__(**{"struct_size": ctypes.sizeof(self)} | values)
 
 
 class DriverLaunch(ctypes.Structure):

@@ -50,8 +50,32 @@ static void* address(int tensor, int shift) {
   return (void*)(((uintptr_t)(tensor + 1) << 40) + (uintptr_t)shift);
 }
 
-static GQADecodeConfig const clusters = {1, 3, 4, 1, 128, 0.1f, 4096, GQA_FLOAT16, NULL, 0};
-static GQADecodeConfig const plain = {2, 3, 8, 2, 64, 0.1f, 30, GQA_BFLOAT16, NULL, 0};
+static GQADecodeConfig const clusters = {
+    sizeof(GQADecodeConfig), 1, 3, 4, 1, 128, 0.1f, 4096, GQA_FLOAT16, NULL, 0};
+static GQADecodeConfig const plain = {
+    sizeof(GQADecodeConfig), 2, 3, 8, 2, 64, 0.1f, 30, GQA_BFLOAT16, NULL, 0};
+
+// What callers with other headers have, in memory of just that size.
+typedef struct older_config {
+  size_t struct_size;
+  int32_t sizes[5];
+  float scale;
+  int32_t max_seq_len, dtype;
+} older_config;
+
+typedef struct newer_config {
+  GQADecodeConfig known;
+  int64_t unknown;
+} newer_config;
+
+typedef struct older_launch {
+  size_t struct_size;
+  char const* kernel;
+} older_launch;
+
+static older_config const older = {sizeof older, {2, 3, 8, 2, 64}, 0.1f, 30, GQA_BFLOAT16};
+static newer_config const newer = {{sizeof newer, 2, 3, 8, 2, 64, 0.1f, 30, GQA_BFLOAT16, NULL, 0},
+                                   0};
 
 static gqa_status step(GQADecodeConfig const* config, int shift, int ragged) {
   GQADecodeConfig given = *config;
@@ -75,6 +99,7 @@ static void check(gqa_status status) {
 
 static void steps(void) {
   size_t bytes;
+  older_launch told = {sizeof told, NULL};
   check(step(&clusters, 0, 0));
   check(step(&clusters, 8, 0));
   check(step(&clusters, 0, 1));
@@ -82,6 +107,9 @@ static void steps(void) {
   check(step(&plain, 0, 1));
   check(gqa_workspace_size(&clusters, &bytes));
   check(gqa_prepare(&plain));
+  check(gqa_prepare((GQADecodeConfig const*)&older));
+  check(gqa_prepare(&newer.known));
+  check(gqa_explain(&newer.known, "sm_90a", 132, 0, (gqa_launch*)&told));
 }
 
 static void ignore(char const* line, void* user) { *(long*)user += line[0] == 'l'; }

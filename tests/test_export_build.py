@@ -37,9 +37,11 @@ COMPILERS = {
 }
 STEP = """
 int main(void) {
-  GQADecodeConfig config = {1, 10, 4, 1, 128, 0.1f, 64, GQA_FLOAT16, 0, 0};
+  GQADecodeConfig config INITIAL;
   gqa_status status;
   void* at[6];
+  config.batch_size = 1, config.cache_len = 10, config.num_q_heads = 4, config.num_kv_heads = 1;
+  config.head_dim = 128, config.scale = 0.1f, config.max_seq_len = 64, config.dtype = GQA_FLOAT16;
   for (size_t i = 0; i < 6; ++i) at[i] = (void*)((i + 1) << 40);
   status = gqa_attention_decode(at[0], at[1], at[2], at[3], at[4], at[5], CONFIG);
   printf("%d kernels, %s, %s\\n", (int)gqa_kernel_count(), gqa_status_name(status),
@@ -48,8 +50,10 @@ int main(void) {
 }
 """
 INCLUDE = '#include "gqa_attention_decode.h"\n#include <stdio.h>\n'
-C_PROGRAM = INCLUDE + "#define CONFIG &config, 0" + STEP
-CPP_PROGRAM = INCLUDE + "#define CONFIG config" + STEP  # a reference, and the default stream
+INITIAL = "#define INITIAL = GQA_DECODE_CONFIG_INIT\n"
+C_PROGRAM = INCLUDE + INITIAL + "#define CONFIG &config, 0" + STEP
+# A reference, the default stream, and nothing said of sizes.
+CPP_PROGRAM = INCLUDE + "#define INITIAL\n#define CONFIG config" + STEP
 
 
 @pytest.fixture(scope="module")

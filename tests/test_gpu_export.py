@@ -53,10 +53,11 @@ class Shape:
     def config(self, workspace: Tensor | None = None) -> Config:
         """The C library's configuration."""
         return Config(
-            self.batch, self.cache_len, self.q_heads, self.kv_heads, self.head_dim, self.scale,
-            self.max_seq_len, int(self.dtype == "bf16"),
-            0 if workspace is None else workspace.data_ptr(),
-            0 if workspace is None else workspace.numel(),
+            batch_size=self.batch, cache_len=self.cache_len, num_q_heads=self.q_heads,
+            num_kv_heads=self.kv_heads, head_dim=self.head_dim, scale=self.scale,
+            max_seq_len=self.max_seq_len, dtype=int(self.dtype == "bf16"),
+            workspace=0 if workspace is None else workspace.data_ptr(),
+            workspace_size=0 if workspace is None else workspace.numel(),
         )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from gqa_cutlass.codegen import DType, Math, default_config, render
 from gqa_cutlass.codegen import headers as our
 from gqa_cutlass.codegen.headers import Headers
 from gqa_cutlass.codegen.manifest import emit, emitted_drift
-from gqa_cutlass.codegen.schema import arguments, params, storage
+from gqa_cutlass.codegen.schema import arguments, params, public, storage
 from gqa_cutlass.codegen.schema.arguments import ARGUMENTS, BUFFERS, Argument, Table
 from gqa_cutlass.codegen.schema.emit import (
     check_emitted,
@@ -33,7 +33,9 @@ from gqa_cutlass.codegen.schema.structs import (
     Constant,
     Enumeration,
     Field,
+    Growth,
     Struct,
+    own_size,
 )
 from gqa_cutlass.errors import ConfigError
 
@@ -203,6 +205,57 @@ def test_more_fields_than_have_room_are_refused() -> None:
         Struct(cpp="S", c="s", doc="", fields=fields, bytes=12)
     assert Struct(cpp="S", c="s", doc="", fields=fields, bytes=64).reserved == 48
     assert Struct(cpp="S", c="s", doc="", fields=fields).reserved == 0
+
+
+GROWTH = Growth(required="a", least="kLeast", initial="INIT")
+CLOSED: dict[str, tuple[tuple[Field, ...], str]] = {
+    "no size": ((Field(name="a", type=INT64),), "got a as its first field; needed: struct_size"),
+    "a gap": (
+        (own_size("s"), Field(name="a", type=INT64), Field(name="b", type=INT32),
+         Field(name="c", type=INT64)), "got 28 bytes of fields in 32",
+    ),
+    "room behind": (
+        (own_size("s"), Field(name="a", type=INT64), Field(name="b", type=INT32)),
+        "got 20 bytes of fields in 24",
+    ),
+    "half a step": (
+        (own_size("s"), Field(name="a", type=INT32), Field(name="b", type=INT32)),
+        "got 16 bytes of fields in 16, of which the first 12 are required; needed: no gaps, and",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "message"), CLOSED.values(), ids=CLOSED)
+def test_a_structure_that_cannot_grow_is_refused(fields: tuple[Field, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"schema: S: {message}"):
+        Struct(cpp="S", c="s", doc="", fields=fields, growth=GROWTH)
+    assert Struct(cpp="S", c="s", doc="", fields=fields).growth is None
+
+
+def offsets(struct: Struct) -> list[tuple[str, int]]:
+    kind = type(struct.c, (ctypes.Structure,), {"_fields_": struct.ctypes_fields()})
+    return [(field.name, getattr(kind, field.name).offset) for field in struct.fields]
+
+
+def test_what_programs_were_built_with_stays_where_it_is() -> None:
+    """Add fields and statuses at the end; these do not change."""
+    assert offsets(public.CONFIG)[:11] == [
+        ("struct_size", 0), ("batch_size", 8), ("cache_len", 12), ("num_q_heads", 16),
+        ("num_kv_heads", 20), ("head_dim", 24), ("scale", 28), ("max_seq_len", 32), ("dtype", 36),
+        ("workspace", 40), ("workspace_size", 48),
+    ]  # fmt: skip
+    assert offsets(public.LAUNCH)[:9] == [
+        ("struct_size", 0), ("kernel", 8), ("grid", 16), ("cluster", 28), ("block", 32),
+        ("shared_bytes", 36), ("num_splits", 40), ("num_stages", 44), ("workspace_size", 48),
+    ]  # fmt: skip
+    assert [member.name.removeprefix("GQA_ERROR_") for member in public.STATUS.members][:10] == [
+        "GQA_SUCCESS", "NULL_POINTER", "INVALID_VALUE", "CACHE_OVERFLOW", "UNSUPPORTED",
+        "WORKSPACE", "NO_DRIVER", "DEVICE", "LAUNCH", "UNSUPPORTED_FEATURE",
+    ]  # fmt: skip
+    assert [member.value for member in public.STATUS.members] == list(
+        range(len(public.STATUS.members))
+    )
+    assert (public.CONFIG.least_bytes, public.LAUNCH.least_bytes) == (40, 16)
 
 
 def test_parts_of_shared_memory_lie_one_behind_the_other_as_aligned() -> None:

@@ -10,19 +10,20 @@ from collections.abc import Iterable, Iterator
 
 from gqa_cutlass.codegen.schema.internal import MAXIMA
 from gqa_cutlass.codegen.schema.internal import STRUCTS as INTERNAL
-from gqa_cutlass.codegen.schema.public import ENUMERATIONS
+from gqa_cutlass.codegen.schema.public import ENUMERATIONS, SIZES
 from gqa_cutlass.codegen.schema.public import STRUCTS as PUBLIC
 from gqa_cutlass.codegen.schema.spell import MARK, WIDTH, c_enum, c_struct
 from gqa_cutlass.codegen.schema.structs import Enumeration, Struct
 
 _OTHER_TYPES = ("gqa_stream_t", "gqa_log_callback")  # of the header, whose size Rust must know
+_SIZE_DOC = "bytes that the caller's structure has, by which the library knows its fields"
 
 
 def public_types() -> str:
     """What callers share with the library, as a part of its header."""
     return _text(
         *(line for enumeration in ENUMERATIONS for line in c_enum(enumeration)),
-        *(line for struct in PUBLIC for line in c_struct(struct)),
+        *(line for struct in PUBLIC for line in (*c_struct(struct), *_initial(struct))),
     )
 
 
@@ -37,6 +38,8 @@ def internal_header() -> str:
         "#include <stdint.h>",
         "",
         *c_enum(MAXIMA),
+        "// What the callers' structures may measure.",
+        *c_enum(SIZES),
         *(line for struct in INTERNAL for line in c_struct(struct)),
         "#endif  // GQA_TYPES_H_",
     )
@@ -51,7 +54,9 @@ def rust_types() -> str:
         "#![allow(non_camel_case_types)]",
         "",
         "use std::ffi::c_void;",
+        "use std::mem::size_of;",
         "use std::os::raw::{c_char, c_int};",
+        "use std::ptr::{null, null_mut};",
         *(line for enumeration in ENUMERATIONS for line in _rust_enum(enumeration)),
         *(line for struct in PUBLIC for line in _rust_struct(struct)),
     )
@@ -113,6 +118,14 @@ def _enums() -> list[str]:
     return [enumeration.c for enumeration in ENUMERATIONS]
 
 
+def _initial(struct: Struct) -> Iterator[str]:
+    """The macro that initialises a structure, in C and in C++."""
+    if struct.growth is not None:
+        values = ", ".join(field.type.initial for field in struct.fields)
+        yield f"#define {struct.growth.initial} {{{values}}}"
+        yield ""
+
+
 def _rust_enum(enumeration: Enumeration) -> Iterator[str]:
     yield ""
     yield from _rust_doc(f"{enumeration.doc} An integer, since C may return others.")
@@ -129,8 +142,17 @@ def _rust_struct(struct: Struct) -> Iterator[str]:
     yield "#[derive(Clone, Copy, Debug)]"
     yield f"pub struct {struct.c} {{"
     for field in struct.fields:
-        yield from _rust_doc(field.doc, indent="    ")
+        yield from _rust_doc(field.doc or _SIZE_DOC, indent="    ")
         yield f"    pub {field.name}: {field.type.rust},"
+    yield "}"
+    yield ""
+    yield f"impl Default for {struct.c} {{"
+    yield "    /// Of this crate's size, and zero otherwise."
+    yield "    fn default() -> Self {"
+    yield "        Self {"
+    yield from (f"            {f.name}: {f.type.rust_default}," for f in struct.fields)
+    yield "        }"
+    yield "    }"
     yield "}"
 
 

@@ -13,9 +13,11 @@ from gqa_cutlass.codegen.schema.structs import (
     Constant,
     Enumeration,
     Field,
+    Growth,
     Struct,
     Type,
     array,
+    own_size,
 )
 
 STATUS = Enumeration(
@@ -35,6 +37,7 @@ STATUS = Enumeration(
                 ("GQA_ERROR_NO_DRIVER", "no libcuda, too old a one, or no GPU"),
                 ("GQA_ERROR_DEVICE", "the GPU is too old, or none of those exported for"),
                 ("GQA_ERROR_LAUNCH", "the driver refused to load or to launch a kernel"),
+                ("GQA_ERROR_UNSUPPORTED_FEATURE", "the caller asks for what is newer than this"),
             )
         )
     ),
@@ -56,8 +59,11 @@ _DTYPE = Type(cpp="int32_t", c="int32_t", ctype=INT32.ctype, rust="gqa_dtype")
 CONFIG = Struct(
     cpp="GQADecodeConfig",
     c="GQADecodeConfig",
-    doc="The sizes of a step.",
-    fields=tuple(
+    doc="The sizes of a step. Fields that the caller's version lacks have their default, 0. A "
+    "newer caller's fields that this library lacks must be 0, or are refused.",
+    growth=Growth(required="dtype", least="kGqaConfigLeastBytes", initial="GQA_DECODE_CONFIG_INIT"),
+    fields=(own_size("GQADecodeConfig"),)
+    + tuple(
         Field(name=name, type=kind, doc=doc)
         for name, kind, doc in (
             ("batch_size", INT32, "sequences, 1 to 65535"),
@@ -84,8 +90,11 @@ CONFIG = Struct(
 LAUNCH = Struct(
     cpp="gqa_launch",
     c="gqa_launch",
-    doc="What would be launched.",
-    fields=tuple(
+    doc="What would be launched. As much of it is written as the caller's version has; a newer "
+    "caller's fields that this library lacks become 0.",
+    growth=Growth(required="kernel", least="kGqaLaunchLeastBytes", initial="GQA_LAUNCH_INIT"),
+    fields=(own_size("gqa_launch"),)
+    + tuple(
         Field(name=name, type=kind, doc=doc)
         for name, kind, doc in (
             ("kernel", TEXT, "the kernel's name; never freed"),
@@ -100,3 +109,17 @@ LAUNCH = Struct(
     ),
 )
 STRUCTS = (CONFIG, LAUNCH)
+
+# More bytes than any version will have: a size beyond is none, and is not read up to.
+MOST_STRUCT_BYTES = 1024
+SIZES = Enumeration(
+    c="",
+    members=(
+        *(
+            Constant(name=s.growth.least, value=s.least_bytes, doc=f"up to `{s.growth.required}`")
+            for s in STRUCTS
+            if s.growth is not None
+        ),
+        Constant(name="kGqaMostStructBytes", value=MOST_STRUCT_BYTES),
+    ),
+)

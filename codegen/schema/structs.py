@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gqa_cutlass.errors import ConfigError
@@ -20,7 +20,9 @@ class Type:
         c: In the C library.
         ctype: In Python.
         rust: In the Rust crate; "" where it has none.
-        dims: What follows a field's name in C: the lengths of an array.
+        dims: What follows a field's name in C: the lengths of an array, for instance.
+        initial: What C initialises it with.
+        rust_default: Its default in Rust.
     """
 
     cpp: str
@@ -28,6 +30,8 @@ class Type:
     ctype: type[Any]
     rust: str = ""
     dims: str = ""
+    initial: str = "0"
+    rust_default: str = "0"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +52,23 @@ class Field:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Growth:
+    """How callers' structures of other versions are told apart: by the size that they say.
+
+    Structures grow at their end alone. A caller's is read as far as both sides know it.
+
+    Args:
+        required: The last field that the callers of every version have.
+        least: What the C library calls the size up to there.
+        initial: The macro with which C initialises one.
+    """
+
+    required: str
+    least: str
+    initial: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Struct:
     """A structure.
 
@@ -57,9 +78,11 @@ class Struct:
         doc: What it is.
         fields: In the order of their offsets.
         bytes: Its size, up to which it is filled; None for what the fields take.
+        growth: How it may grow; None where both sides are built together.
 
     Raises:
-        ConfigError: Two fields of one name, or more of them than have room.
+        ConfigError: Two fields of one name, or more of them than have room; or it can grow, and
+            has bytes between fields or behind them, in which callers leave anything.
     """
 
     cpp: str
@@ -67,9 +90,12 @@ class Struct:
     doc: str
     fields: tuple[Field, ...]
     bytes: int | None = None
+    growth: Growth | None = None
 
     def __post_init__(self) -> None:
         check_distinct(self.cpp, "fields", (field.name for field in self.fields))
+        if self.growth is not None:
+            self._check_growth()
         if self.reserved < 0:
             raise ConfigError(
                 f"schema: {self.cpp}: got fields of {self._taken} bytes; allowed: {self.bytes}. No "
@@ -85,6 +111,31 @@ class Struct:
         """The fields as a ctypes.Structure takes them."""
         fields: list[tuple[str, type[Any]]] = [(f.name, f.type.ctype) for f in self.fields]
         return fields + [(RESERVED, ctypes.c_ubyte * self.reserved)] * bool(self.reserved)
+
+    @property
+    def least_bytes(self) -> int:
+        """The size of the smallest that callers may have: up to the last required field."""
+        assert self.growth is not None
+        names = [field.name for field in self.fields]
+        known = self.fields[: names.index(self.growth.required) + 1]
+        return sum(ctypes.sizeof(field.type.ctype) for field in known)
+
+    def _check_growth(self) -> None:
+        """Raise ConfigError when a smaller version could say more than it has."""
+        filled = sum(ctypes.sizeof(field.type.ctype) for field in self.fields)
+        first, step = self.fields[0], ctypes.sizeof(SIZE.ctype)
+        if (first.name, first.type.ctype) != (STRUCT_SIZE, SIZE.ctype):
+            raise ConfigError(
+                f"schema: {self.cpp}: got {first.name} as its first field; needed: {STRUCT_SIZE}, "
+                "by which versions are told apart. Nothing was generated."
+            )
+        if filled != self._taken or self.least_bytes % step:
+            raise ConfigError(
+                f"schema: {self.cpp}: got {filled} bytes of fields in {self._taken}, of which the "
+                f"first {self.least_bytes} are required; needed: no gaps, and steps of {step}: "
+                "callers leave anything there, where a later version has a field. Nothing was "
+                "generated. Put a reserved field into the gap."
+            )
 
     @property
     def _taken(self) -> int:
@@ -137,14 +188,23 @@ class Enumeration:
 
 
 RESERVED = "reserved"
+STRUCT_SIZE = "struct_size"
 INT32 = Type(cpp="int32_t", c="int32_t", ctype=ctypes.c_int32, rust="i32")
 INT64 = Type(cpp="int64_t", c="int64_t", ctype=ctypes.c_int64)
 UINT32 = Type(cpp="uint32_t", c="uint32_t", ctype=ctypes.c_uint32, rust="u32")
 SIZE = Type(cpp="size_t", c="size_t", ctype=ctypes.c_size_t, rust="usize")
-FLOAT = Type(cpp="float", c="float", ctype=ctypes.c_float, rust="f32")
+FLOAT = Type(
+    cpp="float", c="float", ctype=ctypes.c_float, rust="f32", initial="0.0f", rust_default="0.0"
+)
 DOUBLE = Type(cpp="double", c="double", ctype=ctypes.c_double)
-TEXT = Type(cpp="char const*", c="char const*", ctype=ctypes.c_char_p, rust="*const c_char")
-MEMORY = Type(cpp="void*", c="void*", ctype=ctypes.c_void_p, rust="*mut c_void")
+TEXT = Type(
+    cpp="char const*", c="char const*", ctype=ctypes.c_char_p, rust="*const c_char",
+    initial="NULL", rust_default="null()",
+)  # fmt: skip
+MEMORY = Type(
+    cpp="void*", c="void*", ctype=ctypes.c_void_p, rust="*mut c_void",
+    initial="NULL", rust_default="null_mut()",
+)  # fmt: skip
 
 
 def pointer(to: str, *, const: bool = False) -> Type:
@@ -161,9 +221,24 @@ def array(of: Type, length: int, name: str = "") -> Type:
         length: How many.
         name: What C calls that number, if it has a name.
     """
-    rust = of.rust and f"[{of.rust}; {length}]"
-    dims = f"[{name or length}]"
-    return Type(cpp=of.cpp, c=of.c, ctype=of.ctype * length, rust=rust, dims=dims)
+    return Type(
+        cpp=of.cpp, c=of.c, ctype=of.ctype * length, rust=of.rust and f"[{of.rust}; {length}]",
+        dims=f"[{name or length}]", initial=f"{{{', '.join([of.initial] * length)}}}",
+        rust_default=f"[{of.rust_default}; {length}]",
+    )  # fmt: skip
+
+
+def own_size(name: str) -> Field:
+    """The first field of a structure that can grow: the caller's size of it.
+
+    Args:
+        name: The structure's.
+    """
+    kind = replace(
+        SIZE, dims=f" GQA_OWN_SIZE({name})", initial=f"sizeof({name})",
+        rust_default=f"size_of::<{name}>()",
+    )  # fmt: skip
+    return Field(name=STRUCT_SIZE, type=kind)
 
 
 def check_distinct(table: str, what: str, names: Iterable[str]) -> None:

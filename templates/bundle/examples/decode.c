@@ -179,10 +179,9 @@ static int run(GQADecodeConfig* c) {
 }
 
 int main(int argc, char** argv) {
-  GQADecodeConfig config;
+  GQADecodeConfig config = GQA_DECODE_CONFIG_INIT;
   int32_t* const sizes[] = {&config.batch_size, &config.num_q_heads, &config.num_kv_heads,
                             &config.head_dim,   &config.cache_len,   &config.max_seq_len};
-  memset(&config, 0, sizeof config);
   if (argc != 8 || (strcmp(argv[7], "f16") != 0 && strcmp(argv[7], "bf16") != 0)) {
     fprintf(stderr, "usage: %s BATCH Q_HEADS KV_HEADS HEAD_DIM CACHE_LEN MAX_SEQ_LEN f16|bf16\n",
             argv[0]);

@@ -1,6 +1,7 @@
 //! The sizes of a step, and what follows from them.
 
 use std::ffi::c_void;
+use std::mem::size_of;
 
 use crate::device::Workspace;
 use crate::element::Element;
@@ -8,6 +9,24 @@ use crate::error::GqaError;
 use crate::ffi;
 
 /// The sizes of a step. The element type is that of the tensors.
+///
+/// A program that takes the fields which it does not name from the default goes on compiling when a
+/// later version has more of them:
+///
+/// ```
+/// use gqa_attention_decode::Config;
+///
+/// let config = Config {
+///     batch_size: 1,
+///     num_q_heads: 32,
+///     num_kv_heads: 8,
+///     head_dim: 128,
+///     scale: 1.0 / 128f32.sqrt(),
+///     max_seq_len: 4096,
+///     ..Config::default()
+/// };
+/// assert_eq!(config.cache_len, 0);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Config {
     /// Sequences, 1 to 65535.
@@ -26,6 +45,22 @@ pub struct Config {
     pub max_seq_len: usize,
 }
 
+impl Default for Config {
+    /// An empty cache, of one sequence. Sizes are 0 and the scale is no number until they are set:
+    /// calls refuse both.
+    fn default() -> Self {
+        Self {
+            batch_size: 1,
+            cache_len: 0,
+            num_q_heads: 0,
+            num_kv_heads: 0,
+            head_dim: 0,
+            scale: f32::NAN,
+            max_seq_len: 0,
+        }
+    }
+}
+
 /// Elements that tensors have.
 pub(crate) struct Sizes {
     query: usize,
@@ -41,6 +76,7 @@ impl Config {
     ) -> Result<ffi::GQADecodeConfig, GqaError> {
         let (memory, workspace_size) = workspace.parts();
         Ok(ffi::GQADecodeConfig {
+            struct_size: size_of::<ffi::GQADecodeConfig>(),
             batch_size: to_int("config: batch_size", self.batch_size)?,
             cache_len: to_int("config: cache_len", self.cache_len)?,
             num_q_heads: to_int("config: num_q_heads", self.num_q_heads)?,

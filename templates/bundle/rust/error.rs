@@ -27,6 +27,8 @@ pub enum GqaError {
     Device(String),
     /// The driver refused to load or to launch a kernel.
     Launch(String),
+    /// The configuration asks for what is newer than the library.
+    UnsupportedFeature(String),
     /// A status that this crate does not know.
     Unknown {
         /// What C returned.
@@ -55,6 +57,7 @@ impl GqaError {
             ffi::GQA_ERROR_NO_DRIVER => GqaError::NoDriver(message),
             ffi::GQA_ERROR_DEVICE => GqaError::Device(message),
             ffi::GQA_ERROR_LAUNCH => GqaError::Launch(message),
+            ffi::GQA_ERROR_UNSUPPORTED_FEATURE => GqaError::UnsupportedFeature(message),
             _ => GqaError::Unknown { status, message },
         }
     }
@@ -70,6 +73,7 @@ impl GqaError {
             GqaError::NoDriver(_) => ffi::GQA_ERROR_NO_DRIVER,
             GqaError::Device(_) => ffi::GQA_ERROR_DEVICE,
             GqaError::Launch(_) => ffi::GQA_ERROR_LAUNCH,
+            GqaError::UnsupportedFeature(_) => ffi::GQA_ERROR_UNSUPPORTED_FEATURE,
             GqaError::Unknown { status, .. } => *status,
         }
     }
@@ -85,6 +89,7 @@ impl GqaError {
             | GqaError::NoDriver(message)
             | GqaError::Device(message)
             | GqaError::Launch(message)
+            | GqaError::UnsupportedFeature(message)
             | GqaError::Unknown { message, .. } => message,
         }
     }

@@ -1,7 +1,6 @@
 //! What would be launched, and what there is to launch. Needs no GPU.
 
 use std::ffi::{CStr, CString};
-use std::mem::MaybeUninit;
 use std::os::raw::c_char;
 
 use crate::config::{to_int, Config};
@@ -67,19 +66,11 @@ pub fn explain<T: Element>(
     let arch = CString::new(arch).map_err(|_| {
         GqaError::InvalidValue(format!("arch: got {arch:?}; allowed: what was exported."))
     })?;
-    let mut launch = MaybeUninit::<ffi::gqa_launch>::uninit();
-    // SAFETY: the pointers are valid, and C has written all of `launch` when it succeeded.
-    let launch = unsafe {
-        let ragged = i32::from(ragged);
-        GqaError::check(ffi::gqa_explain(
-            &c,
-            arch.as_ptr(),
-            num_sms,
-            ragged,
-            launch.as_mut_ptr(),
-        ))?;
-        launch.assume_init()
-    };
+    let mut launch = ffi::gqa_launch::default();
+    // SAFETY: the pointers are valid.
+    GqaError::check(unsafe {
+        ffi::gqa_explain(&c, arch.as_ptr(), num_sms, i32::from(ragged), &mut launch)
+    })?;
     Ok(Launch {
         // SAFETY: a name in the library's table.
         kernel: unsafe { name(launch.kernel) },

@@ -4,7 +4,9 @@
 #![allow(non_camel_case_types)]
 
 use std::ffi::c_void;
+use std::mem::size_of;
 use std::os::raw::{c_char, c_int};
+use std::ptr::{null, null_mut};
 
 /// What every function that can fail returns. An integer, since C may return others.
 pub type gqa_status = c_int;
@@ -26,6 +28,8 @@ pub const GQA_ERROR_NO_DRIVER: gqa_status = 6;
 pub const GQA_ERROR_DEVICE: gqa_status = 7;
 /// The driver refused to load or to launch a kernel.
 pub const GQA_ERROR_LAUNCH: gqa_status = 8;
+/// The caller asks for what is newer than this.
+pub const GQA_ERROR_UNSUPPORTED_FEATURE: gqa_status = 9;
 
 /// The element type of every tensor of a call. An integer, since C may return others.
 pub type gqa_dtype = i32;
@@ -34,10 +38,13 @@ pub const GQA_FLOAT16: gqa_dtype = 0;
 /// The upper half of a float.
 pub const GQA_BFLOAT16: gqa_dtype = 1;
 
-/// The sizes of a step.
+/// The sizes of a step. Fields that the caller's version lacks have their default, 0. A newer
+/// caller's fields that this library lacks must be 0, or are refused.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct GQADecodeConfig {
+    /// Bytes that the caller's structure has, by which the library knows its fields.
+    pub struct_size: usize,
     /// Sequences, 1 to 65535.
     pub batch_size: i32,
     /// Tokens in each cache before the step, 0 to `max_seq_len` - 1.
@@ -60,10 +67,32 @@ pub struct GQADecodeConfig {
     pub workspace_size: usize,
 }
 
-/// What would be launched.
+impl Default for GQADecodeConfig {
+    /// Of this crate's size, and zero otherwise.
+    fn default() -> Self {
+        Self {
+            struct_size: size_of::<GQADecodeConfig>(),
+            batch_size: 0,
+            cache_len: 0,
+            num_q_heads: 0,
+            num_kv_heads: 0,
+            head_dim: 0,
+            scale: 0.0,
+            max_seq_len: 0,
+            dtype: 0,
+            workspace: null_mut(),
+            workspace_size: 0,
+        }
+    }
+}
+
+/// What would be launched. As much of it is written as the caller's version has; a newer caller's
+/// fields that this library lacks become 0.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct gqa_launch {
+    /// Bytes that the caller's structure has, by which the library knows its fields.
+    pub struct_size: usize,
     /// The kernel's name; never freed.
     pub kernel: *const c_char,
     /// Blocks: KV heads times head blocks, splits, sequences.
@@ -80,4 +109,21 @@ pub struct gqa_launch {
     pub num_stages: i32,
     /// Bytes of workspace that this launch uses.
     pub workspace_size: usize,
+}
+
+impl Default for gqa_launch {
+    /// Of this crate's size, and zero otherwise.
+    fn default() -> Self {
+        Self {
+            struct_size: size_of::<gqa_launch>(),
+            kernel: null(),
+            grid: [0; 3],
+            cluster: 0,
+            block: 0,
+            shared_bytes: 0,
+            num_splits: 0,
+            num_stages: 0,
+            workspace_size: 0,
+        }
+    }
 }

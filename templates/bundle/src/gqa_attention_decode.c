@@ -36,10 +36,11 @@ gqa_status gqa_attention_decode(void* output, void const* q, void const* k, void
                                 void* kv_cache_k, void* kv_cache_v, GQADecodeConfig const* config,
                                 gqa_stream_t stream) {
   gqa_tensors const t = {output, q, k, v, kv_cache_k, kv_cache_v, NULL, NULL};
-  gqa_status status = gqa_check_config(config);
-  if (status == GQA_SUCCESS) status = gqa_check_length(config);
-  if (status == GQA_SUCCESS) status = gqa_check_tensors(config, &t);
-  return status == GQA_SUCCESS ? decode(config, &t, stream) : status;
+  GQADecodeConfig own;
+  gqa_status status = gqa_read_config(config, &own);
+  if (status == GQA_SUCCESS) status = gqa_check_length(&own);
+  if (status == GQA_SUCCESS) status = gqa_check_tensors(&own, &t);
+  return status == GQA_SUCCESS ? decode(&own, &t, stream) : status;
 }
 
 gqa_status gqa_attention_decode_ragged(void* output, void const* q, void const* k, void const* v,
@@ -47,10 +48,11 @@ gqa_status gqa_attention_decode_ragged(void* output, void const* q, void const* 
                                        int32_t const* cache_seqlens, int32_t* overflow,
                                        GQADecodeConfig const* config, gqa_stream_t stream) {
   gqa_tensors const t = {output, q, k, v, kv_cache_k, kv_cache_v, cache_seqlens, overflow};
-  gqa_status status = gqa_check_config(config);
-  if (status == GQA_SUCCESS) status = gqa_check_tensors(config, &t);
-  if (status == GQA_SUCCESS) status = gqa_check_lengths(config, &t);
-  return status == GQA_SUCCESS ? decode(config, &t, stream) : status;
+  GQADecodeConfig own;
+  gqa_status status = gqa_read_config(config, &own);
+  if (status == GQA_SUCCESS) status = gqa_check_tensors(&own, &t);
+  if (status == GQA_SUCCESS) status = gqa_check_lengths(&own, &t);
+  return status == GQA_SUCCESS ? decode(&own, &t, stream) : status;
 }
 
 gqa_status gqa_workspace_size(GQADecodeConfig const* config, size_t* bytes) {
@@ -59,7 +61,8 @@ gqa_status gqa_workspace_size(GQADecodeConfig const* config, size_t* bytes) {
   gqa_target target;
   gqa_dispatch chosen;
   size_t largest = 0;
-  gqa_status status = gqa_check_config(config);
+  GQADecodeConfig own;
+  gqa_status status = gqa_read_config(config, &own);
   if (status != GQA_SUCCESS) return status;
   if (bytes == NULL) {
     return gqa_fail(GQA_ERROR_NULL_POINTER, "bytes: got null; needed: where to write the size.");
@@ -67,7 +70,7 @@ gqa_status gqa_workspace_size(GQADecodeConfig const* config, size_t* bytes) {
   status = gqa_find_current(&driver, &device, &target);
   for (int32_t width = 8; status == GQA_SUCCESS && width >= 1; width /= 2) {
     for (int ragged = 0; status == GQA_SUCCESS && ragged < 2; ++ragged) {
-      gqa_problem const problem = gqa_describe(config, width, ragged);
+      gqa_problem const problem = gqa_describe(&own, width, ragged);
       if (width < 8 && !gqa_choose(&problem, &target, &chosen)) continue;  // no narrower kernels
       status = gqa_find_kernel(&problem, &target, &chosen);
       if (status == GQA_SUCCESS && gqa_workspace_of(&chosen) > largest)
@@ -84,10 +87,11 @@ gqa_status gqa_prepare(GQADecodeConfig const* config) {
   gqa_target target;
   gqa_dispatch chosen;
   gqa_cu_kernel function;
-  gqa_status status = gqa_check_config(config);
+  GQADecodeConfig own;
+  gqa_status status = gqa_read_config(config, &own);
   if (status == GQA_SUCCESS) status = gqa_find_current(&driver, &device, &target);
   for (int ragged = 0; status == GQA_SUCCESS && ragged < 2; ++ragged) {
-    gqa_problem const problem = gqa_describe(config, 8, ragged);
+    gqa_problem const problem = gqa_describe(&own, 8, ragged);
     status = gqa_find_kernel(&problem, &target, &chosen);
     if (status == GQA_SUCCESS) status = gqa_find_function(driver, chosen.kernel, device, &function);
   }
@@ -101,16 +105,40 @@ static int32_t find_arch(char const* name) {
   return -1;
 }
 
+// Writes what was chosen as far as the caller's structure goes, which may be older or newer.
+static void give(gqa_dispatch const* chosen, gqa_launch* launched) {
+  size_t const size = launched->struct_size;
+  gqa_launch found = GQA_LAUNCH_INIT;
+  found.struct_size = size;
+  found.kernel = chosen->kernel->name;
+  memcpy(found.grid, chosen->grid, sizeof found.grid);
+  found.cluster = chosen->cluster;
+  found.block = chosen->block;
+  found.shared_bytes = chosen->shared_bytes;
+  found.num_splits = chosen->num_splits;
+  found.num_stages = chosen->num_stages;
+  found.workspace_size = gqa_workspace_of(chosen);
+  if (size <= sizeof found) {
+    memcpy(launched, &found, size);
+  } else {
+    memset((char*)launched + sizeof found, 0, size - sizeof found);
+    *launched = found;
+  }
+}
+
 gqa_status gqa_explain(GQADecodeConfig const* config, char const* arch, int32_t num_sms,
                        int32_t ragged, gqa_launch* launched) {
   gqa_dispatch chosen;
   gqa_target target;
   gqa_problem problem;
-  gqa_status status = gqa_check_config(config);
+  GQADecodeConfig own;
+  gqa_status status = gqa_read_config(config, &own);
   if (status != GQA_SUCCESS) return status;
   if (arch == NULL || launched == NULL) {
     return gqa_fail(GQA_ERROR_NULL_POINTER, "arch and launch: got null; needed: both.");
   }
+  status = gqa_check_launch(launched);
+  if (status != GQA_SUCCESS) return status;
   memset(&target, 0, sizeof target);
   target.arch = find_arch(arch);
   target.num_sms = num_sms;
@@ -121,17 +149,10 @@ gqa_status gqa_explain(GQADecodeConfig const* config, char const* arch, int32_t 
                     arch, gqa_archs[0].name);
   }
   if (num_sms < 1) return gqa_fail_range("num_sms", num_sms, 1, INT32_MAX);
-  problem = gqa_describe(config, 8, ragged != 0);
+  problem = gqa_describe(&own, 8, ragged != 0);
   status = gqa_find_kernel(&problem, &target, &chosen);
   if (status != GQA_SUCCESS) return status;
-  launched->kernel = chosen.kernel->name;
-  memcpy(launched->grid, chosen.grid, sizeof launched->grid);
-  launched->cluster = chosen.cluster;
-  launched->block = chosen.block;
-  launched->shared_bytes = chosen.shared_bytes;
-  launched->num_splits = chosen.num_splits;
-  launched->num_stages = chosen.num_stages;
-  launched->workspace_size = gqa_workspace_of(&chosen);
+  give(&chosen, launched);
   return GQA_SUCCESS;
 }
 

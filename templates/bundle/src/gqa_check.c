@@ -1,4 +1,5 @@
 #include <math.h>
+#include <string.h>
 
 #include "gqa_internal.h"
 #include "gqa_kernels.h"
@@ -7,12 +8,39 @@ enum { kAlignment = 16 };
 
 static double const kMaxCacheBytes = 140737488355328.0;  // 2^47: sums of sizes stay in 64 bits
 
-gqa_status gqa_check_config(GQADecodeConfig const* config) {
-  gqa_limits const* limits = &gqa_config_limits;
-  if (config == NULL) {
-    return gqa_fail(GQA_ERROR_NULL_POINTER,
-                    "config: got null; needed: a GQADecodeConfig. Nothing was launched.");
+// Whether a version of a structure may be that large; its other bytes are not read before.
+static gqa_status check_size(char const* what, char const* type, char const* initial, size_t got,
+                             size_t least, size_t known) {
+  size_t const step = sizeof(size_t);
+  if (got >= least && got <= kGqaMostStructBytes && got % step == 0) return GQA_SUCCESS;
+  return gqa_fail(
+      GQA_ERROR_INVALID_VALUE,
+      "%s: struct_size: got %zu; allowed: sizeof(%s) of any version, %zu to %d in steps "
+      "of %zu, and %zu here. Nothing was launched. Begin with %s.",
+      what, got, type, least, kGqaMostStructBytes, step, known, initial);
+}
+
+// What a newer caller sets and this library does not know must not be ignored.
+static gqa_status check_unknown(GQADecodeConfig const* given) {
+  unsigned char const* bytes = (unsigned char const*)given;
+  for (size_t i = sizeof *given; i < given->struct_size; ++i) {
+    if (bytes[i] != 0) {
+      return gqa_fail(
+          GQA_ERROR_UNSUPPORTED_FEATURE,
+          "config: got %zu bytes with %d in byte %zu; allowed: zeros beyond the %zu bytes that "
+          "this "
+          "library knows. Nothing was launched. The program asks for a feature that is newer than "
+          "the library: leave its field zero, or export the library again with the gqa-cutlass "
+          "that the program's header is from.",
+          given->struct_size, (int)bytes[i], i, sizeof *given);
+    }
   }
+  return GQA_SUCCESS;
+}
+
+// The sizes and the scale.
+static gqa_status check_config(GQADecodeConfig const* config) {
+  gqa_limits const* limits = &gqa_config_limits;
   if (config->batch_size < 1 || config->batch_size > limits->max_batch) {
     return gqa_fail_range("batch_size", config->batch_size, 1, limits->max_batch);
   }
@@ -59,6 +87,27 @@ gqa_status gqa_check_config(GQADecodeConfig const* config) {
         rows * config->head_dim * kElementBytes, kMaxCacheBytes);
   }
   return GQA_SUCCESS;
+}
+
+gqa_status gqa_read_config(GQADecodeConfig const* given, GQADecodeConfig* config) {
+  GQADecodeConfig const defaults = GQA_DECODE_CONFIG_INIT;
+  size_t const known = sizeof defaults;
+  if (given == NULL) {
+    return gqa_fail(GQA_ERROR_NULL_POINTER,
+                    "config: got null; needed: a GQADecodeConfig. Nothing was launched.");
+  }
+  gqa_status status = check_size("config", "GQADecodeConfig", "GQA_DECODE_CONFIG_INIT",
+                                 given->struct_size, kGqaConfigLeastBytes, known);
+  if (status == GQA_SUCCESS) status = check_unknown(given);
+  if (status != GQA_SUCCESS) return status;
+  *config = defaults;
+  memcpy(config, given, given->struct_size < known ? given->struct_size : known);
+  return check_config(config);
+}
+
+gqa_status gqa_check_launch(gqa_launch const* launched) {
+  return check_size("launch", "gqa_launch", "GQA_LAUNCH_INIT", launched->struct_size,
+                    kGqaLaunchLeastBytes, sizeof *launched);
 }
 
 gqa_status gqa_check_length(GQADecodeConfig const* config) {

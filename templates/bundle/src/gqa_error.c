@@ -40,7 +40,9 @@ char const* gqa_status_name(gqa_status status) {
                                       "GQA_ERROR_WORKSPACE",
                                       "GQA_ERROR_NO_DRIVER",
                                       "GQA_ERROR_DEVICE",
-                                      "GQA_ERROR_LAUNCH"};
+                                      "GQA_ERROR_LAUNCH",
+                                      "GQA_ERROR_UNSUPPORTED_FEATURE"};
   int const index = (int)status;
-  return index >= 0 && index <= (int)GQA_ERROR_LAUNCH ? names[index] : "unknown status";
+  return index >= 0 && index <= (int)GQA_ERROR_UNSUPPORTED_FEATURE ? names[index]
+                                                                   : "unknown status";
 }

@@ -46,8 +46,12 @@ GQA_INTERNAL gqa_status gqa_fail_in_driver(gqa_driver const* driver, gqa_cu_resu
 
 // -- gqa_check.c
 
-// The sizes and the scale.
-GQA_INTERNAL gqa_status gqa_check_config(GQADecodeConfig const* config);
+// The caller's configuration as this library has it, and checked but for its length: fields that an
+// older caller's lacks have their defaults, and what a newer one sets beyond is refused.
+GQA_INTERNAL gqa_status gqa_read_config(GQADecodeConfig const* given, GQADecodeConfig* config);
+
+// Whether the caller's structure is of a size that can be written to.
+GQA_INTERNAL gqa_status gqa_check_launch(gqa_launch const* launched);
 
 // The one length of all sequences.
 GQA_INTERNAL gqa_status gqa_check_length(GQADecodeConfig const* config);

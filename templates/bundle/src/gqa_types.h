@@ -11,6 +11,13 @@ enum {
   kGqaMaxArchs = 8,
 };
 
+// What the callers' structures may measure.
+enum {
+  kGqaConfigLeastBytes = 40,  // up to `dtype`
+  kGqaLaunchLeastBytes = 16,  // up to `kernel`
+  kGqaMostStructBytes = 1024,
+};
+
 // A GPU architecture that kernels were compiled for.
 typedef struct gqa_arch {
   char const* name;

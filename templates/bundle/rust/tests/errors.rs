@@ -9,6 +9,7 @@ mod common;
 
 use std::error::Error;
 use std::ffi::{c_void, CStr};
+use std::mem::size_of;
 use std::os::raw::c_char;
 use std::ptr::{null, null_mut};
 use std::sync::Barrier;
@@ -34,6 +35,7 @@ const CONFIG: Config = Config {
 };
 
 const C_CONFIG: GQADecodeConfig = GQADecodeConfig {
+    struct_size: size_of::<GQADecodeConfig>(),
     batch_size: 2,
     cache_len: 5,
     num_q_heads: 8,
@@ -266,6 +268,100 @@ fn a_config_that_is_not_allowed_is_refused_by_every_function() {
             assert_error!(explained, InvalidValue, says);
         }
     }
+}
+
+/// A configuration with something behind it that this crate does not know.
+#[repr(C)]
+struct Newer {
+    known: GQADecodeConfig,
+    window: i32,
+    sinks: i32,
+}
+
+#[test]
+fn a_newer_configuration_is_refused_where_it_asks_for_what_is_not_there() {
+    let mut newer = Newer {
+        known: GQADecodeConfig {
+            struct_size: size_of::<Newer>(),
+            ..C_CONFIG
+        },
+        window: 0,
+        sinks: 0,
+    };
+    let at = |newer: &Newer| (newer as *const Newer).cast::<GQADecodeConfig>();
+    let mut launch = gqa_launch::default();
+    let name = arch_names().next().unwrap();
+    let arch = std::ffi::CString::new(name).unwrap();
+    let mut explain_c = |newer: &Newer| {
+        // SAFETY: the pointers are valid, the configuration's to all that its size says.
+        GqaError::check(unsafe { gqa_explain(at(newer), arch.as_ptr(), 132, 0, &mut launch) })
+    };
+    match explain_c(&newer) {
+        Ok(()) | Err(GqaError::Unsupported(_)) => (), // by the kernels that were exported
+        other => panic!("got {other:?}"),
+    }
+    newer.sinks = 1;
+    let says = format!("{} bytes that this library", size_of::<GQADecodeConfig>());
+    let result = explain_c(&newer);
+    assert_error!(
+        result,
+        UnsupportedFeature,
+        says,
+        "is newer than the library"
+    );
+    // SAFETY: the configuration is refused.
+    let result = unsafe { ARGUMENTS.decode(at(&newer)) };
+    assert_error!(result, UnsupportedFeature, "Nothing was launched");
+    newer.known.struct_size = size_of::<GQADecodeConfig>();
+    assert!(!matches!(
+        explain_c(&newer),
+        Err(GqaError::UnsupportedFeature(_))
+    ));
+}
+
+#[test]
+fn structures_whose_size_no_version_has_are_refused() {
+    let arch = std::ffi::CString::new(arch_names().next().unwrap()).unwrap();
+    for size in [0, 8, 32, 41, 1032, usize::MAX] {
+        let config = GQADecodeConfig {
+            struct_size: size,
+            ..C_CONFIG
+        };
+        let says = format!("config: struct_size: got {size}; allowed: sizeof(GQADecodeConfig)");
+        // SAFETY: the size is not allowed.
+        assert_error!(unsafe { ARGUMENTS.decode(&config) }, InvalidValue, says);
+    }
+    for size in [0, 8, 17, 1032, usize::MAX] {
+        let mut launch = gqa_launch {
+            struct_size: size,
+            ..gqa_launch::default()
+        };
+        let says = format!("launch: struct_size: got {size}; allowed: sizeof(gqa_launch)");
+        // SAFETY: the pointers are valid.
+        let result = unsafe { gqa_explain(&C_CONFIG, arch.as_ptr(), 132, 0, &mut launch) };
+        assert_error!(GqaError::check(result), InvalidValue, says);
+        assert!(launch.kernel.is_null());
+    }
+}
+
+#[test]
+fn defaults_are_of_their_own_size_and_refused_until_sizes_are_set() {
+    assert_eq!(
+        GQADecodeConfig::default().struct_size,
+        size_of::<GQADecodeConfig>()
+    );
+    assert_eq!(gqa_launch::default().struct_size, size_of::<gqa_launch>());
+    let config = Config::default();
+    assert_error!(
+        prepare::<f16>(&config),
+        InvalidValue,
+        "max_seq_len: got 0; allowed: 1 to"
+    );
+    let config = Config {
+        scale: Config::default().scale,
+        ..CONFIG
+    };
+    assert_error!(prepare::<f16>(&config), InvalidValue, "scale: got nan");
 }
 
 #[test]

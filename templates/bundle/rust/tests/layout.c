@@ -17,6 +17,7 @@ typedef struct gqa_fact {
 gqa_fact const gqa_facts[] = {
     SIZE(GQADecodeConfig),
     ALIGNMENT(GQADecodeConfig),
+    FIELD(GQADecodeConfig, struct_size),
     FIELD(GQADecodeConfig, batch_size),
     FIELD(GQADecodeConfig, cache_len),
     FIELD(GQADecodeConfig, num_q_heads),
@@ -29,6 +30,7 @@ gqa_fact const gqa_facts[] = {
     FIELD(GQADecodeConfig, workspace_size),
     SIZE(gqa_launch),
     ALIGNMENT(gqa_launch),
+    FIELD(gqa_launch, struct_size),
     FIELD(gqa_launch, kernel),
     FIELD(gqa_launch, grid),
     FIELD(gqa_launch, cluster),
@@ -54,6 +56,7 @@ gqa_fact const gqa_facts[] = {
     CONSTANT(GQA_ERROR_NO_DRIVER),
     CONSTANT(GQA_ERROR_DEVICE),
     CONSTANT(GQA_ERROR_LAUNCH),
+    CONSTANT(GQA_ERROR_UNSUPPORTED_FEATURE),
     CONSTANT(GQA_FLOAT16),
     CONSTANT(GQA_BFLOAT16),
 };

@@ -5,6 +5,7 @@ fn rust_facts() -> Vec<Fact> {
     layout!(
         facts,
         GQADecodeConfig,
+        struct_size,
         batch_size,
         cache_len,
         num_q_heads,
@@ -19,6 +20,7 @@ fn rust_facts() -> Vec<Fact> {
     layout!(
         facts,
         gqa_launch,
+        struct_size,
         kernel,
         grid,
         cluster,
@@ -43,6 +45,7 @@ fn rust_facts() -> Vec<Fact> {
         GQA_ERROR_NO_DRIVER,
         GQA_ERROR_DEVICE,
         GQA_ERROR_LAUNCH,
+        GQA_ERROR_UNSUPPORTED_FEATURE,
         GQA_FLOAT16,
         GQA_BFLOAT16
     );
