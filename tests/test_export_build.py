@@ -129,6 +129,41 @@ def test_a_program_links_and_opens_the_driver_of_the_machine(
     assert printed == f"{len(kernels())} kernels, GQA_SUCCESS, \n"
 
 
+README = """
+#include "gqa_attention_decode.h"
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+static void cudaMalloc(void** memory, size_t bytes) {{ *memory = malloc(bytes); }}
+static void cudaMemset(void* memory, int value, size_t bytes) {{ memset(memory, value, bytes); }}
+int main(void) {{
+  void *output = (void*)(1ll << 40), *q = (void*)(2ll << 40), *k = (void*)(3ll << 40);
+  void *v = (void*)(4ll << 40), *kv_cache_k = (void*)(5ll << 40), *kv_cache_v = (void*)(6ll << 40);
+  gqa_stream_t stream = NULL;
+  {step}
+  printf("%s %d\\n", gqa_status_name(status), config.cache_len);
+  free(config.workspace);
+  return 0;
+}}
+"""
+
+
+@pytest.mark.parametrize("compiler", ["gcc", "g++"])
+def test_what_the_readme_shows_decodes(
+    bundle: Path, built: Callable[[str], Path], compiler: str, tmp_path: Path
+) -> None:
+    found = re.search(r"```c\n(.*?)```", (bundle / "README.md").read_text(), re.S)
+    assert found is not None
+    step = found.group(1).partition('#include "gqa_attention_decode.h"\n')[2]
+    if compiler == "g++":  # as the comment beside it says
+        initial = re.search(r"= GQA_DECODE_CONFIG_INIT; *// in C\+\+: (.*)", step)
+        assert initial is not None and initial.group(1) == "GQADecodeConfig config{};"
+        step = step.replace("config = GQA_DECODE_CONFIG_INIT;", "config{};")
+    program = build_program(bundle, built("gcc"), compiler, README.format(step=step), tmp_path)
+    fake = build_fake_cuda(tmp_path / "fake")
+    assert run(program, LD_LIBRARY_PATH=fake.parent) == "GQA_SUCCESS 1001\n"
+
+
 def build_program(bundle: Path, library: Path, compiler: str, text: str, folder: Path) -> Path:
     """Build a program that uses the library."""
     source, out = folder / "program.c", folder / "program"

@@ -133,6 +133,7 @@ GQA_API gqa_status gqa_prepare(GQADecodeConfig const* config);
 //   arch     a target that was exported, "sm_90a" for instance
 //   num_sms  the GPU's multiprocessors
 //   ragged   not zero: by gqa_attention_decode_ragged
+//   launch   what is written to: gqa_launch launch = GQA_LAUNCH_INIT;
 GQA_API gqa_status gqa_explain(GQADecodeConfig const* config, char const* arch, int32_t num_sms,
                                int32_t ragged, gqa_launch* launch);
 
