@@ -43,6 +43,6 @@ char const* gqa_status_name(gqa_status status) {
                                       "GQA_ERROR_LAUNCH",
                                       "GQA_ERROR_UNSUPPORTED_FEATURE"};
   int const index = (int)status;
-  return index >= 0 && index <= (int)GQA_ERROR_UNSUPPORTED_FEATURE ? names[index]
-                                                                   : "unknown status";
+  int const count = (int)(sizeof names / sizeof names[0]);
+  return index >= 0 && index < count ? names[index] : "unknown status";
 }
