@@ -312,7 +312,6 @@ class KernelConfig:
             held = accumulators + queries + self.block_n // 2 + 72
         else:
             held = ceil_div(self.head_dim, 64) * self.block_h * 2 + 104
-        held += sum(policy.registers for policy in self.policies)
         return min(255, round_up(held, 8))
 
 

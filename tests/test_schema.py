@@ -23,8 +23,9 @@ from gqa_cutlass.codegen.schema.emit import (
     emitted_files,
     emitted_parts,
 )
-from gqa_cutlass.codegen.schema.launch import Overlap
+from gqa_cutlass.codegen.schema.launch import ENUMS, Documented
 from gqa_cutlass.codegen.schema.params import CACHE_STRIDES, PARAMS, ROW_STRIDES, Params
+from gqa_cutlass.codegen.schema.policies import POLICIES
 from gqa_cutlass.codegen.schema.storage import Shared
 from gqa_cutlass.codegen.schema.structs import (
     FLOAT,
@@ -40,7 +41,8 @@ from gqa_cutlass.codegen.schema.structs import (
 from gqa_cutlass.errors import ConfigError
 
 MODULES = sorted(Path(params.__file__).parent.glob("*.py"))
-MEMORY = (*ARGUMENTS.rows, *BUFFERS.rows)
+OF_FEATURES = [argument for policy in POLICIES for argument in policy.arguments]
+MEMORY = (*ARGUMENTS.rows, *BUFFERS.rows, *OF_FEATURES)
 POINTERS = [field.name for field in PARAMS.fields if field.type.cpp.endswith("*")]
 CONFIG = default_config(Math.TENSOROP, DType.F16, 128, 4, 8)
 
@@ -124,12 +126,14 @@ def test_emitted_parts_fit_on_a_line() -> None:
     assert max(len(line) for part in emitted_parts().values() for line in part.splitlines()) <= 100
 
 
-def test_enumerations_mean_the_same_in_every_language() -> None:
-    members = [f"k{member.name.title()}," for member in Overlap]
-    assert [line.split()[0] for line in cpp_header().splitlines() if line.startswith("  k")] == (
-        members
-    )
-    assert list(Overlap) == list(range(len(Overlap))) and Overlap(1) is Overlap.END
+@pytest.mark.parametrize("enum", ENUMS, ids=lambda enum: enum.__name__)
+def test_enumerations_mean_the_same_in_every_language(enum: type[Documented]) -> None:
+    _, _, body = cpp_header().partition(f"enum class {enum.__name__} : int32_t {{\n")
+    lines = body.partition("};")[0].splitlines()
+    assert [line.split()[0] for line in lines] == [f"k{m.name.title()}," for m in enum]
+    assert [int(m) for m in enum] == list(range(len(enum)))  # as C++ counts them
+    assert all(line.endswith(m.doc) for m, line in zip(enum, lines, strict=True))
+    assert all(enum(int(m)) is m for m in enum)
 
 
 def test_a_field_out_of_order_with_what_was_emitted_is_named() -> None:
@@ -171,6 +175,10 @@ def test_strides_are_those_of_the_dimensions(row: Argument) -> None:
 def test_the_argument_leaves_room_for_tensor_maps_to_follow() -> None:
     assert ctypes.sizeof(Params) == 256
     assert ctypes.sizeof(Params) % params.TENSOR_MAP_ALIGN == 0
+
+
+def test_features_bring_no_name_and_no_field_that_others_have() -> None:
+    Table(rows=MEMORY)
 
 
 def test_two_arguments_of_one_name_are_refused() -> None:

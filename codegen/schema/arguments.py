@@ -25,6 +25,7 @@ class Elements(StrEnum):
     FLOAT32 = "float32"
     INT32 = "int32"
     UINT32 = "uint32"
+    NUMBER = "number"  # of any `NumberType`
 
 
 @dataclass(frozen=True, kw_only=True)

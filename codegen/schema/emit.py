@@ -14,7 +14,7 @@ from gqa_cutlass.codegen.schema.emit_library import (
     public_types,
     rust_types,
 )
-from gqa_cutlass.codegen.schema.launch import Overlap
+from gqa_cutlass.codegen.schema.launch import ENUMS
 from gqa_cutlass.codegen.schema.params import (
     CACHE_STRIDES,
     PARAMS,
@@ -23,7 +23,7 @@ from gqa_cutlass.codegen.schema.params import (
     TENSOR_MAP_BYTES,
     TMA_PARAMS,
 )
-from gqa_cutlass.codegen.schema.spell import MARK, c_struct, comment, cpp_struct, with_comments
+from gqa_cutlass.codegen.schema.spell import MARK, c_struct, comment, cpp_enum, cpp_struct
 from gqa_cutlass.errors import ConfigError
 
 _STRIDES = (ROW_STRIDES, CACHE_STRIDES)
@@ -84,11 +84,7 @@ def cpp_header() -> str:
             "namespace gqa {",
             "",
             *(line for struct in _STRIDES for line in cpp_struct(struct)),
-            *comment(Overlap.__doc__ or ""),
-            f"enum class {Overlap.__name__} : int32_t {{",
-            *with_comments([(f"  k{m.name.title()},", m.doc) for m in Overlap]),
-            "};",
-            "",
+            *(line for enum in ENUMS for line in cpp_enum(enum)),
             *cpp_struct(PARAMS),
             *comment(
                 "CUtensorMap: a tensor in global memory, as the copy engine sees it and the "

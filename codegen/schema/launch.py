@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import Self
 
 
-class Overlap(IntEnum):
-    """When the next kernel of the stream may start, if it is launched as a dependent."""
+class Documented(IntEnum):
+    """Numbers that say what they mean, in every language."""
 
     doc: str
 
-    def __new__(cls, value: int, doc: str) -> Overlap:
+    def __new__(cls, value: int, doc: str) -> Self:
         """A number and what it means."""
         member = int.__new__(cls, value)
         member._value_ = value
         member.doc = doc
         return member
 
+
+class Overlap(Documented):
+    """When the next kernel of the stream may start, if it is launched as a dependent."""
+
     NONE = 0, "when this one is done"
     END = 1, "when this one's tiles are"
     WHOLE = 2, "as soon as this one may read; until then this one fetches its first tiles to L2"
+
+
+class NumberType(Documented):
+    """What a tensor holds that may be of several types."""
+
+    FLOAT32 = 0, "float"
+    FLOAT16 = 1, "cutlass::half_t"
+    BFLOAT16 = 2, "cutlass::bfloat16_t"
+
+
+ENUMS: tuple[type[Documented], ...] = (Overlap, NumberType)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 
 from gqa_cutlass.codegen.schema.launch import Overlap
+from gqa_cutlass.codegen.schema.policies import POLICIES
 from gqa_cutlass.codegen.schema.structs import FLOAT, INT32, INT64, Field, Struct, Type, pointer
 
 TENSOR_MAP_BYTES = 128
@@ -44,46 +45,43 @@ _READ, _WRITTEN = pointer("void", const=True), pointer("void")
 _LENGTHS, _STATUS = pointer("int32_t", const=True), pointer("int32_t")
 _FLOATS, _COUNTERS = pointer("float"), pointer("uint32_t")
 
+_FIELDS = tuple(
+    Field(name=name, type=kind, doc=doc)
+    for name, kind, doc in (
+        ("seqlens", _LENGTHS, "[batch], or null: every sequence holds `seqlen` tokens"),
+        ("seqlen", INT32, ""),
+        ("prefetch_limit", INT32, "tokens that may be read before lengths are known"),
+        ("max_seq_len", INT32, ""),
+        ("num_splits", INT32, ""),
+        ("num_stages", INT32, "tma: K tiles (and V tiles) that a warp keeps in flight"),
+        ("overlap", _OVERLAP, "kernels that start before the one before them is done"),
+        ("q", _READ, "[batch, num_q_heads, head_dim]"),
+        ("q_stride", _ROW, ""),
+        ("k_new", _READ, "[batch, num_kv_heads, head_dim], or null: attend only"),
+        ("v_new", _READ, "likewise"),
+        ("k_new_stride", _ROW, ""),
+        ("v_new_stride", _ROW, ""),
+        ("k_cache", _WRITTEN, "[batch, max_seq_len, num_kv_heads, head_dim]"),
+        ("v_cache", _WRITTEN, "likewise"),
+        ("out", _WRITTEN, "[batch, num_q_heads, head_dim]"),
+        ("scale_log2", FLOAT, "softmax_scale * log2(e): exponentials are powers of two"),
+        ("num_kv_heads", INT32, ""),
+        ("k_cache_stride", _CACHE, ""),
+        ("v_cache_stride", _CACHE, ""),
+        ("out_stride", _ROW, ""),
+        ("lse", _FLOATS, "[batch, num_q_heads] contiguous, or null"),
+        ("partials", _FLOATS, "workspace of the split merge, null when num_splits == 1"),
+        ("tickets", _COUNTERS, "one zero per merge; zero again afterwards"),
+        ("status", _STATUS, "receives 1 + index of a sequence whose length is not allowed"),
+    )
+)
 PARAMS = Struct(
     cpp="Params",
     c="gqa_params",
     doc="What one launch is told. In the order of first use: the constant cache fetches lines of "
     "64 bytes, and a miss delays the first loads, or waits behind them.",
     bytes=_PARAMS_BYTES,
-    fields=tuple(
-        Field(name=name, type=kind, doc=doc)
-        for name, kind, doc in (
-            ("seqlens", _LENGTHS, "[batch], or null: every sequence holds `seqlen` tokens"),
-            ("seqlen", INT32, ""),
-            ("prefetch_limit", INT32, "tokens that may be read before lengths are known"),
-            ("max_seq_len", INT32, ""),
-            ("num_splits", INT32, ""),
-            (
-                "num_stages",
-                INT32,
-                "tma: K tiles (and V tiles) that a warp keeps in flight",
-            ),
-            ("overlap", _OVERLAP, "kernels that start before the one before them is done"),
-            ("q", _READ, "[batch, num_q_heads, head_dim]"),
-            ("q_stride", _ROW, ""),
-            ("k_new", _READ, "[batch, num_kv_heads, head_dim], or null: attend only"),
-            ("v_new", _READ, "likewise"),
-            ("k_new_stride", _ROW, ""),
-            ("v_new_stride", _ROW, ""),
-            ("k_cache", _WRITTEN, "[batch, max_seq_len, num_kv_heads, head_dim]"),
-            ("v_cache", _WRITTEN, "likewise"),
-            ("out", _WRITTEN, "[batch, num_q_heads, head_dim]"),
-            ("scale_log2", FLOAT, "softmax_scale * log2(e): exponentials are powers of two"),
-            ("num_kv_heads", INT32, ""),
-            ("k_cache_stride", _CACHE, ""),
-            ("v_cache_stride", _CACHE, ""),
-            ("out_stride", _ROW, ""),
-            ("lse", _FLOATS, "[batch, num_q_heads] contiguous, or null"),
-            ("partials", _FLOATS, "workspace of the split merge, null when num_splits == 1"),
-            ("tickets", _COUNTERS, "one zero per merge; zero again afterwards"),
-            ("status", _STATUS, "receives 1 + index of a sequence whose length is not allowed"),
-        )
-    ),
+    fields=_FIELDS + tuple(field for policy in POLICIES for field in policy.fields),
 )
 
 

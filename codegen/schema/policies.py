@@ -6,12 +6,14 @@ slots.cuh explains; here is all else that generator and runtime know of it.
 
 from __future__ import annotations
 
+import ctypes
 import re
 from dataclasses import dataclass
 
-from gqa_cutlass.codegen.schema.arguments import Argument
+from gqa_cutlass.codegen.schema.arguments import Argument, Elements
 from gqa_cutlass.codegen.schema.kinds import Schedule
-from gqa_cutlass.codegen.schema.structs import Field, check_distinct
+from gqa_cutlass.codegen.schema.launch import NumberType
+from gqa_cutlass.codegen.schema.structs import FLOAT, Field, Type, check_distinct, pointer
 from gqa_cutlass.errors import ConfigError
 
 
@@ -50,7 +52,6 @@ class Policy:
         fields: Of the kernel's argument, that it reads.
         arguments: Tensors of a call, that it reads.
         schedules: Those that implement it.
-        registers: About how many more a thread holds.
     """
 
     slot: Slot
@@ -61,7 +62,6 @@ class Policy:
     fields: tuple[Field, ...] = ()
     arguments: tuple[Argument, ...] = ()
     schedules: frozenset[Schedule] = frozenset(Schedule)
-    registers: int = 0
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
         """Pickle by name, so that another process has its own."""
@@ -75,9 +75,51 @@ POLICIES = (
     Policy(slot=CACHE, cpp="DenseCache", header="policy/cache_dense.cuh"),
     Policy(slot=MASK, cpp="WholeSequence", header="policy/mask_whole.cuh"),
     Policy(slot=LOGIT, cpp="Scaled", header="policy/logit_scaled.cuh"),
+    Policy(
+        slot=LOGIT,
+        tag="cap",
+        cpp="SoftCapped",
+        header="policy/logit_softcap.cuh",
+        feature="softcap",
+        fields=(
+            Field(name="softcap_in", type=FLOAT, doc="softmax_scale / cap", feature="softcap"),
+            Field(name="softcap_out", type=FLOAT, doc="cap * log2(e)", feature="softcap"),
+        ),
+    ),
     Policy(slot=NEW_TOKEN, cpp="CopiedToken", header="policy/token_copied.cuh"),
     Policy(slot=ELEMENT, cpp="NativeOperands", header="policy/element_native.cuh"),
     Policy(slot=OUTPUT, cpp="KeysAlone", header="policy/output_plain.cuh"),
+    Policy(
+        slot=OUTPUT,
+        tag="sink",
+        cpp="SinkInSum",
+        header="policy/output_sink.cuh",
+        feature="sinks",
+        fields=(
+            Field(
+                name="sinks",
+                type=pointer("void", const=True),
+                doc="[num_q_heads] contiguous",
+                feature="sinks",
+            ),
+            Field(
+                name="sinks_type",
+                type=Type(cpp=NumberType.__name__, c="int32_t", ctype=ctypes.c_int32),
+                doc="what they are",
+                feature="sinks",
+            ),
+        ),
+        arguments=(
+            Argument(
+                name="sinks",
+                dims=("num_q_heads",),
+                elements=Elements.NUMBER,
+                field="sinks",
+                optional=True,
+                feature="sinks",
+            ),
+        ),
+    ),
 )
 check_distinct("policies", "policies", (policy.cpp for policy in POLICIES))
 check_distinct("policies", "tags", (policy.tag for policy in POLICIES if policy.tag))

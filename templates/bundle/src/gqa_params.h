@@ -44,11 +44,14 @@ typedef struct gqa_params {
   gqa_cache_strides k_cache_stride;
   gqa_cache_strides v_cache_stride;
   gqa_row_strides out_stride;
-  float* lse;         // [batch, num_q_heads] contiguous, or null
-  float* partials;    // workspace of the split merge, null when num_splits == 1
-  uint32_t* tickets;  // one zero per merge; zero again afterwards
-  int32_t* status;    // receives 1 + index of a sequence whose length is not allowed
-  unsigned char reserved[24];
+  float* lse;          // [batch, num_q_heads] contiguous, or null
+  float* partials;     // workspace of the split merge, null when num_splits == 1
+  uint32_t* tickets;   // one zero per merge; zero again afterwards
+  int32_t* status;     // receives 1 + index of a sequence whose length is not allowed
+  float softcap_in;    // softcap: softmax_scale / cap
+  float softcap_out;   // softcap: cap * log2(e)
+  void const* sinks;   // sinks: [num_q_heads] contiguous
+  int32_t sinks_type;  // sinks: what they are
 } gqa_params;
 
 // What a kernel of the TMA schedule is told. The maps are those of K and V, swizzled by 128 bytes.

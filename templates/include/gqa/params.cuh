@@ -26,6 +26,13 @@ enum class Overlap : int32_t {
   kWhole,  // as soon as this one may read; until then this one fetches its first tiles to L2
 };
 
+// What a tensor holds that may be of several types.
+enum class NumberType : int32_t {
+  kFloat32,   // float
+  kFloat16,   // cutlass::half_t
+  kBfloat16,  // cutlass::bfloat16_t
+};
+
 // What one launch is told. In the order of first use: the constant cache fetches lines of 64 bytes,
 // and a miss delays the first loads, or waits behind them.
 struct Params {
@@ -50,11 +57,14 @@ struct Params {
   CacheStrides k_cache_stride;
   CacheStrides v_cache_stride;
   RowStrides out_stride;
-  float* lse;         // [batch, num_q_heads] contiguous, or null
-  float* partials;    // workspace of the split merge, null when num_splits == 1
-  uint32_t* tickets;  // one zero per merge; zero again afterwards
-  int32_t* status;    // receives 1 + index of a sequence whose length is not allowed
-  unsigned char reserved[24];
+  float* lse;             // [batch, num_q_heads] contiguous, or null
+  float* partials;        // workspace of the split merge, null when num_splits == 1
+  uint32_t* tickets;      // one zero per merge; zero again afterwards
+  int32_t* status;        // receives 1 + index of a sequence whose length is not allowed
+  float softcap_in;       // softcap: softmax_scale / cap
+  float softcap_out;      // softcap: cap * log2(e)
+  void const* sinks;      // sinks: [num_q_heads] contiguous
+  NumberType sinks_type;  // sinks: what they are
 };
 
 // CUtensorMap: a tensor in global memory, as the copy engine sees it and the driver encodes it.
