@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, overload
@@ -12,7 +12,7 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 import torch
 from torch import Tensor
 
-from gqa_cutlass import inputs, workspace
+from gqa_cutlass import features, inputs, workspace
 from gqa_cutlass.codegen.config import ARCHES, KernelConfig
 from gqa_cutlass.dispatch import Dispatch, choose_config, dispatch, model_device
 from gqa_cutlass.errors import DeviceError, InputError, shown
@@ -26,7 +26,7 @@ from gqa_cutlass.tracing import is_traced, untraced
 _MAX_PLANS = 4096
 _DEFAULT_STREAMS, _PER_THREAD_STREAM = (0, 1), 2  # names of streams, not their addresses
 _MAX_HANDLE = 2**64
-_Options = tuple[int, type, float | None, type, bool, bool, bool]
+_Options = tuple[int, type, float | None, type, bool, bool, bool, float, type, object]
 _plans: dict[object, Plan] = {}  # by signature, and the latest by the cache's shape
 
 
@@ -94,6 +94,8 @@ def gqa_decode(
     num_splits: int = 0,
     return_lse: bool = False,
     ragged: bool = True,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Result:
     """Run one decode step: append the new token's K and V, then attend over everything cached.
@@ -127,12 +129,17 @@ def gqa_decode(
         ragged: Whether lengths on the device may differ much, so that long sequences get more
             blocks: up to several times faster then, up to 3% slower where all are about equal.
             Results are right either way.
+        softcap: Bound of the scores: softcap * tanh(scaled score / softcap), as in Gemma 2;
+            0 for none.
+        sinks: One more logit per query head, as in gpt-oss: [num_q_heads], float32, float16 or
+            bfloat16, contiguous, on q's device. In natural units, neither scaled nor capped; it
+            is part of the softmax's denominator, and has no value. None: without.
         out: Where to write; q's shape and dtype, sharing no memory with an input.
 
     Returns:
         The output, shaped and typed as q; with return_lse also float32 [batch, num_q_heads], the
-        natural logarithm of the sum of the exponentials of the scaled scores. A sequence with
-        nothing to attend to gives zeros and minus infinity.
+        natural logarithm of the sum of the exponentials of the scaled (and capped) scores, and of
+        the sinks. A sequence with nothing to attend to gives zeros and minus infinity, or the sink.
 
     Raises:
         InputError: An argument is not allowed. Nothing was launched.
@@ -153,7 +160,8 @@ def gqa_decode(
     # With types, for True == 1 would find the plan of 1.
     options = (
         num_splits, type(num_splits), softmax_scale, type(softmax_scale), return_lse, ragged,
-        torch.is_grad_enabled(),
+        torch.is_grad_enabled(), softcap, type(softcap),
+        None if sinks is None else features.identity(sinks),
     )  # fmt: skip
     found = None
     try:
@@ -166,9 +174,9 @@ def gqa_decode(
         if torch.compiler.is_compiling():  # torch.export, which Dynamo need not be part of
             return _traced(
                 tensors, cache_seqlens, softmax_scale=softmax_scale, num_splits=num_splits,
-                return_lse=return_lse, ragged=ragged,
+                return_lse=return_lse, ragged=ragged, softcap=softcap, sinks=sinks,
             )  # fmt: skip
-        found, argument = _find_plan(tensors, cache_seqlens, options)
+        found, argument = _find_plan(tensors, cache_seqlens, options, sinks)
     return found.run(tensors, cache_seqlens, argument)
 
 
@@ -180,19 +188,21 @@ def _traced(tensors: Arguments, cache_seqlens: int | Tensor, **options: Any) -> 
 
 
 def _find_plan(
-    tensors: Arguments, cache_seqlens: int | Tensor, options: _Options
+    tensors: Arguments, cache_seqlens: int | Tensor, options: _Options, sinks: Tensor | None
 ) -> tuple[Plan, bytes]:
     """The plan for a call, made if there is none, and the kernel's argument."""
     q, k_cache, v_cache, k, v, out = tensors
-    num_splits, _, softmax_scale, _, return_lse, ragged, _ = options
+    num_splits, _, softmax_scale, _, return_lse, ragged, _, softcap, *_ = options
     inputs.check_kinds(tensors, cache_seqlens)
     inputs.check_options(num_splits, softmax_scale, return_lse=return_lse, ragged=ragged)
+    features.check_softcap(softcap, 0)  # before it is looked for: it may be no key
     key = signature(tensors), isinstance(cache_seqlens, Tensor), options
     found = _plans.get(key)
     if found is None:
         found = plan(
             q, k_cache, v_cache, k, v, cache_seqlens=cache_seqlens, softmax_scale=softmax_scale,
-            num_splits=num_splits, return_lse=return_lse, ragged=ragged, out=out,
+            num_splits=num_splits, return_lse=return_lse, ragged=ragged, softcap=softcap,
+            sinks=sinks, out=out,
         )  # fmt: skip
     argument = found.adopt(tensors, cache_seqlens)
     if len(_plans) >= _MAX_PLANS:
@@ -250,6 +260,8 @@ def plan(
     num_splits: int = 0,
     return_lse: bool = False,
     ragged: bool = True,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
     out: Tensor | None = None,
     kernel: KernelConfig | None = None,
     dependent: bool = False,
@@ -270,6 +282,8 @@ def plan(
         num_splits: As for `gqa_decode`.
         return_lse: As for `gqa_decode`.
         ragged: As for `gqa_decode`.
+        softcap: As for `gqa_decode`.
+        sinks: As for `gqa_decode`. The plan keeps them, and every call uses them.
         out: As for `gqa_decode`; whether and how it is laid out is part of the plan.
         kernel: A kernel to use instead of the dispatcher's choice.
         dependent: Programmatic dependent launch, where it pays (Hopper and newer, caches of up to
@@ -295,6 +309,8 @@ def plan(
     inputs.check_memory(tensors, cache_seqlens)
     inputs.check_aliases(tensors, cache_seqlens)
     scale = problem.head_dim**-0.5 if softmax_scale is None else float(softmax_scale)
+    asked = _features(softcap, sinks, scale, problem, q.device)
+    problem = replace(problem, policies=asked.policies)
     device_lengths = isinstance(cache_seqlens, Tensor)
     chosen = dispatch(problem, device, num_splits, kernel, device_lengths and ragged, dependent)
     settings = Settings(
@@ -305,6 +321,7 @@ def plan(
         softmax_scale=scale,
         return_lse=return_lse,
         device_lengths=device_lengths,
+        features=asked,
     )
     if device.index == workspace.CPU:
         from gqa_cutlass.simulation import CpuPlan  # which only CPU tensors need
@@ -477,6 +494,8 @@ def explain(
     *,
     num_splits: int = 0,
     ragged: bool = True,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
     out: Tensor | None = None,
     dependent: bool = False,
     arch: str | None = None,
@@ -494,6 +513,8 @@ def explain(
         v: As for `gqa_decode`.
         num_splits: As for `gqa_decode`.
         ragged: As for `gqa_decode`.
+        softcap: As for `gqa_decode`.
+        sinks: As for `gqa_decode`.
         out: As for `gqa_decode`.
         dependent: As for `plan`.
         arch: One of `codegen.ARCHES`, for tensors that are not on a GPU; "sm_90a" by default.
@@ -503,6 +524,8 @@ def explain(
     """
     inputs.check_options(num_splits, ragged=ragged, dependent=dependent)
     problem = inputs.validate(inputs.gather(q, k_cache, v_cache, k, v, out))
+    asked = _features(softcap, sinks, problem.head_dim**-0.5, problem, q.device)
+    problem = replace(problem, policies=asked.policies)
     if not (arch is None or type(arch) is str and arch in ARCHES):
         raise InputError(f"explain: arch: got {shown(arch)}; allowed: {', '.join(ARCHES)}.")
     if q.device.type == "cuda" and arch is None:
@@ -517,6 +540,16 @@ def explain(
         dispatch=chosen,
         cubin=None if stored is None else stored.path,
         kv_bytes=problem.cache_bytes,
+    )
+
+
+def _features(
+    softcap: float, sinks: Tensor | None, scale: float, problem: Problem, device: torch.device
+) -> features.Features:
+    """The features of a call, checked."""
+    return features.Features(
+        softcap=features.check_softcap(softcap, scale),
+        sinks=features.check_sinks(sinks, problem.num_q_heads, device),
     )
 
 

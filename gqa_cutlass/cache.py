@@ -234,6 +234,8 @@ class KVCache:
         num_splits: int = 0,
         return_lse: bool = False,
         ragged: bool = True,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Result:
         """Append a token's K and V, if given, and attend over everything cached: `gqa_decode`.
@@ -246,6 +248,8 @@ class KVCache:
             num_splits: As for `gqa_decode`.
             return_lse: As for `gqa_decode`.
             ragged: As for `gqa_decode`.
+            softcap: As for `gqa_decode`.
+            sinks: As for `gqa_decode`.
             out: As for `gqa_decode`.
 
         Returns:
@@ -268,7 +272,8 @@ class KVCache:
         try:
             result = gqa_decode(
                 q, self.k, self.v, k, v, cache_seqlens=self.seqlens, softmax_scale=softmax_scale,
-                num_splits=num_splits, return_lse=return_lse, ragged=ragged, out=out,
+                num_splits=num_splits, return_lse=return_lse, ragged=ragged, softcap=softcap,
+                sinks=sinks, out=out,
             )  # fmt: skip
             if k is not None and self._leads:
                 self._lengths.advance(ONE_TOKEN, self._lengths.room(ONE_TOKEN))

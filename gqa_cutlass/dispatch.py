@@ -263,6 +263,12 @@ def _check_fits(kernel: KernelConfig, problem: Problem, device: Device) -> None:
             f"head_dim {problem.head_dim}, group size {problem.group_size} and an alignment of at "
             f"most {problem.vec_width} elements. Nothing was launched."
         )
+    if kernel.policies != problem.policies:
+        wanted = ", ".join(policy.feature for policy in problem.policies) or "no feature"
+        raise InputError(
+            f"gqa_decode: kernel: got {kernel.name}; allowed: kernels with what the call asks for: "
+            f"{wanted}. Nothing was launched."
+        )
 
 
 def choose_config(
@@ -281,8 +287,9 @@ def choose_config(
     math = Math.TENSOROP if problem.vec_width >= 2 else Math.SIMT
     schedule, why = _choose_schedule(problem, device, ragged)
     config = default_config(
-        math, problem.dtype, problem.head_dim, problem.group_size, problem.vec_width, schedule
-    )
+        math, problem.dtype, problem.head_dim, problem.group_size, problem.vec_width, schedule,
+        problem.policies,
+    )  # fmt: skip
     aligned = f"every row is aligned to {2 * problem.vec_width} bytes"
     origin = "shipped" if config in shipped() else "compiled on first use"
     if math is Math.SIMT:
@@ -294,6 +301,9 @@ def _choose_schedule(problem: Problem, device: Device, ragged: bool) -> tuple[Sc
     """The tma schedule for few heads: if caches are large, only of sequences that are as long."""
     if problem.vec_width < WIDEST:
         return Schedule.MULTISTAGE, "the copy engine wants rows aligned to 16 bytes"
+    for policy in problem.policies:
+        if Schedule.TMA not in policy.schedules:
+            return Schedule.MULTISTAGE, f"{Schedule.TMA} does not have {policy.feature}"
     head_dim, group_size = problem.head_dim, problem.group_size
     tma = default_config(Math.TENSOROP, problem.dtype, head_dim, group_size, WIDEST, Schedule.TMA)
     if device.arch.name not in tma.archs:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gqa_cutlass.codegen.config import HEAD_DIM_RULE, HEAD_DIMS, MAX_GROUP_SIZE
 from gqa_cutlass.codegen.schema.kinds import DType
+from gqa_cutlass.codegen.schema.policies import Policy
 from gqa_cutlass.errors import CacheOverflowError, InputError, shown
 from gqa_cutlass.tensors import byte_reach, flaw, is_tensor, memory_flaw
 
@@ -65,6 +66,7 @@ class Problem:
         dtype: Element type of every tensor.
         vec_width: Widest access, in elements, that every address allows.
         append: Whether a new token comes with the call.
+        policies: What the kernel must have in its slots in place of their defaults.
     """
 
     batch_size: int
@@ -75,6 +77,7 @@ class Problem:
     dtype: DType
     vec_width: int
     append: bool
+    policies: tuple[Policy, ...] = ()
 
     @property
     def group_size(self) -> int:

@@ -38,6 +38,8 @@ class LaunchRecord:
         cache_seqlens: Tokens in every sequence's cache, or `device` where only the device knows.
         softmax_scale: Factor on the scores.
         return_lse: Whether the log-sum-exp was asked for.
+        softcap: Bound of the scores; 0 for none.
+        sinks: Whether each head has a sink.
         workspace_bytes: Of partial outputs and tickets.
         device: The GPU's index, or `cpu`.
         stream: The stream's handle; as text, hexadecimal.
@@ -62,6 +64,8 @@ class LaunchRecord:
     cache_seqlens: int | str
     softmax_scale: float
     return_lse: bool
+    softcap: float
+    sinks: bool
     workspace_bytes: int
     device: int | str
     stream: int
@@ -92,6 +96,8 @@ class LaunchRecord:
             cache_seqlens="device" if isinstance(cache_seqlens, Tensor) else cache_seqlens,
             softmax_scale=plan.softmax_scale,
             return_lse=plan.return_lse,
+            softcap=plan.features.softcap,
+            sinks=plan.features.sinks is not None,
             workspace_bytes=chosen.workspace_bytes,
             device=device,
             stream=stream,

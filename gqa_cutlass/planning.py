@@ -29,6 +29,7 @@ from gqa_cutlass.codegen.schema.params import CacheStrides, Params, TmaParams
 from gqa_cutlass.codegen.schema.storage import BOX_DIMS
 from gqa_cutlass.dispatch import Dispatch
 from gqa_cutlass.errors import DeviceError, InputError
+from gqa_cutlass.features import Features
 from gqa_cutlass.inputs import Problem, Tensors
 from gqa_cutlass.launch_log import LaunchRecord
 from gqa_cutlass.launcher import LoadedKernel, encode_tensor_map
@@ -77,14 +78,16 @@ class Settings(TypedDict):
     softmax_scale: float
     return_lse: bool
     device_lengths: bool
+    features: Features
 
 
 class Plan(ABC, Generic[R_co]):
     """Runs decode steps of one problem: the lowest-overhead call.
 
-    A plan holds no tensors. It can be called from several threads and on any stream, and captured
-    into CUDA graphs. It outlives `os.fork` on the CPU, whatever other threads were at; on a GPU,
-    where torch does not, the child's calls raise DeviceError.
+    A plan holds no tensors but the sinks that it was made with. It can be called from several
+    threads and on any stream, and captured into CUDA graphs. It outlives `os.fork` on the CPU,
+    whatever other threads were at; on a GPU, where torch does not, the child's calls raise
+    DeviceError.
     """
 
     def __init__(
@@ -97,6 +100,7 @@ class Plan(ABC, Generic[R_co]):
         softmax_scale: float,
         return_lse: bool,
         device_lengths: bool,
+        features: Features,
         flag: workspace.OverflowFlag,
     ) -> None:
         q = arguments[0]
@@ -104,6 +108,7 @@ class Plan(ABC, Generic[R_co]):
         self.dispatch = chosen
         self.softmax_scale = softmax_scale
         self.return_lse = return_lse
+        self.features = features
         self._key = signature(arguments)
         self._device_lengths = device_lengths
         self._longest = problem.max_seq_len - problem.append
@@ -121,6 +126,8 @@ class Plan(ABC, Generic[R_co]):
         self._lock = threading.Lock()
         _alive.add(self)
         params = _params(problem, chosen, tensors, softmax_scale, flag.address)
+        for field, value in features.fields(softmax_scale).items():
+            setattr(params, field, value)
         tma = chosen.config.tma
         self._argument = TmaParams(decode=params) if tma else params
         self._params: Params = self._argument.decode if tma else params
@@ -268,6 +275,11 @@ class Plan(ABC, Generic[R_co]):
             if addresses[a] < addresses[b] + b_reach and addresses[b] < addresses[a] + a_reach:
                 lasting = inputs.check_aliases(named(), cache_seqlens)
                 break
+        written = (OUT, _K_CACHE, _V_CACHE) if self.problem.append else (OUT,)
+        for place in written:
+            self.features.check_apart(
+                inputs.ARGUMENTS[place], addresses[place], self._reaches[place]
+            )
         params = Params.from_buffer_copy(self._constants)
         for field, address in zip((*FIELDS, "seqlens"), addresses, strict=True):
             setattr(params, field, address)

@@ -65,6 +65,7 @@ class CpuPlan(Plan[R_co]):
         bound |= {"out": out, "lse": lse, "status": self._flag.memory}
         if isinstance(cache_seqlens, Tensor):
             bound["seqlens"] = cache_seqlens
+        bound |= self.features.memory()
         partials = tickets = 0
         if self.dispatch.num_tickets:
             floats = _memory(self.dispatch.partial_floats, torch.float32)

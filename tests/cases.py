@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from reference import Errors, attend, errors
@@ -65,6 +65,8 @@ class Step:
     scale: float
     buffers: list[Buffer]
     before: dict[str, Tensor] = field(default_factory=dict)
+    softcap: float = 0.0
+    sinks: Tensor | None = None
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """Positional arguments of `gqa_decode`."""
@@ -82,7 +84,11 @@ class Step:
     def reference(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
         """Expected output and lse."""
         k, v, lengths = self.attended()
-        return attend(self.q, k, v, lengths, self.scale, dtype)
+        return attend(self.q, k, v, lengths, self.scale, dtype, **self.features())
+
+    def features(self) -> dict[str, Any]:
+        """The options of a call that ask for features."""
+        return {"softcap": self.softcap, "sinks": self.sinks}
 
     def errors(self, out: Tensor) -> Errors:
         """The output's errors beside those of PyTorch in the input type."""

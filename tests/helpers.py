@@ -85,7 +85,7 @@ def run_python(code: str, *args: object, **environment: object) -> str:
 
 def run(step: Step, **options: object) -> Any:
     """Run a decode step through the public call."""
-    return gqa_decode(*step.tensors(), cache_seqlens=step.seqlens, **options)
+    return gqa_decode(*step.tensors(), cache_seqlens=step.seqlens, **step.features(), **options)
 
 
 def check(step: Step, out: Tensor) -> None:
@@ -127,7 +127,7 @@ def plan_of(edge: Edge, config: KernelConfig, step: Step) -> gqa_cutlass.Plan:
     with nullcontext() if edge.stages is None else launched_with(edge.stages):
         return gqa_cutlass.plan(
             *step.tensors(), cache_seqlens=lengths_of(edge, step), num_splits=edge.splits,
-            return_lse=True, out=step.out, kernel=config,
+            return_lse=True, out=step.out, kernel=config, **step.features(),
         )  # fmt: skip
 
 
@@ -138,7 +138,11 @@ def lengths_of(edge: Edge, step: Step) -> int | Tensor:
 
 def share_of_bound(edge: Edge, config: KernelConfig, device: str) -> float:
     """Run an edge's step, check memory and lse, and return the error over its bound."""
-    step = edge.step(config, device)
+    return share_of_step(edge, config, edge.step(config, device))
+
+
+def share_of_step(edge: Edge, config: KernelConfig, step: Step) -> float:
+    """The same of a step that was made for the edge."""
     out, lse = plan_of(edge, config, step)(*step.tensors(), lengths_of(edge, step), step.out)
     assert out.data_ptr() == step.out.data_ptr()
     step.check_memory()

@@ -41,14 +41,26 @@ MIN_HEADS = 16
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float, dtype: torch.dtype
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: list[int],
+    scale: float,
+    dtype: torch.dtype,
+    *,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Textbook attention, every step in `dtype`: softmax(scale q k^T) v and its log-sum-exp.
+
+    Scores are capped, then masked, then joined by the sinks, which have no value.
 
     Args:
         q: [batch, num_q_heads, head_dim].
         k: [batch, tokens, num_kv_heads, head_dim]; sequence b attends to its first lengths[b].
         v: As k.
+        softcap: Bound of the scores; 0 for none.
+        sinks: [num_q_heads].
     """
     batch, num_q_heads, head_dim = q.shape
     num_kv_heads = k.shape[2]
@@ -58,7 +70,13 @@ def attend(
         keys = k[b, : lengths[b]].to(dtype).permute(1, 2, 0)
         values = v[b, : lengths[b]].to(dtype).permute(1, 0, 2)
         scores = (grouped @ keys) * scale
-        outs.append((torch.softmax(scores, dim=-1) @ values).view(num_q_heads, head_dim))
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        if sinks is not None:
+            sink = sinks.to(dtype).view(num_kv_heads, -1, 1)
+            scores = torch.cat((scores, sink), dim=-1)
+        weights = torch.softmax(scores, dim=-1)[..., : lengths[b]]
+        outs.append((weights @ values).view(num_q_heads, head_dim))
         lses.append(torch.logsumexp(scores, dim=-1).view(num_q_heads))
     return torch.stack(outs), torch.stack(lses)
 

@@ -24,6 +24,7 @@ from gqa_cutlass.codegen.schema.launch import Overlap
 from gqa_cutlass.codegen.schema.params import Params, TmaParams
 from gqa_cutlass.dispatch import Dispatch, dispatch, model_device
 from gqa_cutlass.errors import KernelFault
+from gqa_cutlass.features import Features
 from gqa_cutlass.inputs import Problem
 from gqa_cutlass.planning import FIELDS, _params, describe
 from gqa_cutlass.ptxsim.prepare import Program
@@ -53,6 +54,14 @@ class Case:
     schedule: Schedule = Schedule.MULTISTAGE
     stages: int | None = None  # of the launch, with tma
     overlap: Overlap = Overlap.NONE
+    softcap: float = 0.0
+    sinks: bool = False
+
+    def features(self) -> Features:
+        heads = self.heads * self.group_size
+        # As much as all keys together, and different from head to head.
+        sinks = torch.linspace(3, 5, heads).half() if self.sinks else None
+        return Features(softcap=self.softcap, sinks=sinks)
 
     @property
     def config(self) -> KernelConfig:
@@ -60,6 +69,7 @@ class Case:
             math=self.math, dtype=DType.F16, head_dim=self.head_dim, group_size=self.group_size,
             vec_width=8, block_h=self.block_h, block_n=16, num_warps=self.num_warps,
             num_stages=self.num_stages, schedule=self.schedule, dependent=self.dependent,
+            policies=self.features().policies,
         )  # fmt: skip
 
     @property
@@ -77,11 +87,13 @@ class Case:
         return replace(chosen, num_stages=self.stages, shape=shape)
 
     def step(self) -> Step:
-        return make_step(
+        step = make_step(
             head_dim=self.head_dim, group_size=self.group_size, lengths=list(self.lengths),
             max_seq_len=self.max_seq_len, num_kv_heads=self.heads, layout=self.layout,
             append=self.append, device="cpu",
         )  # fmt: skip
+        step.softcap, step.sinks = self.softcap, self.features().sinks
+        return step
 
 
 # Seven tiles for two warps: every ring is refilled.
@@ -127,6 +139,16 @@ PADDED_OVERLAP = Case(
 CLUSTER_WHOLE_OVERLAP = _tma(lengths=(200,), splits=4, overlap=Overlap.WHOLE)
 CLUSTER_END_OVERLAP = _tma(lengths=(200,), splits=4, overlap=Overlap.END)
 ODD_BOXES_OVERLAP = _tma(head_dim=40, lengths=(100,), splits=8, overlap=Overlap.WHOLE)
+
+# With features; caps so low that they matter
+CAPPED = Case(softcap=1.0, lengths=(20,))
+CAPPED_SIMT = Case(softcap=1.0, math=Math.SIMT, block_h=4, lengths=(20,))
+CAPPED_CLUSTER = _tma(softcap=1.0, lengths=(90,), splits=2)
+SINK = Case(sinks=True, heads=2, lengths=(20,))
+SINK_SPLIT = Case(sinks=True, splits=3)
+SINK_HEAD_BLOCKS = Case(sinks=True, group_size=16)
+SINK_CLUSTER = _tma(sinks=True, lengths=(200,), splits=4)
+SINK_OF_CLUSTERS = _tma(sinks=True, lengths=(250,), splits=6)
 CASES = {name: case for name, case in globals().items() if isinstance(case, Case)}
 
 
@@ -1116,7 +1138,130 @@ DEPENDENT_MUTANTS = (
         case=ODD_BOXES_OVERLAP,
     ),
 )
-MUTANTS += TMA_MUTANTS + DEPENDENT_MUTANTS
+FEATURE_MUTANTS = (
+    Mutant(
+        name="a cap without the scale",
+        header="logit_softcap.cuh",
+        old="tanhf(dot * in)",
+        new="tanhf(dot)",
+        wrong="output",
+        case=CAPPED,
+    ),
+    Mutant(
+        name="a cap that does not scale back",
+        header="logit_softcap.cuh",
+        old="return out * tanhf",
+        new="return tanhf",
+        wrong="output",
+        case=CAPPED_SIMT,
+    ),
+    Mutant(
+        name="capped after the mask",
+        header="logits.cuh",
+        old="float const s = logit(dot, head, at);\n    return mask.sees(at) ? s : -kInfinity;",
+        new="return logit(mask.sees(at) ? dot : -kInfinity, head, at);",
+        wrong="output",
+        case=CAPPED,
+    ),
+    Mutant(
+        name="a new token in a cluster without the cap",
+        header="score.cuh",
+        old="logit(sum[0][h / 2][h % 2] + sum[1][h / 2][h % 2], h, {0, 1, 0});",
+        new="(sum[0][h / 2][h % 2] + sum[1][h / 2][h % 2]) * logit.in * logit.out;",
+        wrong="output",
+        case=CAPPED_CLUSTER,
+    ),
+    Mutant(
+        name="a sink that is scaled",
+        header="output_sink.cuh",
+        old="* kLog2E;",
+        new="* p.scale_log2;",
+        wrong="output",
+        case=SINK,
+    ),
+    Mutant(
+        name="a sink in units of log2",
+        header="output_sink.cuh",
+        old=" * kLog2E;",
+        new=";",
+        wrong="lse",
+        case=SINK,
+    ),
+    Mutant(
+        name="a sink that counts for the output alone",
+        header="output.cuh",
+        old="(r.max + log2f(r.sum)) * kLn2",
+        new="(r.max + log2f(r.sum - exp2_approx(-r.max))) * kLn2",
+        wrong="lse",
+        case=SINK,
+    ),
+    Mutant(
+        name="the sink of the first KV head's heads",
+        header="output_sink.cuh",
+        old="w.first_head() + s.head",
+        new="s.head",
+        wrong="output",
+        case=SINK,
+    ),
+    Mutant(
+        name="the sink of the first head block's heads",
+        header="output_sink.cuh",
+        old="w.first_head() + s.head",
+        new="w.kv_head * T::kGroupSize + s.head",
+        wrong="output",
+        case=SINK_HEAD_BLOCKS,
+    ),
+    Mutant(
+        name="sinks of another type",
+        header="output_sink.cuh",
+        old="case NumberType::kFloat16:\n        return float(static_cast<cutlass::half_t",
+        new="case NumberType::kFloat16:\n        return float(static_cast<cutlass::bfloat16_t",
+        wrong="output",
+        case=SINK,
+    ),
+    Mutant(
+        name="sinks read past their end",
+        header="output_sink.cuh",
+        old="float(static_cast<cutlass::half_t const*>(p.sinks)[head])",
+        new="float(static_cast<cutlass::half_t const*>(p.sinks)[head + 1])",
+        fault="outside all tensors.* past the end of sinks.* at output_sink.cuh",
+        case=SINK,
+    ),
+    Mutant(
+        name="a sink forgotten when splits merge",
+        header="output.cuh",
+        old="  OutputOf<T>::finish(p, w, s, r);",
+        new="  if (w.num_splits == 1) OutputOf<T>::finish(p, w, s, r);",
+        wrong="output",
+        case=SINK_SPLIT,
+    ),
+    Mutant(
+        name="a sink per split",
+        header="merge.cuh",
+        old="      store.write(w.split, s, r);",
+        new="      OutputOf<T>::finish(p, w, s, r);\n      store.write(w.split, s, r);",
+        wrong="output",
+        case=SINK_SPLIT,
+    ),
+    Mutant(
+        name="a sink per block of a cluster",
+        header="output.cuh",
+        old="  OutputOf<T>::finish(p, w, s, r);",
+        new="  for (int i = 0; i < w.num_splits; ++i) OutputOf<T>::finish(p, w, s, r);",
+        wrong="output",
+        case=SINK_CLUSTER,
+    ),
+    Mutant(
+        name="a sink per cluster",
+        header="exchange.cuh",
+        old="store.write(work_.cluster, s, merge(s));",
+        new="auto r = merge(s); OutputOf<T>::finish(p, work_, s, r); "
+        "store.write(work_.cluster, s, r);",
+        wrong="output",
+        case=SINK_OF_CLUSTERS,
+    ),
+)
+MUTANTS += TMA_MUTANTS + DEPENDENT_MUTANTS + FEATURE_MUTANTS
 
 
 @cache
@@ -1167,7 +1312,8 @@ def launch(case: Case, program: Program) -> set[str]:
     config, step = case.config, case.step()
     arguments = *step.tensors(), step.out
     tensors = inputs.gather(*arguments)
-    problem = inputs.validate(tensors)
+    features = Features(softcap=step.softcap, sinks=step.sinks)
+    problem = replace(inputs.validate(tensors), policies=features.policies)
     chosen = case.dispatch(problem)
     lse = torch.full(step.q.shape[:2], float("nan"))
     tickets = torch.zeros(chosen.num_tickets, dtype=torch.int32)
@@ -1177,8 +1323,11 @@ def launch(case: Case, program: Program) -> set[str]:
         "partials": torch.empty(chosen.partial_floats),
         "tickets": tickets,
         "status": torch.zeros(1, dtype=torch.int32),
+        **features.memory(),
     }
     params = _params(problem, chosen, tensors, step.scale, 0)
+    for field, value in features.fields(step.scale).items():
+        setattr(params, field, value)
     for field, tensor in named.items():
         setattr(params, field, 0 if tensor is None else tensor.data_ptr())
     argument = _with_maps(params, step, config) if config.tma else params
