@@ -22,7 +22,8 @@ from gqa_cutlass.planning import LOG
 KEYS = [
     "kernel", "grid", "cluster", "block", "shared_bytes", "num_splits", "num_stages", "dependent",
     "batch_size", "num_q_heads", "num_kv_heads", "group_size", "head_dim", "max_seq_len", "dtype",
-    "append", "cache_seqlens", "softmax_scale", "return_lse", "workspace_bytes", "device", "stream",
+    "append", "cache_seqlens", "softmax_scale", "return_lse", "softcap", "sinks", "workspace_bytes",
+    "device", "stream",
 ]  # fmt: skip
 TMA = default_config(Math.TENSOROP, DType.F16, 128, 4, 8, Schedule.TMA)
 
@@ -119,6 +120,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, str]]] = {
     "scale": ({}, {"softmax_scale": 0.3}, {"softmax_scale": "0.3"}),
     "integral scale": ({}, {"softmax_scale": 1}, {"softmax_scale": "1.0"}),
     "lse": ({}, {"return_lse": True}, {"return_lse": "True"}),
+    "softcap": ({}, {"softcap": 30}, {"softcap": "30.0"}),
+    "sinks": ({}, {"sinks": "per head"}, {"sinks": "True"}),
     "dependent": ({}, {"dependent": True}, {"dependent": "True"}),
     "lengths on the device": ({"lengths": [10, 3]}, {}, {"cache_seqlens": "device"}),
 }
@@ -133,13 +136,15 @@ def test_the_line_says_what_the_plan_does(
         skip_unless_it_runs(options["kernel"], device)
     step = step_on(device, **sizes)
     lengths = step.seqlens if "lengths" in sizes else 10
+    if "sinks" in options:
+        options = {"sinks": step.q.new_zeros(step.q.shape[1])}
     plan = gqa_cutlass.plan(*step.tensors(), cache_seqlens=lengths, **options)
     with caplog.at_level(logging.DEBUG, logger="gqa_cutlass"):
         plan(*step.tensors(), lengths)
     (message,) = launches(caplog)
     usual = {
         "dependent": "False", "append": "True", "cache_seqlens": "10", "return_lse": "False",
-        "softmax_scale": str(step.scale),
+        "softmax_scale": str(step.scale), "softcap": "0.0", "sinks": "False",
     }  # fmt: skip
     found = parse(message)
     stream = found.pop("stream")
