@@ -36,6 +36,8 @@ class Options(TypedDict, total=False):
     softmax_scale: float | None
     num_splits: int
     ragged: bool
+    softcap: float
+    sinks: Tensor | None
     out: Tensor | None
 
 
@@ -94,7 +96,7 @@ def gqa_decode(
     num_splits: int = 0,
     return_lse: bool = False,
     ragged: bool = True,
-    softcap: float = 0.0,
+    softcap: float = 0,
     sinks: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Result:
@@ -155,7 +157,7 @@ def gqa_decode(
     if is_traced():
         return _traced(
             tensors, cache_seqlens, softmax_scale=softmax_scale, num_splits=num_splits,
-            return_lse=return_lse, ragged=ragged,
+            return_lse=return_lse, ragged=ragged, softcap=softcap, sinks=sinks,
         )  # fmt: skip
     # With types, for True == 1 would find the plan of 1.
     options = (
@@ -260,7 +262,7 @@ def plan(
     num_splits: int = 0,
     return_lse: bool = False,
     ragged: bool = True,
-    softcap: float = 0.0,
+    softcap: float = 0,
     sinks: Tensor | None = None,
     out: Tensor | None = None,
     kernel: KernelConfig | None = None,
@@ -494,7 +496,7 @@ def explain(
     *,
     num_splits: int = 0,
     ragged: bool = True,
-    softcap: float = 0.0,
+    softcap: float = 0,
     sinks: Tensor | None = None,
     out: Tensor | None = None,
     dependent: bool = False,

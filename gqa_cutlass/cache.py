@@ -234,7 +234,7 @@ class KVCache:
         num_splits: int = 0,
         return_lse: bool = False,
         ragged: bool = True,
-        softcap: float = 0.0,
+        softcap: float = 0,
         sinks: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Result:
@@ -265,7 +265,7 @@ class KVCache:
         if is_traced():
             return self._decode_traced(
                 q, k, v, softmax_scale=softmax_scale, num_splits=num_splits, return_lse=return_lse,
-                ragged=ragged, out=out,
+                ragged=ragged, softcap=softcap, sinks=sinks, out=out,
             )  # fmt: skip
         if k is not None:
             self._lengths.check_room("decode", ONE_TOKEN)

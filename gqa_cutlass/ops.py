@@ -19,7 +19,10 @@ from gqa_cutlass.planning import Arguments
 from gqa_cutlass.tracing import break_graph
 
 _LENGTHS = "Tensor? cache_seqlens, SymInt cache_len"  # on the device, or else one for all
-_OPTIONS = "float? softmax_scale=None, int num_splits=0, bool return_lse=False, bool ragged=True"
+_OPTIONS = (
+    "float? softmax_scale=None, int num_splits=0, bool return_lse=False, bool ragged=True, "
+    "float softcap=0.0, Tensor? sinks=None"
+)
 _SCHEMAS = (
     "gqa_decode(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, "
     f"{_LENGTHS}, {_OPTIONS}) -> (Tensor, Tensor)",
@@ -40,6 +43,8 @@ def traced(
     num_splits: int,
     return_lse: bool,
     ragged: bool,
+    softcap: float,
+    sinks: Tensor | None,
 ) -> Tensor | _Pair:
     """What `gqa_decode` is in code that torch traces: one operator, and a copy if there is an out.
 
@@ -49,19 +54,27 @@ def traced(
     q, k_cache, v_cache, k, v, out = tensors
     given = [t for t in (q, k_cache, v_cache, k, v) if t is not None]
     wrong = None
-    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+    read = given if sinks is None else [*given, sinks]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in read):
         wrong = "a tensor requires grad, and decode has no backward pass; use torch.no_grad()"
     if len(given) == 4:
         wrong = "k and v: one of them came without the other"
     if wrong is not None:
         check = break_graph(plan, f"gqa_decode: {wrong}")
-        check(q, k_cache, v_cache, k, v, cache_seqlens=cache_seqlens, out=out)  # raises
+        check(
+            q, k_cache, v_cache, k, v, cache_seqlens=cache_seqlens, sinks=sinks, out=out
+        )  # raises
     on_device = isinstance(cache_seqlens, Tensor)
     lengths = (cache_seqlens, 0) if on_device else (None, cache_seqlens)
     call = torch.ops.gqa_cutlass.gqa_decode
     if len(given) == 3:
         call = torch.ops.gqa_cutlass.gqa_attend
-    result, lse = call(*given, *lengths, softmax_scale, num_splits, return_lse, ragged)
+    # A float that may vary makes torch start again; calls without a cap have the int 0, and pass
+    # none on.
+    cap = {"softcap": softcap} if softcap else {}
+    result, lse = call(
+        *given, *lengths, softmax_scale, num_splits, return_lse, ragged, sinks=sinks, **cap
+    )
     if out is not None:
         result = out.copy_(result)
     return (result, lse) if return_lse else result
@@ -79,12 +92,15 @@ def _decode(
     num_splits: int = 0,
     return_lse: bool = False,
     ragged: bool = True,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> _Pair:
     """Run on tensors with memory, wherever they are: the ordinary call."""
     result = gqa_decode(
         q, k_cache, v_cache, k, v,
         cache_seqlens=cache_len if cache_seqlens is None else cache_seqlens,
         softmax_scale=softmax_scale, num_splits=num_splits, return_lse=return_lse, ragged=ragged,
+        softcap=softcap, sinks=sinks,
     )  # fmt: skip
     return result if isinstance(result, tuple) else (result, _lse(q, return_lse))
 
@@ -107,6 +123,8 @@ def _shapes_of_decode(
     num_splits: int = 0,
     return_lse: bool = False,
     ragged: bool = True,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> _Pair:
     """Results without their values, for tracing."""
     return torch.empty_like(q, memory_format=torch.contiguous_format), _lse(q, return_lse)

@@ -33,6 +33,9 @@ def lengths_of(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
+FEATURES = {"softcap": 1.5, "sinks": torch.linspace(-2, 4, 8)}
+
+
 @pytest.mark.parametrize("append", [True, False], ids=["decode", "attend"])
 @pytest.mark.parametrize("lengths", [lengths_of(3, 5), 4], ids=["device", "int"])
 def test_operators_are_what_torch_expects(append: bool, lengths: int | Tensor) -> None:
@@ -43,6 +46,7 @@ def test_operators_are_what_torch_expects(append: bool, lengths: int | Tensor) -
     given = (None, lengths) if isinstance(lengths, int) else (lengths, 0)
     operator = getattr(torch.ops.gqa_cutlass, name).default
     torch.library.opcheck(operator, (*tensors, *given, 0.125, 2, append, False))
+    torch.library.opcheck(operator, (*tensors, *given), FEATURES)
 
 
 def test_the_schema_says_what_is_written() -> None:
@@ -67,7 +71,10 @@ def test_an_operator_returns_what_the_call_does() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"return_lse": True, "softmax_scale": 0.3, "num_splits": 2, "ragged": False}],
+    [
+        {},
+        {"return_lse": True, "softmax_scale": 0.3, "num_splits": 2, "ragged": False} | FEATURES,
+    ],
     ids=["plain", "all options"],
 )
 @pytest.mark.parametrize("append", [True, False], ids=["append", "attend"])
@@ -81,6 +88,18 @@ def test_a_compiled_call_does_what_the_call_does(append: bool, options: dict[str
     out = compiled(**found, cache_seqlens=lengths, **options)
     torch.testing.assert_close(out, right, rtol=0, atol=0)
     assert same(found, expected) and counter.frame_count == 1
+
+
+def test_features_of_a_compiled_call_may_change() -> None:
+    compiled, _ = counted(gqa_decode)
+    step, sinks = random_step(), torch.linspace(-2, 4, 8)
+    seen: list[Tensor] = []
+    for cap, given in ((1.0, None), (2, sinks), (3.0, sinks.half()), (0.0, sinks), (0.0, None)):
+        options: dict[str, Any] = {"softcap": cap, "sinks": given}
+        right = gqa_decode(**copies(step), cache_seqlens=4, **options)
+        assert torch.equal(compiled(**step, cache_seqlens=4, **options), right)
+        assert not any(torch.equal(right, other) for other in seen)
+        seen.append(right)
 
 
 def test_a_compiled_call_writes_to_the_out_it_is_given() -> None:
@@ -248,6 +267,17 @@ def test_a_compiled_decode_without_a_token_moves_no_length() -> None:
     assert all(map(torch.equal, found, right)) and cache.lengths == [1, 1]
 
 
+def test_a_compiled_decode_has_the_features_that_it_is_asked_for() -> None:
+    eager, graphed = caches(1) + caches(1)
+    plain, *_ = caches(1)
+    compiled, _ = counted(lambda *token: graphed.decode(*token, **FEATURES))
+    for seed in range(3):
+        token = fresh_token(seed)
+        right = eager.decode(*token, **FEATURES)
+        assert torch.equal(compiled(*token), right)
+        assert not torch.equal(plain.decode(*token), right)
+
+
 def test_a_full_sequence_in_a_compiled_cache_is_found_on_the_device() -> None:
     (cache,) = caches(1)
     cache.prefill(*torch.randn(2, 2, ROOM, 2, 64).half(), lengths=[ROOM, 3])
@@ -272,13 +302,14 @@ def test_caches_may_be_written_by_cuda_graphs() -> None:
 # ---- what compiled code cannot do ----
 
 
-@pytest.mark.parametrize("fault", ["requires grad", "k and v"])
+@pytest.mark.parametrize("fault", ["q requires grad", "sinks requires grad", "k and v"])
 def test_what_no_graph_can_hold_is_refused_as_ever(fault: str) -> None:
     step = random_step()
-    if fault == "requires grad":
-        step["q"].requires_grad_()
-    else:
+    if fault == "k and v":
         del step["v"]
+    else:
+        name, fault = fault.split(maxsplit=1)
+        step |= {name: step.get(name, torch.zeros(8)).requires_grad_()}
 
     def doubled(step: dict[str, Tensor]) -> Any:
         return gqa_decode(**step, cache_seqlens=3) * 2
