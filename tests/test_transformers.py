@@ -27,7 +27,17 @@ MODELS = {  # all with heads of 64, in groups of 4: one kernel serves them
     "qwen2": lambda **sizes: transformers.Qwen2Config(**sizes),
     "qwen3": lambda **sizes: transformers.Qwen3Config(head_dim=64, **sizes),
     "phi3": lambda **sizes: transformers.Phi3Config(**sizes),
-}
+    # A cap that bends scores, and all experts for every token: which ones count is no lottery.
+    "gemma2": lambda **sizes: transformers.Gemma2Config(
+        head_dim=64, query_pre_attn_scalar=16, attn_logit_softcapping=0.5,
+        **{"layer_types": ["full_attention"] * 2} | sizes,
+    ),
+    "gpt_oss": lambda **sizes: transformers.GptOssConfig(
+        head_dim=64, num_local_experts=2, num_experts_per_tok=2,
+        **{"layer_types": ["full_attention"] * 2} | sizes,
+    ),
+}  # fmt: skip
+WITH_FEATURES = "gemma2", "gpt_oss"
 
 
 def make_model(name: str = "llama", dtype: torch.dtype = torch.float16, **sizes: Any) -> Any:
@@ -39,7 +49,14 @@ def make_model(name: str = "llama", dtype: torch.dtype = torch.float16, **sizes:
         } | sizes,
     )  # fmt: skip
     torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    for layer, sinks in enumerate(sinks_of(model)):
+        torch.nn.init.uniform_(sinks, -1 - layer, 3)
+    return model
+
+
+def sinks_of(model: Any) -> list[Tensor]:
+    return [parameter for name, parameter in model.named_parameters() if "sinks" in name]
 
 
 @pytest.fixture(autouse=True)
@@ -132,6 +149,42 @@ def test_a_model_with_windows_has_them_from_transformers() -> None:
     check(model, ours(model, cache))
 
 
+@pytest.mark.parametrize("name", WITH_FEATURES)
+def test_features_beside_windows(name: str) -> None:
+    """What a layer with a window asks for is done in torch, and what the other one does by us."""
+    kinds = ["sliding_attention", "full_attention"]
+    model = make_model(name, sliding_window=4, layer_types=kinds)
+    cache = GqaCache(model.config, ROOM)
+    assert [type(layer).__name__ for layer in cache.layers][1] == "GqaLayer"
+    check(model, ours(model, cache))
+    check(model, ours(model, transformers.DynamicCache(config=model.config), "left"))
+
+
+@pytest.mark.parametrize("name", WITH_FEATURES)
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_features_with_caches_of_transformers(
+    name: str, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "gqa_cutlass")
+    model = make_model(name)
+    make = transformers.DynamicCache if kind == "dynamic" else transformers.StaticCache
+    sizes = {} if kind == "dynamic" else {"max_cache_len": ROOM}
+    check(model, ours(model, make(config=model.config, **sizes)))
+    notes = [r.message for r in caplog.records if "transformers:" in r.message]
+    assert "transformers: attention goes through plain torch: a prompt" in notes
+    assert len(notes) == (1 if kind == "dynamic" else 2)  # the second is of the static one's mask
+
+
+@pytest.mark.parametrize("name", WITH_FEATURES)
+def test_without_its_feature_a_model_is_another(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests above would see it."""
+    model = make_model(name)
+    monkeypatch.setattr(integration, "_features", lambda options: {})
+    monkeypatch.setattr(integration, "sdpa_attention_forward", integration.attend_eagerly)
+    with pytest.raises(AssertionError, match="logits differ"):
+        check(model, ours(model, GqaCache(model.config, ROOM)))
+
+
 def test_a_prompt_of_one_token(llama: Any) -> None:
     check(llama, generate(llama, prompt()[:, :1], GqaCache(llama.config, ROOM), tokens=2))
 
@@ -221,8 +274,6 @@ def decode_arguments(cache: GqaCache, **options: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("option", "says"),
     [
-        ({"softcap": 30.0}, "soft cap"),
-        ({"s_aux": torch.zeros(4)}, "sinks"),
         ({"head_mask": torch.ones(4)}, "mask of heads"),
         ({"sliding_window": 8}, "sliding window"),
         ({"position_bias": torch.zeros(1)}, "bias by position"),
@@ -251,10 +302,12 @@ def test_what_would_be_ignored_is_refused(llama: Any, option: dict[str, Any], sa
           "value": torch.zeros(2, 1, 3, 20).half()}, "head_dim 20"),
         ({"value": torch.zeros(2, 1, 3, 72).half()}, "different head_dim"),
         ({"query": torch.zeros(2, 4, 1, 64).half().requires_grad_()}, "gradients"),
+        ({"s_aux": torch.zeros(4).requires_grad_()}, "gradients"),
+        ({"softcap": 1.0, "sliding_window": 8}, "plain torch: a sliding window"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
-def test_what_the_kernel_does_not_do_goes_to_sdpa(
+def test_what_the_kernel_does_not_do_goes_to_torch(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, change: dict[str, Any],
     why: str,
 ) -> None:  # fmt: skip
@@ -266,7 +319,9 @@ def test_what_the_kernel_does_not_do_goes_to_sdpa(
         asked.append(options)
         return result
 
-    monkeypatch.setattr(integration, "sdpa_attention_forward", sdpa)
+    has_feature = not integration.FEATURES.keys().isdisjoint(change)
+    other = "attend_eagerly" if has_feature else "sdpa_attention_forward"
+    monkeypatch.setattr(integration, other, sdpa)
     key = torch.zeros(2, 1, 3, 64, dtype=torch.float16)
     arguments = {
         "query": torch.zeros(2, 4, 1, 64, dtype=torch.float16), "key": key, "value": key,
@@ -275,6 +330,26 @@ def test_what_the_kernel_does_not_do_goes_to_sdpa(
     assert attention(torch.nn.Module(), **(arguments | change)) is result
     assert asked[0]["scaling"] == 0.3
     assert caplog.messages == [m for m in caplog.messages if why in m] != []
+
+
+@pytest.mark.parametrize("kind", ["none", "bool", "float"])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_plain_torch_without_features_is_sdpa(kind: str, tokens: int) -> None:
+    """With keys behind the last token's, as static caches have them."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = (2, 4, tokens, 32), (2, 2, 7, 32), (2, 2, 7, 32), (1, 4, tokens, 7)
+    *tensors, bias = (torch.randn(size, generator=generator) for size in sizes)
+    sees = torch.rand(2, 1, tokens, 7, generator=generator) < 0.7
+    sees[..., 0] = True
+    given = {"none": None, "bool": sees, "float": torch.where(sees, 0.0, -1e9)}[kind]
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2  # type: ignore[assignment]
+    options = {"scaling": 0.3, "position_bias": bias, "is_causal": None}
+    found, right = (
+        attend(module, *tensors, given, **options)[0]
+        for attend in (integration.attend_eagerly, integration.sdpa_attention_forward)
+    )
+    torch.testing.assert_close(found, right)
 
 
 def test_another_attention_function_does_not_get_our_cache(llama: Any) -> None:

@@ -4,9 +4,11 @@
     model.set_attn_implementation(register())
     model.generate(**inputs, past_key_values=GqaCache(model.config, max_cache_len=4096))
 
-One token per sequence runs as one kernel, which appends it if the cache is a `GqaCache`. Prompts,
-and whatever the kernel does not do, go to transformers' SDPA, and the log says once why. What SDPA
-would ignore, or what does not fit a `GqaCache`, is an `InputError`.
+One token per sequence runs as one kernel, which appends it if the cache is a `GqaCache`; a soft cap
+(Gemma 2) and sinks (gpt-oss) included. Prompts, and whatever the kernel does not do, go to
+transformers' SDPA, or with a soft cap or sinks, which SDPA lacks, through plain operators of torch;
+the log says once why. What SDPA would ignore, or what does not fit a `GqaCache`, is an
+`InputError`.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from gqa_cutlass.api import gqa_decode
 from gqa_cutlass.codegen.config import HEAD_DIMS, MAX_GROUP_SIZE
 from gqa_cutlass.errors import InputError
 from gqa_cutlass.inputs import DTYPES
+from gqa_cutlass.integrations.eager import attend_eagerly
 from gqa_cutlass.integrations.transformers_cache import NAME, GqaCache, GqaLayer, Pending
 from gqa_cutlass.lengths import capturing
 from gqa_cutlass.tracing import break_graph, is_traced
@@ -34,12 +37,9 @@ __all__ = ["NAME", "GqaCache", "attention", "mask", "register"]
 LOG = logging.getLogger("gqa_cutlass")
 
 # What a model asks its attention for, beyond the ordinary, by the name of the argument. A feature
-# that the kernels learn leaves these tables, and its argument is passed on in `_decode`.
-SDPA_IGNORES = {
-    "s_aux": "attention sinks",
-    "softcap": "a soft cap on the scores",
-    "head_mask": "a mask of heads",
-}
+# that the kernels learn moves to `FEATURES`, which has its name in `gqa_decode`.
+FEATURES = {"softcap": "softcap", "s_aux": "sinks"}
+SDPA_IGNORES = {"head_mask": "a mask of heads"}
 SDPA_TAKES = {
     "sliding_window": "a sliding window",
     "position_bias": "a bias by position",
@@ -140,10 +140,10 @@ def attention(
     why = _why_not(module, query, key, value, attention_mask, dropout, options)
     if why is None:
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        return gqa_decode(q, k, v, cache_seqlens=k.shape[1], softmax_scale=scaling), None
-    _note(f"attention goes through SDPA: {why}")
-    return _sdpa(
-        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+        asked = _features(options)
+        return gqa_decode(q, k, v, cache_seqlens=k.shape[1], softmax_scale=scaling, **asked), None
+    return _in_torch(
+        why, module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
     )
 
 
@@ -158,6 +158,7 @@ def _why_not(
 ) -> str | None:
     """Why the kernel cannot attend to these keys; None if it can."""
     group, rest = divmod(query.shape[1], key.shape[1])
+    learn = [t for t in (query, options.get("s_aux")) if t is not None and t.requires_grad]
     for wrong, why in (
         (query.shape[2] != 1, "a prompt"),
         (attention_mask is not None, "a mask; of padded or static caches, GqaCache needs none"),
@@ -167,7 +168,7 @@ def _why_not(
         (query.shape[-1] not in HEAD_DIMS, f"head_dim {query.shape[-1]}"),
         (value.shape[-1] != query.shape[-1], "keys and values of different head_dim"),
         (rest > 0 or group > MAX_GROUP_SIZE, f"{query.shape[1]} heads on {key.shape[1]}"),
-        (torch.is_grad_enabled() and query.requires_grad, "gradients"),
+        (torch.is_grad_enabled() and len(learn) > 0, "gradients"),
         *((options.get(name) not in (None, False), what) for name, what in SDPA_TAKES.items()),
     ):
         if wrong:
@@ -193,8 +194,8 @@ def _with_our_cache(
     if attention_mask is not None and attention_mask.dtype == torch.int32:
         seen, attention_mask = attention_mask.flatten(), None
     if query.shape[2] == 1 and attention_mask is None and dropout == 0:
-        return _decode(query, pending, seen, scaling), None
-    append_and_attend = _through_sdpa
+        return _decode(query, pending, seen, scaling, _features(options)), None
+    append_and_attend = _prompt
     if is_traced():
         append_and_attend = break_graph(append_and_attend, "gqa_cutlass: a prompt into a GqaCache")
     out = append_and_attend(
@@ -203,12 +204,20 @@ def _with_our_cache(
     return out, None
 
 
-def _decode(query: Tensor, pending: Pending, seen: Tensor | None, scaling: float | None) -> Tensor:
+def _features(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model asks for that kernels can do, as options of `gqa_decode`."""
+    return {ours: options[name] for name, ours in FEATURES.items() if options.get(name) is not None}
+
+
+def _decode(
+    query: Tensor, pending: Pending, seen: Tensor | None, scaling: float | None,
+    asked: dict[str, Any],
+) -> Tensor:  # fmt: skip
     """One token per sequence, in one kernel: appended and attended."""
     layer = pending.layer
     wrong = _disagreement(layer, seen)
     q, k, v = (t.transpose(1, 2) for t in (query, pending.k, pending.v))
-    out = layer.cache.decode(q, k, v, softmax_scale=scaling)
+    out = layer.cache.decode(q, k, v, softmax_scale=scaling, **asked)
     if layer.leads:
         layer.storage.count(1)
     return out if wrong is None else out.masked_fill(wrong[:, None, None, None], float("nan"))
@@ -237,15 +246,14 @@ def _disagreement(layer: GqaLayer, seen: Tensor | None) -> Tensor | None:
     return None
 
 
-def _through_sdpa(
+def _prompt(
     module: torch.nn.Module,
     query: Tensor,
     pending: Pending,
     attention_mask: Tensor | None,
     **options: Any,
 ) -> Tensor:
-    """Append a prompt, and let SDPA attend."""
-    _note("prompts go through SDPA")
+    """Append a prompt, and let torch attend."""
     layer = pending.layer
     held = layer.storage.known_columns()
     padding = None if attention_mask is None else getattr(attention_mask, PADDING, None)
@@ -255,14 +263,27 @@ def _through_sdpa(
     if held:
         layer.append(pending)
         keys, values = layer.views(held + query.shape[2])
-    out, _ = _sdpa(module, query, keys, values, attention_mask, **options)
+    out, _ = _in_torch("a prompt", module, query, keys, values, attention_mask, **options)
     if not held:
         layer.append(pending, padding)
     return out
 
 
-def _sdpa(*arguments: Any, **options: Any) -> tuple[Tensor, None]:
-    out: tuple[Tensor, None] = sdpa_attention_forward(*arguments, **options)
+def _in_torch(
+    why: str,
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """What the kernel does not do, and why not: SDPA, unless it would ignore a feature."""
+    attend, name = sdpa_attention_forward, "SDPA"
+    if _features(options):
+        attend, name = attend_eagerly, "plain torch"
+    _note(f"attention goes through {name}: {why}")
+    out: tuple[Tensor, None] = attend(module, query, key, value, attention_mask, **options)
     return out
 
 
