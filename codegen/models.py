@@ -19,7 +19,7 @@ class Model:
         num_kv_heads: KV heads.
         head_dim: Dimension per head.
         source: Hugging Face repository whose config.json says so.
-        needs: What its attention needs besides: "window", "softcap", "sinks".
+        needs: What its attention needs besides: "window" (in some layers), "softcap", "sinks".
     """
 
     name: str

@@ -8,9 +8,9 @@ from functools import cache
 from itertools import product
 
 from gqa_cutlass.codegen.config import KernelConfig, check_head_dim
-from gqa_cutlass.codegen.models import MODELS
+from gqa_cutlass.codegen.models import MODELS, Model
 from gqa_cutlass.codegen.schema.kinds import DType, Math, Schedule
-from gqa_cutlass.codegen.schema.policies import Policy
+from gqa_cutlass.codegen.schema.policies import POLICIES, Policy
 from gqa_cutlass.codegen.schema.rounding import ceil_div
 from gqa_cutlass.errors import ConfigError
 
@@ -106,18 +106,25 @@ def shipped() -> tuple[KernelConfig, ...]:
     Each is there for both types and, where vectors are of 8 elements, in both schedules. Whatever
     else a call needs is compiled on first use.
     """
-    shapes = {(model.head_dim, model.group_size, 8) for model in MODELS}
-    shapes |= {(dim, group, width) for _, dim, group, widths in PROOFS for width in widths}
-    multistage = tuple(
-        default_config(Math.SIMT if width == 1 else Math.TENSOROP, dtype, dim, group, width)
-        for (dim, group, width), dtype in product(sorted(shapes), DType)
+    shapes = {(model.head_dim, model.group_size, 8, policies_of(model)) for model in MODELS}
+    shapes |= {(dim, group, width, ()) for _, dim, group, widths in PROOFS for width in widths}
+    ordered = sorted(shapes, key=lambda s: (*s[:3], [policy.tag for policy in s[3]]))
+    return tuple(
+        default_config(math, dtype, dim, group, width, schedule, policies)
+        for schedule in Schedule
+        for (dim, group, width, policies), dtype in product(ordered, DType)
+        if width == 8 or schedule is not Schedule.TMA
+        for math in (Math.SIMT if width == 1 else Math.TENSOROP,)
     )
-    tma = tuple(
-        default_config(Math.TENSOROP, dtype, dim, group, width, Schedule.TMA)
-        for (dim, group, width), dtype in product(sorted(shapes), DType)
-        if width == 8
-    )
-    return multistage + tma
+
+
+def policies_of(model: Model) -> tuple[Policy, ...]:
+    """What a model's kernels have in their slots: of what it needs, what there is.
+
+    A model that needs more besides has its kernels as proof of this much, and for those of its
+    layers that do without the rest.
+    """
+    return tuple(policy for policy in POLICIES if policy.feature in model.needs)
 
 
 def select(

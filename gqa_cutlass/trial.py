@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -26,6 +27,13 @@ Trace = Callable[[Program, int, int, int], None]
 BYTES_PER_ELEMENT = 64
 _TORCH = {kind: dtype for dtype, kind in DTYPES.items()}
 _CPU = torch.device("cpu")
+
+
+class _Asked(TypedDict, total=False):
+    """Options of `plan` that ask for features."""
+
+    softcap: float
+    sinks: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,9 +112,10 @@ def _run(
 ) -> Trial:
     """Run it; sizes are checked."""
     q, k_cache, v_cache, k, v = _step(config, cache_len + 1, batch, kv_heads)
+    asked = _features(config, q.shape[1])
     made = plan(
         q, k_cache, v_cache, k, v, cache_seqlens=cache_len, num_splits=num_splits,
-        return_lse=True, kernel=config,
+        return_lse=True, kernel=config, **asked,
     )  # fmt: skip
     assert isinstance(made, CpuPlan)
     program = made.program
@@ -116,8 +125,8 @@ def _run(
     out, lse = made(q, k_cache, v_cache, k, v, cache_len)
     seconds = time.perf_counter() - start
     scale = config.head_dim**-0.5
-    exact, exact_lse = attention(q.double(), k_cache.double(), v_cache.double(), scale)
-    typed, _ = attention(q, k_cache, v_cache, scale)
+    exact, exact_lse = attention(q.double(), k_cache.double(), v_cache.double(), scale, **asked)
+    typed, _ = attention(q, k_cache, v_cache, scale, **asked)
     return Trial(
         program=program,
         shape=made.dispatch.shape,
@@ -143,7 +152,26 @@ def _step(config: KernelConfig, tokens: int, batch: int, kv_heads: int) -> tuple
     )
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _features(config: KernelConfig, heads: int) -> _Asked:
+    """Options that ask for what the kernel has: a cap that bends scores, sinks of some weight."""
+    wanted = {policy.feature for policy in config.policies}
+    asked: _Asked = {}
+    if "softcap" in wanted:
+        asked["softcap"] = 1.5
+    if "sinks" in wanted:
+        asked["sinks"] = torch.linspace(-2, 7, heads)
+    return asked
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    *,
+    softcap: float = 0,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Textbook attention over all tokens, every step in the type of its inputs.
 
     Args:
@@ -151,6 +179,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Te
         k: [batch, tokens, num_kv_heads, head_dim].
         v: As k.
         scale: Factor on the scores.
+        softcap: Bound of the scaled scores; 0 for none.
+        sinks: One more logit per query head, [num_q_heads], or None.
 
     Returns:
         The output, [batch, num_q_heads, head_dim], and the logarithm of the softmax's denominators,
@@ -159,7 +189,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Te
     batch, heads, dim = q.shape
     grouped = q.view(batch, k.shape[2], -1, dim)
     scores = torch.einsum("bhgd,bthd->bhgt", grouped, k) * scale
-    out = torch.einsum("bhgt,bthd->bhgd", torch.softmax(scores, dim=-1), v)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if sinks is not None:
+        column = sinks.to(q.dtype).view(grouped.shape[1], -1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, column], dim=-1)
+    weights = torch.softmax(scores, dim=-1)[..., : k.shape[1]]
+    out = torch.einsum("bhgt,bthd->bhgd", weights, v)
     return out.reshape(batch, heads, dim), torch.logsumexp(scores, dim=-1).reshape(batch, heads)
 
 

@@ -584,5 +584,6 @@ def recorded() -> Iterator[list[Launched]]:
 
 
 def dispatched(kernels: Iterable[KernelConfig]) -> list[KernelConfig]:
-    """Those that dispatch may choose."""
-    return [k for k in kernels if k.math is Math.TENSOROP or k.vec_width == 1]
+    """Those that dispatch may choose: C has no way to ask for a feature."""
+    usual = (k for k in kernels if not k.policies)
+    return [k for k in usual if k.math is Math.TENSOROP or k.vec_width == 1]

@@ -10,6 +10,7 @@ from reference import Errors, attend, errors
 from torch import Tensor
 
 from gqa_cutlass.codegen import DType, KernelConfig
+from gqa_cutlass.codegen.schema.policies import Policy
 
 TORCH_DTYPE = {DType.F16: torch.float16, DType.BF16: torch.bfloat16}
 Layout = Literal["NHD", "HND", "padded"]
@@ -89,6 +90,15 @@ class Step:
     def features(self) -> dict[str, Any]:
         """The options of a call that ask for features."""
         return {"softcap": self.softcap, "sinks": self.sinks}
+
+    def asking_for(self, policies: tuple[Policy, ...]) -> Step:
+        """The same with the features that a kernel has: a cap that bends scores, heavy sinks."""
+        wanted = {policy.feature for policy in policies}
+        if "softcap" in wanted:
+            self.softcap = 1.5
+        if "sinks" in wanted:
+            self.sinks = torch.linspace(-2, 7, self.q.shape[1], device=self.q.device)
+        return self
 
     def errors(self, out: Tensor) -> Errors:
         """The output's errors beside those of PyTorch in the input type."""
@@ -212,7 +222,7 @@ class Edge:
             vec_width=config.vec_width, lengths=list(self.lengths), max_seq_len=self.capacity,
             num_kv_heads=self.kv_heads, layout=self.layout, append=self.append,
             seed=sum(self.lengths) + self.splits, device=device,
-        )  # fmt: skip
+        ).asking_for(config.policies)  # fmt: skip
 
 
 def edges_of(config: KernelConfig) -> dict[str, Edge]:

@@ -17,7 +17,8 @@ from gqa_cutlass.codegen import (
     shipped,
 )
 from gqa_cutlass.codegen.models import MODELS, Model
-from gqa_cutlass.codegen.variants import PROOFS
+from gqa_cutlass.codegen.schema.policies import named
+from gqa_cutlass.codegen.variants import PROOFS, policies_of
 from gqa_cutlass.errors import ConfigError
 
 SHIPPED = set(shipped())
@@ -27,17 +28,31 @@ SHIPPED = set(shipped())
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 def test_kernels_ship_for_every_model(model: Model, dtype: DType) -> None:
     assert {
-        default_config(Math.TENSOROP, dtype, model.head_dim, model.group_size, 8, schedule)
+        default_config(
+            Math.TENSOROP, dtype, model.head_dim, model.group_size, 8, schedule, policies_of(model)
+        )
         for schedule in Schedule
     } <= SHIPPED
 
 
 def test_every_kernel_ships_for_a_model_or_says_why() -> None:
-    models = {(model.head_dim, model.group_size, 8) for model in MODELS}
-    proofs = [(dim, group, width) for _, dim, group, widths in PROOFS for width in widths]
+    models = {(model.head_dim, model.group_size, 8, policies_of(model)) for model in MODELS}
+    proofs = [(dim, group, width, ()) for _, dim, group, widths in PROOFS for width in widths]
     assert models.isdisjoint(proofs) and len(set(proofs)) == len(proofs)
     assert all(why for why, *_ in PROOFS)
-    assert {(c.head_dim, c.group_size, c.vec_width) for c in SHIPPED} == models.union(proofs)
+    assert {(c.head_dim, c.group_size, c.vec_width, c.policies) for c in SHIPPED} == models.union(
+        proofs
+    )
+
+
+def test_models_with_features_have_kernels_with_them() -> None:
+    found = {model.name: policies_of(model) for model in MODELS if policies_of(model)}
+    gemma2 = {f"gemma2-{size}": (named("SoftCapped"),) for size in ("2b", "9b", "27b")}
+    gpt_oss = {f"gpt-oss-{size}": (named("SinkInSum"),) for size in ("20b", "120b")}
+    assert found == gemma2 | gpt_oss
+    with_features = {(c.head_dim, c.group_size, c.policies) for c in SHIPPED if c.policies}
+    cap, sink = (named("SoftCapped"),), (named("SinkInSum"),)
+    assert with_features == {(128, 2, cap), (256, 2, cap), (64, 8, sink)}
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
@@ -69,14 +84,16 @@ def test_shipped_names_are_unique() -> None:
 
 def test_shipped_kernels_are_what_dispatch_asks_for() -> None:
     for c in shipped():
-        asked = default_config(c.math, c.dtype, c.head_dim, c.group_size, c.vec_width, c.schedule)
+        asked = default_config(
+            c.math, c.dtype, c.head_dim, c.group_size, c.vec_width, c.schedule, c.policies
+        )
         assert asked == c
 
 
 def test_every_aligned_tensorop_kernel_has_a_counterpart_with_tensor_copies() -> None:
-    def problems(schedule: Schedule) -> set[tuple[DType, int, int]]:
+    def problems(schedule: Schedule) -> set[object]:
         return {
-            (c.dtype, c.head_dim, c.group_size)
+            (c.dtype, c.head_dim, c.group_size, c.policies)
             for c in shipped()
             if (c.math, c.vec_width, c.schedule) == (Math.TENSOROP, 8, schedule)
         }
