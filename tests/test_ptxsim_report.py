@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from gqa_cutlass.codegen import DType, KernelConfig, Math, default_config
+from gqa_cutlass.codegen.schema.policies import named
 from gqa_cutlass.errors import InputError
 from gqa_cutlass.ptxsim import report
 from gqa_cutlass.ptxsim.stats import AccessStats, Stats
@@ -73,6 +76,12 @@ def test_a_trial_counts_what_the_kernel_must_move(config: KernelConfig) -> None:
     # The new token is read twice: attended to and appended. Every warp reads the queries.
     assert tokens + queries <= read <= tokens + 8 * row + config.num_warps * queries
     assert written == queries + 8 * row + 4 * 4 * config.group_size  # out, appended rows, lse
+    assert trial.appended and trial.error <= 2 * trial.error_torch and trial.lse_error < 1e-5
+
+
+def test_a_trial_of_a_kernel_with_features_asks_for_them() -> None:
+    config = replace(CONFIG, policies=(named("SoftCapped"), named("SinkInSum")))
+    trial = run_trial(config, cache_len=20, kv_heads=4)
     assert trial.appended and trial.error <= 2 * trial.error_torch and trial.lse_error < 1e-5
 
 

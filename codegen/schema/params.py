@@ -10,7 +10,6 @@ from gqa_cutlass.codegen.schema.structs import FLOAT, INT32, INT64, Field, Struc
 
 TENSOR_MAP_BYTES = 128
 TENSOR_MAP_ALIGN = 64
-_PARAMS_BYTES = 256  # a multiple of the tensor maps' alignment: they may follow
 
 ROW_STRIDES = Struct(
     cpp="RowStrides",
@@ -80,7 +79,7 @@ PARAMS = Struct(
     c="gqa_params",
     doc="What one launch is told. In the order of first use: the constant cache fetches lines of "
     "64 bytes, and a miss delays the first loads, or waits behind them.",
-    bytes=_PARAMS_BYTES,
+    multiple=TENSOR_MAP_ALIGN,  # the maps may follow, and move when it grows
     fields=_FIELDS + tuple(field for policy in POLICIES for field in policy.fields),
 )
 

@@ -77,35 +77,31 @@ class Struct:
         c: Its name in the C library.
         doc: What it is.
         fields: In the order of their offsets.
-        bytes: Its size, up to which it is filled; None for what the fields take.
-        growth: How it may grow; None where both sides are built together.
+        multiple: What its size is a multiple of: it is filled up, and grows with its fields.
+        growth: How it may grow for callers of older versions; None where both sides are built
+            together.
 
     Raises:
-        ConfigError: Two fields of one name, or more of them than have room; or it can grow, and
-            has bytes between fields or behind them, in which callers leave anything.
+        ConfigError: Two fields of one name; or it can grow, and has bytes between fields or behind
+            them, in which callers leave anything.
     """
 
     cpp: str
     c: str
     doc: str
     fields: tuple[Field, ...]
-    bytes: int | None = None
+    multiple: int = 1
     growth: Growth | None = None
 
     def __post_init__(self) -> None:
         check_distinct(self.cpp, "fields", (field.name for field in self.fields))
         if self.growth is not None:
             self._check_growth()
-        if self.reserved < 0:
-            raise ConfigError(
-                f"schema: {self.cpp}: got fields of {self._taken} bytes; allowed: {self.bytes}. No "
-                "kernel was generated. Make room for more where its size is said."
-            )
 
     @property
     def reserved(self) -> int:
         """Bytes behind the fields."""
-        return (self._taken if self.bytes is None else self.bytes) - self._taken
+        return -self._taken % self.multiple
 
     def ctypes_fields(self) -> list[tuple[str, type[Any]]]:
         """The fields as a ctypes.Structure takes them."""
