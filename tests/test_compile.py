@@ -33,6 +33,7 @@ from gqa_cutlass.codegen.compile import (
     compiles_for,
     shared_headers,
 )
+from gqa_cutlass.codegen.schema.policies import named
 from gqa_cutlass.errors import CompileError, CompilerMissingError, ConfigError, GqaError
 
 SAMPLE = [
@@ -41,6 +42,7 @@ SAMPLE = [
     default_config(Math.TENSOROP, DType.BF16, 256, 16, 8),
     default_config(Math.SIMT, DType.F16, 80, 1, 2),
 ]
+FEATURES = named("SoftCapped"), named("SinkInSum")
 NOT_SHIPPED = [
     default_config(Math.TENSOROP, DType.F16, 32, 12, 8),
     default_config(Math.TENSOROP, DType.BF16, 40, 3, 4),
@@ -51,6 +53,8 @@ NOT_SHIPPED = [
     default_config(Math.TENSOROP, DType.BF16, 248, 32, 8, Schedule.TMA),
     default_config(Math.SIMT, DType.BF16, 40, 12, 1),
     default_config(Math.SIMT, DType.F16, 256, 3, 1),
+    default_config(Math.TENSOROP, DType.F16, 128, 8, 8, policies=FEATURES),
+    default_config(Math.TENSOROP, DType.BF16, 128, 8, 8, Schedule.TMA, FEATURES),
     replace(default_config(Math.TENSOROP, DType.BF16, 256, 16, 8), dependent=True),
     replace(default_config(Math.TENSOROP, DType.F16, 128, 4, 8, Schedule.TMA), dependent=True),
     replace(default_config(Math.TENSOROP, DType.BF16, 256, 16, 8, Schedule.TMA), dependent=True),

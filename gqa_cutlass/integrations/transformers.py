@@ -217,7 +217,7 @@ def _decode(
     layer = pending.layer
     wrong = _disagreement(layer, seen)
     q, k, v = (t.transpose(1, 2) for t in (query, pending.k, pending.v))
-    out = layer.cache.decode(q, k, v, softmax_scale=scaling, **asked)
+    out: Tensor = layer.cache.decode(q, k, v, softmax_scale=scaling, **asked)
     if layer.leads:
         layer.storage.count(1)
     return out if wrong is None else out.masked_fill(wrong[:, None, None, None], float("nan"))
