@@ -27,14 +27,14 @@ def calls(q: Tensor, cache: Tensor, token: Tensor, lengths: Tensor, either: bool
 def caches(cache: KVCache, q: Tensor, k: Tensor, v: Tensor, either: bool) -> None:
     """As the calls."""
     cache.decode(q, k, v).flatten(1)
-    assert_type(cache.decode(q, k, v, num_splits=2), Tensor)
+    assert_type(cache.decode(q, k, v, num_splits=2, softcap=50), Tensor)
     assert_type(cache.decode(q, return_lse=True), Pair)
     assert_type(cache.decode(q, return_lse=either), Tensor | Pair)
 
 
 def plans(q: Tensor, cache: Tensor, token: Tensor, either: bool) -> None:
     """A plan knows what it returns."""
-    plain = plan(q, cache, cache, token, token, cache_seqlens=3, dependent=True)
+    plain = plan(q, cache, cache, token, token, cache_seqlens=3, dependent=True, sinks=q)
     assert_type(plain, Plan[Tensor])
     plain(q, cache, cache, token, token, 3).flatten(1)
     both = plan(q, cache, cache, cache_seqlens=3, return_lse=True)
