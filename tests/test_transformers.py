@@ -217,17 +217,20 @@ def step(model: Any, cache: Any, tokens: Tensor, **options: Any) -> Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["none", "left"])
-def test_compiled_steps_are_one_graph_for_all_lengths(llama: Any, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind"), [("llama", "none"), ("llama", "left"), ("gemma2", "left")]
+)
+def test_compiled_steps_are_one_graph_for_all_lengths(name: str, kind: str) -> None:
     torch._dynamo.reset()
-    llama.set_attn_implementation(NAME)
+    model = make_model(name)
+    model.set_attn_implementation(NAME)
     real = padding(kind)
     counter = CompileCounterWithBackend("eager")
-    compiled = torch.compile(llama, backend=counter, fullgraph=True)
-    caches = [GqaCache(llama.config, ROOM) for _ in range(2)]
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    caches = [GqaCache(model.config, ROOM) for _ in range(2)]
     positions = (real.cumsum(-1) - 1).clamp(min=0)
     options = {"attention_mask": real, "position_ids": positions}
-    token, _ = (step(llama, c, prompt(), **options)[:, -1:].argmax(-1) for c in caches)
+    token, _ = (step(model, c, prompt(), **options)[:, -1:].argmax(-1) for c in caches)
     for count in range(1, 4):
         seen = None if kind == "none" else (real.sum(-1, dtype=torch.int32) + count)
         options = {
@@ -235,14 +238,14 @@ def test_compiled_steps_are_one_graph_for_all_lengths(llama: Any, kind: str) -> 
             "attention_mask": None if seen is None else seen[:, None, None, None],
         }
         logits = step(compiled, caches[0], token, **options)
-        assert torch.equal(logits, step(llama, caches[1], token, **options))
+        assert torch.equal(logits, step(model, caches[1], token, **options))
         token = logits.argmax(-1)
     assert counter.frame_count == 1
     assert int(caches[0].get_seq_length()) == caches[1].get_seq_length() == PROMPT + 3
     # Uncompiled, it goes on from what the device has counted.
     more = prompt()[:, :2]
     if kind == "none":
-        assert torch.equal(step(llama, caches[0], more), step(llama, caches[1], more))
+        assert torch.equal(step(model, caches[0], more), step(model, caches[1], more))
 
 
 def test_a_compiled_step_whose_mask_hides_tokens_gives_nan(llama: Any) -> None:

@@ -34,8 +34,8 @@ def attend_eagerly(
         softcap: Bound of the scaled scores.
         s_aux: One more logit per head, [num_q_heads].
         position_bias: Added to the capped scores.
-        is_causal: As for SDPA: whether several tokens see no key behind their own number; by
-            default what the module says, or else that they do not.
+        is_causal: Whether token i sees no key behind key i, where several tokens come without a
+            mask; by default what the module says, or else True.
 
     Returns:
         [batch, tokens, num_q_heads, head_dim of value], contiguous, and no weights.
