@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import random
 import re
+import secrets
 import sys
 import time
 import traceback
@@ -362,7 +363,7 @@ def main() -> int:
     """Draw until the time is over, and print what ends otherwise than it may."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--minutes", type=float, default=1)
-    parser.add_argument("--seed", type=int, default=time.time_ns())
+    parser.add_argument("--seed", type=int, default=secrets.randbits(32))
     given = parser.parse_args()
     print(f"seed {given.seed}")
     real, found, seen = kernels(), Counter[str](), set[str]()
