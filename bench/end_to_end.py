@@ -34,7 +34,7 @@ from bench.e2e_points import (
 from gqa_cutlass.cli.failures import status_of
 from gqa_cutlass.codegen.files import read_json, update, writing
 from gqa_cutlass.errors import InputError
-from gqa_cutlass.evidence import provenance
+from gqa_cutlass.proof.evidence import provenance
 
 _COMPILE_SECONDS, _OTHER_SECONDS = 60, 5  # what a row may take
 _ABOUT = {"gpu", "date", "torch", "transformers"}  # what a table says of a run

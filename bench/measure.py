@@ -35,7 +35,7 @@ from bench.record import Record, Row
 from bench.timing import Floor, Graph, agreeing, interleaved
 from gqa_cutlass.codegen import source_digest
 from gqa_cutlass.errors import InputError
-from gqa_cutlass.evidence import ask_gpu, provenance
+from gqa_cutlass.proof.evidence import ask_gpu, provenance
 
 POOL_SHARE = 0.8  # of the GPU's free memory
 OURS, BALANCED, DEPENDENT = "ours", "ours, balanced", "ours, dependent"

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from reference import attend, errors
 from torch import Tensor
 
 from gqa_cutlass import (
@@ -16,6 +15,7 @@ from gqa_cutlass import (
     lengths,
 )
 from gqa_cutlass import cache as cache_module
+from gqa_cutlass.proof.reference import attend, errors
 
 HEADS, DIM, GROUP = 1, 64, 2
 F16 = torch.float16

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from reference import Errors, attend, errors
 from torch import Tensor
 
 from gqa_cutlass.codegen import DType, KernelConfig
 from gqa_cutlass.codegen.schema.policies import Policy
+from gqa_cutlass.proof.reference import Errors, attend, errors
 
 TORCH_DTYPE = {DType.F16: torch.float16, DType.BF16: torch.bfloat16}
 Layout = Literal["NHD", "HND", "padded"]

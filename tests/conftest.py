@@ -16,7 +16,7 @@ from instant import InstantCompiler
 from gqa_cutlass import store as store_module
 from gqa_cutlass.codegen import KernelConfig, shipped, source_digest
 from gqa_cutlass.codegen.compile import shared_headers
-from gqa_cutlass.evidence import Evidence, provenance
+from gqa_cutlass.proof.evidence import Evidence, provenance
 from gqa_cutlass.store import Store
 
 # By these, commands print otherwise, or find other kernels, on one machine than on another.

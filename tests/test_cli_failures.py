@@ -14,7 +14,7 @@ from helpers import run_python
 from gqa_cutlass.cli.failures import status_of
 from gqa_cutlass.codegen import shipped
 from gqa_cutlass.errors import CacheAllocationError, CompileError, InputError
-from gqa_cutlass.evidence import Evidence
+from gqa_cutlass.proof.evidence import Evidence
 
 SCRIPT = Path(sys.executable).with_name("gqa-cutlass")
 

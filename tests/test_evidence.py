@@ -10,7 +10,7 @@ import pytest
 from calibration import Calibration, Timing
 
 from gqa_cutlass.codegen import shipped, source_digest
-from gqa_cutlass.evidence import FILE, Evidence
+from gqa_cutlass.proof.evidence import FILE, Evidence
 
 
 def test_evidence_counts_for_the_source_that_was_tested() -> None:

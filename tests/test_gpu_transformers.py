@@ -19,7 +19,7 @@ pytestmark = pytest.mark.gpu
 
 TOKENS, LAYERS = 200, 4
 TOLERANCE = 2e-2  # of logits with a standard deviation of 1.3, in float16
-RATIO = 2.0  # to how far PyTorch's own logits are from eager attention's, as in tests/reference.py
+RATIO = 2.0  # to how far PyTorch's own logits are from eager attention's, as in proof.reference
 SIZES: dict[str, dict[str, Any]] = {
     "llama": {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8},
     "qwen2": {"hidden_size": 3584, "num_attention_heads": 28, "num_key_value_heads": 4},

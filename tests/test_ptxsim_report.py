@@ -1,4 +1,4 @@
-"""What ptxsim counts: conflicts of banks, sectors, bytes, instructions, and the trial that asks."""
+"""What ptxsim counts: conflicts of banks, sectors, bytes, instructions, and the run that asks."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 from gqa_cutlass.codegen import DType, KernelConfig, Math, default_config
 from gqa_cutlass.codegen.schema.policies import named
 from gqa_cutlass.errors import InputError
+from gqa_cutlass.proof.sim import run_sim
 from gqa_cutlass.ptxsim import report
 from gqa_cutlass.ptxsim.stats import AccessStats, Stats
-from gqa_cutlass.trial import run_trial
 
 LANES = np.arange(32)
 CONFIG = default_config(Math.TENSOROP, DType.F16, 64, 4, 8)
@@ -66,28 +66,28 @@ def test_warps_are_requests_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("config", [CONFIG, SIMT], ids=lambda config: config.name)
-def test_a_trial_counts_what_the_kernel_must_move(config: KernelConfig) -> None:
-    trial = run_trial(config, cache_len=100, batch=2, kv_heads=2, num_splits=1)
-    read, written = report.global_bytes(trial.stats)
+def test_a_run_counts_what_the_kernel_must_move(config: KernelConfig) -> None:
+    found = run_sim(config, cache_len=100, batch=2, kv_heads=2, num_splits=1)
+    read, written = report.global_bytes(found.stats)
     row = 2 * config.head_dim
     tokens = 2 * 2 * 2 * 101 * row  # K and V, sequences, heads
     queries = 2 * 2 * config.group_size * row
-    assert trial.least_bytes == tokens + queries
+    assert found.least_bytes == tokens + queries
     # The new token is read twice: attended to and appended. Every warp reads the queries.
     assert tokens + queries <= read <= tokens + 8 * row + config.num_warps * queries
     assert written == queries + 8 * row + 4 * 4 * config.group_size  # out, appended rows, lse
-    assert trial.appended and trial.error <= 2 * trial.error_torch and trial.lse_error < 1e-5
+    assert found.appended and found.error <= 2 * found.error_torch and found.lse_error < 1e-5
 
 
-def test_a_trial_of_a_kernel_with_features_asks_for_them() -> None:
+def test_a_run_of_a_kernel_with_features_asks_for_them() -> None:
     config = replace(CONFIG, policies=(named("SoftCapped"), named("SinkInSum")))
-    trial = run_trial(config, cache_len=20, kv_heads=4)
-    assert trial.appended and trial.error <= 2 * trial.error_torch and trial.lse_error < 1e-5
+    found = run_sim(config, cache_len=20, kv_heads=4)
+    assert found.appended and found.error <= 2 * found.error_torch and found.lse_error < 1e-5
 
 
 def test_the_instruction_mix_counts_warps() -> None:
-    trial = run_trial(CONFIG, cache_len=CONFIG.block_n * CONFIG.num_warps - 1)
-    mix = report.instruction_mix(trial.program, trial.stats)
+    found = run_sim(CONFIG, cache_len=CONFIG.block_n * CONFIG.num_warps - 1)
+    mix = report.instruction_mix(found.program, found.stats)
     steps = CONFIG.head_dim // 16  # of an MMA, over the dims
     per_tile = 2 * steps * CONFIG.block_n // 16
     assert mix["mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"] == per_tile * CONFIG.num_warps
@@ -95,9 +95,9 @@ def test_the_instruction_mix_counts_warps() -> None:
 
 
 def test_tiles_are_read_without_bank_conflicts() -> None:
-    trial = run_trial(CONFIG, cache_len=200)
+    found = run_sim(CONFIG, cache_len=200)
     tiles = [
-        a for a in report.shared_accesses(trial.program, trial.stats) if "matrix" in a.instruction
+        a for a in report.shared_accesses(found.program, found.stats) if "matrix" in a.instruction
     ]
     assert {a.excess for a in tiles} == {1.0}
     assert any("score.cuh" in a.source for a in tiles) and any(
@@ -107,18 +107,18 @@ def test_tiles_are_read_without_bank_conflicts() -> None:
 
 def test_a_trace_shows_every_instruction_in_order() -> None:
     seen: list[tuple[str, int, int]] = []
-    trial = run_trial(
+    found = run_sim(
         CONFIG,
         cache_len=5,
         trace=lambda program, pc, warps, lanes: seen.append(
             (program.code[pc].instruction.name, warps, lanes)
         ),
     )
-    assert sum(warps for _, warps, _ in seen) == sum(trial.stats.executed)
+    assert sum(warps for _, warps, _ in seen) == sum(found.stats.executed)
     assert seen[-1][0] in ("ret", "exit") and seen[0][1:] == (8, 256)
 
 
 @pytest.mark.parametrize("wrong", [{"cache_len": -1}, {"batch": 0}, {"kv_heads": 0}])
 def test_impossible_sizes_are_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(InputError, match=f"sim: {next(iter(wrong))}: got .*; allowed"):
-        run_trial(CONFIG, **{"cache_len": 5, **wrong})
+        run_sim(CONFIG, **{"cache_len": 5, **wrong})

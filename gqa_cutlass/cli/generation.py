@@ -35,7 +35,7 @@ def generate(
 def list_(kernels: Kernels = None) -> None:
     """List the shipped kernels with their launch bounds and their GPU evidence."""
     from gqa_cutlass.codegen import select
-    from gqa_cutlass.evidence import Evidence
+    from gqa_cutlass.proof.evidence import Evidence
 
     evidence = Evidence.shipped()
     table = Table("kernel", "threads", "shared", "blocks/KV head", "GPU evidence")
@@ -103,7 +103,7 @@ def check() -> None:
     """Fail when what is generated has drifted from its source, or a kernel lacks GPU evidence."""
     from gqa_cutlass.codegen import shipped
     from gqa_cutlass.codegen.manifest import drift, emitted_drift
-    from gqa_cutlass.evidence import Evidence
+    from gqa_cutlass.proof.evidence import Evidence
 
     root = need_checkout("check", "generated/ and the GPU evidence")
     evidence = Evidence.shipped()

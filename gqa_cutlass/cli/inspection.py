@@ -14,8 +14,8 @@ from gqa_cutlass.cli.output import print_wide, say
 if TYPE_CHECKING:
     import torch
 
+    from gqa_cutlass.proof.sim import SimRun
     from gqa_cutlass.ptxsim.prepare import Program
-    from gqa_cutlass.trial import Trial
 
 _ADDRESSES = 2**63 - 1  # bytes, more than which no tensor has
 
@@ -75,8 +75,8 @@ def verify(
     ] = None,
 ) -> None:
     """Run a decode step and show what it did: output, cache, log, and that overflow is refused."""
-    from gqa_cutlass.verify import choose_device, provenance
-    from gqa_cutlass.verify import verify as verify_step
+    from gqa_cutlass.proof.verify import choose_device, provenance
+    from gqa_cutlass.proof.verify import verify as verify_step
 
     where = choose_device(device)
     steps = verify_step(
@@ -105,13 +105,13 @@ def sim(
 ) -> None:
     """Run one kernel without a GPU: check it, and count what it does."""
     from gqa_cutlass.codegen import KernelConfig
-    from gqa_cutlass.trial import run_trial
+    from gqa_cutlass.proof.sim import run_sim
 
-    trial = run_trial(
+    run = run_sim(
         KernelConfig.from_name(kernel), cache_len=cache_len, batch=batch, kv_heads=kv_heads,
         num_splits=splits, races=not no_races, trace=_print_step if trace else None,
     )  # fmt: skip
-    _print_trial(trial)
+    _print_sim(run)
 
 
 def doctor() -> None:
@@ -147,11 +147,11 @@ def _print_step(program: Program, pc: int, warps: int, lanes: int) -> None:
     print(f"{pc:5} {warps:4} warps {lanes:6} lanes  {instruction.name:40} {instruction.where}")
 
 
-def _print_trial(trial: Trial) -> None:
+def _print_sim(run: SimRun) -> None:
     """The result against the reference, then what was executed and moved."""
     from gqa_cutlass.ptxsim import report
 
-    shape, stats = trial.shape, trial.stats
+    shape, stats = run.shape, run.stats
     moved, stored = report.global_bytes(stats)
     for what, value in (
         (
@@ -159,22 +159,22 @@ def _print_trial(trial: Trial) -> None:
             f"grid {shape.grid} in clusters of {shape.cluster}, {shape.block} threads, "
             f"{shape.shared_bytes} bytes shared",
         ),
-        ("ptxsim", f"{trial.seconds:.2f} s, no fault"),
-        ("output", f"error {trial.error:.2e}; PyTorch in the same type: {trial.error_torch:.2e}"),
-        ("lse", f"error {trial.lse_error:.2e}"),
-        ("append", "exact to the bit" if trial.appended else "WRONG"),
-        ("reads", f"{moved} bytes, {moved / trial.least_bytes:.2f}x the least possible"),
+        ("ptxsim", f"{run.seconds:.2f} s, no fault"),
+        ("output", f"error {run.error:.2e}; PyTorch in the same type: {run.error_torch:.2e}"),
+        ("lse", f"error {run.lse_error:.2e}"),
+        ("append", "exact to the bit" if run.appended else "WRONG"),
+        ("reads", f"{moved} bytes, {moved / run.least_bytes:.2f}x the least possible"),
         ("writes", f"{stored} bytes"),
     ):
         print(f"{what:<8} {value}")
-    mix = report.instruction_mix(trial.program, stats)
+    mix = report.instruction_mix(run.program, stats)
     table = Table("instruction", "warps", "share", title="instruction mix")
     for name, count in mix.most_common(24):
         table.add_row(name, str(count), f"{count / mix.total():.1%}")
     print_wide(table)
     for title, unit, accesses in (
-        ("shared memory", "passes", report.shared_accesses(trial.program, stats)),
-        ("global memory", "sectors", report.global_accesses(trial.program, stats)),
+        ("shared memory", "passes", report.shared_accesses(run.program, stats)),
+        ("global memory", "sectors", report.global_accesses(run.program, stats)),
     ):
         table = Table("instruction", "source", "requests", unit, "least", "excess", title=title)
         for access in accesses:

@@ -30,7 +30,7 @@ fewer heads to the rule as well; what draws problems at random pools them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,8 +59,14 @@ def attend(
         q: [batch, num_q_heads, head_dim].
         k: [batch, tokens, num_kv_heads, head_dim]; sequence b attends to its first lengths[b].
         v: As k.
+        lengths: Tokens of each sequence.
+        scale: Factor on the scores.
+        dtype: Of every step.
         softcap: Bound of the scores; 0 for none.
-        sinks: [num_q_heads].
+        sinks: One more logit per query head, [num_q_heads], or None.
+
+    Returns:
+        The output, [batch, num_q_heads, head_dim], and the log-sum-exp, [batch, num_q_heads].
     """
     batch, num_q_heads, head_dim = q.shape
     num_kv_heads = k.shape[2]
@@ -100,17 +106,24 @@ class Errors:
     mean_torch: float
 
     @property
+    def most(self) -> float:
+        """The largest error that the rule allows."""
+        return MAX_RATIO * self.max_torch + SLACK
+
+    @property
+    def most_mean(self) -> float:
+        """The largest mean error that the rule allows."""
+        return MEAN_RATIO * self.mean_torch + SLACK
+
+    @property
     def share(self) -> float:
         """The larger of the two errors, as a share of what the rule allows.
 
         Infinite where either result is not a number, or PyTorch's is no measure.
         """
-        share = max(
-            self.max / (MAX_RATIO * self.max_torch + SLACK),
-            self.mean / (MEAN_RATIO * self.mean_torch + SLACK),
-        )
-        meaningful = math.isfinite(self.max_torch) and not math.isnan(share)
-        return share if meaningful else float("inf")
+        shares = self.max / self.most, self.mean / self.most_mean
+        meaningful = math.isfinite(self.max_torch) and not any(map(math.isnan, shares))
+        return max(shares) if meaningful else float("inf")
 
 
 def errors(out: Tensor, expected: Tensor, torch_out: Tensor) -> Errors:
@@ -128,8 +141,19 @@ def pooled(parts: Sequence[Errors]) -> Errors:
     heads = sum(part.heads for part in parts)
     return Errors(
         heads=heads,
-        max=max(part.max for part in parts),
+        max=_largest(part.max for part in parts),
         mean=sum(part.heads * part.mean for part in parts) / heads,
-        max_torch=max(part.max_torch for part in parts),
+        max_torch=_largest(part.max_torch for part in parts),
         mean_torch=sum(part.heads * part.mean_torch for part in parts) / heads,
     )
+
+
+def _largest(values: Iterable[float]) -> float:
+    """The largest, or what is no number: `max` may pass over that."""
+    found = list(values)
+    return next(filter(math.isnan, found), max(found))
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of 16-bit elements are equal to the bit, NaN included."""
+    return torch.equal(a.contiguous().view(torch.int16), b.contiguous().view(torch.int16))

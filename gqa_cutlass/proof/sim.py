@@ -16,6 +16,7 @@ from gqa_cutlass.api import plan
 from gqa_cutlass.codegen.config import KernelConfig
 from gqa_cutlass.inputs import DTYPES
 from gqa_cutlass.launcher import LaunchShape
+from gqa_cutlass.proof.reference import attend, errors, same_bits
 from gqa_cutlass.ptxsim.prepare import Program
 from gqa_cutlass.ptxsim.simulate import Checks
 from gqa_cutlass.ptxsim.stats import Stats
@@ -37,7 +38,7 @@ class _Asked(TypedDict, total=False):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trial:
+class SimRun:
     """What came of it.
 
     Args:
@@ -63,7 +64,7 @@ class Trial:
     least_bytes: int
 
 
-def run_trial(
+def run_sim(
     config: KernelConfig,
     *,
     cache_len: int,
@@ -72,7 +73,7 @@ def run_trial(
     num_splits: int = 0,
     races: bool = True,
     trace: Trace | None = None,
-) -> Trial:
+) -> SimRun:
     """Run one decode step.
 
     Args:
@@ -109,7 +110,7 @@ def _run(
     num_splits: int,
     checks: Checks,
     trace: Trace | None,
-) -> Trial:
+) -> SimRun:
     """Run it; sizes are checked."""
     q, k_cache, v_cache, k, v = _step(config, cache_len + 1, batch, kv_heads)
     asked = _features(config, q.shape[1])
@@ -124,17 +125,18 @@ def _run(
     start = time.perf_counter()
     out, lse = made(q, k_cache, v_cache, k, v, cache_len)
     seconds = time.perf_counter() - start
-    scale = config.head_dim**-0.5
-    exact, exact_lse = attention(q.double(), k_cache.double(), v_cache.double(), scale, **asked)
-    typed, _ = attention(q, k_cache, v_cache, scale, **asked)
-    return Trial(
+    step = q, k_cache, v_cache, [cache_len + 1] * batch, config.head_dim**-0.5
+    exact, exact_lse = attend(*step, torch.float64, **asked)
+    typed, _ = attend(*step, q.dtype, **asked)
+    found = errors(out, exact, typed)
+    return SimRun(
         program=program,
         shape=made.dispatch.shape,
         stats=made.stats,
         seconds=seconds,
-        error=difference(out, exact).max().item(),
-        error_torch=difference(typed, exact).max().item(),
-        lse_error=difference(lse, exact_lse).max().item(),
+        error=found.max,
+        error_torch=found.max_torch,
+        lse_error=(lse.double() - exact_lse).abs().max().item(),
         appended=same_bits(k_cache[:, -1], k) and same_bits(v_cache[:, -1], v),
         least_bytes=2 * (2 * k_cache.numel() + q.numel()),
     )
@@ -161,49 +163,3 @@ def _features(config: KernelConfig, heads: int) -> _Asked:
     if "sinks" in wanted:
         asked["sinks"] = torch.linspace(-2, 7, heads)
     return asked
-
-
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    *,
-    softcap: float = 0,
-    sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Textbook attention over all tokens, every step in the type of its inputs.
-
-    Args:
-        q: [batch, num_q_heads, head_dim].
-        k: [batch, tokens, num_kv_heads, head_dim].
-        v: As k.
-        scale: Factor on the scores.
-        softcap: Bound of the scaled scores; 0 for none.
-        sinks: One more logit per query head, [num_q_heads], or None.
-
-    Returns:
-        The output, [batch, num_q_heads, head_dim], and the logarithm of the softmax's denominators,
-        [batch, num_q_heads].
-    """
-    batch, heads, dim = q.shape
-    grouped = q.view(batch, k.shape[2], -1, dim)
-    scores = torch.einsum("bhgd,bthd->bhgt", grouped, k) * scale
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    if sinks is not None:
-        column = sinks.to(q.dtype).view(grouped.shape[1], -1, 1).expand(*scores.shape[:3], 1)
-        scores = torch.cat([scores, column], dim=-1)
-    weights = torch.softmax(scores, dim=-1)[..., : k.shape[1]]
-    out = torch.einsum("bhgt,bthd->bhgd", weights, v)
-    return out.reshape(batch, heads, dim), torch.logsumexp(scores, dim=-1).reshape(batch, heads)
-
-
-def difference(a: Tensor, b: Tensor) -> Tensor:
-    """How far each element is from its counterpart, in float64."""
-    return (a.double() - b.double()).abs()
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of 16-bit elements are equal to the bit, NaN included."""
-    return torch.equal(a.contiguous().view(torch.int16), b.contiguous().view(torch.int16))
