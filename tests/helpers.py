@@ -38,6 +38,15 @@ def compiled(config: KernelConfig, arch: str = "sm_90a") -> Compiled:
     return Store.default().get(config, arch, jit=True).compiled
 
 
+def on_devices(ptxsim: Iterable[Any], gpu: Iterable[Any]) -> list[Any]:
+    """Test parameters, device and value: some in ptxsim, which takes its time, more on a GPU."""
+    return [
+        pytest.param(device, value, id=f"{device}-{getattr(value, 'name', value)}", marks=marks)
+        for device, values, marks in (("cpu", ptxsim, ()), ("cuda", gpu, pytest.mark.gpu))
+        for value in values
+    ]
+
+
 def check_registers(result: Compiled, allowed: int) -> None:
     """Everything is in registers, and as many blocks fit as the launch bound promises."""
     assert (result.spill_bytes, result.stack_bytes) == (0, 0)

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+from itertools import cycle
+
 import pytest
 import torch
 from cases import TORCH_DTYPE, Step, make_step, snapshot
-from helpers import skip_unless_it_runs
+from helpers import on_devices, skip_unless_it_runs
 
 import gqa_cutlass
 from gqa_cutlass.codegen import DType, KernelConfig, Math, Schedule, default_config
 
-KERNELS = [
-    default_config(math, dtype, head_dim, 4, width, schedule)
+SHAPES = (
+    (Math.TENSOROP, 128, 8, Schedule.MULTISTAGE),
+    (Math.TENSOROP, 80, 8, Schedule.MULTISTAGE),
+    (Math.SIMT, 128, 2, Schedule.MULTISTAGE),
+    (Math.TENSOROP, 80, 8, Schedule.TMA),
+    (Math.TENSOROP, 128, 8, Schedule.TMA),
+)
+KERNELS = {
+    (shape, dtype): default_config(math, dtype, head_dim, 4, width, schedule)
+    for shape in SHAPES
+    for math, head_dim, width, schedule in (shape,)
     for dtype in DType
-    for math, head_dim, width, schedule in (
-        (Math.TENSOROP, 128, 8, Schedule.MULTISTAGE),
-        (Math.TENSOROP, 80, 8, Schedule.MULTISTAGE),
-        (Math.SIMT, 128, 2, Schedule.MULTISTAGE),
-        (Math.TENSOROP, 128, 8, Schedule.TMA),
-        (Math.TENSOROP, 80, 8, Schedule.TMA),
-    )
-]
+}
+# In ptxsim in one type each: schedules, and shapes of tensor cores, have both.
+BY_TURNS = [KERNELS[turn] for turn in zip(SHAPES, cycle(DType))]
 LENGTHS = [150, 0, 15, 299]
-every_kernel = pytest.mark.parametrize("config", KERNELS, ids=lambda config: config.name)
+every_kernel = pytest.mark.parametrize(("device", "config"), on_devices(BY_TURNS, KERNELS.values()))
 
 
 def step_for(
