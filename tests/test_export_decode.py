@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +42,9 @@ from gqa_cutlass.codegen import DType, KernelConfig, Math, Schedule, default_con
 from gqa_cutlass.codegen.schema.params import Params
 from gqa_cutlass.dispatch import Dispatch
 
-KERNELS = [
+KERNELS = [  # in one type each, by turns
     default_config(Math.TENSOROP, dtype, head_dim, group_size, 8, schedule)
-    for schedule, dtype, (head_dim, group_size) in product(Schedule, DType, FAMILIES)
+    for (schedule, (head_dim, group_size)), dtype in zip(product(Schedule, FAMILIES), cycle(DType))
 ]
 WIDE_64 = default_config(Math.TENSOROP, DType.F16, 64, 4, 8)
 TMA_128 = default_config(Math.TENSOROP, DType.BF16, 128, 4, 8, Schedule.TMA)
