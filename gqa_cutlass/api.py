@@ -14,10 +14,11 @@ from torch import Tensor
 
 from gqa_cutlass import features, inputs, workspace
 from gqa_cutlass.codegen.config import ARCHES, KernelConfig
-from gqa_cutlass.dispatch import Dispatch, choose_config, dispatch, model_device
+from gqa_cutlass.codegen.schema.problem import WIDEST, Problem
+from gqa_cutlass.dispatch import Device, Dispatch, choose_config, dispatch, model_device
 from gqa_cutlass.errors import DeviceError, InputError, shown
-from gqa_cutlass.inputs import DTYPES, Problem
-from gqa_cutlass.launcher import Device, describe_device, load
+from gqa_cutlass.inputs import DTYPES
+from gqa_cutlass.launcher import describe_device, load
 from gqa_cutlass.planning import Arguments, GpuPlan, Pair, Plan, Result, Settings, signature
 from gqa_cutlass.store import Store
 from gqa_cutlass.tensors import Flaw, flaw
@@ -609,7 +610,7 @@ def _kernels(
         head_dim=config.head_dim,
         max_seq_len=config.max_seq_len,
         dtype=DTYPES[dtype],
-        vec_width=inputs.WIDEST,  # of contiguous tensors
+        vec_width=WIDEST,  # of contiguous tensors
         append=True,
     )
     return [choose_config(problem, device, ragged)[0] for ragged in (False, True)]

@@ -11,18 +11,19 @@ from torch import Tensor
 
 from gqa_cutlass.codegen.config import HEAD_DIM_RULE, HEAD_DIMS, MAX_GROUP_SIZE
 from gqa_cutlass.codegen.schema.kinds import DType
-from gqa_cutlass.codegen.schema.policies import Policy
+from gqa_cutlass.codegen.schema.problem import (
+    MAX_BATCH,
+    MAX_HEADS,
+    MAX_SCALE,
+    MAX_SEQ_LEN,
+    MAX_SPLITS,
+    VECTOR_WIDTHS,
+    Problem,
+)
 from gqa_cutlass.errors import CacheOverflowError, InputError, shown
 from gqa_cutlass.tensors import byte_reach, flaw, is_tensor, memory_flaw
 
 DTYPES = {torch.float16: DType.F16, torch.bfloat16: DType.BF16}
-MAX_BATCH = 65535  # grid z
-MAX_SEQ_LEN = 2**30  # tile arithmetic is 32-bit
-MAX_SPLITS = 1024
-MAX_HEADS = 2**31 - 1  # grid x
-MAX_SCALE = 1e38  # times log2(e) it is still a float32
-VECTOR_WIDTHS = (8, 4, 2, 1)
-WIDEST = VECTOR_WIDTHS[0]
 ARGUMENTS = ("q", "k_cache", "v_cache", "k", "v", "out")
 _OPTIONAL = ("k", "v", "out")
 _ELEMENT_BYTES, _INT_BYTES = 2, 4
@@ -51,49 +52,6 @@ class Tensors:
     def present(self) -> dict[str, Tensor]:
         """The tensors that were given, by name."""
         return {name: t for name, t in vars(self).items() if t is not None}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Problem:
-    """What a call asks for, apart from the data: the key of the dispatch table.
-
-    Args:
-        batch_size: Sequences.
-        num_q_heads: Query heads.
-        num_kv_heads: KV heads; divides num_q_heads.
-        head_dim: Dimension per head.
-        max_seq_len: Tokens that a sequence's cache can hold.
-        dtype: Element type of every tensor.
-        vec_width: Widest access, in elements, that every address allows.
-        append: Whether a new token comes with the call.
-        policies: What the kernel must have in its slots in place of their defaults.
-    """
-
-    batch_size: int
-    num_q_heads: int
-    num_kv_heads: int
-    head_dim: int
-    max_seq_len: int
-    dtype: DType
-    vec_width: int
-    append: bool
-    policies: tuple[Policy, ...] = ()
-
-    @property
-    def group_size(self) -> int:
-        """Query heads per KV head."""
-        return self.num_q_heads // self.num_kv_heads
-
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes of K and V in full caches."""
-        rows = self.batch_size * self.max_seq_len * self.num_kv_heads
-        return 2 * rows * self.head_dim * _ELEMENT_BYTES
-
-    @property
-    def cache_mib(self) -> float:
-        """The same in MiB."""
-        return self.cache_bytes / 2**20
 
 
 def check_kinds(arguments: Sequence[object], cache_seqlens: object = 0) -> None:

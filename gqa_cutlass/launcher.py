@@ -8,56 +8,21 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
 from cuda.bindings import driver
 
 from gqa_cutlass.codegen.compile import nvrtc_version
-from gqa_cutlass.codegen.config import ARCHES, Arch, KernelConfig
+from gqa_cutlass.codegen.config import KernelConfig
+from gqa_cutlass.codegen.schema.launch import LaunchShape
 from gqa_cutlass.codegen.schema.params import TENSOR_MAP_ALIGN, TENSOR_MAP_BYTES
+from gqa_cutlass.dispatch import Device, arch_of
 from gqa_cutlass.errors import CompilerMissingError, DeviceError, InputError, LaunchError
 from gqa_cutlass.store import Store
 from gqa_cutlass.tensormap import TensorMap
 
-MIN_CAPABILITY = 80
 _STREAM_OFFSET = 32  # of hStream in CUlaunchConfig, behind seven 32-bit words
-
-
-@dataclass(frozen=True, kw_only=True)
-class Device:
-    """What dispatch and launch need to know of a GPU.
-
-    Args:
-        index: CUDA ordinal.
-        arch: Its compilation target.
-        num_sms: Multiprocessors.
-    """
-
-    index: int
-    arch: Arch
-    num_sms: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class LaunchShape:
-    """Grid, block and shared memory of one launch.
-
-    Args:
-        grid: Blocks in x (KV heads times head blocks), y (splits) and z (sequences).
-        block: Threads per block.
-        shared_bytes: Dynamic shared memory per block.
-        cluster: Blocks of a cluster, along grid y; divides it.
-        dependent: Programmatic dependent launch: the kernel may start while the kernel before it in
-            the stream finishes.
-    """
-
-    grid: tuple[int, int, int]
-    block: int
-    shared_bytes: int
-    cluster: int = 1
-    dependent: bool = False
 
 
 class LoadedKernel:
@@ -302,29 +267,6 @@ def describe_device(index: int) -> Device:
     return Device(index=index, arch=arch_of(10 * major + minor), num_sms=num_sms)
 
 
-def arch_of(capability: int) -> Arch:
-    """The compilation target for a compute capability (90 for 9.0).
-
-    A GPU between two targets of one major version takes the lower one: cubins run on later minor
-    versions (except those of architecture-specific targets, which run on theirs alone).
-
-    Raises:
-        DeviceError: Older than 8.0, or not known.
-    """
-    if capability < MIN_CAPABILITY:
-        raise DeviceError(
-            f"GPU of compute capability {capability / 10:.1f}: too old; allowed: 8.0 (Ampere) and "
-            "newer, for mma.sync m16n8k16 and cp.async. Nothing was launched."
-        )
-    fits = [arch for arch in ARCHES.values() if _runs_on(arch, capability)]
-    if not fits:
-        raise DeviceError(
-            f"GPU of compute capability {capability / 10:.1f}: not known to this version; known: "
-            f"{', '.join(ARCHES)}. Upgrade gqa-cutlass."
-        )
-    return max(fits, key=lambda arch: arch.capability)
-
-
 def check_driver(version: int, compiler_major: int) -> None:
     """Raise DeviceError when a driver (13000 for CUDA 13.0) cannot load what NVRTC writes."""
     if version // 1000 < compiler_major:
@@ -334,12 +276,6 @@ def check_driver(version: int, compiler_major: int) -> None:
             "NVIDIA driver, or install an older NVRTC: "
             f"pip install 'nvidia-cuda-nvrtc<{compiler_major}'"
         )
-
-
-def _runs_on(arch: Arch, capability: int) -> bool:
-    if arch.exact:
-        return arch.capability == capability
-    return arch.capability <= capability < (arch.capability // 10 + 1) * 10
 
 
 def driver_version() -> str:

@@ -26,11 +26,12 @@ from typing_extensions import TypeVar
 
 from gqa_cutlass import inputs, shortcuts, workspace
 from gqa_cutlass.codegen.schema.params import CacheStrides, Params, TmaParams
+from gqa_cutlass.codegen.schema.problem import Problem
 from gqa_cutlass.codegen.schema.storage import BOX_DIMS
 from gqa_cutlass.dispatch import Dispatch
 from gqa_cutlass.errors import DeviceError, InputError
 from gqa_cutlass.features import Features
-from gqa_cutlass.inputs import Problem, Tensors
+from gqa_cutlass.inputs import Tensors
 from gqa_cutlass.launch_log import LaunchRecord
 from gqa_cutlass.launcher import LoadedKernel, encode_tensor_map
 from gqa_cutlass.shortcuts import FORWARD_AD

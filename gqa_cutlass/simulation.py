@@ -13,10 +13,10 @@ from torch import Tensor
 
 from gqa_cutlass import workspace
 from gqa_cutlass.codegen.config import KernelConfig
+from gqa_cutlass.codegen.schema.launch import LaunchShape
 from gqa_cutlass.codegen.schema.params import Params, TmaParams
+from gqa_cutlass.codegen.schema.problem import Problem
 from gqa_cutlass.dispatch import Dispatch
-from gqa_cutlass.inputs import Problem
-from gqa_cutlass.launcher import LaunchShape
 from gqa_cutlass.planning import FIELDS, LOG, OUT, Arguments, Plan, R_co, Settings
 from gqa_cutlass.ptxsim.memory import Region
 from gqa_cutlass.ptxsim.prepare import Launch, Program

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 
 from gqa_cutlass.codegen.config import HEAD_DIM_RULE, HEAD_DIMS
+from gqa_cutlass.codegen.schema.problem import MAX_BATCH, MAX_SEQ_LEN, MAX_SPLITS
 from gqa_cutlass.errors import GqaError, InputError
-from gqa_cutlass.inputs import MAX_BATCH, MAX_SEQ_LEN, MAX_SPLITS
 
 _GRID_X = 2**31 - 1  # blocks, of which every KV head takes one or more
 _ALLOWED = {

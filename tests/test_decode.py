@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import logging
-import sys
 from itertools import product
 
 import pytest
 import torch
 from cases import make_step, snapshot
-from helpers import check, on_devices, run
+from helpers import check, on_devices, remodelled, run
 
 import gqa_cutlass
 from gqa_cutlass import gqa_decode
 from gqa_cutlass.codegen import DType
-from gqa_cutlass.dispatch import dispatch
 from gqa_cutlass.errors import CacheOverflowError, InputError
 
 
@@ -106,14 +104,12 @@ def test_any_number_of_splits_gives_the_answer(splits: int, device: str) -> None
     ids=["pairs-of-any-length", "pairs", "clusters", "clusters-of-a-short-sequence"],
 )
 def test_clusters_of_large_caches(
-    lengths: list[int], capacity: int, cluster: int, device: str, monkeypatch: pytest.MonkeyPatch
+    lengths: list[int], capacity: int, cluster: int, device: str
 ) -> None:
     """What is large is lowered to a size that ptxsim can take."""
-    monkeypatch.setattr(sys.modules["gqa_cutlass.dispatch"], "TMA_MIB", 0)
-    dispatch.cache_clear()
     step = make_step(device=device, lengths=lengths, max_seq_len=capacity)
-    plan = gqa_cutlass.plan(*step.tensors(), cache_seqlens=step.seqlens, ragged=False)
-    dispatch.cache_clear()
+    with remodelled(tma_mib=0):
+        plan = gqa_cutlass.plan(*step.tensors(), cache_seqlens=step.seqlens, ragged=False)
     if device == "cuda" and not plan.dispatch.config.tma:
         pytest.skip("tensor copies are for Hopper")
     assert plan.dispatch.shape.cluster == cluster < plan.dispatch.num_splits

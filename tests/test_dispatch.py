@@ -21,9 +21,9 @@ from gqa_cutlass.codegen import (
     shipped,
 )
 from gqa_cutlass.codegen.schema.launch import Overlap
+from gqa_cutlass.codegen.schema.problem import MAX_SPLITS, Problem
 from gqa_cutlass.dispatch import choose_config, dispatch, model_device
 from gqa_cutlass.errors import InputError
-from gqa_cutlass.inputs import MAX_SPLITS, Problem
 
 H200 = model_device(ARCHES["sm_90a"])
 LLAMA_3_8B = Problem(

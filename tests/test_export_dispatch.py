@@ -21,30 +21,25 @@ from c_library import (
     dispatched,
     write_dummies,
 )
+from helpers import remodelled
 
 from gqa_cutlass.codegen import ARCHES, DType, Schedule, shipped
 from gqa_cutlass.codegen.schema import internal
+from gqa_cutlass.codegen.schema.problem import Problem
 from gqa_cutlass.codegen.schema.public import DTYPE_CODES
 from gqa_cutlass.dispatch import (
-    BALANCED_BATCH,
-    BALANCED_TOKENS,
-    EARLY_MIB,
+    MODELS,
     MOST_TILES,
-    TMA_FEW_HEADS,
-    TMA_HEADS,
-    TMA_LARGE_HEADS,
-    TMA_MIB,
-    TMA_MIB_PARTIAL_BOXES,
+    Device,
+    arch_of,
     dispatch,
     model_device,
 )
 from gqa_cutlass.errors import DeviceError
-from gqa_cutlass.inputs import Problem
-from gqa_cutlass.launcher import Device, arch_of
 
 KERNELS = dispatched(shipped())
 RANDOM_PROBLEMS = 20000
-H200 = model_device(ARCHES["sm_90a"])
+MODEL, H200 = MODELS["sm_90a"], model_device(ARCHES["sm_90a"])
 
 
 class CProblem(ctypes.Structure):
@@ -179,8 +174,16 @@ def edge_cases() -> Iterator[Case]:
     """Both sides of every limit of the model."""
     hopper, ampere = H200, model_device(ARCHES["sm_80"])
     usual, partial_boxes = (DType.F16, 128, 4), (DType.BF16, 96, 1)
-    batches = 1, 2, BALANCED_BATCH - 1, BALANCED_BATCH, BALANCED_BATCH + 1
-    tokens = 1, 127, 128, 129, BALANCED_TOKENS - 1, BALANCED_TOKENS, BALANCED_TOKENS + 1
+    batches = 1, 2, MODEL.balanced_batch - 1, MODEL.balanced_batch, MODEL.balanced_batch + 1
+    tokens = (
+        1,
+        127,
+        128,
+        129,
+        MODEL.balanced_tokens - 1,
+        MODEL.balanced_tokens,
+        MODEL.balanced_tokens + 1,
+    )
     for device, width, batch, length, heads, ragged in product(
         (hopper, ampere), (8, 4), batches, tokens, (1, 2, 8, 64), (False, True)
     ):
@@ -192,21 +195,30 @@ def edge_cases() -> Iterator[Case]:
             usual, 8, ampere, batch=batch, kv_heads=1, tokens=MOST_TILES // batch + beyond,
             ragged=True,
         )  # fmt: skip
-    for heads in (TMA_HEADS, TMA_HEADS + 1):
+    for heads in (MODEL.tma_heads, MODEL.tma_heads + 1):
         yield case_of(usual, 8, hopper, batch=1, kv_heads=heads, tokens=256, ragged=False)
-    for kind, heads, limit in ((usual, 8, TMA_MIB), (partial_boxes, 32, TMA_MIB_PARTIAL_BOXES)):
+    for kind, heads, limit in (
+        (usual, 8, MODEL.tma_mib),
+        (partial_boxes, 32, MODEL.tma_mib_partial_boxes),
+    ):
         most = limit * 2**20 // (4 * kind[1] * heads)  # tokens
         for length in (most, most + 1):
             yield case_of(kind, 8, hopper, batch=1, kv_heads=heads, tokens=length, ragged=False)
     for heads, batch, ragged in product(
-        (1, TMA_FEW_HEADS, TMA_FEW_HEADS + 1, TMA_LARGE_HEADS, TMA_LARGE_HEADS + 1),
+        (
+            1,
+            MODEL.tma_few_heads,
+            MODEL.tma_few_heads + 1,
+            MODEL.tma_large_heads,
+            MODEL.tma_large_heads + 1,
+        ),
         (1, 2),
         (False, True),
     ):
-        length = TMA_MIB * 2**20 // (4 * 128 * heads) + 1
+        length = MODEL.tma_mib * 2**20 // (4 * 128 * heads) + 1
         yield case_of(usual, 8, hopper, batch=batch, kv_heads=heads, tokens=length, ragged=ragged)
     for batch, beyond, ragged in product((1, 4), (0, 1), (False, True)):
-        most = EARLY_MIB * 2**20 // (4 * 128 * 4 * batch)
+        most = MODEL.early_mib * 2**20 // (4 * 128 * 4 * batch)
         yield case_of(
             usual, 8, ampere, batch=batch, kv_heads=4, tokens=most + beyond, ragged=ragged
         )
@@ -255,14 +267,12 @@ def test_c_dispatches_like_python_at_the_models_limits(library: Library) -> None
 
 
 def test_ties_go_to_fewer_splits_as_in_python(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     """Where merging costs nothing, many numbers of splits cost the same."""
-    monkeypatch.setattr("gqa_cutlass.dispatch.MICROSECONDS_PER_SPLIT", 0)
-    dispatch.cache_clear()
-    library = Library(build(write_dummies(tmp_path, KERNELS), tmp_path / "libgqa.so"))
-    found = [(c, c.by_c(library), c.by_python()) for c in random_cases(2000, seed=1)]
-    dispatch.cache_clear()
+    with remodelled(microseconds_per_split=0):
+        library = Library(build(write_dummies(tmp_path, KERNELS), tmp_path / "libgqa.so"))
+        found = [(c, c.by_c(library), c.by_python()) for c in random_cases(2000, seed=1)]
     assert [case for case in found if case[1] != case[2]] == []
 
 

@@ -4,21 +4,19 @@ refused where they are wrong, and without effect where they are off."""
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from cases import Edge, Step, edges_of, make_step, snapshot
-from helpers import check, run, share_of_step, skip_unless_it_runs
+from helpers import check, remodelled, run, share_of_step, skip_unless_it_runs
 from torch import Tensor
 
 import gqa_cutlass
 from gqa_cutlass import gqa_decode
 from gqa_cutlass.codegen import DType, KernelConfig, Math, Schedule, default_config
 from gqa_cutlass.codegen.schema.policies import named
-from gqa_cutlass.dispatch import dispatch
 from gqa_cutlass.errors import CacheOverflowError, InputError
 
 CAP, SINK = named("SoftCapped"), named("SinkInSum")
@@ -88,19 +86,14 @@ def test_odd_rows_and_several_head_blocks(feature: str, sizes: str, device: str)
 
 
 @every_feature
-def test_ragged_batches_that_are_dealt_out_by_length(
-    feature: str, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ragged_batches_that_are_dealt_out_by_length(feature: str, device: str) -> None:
     """What is long is lowered to what ptxsim can take."""
-    monkeypatch.setattr(sys.modules["gqa_cutlass.dispatch"], "BALANCED_TOKENS", 1)
-    monkeypatch.setattr(sys.modules["gqa_cutlass.dispatch"], "TMA_HEADS", 0)
-    dispatch.cache_clear()
     step = step_of(
         feature, lengths=[300, 3, 0, 17], max_seq_len=512, num_kv_heads=1, head_dim=64,
         device=device,
     )  # fmt: skip
-    plan = gqa_cutlass.plan(*step.tensors(), cache_seqlens=step.seqlens, **step.features())
-    dispatch.cache_clear()
+    with remodelled(balanced_tokens=1, tma_heads=0):
+        plan = gqa_cutlass.plan(*step.tensors(), cache_seqlens=step.seqlens, **step.features())
     assert plan.dispatch.balanced
     check(step, plan(*step.tensors(), step.seqlens))
 

@@ -7,7 +7,7 @@ import ast
 from pathlib import Path
 
 import pytest
-from helpers import REPOSITORY
+from helpers import REPOSITORY, run_python
 
 CODEGEN = sorted((REPOSITORY / "codegen").glob("*.py"))
 RUNTIME = sorted((REPOSITORY / "gqa_cutlass").rglob("*.py"))
@@ -60,6 +60,26 @@ def test_the_schema_depends_on_nothing_of_ours() -> None:
     ours = {n for path in folder.glob("*.py") for n in _imports(path) if n.startswith("gqa_")}
     others = {n for n in ours if not n.startswith("gqa_cutlass.codegen.schema")}
     assert others == {"gqa_cutlass.errors.ConfigError"}
+
+
+def test_dispatch_depends_on_the_generator_alone() -> None:
+    """Sources: on nothing of the runtime but itself. In a process: torch and driver stay out."""
+    folder = REPOSITORY / "gqa_cutlass" / "dispatch"
+    allowed = ("gqa_cutlass.codegen.", "gqa_cutlass.dispatch.", "gqa_cutlass.errors.")
+    ours = {n for path in folder.glob("*.py") for n in _imports(path) if n.startswith("gqa_")}
+    assert [name for name in ours if not name.startswith(allowed)] == []
+    code = """
+import sys
+from gqa_cutlass.codegen import ARCHES, DType
+from gqa_cutlass.codegen.schema.problem import Problem
+from gqa_cutlass.dispatch import dispatch, model_device
+sizes = dict(batch_size=1, num_q_heads=8, num_kv_heads=2, head_dim=128, max_seq_len=4096)
+problem = Problem(**sizes, dtype=DType.F16, vec_width=8, append=True)
+print(dispatch(problem, model_device(ARCHES["sm_90a"])).config.name)
+print(*(name for name in ("torch", "cuda", "gqa_cutlass.launcher") if name in sys.modules))
+"""
+    kernel, loaded = run_python(code).split("\n")[:2]
+    assert kernel.startswith("gqa_decode_sm90_tensorop_f16") and loaded == ""
 
 
 def test_one_module_compiles() -> None:

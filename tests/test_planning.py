@@ -21,11 +21,10 @@ from torch import Tensor
 import gqa_cutlass
 from gqa_cutlass import api, gqa_decode, planning, shortcuts, workspace
 from gqa_cutlass.codegen import ARCHES, KernelConfig
-from gqa_cutlass.codegen.schema.launch import Overlap
+from gqa_cutlass.codegen.schema.launch import LaunchShape, Overlap
 from gqa_cutlass.codegen.schema.params import Params, TmaParams
-from gqa_cutlass.dispatch import BALANCED_TOKENS, dispatch, model_device
+from gqa_cutlass.dispatch import H200, Device, dispatch, model_device
 from gqa_cutlass.errors import CacheOverflowError, InputError
-from gqa_cutlass.launcher import Device, LaunchShape
 from gqa_cutlass.tensormap import TensorMap
 from gqa_cutlass.workspace import OverflowFlag
 
@@ -597,7 +596,7 @@ def test_a_dependent_launch_is_asked_for(notes: Notes, dependent: bool) -> None:
 def test_splits_are_dealt_out_by_length_where_lengths_may_differ(
     notes: Notes, call: Callable[..., object], ragged: bool
 ) -> None:
-    tensors = inputs_of(max_seq_len=BALANCED_TOKENS, batch=33)
+    tensors = inputs_of(max_seq_len=H200.balanced_tokens, batch=33)
     call(**tensors, cache_seqlens=torch.full((33,), 3, dtype=torch.int32), ragged=ragged)
     call(**tensors, cache_seqlens=3, ragged=ragged)  # the host knows that all are equal
     on_device, on_host = (shape.grid[1] for shape in notes.shapes)

@@ -22,10 +22,10 @@ from gqa_cutlass.codegen.compile import compile_source
 from gqa_cutlass.codegen.headers import include_dir
 from gqa_cutlass.codegen.schema.launch import Overlap
 from gqa_cutlass.codegen.schema.params import Params, TmaParams
+from gqa_cutlass.codegen.schema.problem import Problem
 from gqa_cutlass.dispatch import Dispatch, dispatch, model_device
 from gqa_cutlass.errors import KernelFault
 from gqa_cutlass.features import Features
-from gqa_cutlass.inputs import Problem
 from gqa_cutlass.planning import FIELDS, _params, describe
 from gqa_cutlass.ptxsim.prepare import Program
 from gqa_cutlass.simulation import Checks, overreads, program_from, regions_of, run

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import Step, make_step
-from helpers import call_tensors, check, run
+from helpers import call_tensors, check, remodelled, run
 from torch import Tensor
 
 import gqa_cutlass
@@ -17,7 +17,7 @@ from gqa_cutlass import api
 from gqa_cutlass.codegen import DType, KernelConfig, Math, Schedule, default_config
 from gqa_cutlass.codegen.compile import compile_kernel
 from gqa_cutlass.codegen.schema.launch import Overlap
-from gqa_cutlass.dispatch import dispatch
+from gqa_cutlass.dispatch import H200
 from gqa_cutlass.errors import InputError, KernelMissingError, PtxError
 from gqa_cutlass.ptxsim.stats import Stats
 from gqa_cutlass.simulation import CpuPlan, program_from, program_of
@@ -158,13 +158,12 @@ def test_a_plan_and_a_call_agree_to_the_bit() -> None:
 
 
 @pytest.fixture(params=[Overlap.WHOLE, Overlap.END], ids=["whole", "end"])
-def overlap(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Overlap]:
+def overlap(request: pytest.FixtureRequest) -> Iterator[Overlap]:
     """When dependent launches of small caches let the next one start."""
-    if request.param is Overlap.END:
-        monkeypatch.setattr("gqa_cutlass.dispatch.WHOLE_OVERLAP_MIB", 0)
-    dispatch.cache_clear()
-    yield request.param
-    dispatch.cache_clear()
+    with remodelled(
+        whole_overlap_mib=0 if request.param is Overlap.END else H200.whole_overlap_mib
+    ):
+        yield request.param
 
 
 @pytest.mark.parametrize("by_value", [False, True], ids=["lengths on the device", "int"])

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import remodelled
 from typer.testing import CliRunner, Result
 
-from gqa_cutlass import GQADecodeConfig, Plan, dispatch, warmup
+from gqa_cutlass import GQADecodeConfig, Plan, warmup
 from gqa_cutlass.api import gqa_attention_decode
 from gqa_cutlass.cli import app, main
 from gqa_cutlass.errors import CacheOverflowError, InputError, KernelFault, LaunchError
@@ -104,12 +105,10 @@ def test_the_cache_leaves_room_behind_the_token(cache_len: int, capacity: int) -
 
 
 @pytest.fixture
-def small_caches_count_as_large(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def small_caches_count_as_large() -> Iterator[None]:
     """Which kernel runs then depends on whether lengths may differ."""
-    dispatch.dispatch.cache_clear()
-    monkeypatch.setattr(dispatch, "TMA_MIB", 0.0)
-    yield
-    dispatch.dispatch.cache_clear()
+    with remodelled(tma_mib=0):
+        yield
 
 
 @pytest.mark.usefixtures("small_caches_count_as_large")

@@ -1,7 +1,8 @@
-"""What a launch is told besides its grid."""
+"""What a launch is: its shape, and what the kernel is told of it."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Self
 
@@ -36,3 +37,23 @@ class NumberType(Documented):
 
 
 ENUMS: tuple[type[Documented], ...] = (Overlap, NumberType)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchShape:
+    """Grid, block and shared memory of one launch.
+
+    Args:
+        grid: Blocks in x (KV heads times head blocks), y (splits) and z (sequences).
+        block: Threads per block.
+        shared_bytes: Dynamic shared memory per block.
+        cluster: Blocks of a cluster, along grid y; divides it.
+        dependent: Programmatic dependent launch: the kernel may start while the kernel before it in
+            the stream finishes.
+    """
+
+    grid: tuple[int, int, int]
+    block: int
+    shared_bytes: int
+    cluster: int = 1
+    dependent: bool = False

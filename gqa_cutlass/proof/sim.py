@@ -14,8 +14,8 @@ from torch import Tensor
 from gqa_cutlass.allocation import available_bytes
 from gqa_cutlass.api import plan
 from gqa_cutlass.codegen.config import KernelConfig
+from gqa_cutlass.codegen.schema.launch import LaunchShape
 from gqa_cutlass.inputs import DTYPES
-from gqa_cutlass.launcher import LaunchShape
 from gqa_cutlass.proof.reference import attend, errors, same_bits
 from gqa_cutlass.ptxsim.prepare import Program
 from gqa_cutlass.ptxsim.simulate import Checks

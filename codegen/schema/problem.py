@@ -1,0 +1,60 @@
+"""What a call asks for, and the limits of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gqa_cutlass.codegen.schema.kinds import DType
+from gqa_cutlass.codegen.schema.policies import Policy
+from gqa_cutlass.codegen.schema.storage import ELEMENT_BYTES
+
+MAX_BATCH = 65535  # grid z
+MAX_SEQ_LEN = 2**30  # tile arithmetic is 32-bit
+MAX_SPLITS = 1024
+MAX_HEADS = 2**31 - 1  # grid x
+MAX_SCALE = 1e38  # times log2(e) it is still a float32
+VECTOR_WIDTHS = (8, 4, 2, 1)
+WIDEST = VECTOR_WIDTHS[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What a call asks for, apart from the data: the key of the dispatch table.
+
+    Args:
+        batch_size: Sequences.
+        num_q_heads: Query heads.
+        num_kv_heads: KV heads; divides num_q_heads.
+        head_dim: Dimension per head.
+        max_seq_len: Tokens that a sequence's cache can hold.
+        dtype: Element type of every tensor.
+        vec_width: Widest access, in elements, that every address allows.
+        append: Whether a new token comes with the call.
+        policies: What the kernel must have in its slots in place of their defaults.
+    """
+
+    batch_size: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_seq_len: int
+    dtype: DType
+    vec_width: int
+    append: bool
+    policies: tuple[Policy, ...] = ()
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per KV head."""
+        return self.num_q_heads // self.num_kv_heads
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of K and V in full caches."""
+        rows = self.batch_size * self.max_seq_len * self.num_kv_heads
+        return 2 * rows * self.head_dim * ELEMENT_BYTES
+
+    @property
+    def cache_mib(self) -> float:
+        """The same in MiB."""
+        return self.cache_bytes / 2**20

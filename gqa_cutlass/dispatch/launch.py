@@ -1,0 +1,257 @@
+"""Problem to kernel and launch shape: the dispatch table's analytic model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from math import gcd, prod
+
+from gqa_cutlass.codegen.config import KernelConfig
+from gqa_cutlass.codegen.schema.kinds import Math, Schedule
+from gqa_cutlass.codegen.schema.launch import LaunchShape, Overlap
+from gqa_cutlass.codegen.schema.problem import WIDEST, Problem
+from gqa_cutlass.codegen.schema.rounding import ceil_div
+from gqa_cutlass.codegen.schema.storage import BOX_DIMS, MAX_CLUSTER
+from gqa_cutlass.codegen.variants import default_config, shipped
+from gqa_cutlass.dispatch.device import Device
+from gqa_cutlass.dispatch.model import MODELS
+from gqa_cutlass.dispatch.splits import Splits, choose_clusters, choose_splits, spare_rows
+from gqa_cutlass.errors import InputError
+
+SMALLEST_COPY = 2  # elements that an asynchronous copy moves at least (cp.async: four bytes)
+_WORD_BYTES = 4
+_BALANCED = "spare blocks, to balance ragged lengths"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dispatch:
+    """The kernel for a problem, and how it is launched.
+
+    Args:
+        config: The kernel.
+        shape: Grid, block, cluster and shared memory.
+        num_splits: Parts that a sequence is cut into when all are about as long.
+        num_stages: K tiles (and V tiles) that a warp keeps in flight.
+        early: Whether warps ask for their first tile before they know the length.
+        overlap: When the next kernel may start.
+        reasons: Why, one sentence per decision.
+
+    Attributes:
+        num_partials: Partial outputs per sequence in global memory: of splits, or of clusters.
+        num_tickets: Merges in global memory, which need a counter each; none without partials.
+        partial_floats: Floats of workspace for the partial outputs.
+    """
+
+    config: KernelConfig
+    shape: LaunchShape
+    num_splits: int
+    num_stages: int
+    early: bool
+    overlap: Overlap
+    reasons: tuple[str, ...]
+
+    num_partials: int = field(init=False)
+    num_tickets: int = field(init=False)
+    partial_floats: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        x, y, z = self.shape.grid
+        partials = y // self.shape.cluster
+        tickets = x * z * self.shape.cluster if partials > 1 else 0
+        object.__setattr__(self, "num_partials", partials)
+        object.__setattr__(self, "num_tickets", tickets)
+        floats = tickets * partials * self.config.partial_floats
+        object.__setattr__(self, "partial_floats", floats)
+
+    @property
+    def balanced(self) -> bool:
+        """Whether ragged sequences get splits by their lengths, for which there are more blocks."""
+        return self.shape.grid[1] > self.num_splits
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes of partial outputs and tickets."""
+        return _WORD_BYTES * (self.partial_floats + self.num_tickets)
+
+
+@lru_cache(maxsize=4096)
+def dispatch(
+    problem: Problem,
+    device: Device,
+    num_splits: int = 0,
+    kernel: KernelConfig | None = None,
+    ragged: bool = False,
+    dependent: bool = False,
+) -> Dispatch:
+    """Choose a kernel and a launch shape.
+
+    Args:
+        problem: What is asked for.
+        device: Where it will run.
+        num_splits: Parts to cut every sequence into; 0 leaves the choice to the model.
+        kernel: A kernel to use instead of the model's choice.
+        ragged: Whether sequences may differ in length, by lengths that only the device knows.
+        dependent: Whether the kernel may start before the kernel before it is done.
+
+    Raises:
+        InputError: The given kernel cannot solve the problem.
+    """
+    if kernel is None:
+        config, why_config = choose_config(problem, device, ragged)
+    else:
+        _check_fits(kernel, problem, device)
+        config, why_config = kernel, "this kernel, as asked"
+    early = _may_be_early(problem, config, device)
+    overlap, why_overlap = Overlap.NONE, ""
+    if dependent:
+        early_starter = replace(config, dependent=True)
+        overlap, why_overlap = _choose_overlap(early_starter, problem, device)
+        if overlap:
+            config = early_starter
+    if num_splits:
+        splits = Splits(
+            cluster=gcd(num_splits, MAX_CLUSTER) if config.tma else 1,
+            splits=num_splits,
+            num_stages=config.num_stages,
+            why=f"{num_splits} splits, as asked",
+        )
+    elif config.tma:
+        splits = choose_clusters(problem, config, device)
+    else:
+        count, why = choose_splits(problem, config, device)
+        splits = Splits(cluster=1, splits=count, num_stages=config.num_stages, why=why)
+    spare = spare_rows(problem, config, device) if ragged and not num_splits else 0
+    grid = (problem.num_kv_heads * config.head_blocks, splits.splits + spare, problem.batch_size)
+    shared_bytes = config.shared_bytes_with(splits.num_stages)
+    if overlap:
+        shared_bytes = max(shared_bytes, _shared_bytes_alone(prod(grid), device))
+    return Dispatch(
+        config=config,
+        shape=LaunchShape(
+            grid=grid,
+            block=config.num_threads,
+            shared_bytes=shared_bytes,
+            cluster=splits.cluster,
+            dependent=overlap is not Overlap.NONE,
+        ),
+        num_splits=splits.splits,
+        num_stages=splits.num_stages,
+        early=early and not spare,
+        overlap=overlap,
+        reasons=tuple(
+            filter(None, (why_config, splits.why, _BALANCED if spare else "", why_overlap))
+        ),
+    )
+
+
+def _check_fits(kernel: KernelConfig, problem: Problem, device: Device) -> None:
+    """Raise InputError unless a kernel can solve a problem."""
+    needed = (problem.dtype, problem.head_dim, problem.group_size)
+    offered = (kernel.dtype, kernel.head_dim, kernel.group_size)
+    if device.arch.name not in kernel.archs:
+        raise InputError(
+            f"gqa_decode: kernel: got {kernel.name} for {device.arch.name}; allowed there: kernels "
+            f"for it, which this one is not: {', '.join(kernel.archs)}. Nothing was launched."
+        )
+    if needed != offered or problem.vec_width % kernel.vec_width:
+        raise InputError(
+            f"gqa_decode: kernel: got {kernel.name}; allowed: kernels for {problem.dtype}, "
+            f"head_dim {problem.head_dim}, group size {problem.group_size} and an alignment of at "
+            f"most {problem.vec_width} elements. Nothing was launched."
+        )
+    if kernel.policies != problem.policies:
+        wanted = ", ".join(policy.feature for policy in problem.policies) or "no feature"
+        raise InputError(
+            f"gqa_decode: kernel: got {kernel.name}; allowed: kernels with what the call asks for: "
+            f"{wanted}. Nothing was launched."
+        )
+
+
+def choose_config(
+    problem: Problem, device: Device, ragged: bool = False
+) -> tuple[KernelConfig, str]:
+    """The kernel for a problem: tensor cores wherever the copies can move what was passed.
+
+    Args:
+        problem: What is asked for.
+        device: Where it will run.
+        ragged: As for `dispatch`.
+
+    Returns:
+        The kernel, and why.
+    """
+    math = Math.TENSOROP if problem.vec_width >= 2 else Math.SIMT
+    schedule, why = _choose_schedule(problem, device, ragged)
+    config = default_config(
+        math, problem.dtype, problem.head_dim, problem.group_size, problem.vec_width, schedule,
+        problem.policies,
+    )  # fmt: skip
+    aligned = f"every row is aligned to {2 * problem.vec_width} bytes"
+    origin = "shipped" if config in shipped() else "compiled on first use"
+    if math is Math.SIMT:
+        return config, f"simt: {aligned}, less than cp.async moves; {origin}"
+    return config, f"tensorop: {aligned}; {schedule}: {why}; {origin}"
+
+
+def _choose_schedule(problem: Problem, device: Device, ragged: bool) -> tuple[Schedule, str]:
+    """The tma schedule for few heads: if caches are large, only of sequences that are as long."""
+    if problem.vec_width < WIDEST:
+        return Schedule.MULTISTAGE, "the copy engine wants rows aligned to 16 bytes"
+    for policy in problem.policies:
+        if Schedule.TMA not in policy.schedules:
+            return Schedule.MULTISTAGE, f"{Schedule.TMA} does not have {policy.feature}"
+    head_dim, group_size = problem.head_dim, problem.group_size
+    tma = default_config(Math.TENSOROP, problem.dtype, head_dim, group_size, WIDEST, Schedule.TMA)
+    if device.arch.name not in tma.archs:
+        return Schedule.MULTISTAGE, f"{device.arch.name} is not among {', '.join(tma.archs)}"
+    model = MODELS[device.arch.name]
+    whole_boxes = head_dim % BOX_DIMS == 0
+    limit = model.tma_mib if whole_boxes else model.tma_mib_partial_boxes
+    mib = problem.cache_mib
+    heads = problem.num_kv_heads * problem.batch_size
+    alone = problem.max_seq_len <= tma.block_n * tma.num_warps  # one block's warps at once
+    if mib <= limit and heads <= model.tma_heads and not alone:
+        return Schedule.TMA, f"{mib:.1f} MiB, at most {limit}; few heads"
+    equal = problem.batch_size == 1 or not ragged
+    if mib > limit and whole_boxes and heads <= model.tma_large_heads and equal:
+        return Schedule.TMA, f"{mib:.1f} MiB of at most {model.tma_large_heads} heads, not ragged"
+    return Schedule.MULTISTAGE, f"{mib:.1f} MiB of {problem.max_seq_len} tokens"
+
+
+def _may_be_early(problem: Problem, config: KernelConfig, device: Device) -> bool:
+    """Whether warps should ask for their first tile before they know the length.
+
+    It may reach into the row that another block appends meanwhile. Asynchronous copies of rows that
+    turn out to be none are of no consequence; the loads by which single elements come would race.
+    """
+    model = MODELS[device.arch.name]
+    limit = model.tma_mib if config.tma else model.early_mib
+    return config.vec_width >= SMALLEST_COPY and problem.cache_mib <= limit
+
+
+def _choose_overlap(
+    early_starter: KernelConfig, problem: Problem, device: Device
+) -> tuple[Overlap, str]:
+    """When the launch after one of such a kernel may start, where it has been measured to pay."""
+    if device.arch.name not in early_starter.archs:
+        return Overlap.NONE, f"ordinary launch: {device.arch.name} has no dependent ones"
+    model = MODELS[device.arch.name]
+    if problem.cache_mib > model.end_overlap_mib:
+        return Overlap.NONE, f"ordinary launch: more than {model.end_overlap_mib} MiB"
+    whole = problem.cache_mib <= model.whole_overlap_mib
+    return (
+        Overlap.WHOLE if whole else Overlap.END,
+        f"dependent launch, a kernel of its own that the first use compiles: the next launch may "
+        f"start {'at once' if whole else 'at the end'}",
+    )
+
+
+def _shared_bytes_alone(blocks: int, device: Device) -> int:
+    """Shared memory with which no more blocks fit on a multiprocessor than a launch has for each.
+
+    Otherwise the next launch's blocks crowd where this one's ended first, and take longer. Where
+    both launches find room side by side, nothing is asked for.
+    """
+    if 2 * blocks <= device.num_sms:
+        return 0
+    return device.arch.shared_per_sm // (ceil_div(blocks, device.num_sms) + 1)

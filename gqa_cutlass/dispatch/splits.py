@@ -1,0 +1,146 @@
+"""How many blocks share a sequence, by what a GPU's model says of their cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gqa_cutlass.codegen.config import KernelConfig
+from gqa_cutlass.codegen.schema.problem import Problem
+from gqa_cutlass.codegen.schema.rounding import ceil_div
+from gqa_cutlass.codegen.schema.storage import MAX_CLUSTER
+from gqa_cutlass.dispatch.device import Device
+from gqa_cutlass.dispatch.model import MODELS
+
+MOST_TILES = 2**31  # 32-bit sums; a tile has more than one token
+
+
+@dataclass(frozen=True, kw_only=True)
+class Splits:
+    """How the blocks of a launch share a sequence.
+
+    Args:
+        splits: Blocks per sequence and KV head (and block of query heads).
+        cluster: Blocks of a cluster; divides `splits`.
+        num_stages: Stages of every warp.
+        why: A sentence.
+    """
+
+    splits: int
+    cluster: int
+    num_stages: int
+    why: str
+
+
+def choose_clusters(problem: Problem, config: KernelConfig, device: Device) -> Splits:
+    """How the blocks of the tma schedule share sequences, when caches are full.
+
+    As many blocks as keep memory busy and no more, in clusters of at most 8: clusters that share a
+    head meet in global memory, which costs a microsecond. A second stage pays once warps walk
+    several tiles, and takes the room of a second block.
+    """
+    model = MODELS[device.arch.name]
+    heads = problem.num_kv_heads * config.head_blocks * problem.batch_size
+    tiles = ceil_div(problem.max_seq_len, config.block_n)
+    if problem.cache_mib > model.tma_mib:
+        return _fill_with_clusters(heads, tiles, config, device)
+    wanted = max(2, ceil_div(model.tma_blocks, heads))
+    splits = _power_of_two(min(wanted, ceil_div(tiles, config.num_warps)))
+    per_warp = ceil_div(tiles, splits * config.num_warps)
+    deep = per_warp > 2 and heads * splits < 2 * model.tma_blocks
+    cluster = min(MAX_CLUSTER, splits)
+    return Splits(
+        splits=splits,
+        cluster=cluster,
+        num_stages=config.num_stages if deep else 1,
+        why=f"{splits // cluster} clusters of {cluster} for each of {heads} heads, at most "
+        f"{per_warp} tiles per warp",
+    )
+
+
+def _fill_with_clusters(heads: int, tiles: int, config: KernelConfig, device: Device) -> Splits:
+    """The same for large caches: a block for every multiprocessor."""
+    model = MODELS[device.arch.name]
+    few = heads <= model.tma_few_heads
+    cluster = MAX_CLUSTER if few else model.tma_large_cluster
+    most = tiles // (config.num_warps * cluster)  # clusters whose warps have a tile each
+    clusters = max(1, min(device.num_sms // (heads * cluster), most))
+    return Splits(
+        splits=clusters * cluster,
+        cluster=cluster,
+        num_stages=1 if few else config.num_stages,
+        why=f"{clusters} clusters of {cluster} for each of {heads} heads: {device.num_sms} SMs",
+    )
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest power of two that is not smaller."""
+    return 1 << (n - 1).bit_length()
+
+
+def choose_splits(problem: Problem, config: KernelConfig, device: Device) -> tuple[int, str]:
+    """The number of splits that the cost model finds cheapest for a full cache.
+
+    No more than let all blocks be resident at once, or than leave every warp a tile. (The kernel
+    itself uses fewer for sequences that are too short for so many.)
+    """
+    blocks = problem.num_kv_heads * config.head_blocks * problem.batch_size
+    tiles = ceil_div(problem.max_seq_len, config.block_n)
+    slots = device.num_sms * config.blocks_per_sm(device.arch)
+    most = max(1, min(ceil_div(tiles, config.num_warps), slots // blocks))
+    costs = {
+        splits: read_cost(blocks, tiles, splits, config, device) for splits in range(1, most + 1)
+    }
+    splits = min(costs, key=lambda s: (costs[s], s))
+    return splits, (
+        f"{splits} splits of at most {most}: {blocks * splits} blocks of {config.num_warps} warps "
+        f"for {blocks * tiles} tiles on {device.num_sms} SMs; modelled reading and merging "
+        f"{costs[splits]:.1f} us"
+    )
+
+
+def read_cost(blocks: int, tiles: int, splits: int, config: KernelConfig, device: Device) -> float:
+    """Modelled microseconds to read the cache and merge the splits (launch latency excluded).
+
+    Args:
+        blocks: Blocks per split.
+        tiles: Tiles per sequence.
+        splits: Parts that a sequence is cut into.
+        config: The kernel.
+        device: The GPU.
+    """
+    model = MODELS[device.arch.name]
+    ideal = (
+        blocks * tiles * config.tile_bytes / (device.num_sms * model.bytes_per_sm_and_microsecond)
+    )
+    busy_warps = _share_used(tiles, config.num_warps * splits)
+    busy_sms = _share_used(blocks * splits, device.num_sms)
+    resident = min(ceil_div(blocks * splits, device.num_sms), config.blocks_per_sm(device.arch))
+    fed = min(1.0, resident * config.bytes_in_flight / model.bytes_in_flight)
+    return ideal / (busy_warps * busy_sms * fed) + model.microseconds_per_split * (splits - 1)
+
+
+def _share_used(work: int, workers: int) -> float:
+    """Share of the workers' time used when equal pieces of work are dealt out in rounds."""
+    return work / (ceil_div(work, workers) * workers)
+
+
+def spare_rows(problem: Problem, config: KernelConfig, device: Device) -> int:
+    """Rows of blocks beyond the splits, so that ragged sequences can be cut by their lengths.
+
+    They cost every block a look at all lengths, for which short caches are not worth it; and where
+    blocks come in many rounds, the hardware evens out when they finish. One row is what rounding
+    needs. Where one block per sequence fills the multiprocessors more than once, shares of a third
+    end more evenly; a finer cut costs more merges than it gains.
+    """
+    model = MODELS[device.arch.name]
+    rounds = ceil_div(
+        problem.num_kv_heads * config.head_blocks * problem.batch_size,
+        device.num_sms * config.blocks_per_sm(device.arch),
+    )
+    worth_it = (
+        not config.tma
+        and 2 <= problem.batch_size <= model.balanced_batch
+        and model.balanced_tokens <= problem.max_seq_len <= MOST_TILES // problem.batch_size
+        and rounds <= model.balanced_rounds
+    )
+    return (1 if rounds == 1 else 3) if worth_it else 0
