@@ -20,8 +20,10 @@ from torch import Tensor
 
 import gqa_cutlass
 from bench.points import GRID
-from gqa_cutlass import gqa_decode, shortcuts, workspace
-from gqa_cutlass.planning import LOG, GpuPlan
+from gqa_cutlass import gqa_decode
+from gqa_cutlass.call.plan import LOG, GpuPlan
+from gqa_cutlass.gpu import torch_private as shortcuts
+from gqa_cutlass.gpu import workspace
 
 POINT = "llama3-8b 32/8/128 1x1024"
 LOG_CHECK = "DEBUG log check (off), in each above"

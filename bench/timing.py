@@ -16,7 +16,7 @@ from torch import Tensor
 from bench.data import ALLOWED_ERROR
 from bench.points import Point
 from gqa_cutlass.codegen.compile import compile_source
-from gqa_cutlass.launcher import describe_device
+from gqa_cutlass.gpu.driver import describe_device
 
 WARM_UP, ROUNDS = 2, 12
 _UNRELATED_BYTES = 256 << 20

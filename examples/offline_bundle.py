@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import gqa_cutlass
-from gqa_cutlass.launcher import describe_device
+from gqa_cutlass.gpu.driver import describe_device
 from gqa_cutlass.store import Store, build_all
 
 GPU = torch.cuda.is_available()

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         warmup,
     )
     from gqa_cutlass.cache import KVCache
+    from gqa_cutlass.call.plan import Plan
     from gqa_cutlass.errors import (
         CacheAllocationError,
         CacheOverflowError,
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
         GqaError,
         InputError,
     )
-    from gqa_cutlass.planning import Plan
 
 _HOMES = {
     "GQADecodeConfig": "api",
@@ -37,7 +37,7 @@ _HOMES = {
     "plan": "api",
     "warmup": "api",
     "KVCache": "cache",
-    "Plan": "planning",
+    "Plan": "call.plan",
     "CacheAllocationError": "errors",
     "CacheOverflowError": "errors",
     "ConfigError": "errors",

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from gqa_cutlass.cache_inputs import surroundings_flaw
+from gqa_cutlass.call.layout import DTYPES
 from gqa_cutlass.codegen.config import HEAD_DIM_RULE, HEAD_DIMS
 from gqa_cutlass.codegen.schema.problem import MAX_BATCH, MAX_SEQ_LEN
 from gqa_cutlass.errors import CacheAllocationError, DeviceError, InputError, shown
-from gqa_cutlass.inputs import DTYPES
 
 _PAGE = 2**21  # torch's allocator, and the driver below it, hand out large blocks in such steps
 _SPARE_SHARE = 256  # one part in so many is left to the driver's tables and to workspaces

@@ -12,14 +12,16 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 import torch
 from torch import Tensor
 
-from gqa_cutlass import features, inputs, workspace
+from gqa_cutlass.call import layout as inputs
+from gqa_cutlass.call import options as features
+from gqa_cutlass.call.layout import DTYPES
+from gqa_cutlass.call.plan import Arguments, GpuPlan, Pair, Plan, Result, Settings, signature
 from gqa_cutlass.codegen.config import ARCHES, KernelConfig
 from gqa_cutlass.codegen.schema.problem import WIDEST, Problem
 from gqa_cutlass.dispatch import Device, Dispatch, choose_config, dispatch, model_device
 from gqa_cutlass.errors import DeviceError, InputError, shown
-from gqa_cutlass.inputs import DTYPES
-from gqa_cutlass.launcher import describe_device, load
-from gqa_cutlass.planning import Arguments, GpuPlan, Pair, Plan, Result, Settings, signature
+from gqa_cutlass.gpu import workspace
+from gqa_cutlass.gpu.driver import describe_device, load
 from gqa_cutlass.store import Store
 from gqa_cutlass.tensors import Flaw, flaw
 from gqa_cutlass.tracing import is_traced, untraced
@@ -327,7 +329,7 @@ def plan(
         features=asked,
     )
     if device.index == workspace.CPU:
-        from gqa_cutlass.simulation import CpuPlan  # which only CPU tensors need
+        from gqa_cutlass.cpu.executor import CpuPlan  # which only CPU tensors need
 
         return CpuPlan(**settings)
     return GpuPlan(load(chosen.config, device, jit=_may_compile()), **settings)
@@ -444,7 +446,7 @@ def warmup(
     kernels = list(dict.fromkeys(chain.from_iterable(_kernels(c, dtype, target) for c in wanted)))
     for config in kernels:
         if gpu is None:
-            from gqa_cutlass.simulation import program_of
+            from gqa_cutlass.cpu.executor import program_of
 
             program_of(config)
         else:

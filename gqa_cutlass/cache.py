@@ -11,10 +11,10 @@ from torch import Tensor
 from gqa_cutlass.allocation import Memory, Sizes, allocate, placed
 from gqa_cutlass.api import Options, check_overflow, gqa_decode
 from gqa_cutlass.cache_inputs import check_apart, ints, one_token, prompt
+from gqa_cutlass.call.plan import Pair, Result
 from gqa_cutlass.errors import CacheOverflowError, InputError
 from gqa_cutlass.guard import guarded, lack_of_memory, raise_no_temporaries
 from gqa_cutlass.lengths import ONE_TOKEN, REMEDY, Growth, Lengths, capturing
-from gqa_cutlass.planning import Pair, Result
 from gqa_cutlass.rows import buffer, gather, scatter
 from gqa_cutlass.tensors import is_tensor
 from gqa_cutlass.tracing import is_traced, mark_static

@@ -60,7 +60,7 @@ def _torch() -> str:
 def _gpu() -> str:
     """The GPU. To have none is no fault: kernels run without one, slowly."""
     from gqa_cutlass.errors import DeviceError
-    from gqa_cutlass.launcher import describe_device, driver_version
+    from gqa_cutlass.gpu.driver import describe_device, driver_version
 
     try:
         driver_version()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gqa_cutlass.api import gqa_decode, plan
-from gqa_cutlass.planning import Arguments
+from gqa_cutlass.call.plan import Arguments
 from gqa_cutlass.tracing import break_graph
 
 _LENGTHS = "Tensor? cache_seqlens, SymInt cache_len"  # on the device, or else one for all

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.parameter import is_lazy
 
-from gqa_cutlass.shortcuts import FORWARD_AD, foreign_keys
+from gqa_cutlass.gpu.torch_private import FORWARD_AD, foreign_keys
 
 _PLAIN = "a plain, dense torch.Tensor, whose elements are what its memory holds"
 

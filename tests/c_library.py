@@ -20,17 +20,17 @@ import torch
 from cases import Step
 from torch import Tensor
 
-from gqa_cutlass import simulation
 from gqa_cutlass.codegen import ARCHES, KernelConfig, Math, select
 from gqa_cutlass.codegen.bundle import Image, bundle_files
 from gqa_cutlass.codegen.schema import public
 from gqa_cutlass.codegen.schema.launch import LaunchShape
 from gqa_cutlass.codegen.schema.params import TENSOR_MAP_BYTES, Params, TmaParams
+from gqa_cutlass.cpu import executor as simulation
+from gqa_cutlass.cpu.executor import program_of, regions_of
 from gqa_cutlass.dispatch import Dispatch
 from gqa_cutlass.errors import InputError
 from gqa_cutlass.export import facts
 from gqa_cutlass.ptxsim.simulate import Checks
-from gqa_cutlass.simulation import program_of, regions_of
 from gqa_cutlass.tensormap import UNIT_BYTES, TensorMap
 
 FAKE_CUDA = Path(__file__).with_name("fake_cuda.c")

@@ -22,7 +22,7 @@ from gqa_cutlass import api, gqa_decode
 from gqa_cutlass.codegen import KernelConfig
 from gqa_cutlass.codegen.compile import Compiled
 from gqa_cutlass.dispatch import MODELS, Dispatch, dispatch
-from gqa_cutlass.launcher import describe_device
+from gqa_cutlass.gpu.driver import describe_device
 from gqa_cutlass.store import Store
 
 REPOSITORY = Path(__file__).parent.parent

@@ -29,10 +29,10 @@ from ptx_kernels import module, simulate_text
 
 import gqa_cutlass
 from gqa_cutlass.codegen import DType, KernelConfig, Math, Schedule, default_config
+from gqa_cutlass.cpu.executor import program_from
 from gqa_cutlass.errors import CacheOverflowError, KernelFault, PtxError
 from gqa_cutlass.ptxsim.machine import Group, Machine
 from gqa_cutlass.ptxsim.simulate import Checks
-from gqa_cutlass.simulation import program_from
 from gqa_cutlass.store import Store
 from gqa_cutlass.tensormap import TensorMap
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 import gqa_cutlass
-from gqa_cutlass import GQADecodeConfig, explain, gqa_attention_decode, gqa_decode, simulation
+from gqa_cutlass import GQADecodeConfig, explain, gqa_attention_decode, gqa_decode
+from gqa_cutlass.cpu import executor as simulation
 from gqa_cutlass.errors import InputError
 from gqa_cutlass.ptxsim.memory import Region
 

@@ -16,20 +16,20 @@ from cuda.bindings import driver
 from helpers import call_tensors
 
 import gqa_cutlass
-from gqa_cutlass import (  # fmt: skip
+from gqa_cutlass import (
     GQADecodeConfig,
     api,
     check_overflow,
     errors,
     gqa_attention_decode,
     gqa_decode,
-    launcher,
     plan,
     warmup,
 )
 from gqa_cutlass.codegen import ARCHES, KernelConfig, Schedule, shipped
 from gqa_cutlass.codegen.schema.params import Params
 from gqa_cutlass.errors import DeviceError, GqaError, InputError, LaunchError
+from gqa_cutlass.gpu import driver as launcher
 from gqa_cutlass.tensormap import TensorMap
 
 CONFIG = GQADecodeConfig(
@@ -155,7 +155,7 @@ def test_warmup_loads_what_a_step_may_take(
     batch: int, schedules: list[Schedule], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[KernelConfig] = []
-    monkeypatch.setattr("gqa_cutlass.simulation.program_of", loaded.append)
+    monkeypatch.setattr("gqa_cutlass.cpu.executor.program_of", loaded.append)
     step = GQADecodeConfig(
         batch_size=batch, cache_len=0, num_q_heads=32, num_kv_heads=8, head_dim=128, scale=1.0,
         max_seq_len=65536,

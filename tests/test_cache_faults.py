@@ -27,16 +27,9 @@ from cache_model import (
 from modes import Fault, Memory
 from torch import Tensor
 
-from gqa_cutlass import (
-    CacheAllocationError,
-    CacheOverflowError,
-    KVCache,
-    gqa_decode,
-    lengths,
-    rows,
-    simulation,
-)
+from gqa_cutlass import CacheAllocationError, CacheOverflowError, KVCache, gqa_decode, lengths, rows
 from gqa_cutlass import cache as cache_module
+from gqa_cutlass.cpu import executor as simulation
 from gqa_cutlass.errors import DeviceError, KernelFault
 
 BATCH, ROOM, HELD = 3, 12, [5, 2, 7]

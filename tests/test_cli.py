@@ -257,7 +257,7 @@ def test_doctor_is_content_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
     def absent() -> str:
         raise DeviceError("no usable GPU: no driver; needed: one. Run `gqa-cutlass doctor`.")
 
-    monkeypatch.setattr("gqa_cutlass.launcher.driver_version", absent)
+    monkeypatch.setattr("gqa_cutlass.gpu.driver.driver_version", absent)
     result = run("doctor")
     assert "none, so that kernels run in ptxsim (no usable GPU: no driver)" in result.output
     assert (result.exit_code, "MISSING" in result.output) == (0, False)

@@ -24,10 +24,10 @@ from c_library import (
 )
 from cuda.bindings import driver
 
-from gqa_cutlass import launcher
 from gqa_cutlass.codegen.compile import _include_paths
 from gqa_cutlass.codegen.schema import internal, public
 from gqa_cutlass.codegen.schema.params import PARAMS, TENSOR_MAP_ALIGN, TENSOR_MAP_BYTES
+from gqa_cutlass.gpu import driver as launcher
 
 COMPILERS = {
     "gcc": ("-std=c11",),

@@ -30,10 +30,10 @@ from cases import Step, make_step
 from helpers import REPOSITORY
 
 import gqa_cutlass
+from gqa_cutlass.call.record import parse
 from gqa_cutlass.codegen import ARCHES, DType
 from gqa_cutlass.codegen.schema.problem import Problem
 from gqa_cutlass.dispatch import Device, Dispatch, dispatch
-from gqa_cutlass.launch_log import parse
 
 STEPS_C = REPOSITORY / "tests" / "c_steps.c"
 PLAIN: dict[str, Any] = dict(lengths=[3, 3], max_seq_len=30, head_dim=64, device="cpu")

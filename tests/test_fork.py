@@ -15,12 +15,16 @@ import torch
 from helpers import call_tensors
 
 import gqa_cutlass
-from gqa_cutlass import api, launcher, planning, simulation, workspace
+from gqa_cutlass import api
+from gqa_cutlass.call import plan as planning
 from gqa_cutlass.codegen import ARCHES
+from gqa_cutlass.cpu import executor as simulation
 from gqa_cutlass.dispatch import model_device
 from gqa_cutlass.errors import DeviceError
-from gqa_cutlass.launcher import LoadedKernel
-from gqa_cutlass.workspace import OverflowFlag
+from gqa_cutlass.gpu import driver as launcher
+from gqa_cutlass.gpu import workspace
+from gqa_cutlass.gpu.driver import LoadedKernel
+from gqa_cutlass.gpu.workspace import OverflowFlag
 
 SECONDS = 120  # after which a child that hangs is ended
 

@@ -389,7 +389,7 @@ def test_a_cold_kernel_compiles_in_two_seconds(
     tmp_path: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GQA_CUTLASS_CACHE_DIR", str(tmp_path))
-    from gqa_cutlass.launcher import describe_device
+    from gqa_cutlass.gpu.driver import describe_device
     from gqa_cutlass.store import Store
 
     arch = describe_device(torch.cuda.current_device()).arch.name

@@ -12,9 +12,9 @@ from helpers import call_tensors
 from torch import Tensor
 
 from gqa_cutlass import gqa_decode
+from gqa_cutlass.call.layout import check_lengths, check_options, gather, validate
 from gqa_cutlass.codegen.schema.problem import MAX_BATCH, MAX_SEQ_LEN, MAX_SPLITS
 from gqa_cutlass.errors import CacheOverflowError, GqaError, InputError
-from gqa_cutlass.inputs import check_lengths, check_options, gather, validate
 
 Change = Callable[[dict[str, Any]], Any]
 NAMES = ("q", "k_cache", "v_cache", "k", "v", "out")

@@ -76,7 +76,7 @@ from gqa_cutlass.dispatch import dispatch, model_device
 sizes = dict(batch_size=1, num_q_heads=8, num_kv_heads=2, head_dim=128, max_seq_len=4096)
 problem = Problem(**sizes, dtype=DType.F16, vec_width=8, append=True)
 print(dispatch(problem, model_device(ARCHES["sm_90a"])).config.name)
-print(*(name for name in ("torch", "cuda", "gqa_cutlass.launcher") if name in sys.modules))
+print(*(name for name in ("torch", "cuda", "gqa_cutlass.gpu.driver") if name in sys.modules))
 """
     kernel, loaded = run_python(code).split("\n")[:2]
     assert kernel.startswith("gqa_decode_sm90_tensorop_f16") and loaded == ""
@@ -87,7 +87,7 @@ def test_one_module_compiles() -> None:
 
 
 def test_one_module_talks_to_the_driver() -> None:
-    assert _users("cuda.bindings.driver") == ["launcher.py"]
+    assert _users("cuda.bindings.driver") == ["driver.py"]
 
 
 def test_one_module_reads_the_environment() -> None:

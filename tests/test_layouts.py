@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from gqa_cutlass.call.layout import Tensors, check_aliases, gather, validate
 from gqa_cutlass.errors import InputError
-from gqa_cutlass.inputs import Tensors, check_aliases, gather, validate
 
 
 def vec_width(**changes: Tensor) -> int:

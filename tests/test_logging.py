@@ -15,9 +15,9 @@ from helpers import skip_unless_it_runs
 
 import gqa_cutlass
 from gqa_cutlass import GQADecodeConfig, Plan, gqa_attention_decode, gqa_decode
+from gqa_cutlass.call.plan import LOG
+from gqa_cutlass.call.record import LaunchRecord, parse
 from gqa_cutlass.codegen import DType, Math, Schedule, default_config
-from gqa_cutlass.launch_log import LaunchRecord, parse
-from gqa_cutlass.planning import LOG
 
 KEYS = [
     "kernel", "grid", "cluster", "block", "shared_bytes", "num_splits", "num_stages", "dependent",

@@ -12,17 +12,17 @@ import torch
 from helpers import call_tensors
 from torch import Tensor
 
-from gqa_cutlass import (  # fmt: skip
+from gqa_cutlass import (
     GQADecodeConfig,
     check_overflow,
     explain,
     gqa_attention_decode,
     gqa_decode,
     plan,
-    simulation,
     warmup,
 )
 from gqa_cutlass.codegen import shipped
+from gqa_cutlass.cpu import executor as simulation
 from gqa_cutlass.errors import GqaError
 
 

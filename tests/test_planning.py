@@ -19,14 +19,17 @@ from helpers import call_tensors
 from torch import Tensor
 
 import gqa_cutlass
-from gqa_cutlass import api, gqa_decode, planning, shortcuts, workspace
+from gqa_cutlass import api, gqa_decode
+from gqa_cutlass.call import plan as planning
 from gqa_cutlass.codegen import ARCHES, KernelConfig
 from gqa_cutlass.codegen.schema.launch import LaunchShape, Overlap
 from gqa_cutlass.codegen.schema.params import Params, TmaParams
 from gqa_cutlass.dispatch import H200, Device, dispatch, model_device
 from gqa_cutlass.errors import CacheOverflowError, InputError
+from gqa_cutlass.gpu import torch_private as shortcuts
+from gqa_cutlass.gpu import workspace
+from gqa_cutlass.gpu.workspace import OverflowFlag
 from gqa_cutlass.tensormap import TensorMap
-from gqa_cutlass.workspace import OverflowFlag
 
 STREAM, TICKETS = 7, 4096
 # Capacities of caches that the schedules serve.

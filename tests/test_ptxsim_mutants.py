@@ -16,19 +16,19 @@ import torch
 from cases import Layout, Step, make_step
 from torch import Tensor
 
-from gqa_cutlass import inputs
+from gqa_cutlass.call import layout as inputs
+from gqa_cutlass.call.options import Features
+from gqa_cutlass.call.plan import FIELDS, _params, describe
 from gqa_cutlass.codegen import ARCHES, DType, KernelConfig, Math, Schedule, render
 from gqa_cutlass.codegen.compile import compile_source
 from gqa_cutlass.codegen.headers import include_dir
 from gqa_cutlass.codegen.schema.launch import Overlap
 from gqa_cutlass.codegen.schema.params import Params, TmaParams
 from gqa_cutlass.codegen.schema.problem import Problem
+from gqa_cutlass.cpu.executor import Checks, overreads, program_from, regions_of, run
 from gqa_cutlass.dispatch import Dispatch, dispatch, model_device
 from gqa_cutlass.errors import KernelFault
-from gqa_cutlass.features import Features
-from gqa_cutlass.planning import FIELDS, _params, describe
 from gqa_cutlass.ptxsim.prepare import Program
-from gqa_cutlass.simulation import Checks, overreads, program_from, regions_of, run
 
 _MAX_STEPS = 10_000  # the longest of the runs that end takes a third of them
 _INCLUDE = re.compile(r"#include <gqa/([\w/]+\.cuh)>\n")

@@ -17,10 +17,10 @@ from gqa_cutlass import api
 from gqa_cutlass.codegen import DType, KernelConfig, Math, Schedule, default_config
 from gqa_cutlass.codegen.compile import compile_kernel
 from gqa_cutlass.codegen.schema.launch import Overlap
+from gqa_cutlass.cpu.executor import CpuPlan, program_from, program_of
 from gqa_cutlass.dispatch import H200
 from gqa_cutlass.errors import InputError, KernelMissingError, PtxError
 from gqa_cutlass.ptxsim.stats import Stats
-from gqa_cutlass.simulation import CpuPlan, program_from, program_of
 from gqa_cutlass.store import Store
 
 SMALL = default_config(Math.TENSOROP, DType.F16, 64, 4, 8)

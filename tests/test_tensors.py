@@ -10,8 +10,8 @@ import torch
 from tensor_kinds import Kind, kinds_for
 from torch import Tensor
 
-from gqa_cutlass import shortcuts
 from gqa_cutlass.errors import shown
+from gqa_cutlass.gpu import torch_private as shortcuts
 from gqa_cutlass.tensors import Flaw, flaw, memory_flaw
 
 HALF, INT = torch.ones(2, 4, 8, dtype=torch.float16), torch.ones(2, dtype=torch.int32)

@@ -84,7 +84,7 @@ def provenance() -> dict[str, str]:
     import torch
 
     from gqa_cutlass.codegen.compile import compiler_version
-    from gqa_cutlass.launcher import driver_version
+    from gqa_cutlass.gpu.driver import driver_version
 
     return {
         "gpu": torch.cuda.get_device_name(),

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from gqa_cutlass.allocation import available_bytes
 from gqa_cutlass.api import plan
+from gqa_cutlass.call.layout import DTYPES
 from gqa_cutlass.codegen.config import KernelConfig
 from gqa_cutlass.codegen.schema.launch import LaunchShape
-from gqa_cutlass.inputs import DTYPES
+from gqa_cutlass.cpu.executor import CpuPlan
 from gqa_cutlass.proof.reference import attend, errors, same_bits
 from gqa_cutlass.ptxsim.prepare import Program
 from gqa_cutlass.ptxsim.simulate import Checks
 from gqa_cutlass.ptxsim.stats import Stats
-from gqa_cutlass.simulation import CpuPlan
 from gqa_cutlass.sizes import check_room, check_sizes, enough_memory
 
 Trace = Callable[[Program, int, int, int], None]

@@ -24,17 +24,19 @@ import torch
 from torch import Tensor
 from typing_extensions import TypeVar
 
-from gqa_cutlass import inputs, shortcuts, workspace
+from gqa_cutlass.call import layout as inputs
+from gqa_cutlass.call.layout import Tensors
+from gqa_cutlass.call.options import Features
+from gqa_cutlass.call.record import LaunchRecord
 from gqa_cutlass.codegen.schema.params import CacheStrides, Params, TmaParams
 from gqa_cutlass.codegen.schema.problem import Problem
 from gqa_cutlass.codegen.schema.storage import BOX_DIMS
 from gqa_cutlass.dispatch import Dispatch
 from gqa_cutlass.errors import DeviceError, InputError
-from gqa_cutlass.features import Features
-from gqa_cutlass.inputs import Tensors
-from gqa_cutlass.launch_log import LaunchRecord
-from gqa_cutlass.launcher import LoadedKernel, encode_tensor_map
-from gqa_cutlass.shortcuts import FORWARD_AD
+from gqa_cutlass.gpu import torch_private as shortcuts
+from gqa_cutlass.gpu import workspace
+from gqa_cutlass.gpu.driver import LoadedKernel, encode_tensor_map
+from gqa_cutlass.gpu.torch_private import FORWARD_AD
 from gqa_cutlass.tensormap import TensorMap
 from gqa_cutlass.tensors import byte_reach
 from gqa_cutlass.tracing import HOST_ONLY, break_graph, is_traced

@@ -11,19 +11,19 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from gqa_cutlass import workspace
+from gqa_cutlass.call.plan import FIELDS, LOG, OUT, Arguments, Plan, R_co, Settings
 from gqa_cutlass.codegen.config import KernelConfig
 from gqa_cutlass.codegen.schema.launch import LaunchShape
 from gqa_cutlass.codegen.schema.params import Params, TmaParams
 from gqa_cutlass.codegen.schema.problem import Problem
 from gqa_cutlass.dispatch import Dispatch
-from gqa_cutlass.planning import FIELDS, LOG, OUT, Arguments, Plan, R_co, Settings
+from gqa_cutlass.gpu import workspace
+from gqa_cutlass.gpu.torch_private import allocator
 from gqa_cutlass.ptxsim.memory import Region
 from gqa_cutlass.ptxsim.prepare import Launch, Program
 from gqa_cutlass.ptxsim.ptx import parse
 from gqa_cutlass.ptxsim.simulate import Checks, simulate
 from gqa_cutlass.ptxsim.stats import Stats
-from gqa_cutlass.shortcuts import allocator
 from gqa_cutlass.store import Store
 from gqa_cutlass.tensormap import TensorMap
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from gqa_cutlass.errors import CacheOverflowError
-from gqa_cutlass.launcher import allocate_zeroed, capture_id, relaxed_capture
-from gqa_cutlass.shortcuts import allocator
+from gqa_cutlass.gpu.driver import allocate_zeroed, capture_id, relaxed_capture
+from gqa_cutlass.gpu.torch_private import allocator
 
 CPU = -1  # instead of a GPU's index
 _TICKET_BYTES = 4

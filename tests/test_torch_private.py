@@ -12,7 +12,8 @@ from cases import make_step
 from helpers import check, run
 from torch import Tensor
 
-from gqa_cutlass import api, shortcuts
+from gqa_cutlass import api
+from gqa_cutlass.gpu import torch_private as shortcuts
 
 GUARDS = torch._C._dynamo
 

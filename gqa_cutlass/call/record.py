@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from gqa_cutlass.planning import Plan
+    from gqa_cutlass.call.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,1 @@
+"""A call: its tensors checked, its options, its plan, and the line of the log."""

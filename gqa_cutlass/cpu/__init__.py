@@ -1,0 +1,1 @@
+"""The CPU, where ptxsim interprets kernels."""
