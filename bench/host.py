@@ -21,9 +21,8 @@ from torch import Tensor
 import gqa_cutlass
 from bench.points import GRID
 from gqa_cutlass import gqa_decode
-from gqa_cutlass.call.plan import LOG, GpuPlan
-from gqa_cutlass.gpu import torch_private as shortcuts
-from gqa_cutlass.gpu import workspace
+from gqa_cutlass.call.record import LOG
+from gqa_cutlass.gpu import torch_private
 
 POINT = "llama3-8b 32/8/128 1x1024"
 LOG_CHECK = "DEBUG log check (off), in each above"
@@ -80,29 +79,27 @@ def parts(tensors: Arguments, lengths: Tensor) -> Calls:
     """The steps of a plan's call, each alone, down to what only it calls."""
     out = torch.empty_like(tensors[0])
     plan = gqa_cutlass.plan(*tensors, cache_seqlens=lengths, out=out)
-    assert isinstance(plan, GpuPlan)
-    given = *tensors, out
+    given = *tensors, out, lengths
     plan(*tensors, lengths, out)
-    argument = plan.match(given, lengths)
+    argument = plan.bind_quickly(given)
     assert argument is not None
-    index, chosen = out.device.index, plan.dispatch
-    stream = shortcuts.current_stream(index)
-    borrowed = index, stream, chosen.partial_floats, chosen.num_tickets
-    compared = *given, lengths
-    _, partials, tickets = workspace.borrow(*borrowed)
+    executor, chosen = plan._executor, plan.dispatch
+    index = executor.device.index
+    stream = executor.current_stream(index)
+    borrowed = index, stream, chosen.partial_floats, max(1, chosen.num_tickets)
+    executor.borrow(*borrowed)
     return {
         "nothing (the loop)": lambda: None,
-        "match": lambda: plan.match(given, lengths),
-        "  compare layouts": lambda: plan._equal(*compared),
-        "  seven is_nested": lambda: [t.is_nested for t in compared],
-        "  seven data_ptr()": lambda: [t.data_ptr() for t in compared],
-        "run": lambda: plan.run(given, lengths, argument),
-        "  current device": shortcuts.current_device,
-        "  current stream": lambda: shortcuts.current_stream(index),
-        "  borrow workspace": lambda: workspace.borrow(*borrowed),
+        "bind": lambda: plan.bind_quickly(given),
+        "  compare layouts": lambda: plan._equal(*given),
+        "  seven is_nested": lambda: [t.is_nested for t in given],
+        "  seven data_ptr()": lambda: [t.data_ptr() for t in given],
+        "launch": lambda: plan.launch(given, argument),
+        "  current device": executor.current_device,
+        "  current stream": lambda: executor.current_stream(index),
+        "  borrow workspace": lambda: executor.borrow(*borrowed),
         "    is a capture on": torch.cuda.is_current_stream_capturing,
-        "  bind": lambda: plan._bind(argument, out, lengths, None, partials, tickets),
-        "  launch": lambda: plan._launch(stream),
+        "  submit": lambda: plan.kernel(stream),
         "  DEBUG log check (off)": log_check,
         "allocate out": plan._new_out,
         "torch.empty_like": lambda: torch.empty_like(out),
@@ -139,8 +136,8 @@ def main() -> None:
         sys.exit("bench: needs a GPU")
     costs = host_costs() | (host_profile() if options.profile else {})
     if options.profile:
-        private = shortcuts.comparison([torch.empty(1)]) is not shortcuts.unequal
-        allocation = shortcuts._allocation("cuda") is not None
+        private = torch_private.comparison([torch.empty(1)]) is not torch_private.unequal
+        allocation = torch_private._allocation("cuda") is not None
         print(f"torch {torch.__version__}: compares layouts {private}, allocates {allocation}")
     for name, micros in costs.items():
         print(f"{name:28} {micros:7.2f} us")

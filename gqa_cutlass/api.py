@@ -2,53 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor
 
-from gqa_cutlass.call import layout as inputs
-from gqa_cutlass.call import options as features
-from gqa_cutlass.call.layout import DTYPES
-from gqa_cutlass.call.plan import Arguments, GpuPlan, Pair, Plan, Result, Settings, signature
+from gqa_cutlass.call.executor import Executor
+from gqa_cutlass.call.given import see
+from gqa_cutlass.call.layout import DTYPES, check_sizes, problem_of
+from gqa_cutlass.call.options import (
+    TENSORS,
+    Options,
+    PlanOptions,
+    check,
+    check_options,
+    check_softcap,
+    features_of,
+    listed,
+)
+from gqa_cutlass.call.plan import Pair, Plan, Result
+from gqa_cutlass.call.plans import Plans
 from gqa_cutlass.codegen.config import ARCHES, KernelConfig
+from gqa_cutlass.codegen.schema.arguments import ARGUMENTS
 from gqa_cutlass.codegen.schema.problem import WIDEST, Problem
 from gqa_cutlass.dispatch import Device, Dispatch, choose_config, dispatch, model_device
 from gqa_cutlass.errors import DeviceError, InputError, shown
-from gqa_cutlass.gpu import workspace
 from gqa_cutlass.gpu.driver import describe_device, load
+from gqa_cutlass.gpu.executor import gpu_executor
 from gqa_cutlass.store import Store
 from gqa_cutlass.tensors import Flaw, flaw
 from gqa_cutlass.tracing import is_traced, untraced
 
-_MAX_PLANS = 4096
 _DEFAULT_STREAMS, _PER_THREAD_STREAM = (0, 1), 2  # names of streams, not their addresses
 _MAX_HANDLE = 2**64
-_Options = tuple[int, type, float | None, type, bool, bool, bool, float, type, object]
-_plans: dict[object, Plan] = {}  # by signature, and the latest by the cache's shape
+_FEATURES, _FIRST_FEATURE = frozenset(TENSORS), len(ARGUMENTS.rows)
 
 
-class Options(TypedDict, total=False):
-    """What `gqa_decode` and `KVCache.decode` also take, for type checkers; see there."""
+def _executor_of(device: torch.device) -> Executor:
+    """Where the kernel for tensors on a device runs."""
+    if device.type == "cuda":
+        return gpu_executor(_gpu_index(device))
+    if device.type == "cpu":
+        from gqa_cutlass.cpu.executor import cpu_executor  # which only CPU tensors need
 
-    softmax_scale: float | None
-    num_splits: int
-    ragged: bool
-    softcap: float
-    sinks: Tensor | None
-    out: Tensor | None
+        return cpu_executor()
+    raise DeviceError(
+        f"gqa_decode: got tensors on {device}; allowed: an NVIDIA GPU of compute capability 8.0 or "
+        "newer, or the CPU (simulated, slow). Move q, the cache, k and v there with .to('cuda')."
+    )
 
 
-class PlanOptions(Options, total=False):
-    """As `Options`, of `plan`."""
-
-    kernel: KernelConfig | None
-    dependent: bool
+_PLANS = Plans(_executor_of)
 
 
 @overload
@@ -87,7 +96,8 @@ def gqa_decode(
     return_lse: bool,
     **options: Unpack[Options],
 ) -> Result: ...
-def gqa_decode(
+@listed(Options)
+def gqa_decode(  # noqa: D417 - the decorator completes the list
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -99,9 +109,8 @@ def gqa_decode(
     num_splits: int = 0,
     return_lse: bool = False,
     ragged: bool = True,
-    softcap: float = 0,
-    sinks: Tensor | None = None,
     out: Tensor | None = None,
+    **features: Any,
 ) -> Result:
     """Run one decode step: append the new token's K and V, then attend over everything cached.
 
@@ -127,19 +136,8 @@ def gqa_decode(
             addresses: memory that is mapped twice is not seen.
         cache_seqlens: Tokens in the cache before this call: one int for all sequences, or
             int32 [batch] on q's device, which the host never reads.
-        softmax_scale: Factor on the scores; head_dim ** -0.5 by default.
-        num_splits: Parts that each sequence is cut into; 0 leaves the choice to the dispatcher.
-            Results of the same number of splits are equal to the bit from run to run.
         return_lse: Also return the logarithm of the softmax's denominator.
-        ragged: Whether lengths on the device may differ much, so that long sequences get more
-            blocks: up to several times faster then, up to 3% slower where all are about equal.
-            Results are right either way.
-        softcap: Bound of the scores: softcap * tanh(scaled score / softcap), as in Gemma 2;
-            0 for none.
-        sinks: One more logit per query head, as in gpt-oss: [num_q_heads], float32, float16 or
-            bfloat16, contiguous, on q's device. In natural units, neither scaled nor capped; it
-            is part of the softmax's denominator, and has no value. None: without.
-        out: Where to write; q's shape and dtype, sharing no memory with an input.
+        **features: `Options`.
 
     Returns:
         The output, shaped and typed as q; with return_lse also float32 [batch, num_q_heads], the
@@ -156,64 +154,44 @@ def gqa_decode(
 
     Source: Ainslie et al., "GQA" (arXiv:2305.13245); split over the sequence as in Flash-Decoding.
     """
-    tensors = q, k_cache, v_cache, k, v, out
-    if is_traced():
-        return _traced(
-            tensors, cache_seqlens, softmax_scale=softmax_scale, num_splits=num_splits,
-            return_lse=return_lse, ragged=ragged, softcap=softcap, sinks=sinks,
-        )  # fmt: skip
-    # With types, for True == 1 would find the plan of 1.
-    options = (
-        num_splits, type(num_splits), softmax_scale, type(softmax_scale), return_lse, ragged,
-        torch.is_grad_enabled(), softcap, type(softcap),
-        None if sinks is None else features.identity(sinks),
-    )  # fmt: skip
-    found = None
-    try:
-        if type(return_lse) is type(ragged) is bool:
-            found = _plans.get((k_cache.shape, options))
-    except Exception:  # no tensor, or no options: _find_plan says what is wrong
-        pass
-    argument = None if found is None else found.match(tensors, cache_seqlens)
-    if found is None or argument is None:
-        if torch.compiler.is_compiling():  # torch.export, which Dynamo need not be part of
-            return _traced(
-                tensors, cache_seqlens, softmax_scale=softmax_scale, num_splits=num_splits,
-                return_lse=return_lse, ragged=ragged, softcap=softcap, sinks=sinks,
+    given: tuple[Any, ...] = q, k_cache, v_cache, k, v, out, cache_seqlens
+    quick: tuple[object, ...] | None = None
+    known: Sequence[Plan] = ()
+    if not is_traced():
+        try:
+            # With types, for True == 1 would find the plans of 1.
+            quick = (
+                k_cache.shape, softmax_scale, type(softmax_scale), num_splits, type(num_splits),
+                return_lse, type(return_lse), ragged, type(ragged), torch.is_grad_enabled(),
             )  # fmt: skip
-        found, argument = _find_plan(tensors, cache_seqlens, options, sinks)
-    return found.run(tensors, cache_seqlens, argument)
+            if features:
+                tensors = features_of(features)
+                given += tensors
+                quick += *map(type, tensors), *features.items(), *map(type, features.values())
+            known = _PLANS.latest.get(quick, ())
+        except Exception:  # no tensor, or no options: `Plans.find` says what is wrong
+            quick = None
+        for made in known:
+            argument = made.bind_quickly(given)
+            if argument is not None:
+                return made.launch(given, argument)
+    options = {
+        "softmax_scale": softmax_scale, "num_splits": num_splits, "return_lse": return_lse,
+        "ragged": ragged, **features,
+    }  # fmt: skip
+    if is_traced() or torch.compiler.is_compiling():  # by torch.export, which may do without Dynamo
+        return _traced(given, options)
+    made, argument = _PLANS.find("gqa_decode", given, options, quick)
+    return made.launch(given, argument)
 
 
-def _traced(tensors: Arguments, cache_seqlens: int | Tensor, **options: Any) -> Result:
+def _traced(given: tuple[Any, ...], options: dict[str, Any]) -> Result:
     """The call as an operator of torch; registered when torch first traces it."""
     from gqa_cutlass import ops
 
-    return ops.traced(tensors, cache_seqlens, **options)
-
-
-def _find_plan(
-    tensors: Arguments, cache_seqlens: int | Tensor, options: _Options, sinks: Tensor | None
-) -> tuple[Plan, bytes]:
-    """The plan for a call, made if there is none, and the kernel's argument."""
-    q, k_cache, v_cache, k, v, out = tensors
-    num_splits, _, softmax_scale, _, return_lse, ragged, _, softcap, *_ = options
-    inputs.check_kinds(tensors, cache_seqlens)
-    inputs.check_options(num_splits, softmax_scale, return_lse=return_lse, ragged=ragged)
-    features.check_softcap(softcap, 0)  # before it is looked for: it may be no key
-    key = signature(tensors), isinstance(cache_seqlens, Tensor), options
-    found = _plans.get(key)
-    if found is None:
-        found = plan(
-            q, k_cache, v_cache, k, v, cache_seqlens=cache_seqlens, softmax_scale=softmax_scale,
-            num_splits=num_splits, return_lse=return_lse, ragged=ragged, softcap=softcap,
-            sinks=sinks, out=out,
-        )  # fmt: skip
-    argument = found.adopt(tensors, cache_seqlens)
-    if len(_plans) >= _MAX_PLANS:
-        _plans.clear()
-    _plans[key] = _plans[k_cache.shape, options] = found
-    return found, argument
+    *tensors, cache_seqlens = given[:_FIRST_FEATURE]
+    features = dict(zip(TENSORS, given[_FIRST_FEATURE:], strict=False))
+    return ops.traced(tuple(tensors), cache_seqlens, **options, **features)
 
 
 @overload
@@ -253,6 +231,7 @@ def plan(
     **options: Unpack[PlanOptions],
 ) -> Plan: ...
 @untraced
+@listed(PlanOptions)
 def plan(
     q: Tensor,
     k_cache: Tensor,
@@ -261,78 +240,32 @@ def plan(
     v: Tensor | None = None,
     *,
     cache_seqlens: int | Tensor,
-    softmax_scale: float | None = None,
-    num_splits: int = 0,
     return_lse: bool = False,
-    ragged: bool = True,
-    softcap: float = 0,
-    sinks: Tensor | None = None,
     out: Tensor | None = None,
-    kernel: KernelConfig | None = None,
-    dependent: bool = False,
+    **options: Any,
 ) -> Plan:
     """Resolve everything about a problem once: validate, choose, compile and load the kernel.
 
     Launches nothing. The plan is then called as `plan(q, k_cache, v_cache, k, v, cache_seqlens,
-    out)` with tensors laid out like these.
+    out)` with tensors laid out like these; others, such as sinks, it keeps for every call.
 
     Args:
-        q: As for `gqa_decode`, as are all the others.
-        k_cache: As for `gqa_decode`.
-        v_cache: As for `gqa_decode`.
-        k: As for `gqa_decode`.
-        v: As for `gqa_decode`.
+        q: As for `gqa_decode`, as are all that are not named here.
+        k_cache: As q.
+        v_cache: As q.
+        k: As q.
+        v: As q.
         cache_seqlens: As for `gqa_decode`; whether it is an int or a tensor is part of the plan.
-        softmax_scale: As for `gqa_decode`.
-        num_splits: As for `gqa_decode`.
-        return_lse: As for `gqa_decode`.
-        ragged: As for `gqa_decode`.
-        softcap: As for `gqa_decode`.
-        sinks: As for `gqa_decode`. The plan keeps them, and every call uses them.
+        return_lse: As q.
         out: As for `gqa_decode`; whether and how it is laid out is part of the plan.
-        kernel: A kernel to use instead of the dispatcher's choice.
-        dependent: Programmatic dependent launch, where it pays (Hopper and newer, caches of up to
-            32 MiB): the kernel may start while the kernel before it in the stream finishes. It
-            reads nothing before that one is done, but may fetch its first tiles to L2. Worth
-            having where that kernel lets others start early, as this one does; after one that does
-            not, a call takes up to a microsecond longer. It is a kernel of its own, which is
-            compiled on first use, or by name with `gqa-cutlass build`.
+        **options: `PlanOptions`.
 
     Raises:
         GqaError: As for `gqa_decode`.
     """
-    inputs.check_kinds((q, k_cache, v_cache, k, v, out), cache_seqlens)
-    inputs.check_options(
-        num_splits, softmax_scale, return_lse=return_lse, ragged=ragged, dependent=dependent
-    )
-    _check_kernel(kernel)
-    inputs.check_mode()
-    tensors = inputs.gather(q, k_cache, v_cache, k, v, out)
-    problem = inputs.validate(tensors)
-    device = _device_of(q)
-    inputs.check_lengths(problem, cache_seqlens, q.device)
-    inputs.check_memory(tensors, cache_seqlens)
-    inputs.check_aliases(tensors, cache_seqlens)
-    scale = problem.head_dim**-0.5 if softmax_scale is None else float(softmax_scale)
-    asked = _features(softcap, sinks, scale, problem, q.device)
-    problem = replace(problem, policies=asked.policies)
-    device_lengths = isinstance(cache_seqlens, Tensor)
-    chosen = dispatch(problem, device, num_splits, kernel, device_lengths and ragged, dependent)
-    settings = Settings(
-        problem=problem,
-        chosen=chosen,
-        arguments=(q, k_cache, v_cache, k, v, out),
-        tensors=tensors,
-        softmax_scale=scale,
-        return_lse=return_lse,
-        device_lengths=device_lengths,
-        features=asked,
-    )
-    if device.index == workspace.CPU:
-        from gqa_cutlass.cpu.executor import CpuPlan  # which only CPU tensors need
-
-        return CpuPlan(**settings)
-    return GpuPlan(load(chosen.config, device, jit=_may_compile()), **settings)
+    given = q, k_cache, v_cache, k, v, out, cache_seqlens, *features_of(options)
+    made, _ = _PLANS.find("plan", given, options | {"return_lse": return_lse}, own=True)
+    return made
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -490,6 +423,7 @@ class Explanation:
 
 
 @untraced
+@listed(PlanOptions, without=("kernel",))
 def explain(
     q: Tensor,
     k_cache: Tensor,
@@ -497,13 +431,9 @@ def explain(
     k: Tensor | None = None,
     v: Tensor | None = None,
     *,
-    num_splits: int = 0,
-    ragged: bool = True,
-    softcap: float = 0,
-    sinks: Tensor | None = None,
-    out: Tensor | None = None,
-    dependent: bool = False,
     arch: str | None = None,
+    out: Tensor | None = None,
+    **options: Any,
 ) -> Explanation:
     """Say which kernel a call would run and why, how it is launched, and where its cubin is.
 
@@ -511,33 +441,31 @@ def explain(
     are taken to be on a GPU with an H200's number of multiprocessors.
 
     Args:
-        q: As for `gqa_decode`, as are the other tensors.
-        k_cache: As for `gqa_decode`.
-        v_cache: As for `gqa_decode`.
-        k: As for `gqa_decode`.
-        v: As for `gqa_decode`.
-        num_splits: As for `gqa_decode`.
-        ragged: As for `gqa_decode`.
-        softcap: As for `gqa_decode`.
-        sinks: As for `gqa_decode`.
-        out: As for `gqa_decode`.
-        dependent: As for `plan`.
+        q: As for `gqa_decode`, as are all that are not named here.
+        k_cache: As q.
+        v_cache: As q.
+        k: As q.
+        v: As q.
         arch: One of `codegen.ARCHES`, for tensors that are not on a GPU; "sm_90a" by default.
+        out: As q.
+        **options: `PlanOptions`.
 
     Raises:
         InputError: An argument is not allowed.
     """
-    inputs.check_options(num_splits, ragged=ragged, dependent=dependent)
-    problem = inputs.validate(inputs.gather(q, k_cache, v_cache, k, v, out))
-    asked = _features(softcap, sinks, problem.head_dim**-0.5, problem, q.device)
-    problem = replace(problem, policies=asked.policies)
+    given = q, k_cache, v_cache, k, v, out, 0, *features_of(options)
+    asked, policies = check("explain", options, given)
+    problem = problem_of(see(given), policies)
+    check_softcap(asked.softcap, problem.head_dim**-0.5)
     if not (arch is None or type(arch) is str and arch in ARCHES):
         raise InputError(f"explain: arch: got {shown(arch)}; allowed: {', '.join(ARCHES)}.")
     if q.device.type == "cuda" and arch is None:
-        device = _device_of(q)
+        device = _gpu(q.device)
     else:
         device = model_device(ARCHES[arch or "sm_90a"])
-    chosen = dispatch(problem, device, num_splits, ragged=ragged, dependent=dependent)
+    chosen = dispatch(
+        problem, device, asked.num_splits, ragged=asked.ragged, dependent=asked.dependent
+    )
     stored = Store.default().find(chosen.config, device.arch.name)
     return Explanation(
         problem=problem,
@@ -545,16 +473,6 @@ def explain(
         dispatch=chosen,
         cubin=None if stored is None else stored.path,
         kv_bytes=problem.cache_bytes,
-    )
-
-
-def _features(
-    softcap: float, sinks: Tensor | None, scale: float, problem: Problem, device: torch.device
-) -> features.Features:
-    """The features of a call, checked."""
-    return features.Features(
-        softcap=features.check_softcap(softcap, scale),
-        sinks=features.check_sinks(sinks, problem.num_q_heads, device),
     )
 
 
@@ -570,16 +488,10 @@ def check_overflow(device: torch.device | int | str = "cuda") -> None:
             cache could not hold.
         DeviceError: No usable GPU.
     """
-    index, where = workspace.CPU, _device(device)
+    where = _device(device)
     if where.type != "cpu":
-        index = _gpu(where).index
-        torch.cuda.synchronize(index)
-    workspace.overflow_flag(index).raise_if_set()
-
-
-def _may_compile() -> bool | None:
-    """False while a CUDA graph is being captured; None where the environment decides."""
-    return False if torch.cuda.is_current_stream_capturing() else None
+        torch.cuda.synchronize(_gpu_index(where))
+    _executor_of(where).flag.raise_if_set()
 
 
 def _listed(
@@ -629,33 +541,11 @@ def _check_config(what: str, config: GQADecodeConfig, allowed: str = "a GQADecod
             raise InputError(
                 f"{what}: {name}: got {shown(value)}; allowed: an int. Nothing was launched."
             )
-    inputs.check_sizes(
+    check_sizes(
         config.batch_size, config.num_q_heads, config.num_kv_heads, config.head_dim,
         config.max_seq_len,
     )  # fmt: skip
-    inputs.check_options(softmax_scale=config.scale)
-
-
-def _check_kernel(kernel: object) -> None:
-    """Raise InputError unless a kernel is a configuration, or None."""
-    if kernel is not None and not isinstance(kernel, KernelConfig):
-        raise InputError(
-            f"plan: kernel: got {shown(kernel)}; allowed: a KernelConfig (another plan's "
-            "`dispatch.config`, for instance), or None. Nothing was launched."
-        )
-
-
-def _device_of(tensor: Tensor) -> Device:
-    """Where a tensor's kernel runs; for CPU tensors, the GPU whose dispatch ptxsim follows."""
-    if tensor.device.type == "cpu":
-        return model_device(ARCHES["sm_90a"])
-    if tensor.device.type != "cuda":
-        raise DeviceError(
-            f"gqa_decode: got tensors on {tensor.device}; allowed: an NVIDIA GPU of compute "
-            "capability 8.0 or newer, or the CPU (simulated, slow). Move q, the cache, k and v "
-            "there with .to('cuda')."
-        )
-    return _gpu(tensor.device)
+    check_options(softmax_scale=config.scale)
 
 
 def _device(device: torch.device | int | str) -> torch.device:
@@ -677,6 +567,15 @@ def _device(device: torch.device | int | str) -> torch.device:
 
 
 def _gpu(device: torch.device) -> Device:
+    return describe_device(_gpu_index(device))
+
+
+def _gpu_index(device: torch.device) -> int:
+    """The index of a GPU that can be used.
+
+    Raises:
+        DeviceError: There is none.
+    """
     if device.type != "cuda":
         raise DeviceError(f"device: got {device}; allowed: a CUDA device, such as 'cuda:0'.")
     if not torch.cuda.is_available():
@@ -690,7 +589,7 @@ def _gpu(device: torch.device) -> Device:
         torch.cuda.init()
     except RuntimeError as error:  # after a fork, for one
         raise DeviceError(f"no usable GPU: {error}; needed: CUDA in this process.") from error
-    return describe_device(index)
+    return index
 
 
 def _on_stream(

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from gqa_cutlass.allocation import Memory, Sizes, allocate, placed
-from gqa_cutlass.api import Options, check_overflow, gqa_decode
+from gqa_cutlass.api import check_overflow, gqa_decode
 from gqa_cutlass.cache_inputs import check_apart, ints, one_token, prompt
+from gqa_cutlass.call.options import Options, listed
 from gqa_cutlass.call.plan import Pair, Result
 from gqa_cutlass.errors import CacheOverflowError, InputError
 from gqa_cutlass.guard import guarded, lack_of_memory, raise_no_temporaries
@@ -224,33 +225,24 @@ class KVCache:
         return_lse: bool,
         **options: Unpack[Options],
     ) -> Result: ...
+    @listed(Options)
     def decode(
         self,
         q: Tensor,
         k: Tensor | None = None,
         v: Tensor | None = None,
         *,
-        softmax_scale: float | None = None,
-        num_splits: int = 0,
         return_lse: bool = False,
-        ragged: bool = True,
-        softcap: float = 0,
-        sinks: Tensor | None = None,
-        out: Tensor | None = None,
+        **options: Any,
     ) -> Result:
         """Append a token's K and V, if given, and attend over everything cached: `gqa_decode`.
 
         Args:
-            q: As for `gqa_decode`, as are the others.
+            q: As for `gqa_decode`.
             k: As for `gqa_decode`.
             v: As for `gqa_decode`.
-            softmax_scale: As for `gqa_decode`.
-            num_splits: As for `gqa_decode`.
             return_lse: As for `gqa_decode`.
-            ragged: As for `gqa_decode`.
-            softcap: As for `gqa_decode`.
-            sinks: As for `gqa_decode`.
-            out: As for `gqa_decode`.
+            **options: `Options`.
 
         Returns:
             As `gqa_decode`.
@@ -263,17 +255,13 @@ class KVCache:
                 been written behind them.
         """
         if is_traced():
-            return self._decode_traced(
-                q, k, v, softmax_scale=softmax_scale, num_splits=num_splits, return_lse=return_lse,
-                ragged=ragged, softcap=softcap, sinks=sinks, out=out,
-            )  # fmt: skip
+            return self._decode_traced(q, k, v, return_lse=return_lse, **options)
         if k is not None:
             self._lengths.check_room("decode", ONE_TOKEN)
         try:
-            result = gqa_decode(
-                q, self.k, self.v, k, v, cache_seqlens=self.seqlens, softmax_scale=softmax_scale,
-                num_splits=num_splits, return_lse=return_lse, ragged=ragged, softcap=softcap,
-                sinks=sinks, out=out,
+            result: Result = gqa_decode(
+                q, self.k, self.v, k, v, cache_seqlens=self.seqlens, return_lse=return_lse,
+                **options,
             )  # fmt: skip
             if k is not None and self._leads:
                 self._lengths.advance(ONE_TOKEN, self._lengths.room(ONE_TOKEN))

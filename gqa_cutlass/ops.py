@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from gqa_cutlass.api import gqa_decode, plan
-from gqa_cutlass.call.plan import Arguments
 from gqa_cutlass.tracing import break_graph
 
 _LENGTHS = "Tensor? cache_seqlens, SymInt cache_len"  # on the device, or else one for all
@@ -36,15 +35,15 @@ _Pair = tuple[Tensor, Tensor]
 
 
 def traced(
-    tensors: Arguments,
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None],
     cache_seqlens: int | Tensor,
     *,
-    softmax_scale: float | None,
-    num_splits: int,
-    return_lse: bool,
-    ragged: bool,
-    softcap: float,
-    sinks: Tensor | None,
+    softmax_scale: float | None = None,
+    num_splits: int = 0,
+    return_lse: bool = False,
+    ragged: bool = True,
+    softcap: float = 0,
+    sinks: Tensor | None = None,
 ) -> Tensor | _Pair:
     """What `gqa_decode` is in code that torch traces: one operator, and a copy if there is an out.
 

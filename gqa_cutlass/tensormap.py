@@ -6,9 +6,11 @@ Traversal strides are 1, nothing is interleaved, and what lies outside the tenso
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gqa_cutlass.codegen.schema.params import TENSOR_MAP_BYTES
+from gqa_cutlass.codegen.schema.storage import BOX_DIMS
 from gqa_cutlass.errors import InputError
 
 UNIT_BYTES = 16  # what the TMA unit moves at a time, and the least alignment in global memory
@@ -127,6 +129,44 @@ class TensorMap:
                 "nothing was written over it."
             )
         return found
+
+
+def map_of(
+    address: int, shape: Sequence[int], strides: Sequence[int], itemsize: int, block_n: int
+) -> TensorMap:
+    """The tensor map of a cache, as load_tma.cuh wants it.
+
+    Boxes are 64 dims wide. Where head_dim is a multiple of that, it is two dimensions of the map,
+    so that one copy brings whole rows; otherwise the last box of a row reaches beyond head_dim.
+
+    Args:
+        address: Of the cache.
+        shape: [batch, max_seq_len, num_kv_heads, head_dim].
+        strides: Its strides, in elements.
+        itemsize: Bytes of an element.
+        block_n: Tokens of a box.
+    """
+    batch, max_seq_len, num_kv_heads, head_dim = shape
+    to_sequence, to_token, to_head = [
+        # Where there is nothing to step to, what was given need be no multiple of 16 bytes.
+        itemsize * (stride if length > 1 else head_dim)
+        for length, stride in zip(shape[:3], strides[:3], strict=True)
+    ]
+    columns, span = BOX_DIMS, BOX_DIMS * itemsize
+    whole = head_dim % columns == 0
+    boxes = head_dim // columns
+    return TensorMap(
+        address=address,
+        element_bytes=itemsize,
+        sizes=(
+            (columns, max_seq_len, boxes, num_kv_heads, batch)
+            if whole
+            else (head_dim, max_seq_len, num_kv_heads, batch)
+        ),
+        strides=(to_token, *([span] if whole else []), to_head, to_sequence),
+        box=(columns, block_n, *([boxes] if whole else []), 1, 1),
+        swizzle=span,
+    )
 
 
 def _filled(values: tuple[int, ...], count: int) -> tuple[int, ...]:

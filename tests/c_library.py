@@ -25,7 +25,7 @@ from gqa_cutlass.codegen.bundle import Image, bundle_files
 from gqa_cutlass.codegen.schema import public
 from gqa_cutlass.codegen.schema.launch import LaunchShape
 from gqa_cutlass.codegen.schema.params import TENSOR_MAP_BYTES, Params, TmaParams
-from gqa_cutlass.cpu import executor as simulation
+from gqa_cutlass.cpu import executor as cpu
 from gqa_cutlass.cpu.executor import program_of, regions_of
 from gqa_cutlass.dispatch import Dispatch
 from gqa_cutlass.errors import InputError
@@ -561,7 +561,7 @@ class Simulator:
             program = program_of(config)
             shared = config.tma or config.head_blocks > 1
             regions = regions_of(self.tensors, append=True, overread=shared)
-            simulation.run(program, launched.shape, argument_of(launch), regions, Checks())
+            cpu.run(program, launched.shape, argument_of(launch), regions, Checks())
         except BaseException as fault:
             self.fault = fault
             return 1
@@ -572,14 +572,14 @@ class Simulator:
 def recorded() -> Iterator[list[Launched]]:
     """What Python launches meanwhile on CPU tensors."""
     found: list[Launched] = []
-    run = simulation.run
+    run = cpu.run
 
     def record(program: Any, shape: LaunchShape, argument: Any, *rest: Any) -> None:
         found.append(Launched(program.kernel.name, shape, fields_of(argument)))
         run(program, shape, argument, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(simulation, "run", record)
+        patch.setattr(cpu, "run", record)
         yield found
 
 

@@ -18,7 +18,8 @@ from cases import Edge, Step
 from torch import Tensor
 
 import gqa_cutlass
-from gqa_cutlass import api, gqa_decode
+from gqa_cutlass import gqa_decode
+from gqa_cutlass.call import plans
 from gqa_cutlass.codegen import KernelConfig
 from gqa_cutlass.codegen.compile import Compiled
 from gqa_cutlass.dispatch import MODELS, Dispatch, dispatch
@@ -138,7 +139,7 @@ def launched_with(stages: int) -> Iterator[None]:
         return replace(chosen, num_stages=stages, shape=shape)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(api, "dispatch", fewer)
+        patch.setattr(plans, "dispatch", fewer)
         yield
 
 

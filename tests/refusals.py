@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from executors import Notes, running_on
 from helpers import call_tensors
 from tensor_kinds import Kind, kinds_for
 from torch import Tensor
@@ -16,21 +17,13 @@ from torch._subclasses import FakeTensorMode
 
 import gqa_cutlass
 from gqa_cutlass import GQADecodeConfig, explain, gqa_attention_decode, gqa_decode
-from gqa_cutlass.cpu import executor as simulation
+from gqa_cutlass.cpu import executor as cpu
 from gqa_cutlass.errors import InputError
 from gqa_cutlass.ptxsim.memory import Region
 
 Call = Callable[..., object]
 Arguments = dict[str, Any]
-launched: list[str] = []
-
-
-class Nothing(simulation.CpuPlan):
-    """A plan that takes note of launches, and launches nothing."""
-
-    def run(self, tensors: Any, cache_seqlens: Any, argument: bytes) -> Any:
-        """Note the kernel."""
-        launched.append(self.dispatch.config.name)
+NOTES = Notes()
 
 
 def calls() -> Iterator[tuple[str, Call, Arguments]]:
@@ -74,10 +67,10 @@ def outcome(call: Call, arguments: Arguments, name: str, kind: Kind) -> str:
         except Exception as error:
             seen.append(f"{type(error).__name__}: {error}"[:200])
 
-    count = len(launched)
+    count = len(NOTES.launches)
     kind(arguments[name], use)
     written = [n for n, t in before.items() if not torch.equal(t, arguments[n])]
-    seen += [f"wrote {written}"] * bool(written) + ["launched"] * (len(launched) > count)
+    seen += [f"wrote {written}"] * bool(written) + ["launched"] * (len(NOTES.launches) > count)
     return ", ".join(filter(None, seen)) if seen else "not called"
 
 
@@ -117,7 +110,7 @@ def plans_in(surrounding: Callable[[Callable[[], object]], object]) -> str:
         wrong.extend(f"no memory for {r.name}" for r in regions if not r.address)
         wrong.extend([] if params.decode.partials and params.decode.tickets else ["no workspace"])
 
-    simulation.run = run
+    cpu.run = run
     surrounding(work)
     return ", ".join(wrong)
 
@@ -125,17 +118,19 @@ def plans_in(surrounding: Callable[[Callable[[], object]], object]) -> str:
 def main() -> None:
     """Try every kind as every argument of every call."""
     warnings.simplefilter("ignore")
-    simulation.program_of = lambda config: None  # type: ignore[assignment, return-value]
+    cpu.program_of = lambda config: None  # type: ignore[assignment, return-value]
     for what, surrounding in surroundings():
         print(f"{what}: {plans_in(surrounding) or 'refused'}")
-    simulation.CpuPlan = Nothing  # type: ignore[misc]
     tried = 0
-    for what, call, arguments in calls():
-        for name, plain in arguments.items():
-            for kind_name, kind in kinds_for(plain.dtype, slow=True).items():
-                print(f"{what}: {name}: {kind_name}: ", end="", flush=True)  # known if it ends us
-                print(outcome(call, arguments, name, kind) or "refused")
-                tried += 1
+    with running_on(NOTES):
+        for what, call, arguments in calls():
+            for name, plain in arguments.items():
+                for kind_name, kind in kinds_for(plain.dtype, slow=True).items():
+                    print(
+                        f"{what}: {name}: {kind_name}: ", end="", flush=True
+                    )  # known if it ends us
+                    print(outcome(call, arguments, name, kind) or "refused")
+                    tried += 1
     print(f"tried {tried}")
 
 

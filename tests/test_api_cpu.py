@@ -16,7 +16,7 @@ from cuda.bindings import driver
 from helpers import call_tensors
 
 import gqa_cutlass
-from gqa_cutlass import (
+from gqa_cutlass import (  # fmt: skip
     GQADecodeConfig,
     api,
     check_overflow,
@@ -27,9 +27,11 @@ from gqa_cutlass import (
     warmup,
 )
 from gqa_cutlass.codegen import ARCHES, KernelConfig, Schedule, shipped
+from gqa_cutlass.codegen.schema.launch import LaunchShape
 from gqa_cutlass.codegen.schema.params import Params
+from gqa_cutlass.dispatch import Device, arch_of
 from gqa_cutlass.errors import DeviceError, GqaError, InputError, LaunchError
-from gqa_cutlass.gpu import driver as launcher
+from gqa_cutlass.gpu import driver as module
 from gqa_cutlass.tensormap import TensorMap
 
 CONFIG = GQADecodeConfig(
@@ -194,37 +196,37 @@ def test_without_a_gpu_the_remedy_is_named(
      (120, "sm_120a")],
 )  # fmt: skip
 def test_known_gpus_have_a_target(capability: int, arch: str) -> None:
-    assert launcher.arch_of(capability) is ARCHES[arch]
+    assert arch_of(capability) is ARCHES[arch]
 
 
 @pytest.mark.parametrize("capability", [60, 70, 75])
 def test_old_gpus_are_refused(capability: int) -> None:
     with pytest.raises(DeviceError, match=rf"{capability / 10}: too old; allowed: 8.0 \(Ampere\)"):
-        launcher.arch_of(capability)
+        arch_of(capability)
 
 
 @pytest.mark.parametrize("capability", [99, 140])
 def test_unknown_gpus_name_what_is_known(capability: int) -> None:
     with pytest.raises(DeviceError, match=rf"{capability / 10}: not known.*sm_120a.*Upgrade"):
-        launcher.arch_of(capability)
+        arch_of(capability)
 
 
 @pytest.mark.parametrize("version", [13000, 13020, 14000])
 def test_driver_of_the_compilers_major_version_or_newer_will_do(version: int) -> None:
-    launcher.check_driver(version, 13)
+    module.check_driver(version, 13)
 
 
 def test_old_driver_names_both_remedies() -> None:
     expected = "supports CUDA 12.8; needed: CUDA 13.0 or newer.*Upgrade.*nvidia-cuda-nvrtc<13"
     with pytest.raises(DeviceError, match=expected):
-        launcher.check_driver(12080, 13)
+        module.check_driver(12080, 13)
 
 
 @pytest.fixture
 def unknown_devices() -> Any:
-    launcher.describe_device.cache_clear()
+    module.describe_device.cache_clear()
     yield
-    launcher.describe_device.cache_clear()
+    module.describe_device.cache_clear()
 
 
 def _no_libcuda(*_: object) -> Any:
@@ -243,12 +245,12 @@ def _no_libcuda(*_: object) -> Any:
 def test_machine_without_driver_or_gpu_says_so(
     monkeypatch: pytest.MonkeyPatch, init: Callable[..., Any], why: str
 ) -> None:
-    monkeypatch.setattr(launcher.driver, "cuInit", init)
+    monkeypatch.setattr(module.driver, "cuInit", init)
     monkeypatch.setattr(
-        launcher.driver, "cuGetErrorString", lambda _: (driver.CUresult.CUDA_SUCCESS, b"none")
+        module.driver, "cuGetErrorString", lambda _: (driver.CUresult.CUDA_SUCCESS, b"none")
     )
     with pytest.raises(DeviceError, match=f"no usable GPU: .*{why}.*; needed: .*doctor"):
-        launcher.describe_device(0)
+        module.describe_device(0)
 
 
 class FakeDriver:
@@ -294,24 +296,24 @@ def contexts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Contexts that the launcher entered, with a driver that has one for every GPU."""
     entered: list[str] = []
     success = (driver.CUresult.CUDA_SUCCESS,)
-    monkeypatch.setattr(launcher, "_primary_context", lambda index: f"GPU {index}")
-    monkeypatch.setattr(launcher.driver, "cuGetErrorString", lambda _: (*success, b"as it says"))
+    monkeypatch.setattr(module, "_primary_context", lambda index: f"GPU {index}")
+    monkeypatch.setattr(module.driver, "cuGetErrorString", lambda _: (*success, b"as it says"))
     for enter in ("cuCtxSetCurrent", "cuCtxPushCurrent"):
-        monkeypatch.setattr(launcher.driver, enter, lambda c: entered.append(c) or success)
-    monkeypatch.setattr(launcher.driver, "cuCtxPopCurrent", lambda: (*success, None))
+        monkeypatch.setattr(module.driver, enter, lambda c: entered.append(c) or success)
+    monkeypatch.setattr(module.driver, "cuCtxPopCurrent", lambda: (*success, None))
     return entered
 
 
 def prepared(
     monkeypatch: pytest.MonkeyPatch, fake: FakeDriver, **shape: Any
-) -> tuple[launcher.Launch, Params]:
+) -> tuple[module.Launch, Params]:
     """A launch by way of the fake driver, and its argument."""
-    monkeypatch.setattr(launcher, "_library", lambda: fake)
-    device = launcher.Device(index=3, arch=ARCHES["sm_80"], num_sms=1)
-    kernel = launcher.LoadedKernel(shipped()[0], device, driver.CUfunction(0xF00))
+    monkeypatch.setattr(module, "_library", lambda: fake)
+    device = Device(index=3, arch=ARCHES["sm_80"], num_sms=1)
+    kernel = module.LoadedKernel(shipped()[0], device, driver.CUfunction(0xF00))
     argument = Params()
     sizes: dict[str, Any] = {"grid": (1, 2, 3), "block": 128, "shared_bytes": 4096}
-    return kernel.prepare(launcher.LaunchShape(**sizes | shape), argument), argument
+    return kernel.prepare(LaunchShape(**sizes | shape), argument), argument
 
 
 @pytest.mark.parametrize(
@@ -352,7 +354,7 @@ def test_a_launch_asks_for_its_shape(
 def test_the_stream_has_its_place_in_the_drivers_structure() -> None:
     config = driver.CUlaunchConfig()
     config.hStream = driver.CUstream(0x123456789AB)
-    raw = ctypes.string_at(config.getPtr() + launcher._STREAM_OFFSET, 8)
+    raw = ctypes.string_at(config.getPtr() + module._STREAM_OFFSET, 8)
     assert int.from_bytes(raw, "little") == 0x123456789AB
 
 
@@ -390,9 +392,9 @@ def test_tensor_maps_are_encoded_into_aligned_memory(
     monkeypatch: pytest.MonkeyPatch, contexts: list[str]
 ) -> None:
     fake = FakeDriver()
-    monkeypatch.setattr(launcher, "_library", lambda: fake)
+    monkeypatch.setattr(module, "_library", lambda: fake)
     for _ in range(20):
-        assert launcher.encode_tensor_map(CACHE_MAP, 3) == b"\xab" * 128
+        assert module.encode_tensor_map(CACHE_MAP, 3) == b"\xab" * 128
     assert set(contexts) == {"GPU 3"}
     for memory, kind, rank, address, sizes, strides, box, steps, *modes in fake.maps:
         assert memory % 64 == 0 and address.value == 1 << 40 and rank == 4
@@ -413,9 +415,9 @@ def test_tensor_maps_that_the_driver_refuses_are_errors(
     monkeypatch: pytest.MonkeyPatch, contexts: list[str], status: str, error: Any, message: str
 ) -> None:
     fake = FakeDriver(int(getattr(driver.CUresult, f"CUDA_ERROR_{status}")))
-    monkeypatch.setattr(launcher, "_library", lambda: fake)
+    monkeypatch.setattr(module, "_library", lambda: fake)
     with pytest.raises(error, match=message):
-        launcher.encode_tensor_map(CACHE_MAP, 3)
+        module.encode_tensor_map(CACHE_MAP, 3)
 
 
 def test_every_error_of_the_package_is_a_gqa_error() -> None:

@@ -6,10 +6,10 @@ import logging
 
 import pytest
 import torch
+from executors import Notes, running_on
 from helpers import call_tensors
 from torch import Tensor
 
-import gqa_cutlass
 from bench import host
 
 
@@ -46,15 +46,11 @@ def test_the_log_check_is_what_a_launch_asks(caplog: pytest.LogCaptureFixture) -
 
 @pytest.mark.usefixtures("timed")
 def test_parts_of_a_call_can_be_timed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "GpuPlan", gqa_cutlass.Plan)
-    monkeypatch.setattr(host.shortcuts, "current_stream", lambda index: 0)
-    monkeypatch.setattr(host.shortcuts, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(host.workspace, "borrow", lambda *wanted: (None, 0, 0))
-    parts = host.parts(*_small_call())
-    del parts["  launch"]  # of a GPU's plan only
+    with running_on(Notes()):
+        parts = host.parts(*_small_call())
     times = host.medians(parts)
-    assert times["  DEBUG log check (off)"] < times["run"]
+    assert times["  DEBUG log check (off)"] < times["launch"]
 
 
 def test_the_arguments_of_a_call_are_those_of_the_point() -> None:

@@ -321,7 +321,9 @@ def test_prompts_longer_than_the_cache_are_allowed_if_their_tokens_fit(device: s
 
 def test_decode_says_whether_lengths_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[object] = []
-    monkeypatch.setattr(cache_module, "gqa_decode", lambda *_, ragged, **__: told.append(ragged))
+    monkeypatch.setattr(
+        cache_module, "gqa_decode", lambda *_, **options: told.append(options.get("ragged", True))
+    )
     cache = KVCache(1, 16, 2, 64, dtype=torch.float16, device="cpu")
     q = torch.ones(1, 8, 64, dtype=torch.float16)
     cache.decode(q)

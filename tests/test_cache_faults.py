@@ -27,9 +27,16 @@ from cache_model import (
 from modes import Fault, Memory
 from torch import Tensor
 
-from gqa_cutlass import CacheAllocationError, CacheOverflowError, KVCache, gqa_decode, lengths, rows
+from gqa_cutlass import (
+    CacheAllocationError,
+    CacheOverflowError,
+    KVCache,
+    gqa_decode,
+    lengths,
+    rows,
+)
 from gqa_cutlass import cache as cache_module
-from gqa_cutlass.cpu import executor as simulation
+from gqa_cutlass.cpu import executor as cpu
 from gqa_cutlass.errors import DeviceError, KernelFault
 
 BATCH, ROOM, HELD = 3, 12, [5, 2, 7]
@@ -237,7 +244,7 @@ def test_a_kernel_that_faults_after_its_writes_can_be_run_again(
     for cache in caches:
         filled(cache, HELD)
     new = [(queries(cache), *token(cache)) for cache in caches]
-    run, launches = simulation.run, [0]
+    run, launches = cpu.run, [0]
 
     def faulty(*args: Any, **options: Any) -> None:
         run(*args, **options)
@@ -245,7 +252,7 @@ def test_a_kernel_that_faults_after_its_writes_can_be_run_again(
         if launches[0] == 2:
             raise KernelFault("planted")
 
-    monkeypatch.setattr(simulation, "run", faulty)
+    monkeypatch.setattr(cpu, "run", faulty)
 
     def forward() -> list[Any]:
         return [cache.decode(*given) for cache, given in zip(caches, new, strict=True)]

@@ -27,7 +27,7 @@ from cuda.bindings import driver
 from gqa_cutlass.codegen.compile import _include_paths
 from gqa_cutlass.codegen.schema import internal, public
 from gqa_cutlass.codegen.schema.params import PARAMS, TENSOR_MAP_ALIGN, TENSOR_MAP_BYTES
-from gqa_cutlass.gpu import driver as launcher
+from gqa_cutlass.gpu.driver import _STREAM_OFFSET
 
 COMPILERS = {
     "gcc": ("-std=c11",),
@@ -281,7 +281,7 @@ def test_structures_are_laid_out_as_in_cuda_h(bundle: Path, tmp_path: Path) -> N
         *(f"offsetof(gqa_cu_launch, {ours}), offsetof(CUlaunchConfig, {theirs})"
           for ours, theirs in LAYOUT.items()),
         # What the Python package and its kernels say.
-        f"offsetof(gqa_cu_launch, stream), {launcher._STREAM_OFFSET}",
+        f"offsetof(gqa_cu_launch, stream), {_STREAM_OFFSET}",
         f"sizeof(gqa_tensor_map), {TENSOR_MAP_BYTES}",
         f"_Alignof(gqa_tensor_map) % {TENSOR_MAP_ALIGN}, 0",
     ]  # fmt: skip

@@ -267,7 +267,7 @@ def test_a_plan_serves_inference_mode_and_other_calls() -> None:
     for inference in (False, True, True, False):
         with torch.inference_mode(inference):
             outs.append(plan(*step.tensors(), step.seqlens))
-            assert plan.match((*step.tensors(), None), step.seqlens) is not None
+            assert plan.bind_quickly((*step.tensors(), None, step.seqlens)) is not None
     assert [out.is_inference() for out in outs] == [False, True, True, False]
     for out in outs:
         check(step, out)

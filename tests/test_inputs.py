@@ -12,7 +12,11 @@ from helpers import call_tensors
 from torch import Tensor
 
 from gqa_cutlass import gqa_decode
-from gqa_cutlass.call.layout import check_lengths, check_options, gather, validate
+from gqa_cutlass.call.addresses import check_length
+from gqa_cutlass.call.given import see
+from gqa_cutlass.call.layout import check_lengths
+from gqa_cutlass.call.layout import problem_of as problem_of_call
+from gqa_cutlass.call.options import check_options
 from gqa_cutlass.codegen.schema.problem import MAX_BATCH, MAX_SEQ_LEN, MAX_SPLITS
 from gqa_cutlass.errors import CacheOverflowError, GqaError, InputError
 
@@ -183,7 +187,7 @@ def test_overflow_raises_before_anything_is_written(length: int, append: bool) -
 
 def problem_of(**tensors: Tensor | None) -> Any:
     """The problem that a valid call poses; without `k`, `v` or `out` where they are not given."""
-    return validate(gather(**{"k": None, "v": None, "out": None} | tensors))  # type: ignore[arg-type]
+    return problem_of_call(see([*(tensors.get(name) for name in NAMES), 0]))
 
 
 def test_problem_is_what_the_shapes_say() -> None:
@@ -201,17 +205,16 @@ def test_queries_may_carry_a_dimension_of_one_token() -> None:
 
 @pytest.mark.parametrize("length", [0, 15])
 def test_lengths_that_leave_room_for_the_token_are_accepted(length: int) -> None:
-    check_lengths(problem_of(**call_tensors()), length, torch.device("cpu"))
+    check_length(length, 16, append=True)
 
 
 def test_full_cache_may_be_attended_to_when_nothing_is_appended() -> None:
-    tensors = call_tensors() | {"k": None, "v": None}
-    check_lengths(problem_of(**tensors), 16, torch.device("cpu"))
+    check_length(16, 16, append=False)
 
 
 def test_lengths_on_the_device_are_accepted_without_being_read() -> None:
     lengths = torch.full((2,), 10**6, dtype=torch.int32)  # too long, which the kernel will find
-    check_lengths(problem_of(**call_tensors()), lengths, torch.device("cpu"))
+    check_lengths(see([*call_tensors().values(), lengths]))
 
 
 @pytest.mark.parametrize("scale", [None, 2, -0.5, 0, 1e38])

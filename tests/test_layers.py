@@ -4,11 +4,21 @@ sources."""
 from __future__ import annotations
 
 import ast
+import sys
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from types import FrameType
 
 import pytest
-from helpers import REPOSITORY, run_python
+import torch
+from executors import Notes, running_on
+from helpers import REPOSITORY, call_tensors, run_python
 
+from gqa_cutlass import gqa_decode
+
+_RUNTIME_FILES = {str(path) for path in (REPOSITORY / "gqa_cutlass").rglob("*.py")}
 CODEGEN = sorted((REPOSITORY / "codegen").glob("*.py"))
 RUNTIME = sorted((REPOSITORY / "gqa_cutlass").rglob("*.py"))
 TESTS = sorted((REPOSITORY / "tests").glob("*.py"))
@@ -80,6 +90,39 @@ print(*(name for name in ("torch", "cuda", "gqa_cutlass.gpu.driver") if name in 
 """
     kernel, loaded = run_python(code).split("\n")[:2]
     assert kernel.startswith("gqa_decode_sm90_tensorop_f16") and loaded == ""
+
+
+def _functions_entered(call: Callable[[], object]) -> list[Path]:
+    """The files of the runtime's functions that a call enters, one after the other."""
+    files: list[Path] = []
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code.co_filename in _RUNTIME_FILES:
+            files.append(Path(frame.f_code.co_filename))
+
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return files
+
+
+def _changes(files: list[Path]) -> int:
+    return sum(before != after for before, after in pairwise(files))
+
+
+@pytest.mark.parametrize("lengths", [3, torch.zeros(2, dtype=torch.int32)], ids=["int", "device"])
+@pytest.mark.parametrize("tokens", [100, 700], ids=["multistage", "tma"])
+def test_the_way_of_a_call_is_short(tokens: int, lengths: int | torch.Tensor) -> None:
+    """Whoever follows one with a new layout turns to another file at most 12 times."""
+    with running_on(Notes()):
+        for size in (tokens, tokens + 1):  # once, for what is only done in a new process
+            call = partial(gqa_decode, **call_tensors(max_seq_len=size), cache_seqlens=lengths)
+            new = _functions_entered(call)
+        again = _functions_entered(call)
+    assert len(set(new)) > 6 and _changes(new) <= 12
+    assert len(again) <= 3 and _changes(again) <= 1
 
 
 def test_one_module_compiles() -> None:

@@ -11,13 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gqa_cutlass.call.layout import Tensors, check_aliases, gather, validate
+from gqa_cutlass.call.addresses import check_aliases
+from gqa_cutlass.call.given import see
+from gqa_cutlass.call.layout import problem_of
+from gqa_cutlass.codegen.schema.problem import Problem
 from gqa_cutlass.errors import InputError
+
+
+def validated(**tensors: Tensor | None) -> Problem:
+    """The problem that a call poses."""
+    return problem_of(see([*map(tensors.get, NAMES), 0]))
 
 
 def vec_width(**changes: Tensor) -> int:
     """Width of a valid call with some tensors replaced."""
-    return validate(gather(**call_tensors() | changes)).vec_width  # type: ignore[arg-type]
+    return validated(**call_tensors() | changes).vec_width
 
 
 def shifted(shape: tuple[int, ...], offset: int) -> Tensor:
@@ -36,6 +44,7 @@ def hnd(batch: int = 2, max_seq_len: int = 16, kv_heads: int = 2, head_dim: int 
     return torch.ones(batch, kv_heads, max_seq_len, head_dim, dtype=torch.float16).transpose(1, 2)
 
 
+NAMES = "q", "k_cache", "v_cache", "k", "v", "out"
 WIDTHS = [(8, 8), (4, 4), (2, 2), (6, 2), (1, 1), (3, 1), (12, 4)]
 
 
@@ -56,12 +65,12 @@ def test_width_follows_the_strides(name: str, pad: int, width: int) -> None:
 def test_stride_of_a_single_element_does_not_matter() -> None:
     one = call_tensors(batch=1)
     odd = torch.ones(1 * 8 * 64 + 3, dtype=torch.float16).as_strided((1, 8, 64), (515, 64, 1))
-    assert validate(gather(**one | {"q": odd})).vec_width == 8  # type: ignore[arg-type]
+    assert validated(**one | {"q": odd}).vec_width == 8
 
 
 def test_tensors_without_memory_count_as_aligned() -> None:
     tensors = call_tensors(device="meta")
-    assert validate(gather(**tensors)).vec_width == 8  # type: ignore[arg-type]
+    assert validated(**tensors).vec_width == 8
 
 
 def test_hnd_caches_are_accepted_at_full_width() -> None:
@@ -83,15 +92,15 @@ def test_caches_may_lie_side_by_side_in_one_buffer(batch: int, dim: int) -> None
     else:
         k_cache, v_cache = torch.ones(shape, dtype=torch.float16).unbind(dim)
     tensors = call_tensors(batch=batch) | {"k_cache": k_cache, "v_cache": v_cache}
-    assert validate(gather(**tensors)).vec_width == 8  # type: ignore[arg-type]
+    assert validated(**tensors).vec_width == 8
 
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_slices_of_a_fused_projection_are_accepted(batch: int) -> None:
     fused = torch.ones(batch, 8 + 2 + 2 + 8, 64, dtype=torch.float16)
     q, k, v, out = fused.split((8, 2, 2, 8), dim=1)
-    tensors = gather(**call_tensors(batch=batch) | {"q": q, "k": k, "v": v, "out": out})  # type: ignore[arg-type]
-    validate(tensors)
+    tensors = call_tensors(batch=batch) | {"q": q, "k": k, "v": v, "out": out}
+    validated(**tensors)
     check_aliases(tensors, 0)
 
 
@@ -100,15 +109,15 @@ def test_output_over_the_lengths_is_refused() -> None:
     lengths = torch.zeros(tensors["out"].numel() // 2, dtype=torch.int32)
     tensors["out"] = lengths.view(torch.float16).view(tensors["q"].shape)
     with pytest.raises(InputError, match="out: got memory that cache_seqlens also uses"):
-        check_aliases(gather(**tensors), lengths[:2])
+        check_aliases(tensors | {"cache_seqlens": lengths[:2]}, lengths[:2])
 
 
 def test_inputs_that_are_only_read_may_repeat() -> None:
     tensors: dict[str, Any] = call_tensors()
     one_token = tensors["k"][:, :1].expand(-1, 2, -1)
-    validate(gather(**tensors | {"k": one_token, "v": one_token}))
+    validated(**tensors | {"k": one_token, "v": one_token})
     shared = tensors["k_cache"][:1].expand(2, -1, -1, -1)
-    validate(gather(**tensors | {"k_cache": shared, "v_cache": shared, "k": None, "v": None}))
+    validated(**tensors | {"k_cache": shared, "v_cache": shared, "k": None, "v": None})
 
 
 @st.composite
@@ -136,7 +145,7 @@ def _addresses(tensor: Tensor) -> set[int]:
 @given(views(), views())
 def test_output_that_shares_an_element_is_refused(out: Tensor, other: Tensor) -> None:
     apart = torch.zeros(1)
-    tensors = Tensors(q=other, k_cache=apart, v_cache=apart, k=None, v=None, out=out)
+    tensors = {"q": other, "k_cache": apart, "v_cache": apart, "out": out}
     mine, theirs = _addresses(out), _addresses(other)
     if mine & theirs:
         with pytest.raises(InputError, match="out: got memory that q also uses"):
@@ -162,7 +171,7 @@ def test_reading_an_element_of_the_row_that_is_written_is_refused(
     cache: Tensor, read: Tensor
 ) -> None:
     apart, token = torch.zeros(1, 3, 1, 1), torch.zeros(1, 1, 1)
-    tensors = Tensors(q=read, k_cache=apart, v_cache=cache, k=token, v=token, out=None)
+    tensors = {"q": read, "k_cache": apart, "v_cache": cache, "k": token, "v": token}
     mine = _addresses(read)
     for length in range(cache.shape[1]):
         try:

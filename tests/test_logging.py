@@ -15,8 +15,7 @@ from helpers import skip_unless_it_runs
 
 import gqa_cutlass
 from gqa_cutlass import GQADecodeConfig, Plan, gqa_attention_decode, gqa_decode
-from gqa_cutlass.call.plan import LOG
-from gqa_cutlass.call.record import LaunchRecord, parse
+from gqa_cutlass.call.record import LOG, LaunchRecord, parse
 from gqa_cutlass.codegen import DType, Math, Schedule, default_config
 
 KEYS = [

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
+from executors import Notes, running_on
 from helpers import call_tensors
 from torch import Tensor
 
-from gqa_cutlass import (
+from gqa_cutlass import (  # fmt: skip
     GQADecodeConfig,
     check_overflow,
     explain,
@@ -22,7 +23,6 @@ from gqa_cutlass import (
     warmup,
 )
 from gqa_cutlass.codegen import shipped
-from gqa_cutlass.cpu import executor as simulation
 from gqa_cutlass.errors import GqaError
 
 
@@ -136,12 +136,12 @@ CASES = [
 
 
 @pytest.fixture(autouse=True)
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
     """What was launched, in place of launching it."""
-    launches: list[object] = []
-    monkeypatch.setattr(simulation, "program_of", lambda config: None)
-    monkeypatch.setattr(simulation.CpuPlan, "run", lambda plan, *_: launches.append(plan))
-    return launches
+    monkeypatch.setattr("gqa_cutlass.cpu.executor.program_of", lambda config: None)
+    notes = Notes()
+    with running_on(notes):
+        yield notes.launches
 
 
 @pytest.mark.parametrize(("use", "value"), CASES)

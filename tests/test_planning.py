@@ -6,71 +6,32 @@ import dataclasses
 import logging
 import math
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from executors import STREAM, TICKETS, Notes, running_on
 from helpers import call_tensors
 from torch import Tensor
 
 import gqa_cutlass
-from gqa_cutlass import api, gqa_decode
-from gqa_cutlass.call import plan as planning
-from gqa_cutlass.codegen import ARCHES, KernelConfig
-from gqa_cutlass.codegen.schema.launch import LaunchShape, Overlap
+from gqa_cutlass import gqa_decode
+from gqa_cutlass.call import addresses as addresses_module
+from gqa_cutlass.call import plans
+from gqa_cutlass.codegen.schema.launch import Overlap
 from gqa_cutlass.codegen.schema.params import Params, TmaParams
-from gqa_cutlass.dispatch import H200, Device, dispatch, model_device
+from gqa_cutlass.dispatch import H200, dispatch
 from gqa_cutlass.errors import CacheOverflowError, InputError
-from gqa_cutlass.gpu import torch_private as shortcuts
-from gqa_cutlass.gpu import workspace
-from gqa_cutlass.gpu.workspace import OverflowFlag
+from gqa_cutlass.gpu import torch_private, workspace
 from gqa_cutlass.tensormap import TensorMap
 
-STREAM, TICKETS = 7, 4096
 # Capacities of caches that the schedules serve.
 MULTISTAGE, TMA = 128, 300
-GPU = dataclasses.replace(model_device(ARCHES["sm_90a"]), index=0)
 INPUTS = ("q", "k_cache", "v_cache", "k", "v")
-
-
-class Notes:
-    """Stands in for the GPU: every launch's arguments, and the overflow flag."""
-
-    def __init__(self) -> None:
-        self.launches: list[Any] = []
-        self.shapes: list[LaunchShape] = []
-        self.pause = 0.0
-        self.loaded: list[KernelConfig] = []
-        self.partials = torch.empty(1 << 20)
-        self.flag = OverflowFlag(torch.zeros(1, dtype=torch.int32))
-
-    def load(self, config: KernelConfig, device: Device, **_: object) -> NotedKernel:
-        self.loaded.append(config)
-        return NotedKernel(self, config, device)
-
-    def borrow(self, device: int, stream: int, floats: int, tickets: int) -> tuple[Any, int, int]:
-        assert (device, stream) == (0, STREAM) and floats <= self.partials.numel() and tickets
-        return self.partials, self.partials.data_ptr(), TICKETS
-
-
-class NotedKernel:
-    def __init__(self, notes: Notes, config: KernelConfig, device: Device) -> None:
-        self.notes, self.config, self.device = notes, config, device
-
-    def prepare(self, shape: LaunchShape, argument: Params | TmaParams) -> Callable[[int], None]:
-        self.notes.shapes.append(shape)
-
-        def launch(stream: int) -> None:
-            assert stream == STREAM
-            time.sleep(self.notes.pause)
-            self.notes.launches.append(type(argument).from_buffer_copy(argument))
-
-        return launch
 
 
 def params_of(argument: Params | TmaParams) -> Params:
@@ -79,31 +40,11 @@ def params_of(argument: Params | TmaParams) -> Params:
 
 
 @pytest.fixture
-def notes(monkeypatch: pytest.MonkeyPatch) -> Notes:
-    notes = Notes()
-    monkeypatch.setattr(api, "_plans", {})
-    monkeypatch.setattr(api, "_device_of", lambda tensor: GPU)
-    monkeypatch.setattr(api, "load", notes.load)
-    monkeypatch.setattr(workspace, "borrow", notes.borrow)
-    monkeypatch.setattr(workspace, "overflow_flag", lambda device: notes.flag)
-    monkeypatch.setattr(planning.shortcuts, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(planning.shortcuts, "current_stream", lambda i: STREAM)
-    return notes
-
-
-@pytest.fixture
-def encoded(monkeypatch: pytest.MonkeyPatch) -> list[TensorMap]:
-    """Tensor maps that the driver was asked to encode."""
-    descriptions: list[TensorMap] = []
-
-    def encode(description: TensorMap, index: int) -> bytes:
-        assert index == 0
-        descriptions.append(description)
-        return description.to_bytes()
-
-    monkeypatch.setattr(planning, "encode_tensor_map", encode)
-    return descriptions
+def notes() -> Iterator[Notes]:
+    """What would be launched."""
+    executor = Notes()
+    with running_on(executor):
+        yield executor
 
 
 def maps_of(argument: TmaParams) -> list[TensorMap]:
@@ -117,9 +58,7 @@ def inputs_of(**sizes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("tokens", [MULTISTAGE, TMA], ids=["multistage", "tma"])
-def test_every_address_stride_and_size_is_bound(
-    notes: Notes, encoded: list[TensorMap], tokens: int
-) -> None:
+def test_every_address_stride_and_size_is_bound(notes: Notes, tokens: int) -> None:
     tensors = call_tensors(max_seq_len=tokens)
     tensors["k_cache"] = torch.ones(2, 2, tokens, 64, dtype=torch.float16).transpose(1, 2)  # HND
     seqlens = torch.tensor([3, 5], dtype=torch.int32)
@@ -152,7 +91,7 @@ def test_lengths_on_the_device_say_nothing_of_what_may_be_read_before(
     notes: Notes, early: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        api, "dispatch", lambda *given: dataclasses.replace(dispatch(*given), early=early)
+        plans, "dispatch", lambda *given: dataclasses.replace(dispatch(*given), early=early)
     )
     tensors = inputs_of()
     seqlens = torch.full((len(tensors["q"]),), 9, dtype=torch.int32)
@@ -261,7 +200,7 @@ def test_output_over_the_lengths_is_refused_by_a_plan_that_exists(notes: Notes) 
 def comparison(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """How layouts are compared: by torch's guards, and where they are not to be had."""
     if request.param == "in Python":
-        monkeypatch.setattr(shortcuts, "_guards_work", lambda: False)
+        monkeypatch.setattr(torch_private, "_guards_work", lambda: False)
 
 
 def _shifted(tensor: Tensor) -> Tensor:
@@ -394,15 +333,35 @@ def test_what_a_call_decides_follows_its_own_layout(notes: Notes, comparison: No
     assert [p.q for p in notes.launches] == 3 * [tensors["q"].data_ptr() for tensors in calls]
 
 
+def test_tensors_of_features_are_bound_as_all_others_are(notes: Notes, comparison: None) -> None:
+    """Layers with sinks of their own share a plan; one that `plan` made keeps what it was given."""
+    tensors, sinks = inputs_of(), [torch.zeros(8) for _ in range(3)]
+    for layer in (*sinks, *sinks):
+        gqa_decode(**tensors, cache_seqlens=3, sinks=layer)
+    assert [p.sinks for p in notes.launches] == 2 * [layer.data_ptr() for layer in sinks]
+    assert len(notes.loaded) == 1
+    for without in ({}, {"sinks": None}):
+        gqa_decode(**tensors, cache_seqlens=3, **without)
+    assert len(notes.loaded) == 2 and notes.launches[-1].sinks is None
+    plan = gqa_cutlass.plan(**tensors, cache_seqlens=3, sinks=sinks[1])
+    run(plan, tensors, 3)
+    assert notes.launches[-1].sinks == sinks[1].data_ptr()
+    sinks[1].untyped_storage().resize_(0)
+    with pytest.raises(InputError, match="sinks: got a tensor without memory"):
+        run(plan, tensors, 3)
+    with pytest.raises(InputError, match=r"sinks: got strides \[2\]"):
+        gqa_decode(**tensors, cache_seqlens=3, sinks=torch.zeros(16)[::2])
+
+
 def test_tensors_of_inference_mode_are_recognised(notes: Notes) -> None:
     tensors = call_tensors()
     plan = gqa_cutlass.plan(**tensors, cache_seqlens=3)
-    arguments: Any = *(tensors[name] for name in INPUTS), tensors["out"]
+    arguments: Any = *(tensors[name] for name in INPUTS), tensors["out"], 3
     run(plan, tensors, 3)
-    assert plan.match(arguments, 3) is not None
+    assert plan.bind_quickly(arguments) is not None
     with torch.inference_mode():
         run(plan, tensors, 3)  # takes a closer look
-        assert plan.match(arguments, 3) is not None
+        assert plan.bind_quickly(arguments) is not None
     run(plan, tensors, 3)
     assert len(notes.launches) == 3
 
@@ -537,7 +496,7 @@ def test_scale_is_the_usual_one_unless_given(notes: Notes) -> None:
 def test_a_plan_remembers_a_bounded_number_of_addresses(
     notes: Notes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planning, "_MAX_KNOWN", 3)
+    monkeypatch.setattr(addresses_module, "MAX_KNOWN", 3)
     calls = [inputs_of() for _ in range(5)]
     plan = gqa_cutlass.plan(**calls[0], cache_seqlens=3)
     for tensors in calls * 2:
@@ -606,7 +565,7 @@ def test_splits_are_dealt_out_by_length_where_lengths_may_differ(
     assert (on_device > on_host) == ragged
 
 
-def test_tensor_maps_describe_the_caches(notes: Notes, encoded: list[TensorMap]) -> None:
+def test_tensor_maps_describe_the_caches(notes: Notes) -> None:
     tensors = inputs_of(max_seq_len=TMA)
     tensors["k_cache"] = torch.ones(2, 2, TMA, 64, dtype=torch.float16).transpose(1, 2)  # HND
     gqa_decode(**tensors, cache_seqlens=3)
@@ -622,9 +581,7 @@ def test_tensor_maps_describe_the_caches(notes: Notes, encoded: list[TensorMap])
     assert keys.box == (64, notes.loaded[0].block_n, 1, 1, 1) and keys.swizzle == 128
 
 
-def test_head_dims_of_whole_boxes_are_two_dimensions_of_a_map(
-    notes: Notes, encoded: list[TensorMap]
-) -> None:
+def test_head_dims_of_whole_boxes_are_two_dimensions_of_a_map(notes: Notes) -> None:
     gqa_decode(**inputs_of(max_seq_len=TMA, head_dim=128), cache_seqlens=3)
     keys, _ = maps_of(notes.launches[0])
     assert keys.sizes == (64, TMA, 2, 2, 2)  # 64 dims, tokens, boxes, heads, sequences
@@ -632,7 +589,7 @@ def test_head_dims_of_whole_boxes_are_two_dimensions_of_a_map(
     assert keys.box == (64, notes.loaded[0].block_n, 2, 1, 1)
 
 
-def test_other_head_dims_end_within_a_box(notes: Notes, encoded: list[TensorMap]) -> None:
+def test_other_head_dims_end_within_a_box(notes: Notes) -> None:
     gqa_decode(**inputs_of(max_seq_len=TMA, head_dim=80), cache_seqlens=3)
     keys, _ = maps_of(notes.launches[0])
     assert keys.sizes == (80, TMA, 2, 2)
@@ -640,7 +597,7 @@ def test_other_head_dims_end_within_a_box(notes: Notes, encoded: list[TensorMap]
     assert keys.box == (64, notes.loaded[0].block_n, 1, 1)
 
 
-def test_blocks_of_a_cluster_need_no_workspace(notes: Notes, encoded: list[TensorMap]) -> None:
+def test_blocks_of_a_cluster_need_no_workspace(notes: Notes) -> None:
     gqa_decode(**inputs_of(max_seq_len=4096), cache_seqlens=3, num_splits=8)
     params = params_of(*notes.launches)
     (shape,) = notes.shapes
@@ -648,9 +605,7 @@ def test_blocks_of_a_cluster_need_no_workspace(notes: Notes, encoded: list[Tenso
     assert params.partials is None and params.tickets is None
 
 
-def test_clusters_that_share_a_sequence_borrow_workspace(
-    notes: Notes, encoded: list[TensorMap]
-) -> None:
+def test_clusters_that_share_a_sequence_borrow_workspace(notes: Notes) -> None:
     gqa_decode(**inputs_of(max_seq_len=4096), cache_seqlens=3, num_splits=16)
     params = params_of(*notes.launches)
     (shape,) = notes.shapes
@@ -658,9 +613,7 @@ def test_clusters_that_share_a_sequence_borrow_workspace(
     assert (params.partials, params.tickets) == (notes.partials.data_ptr(), TICKETS)
 
 
-def test_strides_that_lead_nowhere_need_not_be_aligned(
-    notes: Notes, encoded: list[TensorMap]
-) -> None:
+def test_strides_that_lead_nowhere_need_not_be_aligned(notes: Notes) -> None:
     tensors = inputs_of(batch=1, q_heads=4, kv_heads=1, max_seq_len=TMA)
     cache = torch.ones(1, TMA, 1, 64, dtype=torch.float16)
     tensors["k_cache"] = cache.as_strided(cache.shape, (64 * TMA + 1, 64, 3, 1))
@@ -669,7 +622,7 @@ def test_strides_that_lead_nowhere_need_not_be_aligned(
     assert keys.strides == (128, 128, 128, 128)
 
 
-def test_an_expanded_batch_is_described_as_one(notes: Notes, encoded: list[TensorMap]) -> None:
+def test_an_expanded_batch_is_described_as_one(notes: Notes) -> None:
     tensors = inputs_of(max_seq_len=TMA) | {"k": None, "v": None}
     tensors["k_cache"] = tensors["k_cache"][:1].expand(2, -1, -1, -1)
     gqa_decode(**tensors, cache_seqlens=3)
@@ -678,20 +631,21 @@ def test_an_expanded_batch_is_described_as_one(notes: Notes, encoded: list[Tenso
 
 
 def test_tensor_maps_are_encoded_once_per_pair_of_caches(
-    notes: Notes, encoded: list[TensorMap], monkeypatch: pytest.MonkeyPatch
+    notes: Notes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layers = [inputs_of(max_seq_len=TMA) for _ in range(3)]
     plan = gqa_cutlass.plan(**layers[0], cache_seqlens=3)
     for _ in range(2):
         for layer in layers:
             run(plan, layer | {"q": layer["q"].clone()}, 3)
-    assert len(encoded) == 2 * len(layers)
+    assert len(notes.encoded) == 2 * len(layers)
     addresses = [[m.address for m in maps_of(argument)] for argument in notes.launches]
     assert addresses == 2 * [[t["k_cache"].data_ptr(), t["v_cache"].data_ptr()] for t in layers]
-    monkeypatch.setattr(planning, "_MAX_KNOWN", len(layers))
+    monkeypatch.setattr(addresses_module, "MAX_KNOWN", len(layers))
     run(plan, inputs_of(max_seq_len=TMA), 3)  # in place of the oldest
-    assert (layers[0]["k_cache"].data_ptr(), layers[0]["v_cache"].data_ptr()) not in plan._maps
-    assert len(plan._maps) == len(layers)
+    maps = plan._addresses.maps
+    assert maps is not None and len(maps.known) == len(layers)
+    assert (layers[0]["k_cache"].data_ptr(), layers[0]["v_cache"].data_ptr()) not in maps.known
 
 
 def test_one_line_is_logged_per_launch(notes: Notes, caplog: pytest.LogCaptureFixture) -> None:

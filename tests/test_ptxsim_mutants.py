@@ -16,20 +16,25 @@ import torch
 from cases import Layout, Step, make_step
 from torch import Tensor
 
-from gqa_cutlass.call import layout as inputs
-from gqa_cutlass.call.options import Features
-from gqa_cutlass.call.plan import FIELDS, _params, describe
+from gqa_cutlass.call.addresses import constants
+from gqa_cutlass.call.executor import Task
+from gqa_cutlass.call.given import Seen, see
+from gqa_cutlass.call.layout import problem_of
+from gqa_cutlass.call.options import check, fields_of
 from gqa_cutlass.codegen import ARCHES, DType, KernelConfig, Math, Schedule, render
 from gqa_cutlass.codegen.compile import compile_source
 from gqa_cutlass.codegen.headers import include_dir
 from gqa_cutlass.codegen.schema.launch import Overlap
 from gqa_cutlass.codegen.schema.params import Params, TmaParams
+from gqa_cutlass.codegen.schema.policies import CALL, named
 from gqa_cutlass.codegen.schema.problem import Problem
 from gqa_cutlass.cpu.executor import Checks, overreads, program_from, regions_of, run
 from gqa_cutlass.dispatch import Dispatch, dispatch, model_device
 from gqa_cutlass.errors import KernelFault
 from gqa_cutlass.ptxsim.prepare import Program
+from gqa_cutlass.tensormap import map_of
 
+SOFT_CAPPED, SINK_IN_SUM = named("SoftCapped"), named("SinkInSum")
 _MAX_STEPS = 10_000  # the longest of the runs that end takes a third of them
 _INCLUDE = re.compile(r"#include <gqa/([\w/]+\.cuh)>\n")
 _FOREIGN_INCLUDE = re.compile(r"#include <(?!gqa/).*>\n")
@@ -57,19 +62,13 @@ class Case:
     softcap: float = 0.0
     sinks: bool = False
 
-    def features(self) -> Features:
-        heads = self.heads * self.group_size
-        # As much as all keys together, and different from head to head.
-        sinks = torch.linspace(3, 5, heads).half() if self.sinks else None
-        return Features(softcap=self.softcap, sinks=sinks)
-
     @property
     def config(self) -> KernelConfig:
         return KernelConfig(
             math=self.math, dtype=DType.F16, head_dim=self.head_dim, group_size=self.group_size,
             vec_width=8, block_h=self.block_h, block_n=16, num_warps=self.num_warps,
             num_stages=self.num_stages, schedule=self.schedule, dependent=self.dependent,
-            policies=self.features().policies,
+            policies=(SOFT_CAPPED,) * bool(self.softcap) + (SINK_IN_SUM,) * self.sinks,
         )  # fmt: skip
 
     @property
@@ -92,7 +91,9 @@ class Case:
             max_seq_len=self.max_seq_len, num_kv_heads=self.heads, layout=self.layout,
             append=self.append, device="cpu",
         )  # fmt: skip
-        step.softcap, step.sinks = self.softcap, self.features().sinks
+        step.softcap = self.softcap
+        if self.sinks:  # as much as all keys together, and different from head to head
+            step.sinks = torch.linspace(3, 5, self.heads * self.group_size).half()
         return step
 
 
@@ -1310,35 +1311,40 @@ def launch(case: Case, program: Program) -> set[str]:
         KernelFault: The kernel did what no kernel may.
     """
     config, step = case.config, case.step()
-    arguments = *step.tensors(), step.out
-    tensors = inputs.gather(*arguments)
-    features = Features(softcap=step.softcap, sinks=step.sinks)
-    problem = replace(inputs.validate(tensors), policies=features.policies)
+    given = *step.tensors(), step.out, step.seqlens, step.sinks
+    asked, policies = check("plan", {"softcap": step.softcap}, given)
+    layout = see(given)
+    problem = problem_of(layout, policies)
     chosen = case.dispatch(problem)
     lse = torch.full(step.q.shape[:2], float("nan"))
     tickets = torch.zeros(chosen.num_tickets, dtype=torch.int32)
-    named = dict(zip(FIELDS, arguments, strict=True)) | {
+    tensors = {row.field: tensor for row, tensor in zip(CALL.rows, given, strict=True)} | {
         "lse": lse,
-        "seqlens": step.seqlens,
         "partials": torch.empty(chosen.partial_floats),
         "tickets": tickets,
         "status": torch.zeros(1, dtype=torch.int32),
-        **features.memory(),
     }
-    params = _params(problem, chosen, tensors, step.scale, 0)
-    for field, value in features.fields(step.scale).items():
-        setattr(params, field, value)
-    for field, tensor in named.items():
+    task = Task(
+        layout=layout, problem=problem, dispatch=chosen, asked=asked, softmax_scale=step.scale,
+        fields=fields_of(asked, layout, step.scale),
+    )  # fmt: skip
+    params = constants(task, 0)
+    for field, tensor in tensors.items():
         setattr(params, field, 0 if tensor is None else tensor.data_ptr())
-    argument = _with_maps(params, step, config) if config.tma else params
+    argument = _with_maps(params, layout, config) if config.tma else params
     checks = Checks(max_steps=_MAX_STEPS)
-    run(program, chosen.shape, argument, regions_of(named, case.append, overreads(chosen)), checks)
+    run(
+        program, chosen.shape, argument, regions_of(tensors, case.append, overreads(chosen)), checks
+    )
     return wrong(step, lse, tickets)
 
 
-def _with_maps(params: Params, step: Step, config: KernelConfig) -> TmaParams:
+def _with_maps(params: Params, layout: dict[str, Seen], config: KernelConfig) -> TmaParams:
     """The argument of a kernel that copies by tensor maps."""
-    maps = [describe(cache, config.block_n).to_bytes() for cache in (step.k_cache, step.v_cache)]
+    caches = layout["k_cache"], layout["v_cache"]
+    maps = [
+        map_of(t.address, t.shape, t.strides, t.itemsize, config.block_n).to_bytes() for t in caches
+    ]
     return TmaParams.from_buffer_copy(bytes(params) + b"".join(maps))
 
 

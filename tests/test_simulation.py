@@ -14,10 +14,11 @@ from torch import Tensor
 
 import gqa_cutlass
 from gqa_cutlass import api
+from gqa_cutlass.call.plans import Plans
 from gqa_cutlass.codegen import DType, KernelConfig, Math, Schedule, default_config
 from gqa_cutlass.codegen.compile import compile_kernel
 from gqa_cutlass.codegen.schema.launch import Overlap
-from gqa_cutlass.cpu.executor import CpuPlan, program_from, program_of
+from gqa_cutlass.cpu.executor import CpuKernel, program_from, program_of
 from gqa_cutlass.dispatch import H200
 from gqa_cutlass.errors import InputError, KernelMissingError, PtxError
 from gqa_cutlass.ptxsim.stats import Stats
@@ -29,7 +30,7 @@ SMALL = default_config(Math.TENSOROP, DType.F16, 64, 4, 8)
 @pytest.fixture
 def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a new process: no plans and no programs."""
-    monkeypatch.setattr(api, "_plans", {})
+    monkeypatch.setattr(api, "_PLANS", Plans(api._executor_of))
     program_of.cache_clear()
 
 
@@ -78,10 +79,11 @@ def test_truncated_ptx_is_refused() -> None:
 
 def steps_of(plan: gqa_cutlass.Plan, step: Step) -> int:
     """Run a step, and count what the interpreter does one after the other."""
-    assert isinstance(plan, CpuPlan)
+    kernel = plan.kernel
+    assert isinstance(kernel, CpuKernel)
     executed: list[int] = []
-    length = len(plan.program.code)
-    plan.stats = Stats(length, trace=lambda pc, warps, lanes: executed.append(pc))
+    length = len(kernel.program.code)
+    kernel.stats = Stats(length, trace=lambda pc, warps, lanes: executed.append(pc))
     check(step, plan(*step.tensors(), step.seqlens))
     return len(executed)
 
@@ -124,9 +126,9 @@ def test_ptx_for_sm_90_runs_too(math: Math) -> None:
     config = default_config(math, DType.F16, 64, 4, 8)
     step = make_step(lengths=[100, 3], max_seq_len=128, head_dim=64, device="cpu")
     plan = gqa_cutlass.plan(*step.tensors(), cache_seqlens=step.seqlens, kernel=config)
-    assert isinstance(plan, CpuPlan)
+    assert isinstance(plan.kernel, CpuKernel)
     text = compile_kernel(config, "compute_90").code.decode()
-    plan.program = program_from(text, config.name)
+    plan.kernel.program = program_from(text, config.name)
     check(step, plan(*step.tensors(), step.seqlens))
 
 

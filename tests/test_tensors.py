@@ -11,7 +11,7 @@ from tensor_kinds import Kind, kinds_for
 from torch import Tensor
 
 from gqa_cutlass.errors import shown
-from gqa_cutlass.gpu import torch_private as shortcuts
+from gqa_cutlass.gpu import torch_private
 from gqa_cutlass.tensors import Flaw, flaw, memory_flaw
 
 HALF, INT = torch.ones(2, 4, 8, dtype=torch.float16), torch.ones(2, dtype=torch.int32)
@@ -53,7 +53,7 @@ def test_kinds_are_named_with_a_remedy(name: str) -> None:
 def test_kinds_that_torch_names_are_told_without_its_keys(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(shortcuts, "_plain_keys", lambda: (None, 0))
+    monkeypatch.setattr(torch_private, "plain_keys", lambda: (None, 0))
     assert flaw(HALF) is None
     assert flaw_of_kind(HALF, kinds_for(HALF.dtype)[name]) is not None
 

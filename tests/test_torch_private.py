@@ -13,7 +13,10 @@ from helpers import check, run
 from torch import Tensor
 
 from gqa_cutlass import api
-from gqa_cutlass.gpu import torch_private as shortcuts
+from gqa_cutlass.call.plans import Plans
+from gqa_cutlass.gpu import torch_private
+from gqa_cutlass.gpu.driver import describe_device
+from gqa_cutlass.gpu.executor import GpuExecutor
 
 GUARDS = torch._C._dynamo
 
@@ -21,7 +24,7 @@ GUARDS = torch._C._dynamo
 @pytest.fixture(autouse=True)
 def nothing_tried() -> Iterator[None]:
     """As in a new process, before and after."""
-    tried = shortcuts._guards_work, shortcuts._allocation
+    tried = torch_private._guards_work, torch_private._allocation
     for function in tried:
         function.cache_clear()
     yield
@@ -32,8 +35,8 @@ def nothing_tried() -> Iterator[None]:
 def test_torch_has_what_calls_go_through() -> None:
     """Not needed, but what makes calls cheap: a torch without it should be noticed."""
     one = torch.ones(2, 3)
-    assert shortcuts.comparison([one])(one.clone())
-    assert shortcuts._allocation("cpu") is not None
+    assert torch_private.comparison([one])(one.clone())
+    assert torch_private._allocation("cpu") is not None
 
 
 def test_comparisons_keep_no_tensors() -> None:
@@ -41,7 +44,7 @@ def test_comparisons_keep_no_tensors() -> None:
 
     one = torch.ones(2, 3)
     known = weakref.ref(one)
-    equal = shortcuts.comparison([one])
+    equal = torch_private.comparison([one])
     del one
     assert known() is None and equal(torch.ones(2, 3))
 
@@ -67,14 +70,14 @@ def test_guards_that_cannot_tell_tensors_apart_are_not_asked(
 ) -> None:
     monkeypatch.setattr(GUARDS.guards, "TensorGuards", _Guards(answer))
     one = torch.ones(2, 3)
-    assert shortcuts.comparison([one]) is shortcuts.unequal
-    assert shortcuts.unequal(one) is False
+    assert torch_private.comparison([one]) is torch_private.unequal
+    assert torch_private.unequal(one) is False
 
 
 def test_torch_without_these_parts_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GUARDS, "guards", SimpleNamespace())
-    assert shortcuts.comparison([torch.ones(2, 3)]) is shortcuts.unequal
-    made = shortcuts.allocator((2, 3), torch.float16, torch.device("cpu"))()
+    assert torch_private.comparison([torch.ones(2, 3)]) is torch_private.unequal
+    made = torch_private.allocator((2, 3), torch.float16, torch.device("cpu"))()
     assert made.shape == (2, 3) and made.dtype == torch.float16
 
 
@@ -84,35 +87,37 @@ def test_torch_without_its_private_device_and_stream_will_do(
     """The choice is made on import; this makes it once more, with and without them."""
     ways = {
         "_cuda_getDevice": torch.cuda.current_device,
-        "_cuda_getCurrentRawStream": shortcuts._handle_of_current_stream,
+        "_cuda_getCurrentRawStream": torch_private._handle_of_current_stream,
     }
     for name, public in ways.items():
         monkeypatch.setattr(torch._C, name, len, raising=False)
-        assert shortcuts._private(name, public) is len
+        assert torch_private._private(name, public) is len
         monkeypatch.delattr(torch._C, name)
-        assert shortcuts._private(name, public) is public
+        assert torch_private._private(name, public) is public
     stream = SimpleNamespace(cuda_stream=7)
     monkeypatch.setattr(torch.cuda, "current_stream", {3: stream}.get)
-    assert shortcuts._handle_of_current_stream(3) == 7
+    assert torch_private._handle_of_current_stream(3) == 7
 
 
 @pytest.mark.gpu
 def test_private_and_public_ways_to_device_and_stream_agree() -> None:
-    assert shortcuts.current_device is torch._C._cuda_getDevice
-    assert shortcuts.current_device() == torch.cuda.current_device()
+    assert torch_private.current_device is torch._C._cuda_getDevice
+    assert torch_private.current_device() == torch.cuda.current_device()
     for stream in (torch.cuda.default_stream(), torch.cuda.Stream()):
         with torch.cuda.stream(stream):
-            handle = shortcuts.current_stream(stream.device_index)
-            assert handle == shortcuts._handle_of_current_stream(stream.device_index)
+            handle = torch_private.current_stream(stream.device_index)
+            assert handle == torch_private._handle_of_current_stream(stream.device_index)
             assert handle == stream.cuda_stream
 
 
 @pytest.mark.gpu
 def test_calls_run_by_public_ways_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shortcuts, "current_device", torch.cuda.current_device)
-    monkeypatch.setattr(shortcuts, "current_stream", shortcuts._handle_of_current_stream)
+    monkeypatch.setattr(torch_private, "current_device", torch.cuda.current_device)
+    monkeypatch.setattr(torch_private, "current_stream", torch_private._handle_of_current_stream)
     monkeypatch.setattr(GUARDS, "guards", SimpleNamespace())
-    monkeypatch.setattr(api, "_plans", {})
+    monkeypatch.setattr(
+        api, "_PLANS", Plans(lambda device: GpuExecutor(describe_device(device.index)))
+    )
     step = make_step(lengths=[3000, 10], max_seq_len=4096)
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
@@ -137,11 +142,11 @@ def test_allocations_that_went_wrong_are_not_repeated(
     monkeypatch: pytest.MonkeyPatch, wrong: Any
 ) -> None:
     monkeypatch.setattr(GUARDS.guards, "_empty_strided_cpu", wrong)
-    made = shortcuts.allocator((2, 3), torch.float16, torch.device("cpu"))()
+    made = torch_private.allocator((2, 3), torch.float16, torch.device("cpu"))()
     assert made.shape == (2, 3) and made.dtype == torch.float16 and made.is_contiguous()
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 64), (2, 1, 8, 64), (1,)])
 def test_allocated_tensors_are_contiguous(shape: tuple[int, ...]) -> None:
-    made = shortcuts.allocator(shape, torch.bfloat16, torch.device("cpu"))()
+    made = torch_private.allocator(shape, torch.bfloat16, torch.device("cpu"))()
     assert made.shape == shape and made.is_contiguous() and made.dtype == torch.bfloat16

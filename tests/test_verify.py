@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 
 from gqa_cutlass import GQADecodeConfig, Plan, warmup
 from gqa_cutlass.api import gqa_attention_decode
-from gqa_cutlass.call.plan import LOG
+from gqa_cutlass.call.record import LOG
 from gqa_cutlass.cli import app, main
 from gqa_cutlass.errors import CacheOverflowError, InputError, KernelFault, LaunchError
 from gqa_cutlass.proof import verify

@@ -42,6 +42,7 @@ class Argument:
         optional: Whether a call may leave it out: its address is then null, unless the call
             allocates it.
         single_token: Whether calls may pass it with a dimension of size 1 behind the first.
+        type_field: The field of `Params` that says which `NumberType` it holds.
         feature: The policy that it belongs to.
     """
 
@@ -53,6 +54,7 @@ class Argument:
     access: Access = Access.READ
     optional: bool = False
     single_token: bool = False
+    type_field: str | None = None
     feature: str | None = None
 
 

@@ -10,7 +10,7 @@ import ctypes
 import re
 from dataclasses import dataclass
 
-from gqa_cutlass.codegen.schema.arguments import Argument, Elements
+from gqa_cutlass.codegen.schema.arguments import ARGUMENTS, Argument, Elements, Table
 from gqa_cutlass.codegen.schema.kinds import Schedule
 from gqa_cutlass.codegen.schema.launch import NumberType
 from gqa_cutlass.codegen.schema.structs import FLOAT, Field, Type, check_distinct, pointer
@@ -116,6 +116,7 @@ POLICIES = (
                 elements=Elements.NUMBER,
                 field="sinks",
                 optional=True,
+                type_field="sinks_type",
                 feature="sinks",
             ),
         ),
@@ -123,6 +124,8 @@ POLICIES = (
 )
 check_distinct("policies", "policies", (policy.cpp for policy in POLICIES))
 check_distinct("policies", "tags", (policy.tag for policy in POLICIES if policy.tag))
+# All tensors that a call may pass, in the order in which they are looked at.
+CALL = Table(rows=ARGUMENTS.rows + tuple(row for policy in POLICIES for row in policy.arguments))
 DEFAULTS = {policy.slot: policy for policy in POLICIES if not policy.tag}
 
 

@@ -1,69 +1,210 @@
-"""What a call may ask for beyond plain attention: options that kernels have policies for."""
+"""The options that public calls have in common. Features are those with kernels of their own."""
 
 from __future__ import annotations
 
+import inspect
 import math
-from dataclasses import dataclass
-from typing import NoReturn
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, fields
+from inspect import Parameter
+from textwrap import dedent, indent
+from typing import Any, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
 
-from gqa_cutlass.codegen.schema.launch import NumberType
-from gqa_cutlass.codegen.schema.policies import POLICIES, Policy
+from gqa_cutlass.call.given import Given, Layout, fail
+from gqa_cutlass.call.layout import NUMBER_TYPES
+from gqa_cutlass.codegen.config import KernelConfig
+from gqa_cutlass.codegen.schema.policies import CALL, POLICIES, Policy
+from gqa_cutlass.codegen.schema.problem import MAX_SCALE, MAX_SPLITS
 from gqa_cutlass.errors import InputError, shown
-from gqa_cutlass.tensors import byte_reach, flaw, memory_flaw
 
 MAX_SOFTCAP = 1e37  # times log2(e), and a scale over it, are still float32
-NUMBER_TYPES = {
-    torch.float32: NumberType.FLOAT32,
-    torch.float16: NumberType.FLOAT16,
-    torch.bfloat16: NumberType.BFLOAT16,
-}
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Features:
-    """The features of a call, checked.
+class Options(TypedDict, total=False):
+    """What `gqa_decode`, `plan`, `explain` and `KVCache.decode` also take.
 
     Args:
-        softcap: Bound of the scores, cap * tanh(score / cap); 0 for none.
-        sinks: One more logit per head, [num_q_heads], or None.
+        softmax_scale: Factor on the scores; None, the default, for head_dim ** -0.5.
+        num_splits: Parts that each sequence is cut into; 0, the default, leaves the choice to the
+            dispatcher. Results of the same number of splits are equal to the bit from run to run.
+        ragged: Whether lengths on the device may differ much, so that long sequences get more
+            blocks: up to several times faster then, up to 3% slower where all are about equal.
+            Results are right either way. True by default.
+        softcap: Bound of the scores: softcap * tanh(scaled score / softcap), as in Gemma 2;
+            0, the default, for none.
+        sinks: One more logit per query head, as in gpt-oss: [num_q_heads], float32, float16 or
+            bfloat16, contiguous, on q's device. In natural units, neither scaled nor capped; it
+            is part of the softmax's denominator, and has no value. None, the default: without.
+        out: Where to write; q's shape and dtype, sharing no memory with an input. None, the
+            default: a new tensor.
     """
 
-    softcap: float = 0.0
-    sinks: Tensor | None = None
-
-    @property
-    def policies(self) -> tuple[Policy, ...]:
-        """What the kernel must have in its slots."""
-        asked = {"softcap": self.softcap != 0, "sinks": self.sinks is not None}
-        return tuple(policy for policy in POLICIES if asked.get(policy.feature, False))
-
-    def fields(self, softmax_scale: float) -> dict[str, float]:
-        """What they put into the kernel's argument, by the names of its fields."""
-        found: dict[str, float] = {}
-        if self.softcap:
-            found["softcap_in"] = softmax_scale / self.softcap
-            found["softcap_out"] = self.softcap * math.log2(math.e)
-        if self.sinks is not None:
-            found["sinks"] = self.sinks.data_ptr()
-            found["sinks_type"] = NUMBER_TYPES[self.sinks.dtype]
-        return found
-
-    def memory(self) -> dict[str, Tensor]:
-        """What the kernel reads for them, by the names of the argument's fields."""
-        return {} if self.sinks is None else {"sinks": self.sinks}
-
-    def check_apart(self, name: str, address: int, reach: int) -> None:
-        """Raise InputError where what a kernel writes shares memory with what it reads for them."""
-        for what, tensor in self.memory().items():
-            start = tensor.data_ptr()
-            if reach and address < start + byte_reach(tensor) and start < address + reach:
-                _fail(name, f"memory that {what} also uses", "memory of its own")
+    softmax_scale: float | None
+    num_splits: int
+    ragged: bool
+    softcap: float
+    sinks: Tensor | None
+    out: Tensor | None
 
 
-NONE = Features()
+class PlanOptions(Options, total=False):
+    """What `plan` takes besides.
+
+    Args:
+        kernel: A kernel to use instead of the dispatcher's choice.
+        dependent: Programmatic dependent launch, where it pays (Hopper and newer, caches of up to
+            32 MiB): the kernel may start while the kernel before it in the stream finishes. It
+            reads nothing before that one is done, but may fetch its first tiles to L2. Worth
+            having where that kernel lets others start early, as this one does; after one that does
+            not, a call takes up to a microsecond longer. It is a kernel of its own, which is
+            compiled on first use, or by name with `gqa-cutlass build`.
+    """
+
+    kernel: KernelConfig | None
+    dependent: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """The options of a call that are no tensors, by their defaults; see `Options`."""
+
+    softmax_scale: float | None = None
+    num_splits: int = 0
+    return_lse: bool = False
+    ragged: bool = True
+    softcap: float = 0  # an int, for torch traces a float as one that may vary
+    kernel: KernelConfig | None = None
+    dependent: bool = False
+
+
+# Options that are tensors, in the order of the table: those of features.
+TENSORS = tuple(row.name for row in CALL.rows if row.feature)
+_NONES = (None,) * len(TENSORS)
+_taken: dict[str, set[str]] = {}  # names of options, by functions
+_DEFAULTS: dict[str, Any] = {
+    **{field.name: field.default for field in fields(Asked)}, **dict.fromkeys((*TENSORS, "out")),
+}  # fmt: skip
+
+
+def listed(options: Any, *, without: Collection[str] = ()) -> Callable[[_Function], _Function]:
+    """Let `help` and `inspect.signature` say what the `**` at the end of a function stands for.
+
+    Its line in the docstring gives way to those of the options that have none there.
+
+    Args:
+        options: `Options`, or a class with more of them.
+        without: Those that the function does not take.
+    """
+    names = [name for name in options.__annotations__ if name not in without]
+    texts = _explained(options)
+
+    def decorate(function: _Function) -> _Function:
+        signature = inspect.signature(function)
+        _taken[function.__name__] = {*signature.parameters, *names}
+        *named, last = signature.parameters.values()
+        named += [
+            Parameter(
+                name,
+                Parameter.KEYWORD_ONLY,
+                default=_DEFAULTS[name],
+                annotation=options.__annotations__[name].__forward_arg__,
+            )
+            for name in names
+            if name not in signature.parameters
+        ]
+        function.__signature__ = signature.replace(parameters=named)  # type: ignore[attr-defined]
+        doc = function.__doc__ or ""  # which Python may leave out
+        missing = [name for name in names if not re.search(rf"^ +{name}: ", doc, re.MULTILINE)]
+        text = "".join(texts[name] for name in missing)
+        line = re.compile(rf"^( +)\*\*{last.name}: .*\n", re.MULTILINE)
+        function.__doc__ = line.sub(lambda found: indent(text, found[1]), doc) or None
+        return function
+
+    return decorate
+
+
+def _explained(options: Any) -> dict[str, str]:
+    """What the docstrings of options say of each."""
+    found: dict[str, str] = {}
+    for kind in (Options, options):
+        _, _, listing = inspect.cleandoc(kind.__doc__ or "").partition("Args:\n")
+        for entry in re.split(r"^(?=\S)", dedent(listing), flags=re.MULTILINE):
+            found[entry.partition(":")[0]] = entry.rstrip() + "\n"
+    return found
+
+
+def features_of(options: dict[str, Any]) -> tuple[Tensor | None, ...]:
+    """Take the tensors of features out of options.
+
+    Returns:
+        Them in the order of the table; nothing if there are none.
+    """
+    tensors = tuple(map(options.pop, TENSORS, _NONES))
+    for tensor in tensors:
+        if tensor is not None:
+            return tensors
+    return ()
+
+
+def check(call: str, options: Mapping[str, Any], given: Given) -> tuple[Asked, tuple[Policy, ...]]:
+    """Check options, whatever the tensors are.
+
+    Args:
+        call: The name of the function that was called.
+        options: Those that are no tensors.
+        given: The tensors, of which it counts whether they are there.
+
+    Returns:
+        All that are no tensors; and what the kernel must have in its slots: the features that were
+        asked for, by value or by tensor.
+
+    Raises:
+        InputError: An option is not allowed.
+        TypeError: There is no such option.
+    """
+    for name in options:
+        if name not in _taken[call]:
+            raise TypeError(f"{call}() got an unexpected keyword argument {name!r}")
+    asked = Asked(**options)
+    check_options(
+        asked.num_splits, asked.softmax_scale, return_lse=asked.return_lse, ragged=asked.ragged,
+        dependent=asked.dependent,
+    )  # fmt: skip
+    if asked.kernel is not None and not isinstance(asked.kernel, KernelConfig):
+        raise InputError(
+            f"plan: kernel: got {shown(asked.kernel)}; allowed: a KernelConfig (another plan's "
+            "`dispatch.config`, for instance), or None. Nothing was launched."
+        )
+    wanted = [row.feature for row, t in zip(CALL.rows, given, strict=False) if t is not None]
+    if check_softcap(asked.softcap, 0):
+        wanted.append("softcap")
+    return asked, tuple([policy for policy in POLICIES if policy.feature in wanted])
+
+
+def check_options(num_splits: int = 0, softmax_scale: float | None = None, **flags: bool) -> None:
+    """Raise InputError for an option that is not allowed.
+
+    Args:
+        num_splits: 0 (choose) to MAX_SPLITS.
+        softmax_scale: A number that float32 can hold, or None for head_dim ** -0.5.
+        flags: True or False, by name.
+    """
+    if type(num_splits) is not int or not 0 <= num_splits <= MAX_SPLITS:
+        fail("num_splits", shown(num_splits), f"0 (the dispatcher decides) to {MAX_SPLITS}")
+    if softmax_scale is not None:
+        number = isinstance(softmax_scale, (int, float)) and not isinstance(softmax_scale, bool)
+        # Compared before it is converted: an int may be too large for a float.
+        if not number or not -MAX_SCALE <= softmax_scale <= MAX_SCALE:
+            allowed = f"a number from {-MAX_SCALE:g} to {MAX_SCALE:g}, or None for head_dim ** -0.5"
+            fail("softmax_scale", shown(softmax_scale), allowed)
+    for name, value in flags.items():
+        if type(value) is not bool:
+            fail(name, shown(value), "True or False")
 
 
 def check_softcap(softcap: float, softmax_scale: float) -> float:
@@ -74,56 +215,22 @@ def check_softcap(softcap: float, softmax_scale: float) -> float:
     """
     number = isinstance(softcap, (int, float)) and not isinstance(softcap, bool)
     if not number or not 0 <= softcap <= MAX_SOFTCAP:
-        _fail("softcap", shown(softcap), f"0 (none), or a number up to {MAX_SOFTCAP:g}")
+        fail("softcap", shown(softcap), f"0 (none), or a number up to {MAX_SOFTCAP:g}")
     cap = float(softcap)
     least = abs(softmax_scale) / MAX_SOFTCAP
     if cap and (cap < least or not cap >= torch.finfo(torch.float32).tiny):
         least = max(least, torch.finfo(torch.float32).tiny)
-        _fail("softcap", shown(softcap), f"0 (none), or {least:.3g} and more with this scale")
+        fail("softcap", shown(softcap), f"0 (none), or {least:.3g} and more with this scale")
     return cap
 
 
-def check_sinks(sinks: Tensor | None, num_q_heads: int, device: torch.device) -> Tensor | None:
-    """Logits per head.
-
-    Raises:
-        InputError: No plain tensor, or one of another shape, type or device; not contiguous, not
-            aligned, without memory, or requiring grad.
-    """
-    if sinks is None:
-        return None
-    if found := flaw(sinks):
-        _fail("sinks", found.got, f"{found.allowed} or None")
-    if sinks.dtype not in NUMBER_TYPES:
-        _fail("sinks", str(sinks.dtype), ", ".join(map(str, NUMBER_TYPES)))
-    if tuple(sinks.shape) != (num_q_heads,):
-        _fail("sinks", f"shape {list(sinks.shape)}", f"[{num_q_heads}], one per query head")
-    if sinks.device != device:
-        _fail("sinks", f"a tensor on {sinks.device}", f"q's device, {device}")
-    if not sinks.is_contiguous():
-        _fail("sinks", f"strides {list(sinks.stride())}", "contiguous memory; call .contiguous()")
-    if sinks.requires_grad and torch.is_grad_enabled():
-        _fail(
-            "sinks",
-            "a tensor that requires grad (decode has no backward pass)",
-            "tensors without grad; call it under torch.inference_mode() or torch.no_grad()",
-        )
-    if device.type != "meta":
-        if found := memory_flaw(sinks):
-            _fail("sinks", *found)
-        if sinks.data_ptr() % sinks.element_size():
-            allowed = f"an address that is a multiple of {sinks.element_size()}"
-            _fail("sinks", f"address {sinks.data_ptr():#x}", allowed)
-    return sinks
-
-
-def identity(sinks: object) -> object:
-    """What tells tensors apart that plans are kept for; such a plan keeps its tensor."""
-    try:
-        return id(sinks), sinks.data_ptr(), sinks.dtype, sinks.shape  # type: ignore[attr-defined]
-    except Exception:  # no tensor: `check_sinks` says so
-        return id(sinks)
-
-
-def _fail(what: str, got: str, allowed: str) -> NoReturn:
-    raise InputError(f"gqa_decode: {what}: got {got}; allowed: {allowed}. Nothing was launched.")
+def fields_of(asked: Asked, layout: Layout, scale: float) -> dict[str, float]:
+    """What features put into the kernel's argument, but addresses, by the names of its fields."""
+    found: dict[str, float] = {}
+    if cap := check_softcap(asked.softcap, scale):
+        found["softcap_in"] = scale / cap
+        found["softcap_out"] = cap * math.log2(math.e)
+    for row in CALL.rows:
+        if row.type_field and row.name in layout:
+            found[row.type_field] = NUMBER_TYPES[layout[row.name].dtype]
+    return found

@@ -1,146 +1,100 @@
-"""A plan: one problem with everything resolved, so that a call only binds pointers and launches.
+"""A plan: one problem with everything resolved, so that a call only binds addresses and launches.
 
-A call is checked in two steps. The layouts of its tensors are compared with the plan's, in C++ by
-what Dynamo guards its graphs with, and in Python where that finds a difference. Alignment and
-aliasing follow from layouts and addresses; a plan is called with few sets of addresses, and keeps
-the kernel's argument for each that it has checked.
+The layouts of a call's tensors are compared with the plan's, in C++ by what Dynamo guards its
+graphs with, and in Python where that finds a difference. A plan is called with few sets of
+addresses, and keeps the kernel's argument for each that it has checked.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import os
 import sys
 import threading
-from abc import ABC, abstractmethod
-from dataclasses import replace
-from functools import partial
-from itertools import product
-from typing import Any, Generic, NoReturn, TypedDict, Unpack
+from collections.abc import Callable
+from functools import cache
+from operator import itemgetter
+from typing import Any, Generic, NoReturn
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from typing_extensions import TypeVar
 
-from gqa_cutlass.call import layout as inputs
-from gqa_cutlass.call.layout import Tensors
-from gqa_cutlass.call.options import Features
-from gqa_cutlass.call.record import LaunchRecord
-from gqa_cutlass.codegen.schema.params import CacheStrides, Params, TmaParams
-from gqa_cutlass.codegen.schema.problem import Problem
-from gqa_cutlass.codegen.schema.storage import BOX_DIMS
-from gqa_cutlass.dispatch import Dispatch
+from gqa_cutlass.call.addresses import Addresses
+from gqa_cutlass.call.executor import Executor, Task
+from gqa_cutlass.call.given import LENGTHS, ROWS, Given, key_of, look, see
+from gqa_cutlass.call.layout import check_lengths
+from gqa_cutlass.call.record import LOG, LaunchRecord
+from gqa_cutlass.codegen.schema.params import Params, TmaParams
 from gqa_cutlass.errors import DeviceError, InputError
-from gqa_cutlass.gpu import torch_private as shortcuts
-from gqa_cutlass.gpu import workspace
-from gqa_cutlass.gpu.driver import LoadedKernel, encode_tensor_map
-from gqa_cutlass.gpu.torch_private import FORWARD_AD
-from gqa_cutlass.tensormap import TensorMap
-from gqa_cutlass.tensors import byte_reach
+from gqa_cutlass.gpu.torch_private import FORWARD_AD, comparison
 from gqa_cutlass.tracing import HOST_ONLY, break_graph, is_traced
 
-LOG = logging.getLogger("gqa_cutlass")
-_ALIGNMENT, _INT_BYTES = 16, 4
-_MAX_KNOWN = 1024
+_NAMES = list(ROWS)
+OUT, _LENGTHS = _NAMES.index("out"), _NAMES.index(LENGTHS)
 
-# q, k_cache, v_cache, k, v, out; the last three may be absent. Their addresses go into FIELDS.
-Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
-FIELDS = ("q", "k_cache", "v_cache", "k_new", "v_new", "out")
-_Q, _K_CACHE, _V_CACHE, _K, _V, OUT, _LENGTHS = range(7)
-
-# Of the arguments, then of the lengths on the device; 0 for what is absent.
-Addresses = tuple[int, int, int, int, int, int, int]
-Signature = tuple[object, ...]
 Pair = tuple[Tensor, Tensor]  # output and log-sum-exp
 Result = Tensor | Pair
 R_co = TypeVar("R_co", bound=Result, default=Result, covariant=True)
 
-
-def signature(tensors: Arguments) -> Signature:
-    """What a plan depends on: layouts, types, devices and alignments, but not addresses."""
-    return tuple(
-        None
-        if t is None
-        else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % _ALIGNMENT, t.requires_grad)
-        for t in tensors
-    )
-
-
+_data_ptr = Tensor.data_ptr
 _alive: WeakSet[Plan] = WeakSet()
 
 
-class Settings(TypedDict):
-    """What every plan is made from, wherever it runs; `arguments` as passed, `tensors` gathered."""
-
-    problem: Problem
-    chosen: Dispatch
-    arguments: Arguments
-    tensors: Tensors
-    softmax_scale: float
-    return_lse: bool
-    device_lengths: bool
-    features: Features
-
-
-class Plan(ABC, Generic[R_co]):
+class Plan(Generic[R_co]):
     """Runs decode steps of one problem: the lowest-overhead call.
 
-    A plan holds no tensors but the sinks that it was made with. It can be called from several
-    threads and on any stream, and captured into CUDA graphs. It outlives `os.fork` on the CPU,
-    whatever other threads were at; on a GPU, where torch does not, the child's calls raise
-    DeviceError.
+    A plan holds no tensors but those of features that it was made with, such as sinks. It can be
+    called from several threads and on any stream, and captured into CUDA graphs. It outlives
+    `os.fork` on the CPU, whatever other threads were at; on a GPU, where torch does not, the
+    child's calls raise DeviceError.
+
+    Args:
+        executor: Where it runs.
+        task: What it is for.
+        given: A call, which is checked and bound.
+        keeps: Whether every `__call__` uses the tensors of features that are in it.
+
+    Attributes:
+        problem: What it solves.
+        dispatch: The kernel and its launch.
+        kernel: The kernel as its executor prepared it.
+        first: What `launch` wants for the call that the plan was made with.
+
+    Raises:
+        InputError: A length is not allowed; memory is shared that must not be, or missing.
+        CacheOverflowError: The new token does not fit.
+        GqaError: The kernel cannot be loaded.
     """
 
-    def __init__(
-        self,
-        *,
-        problem: Problem,
-        chosen: Dispatch,
-        arguments: Arguments,
-        tensors: Tensors,
-        softmax_scale: float,
-        return_lse: bool,
-        device_lengths: bool,
-        features: Features,
-        flag: workspace.OverflowFlag,
-    ) -> None:
-        q = arguments[0]
-        self.problem = problem
-        self.dispatch = chosen
-        self.softmax_scale = softmax_scale
-        self.return_lse = return_lse
-        self.features = features
-        self._key = signature(arguments)
-        self._device_lengths = device_lengths
-        self._longest = problem.max_seq_len - problem.append
-        self._flag = flag
-        self._overflowed = flag.word
-        self._new_out = shortcuts.allocator(tuple(q.shape), q.dtype, q.device)
+    def __init__(self, executor: Executor, task: Task, given: Given, keeps: bool = False) -> None:
+        problem, chosen, layout, q = task.problem, task.dispatch, task.layout, task.layout["q"]
+        self.problem, self.dispatch, self.task = problem, chosen, task
+        self.softmax_scale, self.return_lse = task.softmax_scale, task.asked.return_lse
+        self._executor, self._index = executor, executor.device.index
+        self._overflowed = executor.flag.word
+        self._new_out = executor.allocator(tuple(q.shape), q.dtype, q.device)
         lse_shape = problem.batch_size, problem.num_q_heads
-        self._new_lse = shortcuts.allocator(lse_shape, torch.float32, q.device)
-        self._equal = shortcuts.unequal
-        self._absent = shortcuts.stand_ins()
-        self._alignments = _alignments(_addresses(arguments, 0))
-        self._num_absent = sum(t is None for t in arguments) + (not device_lengths)
-        self._reaches = _reaches(tensors, problem.batch_size if device_lengths else 0)
-        self._may_meet = _may_meet(self._reaches, problem.append)
+        self._new_lse = executor.allocator(lse_shape, torch.float32, q.device)
+        self._floats, self._tickets = chosen.partial_floats, chosen.num_tickets
+        self._makes_out, self._device_lengths = "out" not in layout, LENGTHS in layout
+        self._longest = problem.max_seq_len - problem.append
+        self._pick = itemgetter(*map(_NAMES.index, layout))
+        self._addresses_of = _spelled_out(tuple([name in layout for name in _NAMES[: len(given)]]))
+        self._keeps = tuple(given[_LENGTHS + 1 :]) if keeps else ()
+        argument = TmaParams() if chosen.config.tma else Params()
+        self._params: Params = argument.decode if isinstance(argument, TmaParams) else argument
+        self._memory = memoryview(argument).cast("B")
         self._lock = threading.Lock()
+        tensors = self._pick(given)
+        self._equal = comparison(tensors)
+        self._addresses = Addresses(task, executor)
+        self._known = self._addresses.known
+        addresses = tuple(map(_data_ptr, tensors))
+        self.first = self._addresses.bind(tensors, given[_LENGTHS], addresses)
+        self.kernel = executor.prepare(task, argument)  # last, for it may take long
         _alive.add(self)
-        params = _params(problem, chosen, tensors, softmax_scale, flag.address)
-        for field, value in features.fields(softmax_scale).items():
-            setattr(params, field, value)
-        tma = chosen.config.tma
-        self._argument = TmaParams(decode=params) if tma else params
-        self._params: Params = self._argument.decode if tma else params
-        self._memory = memoryview(self._argument).cast("B")
-        self._known: dict[Addresses, bytes] = {}  # what the argument's memory then holds
-        self._maps: dict[tuple[int, int], bytes] = {}  # by the caches' addresses
-        self._constants = bytes(params)
-        self._described = [
-            describe(t, chosen.config.block_n) for t in (tensors.k_cache, tensors.v_cache) if tma
-        ]
 
     def __call__(
         self,
@@ -162,95 +116,115 @@ class Plan(ABC, Generic[R_co]):
             return break_graph(self.__call__, HOST_ONLY)(
                 q, k_cache, v_cache, k, v, cache_seqlens, out
             )
-        tensors = q, k_cache, v_cache, k, v, out
-        argument = self.match(tensors, cache_seqlens)
+        given: tuple[Any, ...] = q, k_cache, v_cache, k, v, out, cache_seqlens
+        if self._keeps:
+            given += self._keeps
+        argument = self.bind_quickly(given)
         if argument is None:
-            self._check_layouts(tensors, cache_seqlens)
-            argument = self.adopt(tensors, cache_seqlens)
-        return self.run(tensors, cache_seqlens, argument)
+            self._check_layout(given)
+            argument = self.bind(given)
+        return self.launch(given, argument)
 
-    def match(self, tensors: Arguments, cache_seqlens: int | Tensor) -> bytes | None:
-        """See quickly that a call is right, or ask for a closer look.
+    def bind_quickly(self, given: Given) -> bytes | None:
+        """See that a call is right, or ask for a closer look; only tensors that are there count.
 
         Returns:
-            What `run` wants; None when a layout may differ from the plan's or a length be wrong.
+            What `launch` wants; None when a layout may differ from the plan's or a length be wrong.
 
         Raises:
             InputError: Memory is shared that must not be, or missing.
         """
-        if type(cache_seqlens) is int and not 0 <= cache_seqlens <= self._longest:
-            return None
-        given: tuple[Any, ...] = tensors
-        q, k_cache, v_cache, k, v, out = given
-        lengths: Any = cache_seqlens
-        if self._num_absent:  # as `_fill_gaps`, whose call would cost as much again
-            no_k, no_v, no_out, no_lengths = self._absent
-            k = no_k if k is None else k
-            v = no_v if v is None else v
-            out = no_out if out is None else out
-            lengths = no_lengths if type(lengths) is int else lengths
-        try:
-            if (
-                q.is_nested or k_cache.is_nested or v_cache.is_nested or k.is_nested
-                or v.is_nested or out.is_nested or lengths.is_nested
-                or FORWARD_AD._current_level >= 0
-                or not self._equal(q, k_cache, v_cache, k, v, out, lengths)
-            ):  # fmt: skip
+        lengths: Any = given[_LENGTHS]
+        if type(lengths) is int:
+            if self._device_lengths or not 0 <= lengths <= self._longest:
                 return None
-            addresses = (
-                q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), k.data_ptr(), v.data_ptr(),
-                out.data_ptr(), lengths.data_ptr(),
-            )  # fmt: skip
+        elif not self._device_lengths:
+            return None
+        try:
+            if FORWARD_AD._current_level >= 0:
+                return None
+            addresses = self._addresses_of(self._equal, given)
         except Exception:  # no tensors, or some that cannot answer
             return None
+        if addresses is None:
+            return None
         argument = self._known.get(addresses)
-        if argument is None and _alignments(addresses) == self._alignments:
-            return self._learn(tensors, cache_seqlens, addresses)
+        if argument is None and self._addresses.fit(addresses):
+            return self._addresses.bind(self._pick(given), lengths, addresses)
         return argument
 
-    def adopt(self, tensors: Arguments, cache_seqlens: int | Tensor) -> bytes:
-        """Check the rest of a call of plain tensors whose signature is the plan's.
+    def bind(self, given: Given) -> bytes:
+        """Check the rest of a call of plain tensors whose layout is the plan's.
 
-        From then on `match` knows its like.
+        From then on `bind_quickly` knows its like.
 
         Returns:
-            What `run` wants.
+            What `launch` wants.
 
         Raises:
             InputError: A length is not allowed; memory is shared that must not be, or missing.
             CacheOverflowError: The new token does not fit.
         """
-        inputs.check_lengths(self.problem, cache_seqlens, tensors[0].device)
-        q, k_cache, v_cache, k, v, out = tensors
-        self._equal = shortcuts.comparison(
-            (q, k_cache, v_cache, *self._fill_gaps(k, v, out, cache_seqlens))
-        )
-        addresses = _addresses(tensors, cache_seqlens)
-        return self._known.get(addresses) or self._learn(tensors, cache_seqlens, addresses)
+        tensors = self._pick(given)
+        self._equal = comparison(tensors)
+        return self._addresses.bind(tensors, given[_LENGTHS], tuple(map(_data_ptr, tensors)))
+
+    def launch(self, given: Given, argument: bytes) -> R_co:
+        """Launch a call that was bound, on the plan's device, whichever is current.
+
+        Raises:
+            CacheOverflowError: A token did not fit in an earlier call.
+            LaunchError: The driver refused.
+        """
+        executor, index = self._executor, self._index
+        if executor.current_device() != index:
+            with executor.entered():
+                return self.launch(given, argument)
+        if self._overflowed.value:
+            executor.flag.raise_if_set()
+        out: Any = self._new_out() if self._makes_out else given[OUT]
+        lse = self._new_lse() if self.return_lse else None
+        stream = executor.current_stream(index)
+        held, partials, tickets = None, 0, 0
+        if self._tickets:
+            # Held until the launch: a capture may give the memory to its next allocation.
+            held, partials, tickets = executor.borrow(index, stream, self._floats, self._tickets)
+        params, lengths = self._params, given[_LENGTHS]
+        try:
+            with self._lock:
+                self._memory[:] = argument
+                if self._makes_out:
+                    params.out = out.data_ptr()
+                if tickets:
+                    params.partials, params.tickets = partials, tickets
+                if lse is not None:
+                    params.lse = lse.data_ptr()
+                if not self._device_lengths:
+                    params.seqlen = params.prefetch_limit = lengths
+                self.kernel(stream)
+        finally:
+            del held
+            if LOG.isEnabledFor(logging.DEBUG):
+                self.log(lengths, executor.name, stream)
+        return out if lse is None else (out, lse)  # type: ignore[return-value]
 
     def enter_child(self) -> None:
         """Begin anew in a child process: a thread that held the lock in the parent is not there."""
         self._lock = threading.Lock()
+        self._addresses.enter_child()
+        if not self._executor.survives_fork:
+            self.launch = _refuse_after_fork  # type: ignore[method-assign]
 
-    @abstractmethod
-    def run(self, tensors: Arguments, cache_seqlens: int | Tensor, argument: bytes) -> R_co:
-        """As `__call__`, for what `match` or `adopt` found to be right."""
+    def log(self, cache_seqlens: object, device: int | str, stream: int) -> None:
+        """Log a launch, at DEBUG: every parameter of it."""
+        LOG.debug("launch %s", LaunchRecord.of(self, cache_seqlens, device, stream))
 
-    def _fill_gaps(
-        self, k: Tensor | None, v: Tensor | None, out: Tensor | None, lengths: int | Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, object]:
-        """What may be absent, with stand-ins for what is."""
-        no_k, no_v, no_out, no_lengths = self._absent
-        return (
-            no_k if k is None else k,
-            no_v if v is None else v,
-            no_out if out is None else out,
-            no_lengths if type(lengths) is int else lengths,
-        )
-
-    def _check_layouts(self, tensors: Arguments, cache_seqlens: int | Tensor) -> None:
+    def _check_layout(self, given: Given) -> None:
+        """Raise InputError unless a call's layout is the plan's."""
         try:
-            same = signature(tensors) == self._key
+            tensors = {n: t for n, t in zip(ROWS, given, strict=False) if t is not None}
+            tensors.pop(LENGTHS, None)
+            same = key_of({n: look(t) for n, t in tensors.items()}) == key_of(self.task.layout)
         except Exception:  # no tensors, or some that cannot answer
             same = False
         if not same:
@@ -259,136 +233,45 @@ class Plan(ABC, Generic[R_co]):
                 "plan was made for (or k, v or out was given then and not now, or the reverse). "
                 "Nothing was launched. Make a new plan, or call gqa_decode."
             )
-        inputs.check_kinds(tensors, cache_seqlens)
-        if isinstance(cache_seqlens, Tensor) != self._device_lengths:
+        layout = see(given)
+        if (LENGTHS in layout) != self._device_lengths:
             kind = "an int32 tensor" if self._device_lengths else "an int"
             raise InputError(f"plan: cache_seqlens: the plan was made for {kind}; make a new plan.")
-
-    def _learn(
-        self, tensors: Arguments, cache_seqlens: int | Tensor, addresses: Addresses
-    ) -> bytes:
-        """Check addresses, and make the kernel's argument for them."""
-        q, k_cache, v_cache, k, v, out = tensors
-        named = partial(Tensors, q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v, out=out)
-        held = all(map(_holds, (*tensors, cache_seqlens), self._reaches))
-        if not held or addresses.count(0) != self._num_absent or addresses[_LENGTHS] % _INT_BYTES:
-            inputs.check_memory(named(), cache_seqlens)
-        lasting = True
-        for a, a_reach, b, b_reach in self._may_meet:  # spans first, which is cheap
-            if addresses[a] < addresses[b] + b_reach and addresses[b] < addresses[a] + a_reach:
-                lasting = inputs.check_aliases(named(), cache_seqlens)
-                break
-        written = (OUT, _K_CACHE, _V_CACHE) if self.problem.append else (OUT,)
-        for place in written:
-            self.features.check_apart(
-                inputs.ARGUMENTS[place], addresses[place], self._reaches[place]
-            )
-        params = Params.from_buffer_copy(self._constants)
-        for field, address in zip((*FIELDS, "seqlens"), addresses, strict=True):
-            setattr(params, field, address)
-        argument = bytes(params)
-        if self._described:
-            argument += self._maps_of(addresses[_K_CACHE], addresses[_V_CACHE])
-        if lasting:
-            if len(self._known) >= _MAX_KNOWN:
-                self._known.clear()
-            self._known[addresses] = argument
-        return argument
-
-    def _maps_of(self, k_address: int, v_address: int) -> bytes:
-        """The encoded tensor maps of the caches, which are kept: encoding takes microseconds."""
-        with self._lock:
-            maps = self._maps.get((k_address, v_address))
-            if maps is None:
-                keys, values = self._described
-                maps = self._encode(replace(keys, address=k_address))
-                maps += self._encode(replace(values, address=v_address))
-                if len(self._maps) >= _MAX_KNOWN:
-                    del self._maps[next(iter(self._maps))]  # the oldest
-                self._maps[k_address, v_address] = maps
-            return maps
-
-    def _bind(
-        self,
-        argument: bytes,
-        out: Tensor,
-        cache_seqlens: int | Tensor,
-        lse: Tensor | None,
-        partials: int,
-        tickets: int,
-    ) -> None:
-        """Write the kernel's argument, what is not in it yet; called under the lock."""
-        self._memory[:] = argument
-        params = self._params
-        if not params.out:
-            params.out = out.data_ptr()
-        if tickets:
-            params.partials, params.tickets = partials, tickets
-        if lse is not None:
-            params.lse = lse.data_ptr()
-        if not self._device_lengths:
-            params.seqlen = params.prefetch_limit = cache_seqlens
-
-    @abstractmethod
-    def _encode(self, description: TensorMap) -> bytes:
-        """Encode a tensor map for where the kernel runs."""
-
-    def log(self, cache_seqlens: int | Tensor, device: int | str, stream: int) -> None:
-        """Log a launch, at DEBUG: every parameter of it."""
-        LOG.debug("launch %s", LaunchRecord.of(self, cache_seqlens, device, stream))
+        check_lengths(layout)
 
 
-class GpuPlan(Plan[R_co]):
-    """A plan for a GPU.
+@cache
+def _spelled_out(given: tuple[bool, ...]) -> Callable[..., tuple[int, ...] | None]:
+    """Make what asks tensors for their addresses, if they are laid out as they should be.
+
+    It looks at those that are there, and costs nothing for those that are not. It is made of text,
+    for a loop takes half as long again.
 
     Args:
-        kernel: The kernel, loaded there.
-        settings: As for `Plan`.
+        given: Which arguments calls give, as tensors.
+
+    Returns:
+        A function of a comparison and of the arguments; it returns None for no.
     """
-
-    def __init__(self, kernel: LoadedKernel, **settings: Unpack[Settings]) -> None:
-        self._index = kernel.device.index
-        super().__init__(flag=workspace.overflow_flag(self._index), **settings)
-        self._floats, self._tickets = self.dispatch.partial_floats, self.dispatch.num_tickets
-        self._launch = kernel.prepare(self.dispatch.shape, self._argument)
-
-    def run(self, tensors: Arguments, cache_seqlens: int | Tensor, argument: bytes) -> R_co:
-        """As `Plan.run`, on the plan's GPU, whichever is current."""
-        if shortcuts.current_device() != self._index:
-            with torch.cuda.device(self._index):
-                return self.run(tensors, cache_seqlens, argument)
-        if self._overflowed.value:
-            self._flag.raise_if_set()
-        out = tensors[OUT]
-        if out is None:
-            out = self._new_out()
-        lse = self._new_lse() if self.return_lse else None
-        stream = shortcuts.current_stream(self._index)
-        held, partials, tickets = None, 0, 0
-        if self._tickets:
-            # Held until the launch: a capture may give the memory to its next allocation.
-            held, partials, tickets = workspace.borrow(
-                self._index, stream, self._floats, self._tickets
-            )
-        with self._lock:
-            self._bind(argument, out, cache_seqlens, lse, partials, tickets)
-            self._launch(stream)
-        del held
-        if LOG.isEnabledFor(logging.DEBUG):
-            self.log(cache_seqlens, self._index, stream)
-        return out if lse is None else (out, lse)  # type: ignore[return-value]
-
-    def enter_child(self) -> None:
-        """Call it quits: CUDA does not outlive a fork."""
-        self.run = _refuse_after_fork  # type: ignore[method-assign]
-
-    def _encode(self, description: TensorMap) -> bytes:
-        return encode_tensor_map(description, self._index)
+    names = [f"t{i}" for i in range(len(given))]
+    there = [name for name, is_given in zip(names, given, strict=True) if is_given]
+    absent = [name for name in names if name not in there and name != f"t{_LENGTHS}"]
+    wrong = [f"{name} is not None" for name in absent] + [f"{name}.is_nested" for name in there]
+    addresses = ", ".join([f"{name}.data_ptr()" for name in there])
+    made: dict[str, Any] = {}
+    exec(
+        "def addresses_of(equal, given):\n"
+        f"    {', '.join(names)} = given\n"
+        f"    if {' or '.join(wrong)} or not equal({', '.join(there)}):\n"
+        "        return None\n"
+        f"    return {addresses}\n",
+        made,
+    )
+    function: Callable[..., tuple[int, ...] | None] = made["addresses_of"]
+    return function
 
 
-def _refuse_after_fork(
-    tensors: Arguments, cache_seqlens: int | Tensor, argument: bytes
-) -> NoReturn:
+def _refuse_after_fork(given: Given, argument: bytes) -> NoReturn:
     raise DeviceError(
         "plan: got a call in a process that was forked from the one whose GPU the plan is for; "
         "needed: CUDA, which does not outlive fork(). Nothing was launched. Use the `spawn` or "
@@ -403,104 +286,3 @@ def _enter_child() -> None:
 
 if sys.platform != "win32":
     os.register_at_fork(after_in_child=_enter_child)
-
-
-def _addresses(tensors: Arguments, cache_seqlens: int | Tensor) -> Addresses:
-    q, k_cache, v_cache, k, v, out = tensors
-    return (
-        q.data_ptr(),
-        k_cache.data_ptr(),
-        v_cache.data_ptr(),
-        0 if k is None else k.data_ptr(),
-        0 if v is None else v.data_ptr(),
-        0 if out is None else out.data_ptr(),
-        cache_seqlens.data_ptr() if isinstance(cache_seqlens, Tensor) else 0,
-    )
-
-
-def _alignments(addresses: Addresses) -> list[int]:
-    return [address % _ALIGNMENT for address in addresses[:-1]]
-
-
-def _reaches(tensors: Tensors, num_lengths: int) -> tuple[int, ...]:
-    """Bytes from first to last of the tensors, then of the lengths on the device; 0 if absent."""
-    given = vars(tensors).values()
-    return *(0 if t is None else byte_reach(t) for t in given), num_lengths * _INT_BYTES
-
-
-def _may_meet(reaches: tuple[int, ...], append: bool) -> tuple[tuple[int, int, int, int], ...]:
-    """What must not share memory: pairs of argument positions, each with its reach in bytes."""
-    pairs = [(OUT, other) for other in range(len(reaches)) if other != OUT]
-    if append:
-        pairs += [(_K_CACHE, _V_CACHE), *product((_K_CACHE, _V_CACHE), (_Q, _K, _V, _LENGTHS))]
-    return tuple((a, reaches[a], b, reaches[b]) for a, b in pairs if reaches[a] and reaches[b])
-
-
-def _holds(tensor: Any, reach: int) -> bool:
-    """Whether a tensor's memory reaches as far as its elements do; see `tensors.memory_flaw`."""
-    if not reach:
-        return True
-    start = tensor.storage_offset() * tensor.element_size()
-    return bool(start + reach <= tensor.untyped_storage().nbytes())
-
-
-def describe(cache: Tensor, block_n: int) -> TensorMap:
-    """The tensor map of a cache, as load_tma.cuh wants it.
-
-    Boxes are 64 dims wide. Where head_dim is a multiple of that, it is two dimensions of the map,
-    so that one copy brings whole rows; otherwise the last box of a row reaches beyond head_dim.
-    """
-    size = cache.element_size()
-    batch, max_seq_len, num_kv_heads, head_dim = cache.shape
-    to_sequence, to_token, to_head = (
-        # Where there is nothing to step to, what was given need be no multiple of 16 bytes.
-        size * (stride if length > 1 else head_dim)
-        for length, stride in zip(cache.shape[:3], cache.stride()[:3], strict=True)
-    )
-    columns, span = BOX_DIMS, BOX_DIMS * size
-    whole = head_dim % columns == 0
-    boxes = head_dim // columns
-    return TensorMap(
-        address=cache.data_ptr(),
-        element_bytes=size,
-        sizes=(
-            (columns, max_seq_len, boxes, num_kv_heads, batch)
-            if whole
-            else (head_dim, max_seq_len, num_kv_heads, batch)
-        ),
-        strides=(to_token, *([span] if whole else []), to_head, to_sequence),
-        box=(columns, block_n, *([boxes] if whole else []), 1, 1),
-        swizzle=span,
-    )
-
-
-def _params(
-    problem: Problem, chosen: Dispatch, tensors: Tensors, softmax_scale: float, status: int
-) -> Params:
-    """The kernel's argument, with everything set that does not change from call to call."""
-    params = Params(
-        prefetch_limit=problem.max_seq_len if chosen.early else 0,
-        max_seq_len=problem.max_seq_len,
-        num_kv_heads=problem.num_kv_heads,
-        num_splits=chosen.num_splits,
-        num_stages=chosen.num_stages,
-        overlap=chosen.overlap,
-        scale_log2=softmax_scale * math.log2(math.e),
-        status=status,
-    )
-    for field, tensor in (
-        (params.q_stride, tensors.q),
-        (params.k_new_stride, tensors.k),
-        (params.v_new_stride, tensors.v),
-        (params.k_cache_stride, tensors.k_cache),
-        (params.v_cache_stride, tensors.v_cache),
-        (params.out_stride, tensors.out),
-    ):
-        if tensor is not None:
-            field.batch, field.head = tensor.stride(0), tensor.stride(-2)
-            if isinstance(field, CacheStrides):
-                field.token = tensor.stride(1)
-    if tensors.out is None:
-        params.out_stride.batch = problem.num_q_heads * problem.head_dim
-        params.out_stride.head = problem.head_dim
-    return params

@@ -5,13 +5,14 @@ No value holds a space, so a line comes apart at its spaces. The C library write
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 if TYPE_CHECKING:
     from gqa_cutlass.call.plan import Plan
+
+LOG = logging.getLogger("gqa_cutlass")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +72,7 @@ class LaunchRecord:
     stream: int
 
     @classmethod
-    def of(
-        cls, plan: Plan, cache_seqlens: int | Tensor, device: int | str, stream: int
-    ) -> LaunchRecord:
+    def of(cls, plan: Plan, cache_seqlens: object, device: int | str, stream: int) -> LaunchRecord:
         """The record of a plan's launch."""
         problem, chosen, shape = plan.problem, plan.dispatch, plan.dispatch.shape
         return cls(
@@ -93,11 +92,11 @@ class LaunchRecord:
             max_seq_len=problem.max_seq_len,
             dtype=problem.dtype,
             append=problem.append,
-            cache_seqlens="device" if isinstance(cache_seqlens, Tensor) else cache_seqlens,
+            cache_seqlens=cache_seqlens if isinstance(cache_seqlens, int) else "device",
             softmax_scale=plan.softmax_scale,
             return_lse=plan.return_lse,
-            softcap=plan.features.softcap,
-            sinks=plan.features.sinks is not None,
+            softcap=float(plan.task.asked.softcap),
+            sinks="sinks" in plan.task.layout,
             workspace_bytes=chosen.workspace_bytes,
             device=device,
             stream=stream,

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import ctypes
-import logging
-from collections.abc import Mapping
-from functools import lru_cache
-from typing import Unpack
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import cache, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gqa_cutlass.call.plan import FIELDS, LOG, OUT, Arguments, Plan, R_co, Settings
-from gqa_cutlass.codegen.config import KernelConfig
+from gqa_cutlass.call.executor import Task
+from gqa_cutlass.call.flag import OverflowFlag
+from gqa_cutlass.call.given import ROWS
+from gqa_cutlass.call.record import LOG
+from gqa_cutlass.codegen.config import ARCHES, KernelConfig
+from gqa_cutlass.codegen.schema.arguments import BUFFERS, Access
 from gqa_cutlass.codegen.schema.launch import LaunchShape
 from gqa_cutlass.codegen.schema.params import Params, TmaParams
+from gqa_cutlass.codegen.schema.policies import CALL
 from gqa_cutlass.codegen.schema.problem import Problem
-from gqa_cutlass.dispatch import Dispatch
-from gqa_cutlass.gpu import workspace
+from gqa_cutlass.dispatch import Dispatch, model_device
 from gqa_cutlass.gpu.torch_private import allocator
 from gqa_cutlass.ptxsim.memory import Region
 from gqa_cutlass.ptxsim.prepare import Launch, Program
@@ -28,66 +34,144 @@ from gqa_cutlass.store import Store
 from gqa_cutlass.tensormap import TensorMap
 
 _SECONDS_PER_LAUNCH, _SECONDS_PER_MEGABYTE = 0.04, 0.1  # measured on a 2-core CPU
-_WRITTEN = ("out", "lse", "status")  # and never read
-_WORKSPACE = ("partials",)  # contents undefined before the launch
-_BOTH = ("tickets",)
-_CACHES = ("k_cache", "v_cache")
+_ACCESS = {row.field: row.access for row in (*CALL.rows, *BUFFERS.rows)}
+_WORD_BYTES = 4
 
 
-class CpuPlan(Plan[R_co]):
-    """A plan for CPU tensors: the kernel's PTX runs in ptxsim.
+class CpuExecutor:
+    """An `Executor` for CPU tensors, which follows the dispatch of an H200."""
 
-    What is checked and what is counted can be set between calls (`checks`, `stats`).
+    name: int | str = "cpu"
+    survives_fork = True
 
-    Args:
-        settings: As for `Plan`.
-    """
+    def __init__(self) -> None:
+        self.device = model_device(ARCHES["sm_90a"])
+        self.flag = OverflowFlag(torch.zeros(1, dtype=torch.int32, device="cpu"))
 
-    def __init__(self, **settings: Unpack[Settings]) -> None:
-        super().__init__(flag=workspace.overflow_flag(workspace.CPU), **settings)
-        self.program = program_of(self.dispatch.config)
-        self.checks = Checks()
-        self.stats: Stats | None = None
+    def current_device(self) -> int:
+        """The one that there is."""
+        return self.device.index
+
+    def current_stream(self, index: int) -> int:
+        """The one that there is."""
+        return 0
+
+    def entered(self) -> AbstractContextManager[object]:
+        """Nothing is to be done."""
+        return nullcontext()
+
+    def borrow(
+        self, index: int, stream: int, num_floats: int, num_tickets: int
+    ) -> tuple[object, int, int]:
+        """Floats, and zeroed tickets, for one launch, whatever mode torch is in."""
+        floats = self.allocator((num_floats,), torch.float32, torch.device("cpu"))()
+        tickets = self.allocator((num_tickets,), torch.int32, torch.device("cpu"))()
+        ctypes.memset(tickets.data_ptr(), 0, tickets.nbytes)
+        return (floats, tickets), floats.data_ptr(), tickets.data_ptr()
+
+    def allocator(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> Callable[[], Tensor]:
+        """What makes contiguous tensors."""
+        return allocator(shape, dtype, device)
+
+    def encode(self, description: TensorMap) -> bytes:
+        """A tensor map as ptxsim reads it."""
+        return description.to_bytes()
+
+    def prepare(self, task: Task, argument: ctypes.Structure) -> CpuKernel:
+        """Compile a kernel to PTX, if need be."""
+        kernel = CpuKernel(task, argument)
         LOG.info(
             "CPU tensors: ptxsim interprets the PTX of %s, for tests and trying things out; a call "
             "may take %.1f s with a full cache",
-            self.dispatch.config.name, _seconds(self.problem),
+            task.dispatch.config.name, _seconds(task.problem),
         )  # fmt: skip
-
-    def run(self, tensors: Arguments, cache_seqlens: int | Tensor, argument: bytes) -> R_co:
-        """As `Plan.run`, in ptxsim."""
-        self._flag.raise_if_set()
-        out = tensors[OUT]
-        if out is None:
-            out = self._new_out()
-        lse = self._new_lse() if self.return_lse else None
-        bound: dict[str, Tensor | None] = dict(zip(FIELDS, tensors, strict=True))
-        bound |= {"out": out, "lse": lse, "status": self._flag.memory}
-        if isinstance(cache_seqlens, Tensor):
-            bound["seqlens"] = cache_seqlens
-        bound |= self.features.memory()
-        partials = tickets = 0
-        if self.dispatch.num_tickets:
-            floats = _memory(self.dispatch.partial_floats, torch.float32)
-            counters = _memory(self.dispatch.num_tickets, torch.int32)
-            ctypes.memset(counters.data_ptr(), 0, counters.nbytes)
-            partials, tickets = floats.data_ptr(), counters.data_ptr()
-            bound |= {"partials": floats, "tickets": counters}
-        if LOG.isEnabledFor(logging.DEBUG):
-            self.log(cache_seqlens, "cpu", 0)
-        regions = regions_of(bound, self.problem.append, overreads(self.dispatch))
-        with self._lock:
-            self._bind(argument, out, cache_seqlens, lse, partials, tickets)
-            run(self.program, self.dispatch.shape, self._argument, regions, self.checks, self.stats)
-        return out if lse is None else (out, lse)  # type: ignore[return-value]
-
-    def _encode(self, description: TensorMap) -> bytes:
-        return description.to_bytes()
+        return kernel
 
 
-def _memory(count: int, dtype: torch.dtype) -> Tensor:
-    """Memory, whatever mode torch is in."""
-    return allocator((count,), dtype, torch.device("cpu"))()
+class CpuKernel:
+    """A kernel of a plan, to be called with a stream; its argument is in memory.
+
+    What is checked and what is counted can be set between calls.
+
+    Args:
+        task: What the plan is for.
+        argument: What every launch reads.
+
+    Attributes:
+        program: The kernel.
+        checks: What ptxsim looks for.
+        stats: What it counts.
+    """
+
+    def __init__(self, task: Task, argument: Any) -> None:
+        self.program = program_of(task.dispatch.config)
+        self.checks = Checks()
+        self.stats: Stats | None = None
+        self._argument = argument
+        self._params: Params = getattr(argument, "decode", argument)
+        self._shape = task.dispatch.shape
+        self._regions = _regions_of(task)
+
+    def __call__(self, stream: int) -> None:
+        """Run it.
+
+        Raises:
+            KernelFault: The kernel did what no kernel may.
+        """
+        regions = [replace(r, address=getattr(self._params, r.name)) for r in self._regions]
+        run(self.program, self._shape, self._argument, regions, self.checks, self.stats)
+
+
+@cache
+def cpu_executor() -> CpuExecutor:
+    """The executor of the CPU."""
+    return CpuExecutor()
+
+
+def _regions_of(task: Task) -> list[Region]:
+    """What launches may read and write, under the names of `Params`, at no address yet."""
+    problem, chosen, q = task.problem, task.dispatch, task.layout["q"]
+    forms = {ROWS[n].field: (t.shape, t.strides, t.itemsize) for n, t in task.layout.items()}
+    forms.setdefault("out", (q.shape, _packed(q.shape), q.itemsize))
+    words: dict[str, tuple[int, ...]] = {"status": (1,)}
+    if task.asked.return_lse:
+        words["lse"] = problem.batch_size, problem.num_q_heads
+    if chosen.num_tickets:
+        words |= {"partials": (chosen.partial_floats,), "tickets": (chosen.num_tickets,)}
+    forms |= {name: (shape, _packed(shape), _WORD_BYTES) for name, shape in words.items()}
+    overread = overreads(chosen)
+    return [_region(name, 0, *form, problem.append, overread) for name, form in forms.items()]
+
+
+def _packed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides without gaps."""
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+def _region(
+    field: str,
+    address: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    itemsize: int,
+    append: bool,
+    overread: bool,
+) -> Region:
+    access = _ACCESS[field]
+    cache = access is Access.APPEND
+    return Region(
+        name=field,
+        address=address,
+        shape=tuple(shape),
+        strides=tuple(stride * itemsize for stride in strides),
+        itemsize=itemsize,
+        readable=access is not Access.WRITE,
+        writable=access is not Access.READ and (append or not cache),
+        fresh=access is Access.SCRATCH,
+        overread=overread and cache,
+    )
 
 
 @lru_cache(maxsize=512)
@@ -133,25 +217,11 @@ def regions_of(tensors: Mapping[str, Tensor | None], append: bool, overread: boo
         append: Whether a new token is written to the caches.
         overread: Whether asynchronous copies may read what another block appends.
     """
-    regions = []
-    for name, t in tensors.items():
-        if t is not None:
-            size = t.element_size()
-            regions.append(
-                Region(
-                    name=name,
-                    address=t.data_ptr(),
-                    shape=tuple(t.shape),
-                    strides=tuple(stride * size for stride in t.stride()),
-                    itemsize=size,
-                    readable=name not in _WRITTEN,
-                    writable=name in (*_WRITTEN, *_WORKSPACE, *_BOTH)
-                    or (append and name in _CACHES),
-                    fresh=name in _WORKSPACE,
-                    overread=overread and name in _CACHES,
-                )
-            )
-    return regions
+    return [
+        _region(name, t.data_ptr(), t.shape, t.stride(), t.element_size(), append, overread)
+        for name, t in tensors.items()
+        if t is not None
+    ]
 
 
 def run(

@@ -42,22 +42,8 @@ current_device = _private("_cuda_getDevice", torch.cuda.current_device)
 current_stream = _private("_cuda_getCurrentRawStream", _handle_of_current_stream)
 
 
-class _StandIn(Tensor):
-    """Stands in for an argument that is absent; tensors that are given have other types.
-
-    What every call asks for is answered here, for torch takes its time with subclasses.
-    """
-
-    is_nested = False
-    data_ptr = int
-
-
-@cache
-def stand_ins() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Stand-ins for k, v, out and the lengths: four, since `comparison` wants distinct tensors."""
-    with torch.inference_mode(False):
-        a, b, c, d = (torch.empty(0, device="cpu").as_subclass(_StandIn) for _ in range(4))
-    return a, b, c, d
+class _Subclass(Tensor):
+    """A tensor of another type."""
 
 
 def comparison(tensors: Sequence[object]) -> _Comparison:
@@ -92,7 +78,7 @@ def _guards_work() -> bool:
                 None, 0, one[:1], one[0], one[..., :4], one.mT, one.bfloat16(),
                 torch.zeros(2, 4, 16, dtype=torch.float16, device="cpu")[..., :8],
                 torch.empty_like(one, device="meta"), one.clone().requires_grad_(),
-                one.as_subclass(_StandIn), one.to_sparse(),
+                one.as_subclass(_Subclass), one.to_sparse(),
             )  # fmt: skip
             equal = _guard([one])
             return equal(one.clone()) is True and not any(equal(other) for other in others)
@@ -123,6 +109,10 @@ def _allocation(device_type: str) -> Callable[..., Tensor] | None:
     return shortcut if right and made.shape == (2, 3) and made.stride() == (3, 1) else None
 
 
+# The keys by which torch dispatches a tensor.
+dispatch_keys: Callable[[Tensor], Any] = torch._C._dispatch_keys
+
+
 def foreign_keys(tensor: Tensor) -> str | None:
     """Names of the keys by which torch dispatches a tensor, but no plain one.
 
@@ -130,10 +120,10 @@ def foreign_keys(tensor: Tensor) -> str | None:
     subclasses with `__torch_dispatch__`, zero tensors and kinds yet to come have one. Empty also on
     devices that run no kernels; None where torch does not tell.
     """
-    plain, foreign = _plain_keys()
+    plain, foreign = plain_keys()
     if plain is None:
         return None
-    keys = torch._C._dispatch_keys(tensor)
+    keys = dispatch_keys(tensor)
     if not keys.raw_repr() & foreign:
         return ""
     with torch._C.DisableTorchFunctionSubclass():  # a subclass may answer as it likes
@@ -143,7 +133,7 @@ def foreign_keys(tensor: Tensor) -> str | None:
 
 
 @cache
-def _plain_keys() -> tuple[torch._C.DispatchKeySet | None, int]:
+def plain_keys() -> tuple[torch._C.DispatchKeySet | None, int]:
     """All keys that a plain tensor may have, and the bits of all others."""
     names = ["ADInplaceOrView", "AutocastCPU", "AutocastCUDA"]
     for backend in _BACKENDS.values():
@@ -151,7 +141,7 @@ def _plain_keys() -> tuple[torch._C.DispatchKeySet | None, int]:
     try:
         keys = (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)) for name in names)
         plain = reduce(or_, keys)
-        foreign, one = ~plain.raw_repr(), torch._C._dispatch_keys(stand_ins()[0])
+        foreign, one = ~plain.raw_repr(), dispatch_keys(torch.empty(0, device="cpu"))
         return (plain, foreign) if one.raw_repr() and not one.raw_repr() & foreign else (None, 0)
     except (AttributeError, TypeError, RuntimeError):
         return None, 0

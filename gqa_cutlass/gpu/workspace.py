@@ -1,4 +1,4 @@
-"""What a launch needs beside its tensors: partial outputs, tickets, and the overflow flag.
+"""What a launch needs beside its tensors: partial outputs and tickets.
 
 Partials and tickets belong to a stream, whose launches follow one another. A CUDA-graph capture by
 torch (`torch.cuda.graph`) gets tickets of its own, since replays may run beside the stream's later
@@ -8,7 +8,6 @@ Tickets are zero before and after every launch, so they are zeroed once, when al
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sys
 import threading
@@ -18,11 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gqa_cutlass.errors import CacheOverflowError
-from gqa_cutlass.gpu.driver import allocate_zeroed, capture_id, relaxed_capture
+from gqa_cutlass.gpu.driver import allocate_zeroed, capture_id
 from gqa_cutlass.gpu.torch_private import allocator
 
-CPU = -1  # instead of a GPU's index
 _TICKET_BYTES = 4
 _ARENA_TICKETS = 65536
 
@@ -51,58 +48,6 @@ def _enter_child() -> None:
 
 if sys.platform != "win32":
     os.register_at_fork(after_in_child=_enter_child)
-
-
-class OverflowFlag:
-    """A word of host memory that kernels write when a length on the device is not allowed.
-
-    Args:
-        memory: Int32[1], pinned for a GPU; 0, or 1 + the index of an offending sequence.
-
-    Attributes:
-        word: The same, to look at without asking torch.
-    """
-
-    def __init__(self, memory: Tensor) -> None:
-        self.memory = memory
-        self.word = ctypes.c_int32.from_address(self.address)
-
-    @property
-    def address(self) -> int:
-        """Where kernels write; the same address on host and device (unified addressing)."""
-        return self.memory.data_ptr()
-
-    def raise_if_set(self) -> None:
-        """Report, once, what a kernel that has finished found.
-
-        Raises:
-            CacheOverflowError: The length of a sequence was negative or too large for its cache.
-        """
-        value = self.word.value
-        if value:
-            self.word.value = 0
-            raise CacheOverflowError(
-                f"gqa_decode: an earlier call found a length in cache_seqlens[{value - 1}] that "
-                "the cache cannot hold: negative, or too large with the new token. That sequence's "
-                "output is NaN and its cache was not written; the other sequences are right. This "
-                "call was not launched: repeat it, with 0 <= cache_seqlens < max_seq_len."
-            )
-
-
-_flags: dict[int, OverflowFlag] = {}
-
-
-def overflow_flag(device: int) -> OverflowFlag:
-    """The overflow flag of a GPU, or of the CPU."""
-    flag = _flags.get(device)
-    if flag is None and device == CPU:
-        memory = torch.zeros(1, dtype=torch.int32, device="cpu")
-        flag = _flags.setdefault(CPU, OverflowFlag(memory))
-    elif flag is None:
-        with torch.cuda.device(device), relaxed_capture():
-            memory = torch.zeros(1, dtype=torch.int32, device="cpu").pin_memory()
-        flag = _flags.setdefault(device, OverflowFlag(memory))
-    return flag
 
 
 def borrow(device: int, stream: int, num_floats: int, num_tickets: int) -> tuple[Tensor, int, int]:

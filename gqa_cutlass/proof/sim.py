@@ -16,7 +16,7 @@ from gqa_cutlass.api import plan
 from gqa_cutlass.call.layout import DTYPES
 from gqa_cutlass.codegen.config import KernelConfig
 from gqa_cutlass.codegen.schema.launch import LaunchShape
-from gqa_cutlass.cpu.executor import CpuPlan
+from gqa_cutlass.cpu.executor import CpuKernel
 from gqa_cutlass.proof.reference import attend, errors, same_bits
 from gqa_cutlass.ptxsim.prepare import Program
 from gqa_cutlass.ptxsim.simulate import Checks
@@ -118,10 +118,11 @@ def _run(
         q, k_cache, v_cache, k, v, cache_seqlens=cache_len, num_splits=num_splits,
         return_lse=True, kernel=config, **asked,
     )  # fmt: skip
-    assert isinstance(made, CpuPlan)
-    program = made.program
-    made.checks = checks
-    made.stats = Stats(len(program.code), None if trace is None else partial(trace, program))
+    kernel = made.kernel
+    assert isinstance(kernel, CpuKernel)
+    program = kernel.program
+    kernel.checks = checks
+    kernel.stats = Stats(len(program.code), None if trace is None else partial(trace, program))
     start = time.perf_counter()
     out, lse = made(q, k_cache, v_cache, k, v, cache_len)
     seconds = time.perf_counter() - start
@@ -132,7 +133,7 @@ def _run(
     return SimRun(
         program=program,
         shape=made.dispatch.shape,
-        stats=made.stats,
+        stats=kernel.stats,
         seconds=seconds,
         error=found.max,
         error_torch=found.max_torch,

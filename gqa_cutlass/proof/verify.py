@@ -15,8 +15,8 @@ from torch import Tensor
 
 from gqa_cutlass.allocation import available_bytes
 from gqa_cutlass.api import GQADecodeConfig, gqa_attention_decode, plan
-from gqa_cutlass.call.plan import LOG, Plan
-from gqa_cutlass.call.record import LaunchRecord, parse
+from gqa_cutlass.call.plan import Plan
+from gqa_cutlass.call.record import LOG, LaunchRecord, parse
 from gqa_cutlass.codegen.config import KernelConfig
 from gqa_cutlass.errors import CacheOverflowError, DeviceError, GqaError, InputError
 from gqa_cutlass.proof.reference import (

@@ -1,0 +1,304 @@
+"""The second phase of a call: where its tensors lie becomes the kernel's argument.
+
+Alignment and aliasing follow from layouts and addresses, so that all that is checked here holds for
+a set of addresses as long as memory stays where it is.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import threading
+from collections.abc import Collection, Mapping, Sequence
+from itertools import combinations
+from operator import and_, itemgetter
+
+from torch import Tensor
+
+from gqa_cutlass.call.executor import Executor, Task
+from gqa_cutlass.call.given import ALIGNMENT, LENGTHS, ROWS, Layout, fail
+from gqa_cutlass.codegen.schema.arguments import Access
+from gqa_cutlass.codegen.schema.params import CacheStrides, Params
+from gqa_cutlass.errors import CacheOverflowError, shown
+from gqa_cutlass.tensormap import map_of
+from gqa_cutlass.tensors import byte_reach, memory_flaw
+
+MAX_KNOWN = 1024
+_MAPPED = "k_cache", "v_cache"  # by kernels that read through tensor maps
+_pack_pointer = struct.Struct("@P").pack_into
+
+
+class Addresses:
+    """What becomes of the addresses of calls of one layout; they are in the table's order.
+
+    Args:
+        task: The layout, and what came of it.
+        executor: Where the kernel runs.
+
+    Attributes:
+        known: What kernels are told, by the addresses that were checked.
+    """
+
+    def __init__(self, task: Task, executor: Executor) -> None:
+        layout, problem = task.layout, task.problem
+        self.known: dict[tuple[int, ...], bytes] = {}
+        self._append, self._max_seq_len = problem.append, problem.max_seq_len
+        self._names = tuple(layout)
+        self._sizes = [(t.itemsize, t.reach) for t in layout.values()]
+        self._offsets = [getattr(Params, ROWS[name].field).offset for name in layout]
+        # The kernel was chosen for the alignment of rows; all else is aligned to its elements.
+        alignments = [ALIGNMENT if ROWS[n].stride else t.itemsize for n, t in layout.items()]
+        self._masks = [alignment - 1 for alignment in alignments]
+        self._residues = [t.address % ALIGNMENT * bool(ROWS[n].stride) for n, t in layout.items()]
+        self._may_meet = _may_meet(layout)
+        self._constants = bytes(constants(task, executor.flag.address))
+        self.maps = Maps(task, executor) if task.dispatch.config.tma else None
+
+    def _aligned(self, addresses: Sequence[int]) -> list[int]:
+        return list(map(and_, addresses, self._masks))
+
+    def fit(self, addresses: Sequence[int]) -> bool:
+        """Whether addresses are aligned as those that the kernel was chosen for."""
+        return self._aligned(addresses) == self._residues
+
+    def bind(self, tensors: Sequence[Tensor], lengths: object, addresses: tuple[int, ...]) -> bytes:
+        """Check where tensors of this layout lie, and the length if it is an int.
+
+        Args:
+            tensors: Those that are given.
+            lengths: `cache_seqlens`, of the right kind.
+            addresses: Of the tensors.
+
+        Returns:
+            What the kernel is told, but for what is of a single call. From then on it is `known`,
+            unless it is right for this length only.
+
+        Raises:
+            InputError: A length is not allowed; memory is shared that must not be, or missing.
+            CacheOverflowError: The new token does not fit.
+        """
+        if type(lengths) is int:
+            check_length(lengths, self._max_seq_len, self._append)
+        argument = self.known.get(addresses)
+        if argument is None:
+            lasting = self._check(tensors, lengths, addresses)
+            argument = self._argument(addresses)
+            if lasting:
+                if len(self.known) >= MAX_KNOWN:
+                    self.known.clear()
+                self.known[addresses] = argument
+        return argument
+
+    def _check(self, tensors: Sequence[Tensor], lengths: object, addresses: Sequence[int]) -> bool:
+        """Whether all is well for every length, if it is well for this one.
+
+        It is not when a row of a cache is read that is another one than the row which is written,
+        and will be that one at another length.
+        """
+        for tensor, (itemsize, reach) in zip(tensors, self._sizes, strict=True):
+            end = tensor.storage_offset() * itemsize + reach
+            if end > tensor.untyped_storage().nbytes():
+                check_memory(self._named(tensors))
+        if not all(addresses):
+            check_memory(self._named(tensors))
+        if not self.fit(addresses):
+            check_alignments(self._named(tensors))
+        for a, a_reach, b, b_reach in self._may_meet:  # spans first, which is cheap
+            if addresses[a] < addresses[b] + b_reach and addresses[b] < addresses[a] + a_reach:
+                return check_aliases(self._named(tensors), lengths)
+        return True
+
+    def _named(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        return dict(zip(self._names, tensors, strict=True))
+
+    def _argument(self, addresses: Sequence[int]) -> bytes:
+        """What the kernel is told, but for what is of a single call."""
+        memory = bytearray(self._constants)
+        for offset, address in zip(self._offsets, addresses, strict=True):
+            _pack_pointer(memory, offset, address)
+        return bytes(memory) if self.maps is None else bytes(memory) + self.maps.of(addresses)
+
+    def enter_child(self) -> None:
+        """As `Plan.enter_child`."""
+        if self.maps is not None:
+            self.maps.enter_child()
+
+
+class Maps:
+    """Encoded tensor maps of caches, which are kept: encoding takes microseconds.
+
+    Args:
+        task: The layout of the caches, and the kernel.
+        executor: Encodes them.
+
+    Attributes:
+        known: By the caches' addresses.
+    """
+
+    def __init__(self, task: Task, executor: Executor) -> None:
+        self.known: dict[tuple[int, ...], bytes] = {}
+        self._caches = [task.layout[name] for name in _MAPPED]
+        names = list(task.layout)
+        self._pick = itemgetter(*map(names.index, _MAPPED))
+        self._block_n = task.dispatch.config.block_n
+        self._encode = executor.encode
+        self._lock = threading.Lock()
+
+    def of(self, addresses: Sequence[int]) -> bytes:
+        """The maps of the caches at their places among addresses."""
+        picked = self._pick(addresses)
+        with self._lock:
+            maps = self.known.get(picked)
+            if maps is None:
+                maps = b"".join(
+                    [
+                        self._encode(map_of(at, t.shape, t.strides, t.itemsize, self._block_n))
+                        for at, t in zip(picked, self._caches, strict=True)
+                    ]
+                )
+                if len(self.known) >= MAX_KNOWN:
+                    del self.known[next(iter(self.known))]  # the oldest
+                self.known[picked] = maps
+            return maps
+
+    def enter_child(self) -> None:
+        """As `Plan.enter_child`."""
+        self._lock = threading.Lock()
+
+
+def check_length(length: int, max_seq_len: int, append: bool) -> None:
+    """Check one length for all sequences.
+
+    Raises:
+        CacheOverflowError: The new token does not fit.
+        InputError: It is negative.
+    """
+    if length < 0:
+        fail(LENGTHS, shown(length), f"0 to {max_seq_len - append}")
+    if length > max_seq_len - append:
+        raise CacheOverflowError(
+            f"gqa_decode: cache overflow: the cache holds {shown(length)} tokens"
+            f"{' and one is to be appended' * append}; max_seq_len is "
+            f"{max_seq_len}. Nothing was written. Evict tokens, or allocate a larger cache."
+        )
+
+
+def check_memory(given: Mapping[str, Tensor]) -> None:
+    """Raise InputError for a tensor whose memory is not all there.
+
+    A storage that is shrunk later, under a tensor that was checked, gets memory elsewhere: then the
+    address is new, and the tensor is checked again. Not seen is one that comes back to an address
+    where it was seen whole, after it was resized twice.
+    """
+    for name, tensor in given.items():
+        if found := memory_flaw(tensor):
+            fail(name, *found)
+
+
+def check_alignments(given: Mapping[str, Tensor]) -> None:
+    """Raise InputError for a tensor that is not aligned to its elements."""
+    for name, tensor in given.items():
+        size = tensor.element_size()
+        if tensor.data_ptr() % size:
+            allowed = f"an address that is a multiple of {size}"
+            fail(name, f"address {tensor.data_ptr():#x}", allowed)
+
+
+def check_aliases(given: Mapping[str, Tensor], lengths: object) -> bool:
+    """Raise InputError when what is written shares memory with what it must not.
+
+    Args:
+        given: The tensors of a call, by name.
+        lengths: `cache_seqlens`.
+
+    Returns:
+        Whether all is well for every length; see `Addresses`.
+    """
+    lasting = True
+    for target, other in _apart(given):
+        if not _overlap(given[target], given[other]):
+            continue
+        if ROWS[target].access is Access.WRITE:
+            fail(target, f"memory that {other} also uses", f"memory of its own; pass {target}=None")
+        if ROWS[other].access is Access.APPEND:
+            allowed = "two caches that do not share memory"
+            fail(other, f"memory that {target} also uses", allowed)
+        if type(lengths) is not int or _overlap(given[target][:, lengths], given[other]):
+            fail(
+                other,
+                f"memory of {target}, to which this call writes the new token",
+                f"memory of its own; pass {other}.clone()",
+            )
+        lasting = False
+    return lasting
+
+
+def _apart(names: Collection[str]) -> list[tuple[str, str]]:
+    """What must not share memory: pairs of what is written with what is not to be written over."""
+    access = {name: ROWS[name].access for name in names}
+    pairs = [(a, b) for a in names for b in names if access[a] is Access.WRITE and a != b]
+    if "k" in names:  # which is appended
+        caches = [name for name in names if access[name] is Access.APPEND]
+        pairs += combinations(caches, 2)
+        read = [name for name in names if access[name] is Access.READ]
+        pairs += [(cache, name) for name in read for cache in caches]
+    return pairs
+
+
+def _may_meet(layout: Layout) -> list[tuple[int, int, int, int]]:
+    """The same by positions among the addresses, each with its reach in bytes."""
+    position = {name: i for i, name in enumerate(layout)}
+    return [(position[a], layout[a].reach, position[b], layout[b].reach) for a, b in _apart(layout)]
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors may share an address.
+
+    Tensors that interleave are told apart by a common pitch: if each lies, modulo some stride, in
+    an interval of its own, they do not touch (slices of a fused projection, K and V in one buffer).
+    """
+    a_start, b_start = a.data_ptr(), b.data_ptr()
+    if a_start + byte_reach(a) <= b_start or b_start + byte_reach(b) <= a_start:
+        return False
+    for pitch in {s * a.element_size() for s, n in zip(a.stride(), a.shape, strict=True) if n > 1}:
+        if pitch:
+            offset = (b_start - a_start) % pitch
+            a_reach, b_reach = _reach_within(a, pitch), _reach_within(b, pitch)
+            if a_reach and b_reach and a_reach <= offset and offset + b_reach <= pitch:
+                return False
+    return True
+
+
+def _reach_within(tensor: Tensor, pitch: int) -> int:
+    """Length of the interval of bytes, modulo pitch, that holds all elements; 0 for none."""
+    reach = tensor.element_size()
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        step = stride * tensor.element_size()
+        if size > 1 and step % pitch:
+            reach += (size - 1) * step if step < pitch else pitch
+    return reach if reach <= pitch else 0
+
+
+def constants(task: Task, status: int) -> Params:
+    """The kernel's argument, with everything set that does not change from call to call."""
+    problem, chosen = task.problem, task.dispatch
+    params = Params(
+        prefetch_limit=problem.max_seq_len if chosen.early else 0,
+        max_seq_len=problem.max_seq_len,
+        num_kv_heads=problem.num_kv_heads,
+        num_splits=chosen.num_splits,
+        num_stages=chosen.num_stages,
+        overlap=chosen.overlap,
+        scale_log2=task.softmax_scale * math.log2(math.e),
+        status=status,
+        **task.fields,
+    )
+    params.out_stride.batch = problem.num_q_heads * problem.head_dim  # of the out that calls make
+    params.out_stride.head = problem.head_dim
+    for name, t in task.layout.items():
+        if field := ROWS[name].stride:
+            strides = getattr(params, field)
+            strides.batch, strides.head = t.strides[0], t.strides[-2]
+            if isinstance(strides, CacheStrides):
+                strides.token = t.strides[1]
+    return params

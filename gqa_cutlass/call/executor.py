@@ -1,0 +1,97 @@
+"""What a plan asks of the place where its kernel runs."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gqa_cutlass.call.flag import OverflowFlag
+from gqa_cutlass.call.given import Layout
+from gqa_cutlass.call.options import Asked
+from gqa_cutlass.codegen.schema.problem import Problem
+from gqa_cutlass.dispatch import Device, Dispatch
+from gqa_cutlass.tensormap import TensorMap
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What a plan is for.
+
+    Args:
+        layout: The tensors that calls give, but where they lie.
+        problem: That they pose.
+        dispatch: The kernel and its launch.
+        asked: The other options.
+        softmax_scale: Factor on the scores.
+        fields: What features put into the kernel's argument, but addresses.
+    """
+
+    layout: Layout
+    problem: Problem
+    dispatch: Dispatch
+    asked: Asked
+    softmax_scale: float
+    fields: dict[str, float]
+
+
+class Executor(Protocol):
+    """Where kernels run: a GPU, or the CPU in ptxsim.
+
+    Attributes:
+        device: The GPU whose dispatch is followed; its index is that of `current_device`.
+        name: In the log.
+        flag: Where kernels report lengths that are not allowed.
+        survives_fork: Whether a child process may go on with its plans.
+    """
+
+    device: Device
+    name: int | str
+    flag: OverflowFlag
+    survives_fork: bool
+
+    @property
+    def current_device(self) -> Callable[[], int]:
+        """The index of the device that is current."""
+
+    @property
+    def current_stream(self) -> Callable[[int], int]:
+        """A device's current stream."""
+
+    @property
+    def borrow(self) -> Callable[[int, int, int, int], tuple[object, int, int]]:
+        """By device, stream and numbers of floats and tickets: memory for the next launch.
+
+        It returns something to hold until the launch, and the addresses of so many floats, and of
+        as many zeros.
+        """
+
+    def entered(self) -> AbstractContextManager[object]:
+        """Make the device current."""
+
+    def allocator(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> Callable[[], Tensor]:
+        """What makes contiguous tensors there."""
+
+    def encode(self, description: TensorMap) -> bytes:
+        """A tensor map as kernels read it."""
+
+    def prepare(self, task: Task, argument: ctypes.Structure) -> Callable[[int], None]:
+        """Load a kernel, compiling it if need be.
+
+        Args:
+            task: Which, and how it is launched.
+            argument: What every launch reads.
+
+        Returns:
+            What launches it on a stream; one call at a time.
+
+        Raises:
+            GqaError: There is no such kernel, or it cannot be loaded.
+        """

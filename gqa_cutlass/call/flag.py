@@ -1,0 +1,42 @@
+"""How kernels report what the host could not check before the launch."""
+
+from __future__ import annotations
+
+import ctypes
+
+from torch import Tensor
+
+from gqa_cutlass.errors import CacheOverflowError
+
+
+class OverflowFlag:
+    """A word of host memory that kernels write when a length on the device is not allowed.
+
+    Args:
+        memory: Int32[1], pinned for a GPU; 0, or 1 + the index of an offending sequence.
+
+    Attributes:
+        address: Where kernels write; the same on host and device (unified addressing).
+        word: What is there, to look at without asking torch.
+    """
+
+    def __init__(self, memory: Tensor) -> None:
+        self.memory = memory
+        self.address = memory.data_ptr()
+        self.word = ctypes.c_int32.from_address(self.address)
+
+    def raise_if_set(self) -> None:
+        """Report, once, what a kernel that has finished found.
+
+        Raises:
+            CacheOverflowError: The length of a sequence was negative or too large for its cache.
+        """
+        value = self.word.value
+        if value:
+            self.word.value = 0
+            raise CacheOverflowError(
+                f"gqa_decode: an earlier call found a length in cache_seqlens[{value - 1}] that "
+                "the cache cannot hold: negative, or too large with the new token. That sequence's "
+                "output is NaN and its cache was not written; the other sequences are right. This "
+                "call was not launched: repeat it, with 0 <= cache_seqlens < max_seq_len."
+            )

@@ -1,0 +1,91 @@
+"""The plans that calls have made, by what they depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from gqa_cutlass.call.executor import Executor, Task
+from gqa_cutlass.call.given import LENGTHS, Given, check_mode, key_of, see
+from gqa_cutlass.call.layout import check_lengths, problem_of
+from gqa_cutlass.call.options import check, fields_of
+from gqa_cutlass.call.plan import Plan
+from gqa_cutlass.dispatch import dispatch
+
+_MAX_PLANS, _LATEST = 4096, 4
+
+
+class Plans:
+    """Makes plans, and keeps those that calls asked for.
+
+    Args:
+        executor_of: Where the kernels for tensors on a device run.
+
+    Attributes:
+        known: By layout and options.
+        latest: The latest few, by what is quickly known of a call.
+    """
+
+    def __init__(self, executor_of: Callable[[torch.device], Executor]) -> None:
+        self._executor_of = executor_of
+        self.known: dict[object, Plan] = {}
+        self.latest: dict[object, tuple[Plan, ...]] = {}
+
+    def find(
+        self,
+        call: str,
+        given: Given,
+        options: Mapping[str, Any],
+        quick: object = None,
+        own: bool = False,
+    ) -> tuple[Plan, bytes]:
+        """The plan for a call, made if there is none, and what it launches.
+
+        Args:
+            call: The name of the function that was called.
+            given: The tensors of the call.
+            options: Its other options.
+            quick: By what to find the plan next time.
+            own: Whether to make a plan of its own, which keeps the tensors of features.
+
+        Raises:
+            GqaError: As for `gqa_decode`.
+            TypeError: There is no such option.
+        """
+        asked, policies = check(call, options, given)
+        layout = see(given)
+        on_device = LENGTHS in layout
+        key = key_of(layout), on_device, asked, torch.is_grad_enabled()
+        plan = None if own else self.known.get(key)
+        if plan is not None:
+            check_lengths(layout)
+            argument = plan.bind(given)
+        else:
+            check_mode()
+            problem = problem_of(layout, policies)
+            executor = self._executor_of(layout["q"].device)
+            scale = asked.softmax_scale
+            scale = problem.head_dim**-0.5 if scale is None else float(scale)
+            task = Task(
+                layout=layout,
+                problem=problem,
+                asked=asked,
+                softmax_scale=scale,
+                fields=fields_of(asked, layout, scale) if policies else {},
+                dispatch=dispatch(
+                    problem, executor.device, asked.num_splits, asked.kernel,
+                    on_device and asked.ragged, asked.dependent,
+                ),
+            )  # fmt: skip
+            plan = Plan(executor, task, given, keeps=own)
+            argument = plan.first
+        if not own:
+            if len(self.known) >= _MAX_PLANS:
+                self.known.clear()
+                self.latest.clear()
+            self.known[key] = plan
+            latest = dict.fromkeys((plan, *self.latest.get(quick, ())))  # each once, in this order
+            self.latest[quick] = tuple(latest)[:_LATEST]
+        return plan, argument

@@ -1,0 +1,62 @@
+"""The options that public calls have in common: said once, and shown by each."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from helpers import call_tensors
+
+from gqa_cutlass import KVCache, explain, gqa_decode, plan
+from gqa_cutlass.call.options import TENSORS, Options, PlanOptions
+from gqa_cutlass.codegen.schema.policies import CALL, POLICIES
+
+CALLS: dict[str, tuple[Callable[..., Any], set[str]]] = {
+    "gqa_decode": (gqa_decode, set(Options.__annotations__)),
+    "KVCache.decode": (KVCache.decode, set(Options.__annotations__)),
+    "plan": (plan, set(PlanOptions.__annotations__)),
+    "explain": (explain, set(PlanOptions.__annotations__) - {"kernel"}),
+}
+every_call = pytest.mark.parametrize(("call", "options"), CALLS.values(), ids=CALLS)
+
+
+@every_call
+def test_signatures_list_every_option_with_its_default(
+    call: Callable[..., Any], options: set[str]
+) -> None:
+    listed = inspect.signature(call).parameters
+    assert options <= set(listed)
+    assert all(parameter.kind is not parameter.VAR_KEYWORD for parameter in listed.values())
+    keywords = [p for p in listed.values() if p.kind is p.KEYWORD_ONLY]
+    assert all(p.default is not p.empty for p in keywords if p.name != "cache_seqlens")
+    assert (listed["num_splits"].default, listed["ragged"].default) == (0, True)
+    assert listed["softcap"].default == 0 and listed["sinks"].default is None
+
+
+@every_call
+def test_help_explains_every_parameter(call: Callable[..., Any], options: set[str]) -> None:
+    arguments = inspect.getdoc(call).partition("Args:\n")[2].partition("\n\n")[0]  # type: ignore[union-attr]
+    explained = [line.split(":")[0].strip() for line in arguments.splitlines() if line[4] != " "]
+    assert sorted(explained) == sorted(n for n in inspect.signature(call).parameters if n != "self")
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [("gqa_decode", "kernel"), ("gqa_decode", "window"), ("plan", "arch"), ("explain", "kernel")],
+)
+def test_options_that_a_call_does_not_take_are_refused(name: str, wrong: str) -> None:
+    given: dict[str, Any] = call_tensors()
+    if name != "explain":
+        given["cache_seqlens"] = 3
+    with pytest.raises(TypeError, match=rf"{name}\(\) got an unexpected keyword .*'{wrong}'"):
+        CALLS[name][0](**given, **{wrong: None})
+
+
+def test_every_feature_is_an_option() -> None:
+    """Its tensors are rows of the table of arguments."""
+    features = {policy.feature for policy in POLICIES if policy.feature}
+    assert features <= set(Options.__annotations__)
+    assert set(TENSORS) == {row.name for p in POLICIES for row in p.arguments}
+    assert [row.name for row in CALL.rows][-len(TENSORS) :] == list(TENSORS)
