@@ -555,10 +555,13 @@ def _device(device: torch.device | int | str) -> torch.device:
         DeviceError: No such name.
     """
     try:
-        if type(device) is int:
-            return torch.device("cuda", device)
-        if isinstance(device, (str, torch.device)):
-            return torch.device(device)
+        if isinstance(device, torch.device):
+            return device
+        if type(device) is int or isinstance(device, str):
+            name = device if isinstance(device, str) else f"cuda:{device}"
+            found = torch.device(name)
+            if str(found) == name:  # torch keeps eight bits of an index
+                return found
     except (RuntimeError, OverflowError, TypeError, ValueError):
         pass  # as for any other value
     raise DeviceError(

@@ -165,6 +165,8 @@ def test_what_is_refused_is_said() -> None:
         (lambda: warmup(CONFIG), "warmup: configs: got GQADecodeConfig(batch_size=2, "),
         (lambda: warmup([KERNEL], device="foo"), "device: got 'foo'; allowed: a CUDA device"),
         (lambda: check_overflow(""), "device: got ''; allowed: a CUDA device, such as 'cuda:0'"),
+        (lambda: check_overflow(256), "device: got 256; allowed: a CUDA device"),
+        (lambda: check_overflow("cuda:300"), "device: got 'cuda:300'; allowed: a CUDA device"),
         (lambda: _decode(ragged=[1]), "gqa_decode: ragged: got [1]; allowed: True or False"),
         (lambda: _explain(arch=["sm_80"]), "explain: arch: got ['sm_80']; allowed: sm_80, "),
         (
