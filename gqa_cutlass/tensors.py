@@ -70,7 +70,9 @@ def _flaw_of_kind(tensor: Tensor, keys: str | None) -> Flaw | None:
         if tensor.is_conj():
             return Flaw("a conjugated view", f"{_PLAIN}; call .resolve_conj()")
     if keys:
-        return Flaw(f"a {type(tensor).__name__} that torch dispatches by {keys}", _PLAIN)
+        # Each device decodes the heads, or the sequences, of which it has a shard.
+        remedy = "; pass each device its own part: .to_local()" * hasattr(tensor, "to_local")
+        return Flaw(f"a {type(tensor).__name__} that torch dispatches by {keys}", _PLAIN + remedy)
     return None
 
 

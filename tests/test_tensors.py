@@ -7,6 +7,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from helpers import run_python
 from tensor_kinds import Kind, kinds_for
 from torch import Tensor
 
@@ -47,6 +48,32 @@ def test_kinds_are_named_with_a_remedy(name: str) -> None:
     found = flaw_of_kind(HALF, kinds_for(HALF.dtype)[name])
     assert found is not None and found.got.startswith(expected[0])
     assert found.allowed.endswith(expected[1])
+
+
+_SHARDED = """
+import torch
+from torch.distributed import HashStore, init_process_group
+from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+from gqa_cutlass import gqa_decode
+from gqa_cutlass.errors import InputError
+
+init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+mesh = init_device_mesh("cpu", (1,))
+q, cache = torch.ones(1, 4, 64).half(), torch.ones(1, 16, 2, 64).half()
+q, k, v = (DTensor.from_local(t, mesh, [Shard(t.dim() - 2)]) for t in (q, cache, cache.clone()))
+try:
+    gqa_decode(q, k, v, cache_seqlens=3)
+except InputError as error:
+    print(error)
+print(gqa_decode(q.to_local(), k.to_local(), v.to_local(), cache_seqlens=3).shape)
+"""
+
+
+def test_tensors_that_several_devices_share_are_refused_with_a_remedy() -> None:
+    refused, shape = run_python(_SHARDED).splitlines()
+    assert "q: got a DTensor" in refused
+    assert "pass each device its own part: .to_local(). Nothing was launched" in refused
+    assert shape == "torch.Size([1, 4, 64])"
 
 
 @pytest.mark.parametrize("name", ["nested", "sparse_csr", "mkldnn", "negated", "conjugate"])
