@@ -19,7 +19,7 @@ class Model:
         num_kv_heads: KV heads.
         head_dim: Dimension per head.
         source: Hugging Face repository whose config.json says so.
-        needs: What its attention needs besides: "window" (in some layers), "softcap", "sinks".
+        needs: What its attention needs besides: "window_size" (in some layers), "softcap", "sinks".
     """
 
     name: str
@@ -70,21 +70,21 @@ MODELS: tuple[Model, ...] = (
     _model("phi3-medium", (40, 10, 128), "microsoft/Phi-3-medium-128k-instruct"),
     _model("phi4", (40, 10, 128), "microsoft/phi-4"),
     _model("phi4-mini", (24, 8, 128), "microsoft/Phi-4-mini-instruct"),
-    _model("mistral-7b-v0.1", (32, 8, 128), "mistralai/Mistral-7B-v0.1", "window"),
+    _model("mistral-7b-v0.1", (32, 8, 128), "mistralai/Mistral-7B-v0.1", "window_size"),
     _model("mistral-7b", (32, 8, 128), "mistralai/Mistral-7B-v0.3"),
     _model("mistral-nemo", (32, 8, 128), "mistralai/Mistral-Nemo-Base-2407"),
     _model("mixtral-8x7b", (32, 8, 128), "mistralai/Mixtral-8x7B-v0.1"),
     _model("tinyllama", (32, 4, 64), "TinyLlama/TinyLlama-1.1B-Chat-v1.0"),
     _model("gemma-2b", (8, 1, 256), "google/gemma-2b"),
     _model("gemma-7b", (16, 16, 256), "google/gemma-7b"),
-    _model("gemma2-2b", (8, 4, 256), "google/gemma-2-2b", "window", "softcap"),
-    _model("gemma2-9b", (16, 8, 256), "google/gemma-2-9b", "window", "softcap"),
-    _model("gemma2-27b", (32, 16, 128), "google/gemma-2-27b", "window", "softcap"),
-    _model("gemma3-1b", (4, 1, 256), "google/gemma-3-1b-it", "window"),
-    _model("gemma3-4b", (8, 4, 256), "google/gemma-3-4b-it", "window"),
-    _model("gemma3-12b", (16, 8, 256), "google/gemma-3-12b-it", "window"),
-    _model("gemma3-27b", (32, 16, 128), "google/gemma-3-27b-it", "window"),
-    _model("gpt-oss-20b", (64, 8, 64), "openai/gpt-oss-20b", "window", "sinks"),
-    _model("gpt-oss-120b", (64, 8, 64), "openai/gpt-oss-120b", "window", "sinks"),
+    _model("gemma2-2b", (8, 4, 256), "google/gemma-2-2b", "window_size", "softcap"),
+    _model("gemma2-9b", (16, 8, 256), "google/gemma-2-9b", "window_size", "softcap"),
+    _model("gemma2-27b", (32, 16, 128), "google/gemma-2-27b", "window_size", "softcap"),
+    _model("gemma3-1b", (4, 1, 256), "google/gemma-3-1b-it", "window_size"),
+    _model("gemma3-4b", (8, 4, 256), "google/gemma-3-4b-it", "window_size"),
+    _model("gemma3-12b", (16, 8, 256), "google/gemma-3-12b-it", "window_size"),
+    _model("gemma3-27b", (32, 16, 128), "google/gemma-3-27b-it", "window_size"),
+    _model("gpt-oss-20b", (64, 8, 64), "openai/gpt-oss-20b", "window_size", "sinks"),
+    _model("gpt-oss-120b", (64, 8, 64), "openai/gpt-oss-120b", "window_size", "sinks"),
     _model("falcon-40b", (128, 8, 64), "tiiuae/falcon-40b"),
 )

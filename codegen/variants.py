@@ -106,7 +106,7 @@ def shipped() -> tuple[KernelConfig, ...]:
     Each is there for both types and, where vectors are of 8 elements, in both schedules. Whatever
     else a call needs is compiled on first use.
     """
-    shapes = {(model.head_dim, model.group_size, 8, policies_of(model)) for model in MODELS}
+    shapes = {(m.head_dim, m.group_size, 8, each) for m in MODELS for each in policies_of(m)}
     shapes |= {(dim, group, width, ()) for _, dim, group, widths in PROOFS for width in widths}
     ordered = sorted(shapes, key=lambda s: (*s[:3], [policy.tag for policy in s[3]]))
     return tuple(
@@ -118,13 +118,12 @@ def shipped() -> tuple[KernelConfig, ...]:
     )
 
 
-def policies_of(model: Model) -> tuple[Policy, ...]:
-    """What a model's kernels have in their slots: of what it needs, what there is.
-
-    A model that needs more besides has its kernels as proof of this much, and for those of its
-    layers that do without the rest.
+def policies_of(model: Model) -> tuple[tuple[Policy, ...], ...]:
+    """What the kernels of a model's layers have in their slots: those with a window, if there are
+    any, and those without.
     """
-    return tuple(policy for policy in POLICIES if policy.feature in model.needs)
+    asked = tuple(policy for policy in POLICIES if policy.feature in model.needs)
+    return tuple({asked: 0, tuple(p for p in asked if p.feature != "window_size"): 0})
 
 
 def select(

@@ -17,7 +17,7 @@ from gqa_cutlass.call.given import see
 from gqa_cutlass.call.layout import DTYPES, check_sizes, problem_of
 from gqa_cutlass.call.options import (
     TENSORS,
-    Options,
+    CallOptions,
     PlanOptions,
     check,
     check_options,
@@ -70,7 +70,7 @@ def gqa_decode(
     *,
     cache_seqlens: int | Tensor,
     return_lse: Literal[False] = False,
-    **options: Unpack[Options],
+    **options: Unpack[CallOptions],
 ) -> Tensor: ...
 @overload
 def gqa_decode(
@@ -82,7 +82,7 @@ def gqa_decode(
     *,
     cache_seqlens: int | Tensor,
     return_lse: Literal[True],
-    **options: Unpack[Options],
+    **options: Unpack[CallOptions],
 ) -> Pair: ...
 @overload
 def gqa_decode(
@@ -94,9 +94,9 @@ def gqa_decode(
     *,
     cache_seqlens: int | Tensor,
     return_lse: bool,
-    **options: Unpack[Options],
+    **options: Unpack[CallOptions],
 ) -> Result: ...
-@listed(Options)
+@listed(CallOptions)
 def gqa_decode(  # noqa: D417 - the decorator completes the list
     q: Tensor,
     k_cache: Tensor,
@@ -135,7 +135,9 @@ def gqa_decode(  # noqa: D417 - the decorator completes the list
             lengths on the device, no row of a cache that is appended to may. This is told by
             addresses: memory that is mapped twice is not seen.
         cache_seqlens: Tokens in the cache before this call: one int for all sequences, or
-            int32 [batch] on q's device, which the host never reads.
+            int32 [batch] on q's device, which the host never reads. A negative one there makes its
+            row inactive, as the rows that pad the batch of a CUDA graph are: nothing is read of its
+            cache or written to it, and it has nothing to attend to.
         return_lse: Also return the logarithm of the softmax's denominator.
         **features: `Options`.
 
@@ -455,7 +457,7 @@ def explain(
     """
     given = q, k_cache, v_cache, k, v, out, 0, *features_of(options)
     asked, policies = check("explain", options, given)
-    problem = problem_of(see(given), policies)
+    problem = problem_of(see(given), policies, asked.window_size[0])
     check_softcap(asked.softcap, problem.head_dim**-0.5)
     if not (arch is None or type(arch) is str and arch in ARCHES):
         raise InputError(f"explain: arch: got {shown(arch)}; allowed: {', '.join(ARCHES)}.")

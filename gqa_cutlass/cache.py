@@ -373,7 +373,7 @@ class KVCache:
 
     @guarded
     def refresh(self) -> list[int]:
-        """Wait for the device's lengths, and know them exactly.
+        """Wait for the device's lengths, and know them exactly, unless some are negative.
 
         Raises:
             InputError: `seqlens` has what no cache of this size holds, written by somebody else; or
@@ -382,8 +382,12 @@ class KVCache:
         return self._lengths.refresh()
 
     def forget(self) -> None:
-        """Know no lengths any more, without waiting: somebody else has written `seqlens`."""
-        self._lengths.forget()
+        """Know no lengths any more, without waiting: somebody else has written `seqlens`.
+
+        Negative ones are of inactive rows: nothing is appended to them, and `decode` gives zeros,
+        until they get another length.
+        """
+        self._lengths.disown()
 
     @guarded
     def check(self) -> None:

@@ -64,6 +64,7 @@ class Lengths:
         self._known: list[int] | None = [0] * self.batch_size
         self._bound = 0
         self._captured = False  # a graph changes the lengths, whenever it is replayed
+        self._foreign = False  # somebody else wrote them: some may be negative, of inactive rows
 
     @property
     def known(self) -> list[int] | None:
@@ -123,7 +124,8 @@ class Lengths:
         """Where the tokens fit, bool [batch]; None where `check_room` saw that all do."""
         if growth.host is not None:
             certain = self._bound + growth.most <= self.limit or self._known is not None
-            if certain and not self._captured and not capturing(self.device):
+            theirs = self._captured or self._foreign or capturing(self.device)
+            if certain and not theirs:
                 return None
         tokens = growth.device
         fits = self._fits(tokens)
@@ -148,8 +150,8 @@ class Lengths:
         self.forget()
 
     def note_overflow(self, room: Tensor) -> None:
-        """Remember, until `drop_overflow`, which sequences had no room."""
-        self._overflowed.logical_or_(~room)
+        """Remember, until `drop_overflow`, which sequences had no room; inactive ones need none."""
+        self._overflowed.logical_or_(~room & (self.seqlens >= 0))
 
     def overflowed(self, method: str) -> list[int]:
         """Wait for the sequences that `note_overflow` has noted."""
@@ -228,6 +230,7 @@ class Lengths:
         if sequences is not None:
             emptied = set(ints("reset", "sequences", sequences, 0, self.batch_size - 1))
         if len(emptied) == self.batch_size:
+            self._foreign = False
             self._change(self.seqlens.zero_, [0] * self.batch_size, 0)
         elif emptied:
             rows = self.upload("reset", sorted(emptied), torch.int64)
@@ -246,13 +249,20 @@ class Lengths:
         self.forget()
         lengths: list[int] = self.seqlens.tolist()
         for b, length in enumerate(lengths):
-            if not 0 <= length <= self.limit:
+            if length > self.limit:
                 raise InputError(
-                    f"KVCache.refresh: seqlens[{b}]: got {length}; allowed: 0 to {self.limit}. "
+                    f"KVCache.refresh: seqlens[{b}]: got {length}; allowed: up to {self.limit}. "
                     "It was not this cache that wrote it. Write a right one, or reset()."
                 )
-        self._know(lengths, self.limit)
+        self._foreign = min(lengths) < 0
+        if not self._foreign:
+            self._know(lengths, self.limit)
         return list(lengths)
+
+    def disown(self) -> None:
+        """Know no more than that somebody else has written the lengths."""
+        self._foreign = True
+        self.forget()
 
     def forget(self) -> None:
         """Know no more than that no length exceeds the limit."""

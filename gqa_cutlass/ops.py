@@ -9,7 +9,7 @@ that torch traces. A program that loads an exported graph needs `import gqa_cutl
 
 from __future__ import annotations
 
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,14 +18,23 @@ from gqa_cutlass.api import gqa_decode, plan
 from gqa_cutlass.tracing import break_graph
 
 _LENGTHS = "Tensor? cache_seqlens, SymInt cache_len"  # on the device, or else one for all
-_OPTIONS = (
-    "float? softmax_scale=None, int num_splits=0, bool return_lse=False, bool ragged=True, "
-    "float softcap=0.0, Tensor? sinks=None"
-)
+_OPTIONS = {  # of the calls, in the order of the operators' arguments
+    "softmax_scale": "float? softmax_scale=None",
+    "num_splits": "int num_splits=0",
+    "return_lse": "bool return_lse=False",
+    "ragged": "bool ragged=True",
+    "softcap": "float softcap=0.0",
+    "sinks": "Tensor? sinks=None",
+    "window_size": "int[2] window_size=[-1, -1]",
+    "alibi_slopes": "Tensor? alibi_slopes=None",
+    "cache_leftpad": "Tensor? cache_leftpad=None",
+    "cache_batch_idx": "Tensor? cache_batch_idx=None",
+}
+_SAID = ", ".join(_OPTIONS.values())
 _SCHEMAS = (
     "gqa_decode(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, "
-    f"{_LENGTHS}, {_OPTIONS}) -> (Tensor, Tensor)",
-    f"gqa_attend(Tensor q, Tensor k_cache, Tensor v_cache, {_LENGTHS}, {_OPTIONS})"
+    f"{_LENGTHS}, {_SAID}) -> (Tensor, Tensor)",
+    f"gqa_attend(Tensor q, Tensor k_cache, Tensor v_cache, {_LENGTHS}, {_SAID})"
     " -> (Tensor, Tensor)",
 )
 # Inductor may change the strides of what it passes on, unless it is told not to.
@@ -38,12 +47,10 @@ def traced(
     tensors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None],
     cache_seqlens: int | Tensor,
     *,
-    softmax_scale: float | None = None,
-    num_splits: int = 0,
     return_lse: bool = False,
-    ragged: bool = True,
     softcap: float = 0,
     sinks: Tensor | None = None,
+    **options: Any,
 ) -> Tensor | _Pair:
     """What `gqa_decode` is in code that torch traces: one operator, and a copy if there is an out.
 
@@ -70,10 +77,9 @@ def traced(
         call = torch.ops.gqa_cutlass.gqa_attend
     # A float that may vary makes torch start again; calls without a cap have the int 0, and pass
     # none on.
-    cap = {"softcap": softcap} if softcap else {}
-    result, lse = call(
-        *given, *lengths, softmax_scale, num_splits, return_lse, ragged, sinks=sinks, **cap
-    )
+    if softcap:
+        options["softcap"] = softcap
+    result, lse = call(*given, *lengths, return_lse=return_lse, sinks=sinks, **options)
     if out is not None:
         result = out.copy_(result)
     return (result, lse) if return_lse else result
@@ -87,27 +93,21 @@ def _decode(
     v: Tensor | None,
     cache_seqlens: Tensor | None,
     cache_len: int,
-    softmax_scale: float | None = None,
-    num_splits: int = 0,
-    return_lse: bool = False,
-    ragged: bool = True,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
+    *options: Any,
+    **named: Any,
 ) -> _Pair:
     """Run on tensors with memory, wherever they are: the ordinary call."""
-    result = gqa_decode(
+    result: Tensor | _Pair = gqa_decode(
         q, k_cache, v_cache, k, v,
         cache_seqlens=cache_len if cache_seqlens is None else cache_seqlens,
-        softmax_scale=softmax_scale, num_splits=num_splits, return_lse=return_lse, ragged=ragged,
-        softcap=softcap, sinks=sinks,
+        **_by_name(options, named),
     )  # fmt: skip
-    return result if isinstance(result, tuple) else (result, _lse(q, return_lse))
+    return result if isinstance(result, tuple) else (result, _lse(q, wanted=False))
 
 
-def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, *lengths_and_options: object) -> _Pair:
+def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any, **named: Any) -> _Pair:
     """As `_decode`, appending nothing."""
-    run: partial[_Pair] = partial(_decode, q, k_cache, v_cache, None, None)
-    return run(*lengths_and_options)
+    return _decode(q, k_cache, v_cache, None, None, *rest, **named)
 
 
 def _shapes_of_decode(
@@ -118,25 +118,26 @@ def _shapes_of_decode(
     v: Tensor | None,
     cache_seqlens: Tensor | None,
     cache_len: int,
-    softmax_scale: float | None = None,
-    num_splits: int = 0,
-    return_lse: bool = False,
-    ragged: bool = True,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
+    *options: Any,
+    **named: Any,
 ) -> _Pair:
     """Results without their values, for tracing."""
-    return torch.empty_like(q, memory_format=torch.contiguous_format), _lse(q, return_lse)
+    wanted = _by_name(options, named).get("return_lse", False)
+    return torch.empty_like(q, memory_format=torch.contiguous_format), _lse(q, wanted=wanted)
 
 
 def _shapes_of_attend(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, *lengths_and_options: object
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any, **named: Any
 ) -> _Pair:
-    run: partial[_Pair] = partial(_shapes_of_decode, q, k_cache, v_cache, None, None)
-    return run(*lengths_and_options)
+    return _shapes_of_decode(q, k_cache, v_cache, None, None, *rest, **named)
 
 
-def _lse(q: Tensor, wanted: bool) -> Tensor:
+def _by_name(options: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
+    """Options that came by position, and the others."""
+    return dict(zip(_OPTIONS, options, strict=False)) | named
+
+
+def _lse(q: Tensor, *, wanted: bool) -> Tensor:
     shape = (q.shape[0], q.shape[-2]) if wanted else (0,)
     return q.new_empty(shape, dtype=torch.float32)
 

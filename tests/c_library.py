@@ -41,7 +41,8 @@ DTYPES = {
     torch.bfloat16: public.DTYPE["GQA_BFLOAT16"],
 }
 NUM_TICKETS = 16384  # words, the workspace's first part
-_NAME_BYTES, _ARGUMENT_BYTES = 160, 512
+_NAME_BYTES, _ARGUMENT_BYTES = 160, ctypes.sizeof(TmaParams)
+_SIZES = (f"-DARGUMENT_BYTES={ctypes.sizeof(Params)}", f"-DTMA_ARGUMENT_BYTES={_ARGUMENT_BYTES}")
 _SWIZZLE_128, _UINT16 = 3, 1
 _SMS_OF_H200 = 132
 # Few kernels, of each kind: (head_dim, group size). Of groups of 4 there are narrow ones too.
@@ -161,7 +162,7 @@ def build(bundle: Path, out: Path, *flags: str) -> Path:
     """Build the library with the fake driver inside; what it keeps to itself can be called too."""
     compile_with(
         "gcc", "-std=c11", "-O1", "-shared", "-fPIC", "-ffp-contract=off", *WARNINGS,
-        "-DGQA_INTERNAL=", "-DFAKE_CUDA_INSIDE", "-Wl,--wrap=dlopen,--wrap=dlsym",
+        "-DGQA_INTERNAL=", "-DFAKE_CUDA_INSIDE", *_SIZES, "-Wl,--wrap=dlopen,--wrap=dlsym",
         *includes(bundle), *flags,
         *sources(bundle), FAKE_CUDA, "-o", out, "-pthread", "-ldl", "-lm",
     )  # fmt: skip
@@ -172,7 +173,7 @@ def build_fake_cuda(folder: Path, *flags: str) -> Path:
     """Build the fake driver as the file that the dynamic linker knows as libcuda.so.1."""
     folder.mkdir(parents=True, exist_ok=True)
     out = folder / "libcuda.so.1"
-    compile_with("gcc", "-std=c11", "-shared", "-fPIC", *WARNINGS, *flags,
+    compile_with("gcc", "-std=c11", "-shared", "-fPIC", *WARNINGS, *_SIZES, *flags,
                  "-Wl,-soname,libcuda.so.1", FAKE_CUDA, "-o", out, "-pthread", "-ldl")  # fmt: skip
     return out
 

@@ -68,10 +68,18 @@ class Step:
     before: dict[str, Tensor] = field(default_factory=dict)
     softcap: float = 0.0
     sinks: Tensor | None = None
+    window_size: tuple[int, int] = (-1, -1)
+    alibi_slopes: Tensor | None = None
+    cache_leftpad: Tensor | None = None
+    cache_batch_idx: Tensor | None = None
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """Positional arguments of `gqa_decode`."""
         return self.q, self.k_cache, self.v_cache, self.k, self.v
+
+    def row(self, b: int) -> int:
+        """The row of the caches that a sequence has."""
+        return b if self.cache_batch_idx is None else int(self.cache_batch_idx[b])
 
     def attended(self) -> tuple[Tensor, Tensor, list[int]]:
         """The caches with the new token in place, and how many tokens are attended."""
@@ -79,7 +87,7 @@ class Step:
         if self.k is None or self.v is None:
             return k, v, self.lengths
         for b, length in enumerate(self.lengths):
-            k[b, length], v[b, length] = self.k[b], self.v[b]
+            k[self.row(b), length], v[self.row(b), length] = self.k[b], self.v[b]
         return k, v, [length + 1 for length in self.lengths]
 
     def reference(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -89,15 +97,21 @@ class Step:
 
     def features(self) -> dict[str, Any]:
         """The options of a call that ask for features."""
-        return {"softcap": self.softcap, "sinks": self.sinks}
+        names = (
+            "softcap", "sinks", "window_size", "alibi_slopes", "cache_leftpad", "cache_batch_idx"
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names}
 
     def asking_for(self, policies: tuple[Policy, ...]) -> Step:
-        """The same with the features that a kernel has: a cap that bends scores, heavy sinks."""
+        """The same with the features that a kernel has: a cap that bends scores, heavy sinks,
+        a window of half the cache."""
         wanted = {policy.feature for policy in policies}
         if "softcap" in wanted:
             self.softcap = 1.5
         if "sinks" in wanted:
             self.sinks = torch.linspace(-2, 7, self.q.shape[1], device=self.q.device)
+        if "window_size" in wanted:
+            self.window_size = (self.k_cache.shape[1] // 2, 0)
         return self
 
     def errors(self, out: Tensor) -> Errors:
@@ -115,7 +129,7 @@ class Step:
             if new is not None:
                 for b, length in enumerate(self.lengths):
                     if b not in rejected:
-                        expected[b, length] = new[b]
+                        expected[self.row(b), length] = new[b]
             assert _same_bits(getattr(self, name), expected), f"{name} differs"
         for name in ("q", "k", "v"):
             if getattr(self, name) is not None:

@@ -28,7 +28,7 @@ enum {  // CUresult
 };
 
 enum { kMaxDevices = 80, kMaxKernels = 64, kNameBytes = 160 };
-enum { kArgumentBytes = 256, kTmaArgumentBytes = 512 };
+enum { kArgumentBytes = ARGUMENT_BYTES, kTmaArgumentBytes = TMA_ARGUMENT_BYTES };
 enum { kSharedBytesWithoutAsking = 48 * 1024 };
 enum { kCaptureRelaxed = 2 };
 enum { kMajor = 75, kMinor = 76, kMultiprocessors = 16, kMaxDynamicSharedBytes = 8 };

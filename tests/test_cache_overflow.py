@@ -172,7 +172,31 @@ def test_numbers_of_tokens_that_were_not_given_do_not_fit(
         cache.check()
 
 
-@pytest.mark.parametrize("bad", [9, 2**31 - 1, -1, -(2**31)])
+@pytest.mark.parametrize("negative", [-1, -(2**31)])
+def test_rows_of_negative_length_stay_inactive(negative: int, device: str) -> None:
+    cache = new_cache(2, 8, device)
+    filled(cache, [3, 3])
+    cache.seqlens[0] = negative
+    cache.forget()
+    before = bits(cache.k, cache.v)
+    cache.truncate(4)  # since when it is known that there is room
+    cache.append(*token(cache))
+    out = cache.decode(queries(cache), *token(cache))
+    cache.prefill(*(t.unsqueeze(1) for t in token(cache)))
+    assert (out[0] == 0).all() and not out[1].isnan().any()
+    assert cache.seqlens.tolist() == [negative, 6] == cache.refresh()
+    cache.check()
+    for old, now in zip(before, bits(cache.k, cache.v), strict=True):
+        assert torch.equal(old[0], now[0])
+    cache.append(*token(cache))
+    assert cache.seqlens.tolist() == [negative, 7]
+    cache.reset([0])
+    assert cache.refresh() == [0, 7]
+    cache.decode(queries(cache), *token(cache))
+    assert cache.lengths == [1, 8]
+
+
+@pytest.mark.parametrize("bad", [9, 2**31 - 1])
 def test_lengths_that_the_user_spoilt_write_nothing(bad: int, device: str) -> None:
     cache = new_cache(2, 8, device)
     filled(cache, [3, 3])

@@ -239,10 +239,10 @@ def test_ragged_lengths_decode_like_python(sizes: dict[str, Any], rows: int) -> 
     assert overflow.item() == 0
 
 
-@pytest.mark.parametrize("wrong", ["full", "beyond", "largest", "negative"])
+@pytest.mark.parametrize("wrong", ["full", "beyond", "largest"])
 @pytest.mark.parametrize("max_seq_len", [40, 140], ids=["multistage", "clusters"])
 def test_a_sequence_that_does_not_fit_spoils_itself_alone(max_seq_len: int, wrong: str) -> None:
-    lengths = {"full": max_seq_len, "beyond": max_seq_len + 1, "largest": 2**31 - 1, "negative": -1}
+    lengths = {"full": max_seq_len, "beyond": max_seq_len + 1, "largest": 2**31 - 1}
     step = step_of(lengths=[0, 17, 5, 39], max_seq_len=max_seq_len)
     simulator = Simulator(fresh_library())
     overflow = torch.full((1,), 77, dtype=torch.int32)  # left alone when all fit
@@ -259,6 +259,20 @@ def test_a_sequence_that_does_not_fit_spoils_itself_alone(max_seq_len: int, wron
     assert step.out[2].isnan().all()
     others = torch.tensor([0, 1, 3])
     assert same_bits(step.out[others], right[others])
+    step.check_memory(rejected=(2,))
+
+
+@pytest.mark.parametrize("max_seq_len", [40, 140], ids=["multistage", "clusters"])
+def test_a_sequence_of_negative_length_is_inactive(max_seq_len: int) -> None:
+    step = step_of(lengths=[0, 17, 5, 39], max_seq_len=max_seq_len)
+    step.seqlens[2] = -1
+    overflow = torch.full((1,), 77, dtype=torch.int32)
+    expected = ragged_by_python(step)
+    launched = Simulator(fresh_library()).decode_ragged(
+        step, overflow, workspace_of(chosen_for(step, ragged=True))
+    )
+    assert_same(Result.of(launched, step), expected)
+    assert overflow.item() == 77 and (step.out[2] == 0).all() and not step.out.isnan().any()
     step.check_memory(rejected=(2,))
 
 

@@ -21,8 +21,8 @@ from gqa_cutlass.codegen import DType, Math, Schedule, default_config
 KEYS = [
     "kernel", "grid", "cluster", "block", "shared_bytes", "num_splits", "num_stages", "dependent",
     "batch_size", "num_q_heads", "num_kv_heads", "group_size", "head_dim", "max_seq_len", "dtype",
-    "append", "cache_seqlens", "softmax_scale", "return_lse", "softcap", "sinks", "workspace_bytes",
-    "device", "stream",
+    "append", "cache_seqlens", "softmax_scale", "return_lse", "softcap", "sinks", "window_size",
+    "alibi", "leftpad", "batch_idx", "workspace_bytes", "device", "stream",
 ]  # fmt: skip
 TMA = default_config(Math.TENSOROP, DType.F16, 128, 4, 8, Schedule.TMA)
 
@@ -121,6 +121,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, str]]] = {
     "lse": ({}, {"return_lse": True}, {"return_lse": "True"}),
     "softcap": ({}, {"softcap": 30}, {"softcap": "30.0"}),
     "sinks": ({}, {"sinks": "per head"}, {"sinks": "True"}),
+    "a window": ({}, {"window_size": (5, 3)}, {"window_size": "5,-1"}),
     "dependent": ({}, {"dependent": True}, {"dependent": "True"}),
     "lengths on the device": ({"lengths": [10, 3]}, {}, {"cache_seqlens": "device"}),
 }
@@ -144,6 +145,8 @@ def test_the_line_says_what_the_plan_does(
     usual = {
         "dependent": "False", "append": "True", "cache_seqlens": "10", "return_lse": "False",
         "softmax_scale": str(step.scale), "softcap": "0.0", "sinks": "False",
+        "window_size": "-1,-1", "alibi": "False", "leftpad": "False",
+        "batch_idx": "False",
     }  # fmt: skip
     found = parse(message)
     stream = found.pop("stream")

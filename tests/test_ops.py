@@ -33,7 +33,9 @@ def lengths_of(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
-FEATURES = {"softcap": 1.5, "sinks": torch.linspace(-2, 4, 8)}
+FEATURES = {"softcap": 1.5, "sinks": torch.linspace(-2, 4, 8), "window_size": (2, 0),
+            "alibi_slopes": torch.linspace(0, 1, 8),
+            "cache_leftpad": torch.tensor([1, 0], dtype=torch.int32)}  # fmt: skip
 
 
 @pytest.mark.parametrize("append", [True, False], ids=["decode", "attend"])

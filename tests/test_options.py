@@ -10,7 +10,7 @@ import pytest
 from helpers import call_tensors
 
 from gqa_cutlass import KVCache, explain, gqa_decode, plan
-from gqa_cutlass.call.options import TENSORS, Options, PlanOptions
+from gqa_cutlass.call.options import TENSORS, CallOptions, Options, PlanOptions
 from gqa_cutlass.codegen.schema.policies import CALL, POLICIES
 
 CALLS: dict[str, tuple[Callable[..., Any], set[str]]] = {
@@ -57,6 +57,6 @@ def test_options_that_a_call_does_not_take_are_refused(name: str, wrong: str) ->
 def test_every_feature_is_an_option() -> None:
     """Its tensors are rows of the table of arguments."""
     features = {policy.feature for policy in POLICIES if policy.feature}
-    assert features <= set(Options.__annotations__)
+    assert features <= set(CallOptions.__annotations__)
     assert set(TENSORS) == {row.name for p in POLICIES for row in p.arguments}
     assert [row.name for row in CALL.rows][-len(TENSORS) :] == list(TENSORS)

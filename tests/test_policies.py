@@ -27,7 +27,7 @@ from gqa_cutlass.codegen.schema.policies import (
 from gqa_cutlass.errors import ConfigError
 
 CONFIG = default_config(Math.TENSOROP, DType.F16, 128, 4, 8)
-ALIBI = Policy(slot=LOGIT, tag="alibi", cpp="Alibi", header="policy/logit_alibi.cuh")
+CUBIC = Policy(slot=LOGIT, tag="cubic", cpp="Cubic", header="policy/logit_cubic.cuh")
 PROMISES = [(slot, name) for slot in SLOTS for name in slot.contract]
 
 
@@ -67,23 +67,23 @@ def test_a_header_without_its_struct_is_named() -> None:
 
 
 def test_no_kernel_is_rendered_with_a_policy_that_lacks_its_contract(include: Path) -> None:
-    config = replace(CONFIG, policies=(ALIBI,))
-    with pytest.raises(ConfigError, match=r"got gqa/policy/logit_alibi\.cuh"):
+    config = replace(CONFIG, policies=(CUBIC,))
+    with pytest.raises(ConfigError, match=r"got gqa/policy/logit_cubic\.cuh"):
         render(config)
-    header = include / "gqa" / ALIBI.header
-    header.write_text("struct Alibi {\n  int slope;\n};\n")
-    with pytest.raises(ConfigError, match=r"got Alibi without operator\(\); the slot Logit"):
+    header = include / "gqa" / CUBIC.header
+    header.write_text("struct Cubic {\n  int slope;\n};\n")
+    with pytest.raises(ConfigError, match=r"got Cubic without operator\(\); the slot Logit"):
         render(config)
-    header.write_text("struct Alibi {\n  float operator()(float, int, Position) const;\n};\n")
-    assert "using Logit = gqa::Alibi<T>;" in render(config)
+    header.write_text("struct Cubic {\n  float operator()(float, int, Position) const;\n};\n")
+    assert "using Logit = gqa::Cubic<T>;" in render(config)
 
 
 def test_two_policies_for_one_slot_are_refused() -> None:
     other = Policy(slot=LOGIT, tag="sqrt", cpp="Root", header="policy/logit_root.cuh")
-    with pytest.raises(ConfigError, match="got Alibi and Root for the slot Logit; allowed: one"):
-        replace(CONFIG, policies=(ALIBI, other))
-    with pytest.raises(ConfigError, match="got Scaled and Alibi for the slot Logit"):
-        replace(CONFIG, policies=(DEFAULTS[LOGIT], ALIBI))
+    with pytest.raises(ConfigError, match="got Cubic and Root for the slot Logit; allowed: one"):
+        replace(CONFIG, policies=(CUBIC, other))
+    with pytest.raises(ConfigError, match="got Scaled and Cubic for the slot Logit"):
+        replace(CONFIG, policies=(DEFAULTS[LOGIT], CUBIC))
 
 
 def test_what_is_no_policy_is_refused() -> None:
@@ -92,9 +92,9 @@ def test_what_is_no_policy_is_refused() -> None:
 
 
 def test_a_policy_that_a_schedule_lacks_is_refused() -> None:
-    walked = replace(ALIBI, schedules=frozenset({Schedule.MULTISTAGE}))
+    walked = replace(CUBIC, schedules=frozenset({Schedule.MULTISTAGE}))
     assert replace(CONFIG, policies=(walked,)).policies == (walked,)
-    with pytest.raises(ConfigError, match="schedule: got .*tma.*; allowed: multistage with Alibi"):
+    with pytest.raises(ConfigError, match="schedule: got .*tma.*; allowed: multistage with Cubic"):
         default_config(Math.TENSOROP, DType.F16, 128, 4, 8, Schedule.TMA, (walked,))
 
 
@@ -111,10 +111,10 @@ def test_a_source_spells_out_every_slot() -> None:
 
 
 def test_names_tell_policies_apart() -> None:
-    config = replace(CONFIG, policies=(ALIBI,))
-    assert config.name == f"{CONFIG.name}_alibi" and config != CONFIG
-    assert replace(config, dependent=True).name.endswith("s1_alibi_pdl")
-    with pytest.raises(ConfigError, match="kernel name: got the tag 'alibi'; allowed: "):
+    config = replace(CONFIG, policies=(CUBIC,))
+    assert config.name == f"{CONFIG.name}_cubic" and config != CONFIG
+    assert replace(config, dependent=True).name.endswith("s1_cubic_pdl")
+    with pytest.raises(ConfigError, match="kernel name: got the tag 'cubic'; allowed: "):
         KernelConfig.from_name(config.name)  # which is not among ours
 
 

@@ -13,20 +13,21 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Layout, Step, make_step
+from cases import Layout, Step, make_step, snapshot
 from torch import Tensor
 
+from gqa_cutlass import api  # noqa: F401 - whose calls `check` knows
 from gqa_cutlass.call.addresses import constants
 from gqa_cutlass.call.executor import Task
 from gqa_cutlass.call.given import Seen, see
 from gqa_cutlass.call.layout import problem_of
-from gqa_cutlass.call.options import check, fields_of
+from gqa_cutlass.call.options import TENSORS, check, fields_of
 from gqa_cutlass.codegen import ARCHES, DType, KernelConfig, Math, Schedule, render
 from gqa_cutlass.codegen.compile import compile_source
 from gqa_cutlass.codegen.headers import include_dir
 from gqa_cutlass.codegen.schema.launch import Overlap
 from gqa_cutlass.codegen.schema.params import Params, TmaParams
-from gqa_cutlass.codegen.schema.policies import CALL, named
+from gqa_cutlass.codegen.schema.policies import CALL, POLICIES, Policy
 from gqa_cutlass.codegen.schema.problem import Problem
 from gqa_cutlass.cpu.executor import Checks, overreads, program_from, regions_of, run
 from gqa_cutlass.dispatch import Dispatch, dispatch, model_device
@@ -34,7 +35,6 @@ from gqa_cutlass.errors import KernelFault
 from gqa_cutlass.ptxsim.prepare import Program
 from gqa_cutlass.tensormap import map_of
 
-SOFT_CAPPED, SINK_IN_SUM = named("SoftCapped"), named("SinkInSum")
 _MAX_STEPS = 10_000  # the longest of the runs that end takes a third of them
 _INCLUDE = re.compile(r"#include <gqa/([\w/]+\.cuh)>\n")
 _FOREIGN_INCLUDE = re.compile(r"#include <(?!gqa/).*>\n")
@@ -61,6 +61,19 @@ class Case:
     overlap: Overlap = Overlap.NONE
     softcap: float = 0.0
     sinks: bool = False
+    window: int | None = None  # tokens
+    alibi: bool = False
+    leftpad: tuple[int, ...] = ()  # of each sequence
+    index: tuple[int, ...] = ()  # as many rows as sequences
+
+    @property
+    def policies(self) -> tuple[Policy, ...]:
+        asked = {
+            "softcap": self.softcap, "sinks": self.sinks, "window_size": self.window,
+            "alibi_slopes": self.alibi, "cache_leftpad": self.leftpad,
+            "cache_batch_idx": self.index,
+        }  # fmt: skip
+        return tuple(policy for policy in POLICIES if asked.get(policy.feature))
 
     @property
     def config(self) -> KernelConfig:
@@ -68,7 +81,7 @@ class Case:
             math=self.math, dtype=DType.F16, head_dim=self.head_dim, group_size=self.group_size,
             vec_width=8, block_h=self.block_h, block_n=16, num_warps=self.num_warps,
             num_stages=self.num_stages, schedule=self.schedule, dependent=self.dependent,
-            policies=(SOFT_CAPPED,) * bool(self.softcap) + (SINK_IN_SUM,) * self.sinks,
+            policies=self.policies,
         )  # fmt: skip
 
     @property
@@ -92,8 +105,24 @@ class Case:
             append=self.append, device="cpu",
         )  # fmt: skip
         step.softcap = self.softcap
+        heads = self.heads * self.group_size
         if self.sinks:  # as much as all keys together, and different from head to head
-            step.sinks = torch.linspace(3, 5, self.heads * self.group_size).half()
+            step.sinks = torch.linspace(3, 5, heads).half()
+        if self.alibi:  # of each sequence's own heads
+            step.alibi_slopes = torch.linspace(0.01, 0.5, len(self.lengths) * heads).view(-1, heads)
+        if self.leftpad:
+            step.cache_leftpad = torch.tensor(self.leftpad, dtype=torch.int32)
+        if self.index:
+            step.cache_batch_idx = torch.tensor(self.index, dtype=torch.int32)
+            back = torch.argsort(step.cache_batch_idx)
+            step.k_cache, step.v_cache = step.k_cache[back], step.v_cache[back]
+            snapshot(step)
+        if self.window is not None:  # what is hidden is not used, nor its NaN
+            step.window_size = (self.window - 1, -1)
+            for b, length in enumerate(self.lengths):
+                hidden = max(0, length + self.append - self.window)
+                step.k_cache[b, :hidden] = step.v_cache[b, :hidden] = float("nan")
+            snapshot(step)
         return step
 
 
@@ -150,6 +179,18 @@ SINK_SPLIT = Case(sinks=True, splits=3)
 SINK_HEAD_BLOCKS = Case(sinks=True, group_size=16)
 SINK_CLUSTER = _tma(sinks=True, lengths=(200,), splits=4)
 SINK_OF_CLUSTERS = _tma(sinks=True, lengths=(250,), splits=6)
+WINDOWED = Case(window=39)
+WINDOW_WALK = _tma(lengths=(300,), window=200, stages=1)
+WINDOW_ONCE = _tma(lengths=(90,), window=39)
+ALIBI = Case(alibi=True, heads=2, lengths=(20, 30))
+ALIBI_CAPPED = Case(alibi=True, softcap=1.0, lengths=(20,))
+ALIBI_CLUSTER = _tma(alibi=True, lengths=(90,), splits=2, heads=2)
+PADDED = Case(leftpad=(25, 0), lengths=(90, 40))
+PADDED_AWAY = Case(leftpad=(70,), lengths=(30,))
+PADDED_CLUSTER = _tma(leftpad=(25,), lengths=(90,), splits=2)
+PADDED_AWAY_ONCE = _tma(leftpad=(70,), lengths=(30,))
+INDEXED = Case(index=(1, 2, 0), lengths=(20, 30, 40))
+INDEXED_CLUSTER = _tma(index=(1, 0), lengths=(90, 40), splits=2)
 CASES = {name: case for name, case in globals().items() if isinstance(case, Case)}
 
 
@@ -1159,8 +1200,8 @@ FEATURE_MUTANTS = (
     Mutant(
         name="capped after the mask",
         header="logits.cuh",
-        old="float const s = logit(dot, head, at);\n    return mask.sees(at) ? s : -kInfinity;",
-        new="return logit(mask.sees(at) ? dot : -kInfinity, head, at);",
+        old="bias(logit(dot, head, at), head, at);\n    return mask.sees(at) ? s : -kInfinity;",
+        new="logit(mask.sees(at) ? dot : -kInfinity, head, at);\n    return s;",
         wrong="output",
         case=CAPPED,
     ),
@@ -1168,7 +1209,7 @@ FEATURE_MUTANTS = (
         name="a new token in a cluster without the cap",
         header="score.cuh",
         old="logit(sum[0][h / 2][h % 2] + sum[1][h / 2][h % 2], h, {0, 1, 0});",
-        new="(sum[0][h / 2][h % 2] + sum[1][h / 2][h % 2]) * logit.in * logit.out;",
+        new="(sum[0][h / 2][h % 2] + sum[1][h / 2][h % 2]) * logit.logit.in * logit.logit.out;",
         wrong="output",
         case=CAPPED_CLUSTER,
     ),
@@ -1261,6 +1302,238 @@ FEATURE_MUTANTS = (
         wrong="output",
         case=SINK_OF_CLUSTERS,
     ),
+    Mutant(
+        name="a window that is a token short",
+        header="mask_window.cuh",
+        old="at.token >= at.query - left",
+        new="at.token > at.query - left",
+        wrong="output",
+        case=WINDOWED,
+    ),
+    Mutant(
+        name="a window without a left end",
+        header="mask_window.cuh",
+        old=" && at.token >= at.query - left",
+        new="",
+        wrong="lse",
+        case=WINDOWED,
+    ),
+    Mutant(
+        name="a window that is read from a token too late",
+        header="mask_window.cuh",
+        old="num_tokens - 1 - p.window_left",
+        new="num_tokens - p.window_left",
+        wrong="output",
+        case=WINDOWED,
+    ),
+    Mutant(
+        name="a window counted from the cached tokens",
+        header="mask_window.cuh",
+        old="at.token >= at.query - left",
+        new="at.token >= at.query - 1 - left",
+        wrong="lse",
+        case=WINDOW_ONCE,
+    ),
+    Mutant(
+        name="what a window hides is copied",
+        header="load.cuh",
+        old="token < end && (kSeesFirstToken<T> || token >= first)",
+        new="token < end",
+        wrong="output",
+        case=WINDOWED,
+    ),
+    Mutant(
+        name="what a window hides is not cleared",
+        header="attend_once.cuh",
+        old="    clear_hidden_rows<T>(w, w.first_tile(warp), values);\n",
+        new="",
+        wrong="output",
+        case=WINDOW_ONCE,
+    ),
+    Mutant(
+        name="what a window hides is not cleared by warps that walk",
+        header="decode_tma.cuh",
+        old="    clear_hidden_rows<T>(w, tile, values);\n",
+        new="",
+        wrong="output",
+        case=WINDOW_WALK,
+    ),
+    Mutant(
+        name="hidden rows used while other lanes clear them",
+        header="load_tma.cuh",
+        old="    cute::tma_store_fence();\n    __syncwarp();",
+        new="    cute::tma_store_fence();",
+        fault=_UNWRITTEN,
+        case=WINDOW_WALK,
+    ),
+    Mutant(
+        name="a row too many cleared before a window",
+        header="load_tma.cuh",
+        old="min(w.first_token, w.num_cached) - tile * T::kBlockN;",
+        new="min(w.first_token, w.num_cached) + 1 - tile * T::kBlockN;",
+        wrong="output",
+        case=WINDOW_WALK,
+    ),
+    Mutant(
+        name="a bias counted from the oldest key",
+        header="bias_alibi.cuh",
+        old="float(at.query - at.token)",
+        new="float(-at.token)",
+        wrong="output",
+        case=ALIBI,
+    ),
+    Mutant(
+        name="a bias counted from the end of a tile",
+        header="bias_alibi.cuh",
+        old="float(at.query - at.token)",
+        new="float(at.end - at.token)",
+        wrong="lse",
+        case=ALIBI,
+    ),
+    Mutant(
+        name="a bias counted from the newest cached key",
+        header="bias_alibi.cuh",
+        old="float(at.query - at.token)",
+        new="float(at.end - 1 - at.token)",
+        wrong="output",
+        case=ALIBI_CLUSTER,
+    ),
+    Mutant(
+        name="slopes in natural units",
+        header="bias_alibi.cuh",
+        old="* -kLog2E",
+        new="* -1.f",
+        wrong="output",
+        case=ALIBI,
+    ),
+    Mutant(
+        name="slopes of the first sequence",
+        header="bias_alibi.cuh",
+        old="w.batch * int64_t(p.alibi_batch_stride) + ",
+        new="",
+        wrong="output",
+        case=ALIBI,
+    ),
+    Mutant(
+        name="slopes of the first KV head's heads",
+        header="bias_alibi.cuh",
+        old=" + w.first_head();",
+        new=";",
+        wrong="output",
+        case=ALIBI_CLUSTER,
+    ),
+    Mutant(
+        name="slopes of heads that do not exist",
+        header="bias_alibi.cuh",
+        old="slopes[head < last ? head : last]",
+        new="slopes[head]",
+        fault="outside all tensors.* past the end of alibi_slopes.* at bias_alibi.cuh",
+        case=ALIBI,
+    ),
+    Mutant(
+        name="a bias that is capped",
+        header="logits.cuh",
+        old="bias(logit(dot, head, at), head, at)",
+        new="logit(bias(dot, head, at), head, at)",
+        wrong="output",
+        case=ALIBI_CAPPED,
+    ),
+    Mutant(
+        name="padding on the wrong side",
+        header="score.cuh",
+        old="Scorer<T>::token(t) < first",
+        new="Scorer<T>::token(t) >= first",
+        wrong="output",
+        case=PADDED,
+    ),
+    Mutant(
+        name="a token too much of padding",
+        header="score.cuh",
+        old="Scorer<T>::token(t) < first",
+        new="Scorer<T>::token(t) <= first",
+        wrong="output",
+        case=PADDED_CLUSTER,
+    ),
+    Mutant(
+        name="padding that counts",
+        header="score.cuh",
+        old="    if (first <= 0) return;",
+        new="    return;",
+        wrong="lse",
+        case=PADDED,
+    ),
+    Mutant(
+        name="the first sequence's padding",
+        header="start_leftpad.cuh",
+        old="p.cache_leftpad[batch]",
+        new="p.cache_leftpad[0]",
+        wrong="output",
+        case=PADDED,
+    ),
+    Mutant(
+        name="padding that is read past its end",
+        header="start_leftpad.cuh",
+        old="p.cache_leftpad[batch]",
+        new="p.cache_leftpad[batch + 1]",
+        fault="outside all tensors.* past the end of cache_leftpad.* at start_leftpad.cuh",
+        case=PADDED,
+    ),
+    Mutant(
+        name="nothing appended where all is padding",
+        header="work.cuh",
+        old="min(first_token, num_tokens > 0 ? num_tokens - 1 : 0)",
+        new="first_token",
+        wrong="caches",
+        case=PADDED_AWAY,
+    ),
+    Mutant(
+        name="a new token that counts although it is padding",
+        header="exchange.cuh",
+        old="this->appends && cluster == 0 && is_token",
+        new="this->appends && cluster == 0",
+        wrong="lse",
+        case=PADDED_AWAY_ONCE,
+    ),
+    Mutant(
+        name="rows before and behind what is seen cleared by different lanes",
+        header="load_tma.cuh",
+        old="min(w.first_token, w.num_cached) - tile",
+        new="w.first_token - tile",
+        fault="writes over what another thread wrote.* at load_tma.cuh",
+        case=PADDED_AWAY_ONCE,
+    ),
+    Mutant(
+        name="a row of the same number in spite of the index",
+        header="row_indexed.cuh",
+        old="p.cache_batch_idx[batch]",
+        new="batch",
+        wrong="output",
+        case=INDEXED,
+    ),
+    Mutant(
+        name="a row that the cache does not have",
+        header="row_indexed.cuh",
+        old="return row < p.cache_rows ? row : -1;",
+        new="return row + p.cache_rows;",
+        fault="outside all tensors",
+        case=INDEXED,
+    ),
+    Mutant(
+        name="appended to the row of the same number",
+        header="cache_dense.cuh",
+        old="w.cache_row() * stride.batch",
+        new="w.batch * stride.batch",
+        fault=f"{_GLOBAL_RACE}.* of k_cache.* at row.cuh",
+        case=INDEXED,
+    ),
+    Mutant(
+        name="boxes of the row of the same number",
+        header="load_tma.cuh",
+        old="    if constexpr (!RowOf<T>::is_own()) at.sequence = row_;\n",
+        new="",
+        wrong="output",
+        case=INDEXED_CLUSTER,
+    ),
 )
 MUTANTS += TMA_MUTANTS + DEPENDENT_MUTANTS + FEATURE_MUTANTS
 
@@ -1311,10 +1584,13 @@ def launch(case: Case, program: Program) -> set[str]:
         KernelFault: The kernel did what no kernel may.
     """
     config, step = case.config, case.step()
-    given = *step.tensors(), step.out, step.seqlens, step.sinks
-    asked, policies = check("plan", {"softcap": step.softcap}, given)
+    tensors = {name: getattr(step, name, None) for name in TENSORS}
+    given = *step.tensors(), step.out, step.seqlens, *tensors.values()
+    asked, policies = check(
+        "plan", {"softcap": step.softcap, "window_size": step.window_size}, given
+    )
     layout = see(given)
-    problem = problem_of(layout, policies)
+    problem = problem_of(layout, policies, asked.window_size[0])
     chosen = case.dispatch(problem)
     lse = torch.full(step.q.shape[:2], float("nan"))
     tickets = torch.zeros(chosen.num_tickets, dtype=torch.int32)

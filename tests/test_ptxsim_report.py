@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gqa_cutlass.codegen import DType, KernelConfig, Math, default_config
-from gqa_cutlass.codegen.schema.policies import named
+from gqa_cutlass.codegen.schema.policies import POLICIES, named
 from gqa_cutlass.errors import InputError
 from gqa_cutlass.proof.sim import run_sim
 from gqa_cutlass.ptxsim import report
@@ -80,9 +80,20 @@ def test_a_run_counts_what_the_kernel_must_move(config: KernelConfig) -> None:
 
 
 def test_a_run_of_a_kernel_with_features_asks_for_them() -> None:
-    config = replace(CONFIG, policies=(named("SoftCapped"), named("SinkInSum")))
+    config = replace(CONFIG, policies=tuple(policy for policy in POLICIES if policy.tag))
     found = run_sim(config, cache_len=20, kv_heads=4)
     assert found.appended and found.error <= 2 * found.error_torch and found.lse_error < 1e-5
+
+
+def test_a_run_of_a_kernel_with_a_window_reads_no_more_than_it_shows() -> None:
+    config = replace(CONFIG, policies=(named("SlidingWindow"), named("Alibi")))
+    trial = run_sim(config, cache_len=399, num_splits=1)
+    assert trial.least_bytes == 2 * config.head_dim * (2 * 200 + config.group_size)
+    queries = 2 * config.head_dim * config.block_h * config.num_warps
+    slopes = 4 * 2 * 32 * config.num_warps  # of the heads that a lane has, in every lane
+    read, _ = report.global_bytes(trial.stats)
+    assert trial.least_bytes <= read <= trial.least_bytes + queries + slopes + 8 * config.head_dim
+    assert trial.error <= 2 * trial.error_torch and trial.lse_error < 1e-5
 
 
 def test_the_instruction_mix_counts_warps() -> None:

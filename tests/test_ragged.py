@@ -65,16 +65,17 @@ def test_any_lengths_fit_into_the_blocks_of_the_launch(seed: int, device: str) -
     check(step_of(TENSOROP, lengths, device, append=seed % 2 == 0), TENSOROP)
 
 
-def test_wrong_lengths_count_as_nothing_and_are_reported(device: str) -> None:
+def test_wrong_and_negative_lengths_count_as_nothing(device: str) -> None:
+    """What is too long is reported; what is negative is inactive."""
     step = step_of(TENSOROP, [700, 0, 5, 0], device)
     step.seqlens[1], step.seqlens[3] = -1, MAX_SEQ_LEN
     out, lse = plan_of(step, TENSOROP)(*step.tensors(), step.seqlens, step.out)
-    with pytest.raises(CacheOverflowError):
+    with pytest.raises(CacheOverflowError, match=r"cache_seqlens\[3\]"):
         gqa_cutlass.check_overflow(device)
     step.check_memory(rejected=(1, 3))
     expected, _ = step.reference()
-    for wrong in (1, 3):
-        assert out[wrong].isnan().all() and lse[wrong].isnan().all()
+    assert (out[1] == 0).all() and (lse[1] == float("-inf")).all()
+    assert out[3].isnan().all() and lse[3].isnan().all()
     for right in (0, 2):
         assert (out[right].double() - expected[right]).abs().max() < 5e-3
 

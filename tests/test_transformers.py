@@ -141,6 +141,22 @@ def test_a_conversation_goes_on(llama: Any) -> None:
     check(llama, ours(llama, cache, "left"))
 
 
+def test_a_window_of_a_layer_is_the_kernels() -> None:
+    """With a cache of transformers that holds more than the window shows."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(2, h, n, 64, generator=generator).half() for h, n in ((4, 1), (1, 9), (1, 9))
+    )
+    for window in (1, 4, 9, 20):
+        module = torch.nn.Module()
+        out, _ = attention(module, q, k, v, None, scaling=0.125, sliding_window=window)
+        seen = (t[:, :, -window:] for t in (k, v))
+        right = torch.nn.functional.scaled_dot_product_attention(
+            q, *seen, scale=0.125, enable_gqa=True
+        )
+        torch.testing.assert_close(out, right.transpose(1, 2), atol=2e-3, rtol=2e-3)
+
+
 def test_a_model_with_windows_has_them_from_transformers() -> None:
     model = make_model("qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=1)
     cache = GqaCache(model.config, ROOM)
@@ -298,7 +314,6 @@ def test_what_would_be_ignored_is_refused(llama: Any, option: dict[str, Any], sa
     ("change", "why"),
     [
         ({"dropout": 0.5}, "dropout"),
-        ({"sliding_window": 8}, "a sliding window"),
         ({"output_attentions": True}, "the attention weights"),
         ({"query": torch.zeros(2, 4, 1, 64)}, "tensors of torch.float32"),
         ({"query": torch.zeros(2, 4, 1, 20).half(), "key": torch.zeros(2, 1, 3, 20).half(),
@@ -306,7 +321,7 @@ def test_what_would_be_ignored_is_refused(llama: Any, option: dict[str, Any], sa
         ({"value": torch.zeros(2, 1, 3, 72).half()}, "different head_dim"),
         ({"query": torch.zeros(2, 4, 1, 64).half().requires_grad_()}, "gradients"),
         ({"s_aux": torch.zeros(4).requires_grad_()}, "gradients"),
-        ({"softcap": 1.0, "sliding_window": 8}, "plain torch: a sliding window"),
+        ({"softcap": 1.0, "position_bias": torch.zeros(4)}, "plain torch: a bias by position"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip

@@ -29,14 +29,15 @@ SHIPPED = set(shipped())
 def test_kernels_ship_for_every_model(model: Model, dtype: DType) -> None:
     assert {
         default_config(
-            Math.TENSOROP, dtype, model.head_dim, model.group_size, 8, schedule, policies_of(model)
+            Math.TENSOROP, dtype, model.head_dim, model.group_size, 8, schedule, policies
         )
         for schedule in Schedule
+        for policies in policies_of(model)
     } <= SHIPPED
 
 
 def test_every_kernel_ships_for_a_model_or_says_why() -> None:
-    models = {(model.head_dim, model.group_size, 8, policies_of(model)) for model in MODELS}
+    models = {(m.head_dim, m.group_size, 8, each) for m in MODELS for each in policies_of(m)}
     proofs = [(dim, group, width, ()) for _, dim, group, widths in PROOFS for width in widths]
     assert models.isdisjoint(proofs) and len(set(proofs)) == len(proofs)
     assert all(why for why, *_ in PROOFS)
@@ -46,20 +47,26 @@ def test_every_kernel_ships_for_a_model_or_says_why() -> None:
 
 
 def test_models_with_features_have_kernels_with_them() -> None:
-    found = {model.name: policies_of(model) for model in MODELS if policies_of(model)}
-    gemma2 = {f"gemma2-{size}": (named("SoftCapped"),) for size in ("2b", "9b", "27b")}
-    gpt_oss = {f"gpt-oss-{size}": (named("SinkInSum"),) for size in ("20b", "120b")}
-    assert found == gemma2 | gpt_oss
+    win, cap, sink = (named(name) for name in ("SlidingWindow", "SoftCapped", "SinkInSum"))
+    expected = {
+        "llama3-8b": {()}, "mistral-7b-v0.1": {(win,), ()}, "gemma3-27b": {(win,), ()},
+        "gemma2-9b": {(win, cap), (cap,)}, "gpt-oss-20b": {(win, sink), (sink,)},
+    }  # fmt: skip
+    found = {model.name: set(policies_of(model)) for model in MODELS}
+    assert {name: found[name] for name in expected} == expected
     with_features = {(c.head_dim, c.group_size, c.policies) for c in SHIPPED if c.policies}
-    cap, sink = (named("SoftCapped"),), (named("SinkInSum"),)
-    assert with_features == {(128, 2, cap), (256, 2, cap), (64, 8, sink)}
+    assert with_features == {
+        (128, 4, (win,)), (256, 4, (win,)), (256, 2, (win,)), (128, 2, (win,)),
+        (256, 2, (win, cap)), (256, 2, (cap,)), (128, 2, (win, cap)), (128, 2, (cap,)),
+        (64, 8, (win, sink)), (64, 8, (sink,)),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 def test_models_are_what_attention_can_be(model: Model) -> None:
     assert model.num_q_heads == model.group_size * model.num_kv_heads
     assert model.source.count("/") == 1
-    assert set(model.needs) <= {"window", "softcap", "sinks"}
+    assert set(model.needs) <= {"window_size", "softcap", "sinks"}
 
 
 def test_models_have_names_of_their_own() -> None:

@@ -42,6 +42,7 @@ class Argument:
         optional: Whether a call may leave it out: its address is then null, unless the call
             allocates it.
         single_token: Whether calls may pass it with a dimension of size 1 behind the first.
+        any_first: Whether calls may pass it without its first dimension, equal for all.
         type_field: The field of `Params` that says which `NumberType` it holds.
         feature: The policy that it belongs to.
     """
@@ -54,6 +55,7 @@ class Argument:
     access: Access = Access.READ
     optional: bool = False
     single_token: bool = False
+    any_first: bool = False
     type_field: str | None = None
     feature: str | None = None
 
@@ -78,7 +80,7 @@ class Table:
 
 _QUERY = ("batch", "num_q_heads", "head_dim")
 _TOKEN = ("batch", "num_kv_heads", "head_dim")
-_CACHE = ("batch", "max_seq_len", "num_kv_heads", "head_dim")
+_CACHE = ("rows", "max_seq_len", "num_kv_heads", "head_dim")
 
 ARGUMENTS = Table(
     rows=(

@@ -10,6 +10,7 @@ from gqa_cutlass.codegen.schema.structs import FLOAT, INT32, INT64, Field, Struc
 
 TENSOR_MAP_BYTES = 128
 TENSOR_MAP_ALIGN = 64
+_MAP_ALIGN_IN_C = 128  # CUtensorMap's since CUDA 13
 
 ROW_STRIDES = Struct(
     cpp="RowStrides",
@@ -79,7 +80,7 @@ PARAMS = Struct(
     c="gqa_params",
     doc="What one launch is told. In the order of first use: the constant cache fetches lines of "
     "64 bytes, and a miss delays the first loads, or waits behind them.",
-    multiple=TENSOR_MAP_ALIGN,  # the maps may follow, and move when it grows
+    multiple=_MAP_ALIGN_IN_C,  # the maps may follow, and move when it grows
     fields=_FIELDS + tuple(field for policy in POLICIES for field in policy.fields),
 )
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from gqa_cutlass.codegen.schema.arguments import ARGUMENTS, Argument, Elements, Table
 from gqa_cutlass.codegen.schema.kinds import Schedule
 from gqa_cutlass.codegen.schema.launch import NumberType
-from gqa_cutlass.codegen.schema.structs import FLOAT, Field, Type, check_distinct, pointer
+from gqa_cutlass.codegen.schema.structs import FLOAT, INT32, Field, Type, check_distinct, pointer
 from gqa_cutlass.errors import ConfigError
 
 
@@ -30,13 +30,16 @@ class Slot:
     contract: tuple[str, ...]
 
 
+ROW = Slot(alias="Row", contract=("row", "is_own"))
 CACHE = Slot(alias="Cache", contract=("Rows", "keys", "values", "new_key", "new_value", "box"))
-MASK = Slot(alias="Mask", contract=("sees", "first_token"))
+START = Slot(alias="Start", contract=("padding", "none"))
+MASK = Slot(alias="Mask", contract=("sees", "first_token", "from_start"))
 LOGIT = Slot(alias="Logit", contract=("operator()",))
+BIAS = Slot(alias="Bias", contract=("operator()",))
 NEW_TOKEN = Slot(alias="NewToken", contract=("load",))
 ELEMENT = Slot(alias="Operands", contract=("key_fragment", "value_fragment", "number"))
 OUTPUT = Slot(alias="Output", contract=("finish",))
-SLOTS = (CACHE, MASK, LOGIT, NEW_TOKEN, ELEMENT, OUTPUT)
+SLOTS = (ROW, CACHE, START, MASK, LOGIT, BIAS, NEW_TOKEN, ELEMENT, OUTPUT)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -52,6 +55,8 @@ class Policy:
         fields: Of the kernel's argument, that it reads.
         arguments: Tensors of a call, that it reads.
         schedules: Those that implement it.
+        prefetches_first_tile: Whether warps may ask for their first tile before they know the
+            length of their sequence.
     """
 
     slot: Slot
@@ -62,6 +67,7 @@ class Policy:
     fields: tuple[Field, ...] = ()
     arguments: tuple[Argument, ...] = ()
     schedules: frozenset[Schedule] = frozenset(Schedule)
+    prefetches_first_tile: bool = True
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
         """Pickle by name, so that another process has its own."""
@@ -72,8 +78,84 @@ class Policy:
 
 
 POLICIES = (
+    Policy(slot=ROW, cpp="OwnRow", header="policy/row_own.cuh"),
+    Policy(
+        slot=ROW,
+        tag="idx",
+        cpp="IndexedRow",
+        header="policy/row_indexed.cuh",
+        feature="cache_batch_idx",
+        fields=(
+            Field(
+                name="cache_batch_idx",
+                type=pointer("int32_t", const=True),
+                doc="[batch], rows of the caches",
+                feature="cache_batch_idx",
+            ),
+            Field(
+                name="cache_rows",
+                type=INT32,
+                doc="how many there are",
+                feature="cache_batch_idx",
+            ),
+        ),
+        arguments=(
+            Argument(
+                name="cache_batch_idx",
+                dims=("batch",),
+                elements=Elements.INT32,
+                field="cache_batch_idx",
+                optional=True,
+                feature="cache_batch_idx",
+            ),
+        ),
+        prefetches_first_tile=False,
+    ),
     Policy(slot=CACHE, cpp="DenseCache", header="policy/cache_dense.cuh"),
+    Policy(slot=START, cpp="FirstRow", header="policy/start_first.cuh"),
+    Policy(
+        slot=START,
+        tag="pad",
+        cpp="LeftPadded",
+        header="policy/start_leftpad.cuh",
+        feature="cache_leftpad",
+        fields=(
+            Field(
+                name="cache_leftpad",
+                type=pointer("int32_t", const=True),
+                doc="[batch], tokens of padding",
+                feature="cache_leftpad",
+            ),
+        ),
+        arguments=(
+            Argument(
+                name="cache_leftpad",
+                dims=("batch",),
+                elements=Elements.INT32,
+                field="cache_leftpad",
+                optional=True,
+                feature="cache_leftpad",
+            ),
+        ),
+        prefetches_first_tile=False,
+    ),
     Policy(slot=MASK, cpp="WholeSequence", header="policy/mask_whole.cuh"),
+    Policy(
+        slot=MASK,
+        tag="win",
+        cpp="SlidingWindow",
+        header="policy/mask_window.cuh",
+        feature="window_size",
+        fields=(
+            Field(
+                name="window_left",
+                type=INT32,
+                doc="tokens seen before the newest",
+                feature="window_size",
+            ),
+        ),
+        prefetches_first_tile=False,
+    ),
     Policy(slot=LOGIT, cpp="Scaled", header="policy/logit_scaled.cuh"),
     Policy(
         slot=LOGIT,
@@ -84,6 +166,39 @@ POLICIES = (
         fields=(
             Field(name="softcap_in", type=FLOAT, doc="softmax_scale / cap", feature="softcap"),
             Field(name="softcap_out", type=FLOAT, doc="cap * log2(e)", feature="softcap"),
+        ),
+    ),
+    Policy(slot=BIAS, cpp="Unbiased", header="policy/bias_none.cuh"),
+    Policy(
+        slot=BIAS,
+        tag="alibi",
+        cpp="Alibi",
+        header="policy/bias_alibi.cuh",
+        feature="alibi_slopes",
+        fields=(
+            Field(
+                name="alibi_slopes",
+                type=pointer("float", const=True),
+                doc="[num_q_heads], or of each sequence",
+                feature="alibi_slopes",
+            ),
+            Field(
+                name="alibi_batch_stride",
+                type=INT32,
+                doc="between sequences, or 0",
+                feature="alibi_slopes",
+            ),
+        ),
+        arguments=(
+            Argument(
+                name="alibi_slopes",
+                dims=("batch", "num_q_heads"),
+                elements=Elements.FLOAT32,
+                field="alibi_slopes",
+                any_first=True,
+                optional=True,
+                feature="alibi_slopes",
+            ),
         ),
     ),
     Policy(slot=NEW_TOKEN, cpp="CopiedToken", header="policy/token_copied.cuh"),

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 from gqa_cutlass.codegen.schema.kinds import DType
 from gqa_cutlass.codegen.schema.policies import Policy
+from gqa_cutlass.codegen.schema.rounding import ceil_div
 from gqa_cutlass.codegen.schema.storage import ELEMENT_BYTES
 
 MAX_BATCH = 65535  # grid z
 MAX_SEQ_LEN = 2**30  # tile arithmetic is 32-bit
 MAX_SPLITS = 1024
+MAX_ROWS = 2**31 - 1  # of caches whose rows are named by an index
 MAX_HEADS = 2**31 - 1  # grid x
 MAX_SCALE = 1e38  # times log2(e) it is still a float32
 VECTOR_WIDTHS = (8, 4, 2, 1)
@@ -31,6 +33,7 @@ class Problem:
         vec_width: Widest access, in elements, that every address allows.
         append: Whether a new token comes with the call.
         policies: What the kernel must have in its slots in place of their defaults.
+        window: Tokens that a query sees, its own the last of them; None for all.
     """
 
     batch_size: int
@@ -42,6 +45,7 @@ class Problem:
     vec_width: int
     append: bool
     policies: tuple[Policy, ...] = ()
+    window: int | None = None
 
     @property
     def group_size(self) -> int:
@@ -49,9 +53,19 @@ class Problem:
         return self.num_q_heads // self.num_kv_heads
 
     @property
+    def reach(self) -> int:
+        """Tokens that are attended to in a full cache."""
+        return self.max_seq_len if self.window is None else min(self.window, self.max_seq_len)
+
+    def tiles(self, block_n: int) -> int:
+        """Tiles of `block_n` tokens that hold them: a window may begin and end within one."""
+        held = ceil_div(self.max_seq_len, block_n)
+        return held if self.window is None else min(held, ceil_div(self.reach - 1, block_n) + 1)
+
+    @property
     def cache_bytes(self) -> int:
-        """Bytes of K and V in full caches."""
-        rows = self.batch_size * self.max_seq_len * self.num_kv_heads
+        """Bytes of K and V that are read of full caches."""
+        rows = self.batch_size * self.reach * self.num_kv_heads
         return 2 * rows * self.head_dim * ELEMENT_BYTES
 
     @property

@@ -29,14 +29,15 @@ class OverflowFlag:
         """Report, once, what a kernel that has finished found.
 
         Raises:
-            CacheOverflowError: The length of a sequence was negative or too large for its cache.
+            CacheOverflowError: The length of a sequence was too large for its cache.
         """
         value = self.word.value
         if value:
             self.word.value = 0
             raise CacheOverflowError(
                 f"gqa_decode: an earlier call found a length in cache_seqlens[{value - 1}] that "
-                "the cache cannot hold: negative, or too large with the new token. That sequence's "
-                "output is NaN and its cache was not written; the other sequences are right. This "
-                "call was not launched: repeat it, with 0 <= cache_seqlens < max_seq_len."
+                "the cache cannot hold, with the new token if there is one (or, in cache_batch_idx "
+                "there, a row that the cache does not have). That sequence's output is NaN and its "
+                "cache was not written; the other sequences are right. This call was not launched: "
+                "repeat it, with cache_seqlens < max_seq_len."
             )

@@ -17,6 +17,7 @@ from gqa_cutlass.codegen.schema.policies import Policy
 from gqa_cutlass.codegen.schema.problem import (
     MAX_BATCH,
     MAX_HEADS,
+    MAX_ROWS,
     MAX_SEQ_LEN,
     VECTOR_WIDTHS,
     Problem,
@@ -24,6 +25,7 @@ from gqa_cutlass.codegen.schema.problem import (
 from gqa_cutlass.errors import shown
 
 DTYPES = {torch.float16: DType.F16, torch.bfloat16: DType.BF16}
+_EXACT = {Elements.FLOAT32: torch.float32, Elements.INT32: torch.int32}
 NUMBER_TYPES = {
     torch.float32: NumberType.FLOAT32,
     torch.float16: NumberType.FLOAT16,
@@ -31,12 +33,13 @@ NUMBER_TYPES = {
 }
 
 
-def problem_of(layout: Layout, policies: tuple[Policy, ...] = ()) -> Problem:
+def problem_of(layout: Layout, policies: tuple[Policy, ...] = (), window_left: int = -1) -> Problem:
     """Check a layout, and name the problem that it poses.
 
     Args:
         layout: What `see` saw.
         policies: What the kernel must have in its slots, which tensors do not say.
+        window_left: Tokens before the newest that are seen; -1 for all.
 
     Raises:
         InputError: A rule is broken; the message says which, what was given and what to do.
@@ -48,12 +51,15 @@ def problem_of(layout: Layout, policies: tuple[Policy, ...] = ()) -> Problem:
         if name != LENGTHS:
             _check_placement(ROWS[name], t, q)
     batch, *_, num_q_heads, head_dim = q.shape
-    _, max_seq_len, num_kv_heads, _ = cache.shape
+    rows, max_seq_len, num_kv_heads, _ = cache.shape
     check_sizes(batch, num_q_heads, num_kv_heads, head_dim, max_seq_len)
     sizes = {
         "batch": batch, "num_q_heads": num_q_heads, "num_kv_heads": num_kv_heads,
         "head_dim": head_dim, "max_seq_len": max_seq_len,
+        "rows": rows if "cache_batch_idx" in layout else batch,
     }  # fmt: skip
+    if not 1 <= sizes["rows"] <= MAX_ROWS:
+        fail("rows of k_cache", shown(rows), f"1 to {MAX_ROWS}")
     for name, t in layout.items():
         if name != LENGTHS:
             _check_shape(ROWS[name], t, sizes)
@@ -71,13 +77,26 @@ def problem_of(layout: Layout, policies: tuple[Policy, ...] = ()) -> Problem:
         dtype=DTYPES[q.dtype],
         vec_width=min([_vector_width(t) for name, t in layout.items() if ROWS[name].stride]),
         append=append,
-        policies=policies,
+        policies=without_idle(policies, max_seq_len, window_left),
+        window=window_left + 1 if 0 <= window_left < max_seq_len - 1 else None,
     )
+
+
+def without_idle(
+    policies: tuple[Policy, ...], max_seq_len: int, window_left: int
+) -> tuple[Policy, ...]:
+    """Policies, but for a window outside of which no cache of this size holds a token."""
+    idle = not 0 <= window_left < max_seq_len - 1
+    return tuple(p for p in policies if not (idle and p.feature == "window_size"))
 
 
 def _check_rank(row: Argument, t: Seen) -> None:
     """One dimension per name in the row, and perhaps one for a single token."""
-    if len(t.shape) == len(row.dims) or row.name == LENGTHS or row.elements is Elements.NUMBER:
+    if (
+        len(row.dims) - row.any_first <= len(t.shape) <= len(row.dims)
+        or row.name == LENGTHS
+        or row.elements is Elements.NUMBER
+    ):
         return
     if not row.single_token:
         fail(row.name, shape_text(t.shape), f"[{', '.join(row.dims)}]")
@@ -92,6 +111,8 @@ def _check_placement(row: Argument, t: Seen, q: Seen) -> None:
         fail("q", str(q.dtype), "torch.float16 or torch.bfloat16; convert with .to(...)")
     if row.elements is Elements.NUMBER and t.dtype not in NUMBER_TYPES:
         fail(row.name, str(t.dtype), ", ".join(map(str, NUMBER_TYPES)))
+    if row.elements in _EXACT and t.dtype != _EXACT[row.elements]:
+        fail(row.name, str(t.dtype), str(_EXACT[row.elements]))
     if row.elements is Elements.ELEMENT and t.dtype != q.dtype:
         fail(row.name, str(t.dtype), f"q's dtype, {q.dtype}")
     if t.device != q.device:
@@ -131,7 +152,7 @@ def _check_shape(row: Argument, t: Seen, sizes: dict[str, int]) -> None:
     shape = list(t.shape)
     if row.single_token and len(shape) > len(row.dims):
         del shape[1]
-    expected = [sizes[dim] for dim in row.dims]
+    expected = [sizes[dim] for dim in row.dims[len(row.dims) - len(shape) :]]
     if shape != expected:
         fail(row.name, shape_text(shape), f"{expected}, from the shapes of q and k_cache")
 

@@ -6,7 +6,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from inspect import Parameter
 from textwrap import dedent, indent
 from typing import Any, TypedDict, TypeVar
@@ -18,9 +18,10 @@ from gqa_cutlass.call.given import Given, Layout, fail
 from gqa_cutlass.call.layout import NUMBER_TYPES
 from gqa_cutlass.codegen.config import KernelConfig
 from gqa_cutlass.codegen.schema.policies import CALL, POLICIES, Policy
-from gqa_cutlass.codegen.schema.problem import MAX_SCALE, MAX_SPLITS
+from gqa_cutlass.codegen.schema.problem import MAX_SCALE, MAX_SEQ_LEN, MAX_SPLITS
 from gqa_cutlass.errors import InputError, shown
 
+NO_WINDOW = -1, -1
 MAX_SOFTCAP = 1e37  # times log2(e), and a scale over it, are still float32
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -40,6 +41,15 @@ class Options(TypedDict, total=False):
         sinks: One more logit per query head, as in gpt-oss: [num_q_heads], float32, float16 or
             bfloat16, contiguous, on q's device. In natural units, neither scaled nor capped; it
             is part of the softmax's denominator, and has no value. None, the default: without.
+        window_size: A sliding window, (left, right): so many tokens to the left of the newest are
+            seen besides it, and no others are read; -1, the default, for all. There is nothing to
+            the right. The `sliding_window=W` of Hugging Face is (W - 1, 0).
+        alibi_slopes: ALiBi: the scaled (and capped) score of a key loses so much per token that it
+            is older than the newest, by query head: float32, [num_q_heads] or
+            [batch, num_q_heads], contiguous, on q's device. None, the default: without.
+        cache_leftpad: Tokens of padding at the start of each sequence's cache, int32 [batch] on q's
+            device, which the host never reads. They are counted in `cache_seqlens`, and not
+            attended to; where there are more of them than tokens, nothing is. Below 0 is none.
         out: Where to write; q's shape and dtype, sharing no memory with an input. None, the
             default: a new tensor.
     """
@@ -49,10 +59,27 @@ class Options(TypedDict, total=False):
     ragged: bool
     softcap: float
     sinks: Tensor | None
+    window_size: tuple[int, int]
+    alibi_slopes: Tensor | None
+    cache_leftpad: Tensor | None
     out: Tensor | None
 
 
-class PlanOptions(Options, total=False):
+class CallOptions(Options, total=False):
+    """What `gqa_decode`, `plan` and `explain` take besides.
+
+    Args:
+        cache_batch_idx: Which row of the caches each sequence has, int32 [batch] on q's device,
+            which the host never reads; the caches may have any number of rows. Sequences that
+            share one must not append to it: what it then holds is undefined. One that names no row
+            counts like a length that does not fit: NaN, nothing is read or written, and a later
+            call raises CacheOverflowError.
+    """
+
+    cache_batch_idx: Tensor | None
+
+
+class PlanOptions(CallOptions, total=False):
     """What `plan` takes besides.
 
     Args:
@@ -78,6 +105,7 @@ class Asked:
     return_lse: bool = False
     ragged: bool = True
     softcap: float = 0  # an int, for torch traces a float as one that may vary
+    window_size: tuple[int, int] = NO_WINDOW
     kernel: KernelConfig | None = None
     dependent: bool = False
 
@@ -131,7 +159,7 @@ def listed(options: Any, *, without: Collection[str] = ()) -> Callable[[_Functio
 def _explained(options: Any) -> dict[str, str]:
     """What the docstrings of options say of each."""
     found: dict[str, str] = {}
-    for kind in (Options, options):
+    for kind in (Options, CallOptions, options):
         _, _, listing = inspect.cleandoc(kind.__doc__ or "").partition("Args:\n")
         for entry in re.split(r"^(?=\S)", dedent(listing), flags=re.MULTILINE):
             found[entry.partition(":")[0]] = entry.rstrip() + "\n"
@@ -171,6 +199,8 @@ def check(call: str, options: Mapping[str, Any], given: Given) -> tuple[Asked, t
         if name not in _taken[call]:
             raise TypeError(f"{call}() got an unexpected keyword argument {name!r}")
     asked = Asked(**options)
+    if asked.window_size is not NO_WINDOW:
+        asked = replace(asked, window_size=check_window(asked.window_size))
     check_options(
         asked.num_splits, asked.softmax_scale, return_lse=asked.return_lse, ragged=asked.ragged,
         dependent=asked.dependent,
@@ -183,6 +213,8 @@ def check(call: str, options: Mapping[str, Any], given: Given) -> tuple[Asked, t
     wanted = [row.feature for row, t in zip(CALL.rows, given, strict=False) if t is not None]
     if check_softcap(asked.softcap, 0):
         wanted.append("softcap")
+    if asked.window_size != NO_WINDOW:
+        wanted.append("window_size")
     return asked, tuple([policy for policy in POLICIES if policy.feature in wanted])
 
 
@@ -224,12 +256,31 @@ def check_softcap(softcap: float, softmax_scale: float) -> float:
     return cap
 
 
+def check_window(window_size: object) -> tuple[int, int]:
+    """A sliding window. There is nothing to the right of the newest token: that side is -1.
+
+    Raises:
+        InputError: Not two ints, or one below -1.
+    """
+    allowed = "two ints, (left, right), each -1 (no end) or more"
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
+        fail("window_size", shown(window_size), allowed)
+    left, right = window_size
+    if type(left) is not int or type(right) is not int or min(left, right) < -1:
+        fail("window_size", shown(window_size), allowed)
+    return (left, -1)
+
+
 def fields_of(asked: Asked, layout: Layout, scale: float) -> dict[str, float]:
     """What features put into the kernel's argument, but addresses, by the names of its fields."""
     found: dict[str, float] = {}
     if cap := check_softcap(asked.softcap, scale):
         found["softcap_in"] = scale / cap
         found["softcap_out"] = cap * math.log2(math.e)
+    found["window_left"] = min(asked.window_size[0], MAX_SEQ_LEN)
+    if slopes := layout.get("alibi_slopes"):
+        found["alibi_batch_stride"] = slopes.shape[-1] if len(slopes.shape) == 2 else 0
+    found["cache_rows"] = layout["k_cache"].shape[0]
     for row in CALL.rows:
         if row.type_field and row.name in layout:
             found[row.type_field] = NUMBER_TYPES[layout[row.name].dtype]

@@ -41,6 +41,10 @@ class LaunchRecord:
         return_lse: Whether the log-sum-exp was asked for.
         softcap: Bound of the scores; 0 for none.
         sinks: Whether each head has a sink.
+        window_size: Tokens seen to the left and to the right of the query's own; -1 for all.
+        alibi: Whether scores fall with the distance.
+        leftpad: Whether sequences have padding before them.
+        batch_idx: Whether an index says which rows of the caches they have.
         workspace_bytes: Of partial outputs and tickets.
         device: The GPU's index, or `cpu`.
         stream: The stream's handle; as text, hexadecimal.
@@ -67,6 +71,10 @@ class LaunchRecord:
     return_lse: bool
     softcap: float
     sinks: bool
+    window_size: tuple[int, int]
+    alibi: bool
+    leftpad: bool
+    batch_idx: bool
     workspace_bytes: int
     device: int | str
     stream: int
@@ -97,6 +105,10 @@ class LaunchRecord:
             return_lse=plan.return_lse,
             softcap=float(plan.task.asked.softcap),
             sinks="sinks" in plan.task.layout,
+            window_size=plan.task.asked.window_size,
+            alibi="alibi_slopes" in plan.task.layout,
+            leftpad="cache_leftpad" in plan.task.layout,
+            batch_idx="cache_batch_idx" in plan.task.layout,
             workspace_bytes=chosen.workspace_bytes,
             device=device,
             stream=stream,

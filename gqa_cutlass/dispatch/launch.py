@@ -139,9 +139,24 @@ def dispatch(
         early=early and not spare,
         overlap=overlap,
         reasons=tuple(
-            filter(None, (why_config, splits.why, _BALANCED if spare else "", why_overlap))
+            filter(
+                None,
+                (
+                    why_config,
+                    _windowed(problem),
+                    splits.why,
+                    _BALANCED if spare else "",
+                    why_overlap,
+                ),
+            )  # fmt: skip
         ),
     )
+
+
+def _windowed(problem: Problem) -> str:
+    if problem.window is None:
+        return ""
+    return f"a window of {problem.window} of at most {problem.max_seq_len} tokens"
 
 
 def _check_fits(kernel: KernelConfig, problem: Problem, device: Device) -> None:
@@ -209,13 +224,13 @@ def _choose_schedule(problem: Problem, device: Device, ragged: bool) -> tuple[Sc
     limit = model.tma_mib if whole_boxes else model.tma_mib_partial_boxes
     mib = problem.cache_mib
     heads = problem.num_kv_heads * problem.batch_size
-    alone = problem.max_seq_len <= tma.block_n * tma.num_warps  # one block's warps at once
+    alone = problem.tiles(tma.block_n) <= tma.num_warps  # one block's warps at once
     if mib <= limit and heads <= model.tma_heads and not alone:
         return Schedule.TMA, f"{mib:.1f} MiB, at most {limit}; few heads"
     equal = problem.batch_size == 1 or not ragged
     if mib > limit and whole_boxes and heads <= model.tma_large_heads and equal:
         return Schedule.TMA, f"{mib:.1f} MiB of at most {model.tma_large_heads} heads, not ragged"
-    return Schedule.MULTISTAGE, f"{mib:.1f} MiB of {problem.max_seq_len} tokens"
+    return Schedule.MULTISTAGE, f"{mib:.1f} MiB of {problem.reach} tokens"
 
 
 def _may_be_early(problem: Problem, config: KernelConfig, device: Device) -> bool:
@@ -226,7 +241,11 @@ def _may_be_early(problem: Problem, config: KernelConfig, device: Device) -> boo
     """
     model = MODELS[device.arch.name]
     limit = model.tma_mib if config.tma else model.early_mib
-    return config.vec_width >= SMALLEST_COPY and problem.cache_mib <= limit
+    return (
+        config.vec_width >= SMALLEST_COPY
+        and problem.cache_mib <= limit
+        and all(policy.prefetches_first_tile for policy in problem.policies)
+    )
 
 
 def _choose_overlap(

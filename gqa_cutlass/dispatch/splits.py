@@ -40,7 +40,7 @@ def choose_clusters(problem: Problem, config: KernelConfig, device: Device) -> S
     """
     model = MODELS[device.arch.name]
     heads = problem.num_kv_heads * config.head_blocks * problem.batch_size
-    tiles = ceil_div(problem.max_seq_len, config.block_n)
+    tiles = problem.tiles(config.block_n)
     if problem.cache_mib > model.tma_mib:
         return _fill_with_clusters(heads, tiles, config, device)
     wanted = max(2, ceil_div(model.tma_blocks, heads))
@@ -84,7 +84,7 @@ def choose_splits(problem: Problem, config: KernelConfig, device: Device) -> tup
     itself uses fewer for sequences that are too short for so many.)
     """
     blocks = problem.num_kv_heads * config.head_blocks * problem.batch_size
-    tiles = ceil_div(problem.max_seq_len, config.block_n)
+    tiles = problem.tiles(config.block_n)
     slots = device.num_sms * config.blocks_per_sm(device.arch)
     most = max(1, min(ceil_div(tiles, config.num_warps), slots // blocks))
     costs = {
@@ -140,7 +140,7 @@ def spare_rows(problem: Problem, config: KernelConfig, device: Device) -> int:
     worth_it = (
         not config.tma
         and 2 <= problem.batch_size <= model.balanced_batch
-        and model.balanced_tokens <= problem.max_seq_len <= MOST_TILES // problem.batch_size
+        and model.balanced_tokens <= problem.reach <= MOST_TILES // problem.batch_size
         and rounds <= model.balanced_rounds
     )
     return (1 if rounds == 1 else 3) if worth_it else 0

@@ -37,11 +37,11 @@ __all__ = ["NAME", "GqaCache", "attention", "mask", "register"]
 LOG = logging.getLogger("gqa_cutlass")
 
 # What a model asks its attention for, beyond the ordinary, by the name of the argument. A feature
-# that the kernels learn moves to `FEATURES`, which has its name in `gqa_decode`.
+# that the kernels learn moves to `FEATURES`, which has its name in `gqa_decode`; windows, to
+# `_features`.
 FEATURES = {"softcap": "softcap", "s_aux": "sinks"}
 SDPA_IGNORES = {"head_mask": "a mask of heads"}
 SDPA_TAKES = {
-    "sliding_window": "a sliding window",
     "position_bias": "a bias by position",
     "output_attentions": "the attention weights as a result",
 }
@@ -169,11 +169,16 @@ def _why_not(
         (value.shape[-1] != query.shape[-1], "keys and values of different head_dim"),
         (rest > 0 or group > MAX_GROUP_SIZE, f"{query.shape[1]} heads on {key.shape[1]}"),
         (torch.is_grad_enabled() and len(learn) > 0, "gradients"),
-        *((options.get(name) not in (None, False), what) for name, what in SDPA_TAKES.items()),
+        *((_is_asked(options.get(name)), what) for name, what in SDPA_TAKES.items()),
     ):
         if wrong:
             return why
     return None
+
+
+def _is_asked(option: object) -> bool:
+    """Whether an option is on; a tensor is, whatever it holds."""
+    return option is not None and option is not False
 
 
 def _with_our_cache(
@@ -187,9 +192,10 @@ def _with_our_cache(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Append what is pending, and attend."""
-    for name in ("sliding_window", "position_bias"):
+    refused = {"sliding_window": "a sliding window", "position_bias": SDPA_TAKES["position_bias"]}
+    for name, what in refused.items():
         if options.get(name) is not None:
-            _refuse(SDPA_TAKES[name], "models without; use transformers' StaticCache")
+            _refuse(what, "models without; use transformers' StaticCache")
     seen = None  # tokens that each sequence may see
     if attention_mask is not None and attention_mask.dtype == torch.int32:
         seen, attention_mask = attention_mask.flatten(), None
@@ -206,7 +212,12 @@ def _with_our_cache(
 
 def _features(options: Mapping[str, Any]) -> dict[str, Any]:
     """What the model asks for that kernels can do, as options of `gqa_decode`."""
-    return {ours: options[name] for name, ours in FEATURES.items() if options.get(name) is not None}
+    asked = {
+        ours: options[name] for name, ours in FEATURES.items() if options.get(name) is not None
+    }
+    if options.get("sliding_window") is not None:  # which counts the query's own token
+        asked["window_size"] = options["sliding_window"] - 1, 0
+    return asked
 
 
 def _decode(

@@ -50,10 +50,15 @@ def attend(
     *,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    alibi_slopes: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Textbook attention, every step in `dtype`: softmax(scale q k^T) v and its log-sum-exp.
 
-    Scores are capped, then masked, then joined by the sinks, which have no value.
+    Scores are capped, then biased, then masked, then joined by the sinks, which have no value. The
+    query is that of the last token.
 
     Args:
         q: [batch, num_q_heads, head_dim].
@@ -64,6 +69,10 @@ def attend(
         dtype: Of every step.
         softcap: Bound of the scores; 0 for none.
         sinks: One more logit per query head, [num_q_heads], or None.
+        window_size: Tokens seen to the left and to the right of the last; -1 for all.
+        alibi_slopes: What a score loses per token of distance, [num_q_heads], or of each sequence.
+        cache_leftpad: Tokens that each sequence begins with and that are none of it, [batch].
+        cache_batch_idx: The row of k and v that each sequence has, [batch].
 
     Returns:
         The output, [batch, num_q_heads, head_dim], and the log-sum-exp, [batch, num_q_heads].
@@ -72,16 +81,24 @@ def attend(
     num_kv_heads = k.shape[2]
     outs, lses = [], []
     for b in range(batch):
+        first = 0 if window_size[0] < 0 else max(0, lengths[b] - 1 - window_size[0])
+        if cache_leftpad is not None:
+            first = min(max(first, int(cache_leftpad[b])), lengths[b])
+        row = b if cache_batch_idx is None else int(cache_batch_idx[b])
         grouped = q[b].to(dtype).view(num_kv_heads, -1, head_dim)
-        keys = k[b, : lengths[b]].to(dtype).permute(1, 2, 0)
-        values = v[b, : lengths[b]].to(dtype).permute(1, 0, 2)
+        keys = k[row, first : lengths[b]].to(dtype).permute(1, 2, 0)
+        values = v[row, first : lengths[b]].to(dtype).permute(1, 0, 2)
         scores = (grouped @ keys) * scale
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
+        if alibi_slopes is not None:
+            slopes = alibi_slopes.expand(batch, -1)[b].to(dtype).view(num_kv_heads, -1, 1)
+            age = torch.arange(first, lengths[b], device=q.device).flip(0) - first
+            scores = scores - slopes * age
         if sinks is not None:
             sink = sinks.to(dtype).view(num_kv_heads, -1, 1)
             scores = torch.cat((scores, sink), dim=-1)
-        weights = torch.softmax(scores, dim=-1)[..., : lengths[b]]
+        weights = torch.softmax(scores, dim=-1)[..., : keys.shape[-1]]
         outs.append((weights @ values).view(num_q_heads, head_dim))
         lses.append(torch.logsumexp(scores, dim=-1).view(num_q_heads))
     return torch.stack(outs), torch.stack(lses)

@@ -35,6 +35,10 @@ class _Asked(TypedDict, total=False):
 
     softcap: float
     sinks: Tensor
+    window_size: tuple[int, int]
+    alibi_slopes: Tensor
+    cache_leftpad: Tensor
+    cache_batch_idx: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +117,7 @@ def _run(
 ) -> SimRun:
     """Run it; sizes are checked."""
     q, k_cache, v_cache, k, v = _step(config, cache_len + 1, batch, kv_heads)
-    asked = _features(config, q.shape[1])
+    asked = _features(config, batch, q.shape[1], cache_len + 1)
     made = plan(
         q, k_cache, v_cache, k, v, cache_seqlens=cache_len, num_splits=num_splits,
         return_lse=True, kernel=config, **asked,
@@ -139,7 +143,7 @@ def _run(
         error_torch=found.max_torch,
         lse_error=(lse.double() - exact_lse).abs().max().item(),
         appended=same_bits(k_cache[:, -1], k) and same_bits(v_cache[:, -1], v),
-        least_bytes=2 * (2 * k_cache.numel() + q.numel()),
+        least_bytes=made.problem.cache_bytes + q.nbytes,
     )
 
 
@@ -155,12 +159,20 @@ def _step(config: KernelConfig, tokens: int, batch: int, kv_heads: int) -> tuple
     )
 
 
-def _features(config: KernelConfig, heads: int) -> _Asked:
-    """Options that ask for what the kernel has: a cap that bends scores, sinks of some weight."""
+def _features(config: KernelConfig, batch: int, heads: int, tokens: int) -> _Asked:
+    """Options that ask for what the kernel has, such that it makes a difference."""
     wanted = {policy.feature for policy in config.policies}
     asked: _Asked = {}
     if "softcap" in wanted:
         asked["softcap"] = 1.5
     if "sinks" in wanted:
         asked["sinks"] = torch.linspace(-2, 7, heads)
+    if "window_size" in wanted:
+        asked["window_size"] = max(tokens // 2 - 1, 0), 0
+    if "alibi_slopes" in wanted:
+        asked["alibi_slopes"] = torch.linspace(0, 0.3, heads)
+    if "cache_leftpad" in wanted:
+        asked["cache_leftpad"] = torch.full((batch,), 2 * tokens // 3, dtype=torch.int32)
+    if "cache_batch_idx" in wanted:
+        asked["cache_batch_idx"] = torch.arange(batch, dtype=torch.int32)
     return asked

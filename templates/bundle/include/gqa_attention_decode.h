@@ -109,11 +109,13 @@ GQA_API gqa_status gqa_attention_decode(void* output, void const* q, void const*
 // The same for sequences of different lengths, which stay on the device: config->cache_len is
 // ignored.
 //
-//   cache_seqlens  int32 [batch_size] in device memory, tokens in each cache before the step
+//   cache_seqlens  int32 [batch_size] in device memory, tokens in each cache before the step; one
+//                  that is negative makes its sequence inactive: its cache is neither read nor
+//                  written, and its output is zero
 //   overflow       int32 [1] that the device can write (mapped host memory will do): receives
-//                  1 + the index of a sequence that the new token does not fit into, or whose
-//                  length is negative, and is left alone when there is none. That sequence's output
-//                  is NaN and its cache is untouched; the others are right.
+//                  1 + the index of a sequence that the new token does not fit into, and is left
+//                  alone when there is none. That sequence's output is NaN and its cache is
+//                  untouched; the others are right.
 GQA_API gqa_status gqa_attention_decode_ragged(void* output, void const* q, void const* k,
                                                void const* v, void* kv_cache_k, void* kv_cache_v,
                                                int32_t const* cache_seqlens, int32_t* overflow,

@@ -66,7 +66,7 @@ pub fn decode<T: Element>(
 ///
 /// As [`decode`], but the tokens in each cache come from `cache_seqlens`, `[batch_size]`, and
 /// `config.cache_len` is ignored. `overflow`, one element, receives 1 + the index of a sequence that
-/// the new token does not fit into, or whose length is negative, and is left alone when all fit. That
+/// the new token does not fit into, and is left alone when all fit. That
 /// sequence's output is NaN and its cache is untouched; the others are right.
 ///
 /// # Errors

@@ -130,7 +130,8 @@ void gqa_log_launch(GQADecodeConfig const* config, gqa_tensors const* t, gqa_dis
            "launch kernel=%s grid=%u,%u,%u cluster=1,%u,1 block=%u shared_bytes=%u num_splits=%d "
            "num_stages=%d dependent=False batch_size=%d num_q_heads=%d num_kv_heads=%d "
            "group_size=%d head_dim=%d max_seq_len=%d dtype=%s append=True cache_seqlens=%s "
-           "softmax_scale=%.9g return_lse=False softcap=0.0 sinks=False workspace_bytes=%zu "
+           "softmax_scale=%.9g return_lse=False softcap=0.0 sinks=False "
+           "window_size=-1,-1 alibi=False leftpad=False batch_idx=False workspace_bytes=%zu "
            "device=%d stream=0x%llx",
            chosen->kernel->name, chosen->grid[0], chosen->grid[1], chosen->grid[2], chosen->cluster,
            chosen->block, chosen->shared_bytes, chosen->num_splits, chosen->num_stages,

@@ -44,14 +44,21 @@ typedef struct gqa_params {
   gqa_cache_strides k_cache_stride;
   gqa_cache_strides v_cache_stride;
   gqa_row_strides out_stride;
-  float* lse;          // [batch, num_q_heads] contiguous, or null
-  float* partials;     // workspace of the split merge, null when num_splits == 1
-  uint32_t* tickets;   // one zero per merge; zero again afterwards
-  int32_t* status;     // receives 1 + index of a sequence whose length is not allowed
-  float softcap_in;    // softcap: softmax_scale / cap
-  float softcap_out;   // softcap: cap * log2(e)
-  void const* sinks;   // sinks: [num_q_heads] contiguous
-  int32_t sinks_type;  // sinks: what they are
+  float* lse;                      // [batch, num_q_heads] contiguous, or null
+  float* partials;                 // workspace of the split merge, null when num_splits == 1
+  uint32_t* tickets;               // one zero per merge; zero again afterwards
+  int32_t* status;                 // receives 1 + index of a sequence whose length is not allowed
+  int32_t const* cache_batch_idx;  // cache_batch_idx: [batch], rows of the caches
+  int32_t cache_rows;              // cache_batch_idx: how many there are
+  int32_t const* cache_leftpad;    // cache_leftpad: [batch], tokens of padding
+  int32_t window_left;             // window_size: tokens seen before the newest
+  float softcap_in;                // softcap: softmax_scale / cap
+  float softcap_out;               // softcap: cap * log2(e)
+  float const* alibi_slopes;       // alibi_slopes: [num_q_heads], or of each sequence
+  int32_t alibi_batch_stride;      // alibi_slopes: between sequences, or 0
+  void const* sinks;               // sinks: [num_q_heads] contiguous
+  int32_t sinks_type;              // sinks: what they are
+  unsigned char reserved[80];
 } gqa_params;
 
 // What a kernel of the TMA schedule is told. The maps are those of K and V, swizzled by 128 bytes.

@@ -3,16 +3,25 @@
 // A generated file names all of them. Both schedules and the append ask them, and nothing else, for
 // what features change; codegen/schema/policies.py lists what each must define.
 //
-//   Cache     where rows lie.        Rows keys(p, batch), values(p, batch): Rows{}(token) is a
-//   row's
-//                                    address. Box box(tile): a tile's coordinates in a tensor map.
+//   Row       which row of the       int row(p, batch): below zero if there is no such row. bool
+//             cache holds a          is_own(): whether it is always that of the same number.
+//             sequence.
+//   Cache     where tokens lie.      Rows keys(p, row), values(p, row): Rows{}(token) is where a
+//                                    token's lies. Box box(tile): a tile's coordinates in a tensor
+//                                    map, of this block's sequence and its own row.
+//   Start     where a sequence       int padding(p, batch): tokens before it, which are none of it
+//             begins.                and are not read. bool none(): whether it is always 0.
 //   Mask      what is attended to.   bool sees(Position). int first_token(p, batch, num_tokens):
-//                                    none before it is seen; at most num_tokens.
-//   Logit     what a product counts. float operator()(dot, head, Position), in units of log2.
+//                                    none before it is seen or read; below num_tokens, or 0. bool
+//                                    from_start(): whether it is always 0, so that first tiles may
+//                                    be asked for before the length is known.
+//   Logit     what a product counts. float operator()(dot, head, Position), in units of log2. The
+//                                    head is counted among those of the lane.
+//   Bias      what is added to it.   float operator()(logit, head, Position), likewise. Made once,
+//                                    of p and work: it may load what it needs.
 //   NewToken  what is appended.      load(p, work, key, value): the rows of this block's KV head.
-//   Operands  what is multiplied.    key_fragment, value_fragment: 16 bytes per lane of a tile as
-//   the
-//                                    MMA takes them. number: an element on CUDA cores.
+//   Operands  what is multiplied.    key_fragment, value_fragment: 16 bytes per lane of a tile, as
+//                                    the MMA takes them. number: an element on CUDA cores.
 //   Output    what else is divided   finish(p, work, head, merged): called once per output, when
 //             by.                    everything has been merged.
 #pragma once
@@ -44,16 +53,30 @@ template <class T>
 struct Work;
 
 template <class T>
+using RowOf = typename T::template Row<T>;
+template <class T>
 using CacheOf = typename T::template Cache<T>;
+template <class T>
+using StartOf = typename T::template Start<T>;
 template <class T>
 using MaskOf = typename T::template Mask<T>;
 template <class T>
 using LogitOf = typename T::template Logit<T>;
+template <class T>
+using BiasOf = typename T::template Bias<T>;
 template <class T>
 using NewTokenOf = typename T::template NewToken<T>;
 template <class T>
 using OperandsOf = typename T::template Operands<T>;
 template <class T>
 using OutputOf = typename T::template Output<T>;
+
+// Whether every token that a sequence has before the newest is seen.
+template <class T>
+constexpr bool kSeesFirstToken = MaskOf<T>::from_start() && StartOf<T>::none();
+
+// Whether tiles are known by their numbers, before lengths and the like are.
+template <class T>
+constexpr bool kKnowsTiles = kSeesFirstToken<T> && RowOf<T>::is_own();
 
 }  // namespace gqa

@@ -15,13 +15,15 @@ struct TileEnd {
 template <class T>
 struct Logits {
   LogitOf<T> logit;
+  BiasOf<T> bias;
   MaskOf<T> mask;
 
-  CUTE_DEVICE explicit Logits(Params const& p) : logit(p), mask(p) {}
+  CUTE_DEVICE Logits(Params const& p, Work<T> const& w) : Logits(p, BiasOf<T>(p, w)) {}
+  CUTE_DEVICE Logits(Params const& p, BiasOf<T> const& b) : logit(p), bias(b), mask(p) {}
 
-  // Of one key; `head` counts the block's.
+  // Of one key; `head` counts the lane's.
   CUTE_DEVICE float operator()(float dot, int head, Position at) const {
-    float const s = logit(dot, head, at);
+    float const s = bias(logit(dot, head, at), head, at);
     return mask.sees(at) ? s : -kInfinity;
   }
 };

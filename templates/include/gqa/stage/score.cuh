@@ -79,7 +79,7 @@ struct Scorer<T, Math::kTensorOp> {
   }
 
   // Scores of the new token's key in shared memory, [head]. It stands in all 16 rows of the MMA.
-  CUTE_DEVICE void score_one(Element const* key, LogitOf<T> const& logit,
+  CUTE_DEVICE void score_one(Element const* key, Logits<T> const& logit,
                              float (&scores)[T::kBlockH]) const {
     int const lane = threadIdx.x % kWarpSize;
     float sum[2][kHeadTiles][4] = {};
@@ -129,7 +129,7 @@ struct Scorer<T, Math::kSimt> {
     __syncthreads();
   }
 
-  CUTE_DEVICE static int token() { return int(threadIdx.x) % kWarpSize % T::kBlockN; }
+  CUTE_DEVICE static int token(int = 0) { return int(threadIdx.x) % kWarpSize % T::kBlockN; }
 
   CUTE_DEVICE void operator()(typename T::Element const* keys, TileEnd end, Logits<T> const& logit,
                               float (&scores)[T::kLaneHeads][T::kLaneTokens]) const {
@@ -170,5 +170,21 @@ struct Scorer<T, Math::kSimt> {
     }
   }
 };
+
+// Takes tokens out of a tile's scores that are none of the sequence, padding before it.
+template <class T>
+CUTE_DEVICE void hide_padding(Work<T> const& w, int tile,
+                              float (&scores)[T::kLaneHeads][T::kLaneTokens]) {
+  if constexpr (!StartOf<T>::none()) {
+    int const first = w.padding - tile * T::kBlockN;
+    if (first <= 0) return;
+    CUTE_UNROLL
+    for (int t = 0; t < T::kLaneTokens; ++t) {
+      bool const hidden = Scorer<T>::token(t) < first;
+      CUTE_UNROLL
+      for (int h = 0; h < T::kLaneHeads; ++h) scores[h][t] = hidden ? -kInfinity : scores[h][t];
+    }
+  }
+}
 
 }  // namespace gqa

@@ -21,11 +21,15 @@ struct Work {
   int num_cached;  // tokens in the cache before the call
   int num_tokens;  // tokens attended: cached ones and the new one
   int num_tiles;   // the new token is in the last one; not so with TMA, which reads the cache alone
-  int start_tile;  // the first tile of which the mask lets anything be seen
-  int num_splits;  // splits that have tiles; the others have nothing to do
-  int first_part;  // number of the sequence's first split among those of the batch
-  bool valid;      // the length is one that the cache can hold; if not, it counts as zero
-  bool appends;    // there is a new token, and room for it
+  int indexed_row;  // row of the cache, if it is not that of the sequence's number
+  int padding;      // tokens before the sequence, if it may have any
+  int first_token;  // of those that may be seen: none before it is read
+  int start_tile;   // its tile
+  int num_splits;   // splits that have tiles; the others have nothing to do
+  int first_part;   // number of the sequence's first split among those of the batch
+  bool valid;    // the cache can hold the length; if not, or if there is no such row, it counts as
+                 // zero. Below zero, too: then the row is inactive
+  bool appends;  // there is a new token, and room for it
 
   // threadIdx.y is zero, but the compiler does not know: it would move a value that is the same in
   // all threads to a uniform register as soon as it is loaded, and wait for it there.
@@ -39,10 +43,13 @@ struct Work {
         head_block(blockIdx.x % T::kHeadBlocks),
         split(blockIdx.y),
         first_part(blockIdx.z * gridDim.y) {
-    set_length(p, length);
+    set_length(p, batch, length);
     num_splits = useful_splits(p.num_splits);
     if (!T::kTma && int(gridDim.y) > p.num_splits) balance(p);
   }
+
+  // The row of the cache that holds the sequence.
+  CUTE_DEVICE int cache_row() const { return RowOf<T>::is_own() ? batch : indexed_row; }
 
   // First tile of this warp, and the distance to its next.
   CUTE_DEVICE int first_tile(int warp) const { return start_tile + split * T::kNumWarps + warp; }
@@ -73,14 +80,25 @@ struct Work {
   CUTE_DEVICE static int64_t num_partials() { return int64_t(gridDim.x) * gridDim.y * gridDim.z; }
 
  private:
-  CUTE_DEVICE void set_length(Params const& p, int length) {
+  CUTE_DEVICE void set_length(Params const& p, int sequence, int length) {
     bool const append = p.k_new != nullptr;
-    valid = length >= 0 && length <= p.max_seq_len - append;
-    appends = valid && append;
-    num_cached = valid ? length : 0;
+    valid = length <= p.max_seq_len - append;
+    if constexpr (!RowOf<T>::is_own()) {
+      indexed_row = RowOf<T>::row(p, sequence);
+      valid = valid && (indexed_row >= 0 || length < 0);
+    }
+    bool const active = valid && length >= 0;
+    appends = active && append;
+    num_cached = active ? length : 0;
     num_tokens = num_cached + appends;
     num_tiles = ceil_div(T::kTma ? num_cached : num_tokens, T::kBlockN);
-    start_tile = MaskOf<T>::first_token(p, batch, num_tokens) / T::kBlockN;
+    first_token = MaskOf<T>::first_token(p, sequence, num_tokens);
+    start_tile = first_token / T::kBlockN;
+    if constexpr (!StartOf<T>::none()) {  // the last tile is walked even if nothing in it is seen
+      padding = StartOf<T>::padding(p, sequence);
+      first_token = max(first_token, padding);
+      start_tile = min(first_token, num_tokens > 0 ? num_tokens - 1 : 0) / T::kBlockN;
+    }
   }
 
   // No more splits than leave every warp a tile.
@@ -96,7 +114,7 @@ struct Work {
     int total = 0;
     int longest = 0;
     for (int b = lane; b < num_sequences; b += kWarpSize) {
-      set_length(p, p.seqlens[b]);
+      set_length(p, b, p.seqlens[b]);
       total += num_walked_tiles();
       longest = num_walked_tiles() > longest ? num_walked_tiles() : longest;
     }
@@ -118,7 +136,7 @@ struct Work {
     first_part = part - split;
     num_splits = 0;
     if (batch >= int(gridDim.z)) return;
-    set_length(p, p.seqlens[batch]);
+    set_length(p, batch, p.seqlens[batch]);
     num_splits = useful_splits(p.num_splits);
   }
 
@@ -132,7 +150,7 @@ struct Work {
     for (int first = 0; first < int(gridDim.z); first += kWarpSize) {
       bool const exists = first + lane < int(gridDim.z);
       int const length = exists ? p.seqlens[first + lane] : 0;
-      set_length(p, length);
+      set_length(p, exists ? first + lane : 0, length);
       int const splits = !exists                   ? 0
                          : num_walked_tiles() == 0 ? 1
                                                    : ceil_div(num_walked_tiles(), share);
@@ -149,7 +167,7 @@ struct Work {
         num_splits = __shfl_sync(0xffffffffu, splits, owner);
         first_part += __shfl_sync(0xffffffffu, end, owner) - num_splits;
         split = part - first_part;
-        set_length(p, __shfl_sync(0xffffffffu, length, owner));
+        set_length(p, batch, __shfl_sync(0xffffffffu, length, owner));
         return;
       }
       first_part += __shfl_sync(0xffffffffu, end, kWarpSize - 1);

@@ -34,7 +34,7 @@ CUTE_DEVICE void attend(Params const& p, Work<T> const& w, SharedStorage<T>& sha
   int const warp = threadIdx.x / kWarpSize;
   ring.fill(p, w, w.first_tile(warp));
   Scorer<T> const score(p, w, shared);
-  Logits<T> const logits(p);
+  Logits<T> const logits(p, w);
   OnlineSoftmax<T> softmax;
   Accumulator<T> acc(shared);
   CUTE_NO_UNROLL
@@ -50,6 +50,7 @@ CUTE_DEVICE void attend(Params const& p, Work<T> const& w, SharedStorage<T>& sha
       if (w.head_block == 0) token.append(p, w);
     }
     score(keys, {left, left - 1}, logits, scores);
+    hide_padding<T>(w, tile, scores);
     ring.refill_keys(w, tile);
     softmax.update(scores, [&](auto const& factor) { acc.rescale(factor); });
     auto* values = ring.wait_values();

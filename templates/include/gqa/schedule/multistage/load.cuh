@@ -2,8 +2,9 @@
 //
 // Every warp owns kNumStages slots for K and as many for V and fills them with cp.async, so no warp
 // ever waits for another one. The new token is never read through the cache that this very launch
-// writes: its row of a tile is put there when the tile has arrived. Rows past the end of the cached
-// tokens are filled with zeros (their probability is zero, and zero times NaN would not be).
+// writes: its row of a tile is put there when the tile has arrived. Rows that are not seen, past
+// the end of the cached tokens for one, are not read but filled with zeros (their probability is
+// zero, and zero times NaN would not be).
 #pragma once
 
 #include <cute/arch/copy_sm80.hpp>
@@ -41,11 +42,11 @@ struct RowSource {
     }
   }
 
-  // Copies a tile: rows before `end`, and zeros behind them. All lanes take part.
+  // Copies a tile: rows from `first` to `end`, and zeros in place of others. All lanes take part.
   //
   // Every instruction of the warp copies whole rows, as many as fit into it, and the last lanes
   // idle where head_dim is no power of two: rows cut in two would ask for the same lines twice.
-  CUTE_DEVICE void copy_tile(int tile, int end, typename T::Element* target) const {
+  CUTE_DEVICE void copy_tile(int tile, int first, int end, typename T::Element* target) const {
     constexpr int kVecs = T::kHeadDim / T::kVecWidth;
     constexpr int kLanes = kVecs < kWarpSize ? kVecs : kWarpSize;  // lanes per row
     constexpr int kRows = kWarpSize / kLanes;
@@ -62,7 +63,7 @@ struct RowSource {
            dim += kLanes * T::kVecWidth) {
         copy_or_zero(reinterpret_cast<Vector<T> const*>(source + dim),
                      reinterpret_cast<Vector<T>*>(target + typename T::TileLayout{}(at, dim)),
-                     token < end, policy);
+                     token < end && (kSeesFirstToken<T> || token >= first), policy);
       }
     }
   }
@@ -80,7 +81,7 @@ class TileRing {
       : keys_(CacheOf<T>::keys(p, blockIdx.z)),
         values_(CacheOf<T>::values(p, blockIdx.z)),
         slots_(reinterpret_cast<Element*>(storage)),
-        early_(first_tile * T::kBlockN < p.prefetch_limit) {
+        early_(kKnowsTiles<T> && first_tile * T::kBlockN < p.prefetch_limit) {
     if constexpr (T::kHeadDim != T::kHeadDimPadded) clear_padding();
   }
 
@@ -103,8 +104,8 @@ class TileRing {
   // Asks for the other tiles that have a slot.
   CUTE_DEVICE void fill(Params const& p, Work<T> const& w, int first_tile) {
     if (!early_) {
-      keys_ = RowSource<T>(CacheOf<T>::keys(p, w.batch));  // which balancing may change
-      values_ = RowSource<T>(CacheOf<T>::values(p, w.batch));
+      keys_ = RowSource<T>(CacheOf<T>::keys(p, w.cache_row()));  // which balancing may change
+      values_ = RowSource<T>(CacheOf<T>::values(p, w.cache_row()));
       load_both_if(first_tile, w, 0);
     }
     CUTE_UNROLL
@@ -142,9 +143,9 @@ class TileRing {
 
  private:
   CUTE_DEVICE void load_both(int tile, int end, int stage) {
-    keys_.copy_tile(tile, end, key_slot(stage));
+    keys_.copy_tile(tile, 0, end, key_slot(stage));
     cute::cp_async_fence();
-    values_.copy_tile(tile, end, value_slot(stage));
+    values_.copy_tile(tile, 0, end, value_slot(stage));
     cute::cp_async_fence();
   }
   CUTE_DEVICE void load_both_if(int tile, Work<T> const& w, int stage) {
@@ -155,7 +156,7 @@ class TileRing {
   // Copies a tile if there is one, and commits it as one group of cp.async.
   CUTE_DEVICE static void load_if(RowSource<T> const& rows, int tile, Work<T> const& w,
                                   Element* slot) {
-    if (tile < w.num_tiles) rows.copy_tile(tile, w.num_cached, slot);
+    if (tile < w.num_tiles) rows.copy_tile(tile, w.first_token, w.num_cached, slot);
     cute::cp_async_fence();
   }
 

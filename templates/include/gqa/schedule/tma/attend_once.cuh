@@ -123,7 +123,8 @@ CUTE_DEVICE void attend_once(TmaParams const& p, ClusterWork<T> const& w, Cluste
     for (int t = 0; t < T::kLaneTokens; ++t) scores[h][t] = -kInfinity;
   }
   if (left > 0) {
-    score(ring.wait_keys(), {left, left - 1 + w.appends}, Logits<T>(p.decode), scores);
+    score(ring.wait_keys(), {left, left - 1 + w.appends}, Logits<T>(p.decode, w), scores);
+    hide_padding<T>(w, w.first_tile(warp), scores);
   }
   softmax_over_block<T>(scores, max, sum, shared);
   store_probability<T>(scores, shared);
@@ -132,6 +133,7 @@ CUTE_DEVICE void attend_once(TmaParams const& p, ClusterWork<T> const& w, Cluste
   if (left > 0) {
     typename T::Element* values = ring.wait_values();
     if (left < T::kBlockN) clear_rows<T>(values, left);
+    clear_hidden_rows<T>(w, w.first_tile(warp), values);
   } else {
     ring.drain();
   }

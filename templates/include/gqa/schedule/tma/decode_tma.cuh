@@ -23,13 +23,15 @@ CUTE_DEVICE void attend_many(TmaParams const& p, ClusterWork<T> const& w, Cluste
                              TmaRing<T>& ring, Scorer<T> const& score,
                              Exchange<T> const& exchange) {
   int const warp = threadIdx.x / kWarpSize;
+  BiasOf<T> const bias(p.decode, w);
   OnlineSoftmax<T> softmax;
   Accumulator<T> acc;
   CUTE_NO_UNROLL
   for (int tile = w.first_tile(warp); tile < w.num_tiles; tile += w.tile_step()) {
     int const left = w.num_cached - tile * T::kBlockN;
     float scores[T::kLaneHeads][T::kLaneTokens];
-    score(ring.wait_keys(), {left, left - 1 + w.appends}, Logits<T>(p.decode), scores);
+    score(ring.wait_keys(), {left, left - 1 + w.appends}, Logits<T>(p.decode, bias), scores);
+    hide_padding<T>(w, tile, scores);
     ring.refill_keys(w, tile);
     softmax.update(scores, [&](auto const& factor) { acc.rescale(factor); });
     auto* values = ring.wait_values();
@@ -37,6 +39,7 @@ CUTE_DEVICE void attend_many(TmaParams const& p, ClusterWork<T> const& w, Cluste
       clear_rows<T>(values, left);
       __syncwarp();
     }
+    clear_hidden_rows<T>(w, tile, values);
     acc.add(values, scores);
     ring.refill_values(w, tile);
   }
@@ -91,9 +94,12 @@ CUTE_DEVICE void decode_tma(TmaParams const& p) {
   }
   ring.start(first_tile);
   ClusterWork<T> const w(p.decode, length);
+  // Tiles that were not known before, which everybody waits for, are asked for before the queries.
+  constexpr bool kLate = !kKnowsTiles<T>;
+  if (kLate && w.split < w.num_splits) ring.fill(w, w.first_tile(warp));
   Scorer<T> const score(p.decode, w);
   if (w.split >= w.num_splits) return ring.drain();
-  ring.fill(w, w.first_tile(warp));
+  if (!kLate) ring.fill(w, w.first_tile(warp));
   Exchange<T> const exchange(shared, w);
   if (threadIdx.x == T::kNumThreads - kWarpSize) {
     barrier_init(shared.exchange_barrier);

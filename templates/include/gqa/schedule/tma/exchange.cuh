@@ -34,7 +34,10 @@ struct ClusterWork : Work<T> {
 
   CUTE_DEVICE int num_ranks() const { return 1 << log_num_ranks; }
   // The first cluster brings in the new token: all its blocks, each for the dims that it owns.
-  CUTE_DEVICE bool brings_new_token() const { return this->appends && cluster == 0; }
+  CUTE_DEVICE bool brings_new_token() const {
+    bool const is_token = StartOf<T>::none() || this->padding <= this->num_cached;
+    return this->appends && cluster == 0 && is_token;
+  }
 
  private:
   CUTE_DEVICE static int log2_ceil(int n) { return 32 - __clz(n - 1); }
@@ -111,7 +114,7 @@ class Exchange {
     if (alone()) __syncthreads();
     int const warp = threadIdx.x / kWarpSize;
     if (warp * kWarpSize < num_slices() && work_.brings_new_token()) {
-      score.score_one(shared_.new_key, LogitOf<T>(p), shared_.new_score[warp]);
+      score.score_one(shared_.new_key, Logits<T>(p, work_), shared_.new_score[warp]);
       __syncwarp();
     }
     if (work_.num_clusters > 1) return receive_by_way_of_global(p);

@@ -2,8 +2,8 @@
 //
 // One lane asks for a tile; a barrier in shared memory counts its bytes. Dims past head_dim and
 // tokens past the end of the cache are zeros and cost no reads. Tokens between the end of the
-// sequence and that of the cache are read as they are, NaN perhaps: their scores are masked, and
-// their rows of V are cleared before they are used.
+// sequence and that of the cache, and those of the first tile that the mask hides, are read as they
+// are, NaN perhaps: their scores are masked, and their rows of V are cleared before they are used.
 #pragma once
 
 #include <cute/arch/copy_sm90_desc.hpp>
@@ -28,7 +28,7 @@ class TmaRing {
         shared_(shared),
         warp_(warp),
         leader_(threadIdx.x % kWarpSize == 0),
-        early_(first_tile * T::kBlockN < p.decode.prefetch_limit) {
+        early_(kKnowsTiles<T> && first_tile * T::kBlockN < p.decode.prefetch_limit) {
     if (leader_) {
       CUTE_NO_UNROLL
       for (int stage = 0; stage < p.decode.num_stages; ++stage) {
@@ -55,6 +55,7 @@ class TmaRing {
 
   // Asks for the other tiles that have a slot.
   CUTE_DEVICE void fill(Work<T> const& w, int first_tile) {
+    if constexpr (!RowOf<T>::is_own()) row_ = w.cache_row();
     CUTE_NO_UNROLL
     for (int stage = early_; stage < params_.decode.num_stages; ++stage) {
       int const tile = first_tile + stage * w.tile_step();
@@ -111,7 +112,8 @@ class TmaRing {
   CUTE_DEVICE void load(TensorMap const& map, int tile, Element* slot, uint64_t& barrier) const {
     if (!leader_) return;
     barrier_arrive_expect(barrier, T::kTileElements * int(sizeof(Element)));
-    Box const at = CacheOf<T>::box(tile);
+    Box at = CacheOf<T>::box(tile);
+    if constexpr (!RowOf<T>::is_own()) at.sequence = row_;
     auto const hint = uint64_t(cute::TMA::CacheHintSm90::EVICT_FIRST);
     if constexpr (T::kHeadDim % T::kBoxDims == 0) {
       cute::SM90_TMA_LOAD_5D::copy(&map, &barrier, hint, slot, 0, at.token, 0, at.head,
@@ -125,7 +127,7 @@ class TmaRing {
     }
   }
 
-  CUTE_DEVICE static void prefetch(TensorMap const& map, int tile) {
+  CUTE_DEVICE static void prefetch(TensorMap const& map, int tile) {  // whose row is known
     Box const at = CacheOf<T>::box(tile);
     if constexpr (T::kHeadDim % T::kBoxDims == 0) {
       using Prefetch = cute::SM90_TMA_LOAD_5D::PREFETCH;
@@ -143,23 +145,37 @@ class TmaRing {
   ClusterStorage<T>& shared_;
   int const warp_;
   bool const leader_;
+  int row_;           // of the cache, where it is not that of the sequence's number
   bool const early_;  // the first tile has been asked for before the length was known
   int stage_ = 0;
   uint32_t parity_ = 0;
 };
 
-// Clears the rows of a V tile from `first` on. All lanes take part.
+// Clears the rows of a V tile from `first` to `end`. All lanes take part.
 template <class T>
-CUTE_DEVICE void clear_rows(typename T::Element* values, int first) {
+CUTE_DEVICE void clear_rows(typename T::Element* values, int first, int end = T::kBlockN) {
   constexpr int kChunks = T::kBoxRowBytes / 16;
   int const lane = threadIdx.x % kWarpSize;
   CUTE_NO_UNROLL
   for (int box = 0; box < T::kBoxes; ++box) {
     auto* rows = reinterpret_cast<cute::uint128_t*>(values + box * T::kBlockN * T::kBoxDims);
     CUTE_NO_UNROLL
-    for (int i = first * kChunks + lane; i < T::kBlockN * kChunks; i += kWarpSize) {
+    for (int i = first * kChunks + lane; i < end * kChunks; i += kWarpSize) {
       rows[i] = cute::uint128_t(0);
     }
+  }
+}
+
+// Clears the rows of a V tile that lie before all that is seen, if there are any. The copy engine
+// may write to the same slot again. All lanes take part.
+template <class T>
+CUTE_DEVICE void clear_hidden_rows(Work<T> const& w, int tile, typename T::Element* values) {
+  if constexpr (!kSeesFirstToken<T>) {
+    int const first = min(w.first_token, w.num_cached) - tile * T::kBlockN;
+    if (first <= 0) return;
+    clear_rows<T>(values, 0, min(first, T::kBlockN));
+    cute::tma_store_fence();
+    __syncwarp();
   }
 }
 
