@@ -99,7 +99,9 @@ def _check_rank(row: Argument, t: Seen) -> None:
     ):
         return
     if not row.single_token:
-        fail(row.name, shape_text(t.shape), f"[{', '.join(row.dims)}]")
+        # Rows of a cache are those of the batch, but for `cache_batch_idx`.
+        dims = ["batch" if dim == "rows" else dim for dim in row.dims]
+        fail(row.name, shape_text(t.shape), f"[{', '.join(dims)}]")
     if len(t.shape) != 4 or t.shape[1] != 1:
         allowed = "[batch, heads, head_dim] or [batch, 1, heads, head_dim]"
         fail(row.name, shape_text(t.shape), allowed)
