@@ -6,7 +6,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu-test sanitize bench bench-e2e sass style format types tree clean ready
+.PHONY: help demo test thorough gpu-test sanitize bench bench-e2e sass style format types tree clean ready
 
 ARGS ?=
 BOOTSTRAP ?= python3
@@ -38,6 +38,10 @@ demo: $(READY) ## Generate and compile kernels for real models, decode with them
 test: export OMP_NUM_THREADS := 1
 test: $(READY) ## Run the tests; those that need a GPU are skipped where there is none
 	$(PYTHON) -m pytest -n auto --maxprocesses 16 --dist loadgroup $(ARGS)
+
+thorough: export OMP_NUM_THREADS := 1
+thorough: $(READY) ## Run all tests: every planted bug and every shipped kernel in ptxsim, not a sample of them
+	$(PYTHON) -m pytest -n auto --maxprocesses 16 --dist loadgroup --thorough $(ARGS)
 
 gpu-test: $(READY) ## Run the GPU tests, write their records in tests/ and the table in docs/ptxsim.md
 	$(PYTHON) -m pytest -m gpu --gpu-evidence $(ARGS)

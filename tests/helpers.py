@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from gqa_cutlass.dispatch import MODELS, Dispatch, dispatch
 from gqa_cutlass.gpu.driver import describe_device
 from gqa_cutlass.store import Store
 
+THOROUGH = pytest.mark.thorough
 REPOSITORY = Path(__file__).parent.parent
 
 
@@ -37,6 +38,17 @@ def by_name(configs: Iterable[KernelConfig]) -> list[Any]:
 def compiled(config: KernelConfig, arch: str = "sm_90a") -> Compiled:
     """A compiled kernel, by way of this user's store: what has not changed costs nothing."""
     return Store.default().get(config, arch, jit=True).compiled
+
+
+def sampled(items: Iterable[Any], key: Callable[[Any], object]) -> list[Any]:
+    """Test parameters by name, of which CI takes the first of every kind."""
+    seen: set[object] = set()
+    found = []
+    for item in items:
+        first = key(item) not in seen
+        seen.add(key(item))
+        found.append(pytest.param(item, id=item.name, marks=() if first else THOROUGH))
+    return found
 
 
 def on_devices(ptxsim: Iterable[Any], gpu: Iterable[Any]) -> list[Any]:
