@@ -265,9 +265,10 @@ MUTANTS = (
     Mutant(
         name="no group committed past the last tile",
         header="load.cuh",
-        old="if (tile < w.num_tiles) rows.copy_tile(tile, w.num_cached, slot);\n"
+        old="if (tile < w.num_tiles) rows.copy_tile(tile, w.first_token, w.num_cached, slot);\n"
         "    cute::cp_async_fence();",
-        new="if (tile >= w.num_tiles) return;\n    rows.copy_tile(tile, w.num_cached, slot);\n"
+        new="if (tile >= w.num_tiles) return;\n"
+        "    rows.copy_tile(tile, w.first_token, w.num_cached, slot);\n"
         "    cute::cp_async_fence();",
         fault=_TOO_EARLY,
     ),
@@ -775,16 +776,16 @@ TMA_MUTANTS = (
     Mutant(
         name="half of a tile expected",
         header="load_tma.cuh",
-        old="T::kTileElements * int(sizeof(Element)));\n    Box const at",
-        new="T::kTileElements);\n    Box const at",
+        old="T::kTileElements * int(sizeof(Element)));\n    Box at",
+        new="T::kTileElements);\n    Box at",
         fault="deadlock: .* wait for mbarrier .* -1024 bytes from the end of phase 0",
         case=ONCE,
     ),
     Mutant(
         name="more than a tile expected",
         header="load_tma.cuh",
-        old="T::kTileElements * int(sizeof(Element)));\n    Box const at",
-        new="T::kTileElements * int(sizeof(Element)) + 16);\n    Box const at",
+        old="T::kTileElements * int(sizeof(Element)));\n    Box at",
+        new="T::kTileElements * int(sizeof(Element)) + 16);\n    Box at",
         fault="deadlock: .* wait for mbarrier .* 16 bytes from the end of phase 0",
         case=ONCE,
     ),
@@ -807,10 +808,11 @@ TMA_MUTANTS = (
     Mutant(
         name="refilled before it is read",
         header="decode_tma.cuh",
-        old="score(ring.wait_keys(), {left, left - 1 + w.appends}, Logits<T>(p.decode), scores);\n"
-        "    ring.refill_keys(w, tile);",
+        old="score(ring.wait_keys(), {left, left - 1 + w.appends}, "
+        "Logits<T>(p.decode, bias), scores);\n"
+        "    hide_padding<T>(w, tile, scores);\n    ring.refill_keys(w, tile);",
         new="auto const* keys = ring.wait_keys();\n    ring.refill_keys(w, tile);\n"
-        "    score(keys, {left, left - 1 + w.appends}, Logits<T>(p.decode), scores);",
+        "    score(keys, {left, left - 1 + w.appends}, Logits<T>(p.decode, bias), scores);",
         fault=f"reads {_NOT_KNOWN}",
         case=WALK,
     ),
@@ -1003,7 +1005,7 @@ TMA_MUTANTS = (
     Mutant(
         name="every cluster brings in the new token",
         header="exchange.cuh",
-        old="this->appends && cluster == 0;",
+        old="this->appends && cluster == 0 && is_token;",
         new="this->appends;",
         wrong="output",
         case=TWO_OF_THREE_CLUSTERS,
@@ -1011,7 +1013,7 @@ TMA_MUTANTS = (
     Mutant(
         name="no cluster brings in the new token",
         header="exchange.cuh",
-        old="this->appends && cluster == 0;",
+        old="this->appends && cluster == 0 && is_token;",
         new="false;",
         wrong="output",
         case=CLUSTER,
@@ -1109,7 +1111,7 @@ DEPENDENT_MUTANTS = (
         name="a tile brought to the block instead of to L2",
         header="load.cuh",
         old="      keys_.prefetch_tile(first_tile, p.prefetch_limit);\n",
-        new="      keys_.copy_tile(first_tile, p.prefetch_limit, key_slot(0));\n",
+        new="      keys_.copy_tile(first_tile, 0, p.prefetch_limit, key_slot(0));\n",
         fault=f"global memory is read {_TOO_SOON}; at byte 0 of k_cache.* in `cp.async.c",
         case=WHOLE_OVERLAP,
     ),
@@ -1639,6 +1641,13 @@ def wrong(step: Step, lse: Tensor, tickets: Tensor) -> set[str]:
     except AssertionError:
         found.add("caches")
     return found
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=[m.name.replace(" ", "-") for m in MUTANTS])
+def test_every_bug_has_its_place_in_the_source(mutant: Mutant) -> None:
+    """Also those that CI leaves out."""
+    text = headers(render(mutant.case.config))[mutant.header]
+    assert text.count(mutant.old) == 1 and mutant.new != mutant.old
 
 
 # CI takes a third of the bugs, and half of the kernels without.
