@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from cases import Edge, Step, edges_of, make_step, snapshot
-from helpers import check, remodelled, run, share_of_step, skip_unless_it_runs
+from helpers import THOROUGH, check, remodelled, run, share_of_step, skip_unless_it_runs
 from torch import Tensor
 
 import gqa_cutlass
@@ -131,7 +131,13 @@ def test_every_schedule_and_math_matches_the_reference(
         assert share_of_step(edge, config, step) <= 1, name
 
 
-@pytest.mark.parametrize(("feature", "kind"), [*zip(PAIRS, cycle(KINDS), strict=False)])
+@pytest.mark.parametrize(
+    ("feature", "kind"),
+    [
+        pytest.param(*pair, id=" ".join(pair), marks=THOROUGH if i % 3 else ())
+        for i, pair in enumerate(zip(PAIRS, cycle(KINDS), strict=False))
+    ],
+)
 def test_every_pair_matches_the_reference(feature: str, kind: str, device: str) -> None:
     """Each on one of the kinds of kernels."""
     config = kernel_of(kind, feature)
