@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not config.getoption("--thorough"):
         sampled = pytest.mark.skip(reason="beyond CI's sample: `make thorough`")
         for item in items:
-            if item.get_closest_marker("thorough"):
+            if item.get_closest_marker("thorough") and not item.get_closest_marker("gpu"):
                 item.add_marker(sampled)
     if torch.cuda.is_available():
         return
