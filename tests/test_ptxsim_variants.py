@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cases import Edge, edges_of
-from helpers import by_name, lengths_of, plan_of, sampled, share_of_bound
+from helpers import THOROUGH, by_name, lengths_of, plan_of, sampled, share_of_bound
 
 import gqa_cutlass
 from gqa_cutlass.codegen import DType, KernelConfig, Math, Schedule, default_config, shipped
@@ -74,7 +74,14 @@ def shapes_of(config: KernelConfig) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize(("config", "edge"), [p for config in TMA for p in shapes_of(config)])
+@pytest.mark.parametrize(
+    ("config", "edge"),
+    [
+        pytest.param(*p.values, id=p.id, marks=THOROUGH if i % 2 else ())
+        for config in TMA
+        for i, p in enumerate(shapes_of(config), TMA.index(config))
+    ],
+)
 def test_every_way_to_cut_a_sequence_gives_the_answer(config: KernelConfig, edge: Edge) -> None:
     assert share_of_bound(edge, config, "cpu") <= 1
 
