@@ -68,6 +68,7 @@ def problem_of(layout: Layout, policies: tuple[Policy, ...] = (), window_left: i
         if name != LENGTHS:
             _check_strides(ROWS[name], t, append)
     check_lengths(layout)
+    hides = 0 <= window_left < max_seq_len - 1  # a window that hides no token is none
     return Problem(
         batch_size=batch,
         num_q_heads=num_q_heads,
@@ -77,17 +78,9 @@ def problem_of(layout: Layout, policies: tuple[Policy, ...] = (), window_left: i
         dtype=DTYPES[q.dtype],
         vec_width=min([_vector_width(t) for name, t in layout.items() if ROWS[name].stride]),
         append=append,
-        policies=without_idle(policies, max_seq_len, window_left),
-        window=window_left + 1 if 0 <= window_left < max_seq_len - 1 else None,
+        policies=policies if hides else tuple([p for p in policies if p.feature != "window_size"]),
+        window=window_left + 1 if hides else None,
     )
-
-
-def without_idle(
-    policies: tuple[Policy, ...], max_seq_len: int, window_left: int
-) -> tuple[Policy, ...]:
-    """Policies, but for a window outside of which no cache of this size holds a token."""
-    idle = not 0 <= window_left < max_seq_len - 1
-    return tuple(p for p in policies if not (idle and p.feature == "window_size"))
 
 
 def _check_rank(row: Argument, t: Seen) -> None:
