@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gqa_cutlass.api import gqa_decode, plan
+from gqa_cutlass.call.options import TENSORS
 from gqa_cutlass.tracing import break_graph
 
 _LENGTHS = "Tensor? cache_seqlens, SymInt cache_len"  # on the device, or else one for all
@@ -49,7 +50,6 @@ def traced(
     *,
     return_lse: bool = False,
     softcap: float = 0,
-    sinks: Tensor | None = None,
     **options: Any,
 ) -> Tensor | _Pair:
     """What `gqa_decode` is in code that torch traces: one operator, and a copy if there is an out.
@@ -60,16 +60,15 @@ def traced(
     q, k_cache, v_cache, k, v, out = tensors
     given = [t for t in (q, k_cache, v_cache, k, v) if t is not None]
     wrong = None
-    read = given if sinks is None else [*given, sinks]
+    features = {name: options.get(name) for name in TENSORS}
+    read = [*given, *(t for t in features.values() if t is not None)]
     if torch.is_grad_enabled() and any(t.requires_grad for t in read):
         wrong = "a tensor requires grad, and decode has no backward pass; use torch.no_grad()"
     if len(given) == 4:
         wrong = "k and v: one of them came without the other"
     if wrong is not None:
         check = break_graph(plan, f"gqa_decode: {wrong}")
-        check(
-            q, k_cache, v_cache, k, v, cache_seqlens=cache_seqlens, sinks=sinks, out=out
-        )  # raises
+        check(q, k_cache, v_cache, k, v, cache_seqlens=cache_seqlens, out=out, **features)  # raises
     on_device = isinstance(cache_seqlens, Tensor)
     lengths = (cache_seqlens, 0) if on_device else (None, cache_seqlens)
     call = torch.ops.gqa_cutlass.gqa_decode
@@ -79,7 +78,7 @@ def traced(
     # none on.
     if softcap:
         options["softcap"] = softcap
-    result, lse = call(*given, *lengths, return_lse=return_lse, sinks=sinks, **options)
+    result, lse = call(*given, *lengths, return_lse=return_lse, **options)
     if out is not None:
         result = out.copy_(result)
     return (result, lse) if return_lse else result
