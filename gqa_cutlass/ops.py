@@ -60,14 +60,14 @@ def traced(
     q, k_cache, v_cache, k, v, out = tensors
     given = [t for t in (q, k_cache, v_cache, k, v) if t is not None]
     wrong = None
-    features = {name: options.get(name) for name in TENSORS}
+    features: dict[str, Any] = {name: options.get(name) for name in TENSORS}
     read = [*given, *(t for t in features.values() if t is not None)]
     if torch.is_grad_enabled() and any(t.requires_grad for t in read):
         wrong = "a tensor requires grad, and decode has no backward pass; use torch.no_grad()"
     if len(given) == 4:
         wrong = "k and v: one of them came without the other"
     if wrong is not None:
-        check = break_graph(plan, f"gqa_decode: {wrong}")
+        check: Any = break_graph(plan, f"gqa_decode: {wrong}")
         check(q, k_cache, v_cache, k, v, cache_seqlens=cache_seqlens, out=out, **features)  # raises
     on_device = isinstance(cache_seqlens, Tensor)
     lengths = (cache_seqlens, 0) if on_device else (None, cache_seqlens)
