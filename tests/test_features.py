@@ -580,8 +580,8 @@ BAD: dict[str, tuple[Callable[[Step], dict[str, Any]], str]] = {
         f"{name}: {what}": (lambda s, name=name, make=make: {name: make(s)}, f"{name}: got {said}")
         for name in ("cache_leftpad", "cache_batch_idx")
         for what, make, said in (
-            ("too many", lambda s: torch.zeros(2, dtype=torch.int32), r"shape \[2\]"),
-            ("long", lambda s: torch.zeros(1, dtype=torch.int64), "torch.int64"),
+            ("too many", lambda s: s.seqlens.new_zeros(2), r"shape \[2\]"),
+            ("long", lambda s: s.seqlens.long(), "torch.int64"),
             ("elsewhere", lambda s: s.seqlens.to("meta"), ".* on meta"),
             ("a list", lambda s: [0], "a list"),
             ("a number", lambda s: 0, "an? int"),
