@@ -111,6 +111,44 @@ def normalised(listing: str, name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Instruction:
+    """One of a kernel's.
+
+    Args:
+        text: With its operands.
+        sets: The scoreboard that counts it until its result is there; None: none does.
+        awaits: Those that must have come to zero before it starts.
+    """
+
+    text: str
+    sets: int | None
+    awaits: frozenset[int]
+
+
+def instructions(listing: str) -> list[Instruction]:
+    """A listing's instructions with their scoreboards, of which a warp has six.
+
+    The fields of the control bits are those of Jia et al., "Dissecting the NVIDIA Volta GPU
+    architecture via microbenchmarking", section 2.1: from the top 4 bits of reuse, 6 of barriers
+    awaited, 3 of one set when read, 3 of one set when written, 1 of yielding, 4 of the stall.
+    """
+    found = []
+    for match in _LINE.finditer(listing):
+        if match["label"]:
+            continue
+        control = int(match["control"], 16) >> _CONTROL_SHIFT
+        written, awaited = control >> 5 & 7, control >> 11 & 63
+        found.append(
+            Instruction(
+                text=match["text"],
+                sets=None if written == 7 else written,
+                awaits=frozenset(i for i in range(6) if awaited >> i & 1),
+            )
+        )
+    return found
+
+
 def listing(config: KernelConfig) -> str:
     """A kernel's normalised machine code."""
     return normalised(disassemble(config), config.name)

@@ -8,7 +8,16 @@ from collections import Counter
 
 import pytest
 from helpers import by_name
-from sass import BASE, disassemble, figures, normalised, nvdisasm, recorded, tools
+from sass import (
+    BASE,
+    disassemble,
+    figures,
+    instructions,
+    normalised,
+    nvdisasm,
+    recorded,
+    tools,
+)
 
 from gqa_cutlass.codegen import DType, KernelConfig, Math, Schedule, default_config
 
@@ -112,6 +121,16 @@ def test_machine_code_is_as_recorded(config: KernelConfig) -> None:
         "checkout of the commit before, and compare the two folders build/listings with diff -r. "
         "If it is meant to change, `make sass ARGS=--record`, and say in the commit what moved."
     )
+
+
+@pytest.mark.parametrize("config", by_name(c for c in BASE if c.tma))
+def test_tma_waits_for_the_length_before_it_asks_for_the_queries(config: KernelConfig) -> None:
+    """Both are counted by one scoreboard, and the queries come behind the tiles: 0.3 us."""
+    code = instructions(text_of(config))
+    loads = [i for i, each in enumerate(code) if each.text.startswith(("@P0 LDG", "LDG"))]
+    length, queries = loads[:2]
+    assert code[length].sets == code[queries].sets  # or they could not hold each other up
+    assert any(code[length].sets in each.awaits for each in code[length + 1 : queries])
 
 
 def test_every_base_kernel_is_recorded_and_no_other() -> None:

@@ -93,6 +93,9 @@ CUTE_DEVICE void decode_tma(TmaParams const& p) {
     length = Work<T>::read_length(p.decode);
   }
   ring.start(first_tile);
+  // All lanes wait for the length here, before the queries are asked for: a warp waits for one kind
+  // of load at a time, and the queries come behind the tiles.
+  length = __shfl_sync(0xffffffffu, length, 0);
   ClusterWork<T> const w(p.decode, length);
   // Tiles that were not known before, which everybody waits for, are asked for before the queries.
   constexpr bool kLate = !kKnowsTiles<T>;
