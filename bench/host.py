@@ -86,7 +86,7 @@ def parts(tensors: Arguments, lengths: Tensor) -> Calls:
     executor, chosen = plan._executor, plan.dispatch
     index = executor.device.index
     stream = executor.current_stream(index)
-    borrowed = index, stream, chosen.partial_floats, max(1, chosen.num_tickets)
+    borrowed = index, stream, chosen.partial_floats, max(1, chosen.num_merge_counters)
     executor.borrow(*borrowed)
     return {
         "nothing (the loop)": lambda: None,

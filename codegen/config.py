@@ -76,7 +76,7 @@ _NAME = re.compile(
     rf"_d(?P<head_dim>{_INT})_g(?P<group_size>{_INT})_align(?P<vec_width>{_INT})"
     r"_(?P<schedule>multistage|tma)"
     rf"_h(?P<block_h>{_INT})n(?P<block_n>{_INT})w(?P<num_warps>{_INT})s(?P<num_stages>{_INT})"
-    r"(?P<policies>(?:_(?!pdl)[a-z0-9]+)*)(?P<dependent>_pdl)?"
+    r"(?P<policies>(?:_(?!pdl)[a-z0-9]+)*)(?P<pdl>_pdl)?"
 )
 
 # Per schedule, and for dependent launches: the oldest architecture, as names say it; those that it
@@ -124,7 +124,7 @@ class KernelConfig:
         num_warps: Warps per block.
         num_stages: K tiles (and V tiles) that a warp keeps in flight; with tma, up to so many.
         schedule: How it loads and merges.
-        dependent: Whether it may start before the kernel before it is done (programmatic dependent
+        pdl: Whether it may start before the kernel before it is done (programmatic dependent
             launch), which costs others 2% at short contexts.
         policies: Features: what stands in the kernel's slots in place of their defaults.
 
@@ -142,7 +142,7 @@ class KernelConfig:
     num_warps: int
     num_stages: int
     schedule: Schedule = Schedule.MULTISTAGE
-    dependent: bool = False
+    pdl: bool = False
     policies: tuple[Policy, ...] = ()
 
     def __post_init__(self) -> None:
@@ -160,7 +160,7 @@ class KernelConfig:
                 self.schedule in policy.schedules,
                 f"{', '.join(sorted(policy.schedules))} with {policy}",
             )
-        _check("dependent", self.dependent, type(self.dependent) is bool, "a bool")
+        _check("pdl", self.pdl, type(self.pdl) is bool, "a bool")
         check_head_dim(self.head_dim)
         for field, allowed, text in (
             ("group_size", range(1, MAX_GROUP_SIZE + 1), f"1 to {MAX_GROUP_SIZE}"),
@@ -194,7 +194,7 @@ class KernelConfig:
             f"_d{self.head_dim}_g{self.group_size}_align{self.vec_width}"
             f"_{self.schedule}_h{self.block_h}n{self.block_n}w{self.num_warps}s{self.num_stages}"
             f"{''.join(f'_{policy.tag}' for policy in self.policies)}"
-            f"{'_pdl' if self.dependent else ''}"
+            f"{'_pdl' if self.pdl else ''}"
         )
 
     @classmethod
@@ -210,13 +210,13 @@ class KernelConfig:
                 f"kernel name: got {name!r}; allowed: names as `gqa-cutlass list` prints them"
             )
         text = match.groupdict()
-        words = ("arch", "math", "dtype", "schedule", "policies", "dependent")
+        words = ("arch", "math", "dtype", "schedule", "policies", "pdl")
         found = cls(
             math=Math(text["math"]),
             dtype=DType(text["dtype"]),
             schedule=Schedule(text["schedule"]),
             policies=tagged(text["policies"]),
-            dependent=text["dependent"] is not None,
+            pdl=text["pdl"] is not None,
             **{k: int(v) for k, v in text.items() if k not in words},
         )
         if found.name != name:
@@ -240,7 +240,7 @@ class KernelConfig:
 
     @property
     def _target(self) -> tuple[str, tuple[str, ...], str]:
-        return _TARGETS[self.schedule, self.dependent]
+        return _TARGETS[self.schedule, self.pdl]
 
     @property
     def num_threads(self) -> int:

@@ -465,9 +465,7 @@ def explain(
         device = _gpu(q.device)
     else:
         device = model_device(ARCHES[arch or "sm_90a"])
-    chosen = dispatch(
-        problem, device, asked.num_splits, ragged=asked.ragged, dependent=asked.dependent
-    )
+    chosen = dispatch(problem, device, asked.num_splits, ragged=asked.ragged, pdl=asked.dependent)
     stored = Store.default().find(chosen.config, device.arch.name)
     return Explanation(
         problem=problem,

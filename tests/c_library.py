@@ -40,7 +40,7 @@ DTYPES = {
     torch.float16: public.DTYPE["GQA_FLOAT16"],
     torch.bfloat16: public.DTYPE["GQA_BFLOAT16"],
 }
-NUM_TICKETS = 16384  # words, the workspace's first part
+NUM_MERGE_COUNTERS = 16384  # words, the workspace's first part
 _NAME_BYTES, _ARGUMENT_BYTES = 160, ctypes.sizeof(TmaParams)
 _SIZES = (f"-DARGUMENT_BYTES={ctypes.sizeof(Params)}", f"-DTMA_ARGUMENT_BYTES={_ARGUMENT_BYTES}")
 _SWIZZLE_128, _UINT16 = 3, 1
@@ -411,9 +411,9 @@ def config_of(step: Step, workspace: Tensor | None = None) -> Config:
 
 def workspace_of(chosen: Dispatch) -> Tensor | None:
     """As much workspace as a launch wants, zeroed, in words; None where it wants none."""
-    if not chosen.num_tickets:
+    if not chosen.num_merge_counters:
         return None
-    return torch.zeros(NUM_TICKETS + chosen.partial_floats, dtype=torch.int32)
+    return torch.zeros(NUM_MERGE_COUNTERS + chosen.partial_floats, dtype=torch.int32)
 
 
 def float32(value: float) -> float:
@@ -531,7 +531,7 @@ class Simulator:
     def decode_ragged(self, step: Step, flag: Tensor, workspace: Tensor | None = None) -> Launched:
         """The same, with lengths on the device."""
         self._bind(step, workspace)
-        self.tensors |= {"seqlens": step.seqlens, "status": flag}
+        self.tensors |= {"seqlens": step.seqlens, "overflow_flag": flag}
         config = config_of(step, workspace)
         config.cache_len = -1  # ignored
         return self._launched(self.library.decode_ragged(step, flag, config))
@@ -544,8 +544,11 @@ class Simulator:
             "v_new": step.v, "out": step.out,
         }  # fmt: skip
         if workspace is not None:
-            partials = workspace[NUM_TICKETS:].view(torch.float32)
-            self.tensors |= {"tickets": workspace[:NUM_TICKETS], "partials": partials}
+            partials = workspace[NUM_MERGE_COUNTERS:].view(torch.float32)
+            self.tensors |= {
+                "merge_counters": workspace[:NUM_MERGE_COUNTERS],
+                "split_workspace": partials,
+            }
 
     def _launched(self, status: str) -> Launched:
         if self.fault is not None:

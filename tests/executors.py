@@ -22,7 +22,7 @@ from gqa_cutlass.codegen.schema.launch import LaunchShape
 from gqa_cutlass.dispatch import model_device
 from gqa_cutlass.tensormap import TensorMap
 
-STREAM, TICKETS = 7, 4096
+STREAM, MERGE_COUNTERS = 7, 4096
 
 
 class Notes:
@@ -56,9 +56,9 @@ class Notes:
         assert index == 0
         return STREAM
 
-    def borrow(self, device: int, stream: int, floats: int, tickets: int) -> tuple[Any, int, int]:
-        assert (device, stream) == (0, STREAM) and floats <= self.partials.numel() and tickets
-        return self.partials, self.partials.data_ptr(), TICKETS
+    def borrow(self, device: int, stream: int, floats: int, counters: int) -> tuple[Any, int, int]:
+        assert (device, stream) == (0, STREAM) and floats <= self.partials.numel() and counters
+        return self.partials, self.partials.data_ptr(), MERGE_COUNTERS
 
     def entered(self) -> AbstractContextManager[object]:
         return nullcontext()

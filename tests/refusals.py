@@ -108,7 +108,11 @@ def plans_in(surrounding: Callable[[Callable[[], object]], object]) -> str:
 
     def run(program: None, shape: Any, params: Any, regions: list[Region], *_: object) -> None:
         wrong.extend(f"no memory for {r.name}" for r in regions if not r.address)
-        wrong.extend([] if params.decode.partials and params.decode.tickets else ["no workspace"])
+        wrong.extend(
+            []
+            if params.decode.split_workspace and params.decode.merge_counters
+            else ["no workspace"]
+        )
 
     cpu.run = run
     surrounding(work)

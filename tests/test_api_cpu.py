@@ -321,13 +321,13 @@ def prepared(
     [
         ({}, []),
         ({"cluster": 2}, [("CLUSTER_DIMENSION", (1, 2, 1))]),
-        ({"dependent": True}, [("PROGRAMMATIC_STREAM_SERIALIZATION", (1, 0, 0))]),
+        ({"pdl": True}, [("PROGRAMMATIC_STREAM_SERIALIZATION", (1, 0, 0))]),
         (
-            {"cluster": 4, "dependent": True},
+            {"cluster": 4, "pdl": True},
             [("CLUSTER_DIMENSION", (1, 4, 1)), ("PROGRAMMATIC_STREAM_SERIALIZATION", (1, 0, 0))],
         ),
     ],
-    ids=["plain", "cluster", "dependent", "both"],
+    ids=["plain", "cluster", "pdl", "both"],
 )
 def test_a_launch_asks_for_its_shape(
     monkeypatch: pytest.MonkeyPatch,

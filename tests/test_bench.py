@@ -311,7 +311,7 @@ def _times(graphs: dict[str, FakeGraph]) -> dict[str, float]:
 
 
 def _plan(*tensors: Tensor, cache_seqlens: Tensor, ragged: bool, dependent: bool) -> FakePlan:
-    return FakePlan(shape=f"{'spare rows, ' * ragged}{'early' * dependent}")
+    return FakePlan(shape=f"{'spare splits, ' * ragged}{'early' * dependent}")
 
 
 @pytest.fixture

@@ -55,9 +55,9 @@ NOT_SHIPPED = [
     default_config(Math.SIMT, DType.F16, 256, 3, 1),
     default_config(Math.TENSOROP, DType.F16, 128, 8, 8, policies=FEATURES),
     default_config(Math.TENSOROP, DType.BF16, 128, 8, 8, Schedule.TMA, FEATURES),
-    replace(default_config(Math.TENSOROP, DType.BF16, 256, 16, 8), dependent=True),
-    replace(default_config(Math.TENSOROP, DType.F16, 128, 4, 8, Schedule.TMA), dependent=True),
-    replace(default_config(Math.TENSOROP, DType.BF16, 256, 16, 8, Schedule.TMA), dependent=True),
+    replace(default_config(Math.TENSOROP, DType.BF16, 256, 16, 8), pdl=True),
+    replace(default_config(Math.TENSOROP, DType.F16, 128, 4, 8, Schedule.TMA), pdl=True),
+    replace(default_config(Math.TENSOROP, DType.BF16, 256, 16, 8, Schedule.TMA), pdl=True),
 ]
 
 

@@ -26,13 +26,13 @@ TENSOROP: dict[str, Any] = {
     "num_warps": 4,
     "num_stages": 2,
     "schedule": Schedule.MULTISTAGE,
-    "dependent": False,
+    "pdl": False,
     "policies": (),
 }
 SIMT = TENSOROP | {"math": Math.SIMT, "block_h": 4}
 TMA = TENSOROP | {"schedule": Schedule.TMA}
-DEPENDENT = TENSOROP | {"dependent": True}
-BASES = {"tensorop": TENSOROP, "simt": SIMT, "tma": TMA, "dependent": DEPENDENT}
+PDL = TENSOROP | {"pdl": True}
+BASES = {"tensorop": TENSOROP, "simt": SIMT, "tma": TMA, "pdl": PDL}
 IN_SLOT = {slot: [p for p in POLICIES if p.slot is slot] for slot in SLOTS}
 INTEGERS = [name for name, value in TENSOROP.items() if type(value) is int]
 
@@ -59,7 +59,7 @@ BROKEN_RULES = [
     (TENSOROP, "num_stages", 0, "1 to 8"),
     (TENSOROP, "num_stages", 9, "1 to 8"),
     (TENSOROP, "schedule", "wgmma", "multistage, tma"),
-    (TENSOROP, "dependent", 1, "a bool"),
+    (TENSOROP, "pdl", 1, "a bool"),
     (TMA, "math", Math.SIMT, "tensorop with tma"),
     (TMA, "vec_width", 4, "8 with tma (a tensor copy wants 16 bytes)"),
     (TMA, "num_warps", 2, "4, 8 or 16 with tma"),
@@ -89,7 +89,7 @@ def configs(draw: st.DrawFn) -> KernelConfig:
             num_warps=draw(st.sampled_from((4, 8, 16)) if tma else st.integers(1, 16)),
             num_stages=draw(st.integers(1, 4 if tma else 8)),
             schedule=schedule,
-            dependent=draw(st.booleans()),
+            pdl=draw(st.booleans()),
             policies=tuple(draw(st.sampled_from(IN_SLOT[slot])) for slot in SLOTS),
         )
     except ConfigError:  # too much shared memory, or no room for a warp's partial output
@@ -181,11 +181,11 @@ def test_name_spells_the_configuration_most_significant_first() -> None:
     expected = "gqa_decode_sm90_tensorop_f16_f16_d128_g4_align8_tma_h8n16w4s2"
     assert KernelConfig(**TMA).name == expected
     expected = "gqa_decode_sm90_tensorop_f16_f16_d128_g4_align8_multistage_h8n16w4s2_pdl"
-    assert KernelConfig(**DEPENDENT).name == expected
+    assert KernelConfig(**PDL).name == expected
 
 
 def test_dependent_kernels_are_for_hopper_and_newer() -> None:
-    config = KernelConfig(**DEPENDENT)
+    config = KernelConfig(**PDL)
     assert config.archs == ("sm_90a", "sm_100a", "sm_120a")
     assert config.ptx_arch == "compute_90"
 
@@ -224,8 +224,8 @@ def test_what_is_not_a_name_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("base", "wrong"),
-    [(TENSOROP, "sm90"), (TMA, "sm80"), (DEPENDENT, "sm80")],
-    ids=["multistage", "tma", "dependent"],
+    [(TENSOROP, "sm90"), (TMA, "sm80"), (PDL, "sm80")],
+    ids=["multistage", "tma", "pdl"],
 )
 def test_name_that_gives_a_schedule_another_architecture_is_corrected(
     base: dict[str, Any], wrong: str

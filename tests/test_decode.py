@@ -113,7 +113,7 @@ def test_clusters_of_large_caches(
     if device == "cuda" and not plan.dispatch.config.tma:
         pytest.skip("tensor copies are for Hopper")
     assert plan.dispatch.shape.cluster == cluster < plan.dispatch.num_splits
-    assert not plan.dispatch.early
+    assert not plan.dispatch.prefetch_first_tile
     check(step, plan(*step.tensors(), step.seqlens))
 
 

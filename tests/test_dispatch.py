@@ -20,7 +20,7 @@ from gqa_cutlass.codegen import (
     default_config,
     shipped,
 )
-from gqa_cutlass.codegen.schema.launch import Overlap
+from gqa_cutlass.codegen.schema.launch import Pdl
 from gqa_cutlass.codegen.schema.problem import MAX_SPLITS, Problem
 from gqa_cutlass.dispatch import choose_config, dispatch, model_device
 from gqa_cutlass.errors import InputError
@@ -171,13 +171,13 @@ def test_single_elements_are_not_read_before_lengths_are_known(vec_width: int) -
     """They come by loads, which race with the block that appends."""
     problem = replace(_problem(1, 128, (9, 1, 32)), vec_width=vec_width)
     for arch in ("sm_80", "sm_90a"):
-        assert dispatch(problem, model_device(ARCHES[arch])).early == (vec_width > 1)
+        assert dispatch(problem, model_device(ARCHES[arch])).prefetch_first_tile == (vec_width > 1)
 
 
 @pytest.mark.parametrize(("tokens", "early"), [(32768, True), (32769, False)])
 def test_large_caches_are_not_read_before_lengths_are_known(tokens: int, early: bool) -> None:
     chosen = dispatch(_problem(1, tokens), H200)
-    assert (chosen.config.schedule, chosen.early) == (Schedule.TMA, early)
+    assert (chosen.config.schedule, chosen.prefetch_first_tile) == (Schedule.TMA, early)
 
 
 @pytest.mark.parametrize(("problem", "larger"), [
@@ -195,40 +195,40 @@ def test_limits_of_clusters_are_exact(problem: Problem, larger: Problem) -> None
     assert dispatch(larger, H200).config.schedule is Schedule.MULTISTAGE
 
 
-OVERLAPS = [
-    pytest.param(_problem(1, 1280), Overlap.WHOLE, id="5-MiB"),
-    pytest.param(_problem(1, 1281), Overlap.END, id="more"),
-    pytest.param(_problem(1, 8192), Overlap.END, id="32-MiB"),
-    pytest.param(_problem(1, 8193), Overlap.NONE, id="still-more"),
+STARTS = [
+    pytest.param(_problem(1, 1280), Pdl.WHOLE, id="5-MiB"),
+    pytest.param(_problem(1, 1281), Pdl.END, id="more"),
+    pytest.param(_problem(1, 8192), Pdl.END, id="32-MiB"),
+    pytest.param(_problem(1, 8193), Pdl.NONE, id="still-more"),
 ]
 
 
-@pytest.mark.parametrize(("problem", "overlap"), OVERLAPS)
+@pytest.mark.parametrize(("problem", "next_starts"), STARTS)
 def test_small_caches_are_launched_as_dependents_if_wanted(
-    problem: Problem, overlap: Overlap
+    problem: Problem, next_starts: Pdl
 ) -> None:
-    chosen, plain = dispatch(problem, H200, dependent=True), dispatch(problem, H200)
-    assert (chosen.overlap, plain.overlap) == (overlap, Overlap.NONE)
-    pays = overlap is not Overlap.NONE
-    assert chosen.shape.dependent == chosen.config.dependent == pays
-    assert not plain.shape.dependent and not plain.config.dependent
-    assert replace(chosen.config, dependent=False) == plain.config
+    chosen, plain = dispatch(problem, H200, pdl=True), dispatch(problem, H200)
+    assert (chosen.pdl, plain.pdl) == (next_starts, Pdl.NONE)
+    pays = next_starts is not Pdl.NONE
+    assert chosen.shape.pdl == chosen.config.pdl == pays
+    assert not plain.shape.pdl and not plain.config.pdl
+    assert replace(chosen.config, pdl=False) == plain.config
     assert ("dependent launch" if pays else "ordinary launch: more than 32") in chosen.reasons[-1]
 
 
 @pytest.mark.parametrize("arch", ARCHES)
 def test_dependent_launches_want_hopper_or_newer(arch: str) -> None:
-    chosen = dispatch(_problem(1, 128), model_device(ARCHES[arch]), dependent=True)
+    chosen = dispatch(_problem(1, 128), model_device(ARCHES[arch]), pdl=True)
     newer = ARCHES[arch].capability >= 90
-    assert chosen.shape.dependent == newer
+    assert chosen.shape.pdl == newer
     assert newer or f"{arch} has no dependent ones" in chosen.reasons[-1]
     assert arch in chosen.config.archs
 
 
 def test_a_kernel_chosen_by_hand_is_launched_as_a_dependent_too() -> None:
     kernel = default_config(Math.TENSOROP, DType.F16, 128, 4, 8)
-    chosen = dispatch(_problem(1, 1024), H200, 0, kernel, dependent=True)
-    assert chosen.config == replace(kernel, dependent=True)
+    chosen = dispatch(_problem(1, 1024), H200, 0, kernel, pdl=True)
+    assert chosen.config == replace(kernel, pdl=True)
 
 
 @pytest.mark.parametrize("problem", [p for p in PROBLEMS if p.cache_bytes <= 32 * 2**20] + [
@@ -241,7 +241,7 @@ def test_dependent_launches_leave_the_next_one_no_room_to_crowd(
 ) -> None:
     """As many blocks fit on a multiprocessor as it gets, unless two launches fit side by side."""
     device = model_device(ARCHES[arch])
-    chosen = dispatch(problem, device, ragged=ragged, dependent=True)
+    chosen = dispatch(problem, device, ragged=ragged, pdl=True)
     plain = dispatch(problem, device, ragged=ragged)
     blocks = math.prod(chosen.shape.grid)
     fit, fit_plain = (
@@ -254,9 +254,9 @@ def test_dependent_launches_leave_the_next_one_no_room_to_crowd(
 
 
 def test_a_dependent_kernel_chosen_by_hand_is_kept() -> None:
-    kernel = replace(default_config(Math.TENSOROP, DType.F16, 128, 4, 8), dependent=True)
-    chosen = dispatch(_problem(1, 16384), H200, 0, kernel, dependent=True)
-    assert (chosen.config, chosen.overlap) == (kernel, Overlap.NONE)
+    kernel = replace(default_config(Math.TENSOROP, DType.F16, 128, 4, 8), pdl=True)
+    chosen = dispatch(_problem(1, 16384), H200, 0, kernel, pdl=True)
+    assert (chosen.config, chosen.pdl) == (kernel, Pdl.NONE)
 
 
 def test_clusters_start_where_one_blocks_warps_do_not_take_all_tokens_at_once() -> None:
@@ -282,10 +282,10 @@ def test_clusters_cover_the_grid() -> None:
 
 def test_only_clusters_that_share_a_sequence_need_workspace() -> None:
     one, two = dispatch(_problem(1, 16384), H200), dispatch(_problem(1, 32768, QWEN), H200)
-    assert (one.num_partials, one.num_tickets, one.partial_floats) == (1, 0, 0)
+    assert (one.num_partials, one.num_merge_counters, one.partial_floats) == (1, 0, 0)
     # Every block of a cluster merges the dims that it owns, for each head.
     merges = 4 * two.shape.cluster
-    assert (two.num_partials, two.num_tickets) == (2, merges)
+    assert (two.num_partials, two.num_merge_counters) == (2, merges)
     assert two.partial_floats == merges * 2 * two.config.block_h * (128 + 2)
 
 
@@ -330,12 +330,12 @@ def test_workspace_holds_every_blocks_partial_output() -> None:
     chosen = dispatch(replace(LLAMA_3_8B, batch_size=2), H200, num_splits=3)
     blocks = 8 * chosen.config.head_blocks * 3 * 2
     assert chosen.partial_floats == blocks * chosen.config.block_h * (128 + 2)  # O, m and l
-    assert chosen.num_tickets == 8 * chosen.config.head_blocks * 2
+    assert chosen.num_merge_counters == 8 * chosen.config.head_blocks * 2
 
 
 def test_one_split_needs_no_workspace() -> None:
     chosen = dispatch(LLAMA_3_8B, H200, num_splits=1)
-    assert (chosen.partial_floats, chosen.num_tickets) == (0, 0)
+    assert (chosen.partial_floats, chosen.num_merge_counters) == (0, 0)
 
 
 @pytest.mark.parametrize(

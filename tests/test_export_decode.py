@@ -16,7 +16,7 @@ import pytest
 import torch
 from c_library import (
     FAMILIES,
-    NUM_TICKETS,
+    NUM_MERGE_COUNTERS,
     DriverLaunch,
     Launched,
     Library,
@@ -48,7 +48,11 @@ KERNELS = [  # in one type each, by turns
 ]
 WIDE_64 = default_config(Math.TENSOROP, DType.F16, 64, 4, 8)
 TMA_128 = default_config(Math.TENSOROP, DType.BF16, 128, 4, 8, Schedule.TMA)
-OWN_MEMORY = ("partials", "tickets", "status")  # that each of the two has for itself
+OWN_MEMORY = (
+    "split_workspace",
+    "merge_counters",
+    "overflow_flag",
+)  # that each of the two has for itself
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,7 @@ def assert_same(ours: Result, theirs: Result) -> None:
         for name, value in argument.items()
         if name not in OWN_MEMORY and value != expected[name]
     } == {}
-    for name in ("partials", "tickets"):
+    for name in ("split_workspace", "merge_counters"):
         assert bool(argument[name]) == bool(expected[name]), name
     for name in ("out", "k_cache", "v_cache"):
         assert same_bits(getattr(ours, name), getattr(theirs, name)), f"{name} differs"
@@ -149,8 +153,8 @@ def decode_both(step: Step) -> Launched:
     assert_same(Result.of(launched, step), expected)
     step.check_memory()
     assert step.errors(step.out).share <= 1
-    assert launched.argument["status"] is launched.argument["seqlens"] is None
-    assert workspace is None or not workspace[:NUM_TICKETS].any()
+    assert launched.argument["overflow_flag"] is launched.argument["seqlens"] is None
+    assert workspace is None or not workspace[:NUM_MERGE_COUNTERS].any()
     return launched
 
 
@@ -198,7 +202,7 @@ def test_sequences_that_blocks_share_decode_like_python(
     launched = decode_both(step_of(**sizes))
     assert launched.argument["num_splits"] == launched.shape.grid[1] == splits
     assert launched.shape.cluster == cluster
-    assert bool(launched.argument["partials"]) == (splits > cluster)
+    assert bool(launched.argument["split_workspace"]) == (splits > cluster)
 
 
 def test_scales_reach_the_kernel_rounded_once() -> None:
@@ -234,7 +238,7 @@ def test_ragged_lengths_decode_like_python(sizes: dict[str, Any], rows: int) -> 
     step.check_memory()
     assert step.errors(step.out).share <= 1
     assert launched.shape.grid[1] == rows
-    early = chosen_for(step, ragged=True).early
+    early = chosen_for(step, ragged=True).prefetch_first_tile
     assert launched.argument["prefetch_limit"] == (step.k_cache.shape[1] if early else 0)
     assert overflow.item() == 0
 
@@ -311,12 +315,12 @@ def test_one_workspace_serves_every_configuration_in_any_order() -> None:
         step = steps[index]
         launched = simulator.decode(step, workspace)
         assert_same(Result.of(launched, step), expected[index])
-        assert not workspace[:NUM_TICKETS].any(), "tickets are zero again"
-        if launched.argument["tickets"]:
-            assert launched.argument["tickets"] == workspace.data_ptr()
-            assert launched.argument["partials"] == workspace[NUM_TICKETS:].data_ptr()
+        assert not workspace[:NUM_MERGE_COUNTERS].any(), "counters are zero again"
+        if launched.argument["merge_counters"]:
+            assert launched.argument["merge_counters"] == workspace.data_ptr()
+            assert launched.argument["split_workspace"] == workspace[NUM_MERGE_COUNTERS:].data_ptr()
         restore(step)
-    assert workspace[NUM_TICKETS:].any(), "something was merged"
+    assert workspace[NUM_MERGE_COUNTERS:].any(), "something was merged"
 
 
 def test_a_workspace_that_is_asked_for_suffices_for_any_length_and_alignment() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from c_library import (
-    NUM_TICKETS,
+    NUM_MERGE_COUNTERS,
     Config,
     Library,
     build,
@@ -77,14 +77,14 @@ class Chosen:
     shared_bytes: int
     num_splits: int
     num_stages: int
-    early: int
-    num_tickets: int
+    prefetch_first_tile: int
+    num_merge_counters: int
     partial_floats: int
 
 
 def workspace_bytes(chosen: Chosen) -> int:
     """What the C library wants for a launch."""
-    return 4 * (NUM_TICKETS + chosen.partial_floats) if chosen.num_tickets else 0
+    return 4 * (NUM_MERGE_COUNTERS + chosen.partial_floats) if chosen.num_merge_counters else 0
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ class Case:
         found = dispatch(self.problem, self.device, 0, None, self.ragged)
         return Chosen(
             found.config.name, found.shape.grid, found.shape.cluster, found.shape.block,
-            found.shape.shared_bytes, found.num_splits, found.num_stages, found.early,
-            found.num_tickets, found.partial_floats,
+            found.shape.shared_bytes, found.num_splits, found.num_stages, found.prefetch_first_tile,
+            found.num_merge_counters, found.partial_floats,
         )  # fmt: skip
 
     def by_c(self, library: Library) -> Chosen | None:
@@ -218,7 +218,7 @@ def edge_cases() -> Iterator[Case]:
         length = MODEL.tma_mib * 2**20 // (4 * 128 * heads) + 1
         yield case_of(usual, 8, hopper, batch=batch, kv_heads=heads, tokens=length, ragged=ragged)
     for batch, beyond, ragged in product((1, 4), (0, 1), (False, True)):
-        most = MODEL.early_mib * 2**20 // (4 * 128 * 4 * batch)
+        most = MODEL.prefetch_mib * 2**20 // (4 * 128 * 4 * batch)
         yield case_of(
             usual, 8, ampere, batch=batch, kv_heads=4, tokens=most + beyond, ragged=ragged
         )
@@ -283,9 +283,9 @@ def test_problems_reach_every_kernel_and_every_way_to_share_a_sequence(
     assert {c.kernel for c in found} == {kernel.name for kernel in KERNELS}
     assert {c.cluster for c in found} == {1, 2, 4, 8}
     assert {c.num_stages for c in found} == {1, 2}
-    assert {c.early for c in found if c.cluster == 1} == {False, True}
+    assert {c.prefetch_first_tile for c in found if c.cluster == 1} == {False, True}
     assert {c.grid[1] - c.num_splits for c in found} == {0, 1, 3}
-    assert sum(c.num_tickets > 0 for c in found) > len(found) // 10
+    assert sum(c.num_merge_counters > 0 for c in found) > len(found) // 10
     assert max(c.num_splits for c in found) > 100
 
 
@@ -297,7 +297,7 @@ def test_c_explains_what_python_dispatches(
         if case.problem.vec_width == 8:  # what is explained is for aligned tensors
             device = case.device
             found = library.explain(case.config(), device.arch.name, device.num_sms, case.ragged)
-            assert expected.num_tickets <= NUM_TICKETS
+            assert expected.num_merge_counters <= NUM_MERGE_COUNTERS
             assert found.kernel.decode() == expected.kernel
             assert tuple(found.grid) == expected.grid
             assert found.workspace_size == workspace_bytes(expected)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from c_library import (
-    NUM_TICKETS,
+    NUM_MERGE_COUNTERS,
     WARNINGS,
     Library,
     build_fake_cuda,
@@ -177,7 +177,7 @@ def test_the_workspace_is_that_of_the_current_gpu(library: Library) -> None:
         for ragged in (False, True):
             explained = library.explain(config, arch, num_sms, ragged)
             assert needed[index] >= explained.workspace_size
-    assert 4 * NUM_TICKETS < needed[0] != needed[1] > 4 * NUM_TICKETS
+    assert 4 * NUM_MERGE_COUNTERS < needed[0] != needed[1] > 4 * NUM_MERGE_COUNTERS
 
 
 def test_gpus_beyond_those_that_are_remembered_work_too(library: Library) -> None:

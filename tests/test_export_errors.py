@@ -296,7 +296,7 @@ def test_a_workspace_that_is_not_needed_is_not_looked_at(library: Library, step:
     config = Config(**VALID, workspace=1, workspace_size=1)
     assert library.decode(step, config) == "GQA_SUCCESS"
     argument = library.driver.last_launch().argument
-    assert argument["partials"] is argument["tickets"] is None
+    assert argument["split_workspace"] is argument["merge_counters"] is None
 
 
 @pytest.mark.parametrize(
@@ -324,7 +324,7 @@ def test_what_was_not_exported_is_unsupported(
         assert "Export one that has it: gqa-cutlass export --kernels" in library.error
 
 
-def test_more_merges_than_there_are_tickets_are_unsupported(library: Library) -> None:
+def test_more_merges_than_there_are_counters_are_unsupported(library: Library) -> None:
     config = Config(**VALID | dict(max_seq_len=8192))
     for batch_size, status in ((8192, "GQA_SUCCESS"), (8193, "GQA_ERROR_UNSUPPORTED")):
         config.batch_size = batch_size

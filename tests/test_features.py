@@ -245,7 +245,7 @@ def test_windows_that_hide_nothing_are_none(append: bool) -> None:
     for none in ((-1, -1), [-1, 0], (63, 0), (64, -1), (2**40, 7)):
         assert gqa_cutlass.explain(*step.tensors(), window_size=none).dispatch == plain
     found = gqa_cutlass.explain(*step.tensors(), window_size=(62, 0)).dispatch
-    assert found.config.policies == (WINDOW,) and not found.early
+    assert found.config.policies == (WINDOW,) and not found.prefetch_first_tile
 
 
 def test_the_right_side_of_a_window_makes_no_difference(device: str) -> None:

@@ -68,7 +68,9 @@ def test_reduce_overhead_replays_one_graph_for_all_lengths(batch: int) -> None:
     q, k, v = token(batch, 0)
     eager, graphed = caches(batch), caches(batch)
     chosen = explain(q, eager[0].k, eager[0].v, k, v).dispatch
-    assert (chosen.num_tickets > 0) == (batch == 32), "another batch shows what this one is for"
+    assert (chosen.num_merge_counters > 0) == (batch == 32), (
+        "another batch shows what this one is for"
+    )
     compiled = torch.compile(through, mode="reduce-overhead", fullgraph=True)
     for seed in range(6):
         torch.compiler.cudagraph_mark_step_begin()
@@ -139,7 +141,9 @@ def test_dynamic_batches_and_lengths_compile_once() -> None:
 def test_workspace_does_not_come_from_a_pool_that_is_in_use() -> None:
     """As when Inductor runs a function before it records it: what is kept must be elsewhere."""
     step = make_step(lengths=[3000, 10], max_seq_len=4096)
-    assert explain(*step.tensors()).dispatch.num_tickets, "another step shows what this one is for"
+    assert explain(*step.tensors()).dispatch.num_merge_counters, (
+        "another step shows what this one is for"
+    )
     pool, stream = torch.cuda.MemPool(), torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(stream), torch.cuda.use_mem_pool(pool):  # a new stream has no workspace

@@ -16,7 +16,7 @@ from helpers import check, run, run_python, skip_unless_it_runs
 import gqa_cutlass
 from gqa_cutlass import GQADecodeConfig, gqa_attention_decode
 from gqa_cutlass.codegen import DType, KernelConfig, Math, Schedule, default_config
-from gqa_cutlass.codegen.schema.launch import Overlap
+from gqa_cutlass.codegen.schema.launch import Pdl
 from gqa_cutlass.errors import KernelMissingError
 
 pytestmark = pytest.mark.gpu
@@ -34,7 +34,7 @@ def tma() -> KernelConfig:
 
 @pytest.mark.parametrize("splits", [8, 16, 3], ids=["cluster", "clusters", "clusters of one"])
 def test_clusters_repeat_to_the_bit(tma: KernelConfig, splits: int) -> None:
-    """Whichever block or cluster comes last, and with tickets that are used again."""
+    """Whichever block or cluster comes last, and with counters that are used again."""
     step = make_step(lengths=[5000, 3000, 17], max_seq_len=8192)
     plan = gqa_cutlass.plan(
         *step.tensors(), cache_seqlens=step.seqlens, num_splits=splits, kernel=tma
@@ -285,11 +285,11 @@ def test_a_plan_runs_on_its_gpus_addresses_whatever_they_were_before() -> None:
 
 @pytest.mark.parametrize("captured", [False, True], ids=["stream", "graph"])
 @pytest.mark.parametrize(
-    ("capacity", "overlap"), [(1024, Overlap.WHOLE), (16384, Overlap.END)], ids=["whole", "end"]
+    ("capacity", "next_starts"), [(1024, Pdl.WHOLE), (16384, Pdl.END)], ids=["whole", "end"]
 )
 @pytest.mark.parametrize("schedule", Schedule)
 def test_dependent_launches_wait_for_what_they_read(
-    schedule: Schedule, capacity: int, overlap: Overlap, captured: bool
+    schedule: Schedule, capacity: int, next_starts: Pdl, captured: bool
 ) -> None:
     """Each call's output is the next one's query, key and value; it reads the row just appended."""
     kernel = default_config(Math.TENSOROP, DType.F16, 128, 4, 8, schedule)
@@ -309,7 +309,7 @@ def test_dependent_launches_wait_for_what_they_read(
         plan = gqa_cutlass.plan(
             *tensors, cache_seqlens=seqlens, out=out, dependent=dependent, kernel=kernel
         )
-        assert plan.dispatch.overlap == (overlap if dependent else Overlap.NONE)
+        assert plan.dispatch.pdl == (next_starts if dependent else Pdl.NONE)
 
         def chain(plan: gqa_cutlass.Plan = plan, calls: list[Any] = calls) -> None:
             for call in calls:

@@ -103,7 +103,7 @@ def expected_of(plan: Plan, device: str) -> dict[str, str]:
         "head_dim": str(problem.head_dim),
         "max_seq_len": str(problem.max_seq_len),
         "dtype": str(chosen.config.dtype),
-        "workspace_bytes": str(4 * (chosen.partial_floats + chosen.num_tickets)),
+        "workspace_bytes": str(4 * (chosen.partial_floats + chosen.num_merge_counters)),
         "device": "cpu" if device == "cpu" else str(torch.cuda.current_device()),
     }
 
@@ -172,7 +172,7 @@ def test_workspace_is_counted_where_there_is_some(
             gqa_decode(*step.tensors(), cache_seqlens=10, num_splits=splits)
     without, some = (int(parse(line)["workspace_bytes"]) for line in launches(caplog))
     assert without == 0
-    # 2 splits of 2 sequences and 2 KV heads: O, m and l of each row of a block's 8; a ticket each.
+    # 2 splits of 2 sequences and 2 KV heads: O, m and l of each row of a block's 8; a counter each.
     assert some == 4 * (2 * 2 * 2 * 8 * (128 + 2) + 2 * 2)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from executors import STREAM, TICKETS, Notes, running_on
+from executors import MERGE_COUNTERS, STREAM, Notes, running_on
 from helpers import call_tensors
 from torch import Tensor
 
@@ -22,7 +22,7 @@ import gqa_cutlass
 from gqa_cutlass import gqa_decode
 from gqa_cutlass.call import addresses as addresses_module
 from gqa_cutlass.call import plans
-from gqa_cutlass.codegen.schema.launch import Overlap
+from gqa_cutlass.codegen.schema.launch import Pdl
 from gqa_cutlass.codegen.schema.params import Params, TmaParams
 from gqa_cutlass.dispatch import H200, dispatch
 from gqa_cutlass.errors import CacheOverflowError, InputError
@@ -75,8 +75,11 @@ def test_every_address_stride_and_size_is_bound(notes: Notes, tokens: int) -> No
     assert (params.max_seq_len, params.num_kv_heads, params.num_splits) == (tokens, 2, 3)
     assert params.num_stages == notes.loaded[0].num_stages
     assert params.scale_log2 == pytest.approx(0.5 * math.log2(math.e))
-    assert (params.partials, params.tickets) == (notes.partials.data_ptr(), TICKETS)
-    assert params.status == notes.flag.address
+    assert (params.split_workspace, params.merge_counters) == (
+        notes.partials.data_ptr(),
+        MERGE_COUNTERS,
+    )
+    assert params.overflow_flag == notes.flag.address
 
 
 def test_an_int_length_is_passed_by_value(notes: Notes) -> None:
@@ -91,7 +94,9 @@ def test_lengths_on_the_device_say_nothing_of_what_may_be_read_before(
     notes: Notes, early: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        plans, "dispatch", lambda *given: dataclasses.replace(dispatch(*given), early=early)
+        plans,
+        "dispatch",
+        lambda *given: dataclasses.replace(dispatch(*given), prefetch_first_tile=early),
     )
     tensors = inputs_of()
     seqlens = torch.full((len(tensors["q"]),), 9, dtype=torch.int32)
@@ -110,7 +115,7 @@ def test_attend_only_passes_no_token(notes: Notes) -> None:
 def test_an_unsplit_launch_borrows_no_workspace(notes: Notes) -> None:
     gqa_decode(**inputs_of(), cache_seqlens=9, num_splits=1)
     (params,) = notes.launches
-    assert params.partials is None and params.tickets is None
+    assert params.split_workspace is None and params.merge_counters is None
 
 
 @pytest.mark.parametrize("single_token_dim", [False, True])
@@ -547,10 +552,10 @@ def test_a_dependent_launch_is_asked_for(notes: Notes, dependent: bool) -> None:
     plan = gqa_cutlass.plan(**tensors, cache_seqlens=3, dependent=dependent)
     plan(**tensors, cache_seqlens=3)
     (shape,), (argument,) = notes.shapes, notes.launches
-    assert shape.dependent == plan.dispatch.shape.dependent == dependent
-    assert notes.loaded[0].dependent == dependent
-    overlap = Overlap.WHOLE if dependent else Overlap.NONE
-    assert params_of(argument).overlap == plan.dispatch.overlap == overlap
+    assert shape.pdl == plan.dispatch.shape.pdl == dependent
+    assert notes.loaded[0].pdl == dependent
+    next_starts = Pdl.WHOLE if dependent else Pdl.NONE
+    assert params_of(argument).pdl == plan.dispatch.pdl == next_starts
 
 
 @pytest.mark.parametrize("call", [gqa_decode, gqa_cutlass.plan], ids=["gqa_decode", "plan"])
@@ -602,7 +607,7 @@ def test_blocks_of_a_cluster_need_no_workspace(notes: Notes) -> None:
     params = params_of(*notes.launches)
     (shape,) = notes.shapes
     assert (shape.cluster, params.num_splits) == (8, 8)
-    assert params.partials is None and params.tickets is None
+    assert params.split_workspace is None and params.merge_counters is None
 
 
 def test_clusters_that_share_a_sequence_borrow_workspace(notes: Notes) -> None:
@@ -610,7 +615,10 @@ def test_clusters_that_share_a_sequence_borrow_workspace(notes: Notes) -> None:
     params = params_of(*notes.launches)
     (shape,) = notes.shapes
     assert (shape.cluster, params.num_splits) == (8, 16)
-    assert (params.partials, params.tickets) == (notes.partials.data_ptr(), TICKETS)
+    assert (params.split_workspace, params.merge_counters) == (
+        notes.partials.data_ptr(),
+        MERGE_COUNTERS,
+    )
 
 
 def test_strides_that_lead_nowhere_need_not_be_aligned(notes: Notes) -> None:
@@ -667,7 +675,7 @@ def test_a_stream_keeps_its_workspace_until_more_is_needed(
         return made[-1]
 
     monkeypatch.setattr(workspace, "_held", {})
-    monkeypatch.setattr(workspace, "_tickets_for", lambda key, count: 4096 * (key[1] + 1) + count)
+    monkeypatch.setattr(workspace, "_counters_for", lambda key, count: 4096 * (key[1] + 1) + count)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(device=device))
     for context in ("device", "stream"):
@@ -684,7 +692,7 @@ def test_a_stream_keeps_its_workspace_until_more_is_needed(
     assert threading.get_ident() not in threads
 
 
-def test_tickets_are_cut_from_arenas_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_merge_counters_are_cut_from_arenas_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     arenas: list[int] = []
 
     def allocate(device: int, num_bytes: int) -> int:
@@ -692,13 +700,13 @@ def test_tickets_are_cut_from_arenas_and_kept(monkeypatch: pytest.MonkeyPatch) -
         return len(arenas) << 32
 
     monkeypatch.setattr(workspace, "allocate_zeroed", allocate)
-    monkeypatch.setattr(workspace, "_tickets", {})
+    monkeypatch.setattr(workspace, "_counters", {})
     monkeypatch.setattr(workspace, "_arenas", {})
-    first = workspace._tickets_for((0, STREAM, 0), 100)
-    assert workspace._tickets_for((0, STREAM, 0), 60) == first  # enough of them are at hand
-    second = workspace._tickets_for((0, STREAM, 1), 10)
+    first = workspace._counters_for((0, STREAM, 0), 100)
+    assert workspace._counters_for((0, STREAM, 0), 60) == first  # enough of them are at hand
+    second = workspace._counters_for((0, STREAM, 1), 10)
     assert second == first + 400 and len(arenas) == 1
-    larger = workspace._tickets_for((0, STREAM, 0), 101)
+    larger = workspace._counters_for((0, STREAM, 0), 101)
     assert larger == second + 40
-    huge = workspace._tickets_for((0, STREAM, 2), 10**6)
+    huge = workspace._counters_for((0, STREAM, 2), 10**6)
     assert arenas[1] >= 4 * 10**6 and huge == 2 << 32

@@ -113,7 +113,7 @@ def test_a_source_spells_out_every_slot() -> None:
 def test_names_tell_policies_apart() -> None:
     config = replace(CONFIG, policies=(CUBIC,))
     assert config.name == f"{CONFIG.name}_cubic" and config != CONFIG
-    assert replace(config, dependent=True).name.endswith("s1_cubic_pdl")
+    assert replace(config, pdl=True).name.endswith("s1_cubic_pdl")
     with pytest.raises(ConfigError, match="kernel name: got the tag 'cubic'; allowed: "):
         KernelConfig.from_name(config.name)  # which is not among ours
 

@@ -26,7 +26,7 @@ from gqa_cutlass.call.options import TENSORS, check, fields_of
 from gqa_cutlass.codegen import ARCHES, DType, KernelConfig, Math, Schedule, render
 from gqa_cutlass.codegen.compile import compile_source
 from gqa_cutlass.codegen.headers import include_dir
-from gqa_cutlass.codegen.schema.launch import Overlap
+from gqa_cutlass.codegen.schema.launch import Pdl
 from gqa_cutlass.codegen.schema.params import Params, TmaParams
 from gqa_cutlass.codegen.schema.policies import CALL, POLICIES, Policy
 from gqa_cutlass.codegen.schema.problem import Problem
@@ -59,7 +59,7 @@ class Case:
     append: bool = True
     schedule: Schedule = Schedule.MULTISTAGE
     stages: int | None = None  # of the launch, with tma
-    overlap: Overlap = Overlap.NONE
+    pdl: Pdl = Pdl.NONE
     softcap: float = 0.0
     sinks: bool = False
     window: int | None = None  # tokens
@@ -81,19 +81,15 @@ class Case:
         return KernelConfig(
             math=self.math, dtype=DType.F16, head_dim=self.head_dim, group_size=self.group_size,
             vec_width=8, block_h=self.block_h, block_n=16, num_warps=self.num_warps,
-            num_stages=self.num_stages, schedule=self.schedule, dependent=self.dependent,
+            num_stages=self.num_stages, schedule=self.schedule, pdl=self.pdl is not Pdl.NONE,
             policies=self.policies,
         )  # fmt: skip
-
-    @property
-    def dependent(self) -> bool:
-        return self.overlap is not Overlap.NONE
 
     def dispatch(self, problem: Problem) -> Dispatch:
         """How the kernel is launched."""
         device = model_device(ARCHES["sm_90a"])
-        chosen = dispatch(problem, device, self.splits, self.config, dependent=self.dependent)
-        chosen = replace(chosen, overlap=self.overlap)
+        chosen = dispatch(problem, device, self.splits, self.config, pdl=self.pdl is not Pdl.NONE)
+        chosen = replace(chosen, pdl=self.pdl)
         if self.stages is None:
             return chosen
         shape = replace(chosen.shape, shared_bytes=self.config.shared_bytes_with(self.stages))
@@ -162,14 +158,12 @@ IDLE_RANKS = _tma(lengths=(5,), splits=4, max_seq_len=250)
 ODD_BOXES = _tma(head_dim=40, lengths=(100,), splits=8)
 
 # Of launches that start before the one before them is done
-WHOLE_OVERLAP = Case(lengths=(20,), max_seq_len=24, overlap=Overlap.WHOLE)
-END_OVERLAP = Case(lengths=(20,), max_seq_len=24, overlap=Overlap.END)
-PADDED_OVERLAP = Case(
-    head_dim=40, lengths=(9,), max_seq_len=16, layout="padded", overlap=Overlap.WHOLE
-)
-CLUSTER_WHOLE_OVERLAP = _tma(lengths=(200,), splits=4, overlap=Overlap.WHOLE)
-CLUSTER_END_OVERLAP = _tma(lengths=(200,), splits=4, overlap=Overlap.END)
-ODD_BOXES_OVERLAP = _tma(head_dim=40, lengths=(100,), splits=8, overlap=Overlap.WHOLE)
+WHOLE_PDL = Case(lengths=(20,), max_seq_len=24, pdl=Pdl.WHOLE)
+END_PDL = Case(lengths=(20,), max_seq_len=24, pdl=Pdl.END)
+PADDED_PDL = Case(head_dim=40, lengths=(9,), max_seq_len=16, layout="padded", pdl=Pdl.WHOLE)
+CLUSTER_WHOLE_PDL = _tma(lengths=(200,), splits=4, pdl=Pdl.WHOLE)
+CLUSTER_END_PDL = _tma(lengths=(200,), splits=4, pdl=Pdl.END)
+ODD_BOXES_PDL = _tma(head_dim=40, lengths=(100,), splits=8, pdl=Pdl.WHOLE)
 
 # With features; caps so low that they matter
 CAPPED = Case(softcap=1.0, lengths=(20,))
@@ -472,15 +466,15 @@ MUTANTS = (
         fault=f"{_UNWRITTEN}.* at merge.cuh",
     ),
     Mutant(
-        name="no barrier before the ticket",
+        name="no barrier before the count",
         header="combine.cuh",
         old="  __syncthreads();\n  if (threadIdx.x == 0) {",
         new="  if (threadIdx.x == 0) {",
-        fault=f"{_GLOBAL_RACE}.* of partials",
+        fault=f"{_GLOBAL_RACE}.* of split_workspace",
         case=SPLIT,
     ),
     Mutant(
-        name="no barrier behind the ticket",
+        name="no barrier behind the count",
         header="combine.cuh",
         old="  __syncthreads();\n  return shared_answer;",
         new="  return shared_answer;",
@@ -519,43 +513,43 @@ MUTANTS = (
         fault="deadlock: .* wait for the rest of its warp",
     ),
     Mutant(
-        name="a ticket that orders nothing",
+        name="a count that orders nothing",
         header="ptx.cuh",
         old="atom.acq_rel.gpu",
         new="atom.relaxed.gpu",
-        fault=f"{_GLOBAL_RACE}.* of partials",
+        fault=f"{_GLOBAL_RACE}.* of split_workspace",
         case=SPLIT,
     ),
     Mutant(
-        name="a ticket that does not release",
+        name="a count that does not release",
         header="ptx.cuh",
         old="atom.acq_rel.gpu",
         new="atom.acquire.gpu",
-        fault=f"{_GLOBAL_RACE}.* of partials",
+        fault=f"{_GLOBAL_RACE}.* of split_workspace",
         case=SPLIT,
     ),
     Mutant(
-        name="a ticket that does not acquire",
+        name="a count that does not acquire",
         header="ptx.cuh",
         old="atom.acq_rel.gpu",
         new="atom.release.gpu",
-        fault=f"{_GLOBAL_RACE}.* of partials",
+        fault=f"{_GLOBAL_RACE}.* of split_workspace",
         case=SPLIT,
     ),
     Mutant(
-        name="a ticket for the block alone",
+        name="a count for the block alone",
         header="ptx.cuh",
         old="atom.acq_rel.gpu",
         new="atom.acq_rel.cta",
-        fault=f"{_GLOBAL_RACE}.* of partials",
+        fault=f"{_GLOBAL_RACE}.* of split_workspace",
         case=SPLIT,
     ),
     Mutant(
-        name="a ticket that is no atomic",
+        name="a count that is no atomic",
         header="combine.cuh",
         old="atomic_inc_acq_rel(counter, last) == last",
         new="(*counter)++ == last",
-        fault=f"{_GLOBAL_RACE}.* of tickets",
+        fault=f"{_GLOBAL_RACE}.* of merge_counters",
         case=SPLIT,
     ),
     Mutant(
@@ -563,7 +557,7 @@ MUTANTS = (
         header="combine.cuh",
         old="atomic_inc_acq_rel(counter, last) == last",
         new="atomic_inc_acq_rel(counter, last) == 0",
-        fault=f"{_GLOBAL_RACE}.* of partials",
+        fault=f"{_GLOBAL_RACE}.* of split_workspace",
         case=SPLIT,
     ),
     Mutant(
@@ -575,16 +569,16 @@ MUTANTS = (
         case=SPLIT,
     ),
     Mutant(
-        name="tickets not back at zero",
+        name="counters not back at zero",
         header="combine.cuh",
         old="atomic_inc_acq_rel(counter, last)",
         new="atomic_inc_acq_rel(counter, last + 1)",
-        wrong="tickets",
+        wrong="merge_counters",
         case=SPLIT,
     ),
     Mutant(
-        name="heads share a ticket",
-        header="work.cuh",
+        name="heads share a counter",
+        header="tile_scheduler.cuh",
         old="int64_t(batch) * gridDim.x + blockIdx.x;",
         new="batch;",
         fault=_GLOBAL_RACE,
@@ -592,10 +586,10 @@ MUTANTS = (
     ),
     Mutant(
         name="heads share their partials",
-        header="work.cuh",
+        header="tile_scheduler.cuh",
         old="int64_t(blockIdx.x) * gridDim.y * gridDim.z + first_part;",
         new="first_part;",
-        fault=f"{_GLOBAL_RACE}.* of partials",
+        fault=f"{_GLOBAL_RACE}.* of split_workspace",
         case=SPLIT_HEADS,
     ),
     Mutant(
@@ -603,7 +597,7 @@ MUTANTS = (
         header="merge.cuh",
         old="store.merge(w.num_splits, s)",
         new="store.merge(p.num_splits, s)",
-        fault="never written before.* of partials",
+        fault="never written before.* of split_workspace",
         case=RAGGED,
     ),
     Mutant(
@@ -866,7 +860,7 @@ TMA_MUTANTS = (
     ),
     Mutant(
         name="a warp without tokens leaves its tile under way",
-        header="attend_once.cuh",
+        header="single_tile.cuh",
         old="    ring.drain();\n",
         new="",
         fault="exits while an asynchronous copy writes",
@@ -874,7 +868,7 @@ TMA_MUTANTS = (
     ),
     Mutant(
         name="rows past the end not cleared",
-        header="attend_once.cuh",
+        header="single_tile.cuh",
         old="if (left < T::kBlockN) clear_rows<T>(values, left);",
         new="",
         wrong="output",
@@ -915,23 +909,23 @@ TMA_MUTANTS = (
     # Warps meet
     Mutant(
         name="maxima used before all warps have theirs",
-        header="attend_once.cuh",
+        header="single_tile.cuh",
         old="publish<T>(max, shared.row_max);\n  __syncthreads();",
         new="publish<T>(max, shared.row_max);",
-        fault=f"({_UNWRITTEN}|never written).* at attend_once.cuh",
+        fault=f"({_UNWRITTEN}|never written).* at single_tile.cuh",
         case=ONCE,
     ),
     Mutant(
         name="probabilities used before all warps have theirs",
-        header="attend_once.cuh",
+        header="single_tile.cuh",
         old="    ring.drain();\n  }\n  __syncthreads();",
         new="    ring.drain();\n  }",
-        fault=f"({_UNWRITTEN}|never written).* at attend_once.cuh",
+        fault=f"({_UNWRITTEN}|never written).* at single_tile.cuh",
         case=ONCE,
     ),
     Mutant(
         name="a token past the end of the cache attended",
-        header="attend_once.cuh",
+        header="single_tile.cuh",
         old="int const left = w.num_cached - w.first_tile(warp) * T::kBlockN;",
         new="int const left = w.num_tokens - w.first_tile(warp) * T::kBlockN;",
         wrong="output",
@@ -939,10 +933,10 @@ TMA_MUTANTS = (
     ),
     Mutant(
         name="what a block keeps used before it is there",
-        header="exchange.cuh",
+        header="cluster_combine.cuh",
         old="if (alone()) __syncthreads();",
         new="",
-        fault=f"({_UNWRITTEN}|never written).* at exchange.cuh",
+        fault=f"({_UNWRITTEN}|never written).* at cluster_combine.cuh",
         case=ONCE,
     ),
     # Blocks meet
@@ -956,15 +950,15 @@ TMA_MUTANTS = (
     ),
     Mutant(
         name="merged before the cluster's parts have come",
-        header="exchange.cuh",
-        old="if (!alone()) barrier_wait(shared_.exchange_barrier, 0);",
+        header="cluster_combine.cuh",
+        old="if (!alone()) barrier_wait(shared_.combine_barrier, 0);",
         new="",
-        fault=f"reads {_NOT_KNOWN}.* at exchange.cuh",
+        fault=f"reads {_NOT_KNOWN}.* at cluster_combine.cuh",
         case=CLUSTER,
     ),
     Mutant(
         name="maxima and sums not expected",
-        header="exchange.cuh",
+        header="cluster_combine.cuh",
         old="num_own_dims() * num_pairs_ + work_.num_heads();",
         new="num_own_dims() * num_pairs_;",
         fault="deadlock: .* wait for mbarrier .* -128 bytes from the end of phase 0",
@@ -973,22 +967,22 @@ TMA_MUTANTS = (
     Mutant(
         name="nothing expected",
         header="decode_tma.cuh",
-        old="    exchange.expect();\n",
+        old="    cluster_combine.expect();\n",
         new="",
         fault="deadlock: .* wait for mbarrier .* 1 arrivals and -1088 bytes",
         case=CLUSTER_WALK,
     ),
     Mutant(
         name="completed on the sender's barrier",
-        header="exchange.cuh",
-        old="            in_block(shared_.exchange_barrier, owner), exists};",
-        new="            in_block(shared_.exchange_barrier, work_.rank), exists};",
+        header="cluster_combine.cuh",
+        old="            in_block(shared_.combine_barrier, owner), exists};",
+        new="            in_block(shared_.combine_barrier, work_.rank), exists};",
         fault="the mbarrier lies in another block than the data",
         case=CLUSTER,
     ),
     Mutant(
         name="every block sends to where the first one does",
-        header="exchange.cuh",
+        header="cluster_combine.cuh",
         old="out(work_.rank, dim - owner * num_dims_, pair)",
         new="out(0, dim - owner * num_dims_, pair)",
         fault="race: writes with another thread .* in `st.async",
@@ -996,15 +990,15 @@ TMA_MUTANTS = (
     ),
     Mutant(
         name="dims sent to the block behind their owner",
-        header="exchange.cuh",
+        header="cluster_combine.cuh",
         old="owner = dim / own_dims(log);",
         new="owner = (dim + 1) / own_dims(log);",
-        fault="mapa: block 4 of a cluster of 4.* at exchange.cuh",
+        fault="mapa: block 4 of a cluster of 4.* at cluster_combine.cuh",
         case=CLUSTER,
     ),
     Mutant(
         name="every cluster brings in the new token",
-        header="exchange.cuh",
+        header="cluster_combine.cuh",
         old="this->appends && cluster == 0 && is_token;",
         new="this->appends;",
         wrong="output",
@@ -1012,7 +1006,7 @@ TMA_MUTANTS = (
     ),
     Mutant(
         name="no cluster brings in the new token",
-        header="exchange.cuh",
+        header="cluster_combine.cuh",
         old="this->appends && cluster == 0 && is_token;",
         new="false;",
         wrong="output",
@@ -1020,33 +1014,33 @@ TMA_MUTANTS = (
     ),
     Mutant(
         name="scores of the new token used before they are there",
-        header="exchange.cuh",
+        header="cluster_combine.cuh",
         old="shared_.new_score[warp]);\n      __syncwarp();",
         new="shared_.new_score[warp]);",
-        fault=f"({_UNWRITTEN}|never written).* at exchange.cuh",
+        fault=f"({_UNWRITTEN}|never written).* at cluster_combine.cuh",
         case=ONCE,
     ),
     Mutant(
-        name="blocks of a cluster share a ticket",
-        header="exchange.cuh",
-        old="arrives_last(p.tickets + index,",
-        new="arrives_last(p.tickets + work_.head_index(),",
-        fault=f"{_GLOBAL_RACE}.* of partials",
+        name="blocks of a cluster share a counter",
+        header="cluster_combine.cuh",
+        old="arrives_last(p.merge_counters + index,",
+        new="arrives_last(p.merge_counters + work_.head_index(),",
+        fault=f"{_GLOBAL_RACE}.* of split_workspace",
         case=TWO_OF_THREE_CLUSTERS,
     ),
     Mutant(
         name="blocks of a cluster share their partials",
-        header="exchange.cuh",
-        old="(p.partials, index * parts,",
-        new="(p.partials, work_.head_index() * parts,",
-        fault=f"{_GLOBAL_RACE}.* of partials",
+        header="cluster_combine.cuh",
+        old="(p.split_workspace, index * parts,",
+        new="(p.split_workspace, work_.head_index() * parts,",
+        fault=f"{_GLOBAL_RACE}.* of split_workspace",
         case=TWO_OF_THREE_CLUSTERS,
     ),
     Mutant(
         name="clusters that have no part waited for",
-        header="exchange.cuh",
-        old="arrives_last(p.tickets + index, work_.num_clusters,",
-        new="arrives_last(p.tickets + index, parts,",
+        header="cluster_combine.cuh",
+        old="arrives_last(p.merge_counters + index, work_.num_clusters,",
+        new="arrives_last(p.merge_counters + index, parts,",
         wrong="output",
         case=TWO_OF_THREE_CLUSTERS,
     ),
@@ -1061,13 +1055,13 @@ TMA_MUTANTS = (
 )
 _TOO_SOON = "before griddepcontrol.wait: the kernel before this one may not be done"
 _FOLLOW = """\
-  if constexpr (T::kDependent) {
-    follow_previous_kernel(p.overlap, [&] { ring.prefetch(p, first_tile); });
+  if constexpr (T::kPdl) {
+    follow_previous_kernel(p.pdl, [&] { ring.prefetch(p, first_tile); });
   }
 """
 _LENGTH = "  int const length = Work<T>::read_length(p);\n"
 _FOLLOW_TMA = """\
-    follow_previous_kernel(p.decode.overlap, [&] { ring.prefetch(first_tile); });
+    follow_previous_kernel(p.decode.pdl, [&] { ring.prefetch(first_tile); });
 """
 _LENGTH_TMA = "    length = Work<T>::read_length(p.decode);\n"
 _START, _START_TMA = "  ring.start(p, first_tile);\n", "  ring.start(first_tile);\n"
@@ -1080,16 +1074,16 @@ DEPENDENT_MUTANTS = (
         header="decode.cuh",
         old=_FOLLOW + _LENGTH,
         new=_LENGTH + _FOLLOW,
-        fault=f"global memory is read {_TOO_SOON}; at byte 0 of seqlens.* at work.cuh",
-        case=WHOLE_OVERLAP,
+        fault=f"global memory is read {_TOO_SOON}; at byte 0 of seqlens.* at tile_scheduler.cuh",
+        case=WHOLE_PDL,
     ),
     Mutant(
         name="the length read before the wait of a cluster",
         header="decode_tma.cuh",
         old=_FOLLOW_TMA + _LENGTH_TMA,
         new=_LENGTH_TMA + _FOLLOW_TMA,
-        fault=f"global memory is read {_TOO_SOON}; at byte 0 of seqlens.* at work.cuh",
-        case=CLUSTER_WHOLE_OVERLAP,
+        fault=f"global memory is read {_TOO_SOON}; at byte 0 of seqlens.* at tile_scheduler.cuh",
+        case=CLUSTER_WHOLE_PDL,
     ),
     Mutant(
         name="the first tile asked for before the wait",
@@ -1097,7 +1091,7 @@ DEPENDENT_MUTANTS = (
         old=_FOLLOW + _LENGTH + _START,
         new=_START + _FOLLOW + _LENGTH,
         fault=f"global memory is read {_TOO_SOON}; at byte 0 of k_cache.* in `cp.async.c",
-        case=END_OVERLAP,
+        case=END_PDL,
     ),
     Mutant(
         name="the first tile asked for before the wait by a copy",
@@ -1105,7 +1099,7 @@ DEPENDENT_MUTANTS = (
         old=f"{_FOLLOW_TMA}{_LENGTH_TMA}  }}\n{_START_TMA}",
         new=f"{_START_TMA}{_FOLLOW_TMA}{_LENGTH_TMA}  }}\n",
         fault=f"global memory is read {_TOO_SOON}; at byte 0 of k_cache.* in `cp.async.bulk.tensor",
-        case=CLUSTER_END_OVERLAP,
+        case=CLUSTER_END_PDL,
     ),
     Mutant(
         name="a tile brought to the block instead of to L2",
@@ -1113,23 +1107,23 @@ DEPENDENT_MUTANTS = (
         old="      keys_.prefetch_tile(first_tile, p.prefetch_limit);\n",
         new="      keys_.copy_tile(first_tile, 0, p.prefetch_limit, key_slot(0));\n",
         fault=f"global memory is read {_TOO_SOON}; at byte 0 of k_cache.* in `cp.async.c",
-        case=WHOLE_OVERLAP,
+        case=WHOLE_PDL,
     ),
     Mutant(
         name="waits only if it may start the next kernel at once",
-        header="overlap.cuh",
-        old=f"{_WAIT}  if (overlap == Overlap::kWhole) start_next_kernel();\n",
-        new=f"  if (overlap != Overlap::kWhole) return;\n{_WAIT}  start_next_kernel();\n",
+        header="pdl.cuh",
+        old=f"{_WAIT}  if (pdl == Pdl::kWhole) start_next_kernel();\n",
+        new=f"  if (pdl != Pdl::kWhole) return;\n{_WAIT}  start_next_kernel();\n",
         fault=f"global memory is read {_TOO_SOON}; at byte 0 of seqlens",
-        case=END_OVERLAP,
+        case=END_PDL,
     ),
     Mutant(
         name="one warp waits for all of the block",
-        header="overlap.cuh",
+        header="pdl.cuh",
         old=_WAIT,
         new="  if (threadIdx.x < 32) wait_for_previous_kernel();\n  __syncthreads();\n",
         fault=f"global memory is read {_TOO_SOON}.* warp 1, lane 0",
-        case=CLUSTER_WHOLE_OVERLAP,
+        case=CLUSTER_WHOLE_PDL,
     ),
     # What is prefetched
     Mutant(
@@ -1138,7 +1132,7 @@ DEPENDENT_MUTANTS = (
         old="if (token < (tile + 1) * T::kBlockN && token < end) {",
         new="if (token < (tile + 1) * T::kBlockN) {",
         fault="outside all tensors; 0 bytes past the end of k_cache.* in `cp.async.bulk.prefetch",
-        case=WHOLE_OVERLAP,
+        case=WHOLE_PDL,
     ),
     Mutant(
         name="padding behind the rows prefetched",
@@ -1146,7 +1140,7 @@ DEPENDENT_MUTANTS = (
         old="kRowBytes = T::kHeadDim * int(",
         new="kRowBytes = T::kHeadDimPadded * int(",
         fault="outside all tensors; at byte 80 of k_cache.* in `cp.async.bulk.prefetch",
-        case=PADDED_OVERLAP,
+        case=PADDED_PDL,
     ),
     Mutant(
         name="rows prefetched from one element further",
@@ -1154,7 +1148,7 @@ DEPENDENT_MUTANTS = (
         old="prefetch_to_l2(row(token), kRowBytes);",
         new="prefetch_to_l2(row(token) + 1, kRowBytes);",
         fault="global access not a multiple of 16 bytes.* in `cp.async.bulk.prefetch.L2",
-        case=PADDED_OVERLAP,
+        case=PADDED_PDL,
     ),
     Mutant(
         name="bytes taken for elements",
@@ -1162,7 +1156,7 @@ DEPENDENT_MUTANTS = (
         old="T::kHeadDim * int(sizeof(typename T::Element));",
         new="T::kHeadDim;",
         fault="cp.async.bulk: 40 bytes; allowed: positive multiples of 16",
-        case=PADDED_OVERLAP,
+        case=PADDED_PDL,
     ),
     Mutant(
         name="a prefetch of another rank than the map's",
@@ -1172,7 +1166,7 @@ DEPENDENT_MUTANTS = (
         new="using Prefetch = cute::SM90_TMA_LOAD_4D::PREFETCH;\n"
         "      Prefetch::copy(&map, 0, at.token, at.head, at.sequence);",
         fault="tensor map of 5 dimensions, and coordinates of 4",
-        case=CLUSTER_WHOLE_OVERLAP,
+        case=CLUSTER_WHOLE_PDL,
     ),
     Mutant(
         name="a prefetch by boxes as if they were pieces of 8 bytes",
@@ -1180,7 +1174,7 @@ DEPENDENT_MUTANTS = (
         old="Prefetch::copy(&map, box * T::kBoxDims, at.token",
         new="Prefetch::copy(&map, box * T::kBoxDims + 4, at.token",
         fault="innermost coordinate 4, byte 8; .* in `cp.async.bulk.prefetch.tensor.4d",
-        case=ODD_BOXES_OVERLAP,
+        case=ODD_BOXES_PDL,
     ),
 )
 FEATURE_MUTANTS = (
@@ -1298,7 +1292,7 @@ FEATURE_MUTANTS = (
     ),
     Mutant(
         name="a sink per cluster",
-        header="exchange.cuh",
+        header="cluster_combine.cuh",
         old="store.write(work_.cluster, s, merge(s));",
         new="auto r = merge(s); OutputOf<T>::finish(p, work_, s, r); "
         "store.write(work_.cluster, s, r);",
@@ -1347,7 +1341,7 @@ FEATURE_MUTANTS = (
     ),
     Mutant(
         name="what a window hides is not cleared",
-        header="attend_once.cuh",
+        header="single_tile.cuh",
         old="    clear_hidden_rows<T>(w, w.first_tile(warp), values);\n",
         new="",
         wrong="output",
@@ -1483,7 +1477,7 @@ FEATURE_MUTANTS = (
     ),
     Mutant(
         name="nothing appended where all is padding",
-        header="work.cuh",
+        header="tile_scheduler.cuh",
         old="min(first_token, num_tokens > 0 ? num_tokens - 1 : 0)",
         new="first_token",
         wrong="caches",
@@ -1491,7 +1485,7 @@ FEATURE_MUTANTS = (
     ),
     Mutant(
         name="a new token that counts although it is padding",
-        header="exchange.cuh",
+        header="cluster_combine.cuh",
         old="this->appends && cluster == 0 && is_token",
         new="this->appends && cluster == 0",
         wrong="lse",
@@ -1596,12 +1590,12 @@ def launch(case: Case, program: Program) -> set[str]:
     problem = problem_of(layout, policies, asked.window_size[0])
     chosen = case.dispatch(problem)
     lse = torch.full(step.q.shape[:2], float("nan"))
-    tickets = torch.zeros(chosen.num_tickets, dtype=torch.int32)
+    counters = torch.zeros(chosen.num_merge_counters, dtype=torch.int32)
     tensors = {row.field: tensor for row, tensor in zip(CALL.rows, given, strict=True)} | {
         "lse": lse,
-        "partials": torch.empty(chosen.partial_floats),
-        "tickets": tickets,
-        "status": torch.zeros(1, dtype=torch.int32),
+        "split_workspace": torch.empty(chosen.partial_floats),
+        "merge_counters": counters,
+        "overflow_flag": torch.zeros(1, dtype=torch.int32),
     }
     task = Task(
         layout=layout, problem=problem, dispatch=chosen, asked=asked, softmax_scale=step.scale,
@@ -1615,7 +1609,7 @@ def launch(case: Case, program: Program) -> set[str]:
     run(
         program, chosen.shape, argument, regions_of(tensors, case.append, overreads(chosen)), checks
     )
-    return wrong(step, lse, tickets)
+    return wrong(step, lse, counters)
 
 
 def _with_maps(params: Params, layout: dict[str, Seen], config: KernelConfig) -> TmaParams:
@@ -1627,15 +1621,15 @@ def _with_maps(params: Params, layout: dict[str, Seen], config: KernelConfig) ->
     return TmaParams.from_buffer_copy(bytes(params) + b"".join(maps))
 
 
-def wrong(step: Step, lse: Tensor, tickets: Tensor) -> set[str]:
+def wrong(step: Step, lse: Tensor, counters: Tensor) -> set[str]:
     """What a launch got wrong."""
     found = set()
     if step.errors(step.out).share > 1:
         found.add("output")
     if not torch.allclose(lse.double(), step.reference()[1], atol=2e-5, rtol=2e-6):
         found.add("lse")
-    if tickets.any():
-        found.add("tickets")
+    if counters.any():
+        found.add("merge_counters")
     try:
         step.check_memory()
     except AssertionError:

@@ -279,4 +279,12 @@ def test_parts_of_shared_memory_lie_one_behind_the_other_as_aligned() -> None:
 
 def test_access_says_what_a_kernel_writes() -> None:
     written = {row.name for row in MEMORY if row.access is not arguments.Access.READ}
-    assert written == {"k_cache", "v_cache", "out", "lse", "partials", "tickets", "status"}
+    assert written == {
+        "k_cache",
+        "v_cache",
+        "out",
+        "lse",
+        "split_workspace",
+        "merge_counters",
+        "overflow_flag",
+    }

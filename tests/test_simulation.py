@@ -17,7 +17,7 @@ from gqa_cutlass import api
 from gqa_cutlass.call.plans import Plans
 from gqa_cutlass.codegen import DType, KernelConfig, Math, Schedule, default_config
 from gqa_cutlass.codegen.compile import compile_kernel
-from gqa_cutlass.codegen.schema.launch import Overlap
+from gqa_cutlass.codegen.schema.launch import Pdl
 from gqa_cutlass.cpu.executor import CpuKernel, program_from, program_of
 from gqa_cutlass.dispatch import H200
 from gqa_cutlass.errors import InputError, KernelMissingError, PtxError
@@ -159,12 +159,10 @@ def test_a_plan_and_a_call_agree_to_the_bit() -> None:
     assert plan.dispatch.config.name in str(gqa_cutlass.explain(*steps[0].tensors()))
 
 
-@pytest.fixture(params=[Overlap.WHOLE, Overlap.END], ids=["whole", "end"])
-def overlap(request: pytest.FixtureRequest) -> Iterator[Overlap]:
+@pytest.fixture(params=[Pdl.WHOLE, Pdl.END], ids=["whole", "end"])
+def next_starts(request: pytest.FixtureRequest) -> Iterator[Pdl]:
     """When dependent launches of small caches let the next one start."""
-    with remodelled(
-        whole_overlap_mib=0 if request.param is Overlap.END else H200.whole_overlap_mib
-    ):
+    with remodelled(pdl_whole_mib=0 if request.param is Pdl.END else H200.pdl_whole_mib):
         yield request.param
 
 
@@ -179,7 +177,7 @@ def overlap(request: pytest.FixtureRequest) -> Iterator[Overlap]:
     ],
 )
 def test_a_dependent_launch_gives_the_same_bits(
-    tokens: int, head_dim: int, schedule: Schedule, by_value: bool, overlap: Overlap
+    tokens: int, head_dim: int, schedule: Schedule, by_value: bool, next_starts: Pdl
 ) -> None:
     def decode(dependent: bool) -> tuple[gqa_cutlass.Plan, Step, Tensor]:
         step = make_step(lengths=[tokens - 5], max_seq_len=tokens, head_dim=head_dim, device="cpu")
@@ -190,7 +188,7 @@ def test_a_dependent_launch_gives_the_same_bits(
     _, plain, expected = decode(dependent=False)
     plan, step, out = decode(dependent=True)
     chosen = plan.dispatch
-    assert (chosen.overlap, chosen.config.schedule) == (overlap, schedule)
+    assert (chosen.pdl, chosen.config.schedule) == (next_starts, schedule)
     assert chosen.config.name.endswith("_pdl")
     check(step, out)
     for a, b in ((out, expected), (step.k_cache, plain.k_cache), (step.v_cache, plain.v_cache)):

@@ -120,15 +120,15 @@ BUFFERS = Table(
             access=Access.WRITE, optional=True,
         ),
         Argument(
-            name="partials", dims=("partial_floats",), elements=Elements.FLOAT32,
-            field="partials", access=Access.SCRATCH, optional=True,
+            name="split_workspace", dims=("partial_floats",), elements=Elements.FLOAT32,
+            field="split_workspace", access=Access.SCRATCH, optional=True,
         ),
         Argument(
-            name="tickets", dims=("num_tickets",), elements=Elements.UINT32, field="tickets",
-            access=Access.COUNT, optional=True,
+            name="merge_counters", dims=("num_merge_counters",), elements=Elements.UINT32,
+            field="merge_counters", access=Access.COUNT, optional=True,
         ),
         Argument(
-            name="status", dims=("one",), elements=Elements.INT32, field="status",
+            name="overflow_flag", dims=("one",), elements=Elements.INT32, field="overflow_flag",
             access=Access.WRITE,
         ),
     )

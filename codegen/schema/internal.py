@@ -85,7 +85,7 @@ MODEL = _struct(
     ("tma_few_heads", INT64, ""),
     ("box_dims", INT64, ""),
     ("max_cluster", INT64, ""),
-    ("early_mib", DOUBLE, ""),
+    ("prefetch_mib", DOUBLE, ""),
     ("balanced_batch", INT64, ""),
     ("balanced_tokens", INT64, ""),
     ("balanced_rounds", INT64, ""),
@@ -131,8 +131,8 @@ DISPATCH = _struct(
     ("shared_bytes", UINT32, ""),
     ("num_splits", INT32, ""),
     ("num_stages", INT32, ""),
-    ("early", INT32, "whether warps ask for their first tile before they know the length"),
-    ("num_tickets", INT64, "counters, of merges in global memory"),
+    ("prefetch_first_tile", INT32, "whether warps ask for it before they know the length"),
+    ("num_merge_counters", INT64, "counters, of merges in global memory"),
     ("partial_floats", INT64, "floats of partial outputs in global memory"),
 )
 STRUCTS = (ARCH, KERNEL, MODEL, LIMITS, PROBLEM, TARGET, DISPATCH)

@@ -20,8 +20,8 @@ class Documented(IntEnum):
         return member
 
 
-class Overlap(Documented):
-    """When the next kernel of the stream may start, if it is launched as a dependent."""
+class Pdl(Documented):
+    """Programmatic dependent launch: when the next kernel of the stream may start."""
 
     NONE = 0, "when this one is done"
     END = 1, "when this one's tiles are"
@@ -36,7 +36,7 @@ class NumberType(Documented):
     BFLOAT16 = 2, "cutlass::bfloat16_t"
 
 
-ENUMS: tuple[type[Documented], ...] = (Overlap, NumberType)
+ENUMS: tuple[type[Documented], ...] = (Pdl, NumberType)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class LaunchShape:
         block: Threads per block.
         shared_bytes: Dynamic shared memory per block.
         cluster: Blocks of a cluster, along grid y; divides it.
-        dependent: Programmatic dependent launch: the kernel may start while the kernel before it in
+        pdl: Programmatic dependent launch: the kernel may start while the kernel before it in
             the stream finishes.
     """
 
@@ -56,4 +56,4 @@ class LaunchShape:
     block: int
     shared_bytes: int
     cluster: int = 1
-    dependent: bool = False
+    pdl: bool = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
-from gqa_cutlass.codegen.schema.launch import Overlap
+from gqa_cutlass.codegen.schema.launch import Pdl
 from gqa_cutlass.codegen.schema.policies import POLICIES
 from gqa_cutlass.codegen.schema.structs import FLOAT, INT32, INT64, Field, Struct, Type, pointer
 
@@ -38,11 +38,11 @@ class CacheStrides(ctypes.Structure):
     _fields_ = CACHE_STRIDES.ctypes_fields()
 
 
-_OVERLAP = Type(cpp=Overlap.__name__, c="int32_t", ctype=ctypes.c_int32)
+_PDL = Type(cpp=Pdl.__name__, c="int32_t", ctype=ctypes.c_int32)
 _ROW = Type(cpp=ROW_STRIDES.cpp, c=ROW_STRIDES.c, ctype=RowStrides)
 _CACHE = Type(cpp=CACHE_STRIDES.cpp, c=CACHE_STRIDES.c, ctype=CacheStrides)
 _READ, _WRITTEN = pointer("void", const=True), pointer("void")
-_LENGTHS, _STATUS = pointer("int32_t", const=True), pointer("int32_t")
+_LENGTHS, _FLAG = pointer("int32_t", const=True), pointer("int32_t")
 _FLOATS, _COUNTERS = pointer("float"), pointer("uint32_t")
 
 _FIELDS = tuple(
@@ -54,7 +54,7 @@ _FIELDS = tuple(
         ("max_seq_len", INT32, ""),
         ("num_splits", INT32, ""),
         ("num_stages", INT32, "tma: K tiles (and V tiles) that a warp keeps in flight"),
-        ("overlap", _OVERLAP, "kernels that start before the one before them is done"),
+        ("pdl", _PDL, "kernels that start before the one before them is done"),
         ("q", _READ, "[batch, num_q_heads, head_dim]"),
         ("q_stride", _ROW, ""),
         ("k_new", _READ, "[batch, num_kv_heads, head_dim], or null: attend only"),
@@ -70,9 +70,9 @@ _FIELDS = tuple(
         ("v_cache_stride", _CACHE, ""),
         ("out_stride", _ROW, ""),
         ("lse", _FLOATS, "[batch, num_q_heads] contiguous, or null"),
-        ("partials", _FLOATS, "workspace of the split merge, null when num_splits == 1"),
-        ("tickets", _COUNTERS, "one zero per merge; zero again afterwards"),
-        ("status", _STATUS, "receives 1 + index of a sequence whose length is not allowed"),
+        ("split_workspace", _FLOATS, "partial O of all splits, then (m, l); null for one split"),
+        ("merge_counters", _COUNTERS, "one zero per merge; zero again afterwards"),
+        ("overflow_flag", _FLAG, "receives 1 + index of a sequence whose length is not allowed"),
     )
 )
 PARAMS = Struct(

@@ -99,7 +99,7 @@ def cluster(s: Shape, launched_stages: int) -> tuple[Shared, ...]:
         Shared(
             name="ring_barrier", bytes=s.num_stages * s.num_warps * 2 * _BARRIER, align=_BARRIER
         ),
-        Shared(name="exchange_barrier", bytes=_BARRIER, align=_BARRIER),
+        Shared(name="combine_barrier", bytes=_BARRIER, align=_BARRIER),
         Shared(name="is_last", bytes=4),
         Shared(
             name="ring",

@@ -279,18 +279,18 @@ def _reach_within(tensor: Tensor, pitch: int) -> int:
     return reach if reach <= pitch else 0
 
 
-def constants(task: Task, status: int) -> Params:
+def constants(task: Task, overflow_flag: int) -> Params:
     """The kernel's argument, with everything set that does not change from call to call."""
     problem, chosen = task.problem, task.dispatch
     params = Params(
-        prefetch_limit=problem.max_seq_len if chosen.early else 0,
+        prefetch_limit=problem.max_seq_len if chosen.prefetch_first_tile else 0,
         max_seq_len=problem.max_seq_len,
         num_kv_heads=problem.num_kv_heads,
         num_splits=chosen.num_splits,
         num_stages=chosen.num_stages,
-        overlap=chosen.overlap,
+        pdl=chosen.pdl,
         scale_log2=task.softmax_scale * math.log2(math.e),
-        status=status,
+        overflow_flag=overflow_flag,
         **task.fields,
     )
     params.out_stride.batch = problem.num_q_heads * problem.head_dim  # of the out that calls make

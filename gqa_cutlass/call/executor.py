@@ -65,7 +65,7 @@ class Executor(Protocol):
 
     @property
     def borrow(self) -> Callable[[int, int, int, int], tuple[object, int, int]]:
-        """By device, stream and numbers of floats and tickets: memory for the next launch.
+        """By device, stream and numbers of floats and merge counters: memory for the next launch.
 
         It returns something to hold until the launch, and the addresses of so many floats, and of
         as many zeros.

@@ -77,7 +77,7 @@ class Plan(Generic[R_co]):
         self._new_out = executor.allocator(tuple(q.shape), q.dtype, q.device)
         lse_shape = problem.batch_size, problem.num_q_heads
         self._new_lse = executor.allocator(lse_shape, torch.float32, q.device)
-        self._floats, self._tickets = chosen.partial_floats, chosen.num_tickets
+        self._floats, self._merge_counters = chosen.partial_floats, chosen.num_merge_counters
         self._makes_out, self._device_lengths = "out" not in layout, LENGTHS in layout
         self._longest = problem.max_seq_len - problem.append
         self._pick = itemgetter(*map(_NAMES.index, layout))
@@ -185,18 +185,21 @@ class Plan(Generic[R_co]):
         out: Any = self._new_out() if self._makes_out else given[OUT]
         lse = self._new_lse() if self.return_lse else None
         stream = executor.current_stream(index)
-        held, partials, tickets = None, 0, 0
-        if self._tickets:
+        held, split_workspace, merge_counters = None, 0, 0
+        if self._merge_counters:
             # Held until the launch: a capture may give the memory to its next allocation.
-            held, partials, tickets = executor.borrow(index, stream, self._floats, self._tickets)
+            held, split_workspace, merge_counters = executor.borrow(
+                index, stream, self._floats, self._merge_counters
+            )
         params, lengths = self._params, given[_LENGTHS]
         try:
             with self._lock:
                 self._memory[:] = argument
                 if self._makes_out:
                     params.out = out.data_ptr()
-                if tickets:
-                    params.partials, params.tickets = partials, tickets
+                if merge_counters:
+                    params.split_workspace = split_workspace
+                    params.merge_counters = merge_counters
                 if lse is not None:
                     params.lse = lse.data_ptr()
                 if not self._device_lengths:

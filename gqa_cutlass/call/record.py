@@ -45,7 +45,7 @@ class LaunchRecord:
         alibi: Whether scores fall with the distance.
         leftpad: Whether sequences have padding before them.
         batch_idx: Whether an index says which rows of the caches they have.
-        workspace_bytes: Of partial outputs and tickets.
+        workspace_bytes: Of partial outputs and merge counters.
         device: The GPU's index, or `cpu`.
         stream: The stream's handle; as text, hexadecimal.
     """
@@ -91,7 +91,7 @@ class LaunchRecord:
             shared_bytes=shape.shared_bytes,
             num_splits=chosen.num_splits,
             num_stages=chosen.num_stages,
-            dependent=shape.dependent,
+            dependent=shape.pdl,
             batch_size=problem.batch_size,
             num_q_heads=problem.num_q_heads,
             num_kv_heads=problem.num_kv_heads,

@@ -61,13 +61,13 @@ class CpuExecutor:
         return nullcontext()
 
     def borrow(
-        self, index: int, stream: int, num_floats: int, num_tickets: int
+        self, index: int, stream: int, num_floats: int, num_merge_counters: int
     ) -> tuple[object, int, int]:
-        """Floats, and zeroed tickets, for one launch, whatever mode torch is in."""
+        """Floats, and zeroed merge counters, for one launch, whatever mode torch is in."""
         floats = self.allocator((num_floats,), torch.float32, torch.device("cpu"))()
-        tickets = self.allocator((num_tickets,), torch.int32, torch.device("cpu"))()
-        ctypes.memset(tickets.data_ptr(), 0, tickets.nbytes)
-        return (floats, tickets), floats.data_ptr(), tickets.data_ptr()
+        counters = self.allocator((num_merge_counters,), torch.int32, torch.device("cpu"))()
+        ctypes.memset(counters.data_ptr(), 0, counters.nbytes)
+        return (floats, counters), floats.data_ptr(), counters.data_ptr()
 
     def allocator(
         self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
@@ -135,11 +135,14 @@ def _regions_of(task: Task) -> list[Region]:
     problem, chosen, q = task.problem, task.dispatch, task.layout["q"]
     forms = {ROWS[n].field: (t.shape, t.strides, t.itemsize) for n, t in task.layout.items()}
     forms.setdefault("out", (q.shape, _packed(q.shape), q.itemsize))
-    words: dict[str, tuple[int, ...]] = {"status": (1,)}
+    words: dict[str, tuple[int, ...]] = {"overflow_flag": (1,)}
     if task.asked.return_lse:
         words["lse"] = problem.batch_size, problem.num_q_heads
-    if chosen.num_tickets:
-        words |= {"partials": (chosen.partial_floats,), "tickets": (chosen.num_tickets,)}
+    if chosen.num_merge_counters:
+        words |= {
+            "split_workspace": (chosen.partial_floats,),
+            "merge_counters": (chosen.num_merge_counters,),
+        }
     forms |= {name: (shape, _packed(shape), _WORD_BYTES) for name, shape in words.items()}
     overread = overreads(chosen)
     return [_region(name, 0, *form, problem.append, overread) for name, form in forms.items()]
@@ -206,7 +209,7 @@ def overreads(chosen: Dispatch) -> bool:
     for before the length is known, but the warp that asks for it is the one that appends, unless
     several blocks share a KV head.
     """
-    return chosen.config.tma or (chosen.early and chosen.config.head_blocks > 1)
+    return chosen.config.tma or (chosen.prefetch_first_tile and chosen.config.head_blocks > 1)
 
 
 def regions_of(tensors: Mapping[str, Tensor | None], append: bool, overread: bool) -> list[Region]:

@@ -8,19 +8,19 @@ from math import gcd, prod
 
 from gqa_cutlass.codegen.config import KernelConfig
 from gqa_cutlass.codegen.schema.kinds import Math, Schedule
-from gqa_cutlass.codegen.schema.launch import LaunchShape, Overlap
+from gqa_cutlass.codegen.schema.launch import LaunchShape, Pdl
 from gqa_cutlass.codegen.schema.problem import WIDEST, Problem
 from gqa_cutlass.codegen.schema.rounding import ceil_div
 from gqa_cutlass.codegen.schema.storage import BOX_DIMS, MAX_CLUSTER
 from gqa_cutlass.codegen.variants import default_config, shipped
 from gqa_cutlass.dispatch.device import Device
 from gqa_cutlass.dispatch.model import MODELS
-from gqa_cutlass.dispatch.splits import Splits, choose_clusters, choose_splits, spare_rows
+from gqa_cutlass.dispatch.splits import Splits, choose_clusters, choose_splits, spare_splits
 from gqa_cutlass.errors import InputError
 
 SMALLEST_COPY = 2  # elements that an asynchronous copy moves at least (cp.async: four bytes)
 _WORD_BYTES = 4
-_BALANCED = "spare blocks, to balance ragged lengths"
+_BALANCED = "spare splits, to balance ragged lengths"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +32,13 @@ class Dispatch:
         shape: Grid, block, cluster and shared memory.
         num_splits: Parts that a sequence is cut into when all are about as long.
         num_stages: K tiles (and V tiles) that a warp keeps in flight.
-        early: Whether warps ask for their first tile before they know the length.
-        overlap: When the next kernel may start.
+        prefetch_first_tile: Whether warps ask for their first tile before they know the length.
+        pdl: When the next kernel may start.
         reasons: Why, one sentence per decision.
 
     Attributes:
         num_partials: Partial outputs per sequence in global memory: of splits, or of clusters.
-        num_tickets: Merges in global memory, which need a counter each; none without partials.
+        num_merge_counters: Merges in global memory, each of which counts its arrivals.
         partial_floats: Floats of workspace for the partial outputs.
     """
 
@@ -46,21 +46,21 @@ class Dispatch:
     shape: LaunchShape
     num_splits: int
     num_stages: int
-    early: bool
-    overlap: Overlap
+    prefetch_first_tile: bool
+    pdl: Pdl
     reasons: tuple[str, ...]
 
     num_partials: int = field(init=False)
-    num_tickets: int = field(init=False)
+    num_merge_counters: int = field(init=False)
     partial_floats: int = field(init=False)
 
     def __post_init__(self) -> None:
         x, y, z = self.shape.grid
-        partials = y // self.shape.cluster
-        tickets = x * z * self.shape.cluster if partials > 1 else 0
-        object.__setattr__(self, "num_partials", partials)
-        object.__setattr__(self, "num_tickets", tickets)
-        floats = tickets * partials * self.config.partial_floats
+        num_partials = y // self.shape.cluster
+        merges = x * z * self.shape.cluster if num_partials > 1 else 0
+        object.__setattr__(self, "num_partials", num_partials)
+        object.__setattr__(self, "num_merge_counters", merges)
+        floats = merges * num_partials * self.config.partial_floats
         object.__setattr__(self, "partial_floats", floats)
 
     @property
@@ -70,8 +70,8 @@ class Dispatch:
 
     @property
     def workspace_bytes(self) -> int:
-        """Bytes of partial outputs and tickets."""
-        return _WORD_BYTES * (self.partial_floats + self.num_tickets)
+        """Bytes of partial outputs and merge counters."""
+        return _WORD_BYTES * (self.partial_floats + self.num_merge_counters)
 
 
 @lru_cache(maxsize=4096)
@@ -81,7 +81,7 @@ def dispatch(
     num_splits: int = 0,
     kernel: KernelConfig | None = None,
     ragged: bool = False,
-    dependent: bool = False,
+    pdl: bool = False,
 ) -> Dispatch:
     """Choose a kernel and a launch shape.
 
@@ -91,7 +91,7 @@ def dispatch(
         num_splits: Parts to cut every sequence into; 0 leaves the choice to the model.
         kernel: A kernel to use instead of the model's choice.
         ragged: Whether sequences may differ in length, by lengths that only the device knows.
-        dependent: Whether the kernel may start before the kernel before it is done.
+        pdl: Whether the kernel may start before the kernel before it is done.
 
     Raises:
         InputError: The given kernel cannot solve the problem.
@@ -101,13 +101,13 @@ def dispatch(
     else:
         _check_fits(kernel, problem, device)
         config, why_config = kernel, "this kernel, as asked"
-    early = _may_be_early(problem, config, device)
-    overlap, why_overlap = Overlap.NONE, ""
-    if dependent:
-        early_starter = replace(config, dependent=True)
-        overlap, why_overlap = _choose_overlap(early_starter, problem, device)
-        if overlap:
-            config = early_starter
+    prefetch = _may_prefetch_first_tile(problem, config, device)
+    next_starts, why_pdl = Pdl.NONE, ""
+    if pdl:
+        pdl_config = replace(config, pdl=True)
+        next_starts, why_pdl = _choose_pdl(pdl_config, problem, device)
+        if next_starts:
+            config = pdl_config
     if num_splits:
         splits = Splits(
             cluster=gcd(num_splits, MAX_CLUSTER) if config.tma else 1,
@@ -120,10 +120,10 @@ def dispatch(
     else:
         count, why = choose_splits(problem, config, device)
         splits = Splits(cluster=1, splits=count, num_stages=config.num_stages, why=why)
-    spare = spare_rows(problem, config, device) if ragged and not num_splits else 0
+    spare = spare_splits(problem, config, device) if ragged and not num_splits else 0
     grid = (problem.num_kv_heads * config.head_blocks, splits.splits + spare, problem.batch_size)
     shared_bytes = config.shared_bytes_with(splits.num_stages)
-    if overlap:
+    if next_starts:
         shared_bytes = max(shared_bytes, _shared_bytes_alone(prod(grid), device))
     return Dispatch(
         config=config,
@@ -132,12 +132,12 @@ def dispatch(
             block=config.num_threads,
             shared_bytes=shared_bytes,
             cluster=splits.cluster,
-            dependent=overlap is not Overlap.NONE,
+            pdl=next_starts is not Pdl.NONE,
         ),
         num_splits=splits.splits,
         num_stages=splits.num_stages,
-        early=early and not spare,
-        overlap=overlap,
+        prefetch_first_tile=prefetch and not spare,
+        pdl=next_starts,
         reasons=tuple(
             filter(
                 None,
@@ -146,7 +146,7 @@ def dispatch(
                     _windowed(problem),
                     splits.why,
                     _BALANCED if spare else "",
-                    why_overlap,
+                    why_pdl,
                 ),
             )  # fmt: skip
         ),
@@ -233,14 +233,14 @@ def _choose_schedule(problem: Problem, device: Device, ragged: bool) -> tuple[Sc
     return Schedule.MULTISTAGE, f"{mib:.1f} MiB of {problem.reach} tokens"
 
 
-def _may_be_early(problem: Problem, config: KernelConfig, device: Device) -> bool:
+def _may_prefetch_first_tile(problem: Problem, config: KernelConfig, device: Device) -> bool:
     """Whether warps should ask for their first tile before they know the length.
 
     It may reach into the row that another block appends meanwhile. Asynchronous copies of rows that
     turn out to be none are of no consequence; the loads by which single elements come would race.
     """
     model = MODELS[device.arch.name]
-    limit = model.tma_mib if config.tma else model.early_mib
+    limit = model.tma_mib if config.tma else model.prefetch_mib
     return (
         config.vec_width >= SMALLEST_COPY
         and problem.cache_mib <= limit
@@ -248,18 +248,16 @@ def _may_be_early(problem: Problem, config: KernelConfig, device: Device) -> boo
     )
 
 
-def _choose_overlap(
-    early_starter: KernelConfig, problem: Problem, device: Device
-) -> tuple[Overlap, str]:
+def _choose_pdl(pdl_config: KernelConfig, problem: Problem, device: Device) -> tuple[Pdl, str]:
     """When the launch after one of such a kernel may start, where it has been measured to pay."""
-    if device.arch.name not in early_starter.archs:
-        return Overlap.NONE, f"ordinary launch: {device.arch.name} has no dependent ones"
+    if device.arch.name not in pdl_config.archs:
+        return Pdl.NONE, f"ordinary launch: {device.arch.name} has no dependent ones"
     model = MODELS[device.arch.name]
-    if problem.cache_mib > model.end_overlap_mib:
-        return Overlap.NONE, f"ordinary launch: more than {model.end_overlap_mib} MiB"
-    whole = problem.cache_mib <= model.whole_overlap_mib
+    if problem.cache_mib > model.pdl_end_mib:
+        return Pdl.NONE, f"ordinary launch: more than {model.pdl_end_mib} MiB"
+    whole = problem.cache_mib <= model.pdl_whole_mib
     return (
-        Overlap.WHOLE if whole else Overlap.END,
+        Pdl.WHOLE if whole else Pdl.END,
         f"dependent launch, a kernel of its own that the first use compiles: the next launch may "
         f"start {'at once' if whole else 'at the end'}",
     )

@@ -24,12 +24,12 @@ class Model:
         tma_large_cluster: Blocks of a cluster there, where one runs on every multiprocessor.
         tma_few_heads: Up to how many heads clusters are the largest instead, for pairs would meet
             too often in global memory.
-        early_mib: Up to how many MiB first tiles are read before lengths are known: with so few
+        prefetch_mib: Up to how many MiB first tiles are read before lengths are known: with so few
             bytes latency counts, and reading a tile per warp too many costs little.
-        whole_overlap_mib: Up to how many MiB of caches the next dependent launch may start at once
+        pdl_whole_mib: Up to how many MiB of caches the next dependent launch may start at once
             and fetch its first tiles meanwhile; with more, that disturbs this one, and the next may
             start when this one's tiles are done.
-        end_overlap_mib: Beyond so many, dependent launches gain nothing that can be relied on.
+        pdl_end_mib: Beyond so many, dependent launches gain nothing that can be relied on.
         balanced_batch: Largest batch in which splits are dealt out by length.
         balanced_tokens: Smallest caches, in tokens of a sequence, in which they are.
         balanced_rounds: Most rounds that one block per sequence may make there.
@@ -45,9 +45,9 @@ class Model:
     tma_large_heads: int
     tma_large_cluster: int
     tma_few_heads: int
-    early_mib: float
-    whole_overlap_mib: float
-    end_overlap_mib: float
+    prefetch_mib: float
+    pdl_whole_mib: float
+    pdl_end_mib: float
     balanced_batch: int
     balanced_tokens: int
     balanced_rounds: int
@@ -67,9 +67,9 @@ H200 = Model(
     tma_large_heads=32,
     tma_large_cluster=2,
     tma_few_heads=2,
-    early_mib=16,
-    whole_overlap_mib=5,
-    end_overlap_mib=32,
+    prefetch_mib=16,
+    pdl_whole_mib=5,
+    pdl_end_mib=32,
     balanced_batch=256,
     balanced_tokens=4096,
     balanced_rounds=4,

@@ -124,11 +124,11 @@ def _share_used(work: int, workers: int) -> float:
     return work / (ceil_div(work, workers) * workers)
 
 
-def spare_rows(problem: Problem, config: KernelConfig, device: Device) -> int:
+def spare_splits(problem: Problem, config: KernelConfig, device: Device) -> int:
     """Rows of blocks beyond the splits, so that ragged sequences can be cut by their lengths.
 
     They cost every block a look at all lengths, for which short caches are not worth it; and where
-    blocks come in many rounds, the hardware evens out when they finish. One row is what rounding
+    blocks come in many rounds, the hardware evens out when they finish. One is what rounding
     needs. Where one block per sequence fills the multiprocessors more than once, shares of a third
     end more evenly; a finer cut costs more merges than it gains.
     """

@@ -108,13 +108,11 @@ def _attributes(shape: LaunchShape) -> list[Any]:
         size = cluster.value.clusterDim
         size.x, size.y, size.z = 1, shape.cluster, 1
         attributes.append(cluster)
-    if shape.dependent:
-        overlap = driver.CUlaunchAttribute()
-        overlap.id = (
-            driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        )
-        overlap.value.programmaticStreamSerializationAllowed = 1
-        attributes.append(overlap)
+    if shape.pdl:
+        pdl = driver.CUlaunchAttribute()
+        pdl.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        pdl.value.programmaticStreamSerializationAllowed = 1
+        attributes.append(pdl)
     return attributes
 
 
@@ -211,7 +209,7 @@ def _load(config: KernelConfig, device: Device, jit: bool | None) -> LoadedKerne
         name = config.name.encode()
         function = _check(driver.cuModuleGetFunction(module, name), f"finding {config.name}")
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        most = device.arch.shared_per_block if config.dependent else config.shared_bytes
+        most = device.arch.shared_per_block if config.pdl else config.shared_bytes
         _check(
             driver.cuFuncSetAttribute(function, attribute, most),
             f"giving {config.name} {most} bytes of shared memory",

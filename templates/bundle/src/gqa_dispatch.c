@@ -151,8 +151,8 @@ static gqa_splits choose_splits(gqa_problem const* problem, gqa_kernel const* ke
 }
 
 // Rows of blocks beyond the splits, so that ragged sequences can be cut by their lengths.
-static int64_t spare_rows(gqa_problem const* problem, gqa_kernel const* kernel,
-                          gqa_target const* target) {
+static int64_t spare_splits(gqa_problem const* problem, gqa_kernel const* kernel,
+                            gqa_target const* target) {
   gqa_model const* model = &gqa_dispatch_model;
   int64_t const blocks = problem->num_kv_heads * kernel->head_blocks * problem->batch_size;
   int64_t const slots = (int64_t)target->num_sms * kernel->blocks_per_sm[target->arch];
@@ -169,10 +169,10 @@ static int64_t spare_rows(gqa_problem const* problem, gqa_kernel const* kernel,
 // Whether warps should ask for their first tile before they know the length. It may reach into the
 // row that another block appends meanwhile: asynchronous copies of it are of no consequence, but
 // the loads by which single elements come (cp.async moves no less than four bytes) would race.
-static int may_be_early(gqa_problem const* problem, gqa_kernel const* kernel) {
+static int may_prefetch_first_tile(gqa_problem const* problem, gqa_kernel const* kernel) {
   gqa_model const* model = &gqa_dispatch_model;
   return kernel->vec_width > 1 &&
-         cache_mib(problem) <= (kernel->tma ? model->tma_mib : model->early_mib);
+         cache_mib(problem) <= (kernel->tma ? model->tma_mib : model->prefetch_mib);
 }
 
 int gqa_choose(gqa_problem const* problem, gqa_target const* target, gqa_dispatch* chosen) {
@@ -180,9 +180,9 @@ int gqa_choose(gqa_problem const* problem, gqa_target const* target, gqa_dispatc
   if (kernel == NULL) return 0;
   gqa_splits const splits = kernel->tma ? choose_clusters(problem, kernel, target)
                                         : choose_splits(problem, kernel, target);
-  int64_t const spare = spare_rows(problem, kernel, target);
+  int64_t const spare = spare_splits(problem, kernel, target);
   int64_t const rows = splits.splits + spare;
-  int64_t const partials = rows / splits.cluster;
+  int64_t const num_partials = rows / splits.cluster;
   int64_t const columns = problem->num_kv_heads * kernel->head_blocks;
   memset(chosen, 0, sizeof *chosen);
   chosen->kernel = kernel;
@@ -194,9 +194,10 @@ int gqa_choose(gqa_problem const* problem, gqa_target const* target, gqa_dispatc
   chosen->shared_bytes = (uint32_t)kernel->shared_bytes[splits.num_stages - 1];
   chosen->num_splits = (int32_t)splits.splits;
   chosen->num_stages = splits.num_stages;
-  chosen->early = spare == 0 && may_be_early(problem, kernel);
-  chosen->num_tickets = partials > 1 ? columns * problem->batch_size * splits.cluster : 0;
-  chosen->partial_floats = chosen->num_tickets * partials * kernel->partial_floats;
+  chosen->prefetch_first_tile = spare == 0 && may_prefetch_first_tile(problem, kernel);
+  chosen->num_merge_counters =
+      num_partials > 1 ? columns * problem->batch_size * splits.cluster : 0;
+  chosen->partial_floats = chosen->num_merge_counters * num_partials * kernel->partial_floats;
   return 1;
 }
 
@@ -244,11 +245,11 @@ gqa_status gqa_find_kernel(gqa_problem const* problem, gqa_target const* target,
         (int)(problem->num_q_heads / problem->num_kv_heads), problem->vec_width * kElementBytes,
         gqa_archs[target->arch].name, gqa_num_kernels);
   }
-  if (chosen->num_tickets * 4 > kTicketBytes) {
+  if (chosen->num_merge_counters * 4 > kMergeCounterBytes) {
     return gqa_fail(GQA_ERROR_UNSUPPORTED,
                     "%lld merges in one launch; allowed: %d. Nothing was "
                     "launched. Use fewer sequences at a time.",
-                    (long long)chosen->num_tickets, kTicketBytes / 4);
+                    (long long)chosen->num_merge_counters, kMergeCounterBytes / 4);
   }
   last->problem = *problem;
   last->target = *target;
@@ -257,6 +258,6 @@ gqa_status gqa_find_kernel(gqa_problem const* problem, gqa_target const* target,
 }
 
 size_t gqa_workspace_of(gqa_dispatch const* chosen) {
-  if (chosen->num_tickets == 0) return 0;
-  return kTicketBytes + sizeof(float) * (size_t)chosen->partial_floats;
+  if (chosen->num_merge_counters == 0) return 0;
+  return kMergeCounterBytes + sizeof(float) * (size_t)chosen->partial_floats;
 }

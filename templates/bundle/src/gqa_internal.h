@@ -17,7 +17,7 @@ extern "C" {
 
 // Counters come first in the workspace and have room of a fixed size, so that one configuration's
 // partial outputs never lie where another's counters are, which must stay zero.
-enum { kElementBytes = 2, kTicketBytes = 65536 };
+enum { kElementBytes = 2, kMergeCounterBytes = 65536 };
 
 // A call's tensors.
 typedef struct gqa_tensors {

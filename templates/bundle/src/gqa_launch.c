@@ -23,9 +23,9 @@ static gqa_params bind(GQADecodeConfig const* config, gqa_tensors const* t,
   memset(&params, 0, sizeof params);
   params.seqlens = t->seqlens;
   params.seqlen = t->seqlens == NULL ? config->cache_len : 0;
-  params.prefetch_limit = t->seqlens == NULL ? config->cache_len
-                          : chosen->early    ? config->max_seq_len
-                                             : 0;
+  params.prefetch_limit = t->seqlens == NULL            ? config->cache_len
+                          : chosen->prefetch_first_tile ? config->max_seq_len
+                                                        : 0;
   params.max_seq_len = config->max_seq_len;
   params.num_splits = chosen->num_splits;
   params.num_stages = chosen->num_stages;
@@ -43,10 +43,10 @@ static gqa_params bind(GQADecodeConfig const* config, gqa_tensors const* t,
   params.k_cache_stride = cache;
   params.v_cache_stride = cache;
   params.out_stride = query;
-  params.status = t->overflow;
-  if (chosen->num_tickets > 0) {
-    params.tickets = (uint32_t*)config->workspace;
-    params.partials = (float*)((char*)config->workspace + kTicketBytes);
+  params.overflow_flag = t->overflow;
+  if (chosen->num_merge_counters > 0) {
+    params.merge_counters = (uint32_t*)config->workspace;
+    params.split_workspace = (float*)((char*)config->workspace + kMergeCounterBytes);
   }
   return params;
 }

@@ -29,7 +29,7 @@ typedef struct gqa_params {
   int32_t max_seq_len;
   int32_t num_splits;
   int32_t num_stages;  // tma: K tiles (and V tiles) that a warp keeps in flight
-  int32_t overlap;     // kernels that start before the one before them is done
+  int32_t pdl;         // kernels that start before the one before them is done
   void const* q;       // [batch, num_q_heads, head_dim]
   gqa_row_strides q_stride;
   void const* k_new;  // [batch, num_kv_heads, head_dim], or null: attend only
@@ -45,9 +45,9 @@ typedef struct gqa_params {
   gqa_cache_strides v_cache_stride;
   gqa_row_strides out_stride;
   float* lse;                      // [batch, num_q_heads] contiguous, or null
-  float* partials;                 // workspace of the split merge, null when num_splits == 1
-  uint32_t* tickets;               // one zero per merge; zero again afterwards
-  int32_t* status;                 // receives 1 + index of a sequence whose length is not allowed
+  float* split_workspace;          // partial O of all splits, then (m, l); null for one split
+  uint32_t* merge_counters;        // one zero per merge; zero again afterwards
+  int32_t* overflow_flag;          // receives 1 + index of a sequence whose length is not allowed
   int32_t const* cache_batch_idx;  // cache_batch_idx: [batch], rows of the caches
   int32_t cache_rows;              // cache_batch_idx: how many there are
   int32_t const* cache_leftpad;    // cache_leftpad: [batch], tokens of padding

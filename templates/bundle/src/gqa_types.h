@@ -59,7 +59,7 @@ typedef struct gqa_model {
   int64_t tma_few_heads;
   int64_t box_dims;
   int64_t max_cluster;
-  double early_mib;
+  double prefetch_mib;
   int64_t balanced_batch;
   int64_t balanced_tokens;
   int64_t balanced_rounds;
@@ -105,9 +105,9 @@ typedef struct gqa_dispatch {
   uint32_t shared_bytes;
   int32_t num_splits;
   int32_t num_stages;
-  int32_t early;           // whether warps ask for their first tile before they know the length
-  int64_t num_tickets;     // counters, of merges in global memory
-  int64_t partial_floats;  // floats of partial outputs in global memory
+  int32_t prefetch_first_tile;  // whether warps ask for it before they know the length
+  int64_t num_merge_counters;   // counters, of merges in global memory
+  int64_t partial_floats;       // floats of partial outputs in global memory
 } gqa_dispatch;
 
 #endif  // GQA_TYPES_H_

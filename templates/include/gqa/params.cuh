@@ -19,8 +19,8 @@ struct CacheStrides {
   int64_t head;
 };
 
-// When the next kernel of the stream may start, if it is launched as a dependent.
-enum class Overlap : int32_t {
+// Programmatic dependent launch: when the next kernel of the stream may start.
+enum class Pdl : int32_t {
   kNone,   // when this one is done
   kEnd,    // when this one's tiles are
   kWhole,  // as soon as this one may read; until then this one fetches its first tiles to L2
@@ -42,7 +42,7 @@ struct Params {
   int32_t max_seq_len;
   int32_t num_splits;
   int32_t num_stages;  // tma: K tiles (and V tiles) that a warp keeps in flight
-  Overlap overlap;     // kernels that start before the one before them is done
+  Pdl pdl;             // kernels that start before the one before them is done
   void const* q;       // [batch, num_q_heads, head_dim]
   RowStrides q_stride;
   void const* k_new;  // [batch, num_kv_heads, head_dim], or null: attend only
@@ -58,9 +58,9 @@ struct Params {
   CacheStrides v_cache_stride;
   RowStrides out_stride;
   float* lse;                      // [batch, num_q_heads] contiguous, or null
-  float* partials;                 // workspace of the split merge, null when num_splits == 1
-  uint32_t* tickets;               // one zero per merge; zero again afterwards
-  int32_t* status;                 // receives 1 + index of a sequence whose length is not allowed
+  float* split_workspace;          // partial O of all splits, then (m, l); null for one split
+  uint32_t* merge_counters;        // one zero per merge; zero again afterwards
+  int32_t* overflow_flag;          // receives 1 + index of a sequence whose length is not allowed
   int32_t const* cache_batch_idx;  // cache_batch_idx: [batch], rows of the caches
   int32_t cache_rows;              // cache_batch_idx: how many there are
   int32_t const* cache_leftpad;    // cache_leftpad: [batch], tokens of padding

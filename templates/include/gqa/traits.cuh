@@ -29,7 +29,7 @@ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
 
 // `Variant` is the struct that a generated file spells out: Element, kSchedule, kMath, kHeadDim,
-// kGroupSize, kVecWidth, kBlockH, kBlockN, kNumWarps, kNumStages, kDependent.
+// kGroupSize, kVecWidth, kBlockH, kBlockN, kNumWarps, kNumStages, kPdl.
 template <class Variant>
 struct Traits : Variant {
   using typename Variant::Element;

@@ -41,16 +41,16 @@ CUTE_DEVICE void copy_async(Vec const* source, Vec* target, bool exists, uint64_
                : "memory");
 }
 
-// Takes a ticket and returns its number; the ticket numbered `last` sets the counter back to zero.
-// Release: what this block wrote is visible to whoever draws a later ticket. Acquire: the reverse.
-// PTX ISA 9.7.13.5, atom.
+// Adds one to a counter and returns what it was; at `last` it goes back to zero instead. Release:
+// what this block wrote is visible to whoever counts after it. Acquire: the reverse. PTX
+// ISA 9.7.13.5, atom.
 CUTE_DEVICE uint32_t atomic_inc_acq_rel(uint32_t* counter, uint32_t last) {
-  uint32_t ticket;
+  uint32_t count;
   asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
-               : "=r"(ticket)
+               : "=r"(count)
                : "l"(counter), "r"(last)
                : "memory");
-  return ticket;
+  return count;
 }
 
 // Programmatic dependent launch: a kernel may start while the one before it in the stream finishes.

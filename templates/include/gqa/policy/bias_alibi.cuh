@@ -2,7 +2,7 @@
 #pragma once
 
 #include <gqa/policy/slots.cuh>
-#include <gqa/stage/work.cuh>
+#include <gqa/stage/tile_scheduler.cuh>
 
 namespace gqa {
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include <gqa/stage/row.cuh>
-#include <gqa/stage/work.cuh>
+#include <gqa/stage/tile_scheduler.cuh>
 
 namespace gqa {
 

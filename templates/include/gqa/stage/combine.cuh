@@ -2,8 +2,8 @@
 //
 // Partials combine as (m, l, O) -> M = max m, sum of 2^(m - M) l and of 2^(m - M) O: section 3.1 of
 // FlashAttention (arXiv:2205.14135), Flash-Decoding's reduction. Splits meet through global memory:
-// each block leaves its partial there and draws a ticket; whoever draws the last one merges. The
-// order of summation is that of the splits, not of their arrival, so results repeat to the bit.
+// each block leaves its partial there and adds one to the merge's counter; the last to come merges.
+// The order of summation is that of the splits, not of their arrival, so results repeat to the bit.
 #pragma once
 
 #include <gqa/arch/ptx.cuh>
@@ -51,9 +51,9 @@ template <class T, int kWidth>
 class PartialStore {
  public:
   // Those from number `first` of `count` in this launch. They cover the dims from first_dim on.
-  CUTE_DEVICE PartialStore(float* partials, int64_t first, int64_t count, int first_dim = 0)
-      : out_(partials + first * kOut),
-        max_sum_(partials + count * kOut + first * kMaxSum),
+  CUTE_DEVICE PartialStore(float* split_workspace, int64_t first, int64_t count, int first_dim = 0)
+      : o_partial_(split_workspace + first * kOut),
+        max_sum_(split_workspace + count * kOut + first * kMaxSum),
         first_dim_(first_dim) {}
 
   CUTE_DEVICE void write(int part, Slice s, Merged<kWidth> const& r) const {
@@ -87,19 +87,19 @@ class PartialStore {
   static_assert(sizeof(Vec) == kWidth * sizeof(float));
 
   CUTE_DEVICE Vec* out(int part, Slice s) const {
-    return reinterpret_cast<Vec*>(out_ + part * kOut + s.head * T::kHeadDim + s.dim);
+    return reinterpret_cast<Vec*>(o_partial_ + part * kOut + s.head * T::kHeadDim + s.dim);
   }
   CUTE_DEVICE float2* max_sum(int part, int head) const {
     return reinterpret_cast<float2*>(max_sum_ + part * kMaxSum + head * 2);
   }
 
-  float* out_;
+  float* o_partial_;
   float* max_sum_;
   int first_dim_;
 };
 
 // Whether this block is the last of `count` to come here. Called by the whole block, which has
-// written its partial: the ticket releases it, and acquires those of the others.
+// written its partial: counting releases it, and acquires those of the others.
 CUTE_DEVICE bool arrives_last(uint32_t* counter, int count, uint32_t& shared_answer) {
   __syncthreads();
   if (threadIdx.x == 0) {

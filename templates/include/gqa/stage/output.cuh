@@ -6,7 +6,7 @@
 
 #include <gqa/policy/slots.cuh>
 #include <gqa/stage/combine.cuh>
-#include <gqa/stage/work.cuh>
+#include <gqa/stage/tile_scheduler.cuh>
 
 namespace gqa {
 
@@ -42,7 +42,7 @@ CUTE_DEVICE void write_output(Params const& p, Work<T> const& w, Slice s, Merged
 template <class T>
 CUTE_DEVICE void report_overflow(Params const& p, Work<T> const& w) {
   if (!w.valid && w.split == 0 && blockIdx.x == 0 && threadIdx.x == 0) {
-    *static_cast<int32_t volatile*>(p.status) = 1 + w.batch;
+    *static_cast<int32_t volatile*>(p.overflow_flag) = 1 + w.batch;
   }
 }
 

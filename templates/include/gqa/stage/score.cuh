@@ -8,7 +8,7 @@
 #include <gqa/arch/mma.cuh>
 #include <gqa/arch/tile.cuh>
 #include <gqa/stage/logits.cuh>
-#include <gqa/stage/work.cuh>
+#include <gqa/stage/tile_scheduler.cuh>
 
 namespace gqa {
 

@@ -55,7 +55,7 @@ struct Accumulator<T, Math::kTensorOp> {
   }
 
   // As [dim][head], the order in which lanes hold it: stores of a warp are contiguous.
-  CUTE_DEVICE void store_by_dim(float* partial) const {
+  CUTE_DEVICE void store_by_dim(float* o_partial) const {
     int const lane = threadIdx.x % kWarpSize;
     CUTE_UNROLL
     for (int n = 0; n < kHeadTiles; ++n) {
@@ -66,7 +66,7 @@ struct Accumulator<T, Math::kTensorOp> {
           int const dim = m * 16 + half * 8 + lane / 4;
           bool const padding = m * 16 + half * 8 >= T::kHeadDim;
           if (!padding) {
-            *reinterpret_cast<float2*>(&partial[dim * T::kBlockH + T::head_of(lane, 2 * n)]) =
+            *reinterpret_cast<float2*>(&o_partial[dim * T::kBlockH + T::head_of(lane, 2 * n)]) =
                 make_float2(out[m][n][2 * half], out[m][n][2 * half + 1]);
           }
         }
@@ -74,7 +74,7 @@ struct Accumulator<T, Math::kTensorOp> {
     }
   }
 
-  CUTE_DEVICE void store(float* partial) const {
+  CUTE_DEVICE void store(float* o_partial) const {
     int const lane = threadIdx.x % kWarpSize;
     CUTE_UNROLL
     for (int n = 0; n < kHeadTiles; ++n) {
@@ -85,7 +85,7 @@ struct Accumulator<T, Math::kTensorOp> {
         for (int m = 0; m < kDimTiles; ++m) {
           int const dim = m * 16 + i / 2 * 8 + lane / 4;
           bool const padding = m * 16 + i / 2 * 8 >= T::kHeadDim;
-          if (!padding) partial[head * T::kPartialPitch + dim] = out[m][n][i];
+          if (!padding) o_partial[head * T::kPartialPitch + dim] = out[m][n][i];
         }
       }
     }
@@ -131,7 +131,7 @@ struct Accumulator<T, Math::kSimt> {
     }
   }
 
-  CUTE_DEVICE void store(float* partial) const {
+  CUTE_DEVICE void store(float* o_partial) const {
     int const lane = threadIdx.x % kWarpSize;
     CUTE_UNROLL
     for (int h = 0; h < T::kBlockH; ++h) {
@@ -139,7 +139,7 @@ struct Accumulator<T, Math::kSimt> {
       for (int i = 0; i < kPairs; ++i) {
         int const dim = 2 * (lane + i * kWarpSize);
         if (T::kHeadDim % (2 * kWarpSize) == 0 || dim < T::kHeadDim) {
-          *reinterpret_cast<float2*>(&partial[h * T::kPartialPitch + dim]) =
+          *reinterpret_cast<float2*>(&o_partial[h * T::kPartialPitch + dim]) =
               make_float2(out[i][h][0], out[i][h][1]);
         }
       }

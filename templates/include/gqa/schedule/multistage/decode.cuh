@@ -11,12 +11,12 @@
 #include <gqa/schedule/multistage/load.cuh>
 #include <gqa/schedule/multistage/merge.cuh>
 #include <gqa/schedule/multistage/storage.cuh>
-#include <gqa/schedule/overlap.cuh>
+#include <gqa/schedule/pdl.cuh>
 #include <gqa/stage/append.cuh>
 #include <gqa/stage/score.cuh>
 #include <gqa/stage/softmax.cuh>
+#include <gqa/stage/tile_scheduler.cuh>
 #include <gqa/stage/value.cuh>
-#include <gqa/stage/work.cuh>
 #include <gqa/traits.cuh>
 
 namespace gqa {
@@ -75,15 +75,15 @@ CUTE_DEVICE void decode(Params const& p) {
   int const warp = threadIdx.x / kWarpSize;
   int const first_tile = blockIdx.y * T::kNumWarps + warp;
   TileRing<T> ring(p, shared.warp[warp], first_tile);
-  if constexpr (T::kDependent) {
-    follow_previous_kernel(p.overlap, [&] { ring.prefetch(p, first_tile); });
+  if constexpr (T::kPdl) {
+    follow_previous_kernel(p.pdl, [&] { ring.prefetch(p, first_tile); });
   }
   int const length = Work<T>::read_length(p);
   ring.start(p, first_tile);
   Work<T> const w(p, length);
   if (w.split >= w.num_splits) return ring.drain();
   attend(p, w, shared, ring);
-  if (T::kDependent && p.overlap == Overlap::kEnd) start_next_kernel();
+  if (T::kPdl && p.pdl == Pdl::kEnd) start_next_kernel();
   __syncthreads();
   merge(p, w, shared);
   report_overflow(p, w);

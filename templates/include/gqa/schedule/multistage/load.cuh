@@ -10,7 +10,7 @@
 #include <cute/arch/copy_sm80.hpp>
 
 #include <gqa/arch/ptx.cuh>
-#include <gqa/stage/work.cuh>
+#include <gqa/stage/tile_scheduler.cuh>
 
 namespace gqa {
 
@@ -81,14 +81,14 @@ class TileRing {
       : keys_(CacheOf<T>::keys(p, blockIdx.z)),
         values_(CacheOf<T>::values(p, blockIdx.z)),
         slots_(reinterpret_cast<Element*>(storage)),
-        early_(kKnowsTiles<T> && first_tile * T::kBlockN < p.prefetch_limit) {
+        prefetch_first_tile_(kKnowsTiles<T> && first_tile * T::kBlockN < p.prefetch_limit) {
     if constexpr (T::kHeadDim != T::kHeadDimPadded) clear_padding();
   }
 
   // Brings the first tile to L2, before it may be read, if the launch allows to ask for it early.
   CUTE_DEVICE void prefetch(Params const& p, int first_tile) const {
     if constexpr (T::kVecWidth * sizeof(Element) == 16) {
-      if (!early_) return;
+      if (!prefetch_first_tile_) return;
       keys_.prefetch_tile(first_tile, p.prefetch_limit);
       values_.prefetch_tile(first_tile, p.prefetch_limit);
     }
@@ -98,12 +98,12 @@ class TileRing {
   // the latency of memory is most of a short decode step. Rows past the sequence's end are then
   // read as the cache has them.
   CUTE_DEVICE void start(Params const& p, int first_tile) {
-    if (early_) load_both(first_tile, p.prefetch_limit, 0);
+    if (prefetch_first_tile_) load_both(first_tile, p.prefetch_limit, 0);
   }
 
   // Asks for the other tiles that have a slot.
   CUTE_DEVICE void fill(Params const& p, Work<T> const& w, int first_tile) {
-    if (!early_) {
+    if (!prefetch_first_tile_) {
       keys_ = RowSource<T>(CacheOf<T>::keys(p, w.cache_row()));  // which balancing may change
       values_ = RowSource<T>(CacheOf<T>::values(p, w.cache_row()));
       load_both_if(first_tile, w, 0);
@@ -183,7 +183,7 @@ class TileRing {
   RowSource<T> keys_;
   RowSource<T> values_;
   Element* slots_;
-  bool const early_;  // the first tile has been asked for before the length was known
+  bool const prefetch_first_tile_;  // the first tile has been asked for before the length was known
   int stage_ = 0;
 };
 

@@ -5,7 +5,7 @@
 #include <gqa/schedule/multistage/storage.cuh>
 #include <gqa/stage/combine.cuh>
 #include <gqa/stage/output.cuh>
-#include <gqa/stage/work.cuh>
+#include <gqa/stage/tile_scheduler.cuh>
 
 namespace gqa {
 
@@ -16,9 +16,10 @@ CUTE_DEVICE Merged<kWidth> merge_warps(SharedStorage<T> const& shared, Slice s) 
   float o[T::kNumWarps][kWidth];
   CUTE_UNROLL
   for (int i = 0; i < T::kNumWarps; ++i) {
-    auto const* partial = reinterpret_cast<float const*>(shared.warp[i]);
+    auto const* o_partial = reinterpret_cast<float const*>(shared.warp[i]);
     max_sum[i] = make_float2(shared.row_max[i][s.head], shared.row_sum[i][s.head]);
-    float4 const v = *reinterpret_cast<float4 const*>(partial + s.head * T::kPartialPitch + s.dim);
+    float4 const v =
+        *reinterpret_cast<float4 const*>(o_partial + s.head * T::kPartialPitch + s.dim);
     o[i][0] = v.x, o[i][1] = v.y, o[i][2] = v.z, o[i][3] = v.w;
   }
   Merged<kWidth> r;
@@ -37,7 +38,7 @@ CUTE_DEVICE void merge(Params const& p, Work<T> const& w, SharedStorage<T>& shar
     }
   };
   bool const alone = w.num_splits == 1;
-  PartialStore<T, kWidth> const store(p.partials, w.first_partial(), w.num_partials());
+  PartialStore<T, kWidth> const store(p.split_workspace, w.first_partial(), w.num_partials());
   for_slices([&](Slice s) {
     Merged<kWidth> r = merge_warps<T, kWidth>(shared, s);
     if (alone) {
@@ -46,7 +47,8 @@ CUTE_DEVICE void merge(Params const& p, Work<T> const& w, SharedStorage<T>& shar
       store.write(w.split, s, r);
     }
   });
-  if (alone || !arrives_last(p.tickets + w.head_index(), w.num_splits, shared.is_last)) return;
+  if (alone || !arrives_last(p.merge_counters + w.head_index(), w.num_splits, shared.is_last))
+    return;
   for_slices([&](Slice s) { write_output(p, w, s, store.merge(w.num_splits, s)); });
 }
 

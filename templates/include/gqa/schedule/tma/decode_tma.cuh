@@ -9,8 +9,8 @@
 // asked for first, and nothing waits for what it does not need.
 #pragma once
 
-#include <gqa/schedule/overlap.cuh>
-#include <gqa/schedule/tma/attend_once.cuh>
+#include <gqa/schedule/pdl.cuh>
+#include <gqa/schedule/tma/single_tile.cuh>
 #include <gqa/stage/append.cuh>
 #include <gqa/stage/softmax.cuh>
 #include <gqa/stage/value.cuh>
@@ -19,9 +19,10 @@ namespace gqa {
 
 // Several tiles per warp: warps walk them alone and meet at the end.
 template <class T>
-CUTE_DEVICE void attend_many(TmaParams const& p, ClusterWork<T> const& w, ClusterStorage<T>& shared,
-                             TmaRing<T>& ring, Scorer<T> const& score,
-                             Exchange<T> const& exchange) {
+CUTE_DEVICE void attend_multi_tile(TmaParams const& p, ClusterWork<T> const& w,
+                                   ClusterStorage<T>& shared, TmaRing<T>& ring,
+                                   Scorer<T> const& score,
+                                   ClusterCombine<T> const& cluster_combine) {
   int const warp = threadIdx.x / kWarpSize;
   BiasOf<T> const bias(p.decode, w);
   OnlineSoftmax<T> softmax;
@@ -47,7 +48,7 @@ CUTE_DEVICE void attend_many(TmaParams const& p, ClusterWork<T> const& w, Cluste
   float sum[T::kLaneHeads];
   publish<T>(softmax.row_max, shared.row_max);
   __syncthreads();
-  gather<T>(shared.row_max, max, Max());
+  reduce_warps<T>(shared.row_max, max, Max());
   CUTE_UNROLL
   for (int h = 0; h < T::kLaneHeads; ++h) {
     float const factor = exp2_approx(softmax.row_max[h] - max[h]);
@@ -55,14 +56,14 @@ CUTE_DEVICE void attend_many(TmaParams const& p, ClusterWork<T> const& w, Cluste
     softmax.row_max[h] = factor;
   }
   acc.rescale(softmax.row_max);
-  acc.store_by_dim(shared.partial(warp));
+  acc.store_by_dim(shared.o_partial(warp));
   reduce_lanes<T>(sum, Sum());
   publish<T>(sum, shared.row_sum);
   __syncthreads();
 
   if (warp == T::kNumWarps - 1) {
-    gather<T>(shared.row_sum, sum, Sum());
-    exchange.send_max_sum(max, sum);
+    reduce_warps<T>(shared.row_sum, sum, Sum());
+    cluster_combine.send_max_sum(max, sum);
   }
   constexpr int kPairs = T::kBlockH / 2;
   CUTE_NO_UNROLL
@@ -70,11 +71,11 @@ CUTE_DEVICE void attend_many(TmaParams const& p, ClusterWork<T> const& w, Cluste
     float2 o = {0.f, 0.f};
     CUTE_UNROLL
     for (int j = 0; j < T::kNumWarps; ++j) {
-      float2 const part = reinterpret_cast<float2 const*>(shared.partial(j))[i];
+      float2 const part = reinterpret_cast<float2 const*>(shared.o_partial(j))[i];
       o.x += part.x;
       o.y += part.y;
     }
-    exchange.target(i / kPairs, i % kPairs).send(o, exchange.alone());
+    cluster_combine.target(i / kPairs, i % kPairs).send(o, cluster_combine.alone());
   }
 }
 
@@ -86,10 +87,10 @@ CUTE_DEVICE void decode_tma(TmaParams const& p) {
   int const warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarpSize, 0);  // known to be uniform
   int const first_tile = blockIdx.y * T::kNumWarps + warp;
   int length;
-  if constexpr (!T::kDependent) length = Work<T>::read_length(p.decode);  // as early as it may
+  if constexpr (!T::kPdl) length = Work<T>::read_length(p.decode);  // as early as it may
   TmaRing<T> ring(p, shared, warp, first_tile);
-  if constexpr (T::kDependent) {
-    follow_previous_kernel(p.decode.overlap, [&] { ring.prefetch(first_tile); });
+  if constexpr (T::kPdl) {
+    follow_previous_kernel(p.decode.pdl, [&] { ring.prefetch(first_tile); });
     length = Work<T>::read_length(p.decode);
   }
   ring.start(first_tile);
@@ -103,11 +104,11 @@ CUTE_DEVICE void decode_tma(TmaParams const& p) {
   Scorer<T> const score(p.decode, w);
   if (w.split >= w.num_splits) return ring.drain();
   if (!kLate) ring.fill(w, w.first_tile(warp));
-  Exchange<T> const exchange(shared, w);
+  ClusterCombine<T> const cluster_combine(shared, w);
   if (threadIdx.x == T::kNumThreads - kWarpSize) {
-    barrier_init(shared.exchange_barrier);
+    barrier_init(shared.combine_barrier);
     barrier_init_fence();
-    exchange.expect();
+    cluster_combine.expect();
   }
   if (w.log_cluster_size > 0) cute::cluster_arrive_relaxed();
   if (w.appends && warp == T::kNumWarps - 1) {
@@ -119,12 +120,12 @@ CUTE_DEVICE void decode_tma(TmaParams const& p) {
   }
   if (w.log_cluster_size > 0) cute::cluster_wait();  // every block's barrier is ready
   if (w.num_walked_tiles() <= w.tile_step()) {
-    attend_once(p, w, shared, ring, score, exchange);
+    attend_single_tile(p, w, shared, ring, score, cluster_combine);
   } else {
-    attend_many(p, w, shared, ring, score, exchange);
+    attend_multi_tile(p, w, shared, ring, score, cluster_combine);
   }
-  if (T::kDependent && p.decode.overlap == Overlap::kEnd) start_next_kernel();
-  exchange.receive(p.decode, score);
+  if (T::kPdl && p.decode.pdl == Pdl::kEnd) start_next_kernel();
+  cluster_combine.receive(p.decode, score);
   report_overflow(p.decode, w);
 }
 

@@ -11,7 +11,7 @@
 
 #include <gqa/arch/ptx_sm90.cuh>
 #include <gqa/schedule/tma/storage_tma.cuh>
-#include <gqa/stage/work.cuh>
+#include <gqa/stage/tile_scheduler.cuh>
 
 namespace gqa {
 
@@ -28,7 +28,7 @@ class TmaRing {
         shared_(shared),
         warp_(warp),
         leader_(threadIdx.x % kWarpSize == 0),
-        early_(kKnowsTiles<T> && first_tile * T::kBlockN < p.decode.prefetch_limit) {
+        prefetch_first_tile_(kKnowsTiles<T> && first_tile * T::kBlockN < p.decode.prefetch_limit) {
     if (leader_) {
       CUTE_NO_UNROLL
       for (int stage = 0; stage < p.decode.num_stages; ++stage) {
@@ -42,7 +42,7 @@ class TmaRing {
 
   // Brings the first tile to L2, before it may be read, if the launch allows to ask for it early.
   CUTE_DEVICE void prefetch(int first_tile) const {
-    if (!early_ || !leader_) return;
+    if (!prefetch_first_tile_ || !leader_) return;
     prefetch(params_.keys, first_tile);
     prefetch(params_.values, first_tile);
   }
@@ -50,14 +50,14 @@ class TmaRing {
   // Asks for the first tile before the length of the sequence is known, if the launch allows it:
   // the latency of memory is most of a short decode step.
   CUTE_DEVICE void start(int first_tile) {
-    if (early_) load_both(first_tile, 0);
+    if (prefetch_first_tile_) load_both(first_tile, 0);
   }
 
   // Asks for the other tiles that have a slot.
   CUTE_DEVICE void fill(Work<T> const& w, int first_tile) {
     if constexpr (!RowOf<T>::is_own()) row_ = w.cache_row();
     CUTE_NO_UNROLL
-    for (int stage = early_; stage < params_.decode.num_stages; ++stage) {
+    for (int stage = prefetch_first_tile_; stage < params_.decode.num_stages; ++stage) {
       int const tile = first_tile + stage * w.tile_step();
       if (tile < w.num_tiles) load_both(tile, stage);
     }
@@ -65,7 +65,7 @@ class TmaRing {
 
   // Waits for a first tile that turned out not to be needed. A block must not leave before.
   CUTE_DEVICE void drain() {
-    if (!early_) return;
+    if (!prefetch_first_tile_) return;
     barrier_wait(keys_barrier(0), 0);
     barrier_wait(values_barrier(0), 0);
   }
@@ -145,8 +145,8 @@ class TmaRing {
   ClusterStorage<T>& shared_;
   int const warp_;
   bool const leader_;
-  int row_;           // of the cache, where it is not that of the sequence's number
-  bool const early_;  // the first tile has been asked for before the length was known
+  int row_;                         // of the cache, where it is not that of the sequence's number
+  bool const prefetch_first_tile_;  // the first tile has been asked for before the length was known
   int stage_ = 0;
   uint32_t parity_ = 0;
 };

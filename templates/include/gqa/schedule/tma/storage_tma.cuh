@@ -29,7 +29,7 @@ struct alignas(1024) ClusterStorage {
   float2 out[(T::kHeadDim + 4 * kMaxCluster) * T::kBlockH / 2];  // [block][dim][pair of heads]
 
   uint64_t ring_barrier[T::kNumStages][T::kNumWarps][2];  // of K and of V
-  uint64_t exchange_barrier;
+  uint64_t combine_barrier;
   uint32_t is_last;
 
   CUTE_DEVICE Element* key_slot(int stage, int warp) {
@@ -39,7 +39,7 @@ struct alignas(1024) ClusterStorage {
     return key_slot(stage, warp) + T::kTileElements;
   }
   // A warp's partial O, [dim][head]: it takes the place of the warp's first tiles.
-  CUTE_DEVICE float* partial(int warp) { return reinterpret_cast<float*>(key_slot(0, warp)); }
+  CUTE_DEVICE float* o_partial(int warp) { return reinterpret_cast<float*>(key_slot(0, warp)); }
 
  private:
   CUTE_DEVICE Element* slots() { return reinterpret_cast<Element*>(this + 1); }

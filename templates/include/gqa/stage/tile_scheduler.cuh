@@ -1,9 +1,9 @@
-// Which part of the problem a block computes: blockIdx -> sequence, heads, range of tiles.
+// The tile scheduler: which part of the problem a block computes.
 //
-// blockIdx.x counts the KV heads (and, for groups larger than a block holds, head blocks), y the
-// splits of the sequence, z the sequences. Tiles are dealt to splits and warps in turn, so all
-// blocks walk the cache from its start at once and neighbouring blocks read neighbouring heads of
-// the same tokens: DRAM pages are opened once.
+// blockIdx -> sequence, heads, range of tiles. blockIdx.x counts the KV heads (and, for groups
+// larger than a block holds, head blocks), y the splits of the sequence, z the sequences. Tiles are
+// dealt to splits and warps in turn, so all blocks walk the cache from its start at once and
+// neighbouring blocks read neighbouring heads of the same tokens: DRAM pages are opened once.
 //
 // Where lengths may be ragged, the launch has more rows of blocks than splits, and y and z only
 // number the blocks: sequences get as many splits as their lengths ask for.
@@ -45,7 +45,7 @@ struct Work {
         first_part(blockIdx.z * gridDim.y) {
     set_length(p, batch, length);
     num_splits = useful_splits(p.num_splits);
-    if (!T::kTma && int(gridDim.y) > p.num_splits) balance(p);
+    if (!T::kTma && int(gridDim.y) > p.num_splits) balance_varlen(p);
   }
 
   // The row of the cache that holds the sequence.
@@ -108,7 +108,7 @@ struct Work {
   }
 
   // Finds this block's sequence and split where lengths may be ragged. All warps compute it.
-  CUTE_DEVICE void balance(Params const& p) {
+  CUTE_DEVICE void balance_varlen(Params const& p) {
     int const lane = threadIdx.x % kWarpSize;
     int const num_sequences = gridDim.z;
     int total = 0;

@@ -44,9 +44,9 @@ struct ClusterWork : Work<T> {
 };
 
 template <class T>
-class Exchange {
+class ClusterCombine {
  public:
-  CUTE_DEVICE Exchange(ClusterStorage<T>& shared, ClusterWork<T> const& w)
+  CUTE_DEVICE ClusterCombine(ClusterStorage<T>& shared, ClusterWork<T> const& w)
       : shared_(shared), work_(w), num_pairs_(ceil_div(w.num_heads(), 2)) {
     // By selection instead of division: there are only four cases.
     num_dims_ = own_dims(0);
@@ -60,8 +60,8 @@ class Exchange {
   CUTE_DEVICE void expect() const {
     if (alone() || num_own_dims() == 0) return;
     int const items = num_own_dims() * num_pairs_ + work_.num_heads();
-    barrier_arrive_expect(shared_.exchange_barrier, items * int(sizeof(float2))
-                                                        << work_.log_num_ranks);
+    barrier_arrive_expect(shared_.combine_barrier, items * int(sizeof(float2))
+                                                       << work_.log_num_ranks);
   }
 
   // Where a pair of heads' O for one dim goes: into the block that owns the dim.
@@ -86,7 +86,7 @@ class Exchange {
       if (work_.log_num_ranks == log && dim < T::kHeadDim) owner = dim / own_dims(log);
     }
     return {in_block(out(work_.rank, dim - owner * num_dims_, pair), owner),
-            in_block(shared_.exchange_barrier, owner), exists};
+            in_block(shared_.combine_barrier, owner), exists};
   }
 
   // Sends the block's maximum and sum of every head to the blocks that own dims. Called by one
@@ -100,7 +100,7 @@ class Exchange {
     for (int h = 0; h < T::kLaneHeads; ++h) {
       int const head = T::head_of(lane, h);
       Target const target = {in_block(shared_.max_sum[work_.rank][head], owner),
-                             in_block(shared_.exchange_barrier, owner), head < work_.num_heads()};
+                             in_block(shared_.combine_barrier, owner), head < work_.num_heads()};
       target.send(make_float2(max[h], sum[h]), alone());
     }
   }
@@ -133,9 +133,10 @@ class Exchange {
     int64_t const index = (work_.head_index() << work_.log_cluster_size) + work_.rank;
     int64_t const count = work_.num_heads_of_launch() << work_.log_cluster_size;
     int const parts = p.num_splits >> work_.log_cluster_size;
-    PartialStore<T, kWidth> const store(p.partials, index * parts, count * parts, first_own_dim());
+    PartialStore<T, kWidth> const store(p.split_workspace, index * parts, count * parts,
+                                        first_own_dim());
     for_own_slices([&](Slice s) { store.write(work_.cluster, s, merge(s)); });
-    if (!arrives_last(p.tickets + index, work_.num_clusters, shared_.is_last)) return;
+    if (!arrives_last(p.merge_counters + index, work_.num_clusters, shared_.is_last)) return;
     for_own_slices([&](Slice s) { write_output(p, work_, s, store.merge(work_.num_clusters, s)); });
   }
 
@@ -179,7 +180,7 @@ class Exchange {
       for (int i = 0; i < kWidth; ++i) r.out[i] = float(shared_.new_value[s.dim + i]);
     }
     auto const* part = reinterpret_cast<float const*>(&out(0, s.dim - first_own_dim(), 0)) + s.head;
-    if (!alone()) barrier_wait(shared_.exchange_barrier, 0);
+    if (!alone()) barrier_wait(shared_.combine_barrier, 0);
     float2 max_sum[kMaxCluster];
     float o[kMaxCluster][kWidth];
     CUTE_UNROLL

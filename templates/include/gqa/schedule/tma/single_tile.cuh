@@ -4,8 +4,8 @@
 #pragma once
 
 #include <gqa/arch/mma.cuh>
-#include <gqa/schedule/tma/agree.cuh>
-#include <gqa/schedule/tma/exchange.cuh>
+#include <gqa/schedule/tma/block_reduce.cuh>
+#include <gqa/schedule/tma/cluster_combine.cuh>
 #include <gqa/schedule/tma/load_tma.cuh>
 #include <gqa/stage/score.cuh>
 
@@ -26,7 +26,7 @@ CUTE_DEVICE void softmax_over_block(float (&scores)[T::kLaneHeads][T::kLaneToken
   reduce_lanes<T>(max, Max());
   publish<T>(max, shared.row_max);
   __syncthreads();
-  gather<T>(shared.row_max, max, Max());
+  reduce_warps<T>(shared.row_max, max, Max());
   CUTE_UNROLL
   for (int h = 0; h < T::kLaneHeads; ++h) {
     sum[h] = 0.f;
@@ -93,9 +93,10 @@ struct DimTile {
 };
 
 template <class T>
-CUTE_DEVICE void attend_once(TmaParams const& p, ClusterWork<T> const& w, ClusterStorage<T>& shared,
-                             TmaRing<T>& ring, Scorer<T> const& score,
-                             Exchange<T> const& exchange) {
+CUTE_DEVICE void attend_single_tile(TmaParams const& p, ClusterWork<T> const& w,
+                                    ClusterStorage<T>& shared, TmaRing<T>& ring,
+                                    Scorer<T> const& score,
+                                    ClusterCombine<T> const& cluster_combine) {
   int const warp = threadIdx.x / kWarpSize;
   int const lane = threadIdx.x % kWarpSize;
   int const tiles = w.num_tiles - w.first_tile(0);  // of this block; may be more than it has warps
@@ -105,13 +106,13 @@ CUTE_DEVICE void attend_once(TmaParams const& p, ClusterWork<T> const& w, Cluste
   constexpr int kHeadTiles = T::kBlockH / 8;
   constexpr int kDimTiles = T::kHeadDimPadded / 16;
   constexpr int kOwnDimTiles = ceil_div(kDimTiles, T::kNumWarps);
-  typename Exchange<T>::Target target[kOwnDimTiles][2][kHeadTiles];
+  typename ClusterCombine<T>::Target target[kOwnDimTiles][2][kHeadTiles];
   CUTE_UNROLL
   for (int i = 0; i < kOwnDimTiles * 2 * kHeadTiles; ++i) {
     int const half = i / kHeadTiles % 2;
     int const dim_tile = i / (2 * kHeadTiles) * T::kNumWarps + warp;
     target[i / (2 * kHeadTiles)][half][i % kHeadTiles] =
-        exchange.target(dim_tile * 16 + half * 8 + lane / 4, i % kHeadTiles * 4 + lane % 4);
+        cluster_combine.target(dim_tile * 16 + half * 8 + lane / 4, i % kHeadTiles * 4 + lane % 4);
   }
 
   float scores[T::kLaneHeads][T::kLaneTokens];
@@ -140,8 +141,8 @@ CUTE_DEVICE void attend_once(TmaParams const& p, ClusterWork<T> const& w, Cluste
   __syncthreads();
 
   if (warp == T::kNumWarps - 1) {
-    gather<T>(shared.row_sum, sum, Sum());
-    exchange.send_max_sum(max, sum);
+    reduce_warps<T>(shared.row_sum, sum, Sum());
+    cluster_combine.send_max_sum(max, sum);
   }
   CUTE_UNROLL
   for (int i = 0; i < kOwnDimTiles; ++i) {
@@ -157,7 +158,7 @@ CUTE_DEVICE void attend_once(TmaParams const& p, ClusterWork<T> const& w, Cluste
     for (int half = 0; half < 2; ++half) {
       CUTE_UNROLL
       for (int n = 0; n < kHeadTiles; ++n) {
-        target[i][half][n].send(o.pair(n, half), exchange.alone());
+        target[i][half][n].send(o.pair(n, half), cluster_combine.alone());
       }
     }
   }

@@ -36,8 +36,8 @@ CUTE_DEVICE void publish(float const (&values)[T::kLaneHeads],
 
 // Combines what all warps have of this lane's heads.
 template <class T, class Combine>
-CUTE_DEVICE void gather(float const (&table)[T::kBlockH][T::kNumWarps],
-                        float (&values)[T::kLaneHeads], Combine&& combine) {
+CUTE_DEVICE void reduce_warps(float const (&table)[T::kBlockH][T::kNumWarps],
+                              float (&values)[T::kLaneHeads], Combine&& combine) {
   int const lane = threadIdx.x % kWarpSize;
   CUTE_UNROLL
   for (int h = 0; h < T::kLaneHeads; ++h) {
