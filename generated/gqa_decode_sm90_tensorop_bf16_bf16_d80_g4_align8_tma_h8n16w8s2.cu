@@ -23,7 +23,7 @@ struct Variant {
   static constexpr int kBlockN = 16;     // KV tokens per tile
   static constexpr int kNumWarps = 8;
   static constexpr int kNumStages = 2;  // K tiles in flight per warp, and V tiles
-  static constexpr bool kDependent = false;  // may start early: griddepcontrol
+  static constexpr bool kPdl = false;  // programmatic dependent launch
   template <class T> using Row = gqa::OwnRow<T>;
   template <class T> using Cache = gqa::DenseCache<T>;
   template <class T> using Start = gqa::FirstRow<T>;
