@@ -1,1 +1,1 @@
-"""Times decode steps against their peers and a read-only floor: `gqa-cutlass bench`."""
+"""Times decode steps against their baselines and a read-only roofline: `gqa-cutlass bench`."""

@@ -50,7 +50,7 @@ class Data:
         sets = pool[: pool_bytes(point) // pool.element_size()].view(self.num_sets, 2, *shape)
         self.k, self.v = list(sets[:, 0]), list(sets[:, 1])
         read = point.read_bytes // pool.element_size()
-        self.flat = [both.view(-1)[:read] for both in sets]  # what the floor reads
+        self.flat = [both.view(-1)[:read] for both in sets]  # what the roofline reads
         self.q = self.random(point.batch, point.num_q_heads, point.head_dim)
         self.new_k = self.random(point.batch, point.num_kv_heads, point.head_dim)
         self.new_v = torch.randn_like(self.new_k)

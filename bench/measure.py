@@ -1,17 +1,18 @@
-"""Microseconds per decode step against its peers and the read-only floor.
+"""Microseconds per decode step against its baselines and the read-only roofline.
 
 Protocol: one CUDA graph per contender holds one call per buffer set; sets rotate through at least
 256 MiB, four times an H200's L2, so the cache is cold. Contenders take turns in one process; before
 each turn unrelated data is read, so that nobody finds in L2 what another left there. The median of
-twelve turns counts. Data are random. Ours appends the new token; peers only attend. Each
+twelve turns counts. Data are random. Ours appends the new token; baselines only attend. Each
 point is checked against float32 before it is timed, with NaN from where the new token goes to the
-cache's end; peers are checked against our output, and left out where they fail.
+cache's end; baselines are checked against our output, and left out where they fail.
 
 Ours has its lengths on the device. At points of the grid its plan is told that they are about
-equal, as peers are that get one length for all; what it takes without being told is measured too
-(`balanced`), and what it takes when each call is launched as a dependent of the one before.
+equal, as baselines are that get one length for all; what it takes without being told is measured
+too (`balanced`), and what it takes when each call is launched as a dependent of the one before.
 
-Peers that are not installed enter with times recorded elsewhere (peers.json), scaled by the floor.
+Baselines that are not installed enter with times recorded elsewhere (baselines.json), scaled by the
+roofline.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 
 import gqa_cutlass
-from bench import peers
+from bench import baselines
 from bench.data import Data, check, pool_bytes, random_pool, relative_error
 from bench.host import host_costs
 from bench.points import GRID, PREFILL, RAGGED, Point, Ragged
@@ -48,7 +49,7 @@ def measure(point: Point, pool: Tensor, floor: Floor) -> Row:
     out, error = check(plan, data)
     plans = {OURS: plan, **variants(plan, data)}
     ours = {name: ours_graph(each, data) for name, each in plans.items()}
-    makers = {name: partial(adapter, data) for name, adapter in peers.running(point).items()}
+    makers = {name: partial(adapter, data) for name, adapter in baselines.running(point).items()}
     others = agreeing(point, makers, partial(relative_error, right=out), data.num_sets)
     floors = {f"floor {grid}": floor_graph(data, floor, grid) for grid in Floor.GRIDS}
     times = interleaved({**ours, **others, **floors})
@@ -66,7 +67,7 @@ def measure(point: Point, pool: Tensor, floor: Floor) -> Row:
         balanced=times.get(BALANCED),
         dependent=times.get(DEPENDENT),
         measured={name: times[name] for name in others},
-        recorded_scaled=peers.scaled(point, lowest),
+        recorded_scaled=baselines.scaled(point, lowest),
         limit=point.limit if isinstance(point, Ragged) else None,
     )
 
@@ -86,7 +87,7 @@ def ours_graph(plan: gqa_cutlass.Plan, data: Data) -> Graph:
 
 
 def floor_graph(data: Data, floor: Floor, grid: int) -> Graph:
-    """The floor kernel on one grid size, over the bytes that a step reads."""
+    """The roofline kernel on one grid size, over the bytes that a step reads."""
     return Graph(lambda i: floor.read(data.flat[i], grid), data.num_sets)
 
 

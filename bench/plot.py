@@ -22,13 +22,13 @@ from bench.record import Record, Row
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, without the yellow. Models, of
 # which there are more, differ in their marks as well.
-OURS, SDPA, FLOOR = "#0072B2", "#D55E00", "#595959"
+OURS, SDPA, ROOFLINE = "#0072B2", "#D55E00", "#595959"
 MODELS = (
     ("#000000", "o"), ("#E69F00", "s"), ("#56B4E9", "^"), ("#009E73", "D"), ("#CC79A7", "P"),
     ("#0072B2", "X"), ("#D55E00", "v"), ("#7F7F7F", "<"), ("#8C564B", "*"),
 )  # fmt: skip
 OURS_LABEL, SDPA_LABEL = "ours, append included", "best SDPA backend"
-FLOOR_LABEL = "floor: only reads the same bytes"
+ROOFLINE_LABEL = "roofline: only reads the same bytes"
 STYLE: dict[Any, object] = {
     "svg.hashsalt": "gqa_cutlass",
     "svg.fonttype": "none",  # text stays text
@@ -92,8 +92,8 @@ def _drawn(
 
 
 def latency(axes: Axes, rows: Sequence[Row]) -> None:
-    """Microseconds over bytes: the floor as a line, ours and the best SDPA backend as marks."""
-    sdpa = [(row.mib, peer.micros) for row in rows if (peer := row.best_sdpa) is not None]
+    """Microseconds over bytes: the roofline as a line, ours and the best SDPA backend as marks."""
+    sdpa = [(row.mib, baseline.micros) for row in rows if (baseline := row.best_sdpa) is not None]
     _over_bytes(axes, _floors(rows), sdpa, [(row.mib, row.ours) for row in rows])
     axes.set(ylabel="µs per call", yscale="log")
     _ticks(axes.yaxis, MICROS)
@@ -102,7 +102,9 @@ def latency(axes: Axes, rows: Sequence[Row]) -> None:
 def bandwidth(axes: Axes, rows: Sequence[Row]) -> None:
     """GB/s of K and V read, over bytes; drawn as `latency` is."""
     floors = [(mib, mib * 2**20 / micros / 1e3) for mib, micros in _floors(rows)]
-    sdpa = [(r.mib, r.bandwidth(peer.micros)) for r in rows if (peer := r.best_sdpa) is not None]
+    sdpa = [
+        (r.mib, r.bandwidth(baseline.micros)) for r in rows if (baseline := r.best_sdpa) is not None
+    ]
     _over_bytes(axes, floors, sdpa, [(row.mib, row.bandwidth(row.ours)) for row in rows])
     axes.set(ylabel="GB/s of K and V read")
     axes.set_ylim(bottom=0)
@@ -114,7 +116,7 @@ def context(axes: Axes, rows: Sequence[Row]) -> None:
     for model, (colour, mark) in zip(models, cycle(MODELS), strict=False):
         found = [row for row in rows if row.label.heads == model]
         ours = sorted((row.label.tokens, row.ours) for row in found)
-        sdpa = sorted((r.label.tokens, peer.micros) for r in found if (peer := r.best_sdpa))
+        sdpa = sorted((r.label.tokens, baseline.micros) for r in found if (baseline := r.best_sdpa))
         axes.plot(*_xy(ours), color=colour, marker=mark, label=model)
         axes.plot(*_xy(sdpa), color=colour, marker=mark, linestyle="--", fillstyle="none")
     axes.set(xlabel="tokens attended", xscale="log", ylabel="µs per call", yscale="log")
@@ -129,7 +131,7 @@ def context(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def _over_bytes(axes: Axes, floors: Points, sdpa: Points, ours: Points) -> None:
-    axes.plot(*_xy(floors), color=FLOOR, label=FLOOR_LABEL)
+    axes.plot(*_xy(floors), color=ROOFLINE, label=ROOFLINE_LABEL)
     axes.plot(*_xy(sdpa), "s", color=SDPA, label=SDPA_LABEL)
     axes.plot(*_xy(ours), "o", color=OURS, label=OURS_LABEL)
     axes.set(xlabel="MiB of K and V read", xscale="log")

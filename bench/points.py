@@ -60,7 +60,7 @@ class Ragged(Point):
     Args:
         name: Label of the lengths.
         cached: Tokens cached per sequence before the step.
-        limit: Target: what it may take, as a multiple of the floor.
+        limit: Target: what it may take, as a multiple of the roofline.
     """
 
     name: str

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bench.baselines import SDPA
 from bench.data import Data, check, num_sets, relative_error
-from bench.peers import SDPA
 from bench.points import Point
 from bench.record import Prefill
 from bench.timing import Attend, Graph, agreeing, interleaved

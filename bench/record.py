@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from bench import peers
+from bench import baselines
 from bench.points import Label
 from bench.schema import parsed
 from gqa_cutlass.codegen.files import read_json, update, writing
@@ -17,13 +17,13 @@ _ALLOWED = "JSON that `gqa-cutlass bench` wrote"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Peer:
-    """A peer's time at a point.
+class Baseline:
+    """A baseline's time at a point.
 
     Args:
         name: Label.
         micros: Microseconds per call.
-        measured: In this run; otherwise recorded elsewhere, and scaled by the floor.
+        measured: In this run; otherwise recorded elsewhere, and scaled by the roofline.
     """
 
     name: str
@@ -52,9 +52,10 @@ class Row:
             changes nothing, or they are not.
         dependent: The same where each step is launched as a dependent of the one before; None where
             that changes nothing.
-        measured: Peers measured in the same run, attention only.
-        recorded_scaled: Peers recorded elsewhere, attention only, scaled by the floor.
-        limit: What ours may take as a multiple of the floor; None where the peers are the measure.
+        measured: Baselines measured in the same run, attention only.
+        recorded_scaled: Baselines recorded elsewhere, attention only, scaled by the roofline.
+        limit: What ours may take as a multiple of the roofline; None where the baselines are the
+            measure.
     """
 
     point: str
@@ -97,33 +98,41 @@ class Row:
         return self.num_bytes / micros / 1e3
 
     @property
-    def best_sdpa(self) -> Peer | None:
+    def best_sdpa(self) -> Baseline | None:
         """The fastest SDPA backend of this run."""
-        return _fastest([peer for peer in self._measured() if peer.name in peers.SDPA])
+        return _fastest(
+            [baseline for baseline in self._measured() if baseline.name in baselines.SDPA]
+        )
 
     @property
-    def best_peer(self) -> Peer | None:
-        """The fastest peer of all; what was measured here counts and not its record elsewhere."""
-        return _fastest(self._peers())
+    def best_baseline(self) -> Baseline | None:
+        """The fastest of all; what was measured here counts, and not its record elsewhere."""
+        return _fastest(self._baselines())
 
     @property
-    def best_shipped_peer(self) -> Peer | None:
-        """As `best_peer`, without kernels that were searched for point by point."""
-        return _fastest([peer for peer in self._peers() if peer.name not in peers.NOT_SHIPPED])
+    def best_shipped_baseline(self) -> Baseline | None:
+        """As `best_baseline`, without kernels that were searched for point by point."""
+        return _fastest(
+            [
+                baseline
+                for baseline in self._baselines()
+                if baseline.name not in baselines.NOT_SHIPPED
+            ]
+        )
 
-    def _peers(self) -> list[Peer]:
+    def _baselines(self) -> list[Baseline]:
         return self._measured() + [
-            Peer(name=name, micros=micros, measured=False)
+            Baseline(name=name, micros=micros, measured=False)
             for name, micros in self.recorded_scaled.items()
             if name not in self.measured
         ]
 
-    def _measured(self) -> list[Peer]:
-        return [Peer(name=n, micros=t, measured=True) for n, t in self.measured.items()]
+    def _measured(self) -> list[Baseline]:
+        return [Baseline(name=n, micros=t, measured=True) for n, t in self.measured.items()]
 
 
-def _fastest(candidates: Sequence[Peer]) -> Peer | None:
-    return min(candidates, key=lambda peer: peer.micros, default=None)
+def _fastest(candidates: Sequence[Baseline]) -> Baseline | None:
+    return min(candidates, key=lambda baseline: baseline.micros, default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,10 +155,10 @@ class Prefill:
         return Label.of(self.point)
 
     @property
-    def best(self) -> Peer:
+    def best(self) -> Baseline:
         """The fastest backend."""
         name = min(self.measured, key=self.measured.__getitem__)
-        return Peer(name=name, micros=self.measured[name], measured=True)
+        return Baseline(name=name, micros=self.measured[name], measured=True)
 
     @property
     def ratio(self) -> float:
@@ -217,7 +226,7 @@ class Record:
             OutputError: The file system refuses.
         """
         file = _File(
-            run=self.run, recorded_scaled=peers.SOURCE, host_microseconds=self.host,
+            run=self.run, recorded_scaled=baselines.SOURCE, host_microseconds=self.host,
             microseconds=self.rows, ragged=self.ragged, prefill=self.prefill,
         )  # fmt: skip
         with writing("bench: --out", path.parent):

@@ -8,21 +8,21 @@ from collections.abc import Callable, Iterable, Mapping
 from rich.console import Console
 from rich.table import Table
 
-from bench.peers import SDPA
+from bench.baselines import SDPA
 from bench.points import Label
-from bench.record import Peer, Prefill, Record, Row
+from bench.record import Baseline, Prefill, Record, Row
 
 HOST_TARGETS = {"plan, out given": 8.0, "plan": 8.0, "gqa_decode": 14.0}
 ABSENT = "-"
 
 _GRID_HEADER = (
-    "model, heads (q/kv/dim)", "sequences × tokens", "KV MiB", "floor", "ours", "as dependents",
-    "per token", "GB/s", *SDPA, "against the better", "share of the floor's bandwidth",
-    "against the best of all peers", "peer",
+    "model, heads (q/kv/dim)", "sequences × tokens", "KV MiB", "roofline", "ours", "as dependents",
+    "per token", "GB/s", *SDPA, "against the better", "share of the roofline's bandwidth",
+    "against the best of all baselines", "baseline",
 )  # fmt: skip
 _RAGGED_HEADER = (
-    "model, heads (q/kv/dim)", "sequences × room", "lengths", "MiB read", "floor", "ours",
-    "over the floor", "target",
+    "model, heads (q/kv/dim)", "sequences × room", "lengths", "MiB read", "roofline", "ours",
+    "over the roofline", "target",
 )  # fmt: skip
 _PREFILL_HEADER = (
     "model, heads (q/kv/dim)", "sequences × tokens", "decode step", "per new token",
@@ -49,17 +49,18 @@ def show(record: Record) -> None:
 def _grid_table(rows: list[Row]) -> Table:
     names = list(dict.fromkeys((*SDPA, *(name for row in rows for name in row.measured))))
     table = Table(
-        "point", "MiB", "floor", "ours", "balanced", "dependent", "per token", "GB/s", *names,
-        "of floor", "to flash", "to best SDPA", "to best of all", "which is",
+        "point", "MiB", "roofline", "ours", "balanced", "dependent", "per token", "GB/s", *names,
+        "of roofline", "to flash", "to best SDPA", "to best of all", "which is",
         title="us per call on the grid; GB/s of K and V read",
     )  # fmt: skip
     for row in rows:
-        flash = _peer(row, "SDPA flash")
+        flash = _baseline(row, "SDPA flash")
         table.add_row(
             row.point, f"{row.mib:.1f}", f"{row.floor:.2f}", f"{row.ours:.2f}",
             _micro(row.balanced), _micro(row.dependent), f"{row.per_token:.2f}", _bandwidth(row),
             *_micros(row.measured, names), _share(row), _times(row, flash),
-            _times(row, row.best_sdpa), _times(row, row.best_peer), str(row.best_peer or ABSENT),
+            _times(row, row.best_sdpa), _times(row, row.best_baseline),
+            str(row.best_baseline or ABSENT),
         )  # fmt: skip
     return table
 
@@ -67,8 +68,8 @@ def _grid_table(rows: list[Row]) -> Table:
 def _ragged_table(rows: list[Row]) -> Table:
     names = list(dict.fromkeys(name for row in rows for name in row.measured))
     table = Table(
-        "point", "MiB read", "floor", "ours", "per token", "GB/s", *names, "over floor", "target",
-        "met", title="us per call, sequences of different lengths",
+        "point", "MiB read", "roofline", "ours", "per token", "GB/s", *names, "over roofline",
+        "target", "met", title="us per call, sequences of different lengths",
     )  # fmt: skip
     for row in rows:
         met = row.limit is None or row.ours <= row.limit * row.floor
@@ -114,10 +115,10 @@ def _met(target_met: bool) -> str:
 def summary(rows: list[Row]) -> list[str]:
     """Geometric means and worst points, and how well scaled records agree with measurements."""
     against = {
-        "SDPA flash": [(row, _peer(row, "SDPA flash")) for row in rows],
+        "SDPA flash": [(row, _baseline(row, "SDPA flash")) for row in rows],
         "the best SDPA backend": [(row, row.best_sdpa) for row in rows],
-        "the best of all peers": [(row, row.best_peer) for row in rows],
-        "the best of all peers as shipped": [(row, row.best_shipped_peer) for row in rows],
+        "the best of all baselines": [(row, row.best_baseline) for row in rows],
+        "the best of all baselines as shipped": [(row, row.best_shipped_baseline) for row in rows],
     }
     launched: dict[str, Callable[[Row], float]] = {"": lambda row: row.ours}
     if any(row.dependent is not None for row in rows):
@@ -126,7 +127,7 @@ def summary(rows: list[Row]) -> list[str]:
         f"{how}against {name}: {_summed(found, micros)}"
         for how, micros in launched.items()
         for name, pairs in against.items()
-        if (found := [(row, peer) for row, peer in pairs if peer is not None])
+        if (found := [(row, baseline) for row, baseline in pairs if baseline is not None])
     ]
     drifts = [
         row.recorded_scaled[name] / micros
@@ -136,19 +137,19 @@ def summary(rows: list[Row]) -> list[str]:
     ]
     if drifts:
         lines.append(
-            f"records of peers that were measured too, scaled, are {min(drifts):.2f} to "
+            f"records of baselines that were measured too, scaled, are {min(drifts):.2f} to "
             f"{max(drifts):.2f} of what was measured, geometric mean {_mean(drifts):.2f}"
         )
     return lines
 
 
-def _summed(pairs: list[tuple[Row, Peer]], micros: Callable[[Row], float]) -> str:
-    ratios = [(peer.micros / micros(row), row.point, str(peer)) for row, peer in pairs]
-    worst, point, peer = min(ratios)
+def _summed(pairs: list[tuple[Row, Baseline]], micros: Callable[[Row], float]) -> str:
+    ratios = [(baseline.micros / micros(row), row.point, str(baseline)) for row, baseline in pairs]
+    worst, point, baseline = min(ratios)
     slower = sum(ratio < 1 for ratio, *_ in ratios)
     return (
         f"geometric mean {_mean(r for r, *_ in ratios):.2f}x, worst {worst:.2f}x "
-        f"({point}, {peer}), slower at {slower} of {len(ratios)} points"
+        f"({point}, {baseline}), slower at {slower} of {len(ratios)} points"
     )
 
 
@@ -176,7 +177,7 @@ def _grid_cells(row: Row) -> list[str]:
         *_split(row.label), f"{row.mib:g}", f"{row.floor:.1f}", f"**{row.ours:.1f}**",
         _micro(row.dependent, digits=1), _short(row.per_token), _bandwidth(row),
         *_micros(row.measured, SDPA, digits=1), _times(row, row.best_sdpa, "×"), _share(row),
-        _times(row, row.best_peer, "×"), str(row.best_peer or ABSENT),
+        _times(row, row.best_baseline, "×"), str(row.best_baseline or ABSENT),
     ]  # fmt: skip
 
 
@@ -214,14 +215,14 @@ def _short(micros: float) -> str:
     return f"{micros:.1f}" if micros >= 1 else f"{micros:.2f}"
 
 
-def _peer(row: Row, name: str) -> Peer | None:
+def _baseline(row: Row, name: str) -> Baseline | None:
     if name not in row.measured:
         return None
-    return Peer(name=name, micros=row.measured[name], measured=True)
+    return Baseline(name=name, micros=row.measured[name], measured=True)
 
 
-def _times(row: Row, peer: Peer | None, sign: str = "x") -> str:
-    return ABSENT if peer is None else f"{peer.micros / row.ours:.2f}{sign}"
+def _times(row: Row, baseline: Baseline | None, sign: str = "x") -> str:
+    return ABSENT if baseline is None else f"{baseline.micros / row.ours:.2f}{sign}"
 
 
 def _share(row: Row) -> str:

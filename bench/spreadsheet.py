@@ -37,7 +37,7 @@ def prefill_csv(record: Record) -> str:
 
 
 def _decode(row: Row, measured: Iterable[str], recorded: Iterable[str]) -> Cells:
-    best, sdpa = row.best_peer, row.best_sdpa
+    best, sdpa = row.best_baseline, row.best_sdpa
     return {
         **_point(row.label),
         "kv_bytes": row.num_bytes,
@@ -46,18 +46,18 @@ def _decode(row: Row, measured: Iterable[str], recorded: Iterable[str]) -> Cells
         "ours_dependent_us": _micros(row.dependent),
         "ours_us_per_token": _micros(row.per_token),
         "ours_gb_per_s": round(row.bandwidth(row.ours), 1),
-        "floor_us": _micros(row.floor),
-        "floor_gb_per_s": round(row.bandwidth(row.floor), 1),
-        "share_of_floor": round(row.floor / row.ours, 4),
-        "target_over_floor": row.limit,
+        "roofline_us": _micros(row.floor),
+        "roofline_gb_per_s": round(row.bandwidth(row.floor), 1),
+        "share_of_roofline": round(row.floor / row.ours, 4),
+        "target_over_roofline": row.limit,
         **{f"{_column(name)}_us": _micros(row.measured.get(name)) for name in measured},
         "best_sdpa_over_ours": None if sdpa is None else round(sdpa.micros / row.ours, 4),
         **{
             f"{_column(name)}_recorded_scaled_us": _micros(row.recorded_scaled.get(name))
             for name in recorded
         },
-        "best_peer": None if best is None else str(best),
-        "best_peer_over_ours": None if best is None else round(best.micros / row.ours, 4),
+        "best_baseline": None if best is None else str(best),
+        "best_baseline_over_ours": None if best is None else round(best.micros / row.ours, 4),
         "kernel": row.kernel,
         "num_splits": row.num_splits,
         "relative_error": f"{row.relative_error:.3g}",

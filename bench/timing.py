@@ -32,7 +32,9 @@ class Graph:
             call(i)
         torch.cuda.synchronize()
         self._num_sets = num_sets
-        self._call = call  # keeps the memory that the graph uses, a peer's workspace for instance
+        self._call = (
+            call  # keeps the memory that the graph uses, a baseline's workspace for instance
+        )
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             for i in range(num_sets):

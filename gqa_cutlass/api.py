@@ -252,13 +252,13 @@ def plan(
     out)` with tensors laid out like these; others, such as sinks, it keeps for every call.
 
     Args:
-        q: As for `gqa_decode`, as are all that are not named here.
-        k_cache: As q.
-        v_cache: As q.
-        k: As q.
-        v: As q.
+        q: As for `gqa_decode`, as is all that follows unless it says otherwise.
+        k_cache: As for `gqa_decode`.
+        v_cache: As for `gqa_decode`.
+        k: As for `gqa_decode`.
+        v: As for `gqa_decode`.
         cache_seqlens: As for `gqa_decode`; whether it is an int or a tensor is part of the plan.
-        return_lse: As q.
+        return_lse: As for `gqa_decode`.
         out: As for `gqa_decode`; whether and how it is laid out is part of the plan.
         **options: `PlanOptions`.
 
@@ -272,7 +272,7 @@ def plan(
 
 @dataclass(frozen=True, kw_only=True)
 class GQADecodeConfig:
-    """The story's configuration of a decode step, plus the cache's capacity.
+    """Sizes of one decode step: its batch and heads, the tokens cached, the cache's capacity.
 
     Args:
         batch_size: Sequences.
@@ -303,7 +303,7 @@ def gqa_attention_decode(
     config: GQADecodeConfig,
     stream: torch.cuda.Stream | int | None = None,
 ) -> None:
-    """Run one decode step in the story's form; the same kernels as `gqa_decode`.
+    """Run one decode step whose sizes a `GQADecodeConfig` says; same kernels as `gqa_decode`.
 
     Args:
         output: Written; [batch, 1, num_q_heads * head_dim].
@@ -443,13 +443,13 @@ def explain(
     are taken to be on a GPU with an H200's number of multiprocessors.
 
     Args:
-        q: As for `gqa_decode`, as are all that are not named here.
-        k_cache: As q.
-        v_cache: As q.
-        k: As q.
-        v: As q.
+        q: As for `gqa_decode`, as is all that follows unless it says otherwise.
+        k_cache: As for `gqa_decode`.
+        v_cache: As for `gqa_decode`.
+        k: As for `gqa_decode`.
+        v: As for `gqa_decode`.
         arch: One of `codegen.ARCHES`, for tensors that are not on a GPU; "sm_90a" by default.
-        out: As q.
+        out: As for `gqa_decode`.
         **options: `PlanOptions`.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import peers
+from bench import baselines
 from bench.data import pool_bytes
 from bench.points import GRID, PREFILL, RAGGED, Point, Ragged
 from bench.record import Prefill, Record, Row
@@ -60,7 +60,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, attended: list[int]) -> Tensor:
 
 def row_of(point: Point, **changes: Any) -> Row:
     """What might have been measured of a point, with round ratios."""
-    floor = peers.floor_by_bytes(point.read_bytes)
+    floor = baselines.floor_by_bytes(point.read_bytes)
     row = Row(
         point=str(point), mib=point.read_bytes / 2**20, kernel="k", launch="l", source_digest="d",
         num_splits=1, relative_error=0.000125, floor=floor, ours=1.25 * floor,

@@ -1,5 +1,5 @@
-"""The benchmark, as far as it goes without a GPU: points, data, peers, and a run with the timing
-replaced."""
+"""The benchmark, as far as it goes without a GPU: points, data, baselines, and a run with
+the timing replaced."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 import gqa_cutlass
+from bench import baselines, measure, prefill, report, timing
 from bench import data as bench_data
-from bench import measure, peers, prefill, report, timing
 from bench.data import Data, check, num_sets, pool_bytes
 from bench.points import GRID, PREFILL, RAGGED, Label, Point, Ragged
 from bench.record import Record
@@ -35,28 +35,28 @@ def _few_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_data, "MAX_SETS", 2)
 
 
-# What was recorded of the peers.
+# What was recorded of the baselines.
 
 
 @pytest.mark.parametrize("point", GRID, ids=str)
-def test_peers_are_recorded_for_every_point(point: Point) -> None:
-    found = peers.recorded(point)
+def test_baselines_are_recorded_for_every_point(point: Point) -> None:
+    found = baselines.recorded(point)
     assert {"SDPA cuDNN", "FA3", "XQA"} <= found.keys()
     assert ("FlashInfer" in found) == (point.model != "phi3-mini")  # which faults there
     assert all(1 < micros < 1000 for micros in found.values())
 
 
 def test_the_record_names_no_other_points() -> None:
-    record = json.loads((REPOSITORY / "bench" / "peers.json").read_text())
+    record = json.loads((REPOSITORY / "bench" / "baselines.json").read_text())
     for run in record["runs"]:
         assert run["micros"].keys() <= {str(point) for point in GRID}
-        assert set(run["peers"]) <= record["versions"].keys()
+        assert set(run["baselines"]) <= record["versions"].keys()
     assert record["runs"][0]["micros"].keys() == {str(point) for point in GRID}
-    assert peers.NOT_SHIPPED <= record["versions"].keys()
+    assert baselines.NOT_SHIPPED <= record["versions"].keys()
 
 
 @pytest.mark.parametrize(
-    ("point", "peer", "micros"),
+    ("point", "baseline", "micros"),
     [
         ("llama3-8b 32/8/128 1x128", "XQA", 4.91),
         ("llama3-8b 32/8/128 1x1024", "SDPA cuDNN", 7.68),
@@ -92,12 +92,12 @@ def test_the_record_names_no_other_points() -> None:
         ("gpt-oss 64/8/64 64x2048", "SDPA cuDNN", 66.5),
     ],
 )
-def test_the_record_has_the_noted_figure(point: str, peer: str, micros: float) -> None:
-    assert peers.recorded(POINTS[point])[peer] == micros
+def test_the_record_has_the_noted_figure(point: str, baseline: str, micros: float) -> None:
+    assert baselines.recorded(POINTS[point])[baseline] == micros
 
 
 @pytest.mark.parametrize(
-    ("point", "peer"),
+    ("point", "baseline"),
     [
         ("llama3-8b 32/8/128 8x8192", "TileOPs"),  # fails inside a graph
         ("llama3-70b 64/8/128 1x1024", "SDPA flash"),
@@ -105,19 +105,19 @@ def test_the_record_has_the_noted_figure(point: str, peer: str, micros: float) -
         ("gpt-oss 64/8/64 1x1024", "TileOPs"),
     ],
 )
-def test_a_figure_that_was_not_noted_is_left_out(point: str, peer: str) -> None:
-    assert peer not in peers.recorded(POINTS[point])
+def test_a_figure_that_was_not_noted_is_left_out(point: str, baseline: str) -> None:
+    assert baseline not in baselines.recorded(POINTS[point])
 
 
 def test_records_are_scaled_by_the_floor_of_their_run() -> None:
     point = POINTS["llama3-8b 32/8/128 1x1024"]
-    now = peers.scaled(point, floor=2 * 2.6)
+    now = baselines.scaled(point, floor=2 * 2.6)
     assert now["FA3"] == pytest.approx(2 * 9.24)
     assert now["TileOPs"] == pytest.approx(6.3 * 2 * 2.6 / 2.8)  # a run whose floor is not known
 
 
 def test_records_without_a_floor_are_scaled_by_that_of_their_bytes() -> None:
-    now = peers.scaled(POINTS["gemma2-9b 16/8/256 64x2048"], floor=120)
+    now = baselines.scaled(POINTS["gemma2-9b 16/8/256 64x2048"], floor=120)
     assert now["SDPA flash"] == pytest.approx(244 / 2)
 
 
@@ -130,11 +130,11 @@ def test_records_without_a_floor_are_scaled_by_that_of_their_bytes() -> None:
     ],
 )  # fmt: skip
 def test_floors_between_sizes_follow_powers(mib: float, micros: float) -> None:
-    assert peers.floor_by_bytes(round(mib * 2**20)) == pytest.approx(micros, rel=1e-6)
+    assert baselines.floor_by_bytes(round(mib * 2**20)) == pytest.approx(micros, rel=1e-6)
 
 
 def test_ragged_points_have_no_records() -> None:
-    assert all(peers.scaled(point, 1.0) == {} for point in RAGGED)
+    assert all(baselines.scaled(point, 1.0) == {} for point in RAGGED)
 
 
 # Points and their data.
@@ -212,13 +212,13 @@ def test_a_wrong_plan_is_refused(fault: str, found: str) -> None:
         check(FakePlan(fault), Data(SMALL_RAGGED, pool(SMALL_RAGGED)))
 
 
-# Peers that run here.
+# Baselines that run here.
 
 
-def test_absent_packages_are_no_peers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
-    assert list(peers.running(SMALL)) == ["SDPA flash", "SDPA cuDNN"]
-    assert peers.running(SMALL_RAGGED) == {}
+def test_absent_packages_are_no_baselines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda name: None)
+    assert list(baselines.running(SMALL)) == ["SDPA flash", "SDPA cuDNN"]
+    assert baselines.running(SMALL_RAGGED) == {}
 
 
 def _install(monkeypatch: pytest.MonkeyPatch, name: str, **contents: object) -> None:
@@ -269,12 +269,12 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("point", [SMALL, SMALL_RAGGED], ids=str)
-@pytest.mark.parametrize("name", peers.INSTALLABLE)
+@pytest.mark.parametrize("name", baselines.INSTALLABLE)
 @pytest.mark.usefixtures("packages")
-def test_an_installed_peer_attends_what_ours_does(name: str, point: Point) -> None:
+def test_an_installed_baseline_attends_what_ours_does(name: str, point: Point) -> None:
     data = Data(point, pool(point))
     out, _ = check(FakePlan(), data)
-    attend = peers.running(point)[name](data)
+    attend = baselines.running(point)[name](data)
     assert bench_data.relative_error(attend(0), out) < 1e-2
     assert bench_data.relative_error(attend(1), out) > 0.1  # another set
 
@@ -334,14 +334,14 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "interleaved", _times)
     for module in (measure, prefill, timing):
         monkeypatch.setattr(module, "Graph", FakeGraph)
-    monkeypatch.setattr(prefill, "SDPA", dict.fromkeys(peers.SDPA, SDPBackend.MATH))
+    monkeypatch.setattr(prefill, "SDPA", dict.fromkeys(baselines.SDPA, SDPBackend.MATH))
     monkeypatch.setattr(gqa_cutlass, "plan", _plan)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 40, 1 << 40))
 
 
 @pytest.mark.usefixtures("without_gpu", "packages")
 def test_a_run_writes_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "scaled", lambda point, floor: {"XQA": floor, "FA3": 1.0})
+    monkeypatch.setattr(baselines, "scaled", lambda point, floor: {"XQA": floor, "FA3": 1.0})
     record, path = measure.run("", tmp_path / "new", "c0ffee")
     assert path == tmp_path / "new" / "nvidia-x1.json"
     assert Record.load(path) == record
@@ -351,7 +351,9 @@ def test_a_run_writes_what_it_measured(tmp_path: Path, monkeypatch: pytest.Monke
     assert (ragged.ours, ragged.balanced, ragged.dependent) == (4.0, None, 3.25)
     assert row.measured.keys() >= {"FlashInfer", "FA3", "FA2"}
     assert row.recorded_scaled == {"XQA": 3.0, "FA3": 1.0}
-    assert str(row.best_peer) == "XQA (recorded)"  # FA3 was measured, so its record is no peer
+    assert (
+        str(row.best_baseline) == "XQA (recorded)"
+    )  # FA3 was measured, so its record is no baseline
     assert ragged.point == "small 4/2/64 3x48 ragged three lengths" and ragged.limit == 1.5
     assert not any(name.startswith("SDPA") for name in ragged.measured)
     assert record.host == {"plan": 7.0, "gqa_decode": 15.0}
@@ -394,7 +396,7 @@ def test_a_run_of_no_point_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("without_gpu", "packages")
-def test_a_failing_peer_says_why_and_is_left_out(
+def test_a_failing_baseline_says_why_and_is_left_out(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     def broken(*args: Any, **kwargs: Any) -> Tensor:

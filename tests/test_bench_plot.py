@@ -100,7 +100,7 @@ def test_latency_is_drawn_over_bytes(full: Record, axes: Axes) -> None:
         (r.mib, r.measured["SDPA cuDNN"]) for r in full.rows
     )
     sizes = sorted({point.read_bytes / 2**20 for point in GRID})
-    assert [mib for mib, _ in drawn[plot.FLOOR_LABEL]] == sizes
+    assert [mib for mib, _ in drawn[plot.ROOFLINE_LABEL]] == sizes
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("MiB of K and V read", "µs per call")
 
@@ -108,14 +108,18 @@ def test_latency_is_drawn_over_bytes(full: Record, axes: Axes) -> None:
 def test_of_the_floors_of_a_size_the_lowest_is_drawn(full: Record, axes: Axes) -> None:
     lower = [replace(row, floor=row.floor / 2) for row in full.rows[:1]]
     plot.latency(axes, full.rows + lower)
-    assert _points(axes)[plot.FLOOR_LABEL][0] == (lower[0].mib, lower[0].floor)
+    assert _points(axes)[plot.ROOFLINE_LABEL][0] == (lower[0].mib, lower[0].floor)
 
 
 def test_bandwidth_is_drawn_over_bytes(full: Record, axes: Axes) -> None:
     plot.bandwidth(axes, full.rows)
     drawn = _points(axes)
     row = _row("llama3-8b 32/8/128 8x1024", full.rows)  # 32 MiB; floor 10, ours 12.5, SDPA 20 us
-    for label, micros in ((plot.FLOOR_LABEL, 10), (plot.OURS_LABEL, 12.5), (plot.SDPA_LABEL, 20)):
+    for label, micros in (
+        (plot.ROOFLINE_LABEL, 10),
+        (plot.OURS_LABEL, 12.5),
+        (plot.SDPA_LABEL, 20),
+    ):
         of_size = [rate for mib, rate in drawn[label] if mib == row.mib]
         assert of_size == pytest.approx([(32 << 20) / micros / 1e3] * len(of_size)) and of_size
     assert (axes.get_xscale(), axes.get_yscale(), axes.get_ylim()[0]) == ("log", "linear", 0)

@@ -13,7 +13,7 @@ import pytest
 from bench_fakes import full_record, prefill_of, row_of
 from helpers import REPOSITORY
 
-from bench import checkout, peers, report, spreadsheet
+from bench import baselines, checkout, report, spreadsheet
 from bench.points import GRID, PREFILL, RAGGED
 from bench.record import Prefill, Record
 from gqa_cutlass.errors import InputError
@@ -29,7 +29,7 @@ def full() -> Record:
 def test_the_record_survives_its_file(full: Record, tmp_path: Path) -> None:
     full.save(tmp_path / "r.json")
     assert Record.load(tmp_path / "r.json") == full
-    assert json.loads((tmp_path / "r.json").read_text())["recorded_scaled"] == peers.SOURCE
+    assert json.loads((tmp_path / "r.json").read_text())["recorded_scaled"] == baselines.SOURCE
 
 
 def test_a_record_from_before_prompts_were_measured_is_read(full: Record, tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_what_is_no_record_is_refused(content: str, tmp_path: Path) -> None:
         Record.load(tmp_path / "x.json")
 
 
-@pytest.mark.parametrize("name", ["bench/peers.json", "generated/manifest.json"])
+@pytest.mark.parametrize("name", ["bench/baselines.json", "generated/manifest.json"])
 def test_other_files_of_ours_are_no_records(name: str) -> None:
     with pytest.raises(InputError, match="the record: lacks 'run'"):
         Record.load(REPOSITORY / name)
@@ -150,10 +150,11 @@ def test_markdown_has_a_row_per_point(full: Record) -> None:
         "| check | 0.05 | - |",
     ]
     assert "against the best SDPA backend: geometric mean 1.60x, worst 1.60x" in sentences
-    assert "against the best of all peers: geometric mean 1.40x, worst 1.40x" in sentences
-    assert "\nagainst the best of all peers as shipped: geometric mean 1.40x" in sentences
+    assert "against the best of all baselines: geometric mean 1.40x, worst 1.40x" in sentences
+    assert "\nagainst the best of all baselines as shipped: geometric mean 1.40x" in sentences
     assert (
-        "as dependents, against the best of all peers as shipped: geometric mean 1.5" in sentences
+        "as dependents, against the best of all baselines as shipped: geometric mean 1.5"
+        in sentences
     )
     assert "are 0.50 to 0.50 of what was measured" in sentences
 
@@ -171,14 +172,14 @@ def test_a_terminal_shows_every_part(full: Record, capsys: pytest.CaptureFixture
     assert of_prompts[1:] == ["12.50", "1.56", "500.00", "400.00", "0.0488", "32.0x"]
 
 
-def test_a_search_over_kernels_is_no_shipped_peer() -> None:
+def test_a_search_over_kernels_is_no_shipped_baseline() -> None:
     row = row_of(GRID[0], recorded_scaled={"TileOPs best of 151": 1.0, "XQA": 1.2})
-    assert (str(row.best_peer), str(row.best_shipped_peer)) == (
+    assert (str(row.best_baseline), str(row.best_shipped_baseline)) == (
         "TileOPs best of 151 (recorded)", "XQA (recorded)",
     )  # fmt: skip
 
 
-def test_points_without_peers_are_shown_and_not_counted() -> None:
+def test_points_without_baselines_are_shown_and_not_counted() -> None:
     rows = [row_of(GRID[0]), row_of(GRID[1], measured={}, recorded_scaled={}, ours=1e6)]
     assert "slower at 0 of 1 points" in "\n".join(report.summary(rows))
     table = report.markdown(Record(run={}, rows=rows)).splitlines()
@@ -228,13 +229,13 @@ def test_csv_has_what_was_measured(full: Record) -> None:
     assert numbers == {
         "ours_us": 12.5, "ours_dependent_us": 10.0, "ours_us_per_token": 1.5625,
         "ours_gb_per_s": 2684.4,
-        "floor_us": 10.0, "floor_gb_per_s": 3355.4,
+        "roofline_us": 10.0, "roofline_gb_per_s": 3355.4,
         "sdpa_flash_us": 30.0, "sdpa_cudnn_us": 20.0, "best_sdpa_over_ours": 1.6,
         "sdpa_cudnn_recorded_scaled_us": 10.0, "tileops_recorded_scaled_us": 17.5,
-        "best_peer_over_ours": 1.4,
+        "best_baseline_over_ours": 1.4,
     }  # fmt: skip
-    assert (row["kv_bytes"], row["share_of_floor"]) == (str(32 << 20), "0.8")
-    assert (row["best_peer"], row["target_over_floor"]) == ("TileOPs (recorded)", "")
+    assert (row["kv_bytes"], row["share_of_roofline"]) == (str(32 << 20), "0.8")
+    assert (row["best_baseline"], row["target_over_roofline"]) == ("TileOPs (recorded)", "")
     assert (row["kernel"], row["num_splits"], row["relative_error"]) == ("k", "1", "0.000125")
 
 
@@ -252,7 +253,7 @@ def test_csv_leaves_empty_what_was_not_measured() -> None:
     first, second = _read(spreadsheet.decode_csv(Record(run={}, rows=rows)))
     assert (first["fa3_us"], second["fa3_us"]) == ("", "5.0")
     assert second["sdpa_flash_us"] == second["tileops_recorded_scaled_us"] == ""
-    assert (second["best_peer"], second["best_sdpa_over_ours"]) == ("FA3", "")
+    assert (second["best_baseline"], second["best_sdpa_over_ours"]) == ("FA3", "")
 
 
 def test_prompts_have_a_csv_of_their_own(full: Record) -> None:

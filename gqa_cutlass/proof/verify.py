@@ -1,4 +1,4 @@
-"""The story's manual verification of a decode step, step by step and each with its evidence."""
+"""A decode step verified by hand: step by step, and each with its evidence."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from gqa_cutlass.proof.reference import (
 from gqa_cutlass.proof.sim import BYTES_PER_ELEMENT
 from gqa_cutlass.sizes import check_room, check_sizes, enough_memory
 
-TOLERANCE = 0.05  # the story's
+TOLERANCE = 0.05  # that docs/spec.md asks for
 _MAX_SEQ_LEN, _ROOM = 64, 16  # tokens that a cache holds at least, and behind the new one
 _BYTES_ON_THE_HOST = 8  # per element of K, where random numbers for a GPU are made
 _CANARY = 0x7FA5  # a NaN in float16 and in bfloat16: it shows when it is read
@@ -115,7 +115,7 @@ def verify(
     dtype: torch.dtype = torch.float16,
     device: torch.device,
 ) -> list[Step]:
-    """Run one decode step in the story's form on random data, and look at all it did.
+    """Run `gqa_attention_decode` once on random data, and look at all it did.
 
     Args:
         cache_len: Tokens in every sequence's cache before the step.
@@ -129,7 +129,7 @@ def verify(
         device: A GPU, or the CPU for ptxsim; see `choose_device`.
 
     Returns:
-        The four steps of the story, and one for its overflow of the cache.
+        The four steps of docs/spec.md, and one for the overflow of the cache.
 
     Raises:
         InputError: A size is not allowed, or does not fit into memory; there is no such device.
@@ -274,7 +274,7 @@ def _random_call(
 
 
 def _run(call: Call, config: GQADecodeConfig) -> Outcome:
-    """Call the story's function once, and wait for it."""
+    """Call `gqa_attention_decode` once, and wait for it."""
     error = None
     with _debug_lines() as lines:
         start = time.perf_counter()

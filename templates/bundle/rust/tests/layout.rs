@@ -80,7 +80,7 @@ fn layouts_and_constants_are_those_of_c() {
 
 #[test]
 fn the_storys_six_fields_follow_the_size_in_its_order() {
-    let story = [
+    let sizes = [
         "batch_size",
         "cache_len",
         "num_q_heads",
@@ -89,7 +89,7 @@ fn the_storys_six_fields_follow_the_size_in_its_order() {
         "scale",
     ];
     let facts = rust_facts();
-    for (i, field) in story.iter().enumerate() {
+    for (i, field) in sizes.iter().enumerate() {
         assert!(
             facts.contains(&(format!("GQADecodeConfig.{field}"), 8 + 4 * i as i64)),
             "{field}"

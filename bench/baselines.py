@@ -1,7 +1,7 @@
-"""What we are compared with: peers that run here, and peers whose times were recorded elsewhere.
+"""Baselines: those that run here, and those whose times were recorded elsewhere.
 
-Recorded times are those of peers.json, which says where they come from. GPUs of a type differ by
-some percent, so that a recorded time is scaled by how fast this run's GPU reads the same bytes.
+Recorded times are those of baselines.json, which says where they come from. GPUs of a type differ
+by some percent, so that a recorded time is scaled by how fast this run's GPU reads the same bytes.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ from bench.timing import Attend
 Adapter = Callable[[Data], Attend]  # outputs are [sequence, query head, head_dim]
 
 PAGE = 16
-_RECORD: dict[str, Any] = json.loads((Path(__file__).parent / "peers.json").read_text())
-NOT_SHIPPED = frozenset(_RECORD["not_shipped"])  # what no user of the peer gets by calling it
+_RECORD: dict[str, Any] = json.loads((Path(__file__).parent / "baselines.json").read_text())
+NOT_SHIPPED = frozenset(_RECORD["not_shipped"])  # what no user of the baseline gets by calling it
 SOURCE = {key: str(_RECORD[key]) for key in ("source", "gpu", "measured")}
 
 
 def recorded(point: Point) -> dict[str, float]:
-    """Recorded microseconds by peer; peers without a figure for the point are left out."""
+    """Recorded microseconds by baseline; baselines without a figure for the point are left out."""
     return {name: micros for name, micros, _ in _figures(point)}
 
 
 def scaled(point: Point, floor: float) -> dict[str, float]:
-    """Recorded microseconds by peer, scaled to a GPU and run with this floor at the point."""
+    """Recorded microseconds by baseline, scaled to a run with this roofline at the point."""
     return {name: micros * floor / then for name, micros, then in _figures(point)}
 
 
 def _figures(point: Point) -> list[tuple[str, float, float]]:
-    """Peer, its microseconds, and the floor of its run."""
+    """Baseline, its microseconds, and the roofline of its run."""
     found = []
     for run in _RECORD["runs"]:
         figures = run["micros"].get(str(point), [None] * len(run["columns"]))
         row = dict(zip(run["columns"], figures, strict=True))
         floor = row.get("floor") or floor_by_bytes(point.read_bytes)
-        found += [(name, row[name], floor) for name in run["peers"] if row[name] is not None]
+        found += [(name, row[name], floor) for name in run["baselines"] if row[name] is not None]
     return found
 
 
@@ -67,7 +67,7 @@ def floor_by_bytes(num_bytes: int) -> float:
 
 
 def running(point: Point) -> dict[str, Adapter]:
-    """Peers that can be measured here: SDPA, and of the others those that are installed.
+    """Baselines that can be measured here: SDPA, and of the others those that are installed.
 
     SDPA has none for ragged points, for which it would need a mask or padding.
     """
