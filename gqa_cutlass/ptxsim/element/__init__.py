@@ -1,0 +1,1 @@
+"""Element-wise instructions: each works on every lane by itself."""

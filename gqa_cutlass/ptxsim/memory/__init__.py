@@ -1,0 +1,1 @@
+"""Memory: its bytes and bounds, accesses to it, and asynchronous copies."""

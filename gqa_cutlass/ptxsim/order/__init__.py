@@ -1,0 +1,1 @@
+"""What is ordered before what: barriers, atomics, and the accesses that nothing orders."""

@@ -1,0 +1,1 @@
+"""Instructions of a warp: lanes exchange values, or multiply matrices together."""
