@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gqa_cutlass.codegen.compile import compile_source
-from gqa_cutlass.ptxsim.arith import forms, lookup
+from gqa_cutlass.ptxsim.element.arith import forms, lookup
 
 Array = NDArray[Any]
 Opcode = tuple[str, ...]

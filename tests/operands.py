@@ -12,7 +12,7 @@ import ptxsim_cases
 import ptxsim_oracle as oracle
 from instructions import BLOCK, Array, Form, Opcode
 
-from gqa_cutlass.ptxsim.arith import lookup
+from gqa_cutlass.ptxsim.element.arith import lookup
 
 CROSSED = 4096  # tuples of edge values only
 MIXED = 4096  # tuples of values of all sorts

@@ -21,10 +21,10 @@ import pytest
 from numpy.typing import NDArray
 
 from gqa_cutlass.errors import KernelFault, PtxError
-from gqa_cutlass.ptxsim.memory import Region
+from gqa_cutlass.ptxsim.memory.spaces import Region
 from gqa_cutlass.ptxsim.prepare import Launch, Program
-from gqa_cutlass.ptxsim.ptx import parse
 from gqa_cutlass.ptxsim.simulate import Checks, simulate
+from gqa_cutlass.ptxsim.text.ptx import parse
 
 Array = NDArray[Any]
 MAP_ALIGN = 64

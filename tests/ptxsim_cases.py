@@ -11,7 +11,7 @@ from functools import cache
 import numpy as np
 import ptxsim_oracle as oracle
 
-from gqa_cutlass.ptxsim.arith import Arithmetic, lookup
+from gqa_cutlass.ptxsim.element.arith import Arithmetic, lookup
 
 Opcode = tuple[str, ...]
 Case = tuple[int, ...]

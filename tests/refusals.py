@@ -19,7 +19,7 @@ import gqa_cutlass
 from gqa_cutlass import GQADecodeConfig, explain, gqa_attention_decode, gqa_decode
 from gqa_cutlass.cpu import executor as cpu
 from gqa_cutlass.errors import InputError
-from gqa_cutlass.ptxsim.memory import Region
+from gqa_cutlass.ptxsim.memory.spaces import Region
 
 Call = Callable[..., object]
 Arguments = dict[str, Any]

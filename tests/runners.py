@@ -13,10 +13,10 @@ import torch
 from cuda.bindings import driver
 from instructions import BLOCK, Array, Form
 
-from gqa_cutlass.ptxsim.memory import Region
+from gqa_cutlass.ptxsim.memory.spaces import Region
 from gqa_cutlass.ptxsim.prepare import Launch, Program
-from gqa_cutlass.ptxsim.ptx import parse
 from gqa_cutlass.ptxsim.simulate import simulate
+from gqa_cutlass.ptxsim.text.ptx import parse
 
 
 class Interpreted:

@@ -11,7 +11,7 @@ from warp_agreement import election_is_wrong, judge_mma
 from warp_instructions import WARP, products
 from warp_operands import mma_operands
 
-from gqa_cutlass.ptxsim.arith import APPROXIMATE, forms
+from gqa_cutlass.ptxsim.element.arith import APPROXIMATE, forms
 
 FORMS = {form.name: form for form in element_wise()}
 

@@ -16,7 +16,7 @@ from warp_agreement import defined, election_is_wrong, judge_exact, judge_mma
 from warp_instructions import WARP, exchanges, matrices, products, split
 from warp_operands import exchange_operands, matrix_operands, mma_operands
 
-from gqa_cutlass.ptxsim.arith import APPROXIMATE
+from gqa_cutlass.ptxsim.element.arith import APPROXIMATE
 
 pytestmark = pytest.mark.gpu
 

@@ -12,7 +12,7 @@ import ptxsim_oracle as oracle
 import pytest
 from ptxsim_cases import FEW, MANY, Opcode, arrays, cases, compare, execute, found, name
 
-from gqa_cutlass.ptxsim.arith import APPROXIMATE, forms, lookup
+from gqa_cutlass.ptxsim.element.arith import APPROXIMATE, forms, lookup
 
 
 def exact_forms(*families: str) -> list[Opcode]:

@@ -13,8 +13,8 @@ from ptx_kernels import faults, module, refuses, run_ptx
 from gqa_cutlass.errors import KernelFault, PtxError
 from gqa_cutlass.ptxsim import limits, progress
 from gqa_cutlass.ptxsim.prepare import Launch, Program
-from gqa_cutlass.ptxsim.ptx import parse
 from gqa_cutlass.ptxsim.simulate import simulate
+from gqa_cutlass.ptxsim.text.ptx import parse
 
 SPINS = {
     "a branch": "again: bra again;",

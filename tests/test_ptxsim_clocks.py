@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gqa_cutlass.ptxsim.clocks import WARP, Clocks
-from gqa_cutlass.ptxsim.ledger import Foreign, GlobalLedger
-from gqa_cutlass.ptxsim.shadow import Shadow, ShadowError
+from gqa_cutlass.ptxsim.order.clocks import WARP, Clocks
+from gqa_cutlass.ptxsim.order.ledger import Foreign, GlobalLedger
+from gqa_cutlass.ptxsim.order.shadow import Shadow, ShadowError
 
 GRANULE = 4
 EVERYBODY = tuple(range(WARP))

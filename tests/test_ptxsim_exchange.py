@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from gqa_cutlass.ptxsim.exchange import elect, match, redux, shfl, vote
+from gqa_cutlass.ptxsim.warp.exchange import elect, match, redux, shfl, vote
 
 WARPS = 5
 FULL = np.array([[0xFFFFFFFF]], np.uint32)

@@ -10,8 +10,8 @@ import pytest
 from ptx_kernels import Tensor, faults, module, refuses, run_ptx, simulate_text
 
 from gqa_cutlass.ptxsim.prepare import Launch, Program
-from gqa_cutlass.ptxsim.ptx import parse
 from gqa_cutlass.ptxsim.simulate import Checks, simulate
+from gqa_cutlass.ptxsim.text.ptx import parse
 
 LOCATED = '\n.file 1 "/src/load.cuh"\n'
 

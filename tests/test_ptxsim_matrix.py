@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from warp_instructions import MMA_SHAPES, mma_of
 
-from gqa_cutlass.ptxsim.matrix import (
+from gqa_cutlass.ptxsim.warp.matrix import (
     Mma,
     collect,
     distribute,

@@ -11,7 +11,7 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 from ptx_kernels import Tensor, faults, module, refuses, run_ptx, simulate_text
 
-from gqa_cutlass.ptxsim.memory import Region
+from gqa_cutlass.ptxsim.memory.spaces import Region
 
 TILE = ".shared .align 16 .b8 tile[1024];"
 DEPOT = ".local .align 16 .b8 depot[32];"

@@ -10,8 +10,8 @@ from ptx_kernels import faults, module, refuses, run_ptx, simulate_text
 
 from gqa_cutlass.errors import PtxError
 from gqa_cutlass.ptxsim.prepare import Program
-from gqa_cutlass.ptxsim.ptx import parse
-from gqa_cutlass.ptxsim.syntax import (
+from gqa_cutlass.ptxsim.text.ptx import parse
+from gqa_cutlass.ptxsim.text.syntax import (
     Address,
     Imm,
     Instruction,

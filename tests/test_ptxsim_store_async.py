@@ -11,8 +11,8 @@ from ptx_kernels import Tensor, faults, refuses, run_ptx
 
 from gqa_cutlass.codegen.compile import compile_source
 from gqa_cutlass.ptxsim.prepare import Launch, Program
-from gqa_cutlass.ptxsim.ptx import parse
 from gqa_cutlass.ptxsim.simulate import simulate
+from gqa_cutlass.ptxsim.text.ptx import parse
 
 BLOCK = 64
 TILE = ".shared .align 16 .b8 tile[2048]; .shared .align 8 .b64 bars[2];"

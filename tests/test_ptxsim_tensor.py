@@ -16,9 +16,9 @@ from ptx_kernels import Tensor, faults, module, parameters, refuses, run_ptx
 from gqa_cutlass.codegen.compile import compile_source
 from gqa_cutlass.errors import InputError
 from gqa_cutlass.ptxsim.prepare import Launch, Program
-from gqa_cutlass.ptxsim.ptx import parse
 from gqa_cutlass.ptxsim.simulate import simulate
 from gqa_cutlass.ptxsim.stats import Stats
+from gqa_cutlass.ptxsim.text.ptx import parse
 from gqa_cutlass.tensormap import TensorMap
 
 Bytes = NDArray[np.uint8]

@@ -8,7 +8,7 @@ from instructions import Array, Form
 from warp_instructions import WARP, executing, mma_of, split
 from warp_operands import MMA_SORTS, MMA_WARPS, shfl_source_takes_part
 
-from gqa_cutlass.ptxsim.matrix import mma_bound
+from gqa_cutlass.ptxsim.warp.matrix import mma_bound
 
 _TYPES = {"f32": np.float32, "f16": np.float16}
 

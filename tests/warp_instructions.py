@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from instructions import MEMORY, Array, Form, Opcode, asm, kernel
 
-from gqa_cutlass.ptxsim import exchange, matrix
+from gqa_cutlass.ptxsim.warp import exchange, matrix
 
 WARP = 32
 LANES = np.arange(WARP, dtype=np.uint32)

@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gqa_cutlass.errors import PtxError
-from gqa_cutlass.ptxsim.access import build_atom, build_cvta, build_ld, build_st, resize
-from gqa_cutlass.ptxsim.arith import lookup
-from gqa_cutlass.ptxsim.bits import KINDS, Arithmetic
-from gqa_cutlass.ptxsim.bulk import build_bulk, build_bulk_prefetch
-from gqa_cutlass.ptxsim.cluster import build_cluster_barrier, build_getctarank, build_mapa
-from gqa_cutlass.ptxsim.copies import build_cp_async
-from gqa_cutlass.ptxsim.dependent import build_griddepcontrol
-from gqa_cutlass.ptxsim.mbarrier import build_mbarrier
+from gqa_cutlass.ptxsim.element.arith import lookup
+from gqa_cutlass.ptxsim.element.bits import KINDS, Arithmetic
+from gqa_cutlass.ptxsim.memory.access import build_atom, build_cvta, build_ld, build_st, resize
+from gqa_cutlass.ptxsim.memory.bulk import build_bulk, build_bulk_prefetch
+from gqa_cutlass.ptxsim.memory.copies import build_cp_async
+from gqa_cutlass.ptxsim.memory.store_async import build_st_async
+from gqa_cutlass.ptxsim.memory.tensor import build_tensor, build_tensor_prefetch
 from gqa_cutlass.ptxsim.operands import arity, items
+from gqa_cutlass.ptxsim.order.cluster import build_cluster_barrier, build_getctarank, build_mapa
+from gqa_cutlass.ptxsim.order.mbarrier import build_mbarrier
+from gqa_cutlass.ptxsim.order.pdl import build_griddepcontrol
+from gqa_cutlass.ptxsim.order.sync import build_bar, build_fence
 from gqa_cutlass.ptxsim.program import UNSIGNED, Action, Slots, unknown
-from gqa_cutlass.ptxsim.store_async import build_st_async
-from gqa_cutlass.ptxsim.sync import build_bar, build_fence
-from gqa_cutlass.ptxsim.syntax import Instruction, Not, Operand, Pair, Vector
-from gqa_cutlass.ptxsim.tensor import build_tensor, build_tensor_prefetch
-from gqa_cutlass.ptxsim.warp import (
+from gqa_cutlass.ptxsim.text.syntax import Instruction, Not, Operand, Pair, Vector
+from gqa_cutlass.ptxsim.warp.instructions import (
     build_activemask,
     build_elect,
     build_ldmatrix,

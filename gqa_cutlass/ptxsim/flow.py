@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from gqa_cutlass.errors import PtxError
 from gqa_cutlass.ptxsim import limits
 from gqa_cutlass.ptxsim.program import branch_target, read, written
-from gqa_cutlass.ptxsim.syntax import Kernel
+from gqa_cutlass.ptxsim.text.syntax import Kernel
 
 _LEAVES = ("ret", "exit", "trap")
 

@@ -16,21 +16,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gqa_cutlass.errors import KernelFault
-from gqa_cutlass.ptxsim.atomics import Atomics, Cells
-from gqa_cutlass.ptxsim.bits import Bits
-from gqa_cutlass.ptxsim.clocks import WARP, Clocks
-from gqa_cutlass.ptxsim.cluster import ClusterBarriers
-from gqa_cutlass.ptxsim.copies import Copies
-from gqa_cutlass.ptxsim.dependent import Predecessor
-from gqa_cutlass.ptxsim.ledger import GlobalLedger
-from gqa_cutlass.ptxsim.mbarrier import MBarriers
-from gqa_cutlass.ptxsim.memory import CLUSTER_SHIFT, AccessError, GlobalMemory, SharedMemory
+from gqa_cutlass.ptxsim.element.bits import Bits
+from gqa_cutlass.ptxsim.memory.copies import Copies
+from gqa_cutlass.ptxsim.memory.spaces import CLUSTER_SHIFT, AccessError, GlobalMemory, SharedMemory
+from gqa_cutlass.ptxsim.order.atomics import Atomics, Cells
+from gqa_cutlass.ptxsim.order.clocks import WARP, Clocks
+from gqa_cutlass.ptxsim.order.cluster import ClusterBarriers
+from gqa_cutlass.ptxsim.order.ledger import GlobalLedger
+from gqa_cutlass.ptxsim.order.mbarrier import MBarriers
+from gqa_cutlass.ptxsim.order.pdl import Predecessor
+from gqa_cutlass.ptxsim.order.shadow import Shadow, ShadowError
+from gqa_cutlass.ptxsim.order.sync import Barriers
 from gqa_cutlass.ptxsim.prepare import Launch, Program
 from gqa_cutlass.ptxsim.program import Code, Members
 from gqa_cutlass.ptxsim.progress import THREADS_SHIFT, Progress
-from gqa_cutlass.ptxsim.shadow import Shadow, ShadowError
 from gqa_cutlass.ptxsim.stats import Stats
-from gqa_cutlass.ptxsim.sync import Barriers
 
 Mask = NDArray[np.bool_]
 Lanes = NDArray[np.int64]

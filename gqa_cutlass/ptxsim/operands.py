@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gqa_cutlass.ptxsim.program import Slots, unknown
-from gqa_cutlass.ptxsim.syntax import Address, Imm, Instruction, Operand, Reg, Symbol, Vector
+from gqa_cutlass.ptxsim.text.syntax import Address, Imm, Instruction, Operand, Reg, Symbol, Vector
 
 if TYPE_CHECKING:
     from gqa_cutlass.ptxsim.machine import Group, Machine

@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 
 from gqa_cutlass.errors import KernelFault, PtxError
 from gqa_cutlass.ptxsim import limits
-from gqa_cutlass.ptxsim.bits import Bits
 from gqa_cutlass.ptxsim.decode import build
-from gqa_cutlass.ptxsim.dependent import WAIT
+from gqa_cutlass.ptxsim.element.bits import Bits
 from gqa_cutlass.ptxsim.flow import Flow
+from gqa_cutlass.ptxsim.order.pdl import WAIT
 from gqa_cutlass.ptxsim.program import UNSIGNED, Action, Code, Slots
-from gqa_cutlass.ptxsim.syntax import Instruction, Kernel, Reg
+from gqa_cutlass.ptxsim.text.syntax import Instruction, Kernel, Reg
 
 _SHARED_BASE = 1024  # as on sm_90, where the system has the first KiB: null is no valid address
 _NARROWEST = 16

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gqa_cutlass.errors import PtxError
-from gqa_cutlass.ptxsim.bits import Bits
-from gqa_cutlass.ptxsim.syntax import (
+from gqa_cutlass.ptxsim.element.bits import Bits
+from gqa_cutlass.ptxsim.text.syntax import (
     Address,
     Imm,
     Instruction,

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gqa_cutlass.errors import KernelFault
-from gqa_cutlass.ptxsim.bits import Bits
+from gqa_cutlass.ptxsim.element.bits import Bits
 
 if TYPE_CHECKING:
     from gqa_cutlass.ptxsim.machine import Group, Machine

@@ -10,12 +10,12 @@ import numpy as np
 
 from gqa_cutlass.errors import KernelFault, PtxError
 from gqa_cutlass.ptxsim import limits
-from gqa_cutlass.ptxsim.clocks import WARP
-from gqa_cutlass.ptxsim.ledger import GlobalLedger
 from gqa_cutlass.ptxsim.machine import Context, Machine
-from gqa_cutlass.ptxsim.memory import GlobalMemory, Region
+from gqa_cutlass.ptxsim.memory.spaces import GlobalMemory, Region
+from gqa_cutlass.ptxsim.order.clocks import WARP
+from gqa_cutlass.ptxsim.order.ledger import GlobalLedger
+from gqa_cutlass.ptxsim.order.races import Race
 from gqa_cutlass.ptxsim.prepare import Launch, Program
-from gqa_cutlass.ptxsim.races import Race
 from gqa_cutlass.ptxsim.stats import Stats
 
 _LANES_TOGETHER = 16384  # registers of so many lanes stay in the caches

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from gqa_cutlass.ptxsim.clocks import WARP
+from gqa_cutlass.ptxsim.order.clocks import WARP
 
 if TYPE_CHECKING:
     from gqa_cutlass.ptxsim.machine import Group

@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from gqa_cutlass.ptxsim.bits import Arithmetic, Bits, Builder, Numbers, Opcode, Run, uniform
-from gqa_cutlass.ptxsim.formats import F32, F64, FORMATS, Format, flush, narrow, widen
+from gqa_cutlass.ptxsim.element.bits import Arithmetic, Bits, Builder, Numbers, Opcode, Run, uniform
+from gqa_cutlass.ptxsim.element.formats import F32, F64, FORMATS, Format, flush, narrow, widen
 
 # What the ISA says of the error, by opcode without ftz.
 APPROXIMATE: dict[str, str] = {

@@ -9,9 +9,9 @@ from __future__ import annotations
 import functools
 import itertools
 
-from gqa_cutlass.ptxsim import approximate, compare, convert, floats, integers, logic
-from gqa_cutlass.ptxsim.approximate import APPROXIMATE
-from gqa_cutlass.ptxsim.bits import Arithmetic, Bits, Builder, Opcode
+from gqa_cutlass.ptxsim.element import approximate, compare, convert, floats, integers, logic
+from gqa_cutlass.ptxsim.element.approximate import APPROXIMATE
+from gqa_cutlass.ptxsim.element.bits import Arithmetic, Bits, Builder, Opcode
 
 __all__ = ["APPROXIMATE", "Arithmetic", "Bits", "forms", "lookup"]
 

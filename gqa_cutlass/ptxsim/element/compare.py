@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from gqa_cutlass.ptxsim.bits import (
+from gqa_cutlass.ptxsim.element.bits import (
     Arithmetic,
     Bits,
     Builder,
@@ -20,7 +20,7 @@ from gqa_cutlass.ptxsim.bits import (
     split_lanes,
     uniform,
 )
-from gqa_cutlass.ptxsim.formats import F32, FORMATS, flush, read
+from gqa_cutlass.ptxsim.element.formats import F32, FORMATS, flush, read
 
 Comparison = Callable[[Numbers, Numbers], Bits]
 

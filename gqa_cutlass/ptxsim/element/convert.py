@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gqa_cutlass.ptxsim.bits import (
+from gqa_cutlass.ptxsim.element.bits import (
     Arithmetic,
     Bits,
     Builder,
@@ -19,8 +19,8 @@ from gqa_cutlass.ptxsim.bits import (
     Run,
     join_lanes,
 )
-from gqa_cutlass.ptxsim.exact import odd_sum
-from gqa_cutlass.ptxsim.formats import (
+from gqa_cutlass.ptxsim.element.exact import odd_sum
+from gqa_cutlass.ptxsim.element.formats import (
     F16,
     F32,
     F64,

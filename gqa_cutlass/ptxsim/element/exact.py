@@ -10,8 +10,8 @@ from fractions import Fraction
 
 import numpy as np
 
-from gqa_cutlass.ptxsim.bits import Bits, Numbers
-from gqa_cutlass.ptxsim.formats import F64, propagate, step
+from gqa_cutlass.ptxsim.element.bits import Bits, Numbers
+from gqa_cutlass.ptxsim.element.formats import F64, propagate, step
 
 
 def odd_sum(left: Numbers, right: Numbers) -> Numbers:

@@ -13,9 +13,9 @@ from typing import TypeAlias
 
 import numpy as np
 
-from gqa_cutlass.ptxsim.bits import Arithmetic, Bits, Builder, Numbers, Opcode, Run, uniform
-from gqa_cutlass.ptxsim.exact import double, signed_sum
-from gqa_cutlass.ptxsim.formats import (
+from gqa_cutlass.ptxsim.element.bits import Arithmetic, Bits, Builder, Numbers, Opcode, Run, uniform
+from gqa_cutlass.ptxsim.element.exact import double, signed_sum
+from gqa_cutlass.ptxsim.element.formats import (
     BF16,
     F16,
     F32,

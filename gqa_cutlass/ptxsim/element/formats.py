@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from gqa_cutlass.ptxsim.bits import Bits, Numbers, Opcode, raw
+from gqa_cutlass.ptxsim.element.bits import Bits, Numbers, Opcode, raw
 
 
 @dataclass(frozen=True, kw_only=True)

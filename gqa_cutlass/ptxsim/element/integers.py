@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from gqa_cutlass.ptxsim.bits import (
+from gqa_cutlass.ptxsim.element.bits import (
     Arithmetic,
     Bits,
     Builder,

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from gqa_cutlass.ptxsim.bits import Arithmetic, Bits, Builder, Opcode, Run, raw, uniform
+from gqa_cutlass.ptxsim.element.bits import Arithmetic, Bits, Builder, Opcode, Run, raw, uniform
 
 _BYTE = 0xFF
 

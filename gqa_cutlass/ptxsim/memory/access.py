@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gqa_cutlass.ptxsim.bits import Bits
-from gqa_cutlass.ptxsim.memory import (
+from gqa_cutlass.ptxsim.element.bits import Bits
+from gqa_cutlass.ptxsim.memory.spaces import (
     LOCAL_WINDOW,
     PARAM_WINDOW,
     SHARED_WINDOW,
@@ -21,7 +21,7 @@ from gqa_cutlass.ptxsim.memory import (
 )
 from gqa_cutlass.ptxsim.operands import Addresses, Pointer, arity, items, pointer
 from gqa_cutlass.ptxsim.program import UNSIGNED, Action, Slots, unknown
-from gqa_cutlass.ptxsim.syntax import Instruction
+from gqa_cutlass.ptxsim.text.syntax import Instruction
 
 if TYPE_CHECKING:
     from gqa_cutlass.ptxsim.machine import Group, Machine

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gqa_cutlass.ptxsim.access import note_global
-from gqa_cutlass.ptxsim.landing import (
+from gqa_cutlass.ptxsim.memory.access import note_global
+from gqa_cutlass.ptxsim.memory.landing import (
     BARRIER_BYTES,
     COMPLETES,
     aligned,
@@ -21,11 +21,11 @@ from gqa_cutlass.ptxsim.landing import (
     land,
     read_global,
 )
-from gqa_cutlass.ptxsim.mbarrier import Ints, Key
-from gqa_cutlass.ptxsim.memory import AccessError
+from gqa_cutlass.ptxsim.memory.spaces import AccessError
 from gqa_cutlass.ptxsim.operands import arity, pointer
+from gqa_cutlass.ptxsim.order.mbarrier import Ints, Key
 from gqa_cutlass.ptxsim.program import Action, Slots, unknown
-from gqa_cutlass.ptxsim.syntax import Instruction
+from gqa_cutlass.ptxsim.text.syntax import Instruction
 
 if TYPE_CHECKING:
     from gqa_cutlass.ptxsim.machine import Group, Machine

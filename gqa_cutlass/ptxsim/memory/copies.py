@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from gqa_cutlass.ptxsim.access import note_global
-from gqa_cutlass.ptxsim.memory import AccessError
+from gqa_cutlass.ptxsim.memory.access import note_global
+from gqa_cutlass.ptxsim.memory.spaces import AccessError
 from gqa_cutlass.ptxsim.operands import arity, integer, pointer
 from gqa_cutlass.ptxsim.program import Action, Slots, unknown
-from gqa_cutlass.ptxsim.syntax import Imm, Instruction
+from gqa_cutlass.ptxsim.text.syntax import Imm, Instruction
 
 if TYPE_CHECKING:
     from gqa_cutlass.ptxsim.machine import Group, Machine

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gqa_cutlass.ptxsim.access import note_global
-from gqa_cutlass.ptxsim.clocks import Vector
-from gqa_cutlass.ptxsim.mbarrier import Ints, Key
-from gqa_cutlass.ptxsim.memory import SHARED_WINDOW, WINDOW_BYTES, AccessError
+from gqa_cutlass.ptxsim.memory.access import note_global
+from gqa_cutlass.ptxsim.memory.spaces import SHARED_WINDOW, WINDOW_BYTES, AccessError
 from gqa_cutlass.ptxsim.operands import Pointer
+from gqa_cutlass.ptxsim.order.clocks import Vector
+from gqa_cutlass.ptxsim.order.mbarrier import Ints, Key
 
 if TYPE_CHECKING:
     from gqa_cutlass.ptxsim.machine import Group, Machine

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gqa_cutlass.ptxsim.bits import Bits
+from gqa_cutlass.ptxsim.element.bits import Bits
 from gqa_cutlass.ptxsim.program import UNSIGNED
 
 SHARED_WINDOW = 1 << 60  # generic addresses; a block's own shared memory

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gqa_cutlass.ptxsim.access import resize
-from gqa_cutlass.ptxsim.landing import BARRIER_BYTES, COMPLETES, aligned, keys, land
-from gqa_cutlass.ptxsim.mbarrier import Key
+from gqa_cutlass.ptxsim.memory.access import resize
+from gqa_cutlass.ptxsim.memory.landing import BARRIER_BYTES, COMPLETES, aligned, keys, land
 from gqa_cutlass.ptxsim.operands import arity, items, pointer
+from gqa_cutlass.ptxsim.order.mbarrier import Key
 from gqa_cutlass.ptxsim.program import UNSIGNED, Action, Slots, unknown
-from gqa_cutlass.ptxsim.syntax import Instruction
+from gqa_cutlass.ptxsim.text.syntax import Instruction
 
 if TYPE_CHECKING:
     from gqa_cutlass.ptxsim.machine import Group, Machine

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from gqa_cutlass.codegen.schema.params import TENSOR_MAP_ALIGN, TENSOR_MAP_BYTES
 from gqa_cutlass.errors import InputError
 from gqa_cutlass.ptxsim import limits
-from gqa_cutlass.ptxsim.landing import (
+from gqa_cutlass.ptxsim.memory.landing import (
     BARRIER_BYTES,
     COMPLETES,
     aligned,
@@ -29,16 +29,16 @@ from gqa_cutlass.ptxsim.landing import (
     land,
     read_global,
 )
-from gqa_cutlass.ptxsim.mbarrier import Ints
-from gqa_cutlass.ptxsim.memory import (
+from gqa_cutlass.ptxsim.memory.spaces import (
     LOCAL_WINDOW,
     PARAM_WINDOW,
     SHARED_WINDOW,
     WINDOW_BYTES,
 )
 from gqa_cutlass.ptxsim.operands import Pointer, arity, pointer
+from gqa_cutlass.ptxsim.order.mbarrier import Ints
 from gqa_cutlass.ptxsim.program import Action, Slots, unknown
-from gqa_cutlass.ptxsim.syntax import Address, Instruction, Operand
+from gqa_cutlass.ptxsim.text.syntax import Address, Instruction, Operand
 from gqa_cutlass.tensormap import UNIT_BYTES, TensorMap
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from gqa_cutlass.ptxsim.clocks import WARP, Vector
-from gqa_cutlass.ptxsim.ledger import Foreign, merged
-from gqa_cutlass.ptxsim.memory import AccessError
+from gqa_cutlass.ptxsim.memory.spaces import AccessError
+from gqa_cutlass.ptxsim.order.clocks import WARP, Vector
+from gqa_cutlass.ptxsim.order.ledger import Foreign, merged
 
 if TYPE_CHECKING:
     from gqa_cutlass.ptxsim.machine import Group, Machine

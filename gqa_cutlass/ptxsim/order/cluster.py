@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from gqa_cutlass.ptxsim.clocks import WARP, Vector, by_warp
-from gqa_cutlass.ptxsim.memory import CLUSTER_SHIFT, SHARED_WINDOW, WINDOW_BYTES
+from gqa_cutlass.ptxsim.memory.spaces import CLUSTER_SHIFT, SHARED_WINDOW, WINDOW_BYTES
 from gqa_cutlass.ptxsim.operands import arity
+from gqa_cutlass.ptxsim.order.clocks import WARP, Vector, by_warp
+from gqa_cutlass.ptxsim.order.shadow import ShadowError
 from gqa_cutlass.ptxsim.program import Action, Members, Slots, unknown
-from gqa_cutlass.ptxsim.shadow import ShadowError
-from gqa_cutlass.ptxsim.syntax import Instruction
+from gqa_cutlass.ptxsim.text.syntax import Instruction
 
 if TYPE_CHECKING:
     from gqa_cutlass.ptxsim.machine import Group, Machine

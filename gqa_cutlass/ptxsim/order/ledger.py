@@ -14,8 +14,8 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from gqa_cutlass.ptxsim.clocks import WARP, Clocks, Vector
-from gqa_cutlass.ptxsim.races import Accesses, Race, find_races
+from gqa_cutlass.ptxsim.order.clocks import WARP, Clocks, Vector
+from gqa_cutlass.ptxsim.order.races import Accesses, Race, find_races
 
 Ints = NDArray[np.int64]
 _NOTHING: Ints = np.zeros(0, dtype=np.int64)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from gqa_cutlass.ptxsim.operands import arity
 from gqa_cutlass.ptxsim.program import Action, Slots, unknown
-from gqa_cutlass.ptxsim.syntax import Instruction
+from gqa_cutlass.ptxsim.text.syntax import Instruction
 
 if TYPE_CHECKING:
     from gqa_cutlass.ptxsim.machine import Group, Machine

@@ -9,7 +9,7 @@ from hashlib import blake2b
 import numpy as np
 from numpy.typing import NDArray
 
-from gqa_cutlass.ptxsim.clocks import WARP, Vector
+from gqa_cutlass.ptxsim.order.clocks import WARP, Vector
 
 Ints = NDArray[np.int64]
 Mask = NDArray[np.bool_]

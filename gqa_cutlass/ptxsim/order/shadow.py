@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gqa_cutlass.ptxsim.clocks import WARP, Clocks, Lanes
+from gqa_cutlass.ptxsim.order.clocks import WARP, Clocks, Lanes
 
 _WORD = 64  # bits, one per warp of a cluster
 _KNOWN = 1  # a stamp from before the first epoch: everybody knows of it

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from gqa_cutlass.ptxsim.access import SCOPES
-from gqa_cutlass.ptxsim.clocks import WARP, Vector, by_warp
+from gqa_cutlass.ptxsim.memory.access import SCOPES
 from gqa_cutlass.ptxsim.operands import arity
+from gqa_cutlass.ptxsim.order.clocks import WARP, Vector, by_warp
 from gqa_cutlass.ptxsim.program import Action, Members, Slots, unknown
-from gqa_cutlass.ptxsim.syntax import Instruction
+from gqa_cutlass.ptxsim.text.syntax import Instruction
 
 if TYPE_CHECKING:
     from gqa_cutlass.ptxsim.machine import Group, Machine

@@ -6,7 +6,7 @@ import re
 
 from gqa_cutlass.errors import PtxError
 from gqa_cutlass.ptxsim import limits
-from gqa_cutlass.ptxsim.syntax import (
+from gqa_cutlass.ptxsim.text.syntax import (
     Address,
     Imm,
     Instruction,
@@ -19,7 +19,7 @@ from gqa_cutlass.ptxsim.syntax import (
     Variable,
     Vector,
 )
-from gqa_cutlass.ptxsim.tokens import Token, files, number, tokens, unexpected
+from gqa_cutlass.ptxsim.text.tokens import Token, files, number, tokens, unexpected
 
 TARGETS = range(80, 91)  # compute capabilities, times ten
 _TARGET = re.compile(r"sm_([0-9]{2,3})a?")

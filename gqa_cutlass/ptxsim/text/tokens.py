@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from gqa_cutlass.errors import PtxError
 from gqa_cutlass.ptxsim import limits
-from gqa_cutlass.ptxsim.syntax import Imm
+from gqa_cutlass.ptxsim.text.syntax import Imm
 
 # Parts of a pattern that follow one another match different characters: nothing is tried twice.
 _TOKEN = re.compile(

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gqa_cutlass.ptxsim import exchange, matrix
-from gqa_cutlass.ptxsim.bits import KINDS, Bits
-from gqa_cutlass.ptxsim.clocks import WARP
-from gqa_cutlass.ptxsim.memory import SHARED_WINDOW, WINDOW_BYTES, AccessError
+from gqa_cutlass.ptxsim.element.bits import KINDS, Bits
+from gqa_cutlass.ptxsim.memory.spaces import SHARED_WINDOW, WINDOW_BYTES, AccessError
 from gqa_cutlass.ptxsim.operands import arity, items, pointer
+from gqa_cutlass.ptxsim.order.clocks import WARP
 from gqa_cutlass.ptxsim.program import Action, Members, Slots, unknown
-from gqa_cutlass.ptxsim.syntax import Instruction, Operand, Pair
+from gqa_cutlass.ptxsim.text.syntax import Instruction, Operand, Pair
+from gqa_cutlass.ptxsim.warp import exchange, matrix
 
 if TYPE_CHECKING:
     from gqa_cutlass.ptxsim.machine import Group, Machine
