@@ -1,0 +1,1 @@
+"""Compiled kernels: on disk, compiled several at a time, exported to C and Rust."""
