@@ -18,7 +18,7 @@ import gqa_cutlass
 from gqa_cutlass.cli.generation import built_table
 from gqa_cutlass.codegen import KernelConfig
 from gqa_cutlass.gpu.driver import describe_device
-from gqa_cutlass.store import Store, build_all
+from gqa_cutlass.kernels.store import Store, build_all
 
 console = Console(width=160)
 

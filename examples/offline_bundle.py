@@ -18,7 +18,7 @@ import torch
 
 import gqa_cutlass
 from gqa_cutlass.gpu.driver import describe_device
-from gqa_cutlass.store import Store, build_all
+from gqa_cutlass.kernels.store import Store, build_all
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

@@ -36,7 +36,7 @@ _HOMES = {
     "gqa_decode": "api",
     "plan": "api",
     "warmup": "api",
-    "KVCache": "cache",
+    "KVCache": "cache.kv_cache",
     "Plan": "call.plan",
     "CacheAllocationError": "errors",
     "CacheOverflowError": "errors",

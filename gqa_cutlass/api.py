@@ -34,7 +34,7 @@ from gqa_cutlass.dispatch import Device, Dispatch, choose_config, dispatch, mode
 from gqa_cutlass.errors import DeviceError, InputError, shown
 from gqa_cutlass.gpu.driver import describe_device, load
 from gqa_cutlass.gpu.executor import gpu_executor
-from gqa_cutlass.store import Store
+from gqa_cutlass.kernels.store import Store
 from gqa_cutlass.tensors import Flaw, flaw
 from gqa_cutlass.tracing import is_traced, untraced
 

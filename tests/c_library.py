@@ -29,7 +29,7 @@ from gqa_cutlass.cpu import executor as cpu
 from gqa_cutlass.cpu.executor import program_of, regions_of
 from gqa_cutlass.dispatch import Dispatch
 from gqa_cutlass.errors import InputError
-from gqa_cutlass.export import facts
+from gqa_cutlass.kernels.export import facts
 from gqa_cutlass.ptxsim.simulate import Checks
 from gqa_cutlass.tensormap import UNIT_BYTES, TensorMap
 

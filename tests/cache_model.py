@@ -14,7 +14,7 @@ from gqa_cutlass import (
     gqa_decode,
     lengths,
 )
-from gqa_cutlass import cache as cache_module
+from gqa_cutlass.cache import kv_cache as cache_module
 from gqa_cutlass.proof.reference import attend, errors
 
 HEADS, DIM, GROUP = 1, 64, 2

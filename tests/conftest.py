@@ -13,11 +13,11 @@ import torch
 from calibration import Calibration
 from instant import InstantCompiler
 
-from gqa_cutlass import store as store_module
 from gqa_cutlass.codegen import KernelConfig, shipped, source_digest
 from gqa_cutlass.codegen.compile import shared_headers
+from gqa_cutlass.kernels import store as store_module
+from gqa_cutlass.kernels.store import Store
 from gqa_cutlass.proof.evidence import Evidence, provenance
-from gqa_cutlass.store import Store
 
 # By these, commands print otherwise, or find other kernels, on one machine than on another.
 _UNSET = (

@@ -24,7 +24,7 @@ from gqa_cutlass.codegen import KernelConfig
 from gqa_cutlass.codegen.compile import Compiled
 from gqa_cutlass.dispatch import MODELS, Dispatch, dispatch
 from gqa_cutlass.gpu.driver import describe_device
-from gqa_cutlass.store import Store
+from gqa_cutlass.kernels.store import Store
 
 THOROUGH = pytest.mark.thorough
 REPOSITORY = Path(__file__).parent.parent

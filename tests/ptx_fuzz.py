@@ -31,9 +31,9 @@ import gqa_cutlass
 from gqa_cutlass.codegen import DType, KernelConfig, Math, Schedule, default_config
 from gqa_cutlass.cpu.executor import program_from
 from gqa_cutlass.errors import CacheOverflowError, KernelFault, PtxError
+from gqa_cutlass.kernels.store import Store
 from gqa_cutlass.ptxsim.machine import Group, Machine
 from gqa_cutlass.ptxsim.simulate import Checks
-from gqa_cutlass.store import Store
 from gqa_cutlass.tensormap import TensorMap
 
 _TOKEN = re.compile(r"0[fFdD][0-9a-fA-F]+|0x[0-9a-fA-F]+|\d+|[.%$_A-Za-z][\w$.%:]*|\S")

@@ -34,7 +34,7 @@ from gqa_cutlass import (
     gqa_decode,
     rows,
 )
-from gqa_cutlass import cache as cache_module
+from gqa_cutlass.cache import kv_cache as cache_module
 from gqa_cutlass.errors import DeviceError
 
 # What a cache is

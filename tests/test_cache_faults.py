@@ -35,7 +35,7 @@ from gqa_cutlass import (
     lengths,
     rows,
 )
-from gqa_cutlass import cache as cache_module
+from gqa_cutlass.cache import kv_cache as cache_module
 from gqa_cutlass.cpu import executor as cpu
 from gqa_cutlass.errors import DeviceError, KernelFault
 

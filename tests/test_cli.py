@@ -12,12 +12,12 @@ from command_line import console_script
 from typer.testing import CliRunner, Result
 
 from gqa_cutlass import checkout
-from gqa_cutlass import export as export_module
-from gqa_cutlass import store as store_module
 from gqa_cutlass.cli import app, main
 from gqa_cutlass.codegen import ARCHES, manifest, select, shipped, source_digest
 from gqa_cutlass.codegen.compile import Compiled
 from gqa_cutlass.errors import CompilerMissingError, DeviceError
+from gqa_cutlass.kernels import export as export_module
+from gqa_cutlass.kernels import store as store_module
 from gqa_cutlass.proof import evidence as evidence_module
 
 ONE = shipped()[0]

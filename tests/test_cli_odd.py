@@ -19,12 +19,12 @@ from bench_fakes import full_record
 from command_line import Outcome, console_script
 from helpers import compiled
 
-from gqa_cutlass import export as export_module
-from gqa_cutlass import store as store_module
 from gqa_cutlass.cli import app
 from gqa_cutlass.codegen import KernelConfig, manifest, select
 from gqa_cutlass.codegen.compile import Compiled
-from gqa_cutlass.store import Store, StoredKernel
+from gqa_cutlass.kernels import export as export_module
+from gqa_cutlass.kernels import store as store_module
+from gqa_cutlass.kernels.store import Store, StoredKernel
 
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 KERNEL = next(c for c in select("tensorop_f16*d64_g4_*align8") if not c.tma)

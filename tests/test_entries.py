@@ -18,11 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from instant import ARCH, CONFIG, OTHER, InstantCompiler
 
-from gqa_cutlass import entries
-from gqa_cutlass import store as module
 from gqa_cutlass.codegen.compile import Compiled
 from gqa_cutlass.errors import CompilerMissingError, KernelMissingError, StoreError
-from gqa_cutlass.store import Store, entry_stem
+from gqa_cutlass.kernels import entries
+from gqa_cutlass.kernels import store as module
+from gqa_cutlass.kernels.store import Store, entry_stem
 
 OTHER_USER = 54321  # whom no machine knows
 _FIGURES = {"registers": 99, "spill_bytes": 0, "stack_bytes": 16, "seconds": 0.5}

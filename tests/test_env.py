@@ -12,7 +12,7 @@ from instant import ARCH, CONFIG, InstantCompiler
 
 from gqa_cutlass import env
 from gqa_cutlass.errors import KernelMissingError, StoreError
-from gqa_cutlass.store import Store
+from gqa_cutlass.kernels.store import Store
 
 
 def test_environment_says_where_the_store_is(

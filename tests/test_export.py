@@ -19,8 +19,6 @@ from command_line import file_size_limit
 from helpers import REPOSITORY
 from typer.testing import CliRunner, Result
 
-from gqa_cutlass import export as export_module
-from gqa_cutlass import store as store_module
 from gqa_cutlass.cli import app, main
 from gqa_cutlass.codegen import ARCHES, DType, KernelConfig, Math, Schedule, default_config, shipped
 from gqa_cutlass.codegen import fatbin as fatbin_module
@@ -35,7 +33,9 @@ from gqa_cutlass.errors import (
     ExportError,
     OutputError,
 )
-from gqa_cutlass.export import Export, facts, plan_export, write_bundle
+from gqa_cutlass.kernels import export as export_module
+from gqa_cutlass.kernels import store as store_module
+from gqa_cutlass.kernels.export import Export, facts, plan_export, write_bundle
 
 WIDE = default_config(Math.TENSOROP, DType.F16, 64, 4, 8)
 TMA = default_config(Math.TENSOROP, DType.F16, 64, 4, 8, Schedule.TMA)

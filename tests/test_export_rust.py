@@ -14,8 +14,8 @@ import pytest
 import torch
 from helpers import REPOSITORY
 
-from gqa_cutlass.export import compiled, plan_export, write_bundle
-from gqa_cutlass.store import Store
+from gqa_cutlass.kernels.export import compiled, plan_export, write_bundle
+from gqa_cutlass.kernels.store import Store
 
 KERNELS = "d64_g7,f16_f16_d128_g4_align8_multistage"
 NO_GPU = 77

@@ -19,8 +19,8 @@ from torch import Tensor
 import gqa_cutlass
 from gqa_cutlass import GQADecodeConfig, gqa_attention_decode, gqa_decode
 from gqa_cutlass.call.record import parse
-from gqa_cutlass.export import compiled, plan_export, write_bundle
-from gqa_cutlass.store import Store
+from gqa_cutlass.kernels.export import compiled, plan_export, write_bundle
+from gqa_cutlass.kernels.store import Store
 
 pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("gpu_export")]
 

@@ -25,7 +25,7 @@ import gqa_cutlass
 from gqa_cutlass.codegen import DType, KernelConfig, Math, Schedule, default_config
 from gqa_cutlass.codegen.schema.rounding import ceil_div
 from gqa_cutlass.gpu.driver import describe_device
-from gqa_cutlass.store import Store, build_all
+from gqa_cutlass.kernels.store import Store, build_all
 
 pytestmark = pytest.mark.gpu
 

@@ -17,7 +17,7 @@ from helpers import (
 
 import gqa_cutlass
 from gqa_cutlass.codegen import KernelConfig, shipped
-from gqa_cutlass.store import Store, build_all
+from gqa_cutlass.kernels.store import Store, build_all
 
 pytestmark = pytest.mark.gpu
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from gqa_cutlass import locks
 from gqa_cutlass.errors import StoreError
-from gqa_cutlass.locks import locked, locked_if_free
+from gqa_cutlass.kernels import locks
+from gqa_cutlass.kernels.locks import locked, locked_if_free
 
 
 @contextmanager

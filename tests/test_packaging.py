@@ -165,7 +165,7 @@ import typer
 from gqa_cutlass.cli import app
 from gqa_cutlass.codegen import render, shipped
 from gqa_cutlass.codegen.fatbin import pack
-from gqa_cutlass.store import Store
+from gqa_cutlass.kernels.store import Store
 
 repository, *names = sys.argv[1:]
 kernel = shipped()[0]

@@ -21,8 +21,8 @@ from gqa_cutlass.codegen.schema.launch import Pdl
 from gqa_cutlass.cpu.executor import CpuKernel, program_from, program_of
 from gqa_cutlass.dispatch import H200
 from gqa_cutlass.errors import InputError, KernelMissingError, PtxError
+from gqa_cutlass.kernels.store import Store
 from gqa_cutlass.ptxsim.stats import Stats
-from gqa_cutlass.store import Store
 
 SMALL = default_config(Math.TENSOROP, DType.F16, 64, 4, 8)
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from instant import ARCH, CONFIG, OTHER, InstantCompiler
 
-from gqa_cutlass import entries, locks
-from gqa_cutlass import store as module
 from gqa_cutlass.codegen import KernelConfig
 from gqa_cutlass.codegen.compile import Compiled
 from gqa_cutlass.errors import CompileError, CompilerMissingError, KernelMissingError, StoreError
-from gqa_cutlass.store import Store, entry_stem
+from gqa_cutlass.kernels import entries, locks
+from gqa_cutlass.kernels import store as module
+from gqa_cutlass.kernels.store import Store, entry_stem
 
 
 def _files(folder: Path) -> set[str]:
@@ -103,7 +103,7 @@ def test_crash_between_the_two_files_is_a_miss(
 _RACER = """
 import sys, time
 from pathlib import Path
-from gqa_cutlass import store
+from gqa_cutlass.kernels import store
 from gqa_cutlass.codegen import KernelConfig
 from gqa_cutlass.codegen.compile import Compiled
 

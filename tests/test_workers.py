@@ -15,14 +15,14 @@ import pytest
 from instant import ARCH, CONFIG, OTHER
 from late import touch_late
 
-from gqa_cutlass.store import Store
-from gqa_cutlass.workers import map_in_order
+from gqa_cutlass.kernels.store import Store
+from gqa_cutlass.kernels.workers import map_in_order
 
 PATIENCE_S = 120  # for what takes a second on an idle machine
 
 _SLEEPERS = """
 import signal, threading, time
-from gqa_cutlass.workers import map_in_order
+from gqa_cutlass.kernels.workers import map_in_order
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs lack it

@@ -10,7 +10,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from gqa_cutlass.cache_inputs import surroundings_flaw
+from gqa_cutlass.cache.inputs import surroundings_flaw
 from gqa_cutlass.call.layout import DTYPES
 from gqa_cutlass.codegen.config import HEAD_DIM_RULE, HEAD_DIMS
 from gqa_cutlass.codegen.schema.problem import MAX_BATCH, MAX_SEQ_LEN

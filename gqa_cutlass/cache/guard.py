@@ -9,8 +9,8 @@ from typing import Concatenate, NoReturn, ParamSpec, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from gqa_cutlass.allocation import available_bytes, gib
-from gqa_cutlass.cache_inputs import check_memory, refuse, surroundings_flaw
+from gqa_cutlass.cache.allocation import available_bytes, gib
+from gqa_cutlass.cache.inputs import check_memory, refuse, surroundings_flaw
 from gqa_cutlass.errors import CacheAllocationError, GqaError
 
 

@@ -8,15 +8,15 @@ from typing import Any, Literal, Unpack, overload
 import torch
 from torch import Tensor
 
-from gqa_cutlass.allocation import Memory, Sizes, allocate, placed
 from gqa_cutlass.api import check_overflow, gqa_decode
-from gqa_cutlass.cache_inputs import check_apart, ints, one_token, prompt
+from gqa_cutlass.cache.allocation import Memory, Sizes, allocate, placed
+from gqa_cutlass.cache.guard import guarded, lack_of_memory, raise_no_temporaries
+from gqa_cutlass.cache.inputs import check_apart, ints, one_token, prompt
+from gqa_cutlass.cache.lengths import ONE_TOKEN, REMEDY, Growth, Lengths, capturing
+from gqa_cutlass.cache.rows import buffer, gather, scatter
 from gqa_cutlass.call.options import Options, listed
 from gqa_cutlass.call.plan import Pair, Result
 from gqa_cutlass.errors import CacheOverflowError, InputError
-from gqa_cutlass.guard import guarded, lack_of_memory, raise_no_temporaries
-from gqa_cutlass.lengths import ONE_TOKEN, REMEDY, Growth, Lengths, capturing
-from gqa_cutlass.rows import buffer, gather, scatter
 from gqa_cutlass.tensors import is_tensor
 from gqa_cutlass.tracing import is_traced, mark_static
 

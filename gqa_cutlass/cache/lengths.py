@@ -20,7 +20,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from gqa_cutlass.cache_inputs import ints, per_sequence, refuse
+from gqa_cutlass.cache.inputs import ints, per_sequence, refuse
 from gqa_cutlass.errors import CacheOverflowError, InputError, shown
 from gqa_cutlass.tensors import is_tensor
 

@@ -13,7 +13,7 @@ from gqa_cutlass.cli.options import Archs, Jobs, Kernels, folder
 from gqa_cutlass.cli.output import print_wide, progress, say
 
 if TYPE_CHECKING:
-    from gqa_cutlass.store import StoredKernel
+    from gqa_cutlass.kernels.store import StoredKernel
 
 
 def generate(
@@ -62,7 +62,7 @@ def build(
     from gqa_cutlass.codegen import select
     from gqa_cutlass.codegen.compile import compiles_for
     from gqa_cutlass.errors import ConfigError
-    from gqa_cutlass.store import Store, build_all
+    from gqa_cutlass.kernels.store import Store, build_all
 
     store = Store(root=out, private=False) if out else Store.default()
     archs = _archs(arch)
@@ -87,8 +87,8 @@ def export(
     jobs: Jobs = 0,
 ) -> None:
     """Write a C library and a Rust crate with the kernels in them. Needs no GPU."""
-    from gqa_cutlass.export import compiled, plan_export, write_bundle
-    from gqa_cutlass.store import Store
+    from gqa_cutlass.kernels.export import compiled, plan_export, write_bundle
+    from gqa_cutlass.kernels.store import Store
 
     wanted = plan_export(kernels, _archs(arch))
     cubins = compiled(wanted, Store.default(), jobs)
@@ -125,7 +125,7 @@ def check() -> None:
 
 def clean() -> None:
     """Remove this user's compiled kernels."""
-    from gqa_cutlass.store import Store
+    from gqa_cutlass.kernels.store import Store
 
     store = Store.default()
     say(f"{store.clean()} files removed from {store.root}")

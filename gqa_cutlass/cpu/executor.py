@@ -25,12 +25,12 @@ from gqa_cutlass.codegen.schema.policies import CALL
 from gqa_cutlass.codegen.schema.problem import Problem
 from gqa_cutlass.dispatch import Dispatch, model_device
 from gqa_cutlass.gpu.torch_private import allocator
+from gqa_cutlass.kernels.store import Store
 from gqa_cutlass.ptxsim.memory.spaces import Region
 from gqa_cutlass.ptxsim.prepare import Launch, Program
 from gqa_cutlass.ptxsim.simulate import Checks, simulate
 from gqa_cutlass.ptxsim.stats import Stats
 from gqa_cutlass.ptxsim.text.ptx import parse
-from gqa_cutlass.store import Store
 from gqa_cutlass.tensormap import TensorMap
 
 _SECONDS_PER_LAUNCH, _SECONDS_PER_MEGABYTE = 0.04, 0.1  # measured on a 2-core CPU

@@ -19,7 +19,7 @@ from gqa_cutlass.codegen.schema.launch import LaunchShape
 from gqa_cutlass.codegen.schema.params import TENSOR_MAP_ALIGN, TENSOR_MAP_BYTES
 from gqa_cutlass.dispatch import Device, arch_of
 from gqa_cutlass.errors import CompilerMissingError, DeviceError, InputError, LaunchError
-from gqa_cutlass.store import Store
+from gqa_cutlass.kernels.store import Store
 from gqa_cutlass.tensormap import TensorMap
 
 _STREAM_OFFSET = 32  # of hStream in CUlaunchConfig, behind seven 32-bit words

@@ -24,12 +24,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from gqa_cutlass.api import gqa_decode
+from gqa_cutlass.cache.lengths import capturing
 from gqa_cutlass.call.layout import DTYPES
 from gqa_cutlass.codegen.config import HEAD_DIMS, MAX_GROUP_SIZE
 from gqa_cutlass.errors import InputError
 from gqa_cutlass.integrations.eager import attend_eagerly
 from gqa_cutlass.integrations.transformers_cache import NAME, GqaCache, GqaLayer, Pending
-from gqa_cutlass.lengths import capturing
 from gqa_cutlass.tracing import break_graph, is_traced
 
 __all__ = ["NAME", "GqaCache", "attention", "mask", "register"]

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, StaticCache, StaticLayer
 
 from gqa_cutlass.cache import KVCache
+from gqa_cutlass.cache.lengths import capturing
 from gqa_cutlass.errors import InputError
-from gqa_cutlass.lengths import capturing
 from gqa_cutlass.tracing import break_graph, is_traced, mark_static
 
 NAME = "gqa_cutlass"  # of the attention implementation

@@ -20,7 +20,7 @@ from gqa_cutlass.codegen.schema.problem import MAX_BATCH, MAX_SCALE, MAX_SEQ_LEN
 from gqa_cutlass.codegen.schema.storage import BOX_DIMS, MAX_CLUSTER
 from gqa_cutlass.dispatch import MIN_CAPABILITY, MODELS, MOST_TILES
 from gqa_cutlass.errors import ConfigError, ExportError
-from gqa_cutlass.store import Store, build_all
+from gqa_cutlass.kernels.store import Store, build_all
 
 Cubin = tuple[KernelConfig, str, bytes]  # a kernel, an architecture, and the code for it
 # Of the model, what the C library needs; it has no dependent launches.

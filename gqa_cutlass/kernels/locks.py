@@ -16,8 +16,8 @@ from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-from gqa_cutlass.entries import remove
 from gqa_cutlass.errors import StoreError
+from gqa_cutlass.kernels.entries import remove
 
 LOG = logging.getLogger("gqa_cutlass")
 QUIET_S, LIMIT_S = 1.0, 600.0  # how long to wait before saying so, and at all

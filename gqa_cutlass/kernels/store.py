@@ -21,7 +21,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TypeVar
 
-from gqa_cutlass import entries, env
+from gqa_cutlass import env
 from gqa_cutlass.codegen.compile import (
     Compiled,
     compile_kernel,
@@ -30,7 +30,6 @@ from gqa_cutlass.codegen.compile import (
 )
 from gqa_cutlass.codegen.config import KernelConfig
 from gqa_cutlass.codegen.render import source_digest
-from gqa_cutlass.entries import Folder, RefusedError
 from gqa_cutlass.errors import (
     CompileError,
     CompilerMissingError,
@@ -38,8 +37,10 @@ from gqa_cutlass.errors import (
     KernelMissingError,
     StoreError,
 )
-from gqa_cutlass.locks import locked, locked_if_free
-from gqa_cutlass.workers import map_in_order
+from gqa_cutlass.kernels import entries
+from gqa_cutlass.kernels.entries import Folder, RefusedError
+from gqa_cutlass.kernels.locks import locked, locked_if_free
+from gqa_cutlass.kernels.workers import map_in_order
 
 LOG = logging.getLogger("gqa_cutlass")
 _OURS = re.compile(r"gqa_decode_.*\.(json|cubin|ptx|lock|tmp)")

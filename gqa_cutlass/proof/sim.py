@@ -11,8 +11,8 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from gqa_cutlass.allocation import available_bytes
 from gqa_cutlass.api import plan
+from gqa_cutlass.cache.allocation import available_bytes
 from gqa_cutlass.call.layout import DTYPES
 from gqa_cutlass.codegen.config import KernelConfig
 from gqa_cutlass.codegen.schema.launch import LaunchShape

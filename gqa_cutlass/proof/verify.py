@@ -13,8 +13,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from gqa_cutlass.allocation import available_bytes
 from gqa_cutlass.api import GQADecodeConfig, gqa_attention_decode, plan
+from gqa_cutlass.cache.allocation import available_bytes
 from gqa_cutlass.call.plan import Plan
 from gqa_cutlass.call.record import LOG, LaunchRecord, parse
 from gqa_cutlass.codegen.config import KernelConfig
