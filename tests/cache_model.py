@@ -12,9 +12,9 @@ from torch import Tensor
 from gqa_cutlass import (
     KVCache,
     gqa_decode,
-    lengths,
 )
 from gqa_cutlass.cache import kv_cache as cache_module
+from gqa_cutlass.cache import lengths
 from gqa_cutlass.proof.reference import attend, errors
 
 HEADS, DIM, GROUP = 1, 64, 2

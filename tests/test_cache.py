@@ -32,9 +32,9 @@ from gqa_cutlass import (
     InputError,
     KVCache,
     gqa_decode,
-    rows,
 )
 from gqa_cutlass.cache import kv_cache as cache_module
+from gqa_cutlass.cache import rows
 from gqa_cutlass.errors import DeviceError
 
 # What a cache is

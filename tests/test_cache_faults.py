@@ -32,10 +32,9 @@ from gqa_cutlass import (
     CacheOverflowError,
     KVCache,
     gqa_decode,
-    lengths,
-    rows,
 )
 from gqa_cutlass.cache import kv_cache as cache_module
+from gqa_cutlass.cache import lengths, rows
 from gqa_cutlass.cpu import executor as cpu
 from gqa_cutlass.errors import DeviceError, KernelFault
 

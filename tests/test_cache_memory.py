@@ -23,9 +23,8 @@ from torch import Tensor
 from gqa_cutlass import (
     CacheAllocationError,
     KVCache,
-    allocation,
-    rows,
 )
+from gqa_cutlass.cache import allocation, rows
 from gqa_cutlass.errors import GqaError
 
 
