@@ -9,17 +9,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gqa_cutlass.api import (
-        GQADecodeConfig,
-        check_overflow,
-        explain,
-        gqa_attention_decode,
-        gqa_decode,
-        plan,
-        warmup,
-    )
+    from gqa_cutlass.ahead import explain, warmup
+    from gqa_cutlass.api import check_overflow, gqa_decode, plan
     from gqa_cutlass.cache import KVCache
     from gqa_cutlass.call.plan import Plan
+    from gqa_cutlass.decode_config import GQADecodeConfig, gqa_attention_decode
     from gqa_cutlass.errors import (
         CacheAllocationError,
         CacheOverflowError,
@@ -29,13 +23,13 @@ if TYPE_CHECKING:
     )
 
 _HOMES = {
-    "GQADecodeConfig": "api",
+    "GQADecodeConfig": "decode_config",
     "check_overflow": "api",
-    "explain": "api",
-    "gqa_attention_decode": "api",
+    "explain": "ahead",
+    "gqa_attention_decode": "decode_config",
     "gqa_decode": "api",
     "plan": "api",
-    "warmup": "api",
+    "warmup": "ahead",
     "KVCache": "cache.kv_cache",
     "Plan": "call.plan",
     "CacheAllocationError": "errors",

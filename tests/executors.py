@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gqa_cutlass import api
+from gqa_cutlass import api, devices
 from gqa_cutlass.call.executor import Executor, Task
 from gqa_cutlass.call.flag import OverflowFlag
 from gqa_cutlass.call.plans import Plans
@@ -89,7 +89,7 @@ def running_on(executor: Executor) -> Iterator[None]:
     """Meanwhile, calls with CPU tensors make plans for an executor; there are none yet."""
 
     def executor_of(device: torch.device) -> Executor:
-        return executor if device.type == "cpu" else api._executor_of(device)
+        return executor if device.type == "cpu" else devices.executor_of(device)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(api, "_PLANS", Plans(executor_of))

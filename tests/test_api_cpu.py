@@ -18,8 +18,8 @@ from helpers import call_tensors
 import gqa_cutlass
 from gqa_cutlass import (  # fmt: skip
     GQADecodeConfig,
-    api,
     check_overflow,
+    decode_config,
     errors,
     gqa_attention_decode,
     gqa_decode,
@@ -122,7 +122,7 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> None:
     [(None, None), (0, "default"), (1, "default"), (3, 3), (2**64 - 1, 2**64 - 1)],
 )
 def test_a_stream_is_known_by_its_handle(stream: int | None, current: object) -> None:
-    with api._on_stream(stream, torch.device("cuda", 0)) as entered:
+    with decode_config._on_stream(stream, torch.device("cuda", 0)) as entered:
         assert entered == current
 
 
@@ -130,22 +130,22 @@ def test_a_stream_is_known_by_its_handle(stream: int | None, current: object) ->
 @pytest.mark.parametrize("stream", [2, -1, 2**64, True, 3.0, "default", object()])
 def test_what_names_no_stream_is_refused(stream: Any) -> None:
     with pytest.raises(InputError, match=r"stream: got .*; allowed: .*0 for the default stream"):
-        api._on_stream(stream, torch.device("cuda", 0))
+        decode_config._on_stream(stream, torch.device("cuda", 0))
 
 
 @pytest.mark.usefixtures("streams")
 def test_a_stream_of_another_gpu_is_refused() -> None:
     with pytest.raises(InputError, match=r"allowed: a torch.cuda.Stream on cuda:1"):
-        api._on_stream(FakeStream("other"), torch.device("cuda", 1))
+        decode_config._on_stream(FakeStream("other"), torch.device("cuda", 1))
 
 
 @pytest.mark.parametrize("stream", [None, 0, 1])
 def test_on_the_cpu_there_is_the_default_stream(stream: int | None) -> None:
-    with api._on_stream(stream, torch.device("cpu")) as entered:
+    with decode_config._on_stream(stream, torch.device("cpu")) as entered:
         assert entered is None
     for other in (2, 3, FakeStream("other")):
         with pytest.raises(InputError, match="with tensors on cpu; allowed: None, or 0"):
-            api._on_stream(other, torch.device("cpu"))
+            decode_config._on_stream(other, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from helpers import call_tensors, check, remodelled, run
 from torch import Tensor
 
 import gqa_cutlass
-from gqa_cutlass import api
+from gqa_cutlass import api, devices
 from gqa_cutlass.call.plans import Plans
 from gqa_cutlass.codegen import DType, KernelConfig, Math, Schedule, default_config
 from gqa_cutlass.codegen.compile import compile_kernel
@@ -30,7 +30,7 @@ SMALL = default_config(Math.TENSOROP, DType.F16, 64, 4, 8)
 @pytest.fixture
 def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a new process: no plans and no programs."""
-    monkeypatch.setattr(api, "_PLANS", Plans(api._executor_of))
+    monkeypatch.setattr(api, "_PLANS", Plans(devices.executor_of))
     program_of.cache_clear()
 
 

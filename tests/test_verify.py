@@ -14,9 +14,9 @@ from helpers import remodelled
 from typer.testing import CliRunner, Result
 
 from gqa_cutlass import GQADecodeConfig, Plan, warmup
-from gqa_cutlass.api import gqa_attention_decode
 from gqa_cutlass.call.record import LOG
 from gqa_cutlass.cli import app, main
+from gqa_cutlass.decode_config import gqa_attention_decode
 from gqa_cutlass.errors import CacheOverflowError, InputError, KernelFault, LaunchError
 from gqa_cutlass.proof import verify
 from gqa_cutlass.proof.reference import attend

@@ -36,7 +36,7 @@ def explain(
     """Say which kernel a decode step would run, why, and how it is launched."""
     import torch
 
-    from gqa_cutlass.api import explain as explain_call
+    from gqa_cutlass.ahead import explain as explain_call
     from gqa_cutlass.sizes import check_room, check_sizes
 
     check_sizes("explain", batch=batch, max_seq_len=max_seq_len, q_heads=q_heads,

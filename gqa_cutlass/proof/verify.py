@@ -13,11 +13,12 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from gqa_cutlass.api import GQADecodeConfig, gqa_attention_decode, plan
+from gqa_cutlass.api import plan
 from gqa_cutlass.cache.allocation import available_bytes
 from gqa_cutlass.call.plan import Plan
 from gqa_cutlass.call.record import LOG, LaunchRecord, parse
 from gqa_cutlass.codegen.config import KernelConfig
+from gqa_cutlass.decode_config import GQADecodeConfig, gqa_attention_decode
 from gqa_cutlass.errors import CacheOverflowError, DeviceError, GqaError, InputError
 from gqa_cutlass.proof.reference import (
     MAX_RATIO,

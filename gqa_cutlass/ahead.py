@@ -1,0 +1,189 @@
+"""Before any call: which kernel it would run, and kernels compiled and loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gqa_cutlass.call.given import see
+from gqa_cutlass.call.layout import DTYPES, problem_of
+from gqa_cutlass.call.options import PlanOptions, check, check_softcap, features_of, listed
+from gqa_cutlass.codegen.config import ARCHES, KernelConfig
+from gqa_cutlass.codegen.schema.problem import WIDEST, Problem
+from gqa_cutlass.decode_config import GQADecodeConfig, check_config
+from gqa_cutlass.devices import device_of, gpu
+from gqa_cutlass.dispatch import Device, Dispatch, choose_config, dispatch, model_device
+from gqa_cutlass.errors import InputError, shown
+from gqa_cutlass.gpu.driver import load
+from gqa_cutlass.kernels.store import Store
+from gqa_cutlass.tracing import untraced
+
+
+@untraced
+def warmup(
+    configs: Iterable[KernelConfig | GQADecodeConfig],
+    *,
+    dtype: torch.dtype = torch.float16,
+    device: torch.device | int | str = "cuda",
+) -> list[KernelConfig]:
+    """Compile and load kernels ahead of time, so that no call and no capture compiles anything.
+
+    Args:
+        configs: Kernels, or decode steps as in `GQADecodeConfig` (contiguous tensors are assumed;
+            of dependent launches, give the kernel: `plan.dispatch.config`).
+        dtype: Element type for the decode steps.
+        device: The GPU to load them on, or "cpu" for ptxsim.
+
+    Returns:
+        The kernels that are now loaded, each once.
+
+    Raises:
+        InputError: The dtype is not supported.
+        GqaError: As for `gqa_decode`.
+    """
+    if not isinstance(dtype, torch.dtype) or dtype not in DTYPES:
+        raise InputError(
+            f"warmup: dtype: got {shown(dtype)}; allowed: torch.float16, torch.bfloat16."
+        )
+    wanted = _listed(configs)
+    where = device_of(device)
+    found = None if where.type == "cpu" else gpu(where)
+    target = found or model_device(ARCHES["sm_90a"])
+    kernels = list(dict.fromkeys(chain.from_iterable(_kernels(c, dtype, target) for c in wanted)))
+    for config in kernels:
+        if found is None:
+            from gqa_cutlass.cpu.executor import program_of
+
+            program_of(config)
+        else:
+            load(config, found)
+    return kernels
+
+
+def _listed(
+    configs: Iterable[KernelConfig | GQADecodeConfig],
+) -> list[KernelConfig | GQADecodeConfig]:
+    """What `warmup` was given, checked."""
+    try:
+        found = list(iter(configs))
+    except TypeError:
+        raise InputError(
+            f"warmup: configs: got {shown(configs)}; allowed: an iterable of KernelConfig or "
+            "GQADecodeConfig; put a single one into a list."
+        ) from None
+    for config in found:
+        if not isinstance(config, KernelConfig):
+            check_config("warmup: configs", config, "a KernelConfig or a GQADecodeConfig")
+    return found
+
+
+def _kernels(
+    config: KernelConfig | GQADecodeConfig, dtype: torch.dtype, device: Device
+) -> list[KernelConfig]:
+    """The kernel, or those that a decode step may take, by what is known of its lengths."""
+    if isinstance(config, KernelConfig):
+        return [config]
+    problem = Problem(
+        batch_size=config.batch_size,
+        num_q_heads=config.num_q_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        max_seq_len=config.max_seq_len,
+        dtype=DTYPES[dtype],
+        vec_width=WIDEST,  # of contiguous tensors
+        append=True,
+    )
+    return [choose_config(problem, device, ragged)[0] for ragged in (False, True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """What a call would run, and why. `str()` of it is a report.
+
+    Args:
+        problem: What the call asks for.
+        device: The GPU that was assumed.
+        dispatch: The kernel, its launch shape and the reasons.
+        cubin: Where the compiled kernel is, or None when the first call would compile it.
+        kv_bytes: Bytes of cache that a call with a full cache reads.
+    """
+
+    problem: Problem
+    device: Device
+    dispatch: Dispatch
+    cubin: Path | None
+    kv_bytes: int
+
+    def __str__(self) -> str:
+        shape = self.dispatch.shape
+        lines = {
+            "kernel": self.dispatch.config.name,
+            "why": "; ".join(self.dispatch.reasons),
+            "arch": f"{self.device.arch.name}, {self.device.num_sms} SMs",
+            "grid": f"{shape.grid} (KV heads x head blocks, splits, batch)",
+            "cluster": f"{shape.cluster} blocks, along the splits",
+            "block": f"{shape.block} threads, {shape.shared_bytes} bytes of shared memory, "
+            f"{self.dispatch.num_stages} stages",
+            "workspace": f"{self.dispatch.workspace_bytes} bytes",
+            "reads": f"{self.kv_bytes} bytes of K and V with a full cache",
+            "cubin": str(self.cubin or "not built yet; the first call compiles it"),
+        }
+        return "\n".join(f"{key:<10} {value}" for key, value in lines.items())
+
+
+@untraced
+@listed(PlanOptions, without=("kernel",))
+def explain(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    arch: str | None = None,
+    out: Tensor | None = None,
+    **options: Any,
+) -> Explanation:
+    """Say which kernel a call would run and why, how it is launched, and where its cubin is.
+
+    Launches and compiles nothing. Works without a GPU: tensors on the CPU or on the meta device
+    are taken to be on a GPU with an H200's number of multiprocessors.
+
+    Args:
+        q: As for `gqa_decode`, as is all that follows unless it says otherwise.
+        k_cache: As for `gqa_decode`.
+        v_cache: As for `gqa_decode`.
+        k: As for `gqa_decode`.
+        v: As for `gqa_decode`.
+        arch: One of `codegen.ARCHES`, for tensors that are not on a GPU; "sm_90a" by default.
+        out: As for `gqa_decode`.
+        **options: `PlanOptions`.
+
+    Raises:
+        InputError: An argument is not allowed.
+    """
+    given = q, k_cache, v_cache, k, v, out, 0, *features_of(options)
+    asked, policies = check("explain", options, given)
+    problem = problem_of(see(given), policies, asked.window_size[0])
+    check_softcap(asked.softcap, problem.head_dim**-0.5)
+    if not (arch is None or type(arch) is str and arch in ARCHES):
+        raise InputError(f"explain: arch: got {shown(arch)}; allowed: {', '.join(ARCHES)}.")
+    if q.device.type == "cuda" and arch is None:
+        device = gpu(q.device)
+    else:
+        device = model_device(ARCHES[arch or "sm_90a"])
+    chosen = dispatch(problem, device, asked.num_splits, ragged=asked.ragged, pdl=asked.dependent)
+    stored = Store.default().find(chosen.config, device.arch.name)
+    return Explanation(
+        problem=problem,
+        device=device,
+        dispatch=chosen,
+        cubin=None if stored is None else stored.path,
+        kv_bytes=problem.cache_bytes,
+    )

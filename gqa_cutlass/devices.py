@@ -1,0 +1,73 @@
+"""Devices as calls name them, and what runs kernels there."""
+
+from __future__ import annotations
+
+import torch
+
+from gqa_cutlass.call.executor import Executor
+from gqa_cutlass.dispatch import Device
+from gqa_cutlass.errors import DeviceError, shown
+from gqa_cutlass.gpu.driver import describe_device
+from gqa_cutlass.gpu.executor import gpu_executor
+
+
+def executor_of(device: torch.device) -> Executor:
+    """Where the kernel for tensors on a device runs."""
+    if device.type == "cuda":
+        return gpu_executor(gpu_index(device))
+    if device.type == "cpu":
+        from gqa_cutlass.cpu.executor import cpu_executor  # which only CPU tensors need
+
+        return cpu_executor()
+    raise DeviceError(
+        f"gqa_decode: got tensors on {device}; allowed: an NVIDIA GPU of compute capability 8.0 or "
+        "newer, or the CPU (simulated, slow). Move q, the cache, k and v there with .to('cuda')."
+    )
+
+
+def device_of(device: torch.device | int | str) -> torch.device:
+    """A device by its name or its index.
+
+    Raises:
+        DeviceError: No such name.
+    """
+    try:
+        if isinstance(device, torch.device):
+            return device
+        if type(device) is int or isinstance(device, str):
+            name = device if isinstance(device, str) else f"cuda:{device}"
+            found = torch.device(name)
+            if str(found) == name:  # torch keeps eight bits of an index
+                return found
+    except (RuntimeError, OverflowError, TypeError, ValueError):
+        pass  # as for any other value
+    raise DeviceError(
+        f"device: got {shown(device)}; allowed: a CUDA device, such as 'cuda:0', or 'cpu'."
+    )
+
+
+def gpu(device: torch.device) -> Device:
+    """What dispatch wants to know of a GPU."""
+    return describe_device(gpu_index(device))
+
+
+def gpu_index(device: torch.device) -> int:
+    """The index of a GPU that can be used.
+
+    Raises:
+        DeviceError: There is none.
+    """
+    if device.type != "cuda":
+        raise DeviceError(f"device: got {device}; allowed: a CUDA device, such as 'cuda:0'.")
+    if not torch.cuda.is_available():
+        raise DeviceError(
+            "no usable GPU: torch.cuda.is_available() is False; needed: an NVIDIA GPU of compute "
+            "capability 8.0 or newer, its driver, and a torch built with CUDA. Run "
+            "`gqa-cutlass doctor` to see what was found."
+        )
+    try:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.init()
+    except RuntimeError as error:  # after a fork, for one
+        raise DeviceError(f"no usable GPU: {error}; needed: CUDA in this process.") from error
+    return index
