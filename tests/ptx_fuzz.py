@@ -32,7 +32,8 @@ from gqa_cutlass.codegen import DType, KernelConfig, Math, Schedule, default_con
 from gqa_cutlass.cpu.executor import program_from
 from gqa_cutlass.errors import CacheOverflowError, KernelFault, PtxError
 from gqa_cutlass.kernels.store import Store
-from gqa_cutlass.ptxsim.machine import Group, Machine
+from gqa_cutlass.ptxsim.group import Group
+from gqa_cutlass.ptxsim.machine import Machine
 from gqa_cutlass.ptxsim.simulate import Checks
 from gqa_cutlass.tensormap import TensorMap
 

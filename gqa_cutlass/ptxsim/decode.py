@@ -35,7 +35,8 @@ from gqa_cutlass.ptxsim.warp.instructions import (
 )
 
 if TYPE_CHECKING:
-    from gqa_cutlass.ptxsim.machine import Group, Machine
+    from gqa_cutlass.ptxsim.group import Group
+    from gqa_cutlass.ptxsim.machine import Machine
 
 Builder = Callable[[Instruction, Slots], Action]
 

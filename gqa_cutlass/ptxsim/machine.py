@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from gqa_cutlass.errors import KernelFault
 from gqa_cutlass.ptxsim.element.bits import Bits
+from gqa_cutlass.ptxsim.group import Group, Lanes, Mask
 from gqa_cutlass.ptxsim.memory.copies import Copies
 from gqa_cutlass.ptxsim.memory.spaces import CLUSTER_SHIFT, AccessError, GlobalMemory, SharedMemory
 from gqa_cutlass.ptxsim.order.atomics import Atomics, Cells
@@ -29,53 +30,15 @@ from gqa_cutlass.ptxsim.order.shadow import Shadow, ShadowError
 from gqa_cutlass.ptxsim.order.sync import Barriers
 from gqa_cutlass.ptxsim.prepare import Launch, Program
 from gqa_cutlass.ptxsim.program import Code, Members
-from gqa_cutlass.ptxsim.progress import THREADS_SHIFT, Progress
+from gqa_cutlass.ptxsim.progress import Progress
 from gqa_cutlass.ptxsim.stats import Stats
 
-Mask = NDArray[np.bool_]
-Lanes = NDArray[np.int64]
 _T = TypeVar("_T")
 _LANES = np.arange(WARP, dtype=np.uint32)
 _EVERYBODY = 0xFFFFFFFF  # as a membermask
 _SHARED = 4  # times the work of an access to global memory
 # Turns after which another group gets one, since spinning ends by others' work; then half as many.
 _PATIENCE, _LEAST_PATIENCE = 1024, 16
-
-
-class Group:
-    """Lanes that execute the same instruction.
-
-    Args:
-        mask: Of all lanes of the machine.
-        machine: Whose lanes.
-    """
-
-    __slots__ = ("_machine", "_whole", "covers", "full", "lanes", "mask", "weight")
-
-    def __init__(self, mask: Mask, machine: Machine) -> None:
-        self.mask = mask
-        self.lanes: Lanes = np.flatnonzero(mask)
-        self.full = len(self.lanes) == len(mask)  # every lane there ever was
-        self.covers = len(self.lanes) == machine.num_live  # every lane that has not exited
-        self.weight = 1 + (len(self.lanes) >> THREADS_SHIFT)  # see `Progress`
-        self._machine = machine
-        self._whole: bool | None = None
-
-    def __len__(self) -> int:
-        return len(self.lanes)
-
-    @property
-    def whole(self) -> bool:
-        """Whether the group consists of complete warps."""
-        if self._whole is None:
-            per_warp = self.mask.reshape(-1, WARP)
-            self._whole = bool((per_warp.all(axis=1) == per_warp.any(axis=1)).all())
-        return self._whole
-
-    @property
-    def num_warps(self) -> int:
-        """Warps that have lanes in the group."""
-        return int(np.count_nonzero(self.mask.reshape(-1, WARP).any(axis=1)))
 
 
 @dataclass(kw_only=True)

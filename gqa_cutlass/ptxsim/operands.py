@@ -12,7 +12,8 @@ from gqa_cutlass.ptxsim.program import Slots, unknown
 from gqa_cutlass.ptxsim.text.syntax import Address, Imm, Instruction, Operand, Reg, Symbol, Vector
 
 if TYPE_CHECKING:
-    from gqa_cutlass.ptxsim.machine import Group, Machine
+    from gqa_cutlass.ptxsim.group import Group
+    from gqa_cutlass.ptxsim.machine import Machine
 
 Addresses = NDArray[np.int64]
 _CONSTANTS = 1 << 31

@@ -24,7 +24,8 @@ from gqa_cutlass.ptxsim.text.syntax import (
 )
 
 if TYPE_CHECKING:
-    from gqa_cutlass.ptxsim.machine import Group, Machine
+    from gqa_cutlass.ptxsim.group import Group
+    from gqa_cutlass.ptxsim.machine import Machine
 
 UNSIGNED: dict[int, type[np.generic]] = {
     1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64,

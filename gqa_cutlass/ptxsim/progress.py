@@ -13,7 +13,8 @@ from gqa_cutlass.errors import KernelFault
 from gqa_cutlass.ptxsim.element.bits import Bits
 
 if TYPE_CHECKING:
-    from gqa_cutlass.ptxsim.machine import Group, Machine
+    from gqa_cutlass.ptxsim.group import Group
+    from gqa_cutlass.ptxsim.machine import Machine
 
 Mask = NDArray[np.bool_]
 # Work is counted in instructions, as they take time: one for so many threads counts once more, and

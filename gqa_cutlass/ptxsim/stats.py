@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from gqa_cutlass.ptxsim.order.clocks import WARP
 
 if TYPE_CHECKING:
-    from gqa_cutlass.ptxsim.machine import Group
+    from gqa_cutlass.ptxsim.group import Group
 
 Ints = NDArray[np.int64]
 _BANK_BYTES, _BANKS, _SECTOR = 4, 32, 32

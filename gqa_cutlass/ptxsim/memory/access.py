@@ -24,7 +24,8 @@ from gqa_cutlass.ptxsim.program import UNSIGNED, Action, Slots, unknown
 from gqa_cutlass.ptxsim.text.syntax import Instruction
 
 if TYPE_CHECKING:
-    from gqa_cutlass.ptxsim.machine import Group, Machine
+    from gqa_cutlass.ptxsim.group import Group
+    from gqa_cutlass.ptxsim.machine import Machine
 
 SCOPES = {"cta": "cta", "cluster": "cluster", "gpu": "gpu", "sys": "gpu"}
 _EVICT = ("evict_normal", "evict_unchanged", "evict_first", "evict_last", "no_allocate")

@@ -19,7 +19,8 @@ from gqa_cutlass.ptxsim.program import Action, Slots, unknown
 from gqa_cutlass.ptxsim.text.syntax import Imm, Instruction
 
 if TYPE_CHECKING:
-    from gqa_cutlass.ptxsim.machine import Group, Machine
+    from gqa_cutlass.ptxsim.group import Group
+    from gqa_cutlass.ptxsim.machine import Machine
 
 Ints = NDArray[np.int64]
 _HINTS = ("L2::cache_hint", "L2::64B", "L2::128B", "L2::256B")

@@ -18,7 +18,8 @@ from gqa_cutlass.ptxsim.order.clocks import Vector
 from gqa_cutlass.ptxsim.order.mbarrier import Ints, Key
 
 if TYPE_CHECKING:
-    from gqa_cutlass.ptxsim.machine import Group, Machine
+    from gqa_cutlass.ptxsim.group import Group
+    from gqa_cutlass.ptxsim.machine import Machine
 
 COMPLETES = "mbarrier::complete_tx::bytes"
 BARRIER_BYTES = 8

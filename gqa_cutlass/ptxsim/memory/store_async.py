@@ -14,7 +14,8 @@ from gqa_cutlass.ptxsim.program import UNSIGNED, Action, Slots, unknown
 from gqa_cutlass.ptxsim.text.syntax import Instruction
 
 if TYPE_CHECKING:
-    from gqa_cutlass.ptxsim.machine import Group, Machine
+    from gqa_cutlass.ptxsim.group import Group
+    from gqa_cutlass.ptxsim.machine import Machine
 
 _TYPES = {f"{kind}{bits}": bits for kind in "busf" for bits in (32, 64)}
 _WIDEST = 128  # bits

@@ -42,7 +42,8 @@ from gqa_cutlass.ptxsim.text.syntax import Address, Instruction, Operand
 from gqa_cutlass.tensormap import UNIT_BYTES, TensorMap
 
 if TYPE_CHECKING:
-    from gqa_cutlass.ptxsim.machine import Group, Machine
+    from gqa_cutlass.ptxsim.group import Group
+    from gqa_cutlass.ptxsim.machine import Machine
 
 _TARGET_ALIGN = 128  # bytes
 _SPACES = {"shared::cluster": "cluster", "shared::cta": "shared"}

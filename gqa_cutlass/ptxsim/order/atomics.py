@@ -13,7 +13,8 @@ from gqa_cutlass.ptxsim.order.clocks import WARP, Vector
 from gqa_cutlass.ptxsim.order.ledger import Foreign, merged
 
 if TYPE_CHECKING:
-    from gqa_cutlass.ptxsim.machine import Group, Machine
+    from gqa_cutlass.ptxsim.group import Group
+    from gqa_cutlass.ptxsim.machine import Machine
 
 Ints = NDArray[np.int64]
 SCOPES = ("cta", "cluster", "gpu")  # the narrower, the earlier; the system is one GPU

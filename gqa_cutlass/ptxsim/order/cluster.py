@@ -16,7 +16,8 @@ from gqa_cutlass.ptxsim.program import Action, Members, Slots, unknown
 from gqa_cutlass.ptxsim.text.syntax import Instruction
 
 if TYPE_CHECKING:
-    from gqa_cutlass.ptxsim.machine import Group, Machine
+    from gqa_cutlass.ptxsim.group import Group
+    from gqa_cutlass.ptxsim.machine import Machine
 
 Mask = NDArray[np.bool_]
 

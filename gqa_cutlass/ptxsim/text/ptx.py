@@ -6,6 +6,7 @@ import re
 
 from gqa_cutlass.errors import PtxError
 from gqa_cutlass.ptxsim import limits
+from gqa_cutlass.ptxsim.text.scopes import Scope, named
 from gqa_cutlass.ptxsim.text.syntax import (
     Address,
     Imm,
@@ -161,7 +162,7 @@ class _Parser:
             return False
         if found:
             raise unexpected(token, "one kernel of that name")
-        scope = _Scope(None, "", kernel)
+        scope = Scope(None, "", kernel)
         if self._accept("("):
             while not self._accept(")"):
                 self._expect(".param")
@@ -204,7 +205,7 @@ class _Parser:
             pass
 
     def _variable(
-        self, space: str, kernel: Kernel, end: tuple[str, ...] = (";",), scope: _Scope | None = None
+        self, space: str, kernel: Kernel, end: tuple[str, ...] = (";",), scope: Scope | None = None
     ) -> None:
         """What follows `.shared` and the like."""
         align, bits, count = 0, 0, 1
@@ -265,7 +266,7 @@ class _Parser:
             sign = -1 if token.text == "-" else 1
         return values
 
-    def _body(self, kernel: Kernel, scope: _Scope) -> None:
+    def _body(self, kernel: Kernel, scope: Scope) -> None:
         """Statements up to the closing brace."""
         for label in self._labels.get(self._at, ()):
             scope.declare(label)
@@ -276,7 +277,7 @@ class _Parser:
             elif token.text == "{":
                 if scope.depth == limits.BRACES:
                     raise unexpected(token, f"at most {limits.BRACES} levels of braces")
-                self._body(kernel, _Scope(scope, f"{token.line}.{self._at}", kernel))
+                self._body(kernel, Scope(scope, f"{token.line}.{self._at}", kernel))
             elif token.text == ".reg":
                 self._registers(kernel, scope)
             elif token.text == ".param":
@@ -318,7 +319,7 @@ class _Parser:
             place = self._inlined.get(place)
         self._source = ", inlined at ".join(places)
 
-    def _registers(self, kernel: Kernel, scope: _Scope) -> None:
+    def _registers(self, kernel: Kernel, scope: Scope) -> None:
         kind = self._next()
         width = _SIZES.get(kind.text[1:]) if kind.text.startswith(".") else None
         if width is None:
@@ -338,7 +339,7 @@ class _Parser:
                 return
             self._expect(",")
 
-    def _statement(self, token: Token, kernel: Kernel, scope: _Scope) -> None:
+    def _statement(self, token: Token, kernel: Kernel, scope: Scope) -> None:
         if token.kind == "word" and self._accept(":"):
             kernel.labels[scope.find(token.text)] = len(kernel.instructions)
             return
@@ -369,17 +370,17 @@ class _Parser:
         )
         kernel.instructions.append(instruction)
 
-    def _register(self, scope: _Scope) -> Reg:
+    def _register(self, scope: Scope) -> Reg:
         token = self._next()
         if token.kind != "word":
             raise unexpected(token, "a register")
         return Reg(scope.find(token.text))
 
-    def _operand(self, scope: _Scope) -> Operand:
+    def _operand(self, scope: Scope) -> Operand:
         operand = self._simple(scope)
         return Pair(operand, self._simple(scope)) if self._accept("|") else operand
 
-    def _simple(self, scope: _Scope) -> Operand:
+    def _simple(self, scope: Scope) -> Operand:
         token = self._next()
         if token.text == "{":
             return self._vector(scope)
@@ -395,10 +396,10 @@ class _Parser:
         if token.kind == "number":
             return number(token)
         if token.kind == "word":
-            return _named(scope.find(token.text), scope.kernel)
+            return named(scope.find(token.text), scope.kernel)
         raise unexpected(token, "an operand")
 
-    def _vector(self, scope: _Scope) -> Vector:
+    def _vector(self, scope: Scope) -> Vector:
         items: list[Operand] = []
         while True:
             if self._peek().text in ("{", "["):
@@ -410,14 +411,14 @@ class _Parser:
                 return Vector(tuple(items))
             self._expect(",")
 
-    def _address(self, scope: _Scope) -> Address:
+    def _address(self, scope: Scope) -> Address:
         base: Reg | Symbol | None = None
         offset = 0
         if self._peek().kind == "number":
             offset = self._integer()
         else:
             token = self._name("a register or a variable")
-            base = _named(scope.find(token.text), scope.kernel)
+            base = named(scope.find(token.text), scope.kernel)
         while not self._accept("]"):
             sign = self._next()
             if sign.text == ",":
@@ -432,43 +433,3 @@ class _Parser:
             if not -limits.OFFSETS <= offset < limits.OFFSETS:
                 raise unexpected(sign, "an offset of at most 63 bits")
         return Address(base, offset)
-
-
-class _Scope:
-    """Names declared between braces; inline assembly declares the same ones over and over."""
-
-    def __init__(self, parent: _Scope | None, tag: str, kernel: Kernel) -> None:
-        self.kernel = kernel
-        self.depth: int = parent.depth + 1 if parent else 0
-        self._parent = parent
-        self._tag = tag
-        self._names: dict[str, str] = {}
-
-    def declare(self, token: Token, *, again: bool = False) -> str:
-        """The name by which the kernel knows what is declared here.
-
-        Args:
-            token: The name here.
-            again: Whether it may be declared already.
-
-        Raises:
-            PtxError: There is something of that name between these braces.
-        """
-        name = token.text
-        if name in self._names and not again:
-            raise unexpected(token, "a name that is not declared yet")
-        self._names[name] = f"{name}@{self._tag}" if self._tag else name
-        return self._names[name]
-
-    def find(self, name: str) -> str:
-        scope: _Scope | None = self
-        while scope is not None:
-            if name in scope._names:
-                return scope._names[name]
-            scope = scope._parent
-        return name
-
-
-def _named(name: str, kernel: Kernel) -> Reg | Symbol:
-    is_register = name in kernel.registers or name.startswith("%") or name == "_"
-    return Reg(name) if is_register else Symbol(name)

@@ -15,7 +15,8 @@ from gqa_cutlass.ptxsim.text.syntax import Instruction, Operand, Pair
 from gqa_cutlass.ptxsim.warp import exchange, matrix
 
 if TYPE_CHECKING:
-    from gqa_cutlass.ptxsim.machine import Group, Machine
+    from gqa_cutlass.ptxsim.group import Group
+    from gqa_cutlass.ptxsim.machine import Machine
 
 _ALL = Members(strict=True)
 _LDMATRIX_WORDS = ("sync", "aligned", "m8n8", "shared", "shared::cta", "b16")
