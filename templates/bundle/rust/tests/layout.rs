@@ -79,7 +79,7 @@ fn layouts_and_constants_are_those_of_c() {
 }
 
 #[test]
-fn the_storys_six_fields_follow_the_size_in_its_order() {
+fn the_six_sizes_follow_the_struct_size_in_order() {
     let sizes = [
         "batch_size",
         "cache_len",
