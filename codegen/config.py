@@ -73,7 +73,7 @@ _LARGEST_SHARED_PER_SM = max(arch.shared_per_sm for arch in ARCHES.values())
 _INT = r"[1-9]\d{0,8}"  # Python refuses to read numbers of thousands of digits
 _NAME = re.compile(
     r"gqa_decode_(?P<arch>sm\d+)_(?P<math>tensorop|simt)_(?P<dtype>f16|bf16)_(?P=dtype)"
-    rf"_d(?P<head_dim>{_INT})_g(?P<group_size>{_INT})_align(?P<vec_width>{_INT})"
+    rf"_d(?P<head_dim>{_INT})(?:v(?P<head_dim_v>{_INT}))?_g(?P<group_size>{_INT})_align(?P<vec_width>{_INT})"
     r"_(?P<schedule>multistage|tma)"
     rf"_h(?P<block_h>{_INT})n(?P<block_n>{_INT})w(?P<num_warps>{_INT})s(?P<num_stages>{_INT})"
     r"(?P<policies>(?:_(?!pdl)[a-z0-9]+)*)(?P<pdl>_pdl)?"
@@ -115,7 +115,7 @@ class KernelConfig:
     Args:
         math: Tensor cores or CUDA cores.
         dtype: Element type of all tensors.
-        head_dim: Dimension per head; a multiple of 8 from 32 to 256.
+        head_dim: Dimension per head of queries and keys; a multiple of 8 from 32 to 256.
         group_size: Query heads per KV head, at least 1.
         vec_width: Elements per global memory access: 8, 4 or 2, and 1 for simt. Every address must
             be a multiple of it.
@@ -126,6 +126,7 @@ class KernelConfig:
         schedule: How it loads and merges.
         pdl: Whether it may start before the kernel before it is done (programmatic dependent
             launch), which costs others 2% at short contexts.
+        head_dim_v: Dimension per head of values and outputs, likewise; None: as head_dim.
         policies: Features: what stands in the kernel's slots in place of their defaults.
 
     Raises:
@@ -143,6 +144,7 @@ class KernelConfig:
     num_stages: int
     schedule: Schedule = Schedule.MULTISTAGE
     pdl: bool = False
+    head_dim_v: int | None = None
     policies: tuple[Policy, ...] = ()
 
     def __post_init__(self) -> None:
@@ -162,6 +164,10 @@ class KernelConfig:
             )
         _check("pdl", self.pdl, type(self.pdl) is bool, "a bool")
         check_head_dim(self.head_dim)
+        if self.head_dim_v is not None:
+            check_head_dim(self.head_dim_v, "head_dim_v")
+        if self.head_dim_v == self.head_dim:
+            object.__setattr__(self, "head_dim_v", None)
         for field, allowed, text in (
             ("group_size", range(1, MAX_GROUP_SIZE + 1), f"1 to {MAX_GROUP_SIZE}"),
             *(_TENSOROP_RULES if self.math is Math.TENSOROP else _SIMT_RULES),
@@ -182,7 +188,9 @@ class KernelConfig:
             _check(
                 "block_n",
                 self.block_n,
-                self.block_h * self.head_dim * 4 <= 2 * box_tile_bytes(self.head_dim, self.block_n),
+                self.block_h * self.value_dim * 4
+                <= box_tile_bytes(self.head_dim, self.block_n)
+                + box_tile_bytes(self.value_dim, self.block_n),
                 "with tma, tiles of K and V in which a warp's partial output has room",
             )
 
@@ -191,7 +199,8 @@ class KernelConfig:
         """The kernel's name: file, symbol, manifest key and log entry."""
         return (
             f"gqa_decode_{self._target[0]}_{self.math}_{self.dtype}_{self.dtype}"
-            f"_d{self.head_dim}_g{self.group_size}_align{self.vec_width}"
+            f"_d{self.head_dim}{f'v{self.head_dim_v}' if self.head_dim_v else ''}"
+            f"_g{self.group_size}_align{self.vec_width}"
             f"_{self.schedule}_h{self.block_h}n{self.block_n}w{self.num_warps}s{self.num_stages}"
             f"{''.join(f'_{policy.tag}' for policy in self.policies)}"
             f"{'_pdl' if self.pdl else ''}"
@@ -217,11 +226,16 @@ class KernelConfig:
             schedule=Schedule(text["schedule"]),
             policies=tagged(text["policies"]),
             pdl=text["pdl"] is not None,
-            **{k: int(v) for k, v in text.items() if k not in words},
+            **{k: int(v) for k, v in text.items() if k not in words and v is not None},
         )
         if found.name != name:
             raise ConfigError(f"kernel name: got {name!r}; allowed: {found.name!r}")
         return found
+
+    @property
+    def value_dim(self) -> int:
+        """Dimension per head of values and outputs."""
+        return self.head_dim_v or self.head_dim
 
     @property
     def tma(self) -> bool:
@@ -261,6 +275,7 @@ class KernelConfig:
         """The same for so many stages; kernels of the tma schedule can be launched with fewer."""
         shape = storage.Shape(
             head_dim=self.head_dim,
+            value_dim=self.value_dim,
             block_h=self.block_h,
             block_n=self.block_n,
             num_warps=self.num_warps,
@@ -273,12 +288,12 @@ class KernelConfig:
     @property
     def partial_floats(self) -> int:
         """Floats of a block's partial output in global memory, maxima and sums included."""
-        return self.block_h * (self.head_dim + 2)
+        return self.block_h * (self.value_dim + 2)
 
     @property
     def tile_bytes(self) -> int:
         """Bytes of a tile of K and one of V, as they lie in the cache."""
-        return 2 * self.block_n * self.head_dim * ELEMENT_BYTES
+        return self.block_n * (self.head_dim + self.value_dim) * ELEMENT_BYTES
 
     @property
     def bytes_in_flight(self) -> int:
@@ -305,19 +320,18 @@ class KernelConfig:
 
     def _register_estimate(self) -> int:
         """What a thread holds at its peak, rounded up to what keeps the compiler from spilling."""
-        dims = ceil_div(self.head_dim, 16)
         if self.math is Math.TENSOROP:
-            accumulators = self.block_h // 8 * dims * 4
-            queries = self.block_h // 8 * dims * 2
+            accumulators = self.block_h // 8 * ceil_div(self.value_dim, 16) * 4
+            queries = self.block_h // 8 * ceil_div(self.head_dim, 16) * 2
             held = accumulators + queries + self.block_n // 2 + 72
         else:
-            held = ceil_div(self.head_dim, 64) * self.block_h * 2 + 104
+            held = ceil_div(self.value_dim, 64) * self.block_h * 2 + 104
         return min(255, round_up(held, 8))
 
 
-def check_head_dim(head_dim: int) -> None:
-    """Raise ConfigError unless head_dim is a multiple of 8 from 32 to 256."""
-    _check("head_dim", head_dim, head_dim in HEAD_DIMS, HEAD_DIM_RULE)
+def check_head_dim(head_dim: int, name: str = "head_dim") -> None:
+    """Raise ConfigError unless a dimension is an int, a multiple of 8 from 32 to 256."""
+    _check(name, head_dim, type(head_dim) is int and head_dim in HEAD_DIMS, HEAD_DIM_RULE)
 
 
 def _blocks_by_shared(available: int, per_block: int) -> int:

@@ -40,6 +40,7 @@ def entry(config: KernelConfig) -> dict[str, object]:
         "math": config.math.value,
         "dtype": config.dtype.value,
         "head_dim": config.head_dim,
+        "head_dim_v": config.value_dim,
         "group_size": config.group_size,
         "vec_width": config.vec_width,
         "block_h": config.block_h,

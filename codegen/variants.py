@@ -14,16 +14,19 @@ from gqa_cutlass.codegen.schema.policies import POLICIES, Policy
 from gqa_cutlass.codegen.schema.rounding import ceil_div
 from gqa_cutlass.errors import ConfigError
 
-# (why, head_dim, group_size, vec_widths) of what ships for no model's sake.
-PROOFS: tuple[tuple[str, int, int, tuple[int, ...]], ...] = (
-    ("the last box of a tensor copy is a quarter", 80, 4, (8,)),
-    ("the last box of a tensor copy is a half", 96, 4, (8,)),
-    ("the last box of a tensor copy is three quarters", 112, 4, (8,)),
-    ("three boxes of a tensor copy", 192, 4, (8,)),
-    ("two blocks of heads share a KV head", 128, 32, (8,)),
-    ("one block of 32 heads", 64, 32, (8,)),
-    ("misaligned views", 64, 4, (4, 2, 1)),
-    ("misaligned views", 128, 4, (4, 2, 1)),
+# (why, head_dim, that of values if it is another, group_size, vec_widths) of what ships for no
+# model's sake.
+PROOFS: tuple[tuple[str, int, int | None, int, tuple[int, ...]], ...] = (
+    ("the last box of a tensor copy is a quarter", 80, None, 4, (8,)),
+    ("the last box of a tensor copy is a half", 96, None, 4, (8,)),
+    ("the last box of a tensor copy is three quarters", 112, None, 4, (8,)),
+    ("three boxes of a tensor copy", 192, None, 4, (8,)),
+    ("two blocks of heads share a KV head", 128, None, 32, (8,)),
+    ("one block of 32 heads", 64, None, 32, (8,)),
+    ("misaligned views", 64, None, 4, (4, 2, 1)),
+    ("misaligned views", 128, None, 4, (4, 2, 1)),
+    ("values narrower than keys", 192, 128, 4, (8, 1)),
+    ("values wider than keys, and a partial box", 64, 80, 4, (8,)),
 )
 
 # (largest head_dim served, block_n, num_warps, num_stages), chosen by measurement on an H200. The
@@ -46,35 +49,41 @@ def default_config(
     vec_width: int,
     schedule: Schedule = Schedule.MULTISTAGE,
     policies: tuple[Policy, ...] = (),
+    head_dim_v: int | None = None,
 ) -> KernelConfig:
     """Choose the tile shape for what a problem fixes.
 
     Args:
         math: Tensor cores or CUDA cores.
         dtype: Element type.
-        head_dim: Dimension per head.
+        head_dim: Dimension per head of queries and keys.
         group_size: Query heads per KV head.
         vec_width: Elements per access that every address allows.
         schedule: How it loads and merges.
         policies: Features.
+        head_dim_v: Dimension per head of values and outputs; None: as head_dim.
 
     Raises:
         ConfigError: head_dim, group_size or vec_width is out of range.
     """
     check_head_dim(head_dim)
+    value_dim = head_dim if head_dim_v is None else head_dim_v
+    check_head_dim(value_dim, "head_dim_v")
+    largest = max(head_dim, value_dim)
     tiles = _TMA_TILES if schedule is Schedule.TMA else _TILES
-    block_n, num_warps, num_stages = next(tile for limit, *tile in tiles if head_dim <= limit)
+    block_n, num_warps, num_stages = next(tile for limit, *tile in tiles if largest <= limit)
     return KernelConfig(
         math=math,
         dtype=dtype,
         head_dim=head_dim,
         group_size=group_size,
         vec_width=vec_width,
-        block_h=_block_h(math, head_dim, group_size),
+        block_h=_block_h(math, largest, group_size),
         block_n=block_n,
         num_warps=num_warps,
         num_stages=num_stages,
         schedule=schedule,
+        head_dim_v=head_dim_v,
         policies=policies,
     )
 
@@ -106,13 +115,13 @@ def shipped() -> tuple[KernelConfig, ...]:
     Each is there for both types and, where vectors are of 8 elements, in both schedules. Whatever
     else a call needs is compiled on first use.
     """
-    shapes = {(m.head_dim, m.group_size, 8, each) for m in MODELS for each in policies_of(m)}
-    shapes |= {(dim, group, width, ()) for _, dim, group, widths in PROOFS for width in widths}
-    ordered = sorted(shapes, key=lambda s: (*s[:3], [policy.tag for policy in s[3]]))
+    shapes = {(m.head_dim, 0, m.group_size, 8, each) for m in MODELS for each in policies_of(m)}
+    shapes |= {(d, v or 0, group, w, ()) for _, d, v, group, widths in PROOFS for w in widths}
+    ordered = sorted(shapes, key=lambda s: (*s[:4], [policy.tag for policy in s[4]]))
     return tuple(
-        default_config(math, dtype, dim, group, width, schedule, policies)
+        default_config(math, dtype, dim, group, width, schedule, policies, dim_v or None)
         for schedule in Schedule
-        for (dim, group, width, policies), dtype in product(ordered, DType)
+        for (dim, dim_v, group, width, policies), dtype in product(ordered, DType)
         if width == 8 or schedule is not Schedule.TMA
         for math in (Math.SIMT if width == 1 else Math.TENSOROP,)
     )

@@ -122,7 +122,7 @@ def _shapes_of_decode(
 ) -> _Pair:
     """Results without their values, for tracing."""
     wanted = _by_name(options, named).get("return_lse", False)
-    return torch.empty_like(q, memory_format=torch.contiguous_format), _lse(q, wanted=wanted)
+    return q.new_empty((*q.shape[:-1], v_cache.shape[-1])), _lse(q, wanted=wanted)
 
 
 def _shapes_of_attend(

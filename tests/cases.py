@@ -151,12 +151,13 @@ def make_step(
     poison: bool = True,
     seed: int = 0,
     device: str = "cuda",
+    head_dim_v: int | None = None,
 ) -> Step:
     """A step on random data; every address is aligned to `vec_width` elements and no more.
 
     Args:
         dtype: Element type.
-        head_dim: Dimension per head.
+        head_dim: Dimension per head of queries and keys.
         group_size: Query heads per KV head.
         lengths: Tokens in each sequence's cache.
         max_seq_len: Tokens a cache can hold.
@@ -167,9 +168,10 @@ def make_step(
         poison: Whether cache rows past the end hold NaN.
         seed: Of the random data.
         device: Where.
+        head_dim_v: Dimension per head of values and outputs; None: as head_dim.
     """
     kind = TORCH_DTYPE[dtype]
-    batch = len(lengths)
+    batch, value_dim = len(lengths), head_dim_v or head_dim
     offset = vec_width % 8
     pad = 8 + offset if layout == "padded" else 0
     generator = torch.Generator(device).manual_seed(seed)
@@ -182,16 +184,16 @@ def make_step(
         buffers.append(buffer)
         return buffer.tensor
 
-    def cache() -> Tensor:
+    def cache(dim: int) -> Tensor:
         if layout == "HND":
-            return random(batch, num_kv_heads, max_seq_len, head_dim).transpose(1, 2)
-        return random(batch, max_seq_len, num_kv_heads, head_dim)
+            return random(batch, num_kv_heads, max_seq_len, dim).transpose(1, 2)
+        return random(batch, max_seq_len, num_kv_heads, dim)
 
     q = random(batch, num_kv_heads * group_size, head_dim)
-    k_cache, v_cache = cache(), cache()
+    k_cache, v_cache = cache(head_dim), cache(value_dim)
     k = random(batch, num_kv_heads, head_dim) if append else None
-    v = random(batch, num_kv_heads, head_dim) if append else None
-    out = random(batch, num_kv_heads * group_size, head_dim)
+    v = random(batch, num_kv_heads, value_dim) if append else None
+    out = random(batch, num_kv_heads * group_size, value_dim)
     out.fill_(float("nan"))
     if poison:
         for b, length in enumerate(lengths):
@@ -235,7 +237,7 @@ class Edge:
             dtype=config.dtype, head_dim=config.head_dim, group_size=config.group_size,
             vec_width=config.vec_width, lengths=list(self.lengths), max_seq_len=self.capacity,
             num_kv_heads=self.kv_heads, layout=self.layout, append=self.append,
-            seed=sum(self.lengths) + self.splits, device=device,
+            seed=sum(self.lengths) + self.splits, device=device, head_dim_v=config.head_dim_v,
         ).asking_for(config.policies)  # fmt: skip
 
 

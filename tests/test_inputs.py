@@ -67,7 +67,7 @@ BROKEN_RULES = [
     bad("v", "shape [2, 2, 2, 64]", RANKS, v=lambda t: torch.stack([t["v"]] * 2, dim=1)),
     bad("out", "shape [2, 512]", RANKS, out=lambda t: t["out"].flatten(1)),
     *(
-        bad(n, "shape [16, 2, 64]", "[batch, max_seq_len, num_kv_heads, head_dim]",
+        bad(n, "shape [16, 2, 64]", "[batch, max_seq_len, num_kv_heads, head_dim",
             **{n: lambda t: t["k_cache"][0]})
         for n in ("k_cache", "v_cache")
     ),

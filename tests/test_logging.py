@@ -20,7 +20,8 @@ from gqa_cutlass.codegen import DType, Math, Schedule, default_config
 
 KEYS = [
     "kernel", "grid", "cluster", "block", "shared_bytes", "num_splits", "num_stages", "dependent",
-    "batch_size", "num_q_heads", "num_kv_heads", "group_size", "head_dim", "max_seq_len", "dtype",
+    "batch_size", "num_q_heads", "num_kv_heads", "group_size", "head_dim", "head_dim_v",
+    "max_seq_len", "dtype",
     "append", "cache_seqlens", "softmax_scale", "return_lse", "softcap", "sinks", "window_size",
     "alibi", "leftpad", "batch_idx", "workspace_bytes", "device", "stream",
 ]  # fmt: skip
@@ -101,6 +102,7 @@ def expected_of(plan: Plan, device: str) -> dict[str, str]:
         "num_kv_heads": str(problem.num_kv_heads),
         "group_size": str(problem.num_q_heads // problem.num_kv_heads),
         "head_dim": str(problem.head_dim),
+        "head_dim_v": str(problem.value_dim),
         "max_seq_len": str(problem.max_seq_len),
         "dtype": str(chosen.config.dtype),
         "workspace_bytes": str(4 * (chosen.partial_floats + chosen.num_merge_counters)),

@@ -277,8 +277,8 @@ MUTANTS = (
     Mutant(
         name="keys and values share their slots",
         header="load.cuh",
-        old="slots_ + (2 * stage + 1) * T::kTileElements",
-        new="slots_ + 2 * stage * T::kTileElements",
+        old="key_slot(stage) + KeyTile::kElements",
+        new="key_slot(stage)",
         fault=_UNDER_WAY,
     ),
     Mutant(
@@ -292,7 +292,7 @@ MUTANTS = (
     Mutant(
         name="padding behind the rows not cleared",
         header="load.cuh",
-        old="if constexpr (T::kHeadDim != T::kHeadDimPadded) clear_padding();",
+        old="clear_padding<KeyTile>(key_slot(0));",
         new="",
         fault="reads shared memory that was never written.* at score.cuh",
         case=ODD_DIM,
@@ -317,14 +317,14 @@ MUTANTS = (
     Mutant(
         name="the new key not put into its tile",
         header="decode.cuh",
-        old="put_new_row<T>(token.key, left, keys);",
+        old="put_new_row<typename T::KeyTile>(token.key, left, keys);",
         new="",
         wrong="output",
     ),
     Mutant(
         name="the new value not put into its tile",
         header="decode.cuh",
-        old="put_new_row<T>(token.value, left, values);",
+        old="put_new_row<typename T::ValueTile>(token.value, left, values);",
         new="{}",
         wrong="output",
     ),
@@ -345,7 +345,7 @@ MUTANTS = (
     Mutant(
         name="rows behind the end left as the cache has them",
         header="decode.cuh",
-        old="clear_tile_rows<T>(values, left);",
+        old="clear_value_rows<T>(values, left);",
         new="",
         wrong="output",
         case=ONE_TILE,
@@ -353,9 +353,10 @@ MUTANTS = (
     Mutant(
         name="rows cleared while lanes go on",
         header="decode.cuh",
-        old="clear_tile_rows<T>(values, left);\n"
-        "      if (w.appends) put_new_row<T>(token.value, left, values);\n      __syncwarp();",
-        new="clear_tile_rows<T>(values, left);",
+        old="clear_value_rows<T>(values, left);\n"
+        "      if (w.appends) put_new_row<typename T::ValueTile>(token.value, left, values);\n"
+        "      __syncwarp();",
+        new="clear_value_rows<T>(values, left);",
         fault=_UNWRITTEN,
         case=READ_ONE_TILE,
     ),
@@ -430,7 +431,7 @@ MUTANTS = (
         name="output rows as if they were dense",
         header="output.cuh",
         old="head * p.out_stride.head",
-        new="head * T::kHeadDim",
+        new="head * T::kHeadDimV",
         fault="outside all tensors.* at output.cuh",
         case=PADDED_ROWS,
     ),
@@ -627,8 +628,8 @@ MUTANTS = (
     Mutant(
         name="partials of heads overlap",
         header="traits.cuh",
-        old="kPartialPitch = kHeadDim + 4;",
-        new="kPartialPitch = kHeadDim - 4;",
+        old="kPartialPitch = kHeadDimV + 4;",
+        new="kPartialPitch = kHeadDimV - 4;",
         fault="race: writes .* at value.cuh",
     ),
     Mutant(
@@ -770,16 +771,16 @@ TMA_MUTANTS = (
     Mutant(
         name="half of a tile expected",
         header="load_tma.cuh",
-        old="T::kTileElements * int(sizeof(Element)));\n    Box at",
-        new="T::kTileElements);\n    Box at",
+        old="Tile::kElements * int(sizeof(Element)));\n    Box at",
+        new="Tile::kElements);\n    Box at",
         fault="deadlock: .* wait for mbarrier .* -1024 bytes from the end of phase 0",
         case=ONCE,
     ),
     Mutant(
         name="more than a tile expected",
         header="load_tma.cuh",
-        old="T::kTileElements * int(sizeof(Element)));\n    Box at",
-        new="T::kTileElements * int(sizeof(Element)) + 16);\n    Box at",
+        old="Tile::kElements * int(sizeof(Element)));\n    Box at",
+        new="Tile::kElements * int(sizeof(Element)) + 16);\n    Box at",
         fault="deadlock: .* wait for mbarrier .* 16 bytes from the end of phase 0",
         case=ONCE,
     ),
@@ -813,16 +814,16 @@ TMA_MUTANTS = (
     Mutant(
         name="keys refilled while other lanes read them, by a copy",
         header="load_tma.cuh",
-        old=f"__syncwarp();\n{_NEXT}load(params_.keys",
-        new=f"{_NEXT}load(params_.keys",
+        old=f"__syncwarp();\n{_NEXT}load<KeyTile>(params_.keys",
+        new=f"{_NEXT}load<KeyTile>(params_.keys",
         fault=_STILL_READ,
         case=WALK,
     ),
     Mutant(
         name="values refilled while other lanes read them, by a copy",
         header="load_tma.cuh",
-        old=f"__syncwarp();\n{_NEXT}load(params_.values",
-        new=f"{_NEXT}load(params_.values",
+        old=f"__syncwarp();\n{_NEXT}load<ValueTile>(params_.values",
+        new=f"{_NEXT}load<ValueTile>(params_.values",
         fault=_STILL_READ,
         case=WALK,
     ),
@@ -845,8 +846,8 @@ TMA_MUTANTS = (
     Mutant(
         name="warps share their slots",
         header="storage_tma.cuh",
-        old="(stage * T::kNumWarps + warp) * 2 * T::kTileElements",
-        new="(stage * T::kNumWarps + warp) * T::kTileElements",
+        old="(stage * T::kNumWarps + warp) * T::kPairElements",
+        new="(stage * T::kNumWarps + warp) * T::KeyTile::kElements",
         fault=f"writes over {_NOT_KNOWN}",
         case=ONCE,
     ),
@@ -901,8 +902,8 @@ TMA_MUTANTS = (
     Mutant(
         name="a box that nobody asks for",
         header="load_tma.cuh",
-        old="for (int box = 0; box < T::kBoxes; ++box) {\n        cute::SM90",
-        new="for (int box = 1; box < T::kBoxes; ++box) {\n        cute::SM90",
+        old="for (int box = 0; box < Tile::kBoxes; ++box) {\n        cute::SM90",
+        new="for (int box = 1; box < Tile::kBoxes; ++box) {\n        cute::SM90",
         fault="deadlock: nobody can go on",
         case=ODD_BOXES,
     ),
@@ -1137,8 +1138,8 @@ DEPENDENT_MUTANTS = (
     Mutant(
         name="padding behind the rows prefetched",
         header="load.cuh",
-        old="kRowBytes = T::kHeadDim * int(",
-        new="kRowBytes = T::kHeadDimPadded * int(",
+        old="kRowBytes = Tile::kDims * int(",
+        new="kRowBytes = Tile::kDimsPadded * int(",
         fault="outside all tensors; at byte 80 of k_cache.* in `cp.async.bulk.prefetch",
         case=PADDED_PDL,
     ),
@@ -1153,8 +1154,8 @@ DEPENDENT_MUTANTS = (
     Mutant(
         name="bytes taken for elements",
         header="load.cuh",
-        old="T::kHeadDim * int(sizeof(typename T::Element));",
-        new="T::kHeadDim;",
+        old="Tile::kDims * int(sizeof(typename T::Element));",
+        new="Tile::kDims;",
         fault="cp.async.bulk: 40 bytes; allowed: positive multiples of 16",
         case=PADDED_PDL,
     ),
@@ -1171,8 +1172,8 @@ DEPENDENT_MUTANTS = (
     Mutant(
         name="a prefetch by boxes as if they were pieces of 8 bytes",
         header="load_tma.cuh",
-        old="Prefetch::copy(&map, box * T::kBoxDims, at.token",
-        new="Prefetch::copy(&map, box * T::kBoxDims + 4, at.token",
+        old="Prefetch::copy(&map, box * kBoxDims, at.token",
+        new="Prefetch::copy(&map, box * kBoxDims + 4, at.token",
         fault="innermost coordinate 4, byte 8; .* in `cp.async.bulk.prefetch.tensor.4d",
         case=ODD_BOXES_PDL,
     ),

@@ -37,13 +37,12 @@ def test_kernels_ship_for_every_model(model: Model, dtype: DType) -> None:
 
 
 def test_every_kernel_ships_for_a_model_or_says_why() -> None:
-    models = {(m.head_dim, m.group_size, 8, each) for m in MODELS for each in policies_of(m)}
-    proofs = [(dim, group, width, ()) for _, dim, group, widths in PROOFS for width in widths]
+    models = {(m.head_dim, None, m.group_size, 8, each) for m in MODELS for each in policies_of(m)}
+    proofs = [(d, v, group, width, ()) for _, d, v, group, widths in PROOFS for width in widths]
     assert models.isdisjoint(proofs) and len(set(proofs)) == len(proofs)
     assert all(why for why, *_ in PROOFS)
-    assert {(c.head_dim, c.group_size, c.vec_width, c.policies) for c in SHIPPED} == models.union(
-        proofs
-    )
+    shapes = {(c.head_dim, c.head_dim_v, c.group_size, c.vec_width, c.policies) for c in SHIPPED}
+    assert shapes == models.union(proofs)
 
 
 def test_models_with_features_have_kernels_with_them() -> None:
@@ -92,15 +91,16 @@ def test_shipped_names_are_unique() -> None:
 def test_shipped_kernels_are_what_dispatch_asks_for() -> None:
     for c in shipped():
         asked = default_config(
-            c.math, c.dtype, c.head_dim, c.group_size, c.vec_width, c.schedule, c.policies
-        )
+            c.math, c.dtype, c.head_dim, c.group_size, c.vec_width, c.schedule, c.policies,
+            c.head_dim_v,
+        )  # fmt: skip
         assert asked == c
 
 
 def test_every_aligned_tensorop_kernel_has_a_counterpart_with_tensor_copies() -> None:
     def problems(schedule: Schedule) -> set[object]:
         return {
-            (c.dtype, c.head_dim, c.group_size, c.policies)
+            (c.dtype, c.head_dim, c.head_dim_v, c.group_size, c.policies)
             for c in shipped()
             if (c.math, c.vec_width, c.schedule) == (Math.TENSOROP, 8, schedule)
         }
@@ -110,7 +110,10 @@ def test_every_aligned_tensorop_kernel_has_a_counterpart_with_tensor_copies() ->
 
 def test_with_one_stage_two_blocks_of_tensor_copies_share_a_multiprocessor() -> None:
     hopper = ARCHES["sm_90a"]
-    small = [c for c in shipped() if c.tma and c.head_dim <= 128 and c.block_h == 8]
+    small = [
+        c for c in shipped()
+        if c.tma and c.head_dim == c.value_dim <= 128 and c.block_h == 8
+    ]  # fmt: skip
     assert {c.min_blocks for c in small} == {2}
     assert {c.blocks_per_sm(hopper) for c in small} == {1}
 
@@ -129,7 +132,7 @@ def test_no_filter_selects_everything_in_order(filters: str | None) -> None:
          == (Math.TENSOROP, 128, 4)),
         ("simt*d64, tensorop*d80", lambda c: (c.math, c.head_dim)
          in ((Math.SIMT, 64), (Math.TENSOROP, 80))),
-        ("_d64_,_d64_g", lambda c: c.head_dim == 64),
+        ("_d64_,_d64_g", lambda c: c.head_dim == c.value_dim == 64),
         ("*_d256_*", lambda c: c.head_dim == 256),
         ("simt,", lambda c: c.math is Math.SIMT),
     ],

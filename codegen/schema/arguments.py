@@ -81,6 +81,7 @@ class Table:
 _QUERY = ("batch", "num_q_heads", "head_dim")
 _TOKEN = ("batch", "num_kv_heads", "head_dim")
 _CACHE = ("rows", "max_seq_len", "num_kv_heads", "head_dim")
+_OUT, _TOKEN_V, _CACHE_V = ((*dims[:-1], "head_dim_v") for dims in (_QUERY, _TOKEN, _CACHE))
 
 ARGUMENTS = Table(
     rows=(
@@ -90,7 +91,7 @@ ARGUMENTS = Table(
             access=Access.APPEND,
         ),
         Argument(
-            name="v_cache", dims=_CACHE, field="v_cache", stride="v_cache_stride",
+            name="v_cache", dims=_CACHE_V, field="v_cache", stride="v_cache_stride",
             access=Access.APPEND,
         ),
         Argument(
@@ -98,11 +99,11 @@ ARGUMENTS = Table(
             single_token=True,
         ),
         Argument(
-            name="v", dims=_TOKEN, field="v_new", stride="v_new_stride", optional=True,
+            name="v", dims=_TOKEN_V, field="v_new", stride="v_new_stride", optional=True,
             single_token=True,
         ),
         Argument(
-            name="out", dims=_QUERY, field="out", stride="out_stride", access=Access.WRITE,
+            name="out", dims=_OUT, field="out", stride="out_stride", access=Access.WRITE,
             optional=True, single_token=True,
         ),
         Argument(

@@ -27,12 +27,13 @@ class Problem:
         batch_size: Sequences.
         num_q_heads: Query heads.
         num_kv_heads: KV heads; divides num_q_heads.
-        head_dim: Dimension per head.
+        head_dim: Dimension per head of queries and keys.
         max_seq_len: Tokens that a sequence's cache can hold.
         dtype: Element type of every tensor.
         vec_width: Widest access, in elements, that every address allows.
         append: Whether a new token comes with the call.
         policies: What the kernel must have in its slots in place of their defaults.
+        head_dim_v: Dimension per head of values and outputs; None: as head_dim.
         window: Tokens that a query sees, its own the last of them; None for all.
     """
 
@@ -46,6 +47,12 @@ class Problem:
     append: bool
     policies: tuple[Policy, ...] = ()
     window: int | None = None
+    head_dim_v: int | None = None
+
+    @property
+    def value_dim(self) -> int:
+        """Dimension per head of values and outputs."""
+        return self.head_dim_v or self.head_dim
 
     @property
     def group_size(self) -> int:
@@ -66,7 +73,7 @@ class Problem:
     def cache_bytes(self) -> int:
         """Bytes of K and V that are read of full caches."""
         rows = self.batch_size * self.reach * self.num_kv_heads
-        return 2 * rows * self.head_dim * ELEMENT_BYTES
+        return rows * (self.head_dim + self.value_dim) * ELEMENT_BYTES
 
     @property
     def cache_mib(self) -> float:

@@ -36,6 +36,7 @@ class Shape:
     """What shared memory depends on; as in `KernelConfig`."""
 
     head_dim: int
+    value_dim: int
     block_h: int
     block_n: int
     num_warps: int
@@ -53,8 +54,8 @@ def total(parts: tuple[Shared, ...]) -> int:
 
 def multistage(s: Shape) -> tuple[Shared, ...]:
     """`SharedStorage` in schedule/multistage/storage.cuh."""
-    ring = s.num_stages * 2 * s.block_n * row_bytes(s.head_dim)
-    partial = s.block_h * (s.head_dim + 4) * _FLOAT
+    ring = s.num_stages * s.block_n * (row_bytes(s.head_dim) + row_bytes(s.value_dim))
+    partial = s.block_h * (s.value_dim + 4) * _FLOAT
     rows = s.num_warps * s.block_h * _FLOAT
     nothing = 4 * _FLOAT
     return (
@@ -88,12 +89,12 @@ def cluster(s: Shape, launched_stages: int) -> tuple[Shared, ...]:
             name="probability", bytes=s.num_warps * s.block_n * s.block_h * ELEMENT_BYTES, align=8
         ),
         Shared(name="new_key", bytes=row_bytes(s.head_dim), align=16),
-        Shared(name="new_value", bytes=row_bytes(s.head_dim), align=16),
+        Shared(name="new_value", bytes=row_bytes(s.value_dim), align=16),
         Shared(name="new_score", bytes=rows),
         Shared(name="max_sum", bytes=MAX_CLUSTER * s.block_h * _PAIR, align=_PAIR),
         Shared(
             name="out",
-            bytes=(s.head_dim + 4 * MAX_CLUSTER) * s.block_h // 2 * _PAIR,
+            bytes=(s.value_dim + 4 * MAX_CLUSTER) * s.block_h // 2 * _PAIR,
             align=_PAIR,
         ),
         Shared(
@@ -103,7 +104,9 @@ def cluster(s: Shape, launched_stages: int) -> tuple[Shared, ...]:
         Shared(name="is_last", bytes=4),
         Shared(
             name="ring",
-            bytes=launched_stages * 2 * s.num_warps * box_tile_bytes(s.head_dim, s.block_n),
+            bytes=launched_stages
+            * s.num_warps
+            * (box_tile_bytes(s.head_dim, s.block_n) + box_tile_bytes(s.value_dim, s.block_n)),
             align=_RING_ALIGN,
         ),
     )

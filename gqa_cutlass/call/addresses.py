@@ -293,8 +293,8 @@ def constants(task: Task, overflow_flag: int) -> Params:
         overflow_flag=overflow_flag,
         **task.fields,
     )
-    params.out_stride.batch = problem.num_q_heads * problem.head_dim  # of the out that calls make
-    params.out_stride.head = problem.head_dim
+    params.out_stride.batch = problem.num_q_heads * problem.value_dim  # of the out that calls make
+    params.out_stride.head = problem.value_dim
     for name, t in task.layout.items():
         if field := ROWS[name].stride:
             strides = getattr(params, field)

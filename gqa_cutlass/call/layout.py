@@ -52,10 +52,11 @@ def problem_of(layout: Layout, policies: tuple[Policy, ...] = (), window_left: i
             _check_placement(ROWS[name], t, q)
     batch, *_, num_q_heads, head_dim = q.shape
     rows, max_seq_len, num_kv_heads, _ = cache.shape
-    check_sizes(batch, num_q_heads, num_kv_heads, head_dim, max_seq_len)
+    head_dim_v = layout["v_cache"].shape[-1]
+    check_sizes(batch, num_q_heads, num_kv_heads, head_dim, max_seq_len, head_dim_v)
     sizes = {
         "batch": batch, "num_q_heads": num_q_heads, "num_kv_heads": num_kv_heads,
-        "head_dim": head_dim, "max_seq_len": max_seq_len,
+        "head_dim": head_dim, "head_dim_v": head_dim_v, "max_seq_len": max_seq_len,
         "rows": rows if "cache_batch_idx" in layout else batch,
     }  # fmt: skip
     if not 1 <= sizes["rows"] <= MAX_ROWS:
@@ -74,6 +75,7 @@ def problem_of(layout: Layout, policies: tuple[Policy, ...] = (), window_left: i
         num_q_heads=num_q_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
+        head_dim_v=head_dim_v if head_dim_v != head_dim else None,
         max_seq_len=max_seq_len,
         dtype=DTYPES[q.dtype],
         vec_width=min([_vector_width(t) for name, t in layout.items() if ROWS[name].stride]),
@@ -121,7 +123,12 @@ def _check_placement(row: Argument, t: Seen, q: Seen) -> None:
 
 
 def check_sizes(
-    batch: int, num_q_heads: int, num_kv_heads: int, head_dim: int, max_seq_len: int
+    batch: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    max_seq_len: int,
+    head_dim_v: int | None = None,
 ) -> None:
     """Raise InputError for sizes that no kernel takes."""
     if not 1 <= batch <= MAX_BATCH:
@@ -129,6 +136,12 @@ def check_sizes(
     if head_dim not in HEAD_DIMS:
         allowed = f"{HEAD_DIM_RULE}; pad q, k, v and the cache with zeros"
         fail("head_dim", shown(head_dim), allowed)
+    if head_dim_v is not None and head_dim_v not in HEAD_DIMS:
+        fail(
+            "head_dim of v_cache",
+            shown(head_dim_v),
+            f"{HEAD_DIM_RULE}; pad v and v_cache with zeros",
+        )
     if not 1 <= max_seq_len <= MAX_SEQ_LEN:
         fail("max_seq_len", shown(max_seq_len), f"1 to {MAX_SEQ_LEN}")
     if num_kv_heads < 1 or num_q_heads < 1 or num_q_heads % num_kv_heads:
@@ -149,7 +162,7 @@ def _check_shape(row: Argument, t: Seen, sizes: dict[str, int]) -> None:
         del shape[1]
     expected = [sizes[dim] for dim in row.dims[len(row.dims) - len(shape) :]]
     if shape != expected:
-        fail(row.name, shape_text(shape), f"{expected}, from the shapes of q and k_cache")
+        fail(row.name, shape_text(shape), f"{expected}, from the shapes of q and the caches")
 
 
 def _check_strides(row: Argument, t: Seen, append: bool) -> None:

@@ -32,7 +32,8 @@ class LaunchRecord:
         num_q_heads: Query heads.
         num_kv_heads: KV heads.
         group_size: Query heads per KV head.
-        head_dim: Dimension per head.
+        head_dim: Dimension per head of queries and keys.
+        head_dim_v: The same of values and outputs.
         max_seq_len: Tokens that a sequence's cache can hold.
         dtype: Element type of every tensor.
         append: Whether a new token came with the call.
@@ -63,6 +64,7 @@ class LaunchRecord:
     num_kv_heads: int
     group_size: int
     head_dim: int
+    head_dim_v: int
     max_seq_len: int
     dtype: str
     append: bool
@@ -97,6 +99,7 @@ class LaunchRecord:
             num_kv_heads=problem.num_kv_heads,
             group_size=problem.group_size,
             head_dim=problem.head_dim,
+            head_dim_v=problem.value_dim,
             max_seq_len=problem.max_seq_len,
             dtype=problem.dtype,
             append=problem.append,

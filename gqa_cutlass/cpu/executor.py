@@ -134,7 +134,8 @@ def _regions_of(task: Task) -> list[Region]:
     """What launches may read and write, under the names of `Params`, at no address yet."""
     problem, chosen, q = task.problem, task.dispatch, task.layout["q"]
     forms = {ROWS[n].field: (t.shape, t.strides, t.itemsize) for n, t in task.layout.items()}
-    forms.setdefault("out", (q.shape, _packed(q.shape), q.itemsize))
+    out = *q.shape[:-1], problem.value_dim
+    forms.setdefault("out", (out, _packed(out), q.itemsize))
     words: dict[str, tuple[int, ...]] = {"overflow_flag": (1,)}
     if task.asked.return_lse:
         words["lse"] = problem.batch_size, problem.num_q_heads

@@ -161,8 +161,8 @@ def _windowed(problem: Problem) -> str:
 
 def _check_fits(kernel: KernelConfig, problem: Problem, device: Device) -> None:
     """Raise InputError unless a kernel can solve a problem."""
-    needed = (problem.dtype, problem.head_dim, problem.group_size)
-    offered = (kernel.dtype, kernel.head_dim, kernel.group_size)
+    needed = (problem.dtype, problem.head_dim, problem.value_dim, problem.group_size)
+    offered = (kernel.dtype, kernel.head_dim, kernel.value_dim, kernel.group_size)
     if device.arch.name not in kernel.archs:
         raise InputError(
             f"gqa_decode: kernel: got {kernel.name} for {device.arch.name}; allowed there: kernels "
@@ -171,7 +171,7 @@ def _check_fits(kernel: KernelConfig, problem: Problem, device: Device) -> None:
     if needed != offered or problem.vec_width % kernel.vec_width:
         raise InputError(
             f"gqa_decode: kernel: got {kernel.name}; allowed: kernels for {problem.dtype}, "
-            f"head_dim {problem.head_dim}, group size {problem.group_size} and an alignment of at "
+            f"head_dim {_dims(problem)}, group size {problem.group_size} and an alignment of at "
             f"most {problem.vec_width} elements. Nothing was launched."
         )
     if kernel.policies != problem.policies:
@@ -180,6 +180,12 @@ def _check_fits(kernel: KernelConfig, problem: Problem, device: Device) -> None:
             f"gqa_decode: kernel: got {kernel.name}; allowed: kernels with what the call asks for: "
             f"{wanted}. Nothing was launched."
         )
+
+
+def _dims(problem: Problem) -> str:
+    """The dimensions of heads: one, or of keys and values."""
+    values = f" and of values {problem.head_dim_v}" if problem.head_dim_v else ""
+    return f"{problem.head_dim}{values}"
 
 
 def choose_config(
@@ -199,7 +205,7 @@ def choose_config(
     schedule, why = _choose_schedule(problem, device, ragged)
     config = default_config(
         math, problem.dtype, problem.head_dim, problem.group_size, problem.vec_width, schedule,
-        problem.policies,
+        problem.policies, problem.head_dim_v,
     )  # fmt: skip
     aligned = f"every row is aligned to {2 * problem.vec_width} bytes"
     origin = "shipped" if config in shipped() else "compiled on first use"
@@ -215,12 +221,14 @@ def _choose_schedule(problem: Problem, device: Device, ragged: bool) -> tuple[Sc
     for policy in problem.policies:
         if Schedule.TMA not in policy.schedules:
             return Schedule.MULTISTAGE, f"{Schedule.TMA} does not have {policy.feature}"
-    head_dim, group_size = problem.head_dim, problem.group_size
-    tma = default_config(Math.TENSOROP, problem.dtype, head_dim, group_size, WIDEST, Schedule.TMA)
+    tma = default_config(
+        Math.TENSOROP, problem.dtype, problem.head_dim, problem.group_size, WIDEST, Schedule.TMA,
+        head_dim_v=problem.head_dim_v,
+    )  # fmt: skip
     if device.arch.name not in tma.archs:
         return Schedule.MULTISTAGE, f"{device.arch.name} is not among {', '.join(tma.archs)}"
     model = MODELS[device.arch.name]
-    whole_boxes = head_dim % BOX_DIMS == 0
+    whole_boxes = problem.head_dim % BOX_DIMS == 0 == problem.value_dim % BOX_DIMS
     limit = model.tma_mib if whole_boxes else model.tma_mib_partial_boxes
     mib = problem.cache_mib
     heads = problem.num_kv_heads * problem.batch_size

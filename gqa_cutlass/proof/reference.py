@@ -63,7 +63,7 @@ def attend(
     Args:
         q: [batch, num_q_heads, head_dim].
         k: [batch, tokens, num_kv_heads, head_dim]; sequence b attends to its first lengths[b].
-        v: As k.
+        v: As k, with a head_dim of its own.
         lengths: Tokens of each sequence.
         scale: Factor on the scores.
         dtype: Of every step.
@@ -75,7 +75,7 @@ def attend(
         cache_batch_idx: The row of k and v that each sequence has, [batch].
 
     Returns:
-        The output, [batch, num_q_heads, head_dim], and the log-sum-exp, [batch, num_q_heads].
+        The output, [batch, num_q_heads, head_dim of v], and the log-sum-exp, [batch, num_q_heads].
     """
     batch, num_q_heads, head_dim = q.shape
     num_kv_heads = k.shape[2]
@@ -99,7 +99,7 @@ def attend(
             sink = sinks.to(dtype).view(num_kv_heads, -1, 1)
             scores = torch.cat((scores, sink), dim=-1)
         weights = torch.softmax(scores, dim=-1)[..., : keys.shape[-1]]
-        outs.append((weights @ values).view(num_q_heads, head_dim))
+        outs.append((weights @ values).view(num_q_heads, -1))
         lses.append(torch.logsumexp(scores, dim=-1).view(num_q_heads))
     return torch.stack(outs), torch.stack(lses)
 

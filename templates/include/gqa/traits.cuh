@@ -28,15 +28,36 @@ enum class Schedule {
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
 
+constexpr int kBoxDims = 64;  // of what the copy engine writes at a time, rows of 128 bytes
+
+// A tile of K or V in shared memory: kTokens rows of kDims elements.
+template <int kTokens, int kDims_, bool kTma>
+struct Tile {
+  static constexpr int kDims = kDims_;
+  static constexpr int kDimsPadded = round_up(kDims, 16);  // what the MMA reads of a row
+
+  // Rows lie an odd number of 16-byte chunks apart, so that the eight rows of an 8x8 matrix fall
+  // into different banks whatever the head dimension.
+  static constexpr int kRowStride = (kDimsPadded / kChunk | 1) * kChunk;
+  using Layout = cute::Layout<cute::Shape<cute::Int<kTokens>, cute::Int<kDimsPadded>>,
+                              cute::Stride<cute::Int<kRowStride>, cute::Int<1>>>;
+
+  // The copy engine writes boxes instead, each kTokens rows of kBoxDims.
+  static constexpr int kBoxes = ceil_div(kDims, kBoxDims);
+
+  static constexpr int kElements = kTma ? kBoxes * kTokens * kBoxDims : kTokens * kRowStride;
+};
+
 // `Variant` is the struct that a generated file spells out: Element, kSchedule, kMath, kHeadDim,
-// kGroupSize, kVecWidth, kBlockH, kBlockN, kNumWarps, kNumStages, kPdl.
+// kHeadDimV, kGroupSize, kVecWidth, kBlockH, kBlockN, kNumWarps, kNumStages, kPdl.
 template <class Variant>
 struct Traits : Variant {
   using typename Variant::Element;
   using Variant::kBlockH;
   using Variant::kBlockN;
   using Variant::kGroupSize;
-  using Variant::kHeadDim;
+  using Variant::kHeadDim;   // of q and K
+  using Variant::kHeadDimV;  // of V and the output
   using Variant::kMath;
   using Variant::kNumStages;
   using Variant::kNumWarps;
@@ -45,28 +66,19 @@ struct Traits : Variant {
 
   static constexpr int kNumThreads = kNumWarps * kWarpSize;
   static constexpr int kHeadBlocks = ceil_div(kGroupSize, kBlockH);  // blocks that share a KV head
-  static constexpr int kHeadDimPadded = round_up(kHeadDim, 16);      // the K extent of the MMA
 
-  // A tile of K or V in shared memory. Rows lie an odd number of 16-byte chunks apart, so that the
-  // eight rows of an 8x8 matrix fall into different banks whatever the head dimension.
-  static constexpr int kRowStride = (kHeadDimPadded / kChunk | 1) * kChunk;
-  using TileLayout = cute::Layout<cute::Shape<cute::Int<kBlockN>, cute::Int<kHeadDimPadded>>,
-                                  cute::Stride<cute::Int<kRowStride>, cute::Int<1>>>;
-
-  // The same as the copy engine writes it: boxes of 64 dims, each kBlockN rows of 128 bytes.
   static constexpr bool kTma = kSchedule == Schedule::kTma;
-  static constexpr int kBoxDims = 64;
+  using KeyTile = Tile<kBlockN, kHeadDim, kTma>;
+  using ValueTile = Tile<kBlockN, kHeadDimV, kTma>;
+  static constexpr int kPairElements = KeyTile::kElements + ValueTile::kElements;
   static constexpr int kBoxRowBytes = kBoxDims * int(sizeof(Element));
   static constexpr int kBoxBytes = kBlockN * kBoxRowBytes;
-  static constexpr int kBoxes = ceil_div(kHeadDim, kBoxDims);
-
-  static constexpr int kTileElements = kTma ? kBoxes * kBlockN * kBoxDims : kBlockN * kRowStride;
 
   // Partial outputs in shared memory, [head][dim] fp32. The pitch spreads the accumulator
   // fragments (4 head pairs x 8 dims) over all 32 banks.
-  static constexpr int kPartialPitch = kHeadDim + 4;
+  static constexpr int kPartialPitch = kHeadDimV + 4;
 
-  static constexpr int kWarpRingBytes = kNumStages * 2 * kTileElements * int(sizeof(Element));
+  static constexpr int kWarpRingBytes = kNumStages * kPairElements * int(sizeof(Element));
   static constexpr int kWarpPartialBytes = kBlockH * kPartialPitch * int(sizeof(float));
   static constexpr int kWarpBytes =
       round_up(kWarpRingBytes > kWarpPartialBytes ? kWarpRingBytes : kWarpPartialBytes, 16);
@@ -86,6 +98,7 @@ struct Traits : Variant {
   }
 
   static_assert(kHeadDim % 8 == 0 && kHeadDim >= 32 && kHeadDim <= 256);
+  static_assert(kHeadDimV % 8 == 0 && kHeadDimV >= 32 && kHeadDimV <= 256);
   static_assert(kVecWidth == 8 || kVecWidth == 4 || kVecWidth == 2 ||
                 (kVecWidth == 1 && !kTensorOp));
   static_assert(kTensorOp ? kBlockN % 16 == 0 && kBlockH % 8 == 0 : kBlockN == 16 || kBlockN == 32);

@@ -14,14 +14,14 @@
 namespace gqa {
 
 // The chunks of one row that a lane reads: chunk, chunk + 2, chunk + 4, ...
-template <class T, bool tma = T::kTma>
+template <class T, class Tile, bool tma = T::kTma>
 class TileRow;
 
-template <class T>
-class TileRow<T, false> {
+template <class T, class Tile>
+class TileRow<T, Tile, false> {
  public:
   CUTE_DEVICE TileRow(typename T::Element const* tile, int row, int chunk)
-      : first_(tile + typename T::TileLayout{}(row, chunk * kChunk)) {}
+      : first_(tile + typename Tile::Layout{}(row, chunk * kChunk)) {}
 
   CUTE_DEVICE cute::uint128_t const& operator[](int i) const {
     return *reinterpret_cast<cute::uint128_t const*>(first_ + 2 * i * kChunk);
@@ -33,15 +33,15 @@ class TileRow<T, false> {
 
 // Tiles are aligned to the period of the swizzle, 1024 bytes. A lane's chunks are even or odd
 // alike, so the step of 2 * i never carries and can be XORed into the swizzled address.
-template <class T>
-class TileRow<T, true> {
+template <class T, class Tile>
+class TileRow<T, Tile, true> {
  public:
   CUTE_DEVICE TileRow(typename T::Element const* tile, int row, int chunk)
       : first_(cute::cast_smem_ptr_to_uint(tile) +
                Swizzle{}(row * T::kBoxRowBytes + chunk % 8 * 16)) {}
 
   CUTE_DEVICE cute::uint128_t const& operator[](int i) const {
-    constexpr int kStepsPerBox = T::kBoxDims / (2 * kChunk);
+    constexpr int kStepsPerBox = kBoxDims / (2 * kChunk);
     uint32_t const address = (first_ ^ (i % kStepsPerBox * 32)) + i / kStepsPerBox * T::kBoxBytes;
     return *static_cast<cute::uint128_t const*>(__cvta_shared_to_generic(address));
   }

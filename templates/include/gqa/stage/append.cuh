@@ -9,7 +9,8 @@ namespace gqa {
 // The new token of this block's KV head, in the registers of a warp.
 template <class T>
 struct NewToken {
-  WarpRow<T> key, value;
+  KeyRow<T> key;
+  ValueRow<T> value;
 
   CUTE_DEVICE void load(Params const& p, Work<T> const& w) {
     NewTokenOf<T>::load(p, w, key, value);

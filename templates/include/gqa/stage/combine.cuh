@@ -81,13 +81,13 @@ class PartialStore {
   }
 
  private:
-  static constexpr int kOut = T::kBlockH * T::kHeadDim;
+  static constexpr int kOut = T::kBlockH * T::kHeadDimV;
   static constexpr int kMaxSum = T::kBlockH * 2;
   using Vec = cute::conditional_t<kWidth == 4, float4, float2>;
   static_assert(sizeof(Vec) == kWidth * sizeof(float));
 
   CUTE_DEVICE Vec* out(int part, Slice s) const {
-    return reinterpret_cast<Vec*>(o_partial_ + part * kOut + s.head * T::kHeadDim + s.dim);
+    return reinterpret_cast<Vec*>(o_partial_ + part * kOut + s.head * T::kHeadDimV + s.dim);
   }
   CUTE_DEVICE float2* max_sum(int part, int head) const {
     return reinterpret_cast<float2*>(max_sum_ + part * kMaxSum + head * 2);

@@ -6,9 +6,9 @@
 namespace gqa {
 
 // Lanes take vectors in turn.
-template <class T>
+template <class T, int kDims>
 struct WarpRow {
-  static constexpr int kVecs = T::kHeadDim / T::kVecWidth;
+  static constexpr int kVecs = kDims / T::kVecWidth;
   static constexpr int kPerLane = ceil_div(kVecs, kWarpSize);
 
   Vector<T> vec[kPerLane];
@@ -30,5 +30,10 @@ struct WarpRow {
     }
   }
 };
+
+template <class T>
+using KeyRow = WarpRow<T, T::kHeadDim>;
+template <class T>
+using ValueRow = WarpRow<T, T::kHeadDimV>;
 
 }  // namespace gqa

@@ -21,7 +21,7 @@ struct Scorer;
 // Tensor cores.
 template <class T>
 struct Scorer<T, Math::kTensorOp> {
-  static constexpr int kSteps = T::kHeadDimPadded / 16;
+  static constexpr int kSteps = T::KeyTile::kDimsPadded / 16;
   static constexpr int kHeadTiles = T::kBlockH / 8;
   static constexpr int kTokenTiles = T::kBlockN / 16;
   using Element = typename T::Element;
@@ -58,7 +58,7 @@ struct Scorer<T, Math::kTensorOp> {
     for (int m = 0; m < kTokenTiles; ++m) {
       // Two independent sums halve the chain of dependent MMAs.
       float sum[2][kHeadTiles][4] = {};
-      TileRow<T> const row(keys, m * 16 + lane % 16, lane / 16);
+      TileRow<T, typename T::KeyTile> const row(keys, m * 16 + lane % 16, lane / 16);
       CUTE_UNROLL
       for (int step = 0; step < kSteps; ++step) {
         uint32_t k[4];
@@ -155,7 +155,7 @@ struct Scorer<T, Math::kSimt> {
                               float (&sum)[T::kBlockH]) const {
     alignas(16) typename T::Element k[kChunk];
     *reinterpret_cast<cute::uint128_t*>(k) = *reinterpret_cast<cute::uint128_t const*>(
-        keys + typename T::TileLayout{}(token(), chunk * kChunk));
+        keys + typename T::KeyTile::Layout{}(token(), chunk * kChunk));
     CUTE_UNROLL
     for (int h = 0; h < T::kBlockH; ++h) {
       auto const* q = reinterpret_cast<float4 const*>(&shared.query[h][chunk * kChunk]);

@@ -15,7 +15,7 @@ struct Accumulator;
 // Tensor cores. P is rounded to the input type for the MMA.
 template <class T>
 struct Accumulator<T, Math::kTensorOp> {
-  static constexpr int kDimTiles = T::kHeadDimPadded / 16;
+  static constexpr int kDimTiles = T::ValueTile::kDimsPadded / 16;
   static constexpr int kHeadTiles = T::kBlockH / 8;
   static constexpr int kTokenTiles = T::kBlockN / 16;
   using Element = typename T::Element;
@@ -43,7 +43,8 @@ struct Accumulator<T, Math::kTensorOp> {
     for (int t = 0; t < kTokenTiles; ++t) {
       uint32_t p[kHeadTiles][2];
       probability_operand<T>(probability, 2 * t, p);
-      TileRow<T> const row(values, t * 16 + lane / 16 * 8 + lane % 8, lane / 8 % 2);
+      TileRow<T, typename T::ValueTile> const row(values, t * 16 + lane / 16 * 8 + lane % 8,
+                                                  lane / 8 % 2);
       CUTE_UNROLL
       for (int m = 0; m < kDimTiles; ++m) {
         uint32_t v[4];
@@ -64,7 +65,7 @@ struct Accumulator<T, Math::kTensorOp> {
         CUTE_UNROLL
         for (int half = 0; half < 2; ++half) {
           int const dim = m * 16 + half * 8 + lane / 4;
-          bool const padding = m * 16 + half * 8 >= T::kHeadDim;
+          bool const padding = m * 16 + half * 8 >= T::kHeadDimV;
           if (!padding) {
             *reinterpret_cast<float2*>(&o_partial[dim * T::kBlockH + T::head_of(lane, 2 * n)]) =
                 make_float2(out[m][n][2 * half], out[m][n][2 * half + 1]);
@@ -84,7 +85,7 @@ struct Accumulator<T, Math::kTensorOp> {
         CUTE_UNROLL
         for (int m = 0; m < kDimTiles; ++m) {
           int const dim = m * 16 + i / 2 * 8 + lane / 4;
-          bool const padding = m * 16 + i / 2 * 8 >= T::kHeadDim;
+          bool const padding = m * 16 + i / 2 * 8 >= T::kHeadDimV;
           if (!padding) o_partial[head * T::kPartialPitch + dim] = out[m][n][i];
         }
       }
@@ -95,7 +96,7 @@ struct Accumulator<T, Math::kTensorOp> {
 // CUDA cores: a lane owns every 32nd pair of dims and walks the tile's tokens.
 template <class T>
 struct Accumulator<T, Math::kSimt> {
-  static constexpr int kPairs = ceil_div(T::kHeadDim / 2, kWarpSize);
+  static constexpr int kPairs = ceil_div(T::kHeadDimV / 2, kWarpSize);
   using Element = typename T::Element;
 
   SharedStorage<T>& shared;
@@ -127,7 +128,8 @@ struct Accumulator<T, Math::kSimt> {
     CUTE_UNROLL
     for (int i = 0; i < kPairs; ++i) {
       int const dim = 2 * (lane + i * kWarpSize);
-      if (T::kHeadDim % (2 * kWarpSize) == 0 || dim < T::kHeadDim) add_pair(values, dim, p, out[i]);
+      if (T::kHeadDimV % (2 * kWarpSize) == 0 || dim < T::kHeadDimV)
+        add_pair(values, dim, p, out[i]);
     }
   }
 
@@ -138,7 +140,7 @@ struct Accumulator<T, Math::kSimt> {
       CUTE_UNROLL
       for (int i = 0; i < kPairs; ++i) {
         int const dim = 2 * (lane + i * kWarpSize);
-        if (T::kHeadDim % (2 * kWarpSize) == 0 || dim < T::kHeadDim) {
+        if (T::kHeadDimV % (2 * kWarpSize) == 0 || dim < T::kHeadDimV) {
           *reinterpret_cast<float2*>(&o_partial[h * T::kPartialPitch + dim]) =
               make_float2(out[i][h][0], out[i][h][1]);
         }
@@ -156,8 +158,8 @@ struct Accumulator<T, Math::kSimt> {
       CUTE_UNROLL
       for (int i = 0; i < 4; ++i) {
         alignas(4) Element pair[2];
-        *reinterpret_cast<uint32_t*>(pair) =
-            *reinterpret_cast<uint32_t const*>(values + typename T::TileLayout{}(t + i, dim));
+        *reinterpret_cast<uint32_t*>(pair) = *reinterpret_cast<uint32_t const*>(
+            values + typename T::ValueTile::Layout{}(t + i, dim));
         v[i][0] = OperandsOf<T>::number(pair[0]);
         v[i][1] = OperandsOf<T>::number(pair[1]);
       }

@@ -22,9 +22,9 @@
 namespace gqa {
 
 // Puts the new token's row into the last tile, which has arrived. All lanes take part.
-template <class T>
-CUTE_DEVICE void put_new_row(WarpRow<T> const& row, int left, typename T::Element* tile) {
-  row.store(tile + typename T::TileLayout{}(left - 1, 0));
+template <class Tile, class Row, class Element>
+CUTE_DEVICE void put_new_row(Row const& row, int left, Element* tile) {
+  row.store(tile + typename Tile::Layout{}(left - 1, 0));
   __syncwarp();
 }
 
@@ -46,7 +46,7 @@ CUTE_DEVICE void attend(Params const& p, Work<T> const& w, SharedStorage<T>& sha
     if (last && w.appends) token.load(p, w);
     auto* keys = ring.wait_keys();
     if (last && w.appends) {
-      put_new_row<T>(token.key, left, keys);
+      put_new_row<typename T::KeyTile>(token.key, left, keys);
       if (w.head_block == 0) token.append(p, w);
     }
     score(keys, {left, left - 1}, logits, scores);
@@ -55,8 +55,8 @@ CUTE_DEVICE void attend(Params const& p, Work<T> const& w, SharedStorage<T>& sha
     softmax.update(scores, [&](auto const& factor) { acc.rescale(factor); });
     auto* values = ring.wait_values();
     if (last) {  // behind the sequence's end may be what the cache holds there
-      clear_tile_rows<T>(values, left);
-      if (w.appends) put_new_row<T>(token.value, left, values);
+      clear_value_rows<T>(values, left);
+      if (w.appends) put_new_row<typename T::ValueTile>(token.value, left, values);
       __syncwarp();
     }
     acc.add(values, scores);

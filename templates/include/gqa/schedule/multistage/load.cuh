@@ -25,7 +25,7 @@ CUTE_DEVICE void copy_or_zero(Vec const* source, Vec* target, bool exists, uint6
 }
 
 // The rows of one KV head of one sequence, in K or in V.
-template <class T>
+template <class T, class Tile>
 struct RowSource {
   typename CacheOf<T>::Rows row;
   uint64_t policy;
@@ -35,7 +35,7 @@ struct RowSource {
 
   // Brings the rows of a tile before `end` to L2. All lanes take part.
   CUTE_DEVICE void prefetch_tile(int tile, int end) const {
-    constexpr int kRowBytes = T::kHeadDim * int(sizeof(typename T::Element));
+    constexpr int kRowBytes = Tile::kDims * int(sizeof(typename T::Element));
     int const token = tile * T::kBlockN + int(threadIdx.x) % kWarpSize;
     if (token < (tile + 1) * T::kBlockN && token < end) {
       prefetch_to_l2(row(token), kRowBytes);
@@ -47,7 +47,7 @@ struct RowSource {
   // Every instruction of the warp copies whole rows, as many as fit into it, and the last lanes
   // idle where head_dim is no power of two: rows cut in two would ask for the same lines twice.
   CUTE_DEVICE void copy_tile(int tile, int first, int end, typename T::Element* target) const {
-    constexpr int kVecs = T::kHeadDim / T::kVecWidth;
+    constexpr int kVecs = Tile::kDims / T::kVecWidth;
     constexpr int kLanes = kVecs < kWarpSize ? kVecs : kWarpSize;  // lanes per row
     constexpr int kRows = kWarpSize / kLanes;
     int const lane = threadIdx.x % kWarpSize;
@@ -59,10 +59,10 @@ struct RowSource {
       int const token = tile * T::kBlockN + at;
       auto const* source = row(token);
       CUTE_UNROLL
-      for (int dim = lane % kLanes * T::kVecWidth; dim < T::kHeadDim;
+      for (int dim = lane % kLanes * T::kVecWidth; dim < Tile::kDims;
            dim += kLanes * T::kVecWidth) {
         copy_or_zero(reinterpret_cast<Vector<T> const*>(source + dim),
-                     reinterpret_cast<Vector<T>*>(target + typename T::TileLayout{}(at, dim)),
+                     reinterpret_cast<Vector<T>*>(target + typename Tile::Layout{}(at, dim)),
                      token < end && (kSeesFirstToken<T> || token >= first), policy);
       }
     }
@@ -76,13 +76,16 @@ template <class T>
 class TileRing {
  public:
   using Element = typename T::Element;
+  using KeyTile = typename T::KeyTile;
+  using ValueTile = typename T::ValueTile;
 
   CUTE_DEVICE TileRing(Params const& p, unsigned char* storage, int first_tile)
       : keys_(CacheOf<T>::keys(p, blockIdx.z)),
         values_(CacheOf<T>::values(p, blockIdx.z)),
         slots_(reinterpret_cast<Element*>(storage)),
         prefetch_first_tile_(kKnowsTiles<T> && first_tile * T::kBlockN < p.prefetch_limit) {
-    if constexpr (T::kHeadDim != T::kHeadDimPadded) clear_padding();
+    clear_padding<KeyTile>(key_slot(0));
+    clear_padding<ValueTile>(value_slot(0));
   }
 
   // Brings the first tile to L2, before it may be read, if the launch allows to ask for it early.
@@ -104,8 +107,9 @@ class TileRing {
   // Asks for the other tiles that have a slot.
   CUTE_DEVICE void fill(Params const& p, Work<T> const& w, int first_tile) {
     if (!prefetch_first_tile_) {
-      keys_ = RowSource<T>(CacheOf<T>::keys(p, w.cache_row()));  // which balancing may change
-      values_ = RowSource<T>(CacheOf<T>::values(p, w.cache_row()));
+      keys_ =
+          RowSource<T, KeyTile>(CacheOf<T>::keys(p, w.cache_row()));  // which balancing may change
+      values_ = RowSource<T, ValueTile>(CacheOf<T>::values(p, w.cache_row()));
       load_both_if(first_tile, w, 0);
     }
     CUTE_UNROLL
@@ -154,7 +158,8 @@ class TileRing {
   }
 
   // Copies a tile if there is one, and commits it as one group of cp.async.
-  CUTE_DEVICE static void load_if(RowSource<T> const& rows, int tile, Work<T> const& w,
+  template <class Tile>
+  CUTE_DEVICE static void load_if(RowSource<T, Tile> const& rows, int tile, Work<T> const& w,
                                   Element* slot) {
     if (tile < w.num_tiles) rows.copy_tile(tile, w.first_token, w.num_cached, slot);
     cute::cp_async_fence();
@@ -164,38 +169,40 @@ class TileRing {
     cute::cp_async_wait<2 * T::kNumStages - 1>();
     __syncwarp();
   }
-  CUTE_DEVICE Element* key_slot(int stage) const { return slots_ + 2 * stage * T::kTileElements; }
-  CUTE_DEVICE Element* value_slot(int stage) const {
-    return slots_ + (2 * stage + 1) * T::kTileElements;
-  }
+  CUTE_DEVICE Element* key_slot(int stage) const { return slots_ + stage * T::kPairElements; }
+  CUTE_DEVICE Element* value_slot(int stage) const { return key_slot(stage) + KeyTile::kElements; }
 
-  // The MMA reads kHeadDimPadded columns. Those that no load fills must not hold NaN in K; in V
-  // their products are dropped.
-  CUTE_DEVICE void clear_padding() {
-    for (int row = int(threadIdx.x) % kWarpSize; row < 2 * T::kNumStages * T::kBlockN;
-         row += kWarpSize) {
-      Element* slot = slots_ + row / T::kBlockN * T::kTileElements;
-      *reinterpret_cast<cute::uint128_t*>(
-          slot + typename T::TileLayout{}(row % T::kBlockN, T::kHeadDim)) = cute::uint128_t(0);
+  // The MMA reads kDimsPadded columns. Those that no load fills must not hold NaN in K; in V their
+  // products are dropped. `slot` is that of the first stage.
+  template <class Tile>
+  CUTE_DEVICE static void clear_padding(Element* slot) {
+    if constexpr (Tile::kDims != Tile::kDimsPadded) {
+      for (int row = int(threadIdx.x) % kWarpSize; row < T::kNumStages * T::kBlockN;
+           row += kWarpSize) {
+        Element* tile = slot + row / T::kBlockN * T::kPairElements;
+        *reinterpret_cast<cute::uint128_t*>(
+            tile + typename Tile::Layout{}(row % T::kBlockN, Tile::kDims)) = cute::uint128_t(0);
+      }
     }
   }
 
-  RowSource<T> keys_;
-  RowSource<T> values_;
+  RowSource<T, KeyTile> keys_;
+  RowSource<T, ValueTile> values_;
   Element* slots_;
   bool const prefetch_first_tile_;  // the first tile has been asked for before the length was known
   int stage_ = 0;
 };
 
-// Clears the rows of a tile from `first` on. All lanes take part.
+// Clears the rows of a V tile from `first` on. All lanes take part.
 template <class T>
-CUTE_DEVICE void clear_tile_rows(typename T::Element* tile, int first) {
-  constexpr int kChunks = T::kHeadDimPadded / kChunk;
+CUTE_DEVICE void clear_value_rows(typename T::Element* tile, int first) {
+  constexpr int kChunks = T::ValueTile::kDimsPadded / kChunk;
   CUTE_NO_UNROLL
   for (int i = first * kChunks + int(threadIdx.x) % kWarpSize; i < T::kBlockN * kChunks;
        i += kWarpSize) {
     *reinterpret_cast<cute::uint128_t*>(
-        tile + typename T::TileLayout{}(i / kChunks, i % kChunks * kChunk)) = cute::uint128_t(0);
+        tile + typename T::ValueTile::Layout{}(i / kChunks, i % kChunks * kChunk)) =
+        cute::uint128_t(0);
   }
 }
 

@@ -31,7 +31,7 @@ CUTE_DEVICE Merged<kWidth> merge_warps(SharedStorage<T> const& shared, Slice s) 
 template <class T>
 CUTE_DEVICE void merge(Params const& p, Work<T> const& w, SharedStorage<T>& shared) {
   constexpr int kWidth = 4;
-  constexpr int kPerHead = T::kHeadDim / kWidth;
+  constexpr int kPerHead = T::kHeadDimV / kWidth;
   auto const for_slices = [&](auto&& visit) {
     for (int i = threadIdx.x; i < w.num_heads() * kPerHead; i += T::kNumThreads) {
       visit(Slice{i / kPerHead, i % kPerHead * kWidth});

@@ -79,11 +79,11 @@ class ClusterCombine {
     }
   };
   CUTE_DEVICE Target target(int dim, int pair) const {
-    bool const exists = pair < num_pairs_ && dim < T::kHeadDim;
+    bool const exists = pair < num_pairs_ && dim < T::kHeadDimV;
     int owner = 0;
     CUTE_UNROLL
     for (int log = 1; (1 << log) <= kMaxCluster; ++log) {
-      if (work_.log_num_ranks == log && dim < T::kHeadDim) owner = dim / own_dims(log);
+      if (work_.log_num_ranks == log && dim < T::kHeadDimV) owner = dim / own_dims(log);
     }
     return {in_block(out(work_.rank, dim - owner * num_dims_, pair), owner),
             in_block(shared_.combine_barrier, owner), exists};
@@ -95,7 +95,7 @@ class ClusterCombine {
                                 float const (&sum)[T::kLaneHeads]) const {
     int const lane = threadIdx.x % kWarpSize;
     int const owner = lane / 4;
-    if (owner >= work_.num_ranks() || owner * num_dims_ >= T::kHeadDim) return;
+    if (owner >= work_.num_ranks() || owner * num_dims_ >= T::kHeadDimV) return;
     CUTE_UNROLL
     for (int h = 0; h < T::kLaneHeads; ++h) {
       int const head = T::head_of(lane, h);
@@ -144,7 +144,7 @@ class ClusterCombine {
 
   // Dims that a block owns; the last ones may own fewer, or none.
   static constexpr int own_dims(int log_num_ranks) {
-    return round_up(ceil_div(T::kHeadDim, 1 << log_num_ranks), kWidth);
+    return round_up(ceil_div(T::kHeadDimV, 1 << log_num_ranks), kWidth);
   }
 
   // Calls `visit` for this thread's part of the dims that the block owns. Slices of all heads of
@@ -160,7 +160,7 @@ class ClusterCombine {
 
   CUTE_DEVICE int first_own_dim() const { return work_.rank * num_dims_; }
   CUTE_DEVICE int num_own_dims() const {
-    int const left = T::kHeadDim - first_own_dim();
+    int const left = T::kHeadDimV - first_own_dim();
     return left < 0 ? 0 : left < num_dims_ ? left : num_dims_;
   }
 

@@ -67,7 +67,7 @@ CUTE_DEVICE void attend_multi_tile(TmaParams const& p, ClusterWork<T> const& w,
   }
   constexpr int kPairs = T::kBlockH / 2;
   CUTE_NO_UNROLL
-  for (int i = threadIdx.x; i < T::kHeadDim * kPairs; i += T::kNumThreads) {
+  for (int i = threadIdx.x; i < T::kHeadDimV * kPairs; i += T::kNumThreads) {
     float2 o = {0.f, 0.f};
     CUTE_UNROLL
     for (int j = 0; j < T::kNumWarps; ++j) {

@@ -21,6 +21,8 @@ template <class T>
 class TmaRing {
  public:
   using Element = typename T::Element;
+  using KeyTile = typename T::KeyTile;
+  using ValueTile = typename T::ValueTile;
 
   // Initialises the barriers.
   CUTE_DEVICE TmaRing(TmaParams const& p, ClusterStorage<T>& shared, int warp, int first_tile)
@@ -43,8 +45,8 @@ class TmaRing {
   // Brings the first tile to L2, before it may be read, if the launch allows to ask for it early.
   CUTE_DEVICE void prefetch(int first_tile) const {
     if (!prefetch_first_tile_ || !leader_) return;
-    prefetch(params_.keys, first_tile);
-    prefetch(params_.values, first_tile);
+    prefetch<KeyTile>(params_.keys, first_tile);
+    prefetch<ValueTile>(params_.values, first_tile);
   }
 
   // Asks for the first tile before the length of the sequence is known, if the launch allows it:
@@ -85,14 +87,15 @@ class TmaRing {
     __syncwarp();
     int const next = tile + params_.decode.num_stages * w.tile_step();
     if (next < w.num_tiles) {
-      load(params_.keys, next, shared_.key_slot(stage_, warp_), keys_barrier(stage_));
+      load<KeyTile>(params_.keys, next, shared_.key_slot(stage_, warp_), keys_barrier(stage_));
     }
   }
   CUTE_DEVICE void refill_values(Work<T> const& w, int tile) {
     __syncwarp();
     int const next = tile + params_.decode.num_stages * w.tile_step();
     if (next < w.num_tiles) {
-      load(params_.values, next, shared_.value_slot(stage_, warp_), values_barrier(stage_));
+      load<ValueTile>(params_.values, next, shared_.value_slot(stage_, warp_),
+                      values_barrier(stage_));
     }
     if (++stage_ == params_.decode.num_stages) {
       stage_ = 0;
@@ -105,38 +108,40 @@ class TmaRing {
   CUTE_DEVICE uint64_t& values_barrier(int stage) { return shared_.ring_barrier[stage][warp_][1]; }
 
   CUTE_DEVICE void load_both(int tile, int stage) {
-    load(params_.keys, tile, shared_.key_slot(stage, warp_), keys_barrier(stage));
-    load(params_.values, tile, shared_.value_slot(stage, warp_), values_barrier(stage));
+    load<KeyTile>(params_.keys, tile, shared_.key_slot(stage, warp_), keys_barrier(stage));
+    load<ValueTile>(params_.values, tile, shared_.value_slot(stage, warp_), values_barrier(stage));
   }
 
+  template <class Tile>
   CUTE_DEVICE void load(TensorMap const& map, int tile, Element* slot, uint64_t& barrier) const {
     if (!leader_) return;
-    barrier_arrive_expect(barrier, T::kTileElements * int(sizeof(Element)));
+    barrier_arrive_expect(barrier, Tile::kElements * int(sizeof(Element)));
     Box at = CacheOf<T>::box(tile);
     if constexpr (!RowOf<T>::is_own()) at.sequence = row_;
     auto const hint = uint64_t(cute::TMA::CacheHintSm90::EVICT_FIRST);
-    if constexpr (T::kHeadDim % T::kBoxDims == 0) {
+    if constexpr (Tile::kDims % kBoxDims == 0) {
       cute::SM90_TMA_LOAD_5D::copy(&map, &barrier, hint, slot, 0, at.token, 0, at.head,
                                    at.sequence);
     } else {
       CUTE_UNROLL
-      for (int box = 0; box < T::kBoxes; ++box) {
-        cute::SM90_TMA_LOAD_4D::copy(&map, &barrier, hint, slot + box * T::kBlockN * T::kBoxDims,
-                                     box * T::kBoxDims, at.token, at.head, at.sequence);
+      for (int box = 0; box < Tile::kBoxes; ++box) {
+        cute::SM90_TMA_LOAD_4D::copy(&map, &barrier, hint, slot + box * T::kBlockN * kBoxDims,
+                                     box * kBoxDims, at.token, at.head, at.sequence);
       }
     }
   }
 
+  template <class Tile>
   CUTE_DEVICE static void prefetch(TensorMap const& map, int tile) {  // whose row is known
     Box const at = CacheOf<T>::box(tile);
-    if constexpr (T::kHeadDim % T::kBoxDims == 0) {
+    if constexpr (Tile::kDims % kBoxDims == 0) {
       using Prefetch = cute::SM90_TMA_LOAD_5D::PREFETCH;
       Prefetch::copy(&map, 0, at.token, 0, at.head, at.sequence);
     } else {
       using Prefetch = cute::SM90_TMA_LOAD_4D::PREFETCH;
       CUTE_UNROLL
-      for (int box = 0; box < T::kBoxes; ++box) {
-        Prefetch::copy(&map, box * T::kBoxDims, at.token, at.head, at.sequence);
+      for (int box = 0; box < Tile::kBoxes; ++box) {
+        Prefetch::copy(&map, box * kBoxDims, at.token, at.head, at.sequence);
       }
     }
   }
@@ -157,8 +162,8 @@ CUTE_DEVICE void clear_rows(typename T::Element* values, int first, int end = T:
   constexpr int kChunks = T::kBoxRowBytes / 16;
   int const lane = threadIdx.x % kWarpSize;
   CUTE_NO_UNROLL
-  for (int box = 0; box < T::kBoxes; ++box) {
-    auto* rows = reinterpret_cast<cute::uint128_t*>(values + box * T::kBlockN * T::kBoxDims);
+  for (int box = 0; box < T::ValueTile::kBoxes; ++box) {
+    auto* rows = reinterpret_cast<cute::uint128_t*>(values + box * T::kBlockN * kBoxDims);
     CUTE_NO_UNROLL
     for (int i = first * kChunks + lane; i < end * kChunks; i += kWarpSize) {
       rows[i] = cute::uint128_t(0);

@@ -65,13 +65,14 @@ struct DimTile {
   template <bool kAll>
   CUTE_DEVICE void add(ClusterStorage<T>& shared, int dim_tile, int count) {
     int const lane = threadIdx.x % kWarpSize;
-    TileRow<T> const row(shared.value_slot(0, 0), lane / 16 * 8 + lane % 8, lane / 8 % 2);
+    TileRow<T, typename T::ValueTile> const row(shared.value_slot(0, 0), lane / 16 * 8 + lane % 8,
+                                                lane / 8 % 2);
     auto const* values = reinterpret_cast<unsigned char const*>(&row[dim_tile]);
     _Pragma("unroll kAll ? T::kNumWarps : 1")
     for (int w = 0; w < (kAll ? T::kNumWarps : count); ++w) {
       CUTE_UNROLL
       for (int t = 0; t < T::kBlockN / 16; ++t) {
-        constexpr int kWarpBytes = 2 * T::kTileElements * int(sizeof(typename T::Element));
+        constexpr int kWarpBytes = T::kPairElements * int(sizeof(typename T::Element));
         uint32_t v[4];
         OperandsOf<T>::value_fragment(*reinterpret_cast<cute::uint128_t const*>(
                                           values + w * kWarpBytes + t * 16 * T::kBoxRowBytes),
@@ -104,7 +105,7 @@ CUTE_DEVICE void attend_single_tile(TmaParams const& p, ClusterWork<T> const& w,
 
   // Where the results will go is known before the data are there.
   constexpr int kHeadTiles = T::kBlockH / 8;
-  constexpr int kDimTiles = T::kHeadDimPadded / 16;
+  constexpr int kDimTiles = T::ValueTile::kDimsPadded / 16;
   constexpr int kOwnDimTiles = ceil_div(kDimTiles, T::kNumWarps);
   typename ClusterCombine<T>::Target target[kOwnDimTiles][2][kHeadTiles];
   CUTE_UNROLL
