@@ -16,7 +16,8 @@ struct Variant {
   using Element = cutlass::bfloat16_t;
   static constexpr gqa::Schedule kSchedule = gqa::Schedule::kMultistage;
   static constexpr gqa::Math kMath = gqa::Math::kTensorOp;
-  static constexpr int kHeadDim = 128;
+  static constexpr int kHeadDim = 128;     // of q and K
+  static constexpr int kHeadDimV = 128;    // of V and the output
   static constexpr int kGroupSize = 4;  // query heads per KV head
   static constexpr int kVecWidth = 4;    // elements per global memory access
   static constexpr int kBlockH = 8;      // query heads per block

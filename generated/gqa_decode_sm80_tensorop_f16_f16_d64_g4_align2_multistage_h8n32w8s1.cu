@@ -16,7 +16,8 @@ struct Variant {
   using Element = cutlass::half_t;
   static constexpr gqa::Schedule kSchedule = gqa::Schedule::kMultistage;
   static constexpr gqa::Math kMath = gqa::Math::kTensorOp;
-  static constexpr int kHeadDim = 64;
+  static constexpr int kHeadDim = 64;     // of q and K
+  static constexpr int kHeadDimV = 64;    // of V and the output
   static constexpr int kGroupSize = 4;  // query heads per KV head
   static constexpr int kVecWidth = 2;    // elements per global memory access
   static constexpr int kBlockH = 8;      // query heads per block

@@ -16,7 +16,8 @@ struct Variant {
   using Element = cutlass::half_t;
   static constexpr gqa::Schedule kSchedule = gqa::Schedule::kTma;
   static constexpr gqa::Math kMath = gqa::Math::kTensorOp;
-  static constexpr int kHeadDim = 192;
+  static constexpr int kHeadDim = 192;     // of q and K
+  static constexpr int kHeadDimV = 192;    // of V and the output
   static constexpr int kGroupSize = 4;  // query heads per KV head
   static constexpr int kVecWidth = 8;    // elements per global memory access
   static constexpr int kBlockH = 8;      // query heads per block
