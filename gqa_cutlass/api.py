@@ -95,7 +95,7 @@ def gqa_decode(  # noqa: D417 - the decorator completes the list
         k_cache: [batch, max_seq_len, num_kv_heads, head_dim], dtype of q; any strides with a
             contiguous last dimension (an HND cache is a transposed view). num_kv_heads divides
             num_q_heads. Written at position cache_seqlens[b] when k is given.
-        v_cache: As k_cache.
+        v_cache: As k_cache; its head_dim, and that of v and the output, may be another, head_dim_v.
         k: The new token's keys, [batch, num_kv_heads, head_dim] or
             [batch, 1, num_kv_heads, head_dim]. None: attend only, append nothing.
         v: As k. The row of a cache that is written must not hold q, k, v or cache_seqlens; with
@@ -109,7 +109,7 @@ def gqa_decode(  # noqa: D417 - the decorator completes the list
         **features: `Options`.
 
     Returns:
-        The output, shaped and typed as q; with return_lse also float32 [batch, num_q_heads], the
+        The output, shaped and typed as q, but for head_dim_v; with return_lse also float32 [batch, num_q_heads], the
         natural logarithm of the sum of the exponentials of the scaled (and capped) scores, and of
         the sinks. A sequence with nothing to attend to gives zeros and minus infinity, or the sink.
 
