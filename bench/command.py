@@ -70,7 +70,11 @@ def _measured(points: str, out: Path | None, commit: str | None) -> tuple[Record
 
 def _write(record: Record, base: Path) -> list[Path]:
     """Write CSV, and plots if matplotlib is there; returns the files."""
-    sheets = {"": spreadsheet.decode_csv(record), "-prefill": spreadsheet.prefill_csv(record)}
+    sheets = {
+        "": spreadsheet.decode_csv(record),
+        "-prefill": spreadsheet.prefill_csv(record),
+        "-features": spreadsheet.features_csv(record),
+    }
     files: dict[str, str | bytes] = {
         f"{base.name}{ending}.csv": text for ending, text in sheets.items() if text
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,17 +61,20 @@ class Data:
         """Random numbers of the caches' type, beside them."""
         return torch.randn(shape, dtype=self.k[0].dtype, device=self.k[0].device)
 
-    def plan(self, *, ragged: bool | None = None, dependent: bool = False) -> gqa_cutlass.Plan:
+    def plan(
+        self, *, ragged: bool | None = None, dependent: bool = False, **features: Any
+    ) -> gqa_cutlass.Plan:
         """The plan whose calls `step` makes.
 
         Args:
             ragged: As for `gqa_cutlass.plan`; by default as the point is.
             dependent: As for `gqa_cutlass.plan`.
+            features: More options for it; their tensors stay with the plan.
         """
         return gqa_cutlass.plan(
             self.q, self.k[0], self.v[0], self.new_k, self.new_v, cache_seqlens=self.seqlens,
             ragged=isinstance(self.point, Ragged) if ragged is None else ragged,
-            dependent=dependent,
+            dependent=dependent, **features,
         )  # fmt: skip
 
     def step(self, plan: gqa_cutlass.Plan, i: int) -> Tensor:
@@ -80,7 +84,7 @@ class Data:
         return out
 
 
-def check(plan: gqa_cutlass.Plan, data: Data) -> tuple[Tensor, float]:
+def check(plan: gqa_cutlass.Plan, data: Data, **features: Any) -> tuple[Tensor, float]:
     """Run the first set with NaN from the new token on; leave random numbers behind that token.
 
     Returns:
@@ -101,16 +105,17 @@ def check(plan: gqa_cutlass.Plan, data: Data) -> tuple[Tensor, float]:
         assert torch.equal(behind[0], new), "the new token was not appended"
         assert bool(behind[1:].isnan().all()), "a row behind the new token was written"
         behind[1:].normal_()
-    error = relative_error(out, expected(data))
+    error = relative_error(out, expected(data, **features))
     assert error < ALLOWED_ERROR, f"{data.point}: relative error {error}"
     return out, error
 
 
-def expected(data: Data) -> Tensor:
+def expected(data: Data, **features: Any) -> Tensor:
     """What attending the first set gives in float32, the new tokens appended."""
     lengths = [n + 1 for n in data.point.lengths]
     scale = data.q.shape[-1] ** -0.5
-    return attend(data.q, data.k[0], data.v[0], lengths, scale, torch.float32)[0]
+    caches = data.k[0], data.v[0]
+    return attend(data.q, *caches, lengths, scale, torch.float32, **features)[0]
 
 
 def relative_error(out: Tensor, right: Tensor) -> float:

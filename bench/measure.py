@@ -29,6 +29,7 @@ from torch import Tensor
 import gqa_cutlass
 from bench import baselines
 from bench.data import Data, check, pool_bytes, random_pool, relative_error
+from bench.features import CASES, measure_feature
 from bench.host import host_costs
 from bench.points import GRID, PREFILL, RAGGED, Point, Ragged
 from bench.prefill import measure_prefill
@@ -124,7 +125,12 @@ def run(wanted: str, folder: Path, commit: str) -> tuple[Record, Path]:
             f"bench: --points: got {wanted!r}, in the name of no point that fits into this GPU's "
             f"memory; allowed: a part of a name, like {str(GRID[0])!r} or 'ragged'."
         )
-    pool, floor = random_pool(points), Floor()
+    cases = [
+        case for case in CASES
+        if wanted in str(case.point) and len(fitting(case.points, free)) == len(case.points)
+    ]  # fmt: skip
+    attended = [*points, *(point for case in cases for point in case.points)]
+    pool, floor = random_pool(attended), Floor()
     rows = [measure(p, pool, floor) for p in points if not isinstance(p, Ragged)]
     clocks = ask_gpu("clocks.sm,clocks.mem")
     record = Record(run={**provenance(), "clocks": clocks, "commit": commit}, rows=rows)
@@ -135,6 +141,8 @@ def run(wanted: str, folder: Path, commit: str) -> tuple[Record, Path]:
     record.save(path)
     prompts = [measure_prefill(p, pool) for p in points if p in PREFILL]
     record = replace(record, prefill=[found for found in prompts if found is not None])
+    record.save(path)
+    record = replace(record, features=[measure_feature(case, pool) for case in cases])
     record.save(path)
     record = replace(record, host=host_costs())
     record.save(path)

@@ -177,6 +177,36 @@ class Prefill:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Featured:
+    """A step with a feature beside the plain one; microseconds per call.
+
+    Args:
+        point: Label of what the feature attends.
+        feature: Label.
+        kernel: Name of the kernel with it.
+        mib: MiB of K and V that a call reads.
+        relative_error: By norm, against float32.
+        ours: The step with the feature.
+        plain: The step without it, over as many tokens as are seen.
+        limit: Target: what it may take.
+    """
+
+    point: str
+    feature: str
+    kernel: str
+    mib: float
+    relative_error: float
+    ours: float
+    plain: float
+    limit: float
+
+    @property
+    def label(self) -> Label:
+        """What the point's name says."""
+        return Label.of(self.point)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Record:
     """A run.
 
@@ -185,6 +215,7 @@ class Record:
         rows: The grid.
         ragged: Points whose sequences differ in length.
         prefill: Attention of whole prompts, for comparison.
+        features: Steps with features, beside plain ones.
         host: Microseconds of host time per call, by contender.
     """
 
@@ -192,11 +223,12 @@ class Record:
     rows: list[Row]
     ragged: list[Row] = field(default_factory=list)
     prefill: list[Prefill] = field(default_factory=list)
+    features: list[Featured] = field(default_factory=list)
     host: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: Path) -> Record:
-        """Read what `save` wrote, now or before prompts were measured.
+        """Read what `save` wrote, now or before prompts and features were measured.
 
         Raises:
             InputError: It is no such file.
@@ -210,13 +242,15 @@ class Record:
                 Label.of(prompts.point)
                 if not prompts.measured:
                     raise ValueError(f"the record: {prompts.point}: no prefill was measured")
+            for featured in file.features:
+                Label.of(featured.point)
         except ValueError as wrong:
             raise InputError(
                 f"bench: record: got {path}, which is none ({wrong}); allowed: {_ALLOWED}."
             ) from wrong
         return cls(
             run=file.run, rows=file.microseconds, ragged=file.ragged, prefill=file.prefill,
-            host=file.host_microseconds,
+            features=file.features, host=file.host_microseconds,
         )  # fmt: skip
 
     def save(self, path: Path) -> None:
@@ -228,6 +262,7 @@ class Record:
         file = _File(
             run=self.run, recorded_scaled=baselines.SOURCE, host_microseconds=self.host,
             microseconds=self.rows, ragged=self.ragged, prefill=self.prefill,
+            features=self.features,
         )  # fmt: skip
         with writing("bench: --out", path.parent):
             update(path.parent, {path.name: json.dumps(asdict(file), indent=1) + "\n"})
@@ -243,3 +278,4 @@ class _File:
     microseconds: list[Row]
     ragged: list[Row]
     prefill: list[Prefill] = field(default_factory=list)
+    features: list[Featured] = field(default_factory=list)

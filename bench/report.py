@@ -10,7 +10,7 @@ from rich.table import Table
 
 from bench.baselines import SDPA
 from bench.points import Label
-from bench.record import Baseline, Prefill, Record, Row
+from bench.record import Baseline, Featured, Prefill, Record, Row
 
 HOST_TARGETS = {"plan, out given": 8.0, "plan": 8.0, "gqa_decode": 14.0}
 ABSENT = "-"
@@ -29,6 +29,11 @@ _PREFILL_HEADER = (
     *(f"prefill, {name}" for name in SDPA), "per prompt token", "prefill over decode",
 )  # fmt: skip
 
+_FEATURES_HEADER = (
+    "model, heads (q/kv/dim)", "sequences × tokens", "feature", "MiB read", "plain step",
+    "with the feature", "over the plain step", "target",
+)  # fmt: skip
+
 
 def show(record: Record) -> None:
     """Print everything."""
@@ -42,6 +47,8 @@ def show(record: Record) -> None:
         console.print(_ragged_table(record.ragged))
     if record.prefill:
         console.print(_prefill_table(record.prefill))
+    if record.features:
+        console.print(_features_table(record.features))
     if record.host:
         console.print(_host_table(record.host))
 
@@ -92,6 +99,19 @@ def _prefill_table(rows: list[Prefill]) -> Table:
         table.add_row(
             row.point, f"{row.decode:.2f}", f"{row.per_token:.2f}", *_micros(row.measured, names),
             f"{row.per_prompt_token:.4f}", f"{row.ratio:.1f}x",
+        )  # fmt: skip
+    return table
+
+
+def _features_table(rows: list[Featured]) -> Table:
+    table = Table(
+        "point", "feature", "MiB read", "plain", "with it", "over plain", "target", "met",
+        title="us per call of steps with features, and of the plain step over what they see",
+    )  # fmt: skip
+    for row in rows:
+        table.add_row(
+            row.point, row.feature, f"{row.mib:.1f}", f"{row.plain:.2f}", f"{row.ours:.2f}",
+            f"{row.ours / row.plain:.2f}x", f"{row.limit:.2f}", _met(row.ours <= row.limit),
         )  # fmt: skip
     return table
 
@@ -160,6 +180,8 @@ def markdown(record: Record) -> str:
         tables.append(_markdown_table(_RAGGED_HEADER, map(_ragged_cells, record.ragged)))
     if record.prefill:
         tables.append(_markdown_table(_PREFILL_HEADER, map(_prefill_cells, record.prefill)))
+    if record.features:
+        tables.append(_markdown_table(_FEATURES_HEADER, map(_features_cells, record.features)))
     if record.host:
         cells = [[n, _short(t), _host_target(n)] for n, t in record.host.items()]
         tables.append(_markdown_table(("call", "µs of host time", "target"), cells))
@@ -192,6 +214,13 @@ def _prefill_cells(row: Prefill) -> list[str]:
     return [
         *_split(row.label), f"**{row.decode:.1f}**", _short(row.per_token),
         *_micros(row.measured, SDPA, digits=1), f"{row.per_prompt_token:.3f}", f"{row.ratio:.1f}×",
+    ]  # fmt: skip
+
+
+def _features_cells(row: Featured) -> list[str]:
+    return [
+        *_split(row.label), row.feature, f"{row.mib:g}", f"{row.plain:.1f}", f"**{row.ours:.1f}**",
+        f"{row.ours / row.plain:.2f}×", f"{row.limit:.1f}",
     ]  # fmt: skip
 
 

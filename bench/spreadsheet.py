@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from bench.checkout import UNKNOWN
 from bench.points import Label
-from bench.record import Prefill, Record, Row
+from bench.record import Featured, Prefill, Record, Row
 
 PROVENANCE = ("gpu", "driver", "clocks", "torch", "compiler", "date", "commit")
 EQUAL = "equal"
@@ -34,6 +34,12 @@ def prefill_csv(record: Record) -> str:
     run = _provenance(record.run)
     names = dict.fromkeys(name for row in record.prefill for name in row.measured)
     return _csv([_prefill(row, names) | run for row in record.prefill])
+
+
+def features_csv(record: Record) -> str:
+    """Steps with features beside plain ones."""
+    run = _provenance(record.run)
+    return _csv([_featured(row) | run for row in record.features])
 
 
 def _decode(row: Row, measured: Iterable[str], recorded: Iterable[str]) -> Cells:
@@ -75,6 +81,19 @@ def _prefill(row: Prefill, names: Iterable[str]) -> Cells:
         "prefill_best_us": _micros(row.best.micros),
         "prefill_us_per_token": _micros(row.per_prompt_token),
         "prefill_over_decode": round(row.ratio, 3),
+    }
+
+
+def _featured(row: Featured) -> Cells:
+    return {
+        **_point(row.label),
+        "feature": row.feature,
+        "kv_mib": row.mib,
+        "ours_us": _micros(row.ours),
+        "plain_us": _micros(row.plain),
+        "target_us": _micros(row.limit),
+        "kernel": row.kernel,
+        "relative_error": f"{row.relative_error:.3g}",
     }
 
 

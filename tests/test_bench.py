@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 import gqa_cutlass
-from bench import baselines, measure, prefill, report, timing
+from bench import baselines, features, measure, prefill, report, timing
 from bench import data as bench_data
 from bench.data import Data, check, num_sets, pool_bytes
+from bench.features import Case
 from bench.points import GRID, PREFILL, RAGGED, Label, Point, Ragged
 from bench.record import Record
 from gqa_cutlass.errors import InputError
@@ -305,12 +306,16 @@ def _times(graphs: dict[str, FakeGraph]) -> dict[str, float]:
         "floor 1": 3.0,
         "floor 2": 3.5,
         "decode": 5.0,
+        "with": 4.5,
+        "plain": 4.0,
         "SDPA flash": 7.0,
     }
     return {name: known.get(name, 6.0) for name in graphs}
 
 
-def _plan(*tensors: Tensor, cache_seqlens: Tensor, ragged: bool, dependent: bool) -> FakePlan:
+def _plan(
+    *tensors: Tensor, cache_seqlens: Tensor, ragged: bool, dependent: bool, **features: object
+) -> FakePlan:
     return FakePlan(shape=f"{'spare splits, ' * ragged}{'early' * dependent}")
 
 
@@ -321,6 +326,7 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {
         "GRID": (SMALL,),
         "PREFILL": (SMALL,),
+        "CASES": (Case(feature="none", point=SMALL, options=lambda data: {}, most=1.5),),
         "RAGGED": (SMALL_RAGGED,),
         "Floor": FakeFloor,
         "random_pool": lambda points: pool(max(points, key=pool_bytes)),
@@ -330,9 +336,9 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         "source_digest": lambda config: "0" * 16,
     }.items():
         monkeypatch.setattr(measure, name, value)
-    for module in (measure, prefill):
+    for module in (measure, prefill, features):
         monkeypatch.setattr(module, "interleaved", _times)
-    for module in (measure, prefill, timing):
+    for module in (measure, prefill, features, timing):
         monkeypatch.setattr(module, "Graph", FakeGraph)
     monkeypatch.setattr(prefill, "SDPA", dict.fromkeys(baselines.SDPA, SDPBackend.MATH))
     monkeypatch.setattr(gqa_cutlass, "plan", _plan)
@@ -357,6 +363,8 @@ def test_a_run_writes_what_it_measured(tmp_path: Path, monkeypatch: pytest.Monke
     assert ragged.point == "small 4/2/64 3x48 ragged three lengths" and ragged.limit == 1.5
     assert not any(name.startswith("SDPA") for name in ragged.measured)
     assert record.host == {"plan": 7.0, "gqa_decode": 15.0}
+    (featured,) = record.features
+    assert (featured.feature, featured.ours, featured.plain, featured.limit) == ("none", 4.5, 4, 6)
     (prompts,) = record.prefill
     assert (prompts.point, prompts.decode) == ("small 4/2/64 3x48", 5.0)
     assert prompts.measured == {"SDPA flash": 7.0, "SDPA cuDNN": 6.0}

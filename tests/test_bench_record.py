@@ -14,6 +14,7 @@ from bench_fakes import full_record, prefill_of, row_of
 from helpers import REPOSITORY
 
 from bench import baselines, checkout, report, spreadsheet
+from bench.features import CASES
 from bench.points import GRID, PREFILL, RAGGED
 from bench.record import Prefill, Record
 from gqa_cutlass.errors import InputError
@@ -32,12 +33,15 @@ def test_the_record_survives_its_file(full: Record, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "r.json").read_text())["recorded_scaled"] == baselines.SOURCE
 
 
-def test_a_record_from_before_prompts_were_measured_is_read(full: Record, tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", ["prefill", "features"])
+def test_a_record_from_before_a_part_was_measured_is_read(
+    part: str, full: Record, tmp_path: Path
+) -> None:
     full.save(tmp_path / "r.json")
     content = json.loads((tmp_path / "r.json").read_text())
-    del content["prefill"]
+    del content[part]
     (tmp_path / "r.json").write_text(json.dumps(content))
-    assert Record.load(tmp_path / "r.json") == replace(full, prefill=[])
+    assert Record.load(tmp_path / "r.json") == replace(full, **{part: []})  # type: ignore[arg-type]
 
 
 def test_the_shipped_record_is_read() -> None:
@@ -79,7 +83,8 @@ VALUES = {
     "microseconds/0/dependent": True, "microseconds/0/limit": 10**400,
     "microseconds/0/measured": [1.0], "microseconds/0/measured/FA3": 0.0,
     "microseconds/0/recorded_scaled/XQA": 1e300, "prefill/0/measured": {},
-    "prefill/0/decode": [[]], "host_microseconds/plan": None,
+    "prefill/0/decode": [[]], "features/0/point": "a point",
+    "features/0/limit": None, "host_microseconds/plan": None,
 }  # fmt: skip
 
 
@@ -127,9 +132,10 @@ def test_prompts_are_compared_by_the_faster_backend() -> None:
 
 
 def test_markdown_has_a_row_per_point(full: Record) -> None:
-    grid, ragged, prefill, host, sentences = report.markdown(full).split("\n\n")
+    grid, ragged, prefill, features, host, sentences = report.markdown(full).split("\n\n")
     for table, rows, columns in (
-        (grid, len(GRID), 14), (ragged, len(RAGGED), 8), (prefill, len(PREFILL), 8), (host, 4, 3),
+        (grid, len(GRID), 14), (ragged, len(RAGGED), 8), (prefill, len(PREFILL), 8),
+        (features, len(CASES), 8), (host, 4, 3),
     ):  # fmt: skip
         lines = table.splitlines()
         assert len(lines) == 2 + rows
@@ -142,6 +148,9 @@ def test_markdown_has_a_row_per_point(full: Record) -> None:
     assert ragged.splitlines()[3].endswith("| long first | 69 | 19.0 | **23.7** | 1.25× | 1.30× |")
     assert prefill.splitlines()[5] == (
         "| llama3-8b 32/8/128 | 8 × 1024 | **12.5** | 1.6 | 500.0 | 400.0 | 0.049 | 32.0× |"
+    )
+    assert features.splitlines()[2] == (
+        "| llama3-8b 32/8/128 | 1 × 16384 | softcap | 64 | 22.1 | **24.3** | 1.10× | 22.8 |"
     )
     assert host.splitlines()[2:] == [
         "| plan | 7.0 | 8 |",
@@ -164,7 +173,13 @@ def test_a_terminal_shows_every_part(full: Record, capsys: pytest.CaptureFixture
     said = capsys.readouterr().out
     for point in (*GRID, *RAGGED):
         assert f" {point} " in said
-    for title in ("per token", "GB/s", "prefill over decode", "us of host time per call"):
+    for title in (
+        "window of 1024",
+        "per token",
+        "GB/s",
+        "prefill over decode",
+        "us of host time per call",
+    ):
         assert title in said
     rows = [line.split("│") for line in said.splitlines() if " 8x1024 " in line]
     of_step, of_prompts = ([cell.strip() for cell in row[1:-1]] for row in rows)

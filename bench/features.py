@@ -1,0 +1,135 @@
+"""Features beside the plain kernel: what each costs, and what a window saves.
+
+Protocol: as for the grid. The step with a feature takes turns with the plain one: over the same
+tokens, or, where a window hides the rest of a large cache, over a cache of the window alone. Every
+output is checked against float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.data import Data, check
+from bench.points import Point
+from bench.record import Featured
+from bench.timing import Graph, interleaved
+
+Options = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Windowed(Point):
+    """A problem of which a window of tokens is attended.
+
+    Args:
+        window: Tokens, the new one included.
+    """
+
+    window: int
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of K and V within the windows, read once."""
+        return self.batch * self.window * self.row_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A feature at a point.
+
+    Args:
+        feature: Label.
+        point: What is attended.
+        options: The call's, by the point's data.
+        plain: What the step without the feature attends; None: the same.
+        most: Target: what the feature may cost, as a multiple of the plain step.
+        more: Target: microseconds that it may cost besides.
+    """
+
+    feature: str
+    point: Point
+    options: Callable[[Data], Options]
+    plain: Point | None = None
+    most: float = 1.0
+    more: float = 0.0
+
+    @property
+    def points(self) -> tuple[Point, Point]:
+        """What the step with the feature attends, and the plain one."""
+        return self.point, self.plain or self.point
+
+
+def _heads(data: Data) -> Tensor:
+    """A number per query head."""
+    return torch.linspace(0.01, 0.5, data.point.num_q_heads, device=data.q.device)
+
+
+_SHAPES = (
+    Point("llama3-8b", 32, 8, 128, 1, 16384),
+    Point("llama3-8b", 32, 8, 128, 8, 8192),
+    Point("gemma2-9b", 16, 8, 256, 16, 4096),
+    Point("gpt-oss", 64, 8, 64, 64, 2048),
+)
+_SCORES: tuple[tuple[str, Callable[[Data], Options]], ...] = (
+    ("softcap", lambda data: {"softcap": 30.0}),
+    ("sinks", lambda data: {"sinks": _heads(data)}),
+    ("ALiBi", lambda data: {"alibi_slopes": _heads(data)}),
+)
+CASES = (
+    *(
+        Case(feature=feature, point=point, options=options, most=1.03)
+        for point in _SHAPES
+        for feature, options in _SCORES
+    ),
+    *(
+        Case(
+            feature=f"window of {window}",
+            point=Windowed("llama3-8b", 32, 8, 128, batch, room, window),
+            options=lambda data, window=window: {"window_size": (window - 1, 0)},  # type: ignore[misc]
+            plain=Point("llama3-8b", 32, 8, 128, batch, window),
+            more=0.4,
+        )
+        for batch, room, window in ((1, 131072, 1024), (8, 32768, 1024), (1, 131072, 4096))
+    ),
+    Case(
+        feature="window of 128, sinks (gpt-oss)",
+        point=Windowed("gpt-oss", 64, 8, 64, 16, 16384, 128),
+        options=lambda data: {"window_size": (127, 0), "sinks": _heads(data)},
+        plain=Point("gpt-oss", 64, 8, 64, 16, 128),
+        more=0.4,
+    ),
+    Case(
+        feature="window of 4096, softcap (Gemma 2)",
+        point=Windowed("gemma2-9b", 16, 8, 256, 4, 8192, 4096),
+        options=lambda data: {"window_size": (4095, 0), "softcap": 50.0},
+        plain=Point("gemma2-9b", 16, 8, 256, 4, 4096),
+        most=1.03,
+        more=0.4,
+    ),
+)
+
+
+def measure_feature(case: Case, pool: Tensor) -> Featured:
+    """Check and time one feature beside the plain step."""
+    data = Data(case.point, pool)
+    options = case.options(data)
+    plan = data.plan(**options)  # which keeps the tensors among them
+    _, error = check(plan, data, **options)
+    plain_data = Data(case.points[1], pool)
+    plain_plan = plain_data.plan()
+    check(plain_plan, plain_data)
+    graphs = {
+        "with": Graph(lambda i: data.step(plan, i), data.num_sets),
+        "plain": Graph(lambda i: plain_data.step(plain_plan, i), plain_data.num_sets),
+    }
+    times = interleaved(graphs)
+    return Featured(
+        point=str(case.point), feature=case.feature, kernel=plan.dispatch.config.name,
+        mib=case.point.read_bytes / 2**20, relative_error=error, ours=times["with"],
+        plain=times["plain"], limit=case.most * times["plain"] + case.more,
+    )  # fmt: skip
