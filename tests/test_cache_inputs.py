@@ -68,7 +68,7 @@ def test_tokens_of_another_kind_are_refused(
 def test_a_prompts_keys_and_values_must_be_as_many() -> None:
     cache = new_cache()
     with pytest.raises(
-        InputError, match=r"prefill: v: got .*\[3, 2, 1, 64\].*; allowed: k's shape"
+        InputError, match=r"prefill: v: got .*\[3, 2, 1, 64\].*; allowed: as many tokens as k, 3"
     ):
         cache.prefill(tokens(cache, 3)[0], tokens(cache, 2)[1])
 

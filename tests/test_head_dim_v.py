@@ -8,10 +8,11 @@ from cases import Edge, Step, make_step
 from helpers import check, run, share_of_step, skip_unless_it_runs
 
 import gqa_cutlass
-from gqa_cutlass import gqa_decode
+from gqa_cutlass import KVCache, gqa_decode
 from gqa_cutlass.codegen import DType, KernelConfig, Math, Schedule, default_config
 from gqa_cutlass.codegen.schema.policies import named, special
 from gqa_cutlass.errors import ConfigError, InputError
+from gqa_cutlass.proof.reference import attend
 
 KINDS = {
     "tensorop": (Math.TENSOROP, DType.F16, 8, Schedule.MULTISTAGE),
@@ -116,6 +117,68 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(
     with pytest.raises(InputError, match=message):
         gqa_decode(**given, cache_seqlens=step.seqlens)
     step.check_memory(rejected=(0, 1))
+
+
+# KVCache.
+
+
+@pytest.mark.parametrize("dims", [(64, 32), (32, 64)], ids=str)
+def test_a_cache_of_both_is_filled_moved_and_attended(
+    dims: tuple[int, int], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against a reference that holds plain tensors; rows are moved in many small pieces."""
+    monkeypatch.setattr("gqa_cutlass.cache.rows._TEMPORARY_BYTES", 2**9)
+    generator = torch.Generator(device).manual_seed(3)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=device).half()
+
+    cache = KVCache(2, 24, 2, dims[0], device=device, head_dim_v=dims[1])
+    assert (cache.k.shape[-1], cache.v.shape[-1]) == dims
+    k, v = (random(2, 9, 2, dim) for dim in dims)
+    cache.prefill(k, v, lengths=[9, 5])
+    more = [random(2, 2, dim) for dim in dims]
+    cache.append(*more)
+    cache.reorder([1, 0])
+    cache.truncate([5, 10])
+    q, new = random(2, 8, dims[0]), [random(2, 2, dim) for dim in dims]
+    out = cache.decode(q, *new)
+    held = [
+        torch.cat((old[0], late[:1], fresh[1:]))
+        for old, late, fresh in zip((k, v), more, new, strict=True)
+    ]
+    short = [torch.cat((old[1, :5], fresh[:1])) for old, fresh in zip((k, v), new, strict=True)]
+    assert cache.lengths == [6, 11] and out.shape == (2, 8, dims[1])
+    for b, (keys, values) in enumerate((short, held)):
+        expected, _ = attend(
+            q[b : b + 1], keys[None], values[None], [len(keys)], dims[0] ** -0.5, torch.float64
+        )
+        torch.testing.assert_close(out[b].double(), expected[0], atol=2e-3, rtol=2e-3)
+
+
+def test_a_cache_says_its_sizes_and_refuses_those_that_differ() -> None:
+    sizes = {"batch_size": 2, "max_seq_len": 8, "num_kv_heads": 3, "head_dim": 64}
+    cache = KVCache(**sizes, device="cpu", head_dim_v=40)
+    assert "head_dim=64, head_dim_v=40, dtype" in repr(cache)
+    needed = KVCache.bytes_needed(**sizes, head_dim_v=40, num_layers=2)
+    assert needed == 2 * 2 * 8 * 3 * (64 + 40) * 2 + 2 * 2 * 4
+    (layer,) = KVCache.for_layers(1, **sizes, device="cpu", head_dim_v=40)
+    assert layer.v.shape == (2, 8, 3, 40)
+    k, v = torch.zeros(2, 3, 64).half(), torch.zeros(2, 3, 40).half()
+    for wrong, message in (
+        ((k, k), r"append: v: got .*\[2, 3, 64\].*head_dim 40"),
+        ((v, v), r"append: k: got .*\[2, 3, 40\].*head_dim 64"),
+    ):
+        with pytest.raises(InputError, match=message):
+            cache.append(*wrong)
+    with pytest.raises(InputError, match="prefill: v: got .*as many tokens as k, 2"):
+        cache.prefill(torch.zeros(2, 2, 3, 64).half(), torch.zeros(2, 1, 3, 40).half())
+    assert cache.lengths == [0, 0]
+    with pytest.raises(InputError, match="head_dim_v: got 20; allowed: multiples of 8"):
+        KVCache(**sizes, device="cpu", head_dim_v=20)
+
+
+# Names.
 
 
 def test_names_tell_kernels_apart_and_say_no_more_than_they_must() -> None:

@@ -45,8 +45,9 @@ class Sizes:
         batch_size: Sequences.
         max_seq_len: Tokens that a sequence's cache can hold.
         num_kv_heads: KV heads.
-        head_dim: Dimension per head.
+        head_dim: Dimension per head of keys.
         dtype: Element type, torch.float16 or torch.bfloat16.
+        head_dim_v: Dimension per head of values; None: as head_dim.
 
     Raises:
         InputError: One of them is not allowed.
@@ -58,6 +59,7 @@ class Sizes:
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
+    head_dim_v: int | None = None
 
     def __post_init__(self) -> None:
         for name, most in (
@@ -67,32 +69,43 @@ class Sizes:
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= most:
                 _fail(name, shown(value), f"an int from 1 to {most}")
-        if type(self.head_dim) is not int or self.head_dim not in HEAD_DIMS:
-            _fail("head_dim", shown(self.head_dim), HEAD_DIM_RULE)
+        for name, dim in (("head_dim", self.head_dim), ("head_dim_v", self._dims[1])):
+            if type(dim) is not int or dim not in HEAD_DIMS:
+                _fail(name, shown(dim), HEAD_DIM_RULE)
         if not isinstance(self.dtype, torch.dtype) or self.dtype not in DTYPES:
             _fail("dtype", shown(self.dtype), " or ".join(map(str, DTYPES)))
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Of one layer's keys, and of its values."""
-        return self.batch_size, self.max_seq_len, self.num_kv_heads, self.head_dim
+        rows = self.batch_size, self.max_seq_len, self.num_kv_heads
+        k, v = self._dims
+        return (*rows, k), (*rows, v)
 
     @property
     def total_bytes(self) -> int:
         """Bytes of K and V of all layers, and of the lengths that they share."""
-        return 2 * self.num_layers * self.max_seq_len * self._row_bytes + self._state_bytes
+        return self.num_layers * self.max_seq_len * sum(self._row_bytes) + self._state_bytes
 
     def longest(self, available: int) -> int:
         """The largest max_seq_len whose caches are sure to fit into so many bytes; 0 for none."""
         usable = available - available // _SPARE_SHARE - self._state_bytes
         pages = usable // _PAGE - 1  # one for the state
-        each = max(0, pages // (2 * self.num_layers)) * _PAGE
-        return min(each // self._row_bytes, MAX_SEQ_LEN)
+        pages = max(0, pages // self.num_layers)
+        k, v = self._row_bytes
+        of_keys = pages * k // (k + v)
+        return min(of_keys * _PAGE // k, (pages - of_keys) * _PAGE // v, MAX_SEQ_LEN)
 
     @property
-    def _row_bytes(self) -> int:
-        """Bytes of one token of every sequence in one tensor."""
-        return self.batch_size * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+    def _dims(self) -> tuple[int, int]:
+        """Of keys and of values."""
+        return self.head_dim, self.head_dim if self.head_dim_v is None else self.head_dim_v
+
+    @property
+    def _row_bytes(self) -> tuple[int, int]:
+        """Bytes of one token of every sequence in the keys, and in the values."""
+        k, v = (self.batch_size * self.num_kv_heads * n * self.dtype.itemsize for n in self._dims)
+        return k, v
 
     @property
     def _state_bytes(self) -> int:
@@ -185,8 +198,8 @@ def _try_to_allocate(sizes: Sizes, device: torch.device) -> Memory | None:
         # Normal tensors, even in inference mode: outside of it nobody may write to the others.
         with torch.inference_mode(False):
             state = torch.zeros(2, sizes.batch_size, dtype=torch.int32, device=device)
-            for _ in range(2 * sizes.num_layers):
-                tensors.append(torch.empty(sizes.shape, dtype=sizes.dtype, device=device))
+            for shape in sizes.shapes * sizes.num_layers:
+                tensors.append(torch.empty(shape, dtype=sizes.dtype, device=device))
     except refusal:
         tensors.clear()
         if device.type == "cuda":
@@ -201,11 +214,16 @@ def _raise_too_large(sizes: Sizes, device: torch.device, available: int) -> NoRe
     fits = f"max_seq_len up to {longest}" if longest else "no max_seq_len"
     raise CacheAllocationError(
         f"KVCache: memory: got a cache of {sizes.total_bytes} bytes ({gib(sizes.total_bytes)}): "
-        f"k and v of {list(sizes.shape)} (batch_size, max_seq_len, num_kv_heads, head_dim), "
+        f"{_shapes_text(sizes)} (batch_size, max_seq_len, num_kv_heads, head_dim), "
         f"{sizes.dtype}{layers}; free on {device}: {available} bytes ({gib(available)}). Nothing "
         f"was allocated. With the other sizes as they are {fits} fits: shorten the cache, take "
         "fewer sequences, or free memory."
     )
+
+
+def _shapes_text(sizes: Sizes) -> str:
+    k, v = map(list, sizes.shapes)
+    return f"k and v of {k}" if k == v else f"k of {k} and v of {v}"
 
 
 def gib(count: int) -> str:

@@ -13,7 +13,8 @@ from gqa_cutlass.tensors import Flaw, byte_reach, flaw, memory_flaw
 
 _TOKEN = "[batch, num_kv_heads, head_dim] or [batch, 1, num_kv_heads, head_dim]"
 _TOKENS = "[batch, tokens, num_kv_heads, head_dim]"
-Caches = tuple[Tensor, Tensor]  # keys and values, [batch, max_seq_len, num_kv_heads, head_dim]
+# Keys and values, [batch, max_seq_len, num_kv_heads, head_dim], and a head_dim for each.
+Caches = tuple[Tensor, Tensor]
 
 
 def one_token(method: str, name: str, tensor: Tensor, caches: Caches) -> Tensor:
@@ -22,7 +23,7 @@ def one_token(method: str, name: str, tensor: Tensor, caches: Caches) -> Tensor:
     Raises:
         InputError: Something else, or not like the cache.
     """
-    batch, _, *row = caches[0].shape
+    batch, _, *row = _own(name, caches).shape
     tensor = _plain(method, name, tensor)
     _check_new(method, name, tensor, caches, _TOKEN, [batch, *row], [batch, 1, *row])
     return tensor.unsqueeze(1) if tensor.dim() == 3 else tensor
@@ -34,12 +35,12 @@ def prompt(method: str, k: Tensor, v: Tensor, caches: Caches) -> tuple[Tensor, T
     Raises:
         InputError: Something else, or not like the cache.
     """
-    batch, _, *row = caches[0].shape
     k, v = _plain(method, "k", k), _plain(method, "v", v)
     for name, tensor in (("k", k), ("v", v)):
+        batch, _, *row = _own(name, caches).shape
         _check_new(method, name, tensor, caches, _TOKENS, [batch, *tensor.shape[1:2], *row])
-    if k.shape != v.shape:
-        refuse(method, "v", _describe(v), f"k's shape, {list(k.shape)}")
+    if k.shape[1] != v.shape[1]:
+        refuse(method, "v", _describe(v), f"as many tokens as k, {k.shape[1]}")
     return k, v
 
 
@@ -111,6 +112,11 @@ def refuse(method: str, what: str, got: str, allowed: str) -> NoReturn:
     )
 
 
+def _own(name: str, caches: Caches) -> Tensor:
+    """The cache that k or v belongs to."""
+    return caches[name == "v"]
+
+
 def _plain(method: str, name: str, tensor: Tensor) -> Tensor:
     """A plain, dense tensor, without what a subclass makes of it.
 
@@ -134,7 +140,7 @@ def _check_new(
             "a tensor that requires grad (a cache has no backward pass)",
             "tensors without grad; call it under torch.inference_mode() or torch.no_grad()",
         )
-    cache, _ = caches
+    cache = _own(name, caches)
     like = tensor.dtype == cache.dtype and tensor.device == cache.device
     if not like or list(tensor.shape) not in shapes:
         batch, _, num_kv_heads, head_dim = cache.shape

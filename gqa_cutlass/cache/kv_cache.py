@@ -60,11 +60,12 @@ class KVCache:
         head_dim: Dimension per head, as `gqa_decode` allows it.
         dtype: torch.float16 or torch.bfloat16.
         device: A GPU, or "cpu" (simulated, slow).
+        head_dim_v: Dimension per head of values; None: as head_dim.
 
     Attributes:
         k: Keys, [batch_size, max_seq_len, num_kv_heads, head_dim], contiguous. What lies behind a
             sequence's length is not initialised, and never read.
-        v: Values, as k.
+        v: Values, as k but for head_dim_v.
 
     Raises:
         InputError: A size, the type or the device is not allowed.
@@ -83,8 +84,9 @@ class KVCache:
         head_dim: int,
         dtype: torch.dtype = torch.float16,
         device: torch.device | int | str = "cuda",
+        head_dim_v: int | None = None,
     ) -> None:
-        sizes = _sizes(1, batch_size, max_seq_len, num_kv_heads, head_dim, dtype)
+        sizes = _sizes(1, batch_size, max_seq_len, num_kv_heads, head_dim, dtype, head_dim_v)
         memory = _allocate(sizes, device)
         self._adopt(*memory.layers[0], Lengths(memory.state, max_seq_len), leads=True)
 
@@ -98,6 +100,7 @@ class KVCache:
         head_dim: int,
         dtype: torch.dtype = torch.float16,
         device: torch.device | int | str = "cuda",
+        head_dim_v: int | None = None,
     ) -> list[KVCache]:
         """Allocate the caches of a model's layers, which share their lengths.
 
@@ -119,11 +122,14 @@ class KVCache:
             head_dim: As for `KVCache`.
             dtype: As for `KVCache`.
             device: As for `KVCache`.
+            head_dim_v: As for `KVCache`.
 
         Raises:
             GqaError: As for `KVCache`.
         """
-        sizes = _sizes(num_layers, batch_size, max_seq_len, num_kv_heads, head_dim, dtype)
+        sizes = _sizes(
+            num_layers, batch_size, max_seq_len, num_kv_heads, head_dim, dtype, head_dim_v
+        )
         memory = _allocate(sizes, device)
         lengths = Lengths(memory.state, max_seq_len)
         caches = []
@@ -141,13 +147,16 @@ class KVCache:
         head_dim: int,
         dtype: torch.dtype = torch.float16,
         num_layers: int = 1,
+        head_dim_v: int | None = None,
     ) -> int:
         """Bytes that such caches would take, their lengths included; allocates nothing.
 
         Raises:
             InputError: A size or the type is not allowed.
         """
-        sizes = _sizes(num_layers, batch_size, max_seq_len, num_kv_heads, head_dim, dtype)
+        sizes = _sizes(
+            num_layers, batch_size, max_seq_len, num_kv_heads, head_dim, dtype, head_dim_v
+        )
         return sizes.total_bytes
 
     def _adopt(self, k: Tensor, v: Tensor, lengths: Lengths, *, leads: bool) -> None:
@@ -186,12 +195,19 @@ class KVCache:
         """Where the cache is."""
         return self.k.device
 
+    @property
+    def _widest(self) -> Tensor:
+        """Keys or values: whose rows take more memory."""
+        return max(self.k, self.v, key=lambda cache: cache.shape[-1])
+
     def __repr__(self) -> str:
         batch_size, max_seq_len, num_kv_heads, head_dim = self.k.shape
         size = self.k.nbytes + self.v.nbytes
+        head_dim_v = self.v.shape[-1]
+        values = f"head_dim_v={head_dim_v}, " if head_dim_v != head_dim else ""
         return (
             f"KVCache(batch_size={batch_size}, max_seq_len={max_seq_len}, "
-            f"num_kv_heads={num_kv_heads}, head_dim={head_dim}, dtype={self.k.dtype}, "
+            f"num_kv_heads={num_kv_heads}, head_dim={head_dim}, {values}dtype={self.k.dtype}, "
             f"device='{self.device}', bytes={size}, bound={self.bound})"
         )
 
@@ -356,7 +372,7 @@ class KVCache:
                 lengths.upload("reorder", rows, torch.int64) for rows in (host, *self._moves(host))
             )
         reach = lengths.reach
-        through = buffer(self.k, len(sources), reach)
+        through = buffer(self._widest, len(sources), reach)
         with lengths.reordering(order, host, self._leads):
             if len(sources):
                 gather((self.k, self.v), reach, sources, targets, through)
@@ -441,7 +457,7 @@ class KVCache:
             for cache, new in pairs:
                 cache[:, start:stop].copy_(new)  # padding included, which lands behind the lengths
         else:
-            through = buffer(self.k, self.batch_size, min(growth.most, self.max_seq_len))
+            through = buffer(self._widest, self.batch_size, min(growth.most, self.max_seq_len))
             scatter(pairs, self.seqlens, growth.device, room, through)
         if room is not None:
             lengths.note_overflow(room)
@@ -461,7 +477,7 @@ class KVCache:
 
 def _sizes(
     num_layers: int, batch_size: int, max_seq_len: int, num_kv_heads: int, head_dim: int,
-    dtype: torch.dtype,
+    dtype: torch.dtype, head_dim_v: int | None,
 ) -> Sizes:  # fmt: skip
     return Sizes(
         num_layers=num_layers,
@@ -470,6 +486,7 @@ def _sizes(
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         dtype=dtype,
+        head_dim_v=head_dim_v,
     )
 
 

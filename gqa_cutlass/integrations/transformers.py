@@ -116,14 +116,14 @@ def attention(
         module: The layer of the model that asks.
         query: [batch, num_q_heads, tokens, head_dim].
         key: [batch, num_kv_heads, keys, head_dim], or what `GqaCache.update` returned.
-        value: As key.
+        value: As key, with a head_dim of its own.
         attention_mask: What `mask` returned, or a mask of the caller's as SDPA takes it.
         dropout: Of attention weights, in training.
         scaling: Factor on the scores; head_dim ** -0.5 by default.
         options: What else the model asks for.
 
     Returns:
-        [batch, tokens, num_q_heads, head_dim], and no weights.
+        [batch, tokens, num_q_heads, head_dim of value], and no weights.
 
     Raises:
         InputError: The model asks for what SDPA ignores; or for what a `GqaCache` does not offer.
@@ -166,7 +166,7 @@ def _why_not(
         (query.dtype not in DTYPES, f"tensors of {query.dtype}"),
         (query.device.type not in ("cuda", "cpu"), f"tensors on {query.device.type}"),
         (query.shape[-1] not in HEAD_DIMS, f"head_dim {query.shape[-1]}"),
-        (value.shape[-1] != query.shape[-1], "keys and values of different head_dim"),
+        (value.shape[-1] not in HEAD_DIMS, f"values of head_dim {value.shape[-1]}"),
         (rest > 0 or group > MAX_GROUP_SIZE, f"{query.shape[1]} heads on {key.shape[1]}"),
         (torch.is_grad_enabled() and len(learn) > 0, "gradients"),
         *((_is_asked(options.get(name)), what) for name, what in SDPA_TAKES.items()),

@@ -94,18 +94,14 @@ class Storage:
         """Make the caches, for keys and values like these, [batch, heads, tokens, head_dim].
 
         Raises:
-            InputError: A size or a type that `KVCache` does not allow; k and v differ.
+            InputError: A size or a type that `KVCache` does not allow.
             CacheAllocationError: There is not enough memory.
         """
         batch, num_kv_heads, _, head_dim = k.shape
-        if v.shape[-1] != head_dim:
-            raise InputError(
-                f"GqaCache: v: got head_dim {v.shape[-1]} beside keys of {head_dim}; allowed: the "
-                "same. Nothing was allocated. Use transformers' StaticCache."
-            )
         caches = KVCache.for_layers(
-            self.num_layers, batch, self.max_cache_len, num_kv_heads, head_dim, k.dtype, k.device
-        )
+            self.num_layers, batch, self.max_cache_len, num_kv_heads, head_dim, k.dtype, k.device,
+            v.shape[-1],
+        )  # fmt: skip
         with torch.inference_mode(False):
             self.pads = torch.zeros(batch, dtype=torch.int32, device=k.device)
         mark_static(self.pads)
