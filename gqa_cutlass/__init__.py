@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         GqaError,
         InputError,
     )
+    from gqa_cutlass.flash_attn import flash_attn_with_kvcache
 
 _HOMES = {
     "GQADecodeConfig": "decode_config",
@@ -37,6 +38,7 @@ _HOMES = {
     "ConfigError": "errors",
     "GqaError": "errors",
     "InputError": "errors",
+    "flash_attn_with_kvcache": "flash_attn",
 }
 __all__ = [  # noqa: F822 - provided by __getattr__
     "CacheAllocationError",
@@ -49,6 +51,7 @@ __all__ = [  # noqa: F822 - provided by __getattr__
     "Plan",
     "check_overflow",
     "explain",
+    "flash_attn_with_kvcache",
     "gqa_attention_decode",
     "gqa_decode",
     "plan",

@@ -1,0 +1,205 @@
+"""FlashAttention's call for decoding, by its own names: one decode step of `gqa_decode`.
+
+A program changes its import. FlashAttention-3's parameters come in its order; what
+FlashAttention-2, and vLLM's build of it, call otherwise, is taken by name.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from torch import Tensor
+
+from gqa_cutlass.api import gqa_decode
+from gqa_cutlass.errors import InputError, shown
+
+_NO_WINDOW = -1, -1
+_PAGES = "no table: a cache of one row per sequence, or rows by cache_batch_idx"
+_ROTATE = "None; rotate q and k before the call"
+_VARLEN = "None: one query token per sequence, q of [batch, 1, heads, head_dim]"
+_SCALED = "None; 16-bit q, k and v, with their scales multiplied in (k's into softmax_scale)"
+# What FlashAttention does and no kernel here: what to pass instead.
+_NOT_YET = {
+    "qv": "None, the attention of models without qv",
+    "rotary_cos": _ROTATE,
+    "rotary_sin": _ROTATE,
+    "rotary_seqlens": _ROTATE,
+    "page_table": _PAGES,
+    "block_table": _PAGES,
+    "cu_seqlens_q": _VARLEN,
+    "cu_seqlens_k_new": _VARLEN,
+    "q_descale": _SCALED,
+    "k_descale": _SCALED,
+    "v_descale": _SCALED,
+    "attention_chunk": "0; for chunks, pass cache_leftpad, where the newest token's begins",
+}
+
+
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    qv: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    page_table: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k_new: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    rotary_seqlens: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = _NO_WINDOW,
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    scheduler_metadata: object = None,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
+    return_softmax_lse: bool = False,
+    *,
+    sinks: Tensor | None = None,
+    s_aux: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    block_table: Tensor | None = None,
+    out: Tensor | None = None,
+    fa_version: object = None,
+) -> Any:
+    """Append a token's K and V to the cache, if given, and attend: FlashAttention's call.
+
+    What it does is `gqa_decode`, for one query token per sequence: dtypes, sizes, strides,
+    inactive rows, overflow, CUDA graphs and `torch.compile` are as there. A call with what is not
+    supported yet is refused before anything is written.
+
+    Args:
+        q: The queries, [batch, 1, num_q_heads, head_dim].
+        k_cache: [batch, max_seq_len, num_kv_heads, head_dim], or more rows with `cache_batch_idx`.
+        v_cache: As k_cache.
+        k: The new token's keys, [batch, 1, num_kv_heads, head_dim], written at `cache_seqlens`.
+        v: As k.
+        qv: Not supported yet: None.
+        rotary_cos: Not supported yet: None.
+        rotary_sin: Not supported yet: None.
+        cache_seqlens: Tokens in the cache before this call: an int, or int32 [batch] on q's
+            device. None is all of the cache, where nothing is appended.
+        cache_batch_idx: The row of the caches that each sequence has, int32 [batch].
+        cache_leftpad: Where each sequence begins in its row, int32 [batch].
+        page_table: Not supported yet: None.
+        cu_seqlens_q: Not supported yet: None.
+        cu_seqlens_k_new: Not supported yet: None.
+        max_seqlen_q: Without effect: it belongs to `cu_seqlens_q`.
+        rotary_seqlens: Not supported yet: None.
+        q_descale: Not supported yet: None.
+        k_descale: Not supported yet: None.
+        v_descale: Not supported yet: None.
+        softmax_scale: Factor on the scores; None for head_dim ** -0.5.
+        causal: Without effect: one query token is the last, and sees every key either way.
+        window_size: (left, right), tokens seen besides the newest; -1 for all.
+        attention_chunk: Not supported yet: 0.
+        softcap: Bound of the scores; 0 for none.
+        rotary_interleaved: Without effect: it belongs to `rotary_cos`.
+        scheduler_metadata: A hint, without effect.
+        num_splits: Parts that each sequence is cut into; 0 leaves the choice to the dispatcher.
+        pack_gqa: A hint, without effect: the heads of a group are always packed.
+        sm_margin: A hint, without effect.
+        return_softmax_lse: Also return the log-sum-exp.
+        sinks: One more logit per query head, [num_q_heads]; see `gqa_decode`.
+        s_aux: Another name of `sinks`.
+        alibi_slopes: float32, [num_q_heads] or [batch, num_q_heads].
+        block_table: Another name of `page_table`.
+        out: Where to write, shaped as q; None for a new tensor.
+        fa_version: A hint, without effect.
+
+    Returns:
+        The output, shaped and typed as q; with return_softmax_lse also the log-sum-exp, float32
+        [batch, num_q_heads, 1].
+
+    Raises:
+        InputError: An argument is not allowed, or not supported yet. Nothing was launched.
+        GqaError: As for `gqa_decode`.
+    """
+    if attention_chunk or not (
+        qv is rotary_cos is rotary_sin is rotary_seqlens is page_table is block_table
+        is cu_seqlens_q is cu_seqlens_k_new is q_descale is k_descale is v_descale is None
+    ):  # fmt: skip
+        _refuse(
+            qv=qv, rotary_cos=rotary_cos, rotary_sin=rotary_sin, rotary_seqlens=rotary_seqlens,
+            page_table=page_table, block_table=block_table, cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k_new=cu_seqlens_k_new, q_descale=q_descale, k_descale=k_descale,
+            v_descale=v_descale, attention_chunk=attention_chunk or None,
+        )  # fmt: skip
+    try:
+        _, tokens, _, _ = q.shape
+    except Exception:  # of another rank, or no tensor
+        tokens = 0
+    if tokens != 1:
+        _check_one_token(q)
+    if cache_seqlens is None:
+        cache_seqlens = _whole_cache(k_cache, k)
+    features: dict[str, Any] = {}  # those that are asked for: others cost time, if they are named
+    if s_aux is not None:
+        if sinks is not None:
+            _fail("sinks and s_aux", "both", "one of them: they are the same")
+        sinks = s_aux
+    if sinks is not None:
+        features["sinks"] = sinks
+    if softcap != 0:
+        features["softcap"] = softcap
+    if window_size != _NO_WINDOW:
+        features["window_size"] = window_size
+    if alibi_slopes is not None:
+        features["alibi_slopes"] = alibi_slopes
+    if cache_leftpad is not None:
+        features["cache_leftpad"] = cache_leftpad
+    if cache_batch_idx is not None:
+        features["cache_batch_idx"] = cache_batch_idx
+    result = gqa_decode(
+        q, k_cache, v_cache, k, v, cache_seqlens=cache_seqlens, softmax_scale=softmax_scale,
+        num_splits=num_splits, return_lse=return_softmax_lse, out=out, **features,
+    )  # fmt: skip
+    if return_softmax_lse:
+        attended, lse = result
+        return attended, lse.unsqueeze(-1)
+    return result
+
+
+def _check_one_token(q: Tensor) -> None:
+    """Raise InputError for several tokens; what is no tensor, `gqa_decode` refuses."""
+    if isinstance(q, Tensor):
+        _fail(
+            "q",
+            f"shape {list(q.shape)}",
+            "[batch, 1, num_q_heads, head_dim], one token per sequence; prompts, and several "
+            "tokens at once, go to FlashAttention or SDPA",
+        )
+
+
+def _whole_cache(k_cache: Tensor, k: Tensor | None) -> int:
+    """The length of sequences that fill their cache, to which nothing is appended."""
+    if k is not None:
+        _fail("cache_seqlens", "None, with k", "the lengths before the new token, where it goes")
+    shape: tuple[int, ...] = getattr(k_cache, "shape", ())
+    return shape[1] if len(shape) > 1 else 0  # what is no cache, `gqa_decode` refuses
+
+
+def _refuse(**arguments: object) -> NoReturn:
+    """Raise InputError for the first argument that is there and not supported."""
+    name = next(name for name, value in arguments.items() if value is not None)
+    value = arguments[name]
+    got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else shown(value)
+    _fail(name, f"{got}, which is not supported yet", _NOT_YET[name])
+
+
+def _fail(what: str, got: str, allowed: str) -> NoReturn:
+    raise InputError(
+        f"flash_attn_with_kvcache: {what}: got {got}; allowed: {allowed}. Nothing was launched."
+    )
