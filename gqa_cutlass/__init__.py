@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         InputError,
     )
     from gqa_cutlass.flash_attn import flash_attn_with_kvcache
+    from gqa_cutlass.merge import merge_states
 
 _HOMES = {
     "GQADecodeConfig": "decode_config",
@@ -39,6 +40,7 @@ _HOMES = {
     "GqaError": "errors",
     "InputError": "errors",
     "flash_attn_with_kvcache": "flash_attn",
+    "merge_states": "merge",
 }
 __all__ = [  # noqa: F822 - provided by __getattr__
     "CacheAllocationError",
@@ -54,6 +56,7 @@ __all__ = [  # noqa: F822 - provided by __getattr__
     "flash_attn_with_kvcache",
     "gqa_attention_decode",
     "gqa_decode",
+    "merge_states",
     "plan",
     "warmup",
 ]

@@ -1,0 +1,103 @@
+"""Attention over parts of a sequence's keys, made one: shared prefixes, chunks, other devices.
+
+Rabe and Staats (arXiv:2112.05682): each part's output counts by its share of the softmax's sum.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from gqa_cutlass.call.plan import Pair
+from gqa_cutlass.errors import InputError, shown
+
+_OUTS = torch.float32, torch.float16, torch.bfloat16
+Parts = Sequence[Tensor] | Tensor
+
+
+def merge_states(outs: Parts, lses: Parts, *, out_dtype: torch.dtype | None = None) -> Pair:
+    """Merge attention of the same queries over parts of the keys into attention over all of them.
+
+    Operators of torch, on any device, which `torch.compile` fuses. Computed in float32: pass parts
+    that were decoded with `out_dtype=torch.float32` where their rounding would count. Sinks belong
+    to one of the parts.
+
+    Args:
+        outs: A part's output each, as `gqa_decode` returns it: [batch, heads, dim] or
+            [batch, tokens, heads, dim], float32, float16 or bfloat16, all alike; a sequence of
+            them, or one tensor with the parts in front.
+        lses: Natural logarithms of the parts' sums, float32, as many: [batch, heads], or
+            [batch, heads, tokens]. A part in which there is nothing to attend to has minus
+            infinity, and what its output holds does not count.
+        out_dtype: Type of the merged output: float32, float16 or bfloat16; None for that of outs.
+
+    Returns:
+        The output, shaped as one of outs, and the log-sum-exp, shaped as one of lses. Where all
+        parts are empty: zeros and minus infinity. What is not a number in a part is not in them.
+
+    Raises:
+        InputError: A tensor's shape, dtype or device is not allowed.
+    """
+    out, lse = _stacked("outs", outs), _stacked("lses", lses)
+    _check(out, lse)
+    dtype = out.dtype if out_dtype is None else out_dtype
+    if dtype not in _OUTS:
+        _fail("out_dtype", shown(dtype), f"None, {', '.join(map(str, _OUTS))}")
+    empty = lse == -math.inf
+    shares = torch.softmax(lse, 0).masked_fill(empty, 0)
+    merged = (out.float() * _by_output(shares, out)).masked_fill(_by_output(empty, out), 0).sum(0)
+    return merged.to(dtype), torch.logsumexp(lse, 0)
+
+
+def _by_output(sums: Tensor, out: Tensor) -> Tensor:
+    """What is said by [parts, batch, heads], or of tokens behind them, for every dimension."""
+    if sums.dim() < out.dim() - 1:  # the one token
+        sums = sums.unsqueeze(-1)
+    return (sums.transpose(2, 3) if out.dim() == 5 else sums).unsqueeze(-1)
+
+
+def _stacked(name: str, parts: Parts) -> Tensor:
+    """All parts in one tensor.
+
+    Raises:
+        InputError: There is none, or one is no tensor, or not like the first.
+    """
+    if isinstance(parts, Tensor):
+        return parts
+    if not isinstance(parts, Sequence) or not parts:
+        _fail(name, shown(parts), "one tensor with parts in front, or a sequence of tensors")
+    kinds = [(p.shape, p.dtype, p.device) if isinstance(p, Tensor) else type(p) for p in parts]
+    for kind, part in zip(kinds, parts, strict=True):
+        if not isinstance(part, Tensor):
+            _fail(name, f"a {type(part).__name__} among the parts", "tensors")
+        if kind != kinds[0]:
+            _fail(name, f"{_text(part)} behind {_text(parts[0])}", "parts that are all alike")
+    return torch.stack(tuple(parts))
+
+
+def _check(out: Tensor, lse: Tensor) -> None:
+    """Raise InputError unless these are stacked outputs and their log-sum-exps."""
+    if out.dim() not in (4, 5) or out.dtype not in _OUTS or not out.shape[0]:
+        _fail(
+            "outs",
+            _text(out),
+            "1 part or more of [batch, heads, dim] or [batch, tokens, heads, dim], float32, "
+            "float16 or bfloat16",
+        )
+    parts, batch, *tokens, heads, _ = out.shape
+    allowed = [[parts, batch, heads, *tokens]] + [[parts, batch, heads]] * (tokens == [1])
+    right = list(lse.shape) in allowed and lse.dtype == torch.float32 and lse.device == out.device
+    if not right:
+        _fail("lses", _text(lse), f"float32 {allowed[-1]}, parts in front, on {out.device}")
+
+
+def _text(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+
+
+def _fail(what: str, got: str, allowed: str) -> NoReturn:
+    raise InputError(f"merge_states: {what}: got {got}; allowed: {allowed}.")

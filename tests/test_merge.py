@@ -1,0 +1,165 @@
+"""Attention over parts of the keys, merged: what it is, at its edges, and what it refuses."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from compiling import GROUP, random_step
+from torch import Tensor
+
+from gqa_cutlass import gqa_decode, merge_states
+from gqa_cutlass.errors import InputError
+from gqa_cutlass.proof.reference import attend
+
+pytestmark = pytest.mark.xdist_group(GROUP)
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+BATCH, HEADS, KV_HEADS, DIM = 3, 8, 2, 64
+
+
+def random(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator) * scale
+
+
+def parts_of(lengths: list[int]) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+    """Outputs and log-sum-exps of parts of so many tokens, and of them all, in double."""
+    q = random(BATCH, HEADS, DIM)
+    k, v = (random(BATCH, sum(lengths), KV_HEADS, DIM, seed=seed) for seed in (1, 2))
+    ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
+    found = [
+        attend(q, k[:, end - n : end], v[:, end - n : end], [n] * BATCH, 0.4, torch.float64)
+        for n, end in zip(lengths, ends, strict=True)
+    ]
+    whole = attend(q, k, v, [sum(lengths)] * BATCH, 0.4, torch.float64)
+    return [out for out, _ in found], [lse.float() for _, lse in found], *whole
+
+
+@pytest.mark.parametrize("lengths", [[5], [3, 9], [1] * 33, [0, 4, 0, 100, 1]], ids=str)
+def test_merged_parts_are_attention_over_all_keys(lengths: list[int]) -> None:
+    outs, lses, right, right_lse = parts_of(lengths)
+    for given in (
+        ([out.float() for out in outs], lses),
+        (torch.stack(outs).float(), torch.stack(lses)),
+        (tuple(out.float() for out in outs), torch.stack(lses)),
+    ):
+        out, lse = merge_states(*given)
+        torch.testing.assert_close(out.double(), right, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(lse.double(), right_lse, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("wanted", [None, *DTYPES], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_dtype_is_merged_in_float32_and_rounded_once(
+    dtype: torch.dtype, wanted: torch.dtype | None
+) -> None:
+    outs, lses, *_ = parts_of([3, 9, 2])
+    given = torch.stack(outs).to(dtype)
+    out, _ = merge_states(given, lses, out_dtype=wanted)
+    exact, _ = merge_states(given.float(), lses)
+    assert out.dtype == (wanted or dtype) and torch.equal(out, exact.to(out.dtype))
+
+
+def test_tokens_stand_before_the_heads_of_outputs_and_behind_those_of_sums() -> None:
+    """As FlashAttention has them; the sums of one token may also be those of `gqa_decode`."""
+    outs, lses = random(2, BATCH, 4, HEADS, DIM), random(2, BATCH, HEADS, 4, seed=1)
+    out, lse = merge_states(outs, lses)
+    for t in range(4):
+        right, right_lse = merge_states(outs[:, :, t], lses[..., t])
+        assert torch.equal(out[:, t], right) and torch.equal(lse[..., t], right_lse)
+    one, one_lse = merge_states(outs[:, :, :1], lses[..., 0])
+    assert torch.equal(one, out[:, :1]) and torch.equal(one_lse, lse[..., 0])
+
+
+def test_what_an_empty_part_holds_does_not_count() -> None:
+    outs, lses = random(3, BATCH, HEADS, DIM), random(3, BATCH, HEADS, seed=1)
+    right, right_lse = merge_states(outs[:2], lses[:2])
+    outs[2], lses[2] = math.nan, -math.inf
+    out, lse = merge_states(outs, lses)
+    assert torch.equal(out, right) and torch.equal(lse, right_lse)
+
+
+def test_parts_that_are_all_empty_give_zeros_and_minus_infinity() -> None:
+    outs, lses = random(2, BATCH, HEADS, DIM), torch.full((2, BATCH, HEADS), -math.inf)
+    lses[0, 1] = 0
+    out, lse = merge_states(outs, lses)
+    assert (out[::2] == 0).all() and (lse[::2] == -math.inf).all()
+    assert torch.equal(out[1], outs[0, 1]) and (lse[1] == 0).all()
+
+
+@pytest.mark.parametrize("where", ["outs", "lses"])
+def test_what_is_no_number_stays_so_and_spoils_only_its_head(where: str) -> None:
+    outs, lses = random(2, BATCH, HEADS, DIM), random(2, BATCH, HEADS, seed=1)
+    right, right_lse = merge_states(outs, lses)
+    (outs if where == "outs" else lses)[1, 2, 5] = math.nan
+    lses[0, 0] = -math.inf
+    out, lse = merge_states(outs, lses)
+    assert out[2, 5].isnan().all() and bool(lse[2, 5].isnan()) == (where == "lses")
+    assert torch.equal(out[1], right[1]) and torch.equal(lse[1], right_lse[1])
+    assert out.isnan().sum() == DIM
+
+
+@pytest.mark.parametrize("level", [-3e38, -1e4, 0.0, 1e4, 3e38])
+def test_sums_of_any_size_do_not_overflow(level: float) -> None:
+    outs = random(3, BATCH, HEADS, DIM)
+    out, lse = merge_states(outs, torch.full((3, BATCH, HEADS), level))
+    torch.testing.assert_close(out, outs.mean(0))
+    torch.testing.assert_close(lse, torch.full((BATCH, HEADS), level + math.log(3)))
+
+
+def test_a_part_that_weighs_nothing_beside_another_leaves_it_as_it_was() -> None:
+    outs, lses = random(2, BATCH, HEADS, DIM), torch.zeros(2, BATCH, HEADS)
+    lses[1] = -1e4
+    assert torch.equal(merge_states(outs, lses)[0], outs[0])
+
+
+def test_decoded_parts_are_what_decoding_all_gives() -> None:
+    step = random_step()
+    q, k_cache, v_cache = step["q"], step["k_cache"], step["v_cache"]
+    right, right_lse = gqa_decode(q, k_cache, v_cache, cache_seqlens=13, return_lse=True)
+    found: list[Any] = [
+        gqa_decode(q, k_cache[:, a:], v_cache[:, a:], cache_seqlens=n, return_lse=True)
+        for a, n in ((0, 6), (6, 7))
+    ]
+    out, lse = merge_states(*zip(*found, strict=True))
+    torch.testing.assert_close(out, right, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(lse, right_lse, rtol=1e-6, atol=1e-5)
+
+
+def test_a_compiled_merge_is_one_graph() -> None:
+    torch._dynamo.reset()
+    outs, lses = random(2, BATCH, HEADS, DIM), random(2, BATCH, HEADS, seed=1)
+    compiled = torch.compile(merge_states, backend="aot_eager", fullgraph=True)
+    assert all(map(torch.equal, compiled(list(outs), list(lses)), merge_states(outs, lses)))
+
+
+OUTS, LSES = torch.zeros(2, 3, 4, 8), torch.zeros(2, 3, 4)
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "nothing": ({"outs": []}, r"outs: got \[\]; allowed: one tensor with"),
+    "no part": ({"outs": OUTS[:0]}, "outs: got torch.float32 .*; allowed: 1 part or more"),
+    "one part, bare": ({"outs": OUTS[0]}, r"outs: got torch.float32 \[3, 4, 8\] on cpu; allowed"),
+    "a number": ({"outs": 1.0}, "outs: got 1.0; allowed: one tensor"),
+    "numbers": ({"outs": [1.0, 2.0]}, "outs: got a float among the parts; allowed: tensors"),
+    "parts of two sizes": ({"outs": [OUTS[0], OUTS[1, :2]]}, r"outs: got .*\[2, 4, 8\] .* behind"),
+    "parts of two dtypes": ({"outs": [OUTS[0], OUTS[1].half()]}, "outs: got torch.float16 .* beh"),
+    "parts of two places": ({"lses": [LSES[0], LSES[1].to("meta")]}, "lses: got .* meta behind"),
+    "whole numbers": ({"outs": OUTS.int()}, "outs: got torch.int32 .*; allowed: .* float32, fl"),
+    "another number of parts": ({"lses": LSES[:1]}, r"lses: got .* \[1, 3, 4\] .*: float32 \[2, 3"),
+    "tokens of nobody": ({"lses": LSES.unsqueeze(-1)}, r"lses: got .* \[2, 3, 4, 1\] on cpu; all"),
+    "heads before batch": ({"lses": LSES.transpose(1, 2)}, r"lses: got .* \[2, 4, 3\] on cpu; all"),
+    "sums in half": ({"lses": LSES.half()}, "lses: got torch.float16 .*; allowed: float32"),
+    "sums elsewhere": ({"lses": LSES.to("meta")}, "lses: got .* on meta; allowed: .* on cpu"),
+    "no sums": ({"lses": None}, "lses: got None; allowed: one tensor"),
+    "a type of whole numbers": ({"out_dtype": torch.int32}, "out_dtype: got torch.int32; allowed"),
+    "a type by name": ({"out_dtype": "float32"}, "out_dtype: got 'float32'; allowed: None"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_parts_are_refused(name: str) -> None:
+    changes, message = BAD[name]
+    with pytest.raises(InputError, match=f"merge_states: {message}"):
+        merge_states(**({"outs": OUTS, "lses": LSES} | changes))
