@@ -10,23 +10,24 @@ from itertools import product
 from gqa_cutlass.codegen.config import KernelConfig, check_head_dim
 from gqa_cutlass.codegen.models import MODELS, Model
 from gqa_cutlass.codegen.schema.kinds import DType, Math, Schedule
-from gqa_cutlass.codegen.schema.policies import POLICIES, Policy
+from gqa_cutlass.codegen.schema.policies import POLICIES, Policy, named
 from gqa_cutlass.codegen.schema.rounding import ceil_div
 from gqa_cutlass.errors import ConfigError
 
-# (why, head_dim, that of values if it is another, group_size, vec_widths) of what ships for no
-# model's sake.
-PROOFS: tuple[tuple[str, int, int | None, int, tuple[int, ...]], ...] = (
-    ("the last box of a tensor copy is a quarter", 80, None, 4, (8,)),
-    ("the last box of a tensor copy is a half", 96, None, 4, (8,)),
-    ("the last box of a tensor copy is three quarters", 112, None, 4, (8,)),
-    ("three boxes of a tensor copy", 192, None, 4, (8,)),
-    ("two blocks of heads share a KV head", 128, None, 32, (8,)),
-    ("one block of 32 heads", 64, None, 32, (8,)),
-    ("misaligned views", 64, None, 4, (4, 2, 1)),
-    ("misaligned views", 128, None, 4, (4, 2, 1)),
-    ("values narrower than keys", 192, 128, 4, (8, 1)),
-    ("values wider than keys, and a partial box", 64, 80, 4, (8,)),
+# (why, head_dim, that of values if it is another, group_size, vec_widths, policies) of what ships
+# for no model's sake.
+PROOFS: tuple[tuple[str, int, int | None, int, tuple[int, ...], tuple[Policy, ...]], ...] = (
+    ("the last box of a tensor copy is a quarter", 80, None, 4, (8,), ()),
+    ("the last box of a tensor copy is a half", 96, None, 4, (8,), ()),
+    ("the last box of a tensor copy is three quarters", 112, None, 4, (8,), ()),
+    ("three boxes of a tensor copy", 192, None, 4, (8,), ()),
+    ("two blocks of heads share a KV head", 128, None, 32, (8,), ()),
+    ("one block of 32 heads", 64, None, 32, (8,), ()),
+    ("misaligned views", 64, None, 4, (4, 2, 1), ()),
+    ("misaligned views", 128, None, 4, (4, 2, 1), ()),
+    ("values narrower than keys", 192, 128, 4, (8, 1), ()),
+    ("values wider than keys, and a partial box", 64, 80, 4, (8,), ()),
+    ("parts, to be merged", 128, None, 4, (8,), (named("InFloat32"),)),
 )
 
 # (largest head_dim served, block_n, num_warps, num_stages), chosen by measurement on an H200. The
@@ -116,7 +117,9 @@ def shipped() -> tuple[KernelConfig, ...]:
     else a call needs is compiled on first use.
     """
     shapes = {(m.head_dim, 0, m.group_size, 8, each) for m in MODELS for each in policies_of(m)}
-    shapes |= {(d, v or 0, group, w, ()) for _, d, v, group, widths in PROOFS for w in widths}
+    shapes |= {
+        (d, v or 0, group, w, each) for _, d, v, group, widths, each in PROOFS for w in widths
+    }
     ordered = sorted(shapes, key=lambda s: (*s[:4], [policy.tag for policy in s[4]]))
     return tuple(
         default_config(math, dtype, dim, group, width, schedule, policies, dim_v or None)

@@ -170,7 +170,7 @@ def explain(
     """
     given = q, k_cache, v_cache, k, v, out, 0, *features_of(options)
     asked, policies = check("explain", options, given)
-    problem = problem_of(see(given), policies, asked.window_size[0])
+    problem = problem_of(see(given), policies, asked.window_size[0], asked.out_dtype)
     check_softcap(asked.softcap, problem.head_dim**-0.5)
     if not (arch is None or type(arch) is str and arch in ARCHES):
         raise InputError(f"explain: arch: got {shown(arch)}; allowed: {', '.join(ARCHES)}.")

@@ -30,6 +30,7 @@ _OPTIONS = {  # of the calls, in the order of the operators' arguments
     "alibi_slopes": "Tensor? alibi_slopes=None",
     "cache_leftpad": "Tensor? cache_leftpad=None",
     "cache_batch_idx": "Tensor? cache_batch_idx=None",
+    "out_dtype": "ScalarType? out_dtype=None",
 }
 _SAID = ", ".join(_OPTIONS.values())
 _SCHEMAS = (
@@ -66,8 +67,12 @@ def traced(
         wrong = "a tensor requires grad, and decode has no backward pass; use torch.no_grad()"
     if len(given) == 4:
         wrong = "k and v: one of them came without the other"
+    out_dtype = options.get("out_dtype")
+    if out is not None and out.dtype != (q.dtype if out_dtype is None else out_dtype):
+        wrong = "out: its dtype is neither q's nor out_dtype"
     if wrong is not None:
         check: Any = break_graph(plan, f"gqa_decode: {wrong}")
+        features["out_dtype"] = out_dtype
         check(q, k_cache, v_cache, k, v, cache_seqlens=cache_seqlens, out=out, **features)  # raises
     on_device = isinstance(cache_seqlens, Tensor)
     lengths = (cache_seqlens, 0) if on_device else (None, cache_seqlens)
@@ -121,8 +126,9 @@ def _shapes_of_decode(
     **named: Any,
 ) -> _Pair:
     """Results without their values, for tracing."""
-    wanted = _by_name(options, named).get("return_lse", False)
-    return q.new_empty((*q.shape[:-1], v_cache.shape[-1])), _lse(q, wanted=wanted)
+    given = _by_name(options, named)
+    out = q.new_empty((*q.shape[:-1], v_cache.shape[-1]), dtype=given.get("out_dtype"))
+    return out, _lse(q, wanted=given.get("return_lse", False))
 
 
 def _shapes_of_attend(

@@ -72,6 +72,7 @@ class Step:
     alibi_slopes: Tensor | None = None
     cache_leftpad: Tensor | None = None
     cache_batch_idx: Tensor | None = None
+    out_dtype: torch.dtype | None = None
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """Positional arguments of `gqa_decode`."""
@@ -93,12 +94,15 @@ class Step:
     def reference(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
         """Expected output and lse."""
         k, v, lengths = self.attended()
-        return attend(self.q, k, v, lengths, self.scale, dtype, **self.features())
+        asked = self.features()
+        del asked["out_dtype"]
+        return attend(self.q, k, v, lengths, self.scale, dtype, **asked)
 
     def features(self) -> dict[str, Any]:
         """The options of a call that ask for features."""
         names = (
-            "softcap", "sinks", "window_size", "alibi_slopes", "cache_leftpad", "cache_batch_idx"
+            "softcap", "sinks", "window_size", "alibi_slopes", "cache_leftpad", "cache_batch_idx",
+            "out_dtype",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
@@ -112,7 +116,21 @@ class Step:
             self.sinks = torch.linspace(-2, 7, self.q.shape[1], device=self.q.device)
         if "window_size" in wanted:
             self.window_size = (self.k_cache.shape[1] // 2, 0)
+        if "out_dtype" in wanted:
+            self.in_float32()
         return self
+
+    def in_float32(self) -> None:
+        """Ask for outputs in float32, and give room for them, aligned as for others."""
+        if self.out_dtype is not None:
+            return
+        *shape, dim = self.out.shape
+        offset, pad = self.out.storage_offset() - _GUARD, self.out.stride(-2) - dim
+        even = offset + offset % 2, pad + pad % 2
+        buffer = guarded((*shape, 2 * dim), torch.float16, str(self.out.device), *even)
+        self.buffers.append(buffer)
+        self.out = buffer.tensor.view(torch.float32).fill_(torch.nan)
+        self.out_dtype = torch.float32
 
     def errors(self, out: Tensor) -> Errors:
         """The output's errors beside those of PyTorch in the input type."""

@@ -25,7 +25,7 @@ from gqa_cutlass.ptxsim.stats import Stats
 CAP, SINK, WINDOW = named("SoftCapped"), named("SinkInSum"), named("SlidingWindow")
 POLICIES = {
     "softcap": CAP, "sinks": SINK, "window": WINDOW, "alibi": named("Alibi"),
-    "leftpad": named("LeftPadded"), "index": named("IndexedRow"),
+    "leftpad": named("LeftPadded"), "index": named("IndexedRow"), "float32": named("InFloat32"),
 }  # fmt: skip
 PAIRS = [" and ".join(pair) for pair in combinations(POLICIES, 2)]
 ALL = " and ".join(POLICIES)
@@ -110,6 +110,7 @@ FEATURES: dict[str, Callable[[Step], None]] = {
     "alibi": add_slopes,
     "leftpad": add_padding,
     "index": add_index,
+    "float32": Step.in_float32,
 }  # fmt: skip
 
 
@@ -516,6 +517,52 @@ def test_explain_names_the_kernel_that_has_it(feature: str) -> None:
     assert KernelConfig.from_name(found.name) == found
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_in_float32_are_those_before_they_are_rounded(kind: str, device: str) -> None:
+    """In one block, in splits, and of rows aligned no better than numbers must be."""
+    config = kernel_of(kind, "float32")
+    skip_unless_it_runs(config, device)
+    for splits in (1, 2):
+        step = Edge(lengths=(300, 37, 0), capacity=512).step(config, device)
+        call: dict[str, Any] = {"cache_seqlens": step.seqlens, "num_splits": splits}
+        exact = gqa_cutlass.plan(*step.tensors(), **call, kernel=config, out_dtype=torch.float32)
+        without = default_config(
+            config.math, config.dtype, 64, 4, config.vec_width, config.schedule
+        )
+        rounded = gqa_cutlass.plan(*step.tensors(), **call, kernel=without)
+        out = exact(*step.tensors(), step.seqlens)
+        assert out.dtype == torch.float32 and not torch.equal(out, out.to(step.q.dtype).float())
+        assert torch.equal(out.to(step.q.dtype), rounded(*step.tensors(), step.seqlens))
+
+
+def test_out_dtype_that_of_q_is_the_kernel_without() -> None:
+    step = make_step(lengths=[37], max_seq_len=64, head_dim=64, device="cpu")
+    plain = gqa_cutlass.explain(*step.tensors()).dispatch
+    for same in (None, torch.float16):
+        assert gqa_cutlass.explain(*step.tensors(), out_dtype=same).dispatch == plain
+
+
+def test_rows_of_float32_are_as_wide_as_they_are_aligned() -> None:
+    """An address of 4 bytes more allows accesses of 4 bytes, two elements of the cache."""
+    step = make_step(lengths=[37], max_seq_len=64, head_dim=64, device="cpu")
+    memory = torch.empty(1 + 8 * 68)
+    for first, stride, width in ((0, 64, 8), (0, 68, 8), (0, 66, 4), (0, 65, 2), (1, 64, 2)):
+        out = memory.as_strided((1, 8, 64), (0, stride, 1), first)
+        problem = gqa_cutlass.explain(*step.tensors(), out=out, out_dtype=torch.float32).problem
+        assert problem.vec_width == width
+
+
+@pytest.mark.parametrize("stride", [66, 65])
+def test_outputs_in_float32_of_narrow_rows(stride: int, device: str) -> None:
+    step = make_step(lengths=[37], max_seq_len=64, head_dim=64, device=device)
+    memory = torch.full((8 * stride,), math.nan, device=device)
+    out = memory.as_strided((1, 8, 64), (8 * stride, stride, 1))
+    step.out_dtype = torch.float32
+    run(step, out=out)
+    check(step, out)
+    assert memory.view(8, stride)[:, 64:].isnan().all()
+
+
 def test_off_is_the_kernel_without() -> None:
     step = make_step(lengths=[37], max_seq_len=64, head_dim=64, device="cpu")
     off = gqa_cutlass.explain(*step.tensors(), softcap=0, sinks=None).dispatch.config
@@ -590,6 +637,16 @@ BAD: dict[str, tuple[Callable[[Step], dict[str, Any]], str]] = {
     "padding in the cache": (
         lambda s: {"cache_leftpad": s.k_cache.view(torch.int32)[0, 37, 0, :1]},
         "cache_leftpad: got memory of k_cache, to which this",
+    ),
+    "an output of whole numbers": (
+        lambda s: {"out_dtype": torch.int32}, "out_dtype: got torch.int32; allowed: None, q's dt"
+    ),
+    "an output of another half": (
+        lambda s: {"out_dtype": torch.bfloat16}, "out_dtype: got torch.bfloat16; allowed: None, q's"
+    ),
+    "a dtype by name": (lambda s: {"out_dtype": "float32"}, "out_dtype: got 'float32'; allowed"),
+    "an out that is not wide": (
+        lambda s: {"out_dtype": torch.float32}, "out: got torch.float16; allowed: out_dtype, torch"
     ),
     "out in the sinks": (lambda s: {"sinks": s.out[0, 0, :8]}, "out: got memory that sinks also"),
     "sinks in the cache": (

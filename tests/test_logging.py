@@ -21,9 +21,9 @@ from gqa_cutlass.codegen import DType, Math, Schedule, default_config
 KEYS = [
     "kernel", "grid", "cluster", "block", "shared_bytes", "num_splits", "num_stages", "dependent",
     "batch_size", "num_q_heads", "num_kv_heads", "group_size", "head_dim", "head_dim_v",
-    "max_seq_len", "dtype",
-    "append", "cache_seqlens", "softmax_scale", "return_lse", "softcap", "sinks", "window_size",
-    "alibi", "leftpad", "batch_idx", "workspace_bytes", "device", "stream",
+    "max_seq_len", "dtype", "out_dtype", "append", "cache_seqlens", "softmax_scale", "return_lse",
+    "softcap", "sinks", "window_size", "alibi", "leftpad", "batch_idx", "workspace_bytes", "device",
+    "stream",
 ]  # fmt: skip
 TMA = default_config(Math.TENSOROP, DType.F16, 128, 4, 8, Schedule.TMA)
 
@@ -105,6 +105,7 @@ def expected_of(plan: Plan, device: str) -> dict[str, str]:
         "head_dim_v": str(problem.value_dim),
         "max_seq_len": str(problem.max_seq_len),
         "dtype": str(chosen.config.dtype),
+        "out_dtype": str(chosen.config.dtype),
         "workspace_bytes": str(4 * (chosen.partial_floats + chosen.num_merge_counters)),
         "device": "cpu" if device == "cpu" else str(torch.cuda.current_device()),
     }
@@ -123,6 +124,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, str]]] = {
     "lse": ({}, {"return_lse": True}, {"return_lse": "True"}),
     "softcap": ({}, {"softcap": 30}, {"softcap": "30.0"}),
     "sinks": ({}, {"sinks": "per head"}, {"sinks": "True"}),
+    "float32": ({}, {"out_dtype": torch.float32}, {"out_dtype": "f32"}),
     "a window": ({}, {"window_size": (5, 3)}, {"window_size": "5,-1"}),
     "dependent": ({}, {"dependent": True}, {"dependent": "True"}),
     "lengths on the device": ({"lengths": [10, 3]}, {}, {"cache_seqlens": "device"}),

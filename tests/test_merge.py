@@ -129,6 +129,24 @@ def test_decoded_parts_are_what_decoding_all_gives() -> None:
     torch.testing.assert_close(lse, right_lse, rtol=1e-6, atol=1e-5)
 
 
+def test_parts_in_float32_round_once() -> None:
+    """As far from exact attention as one call is, where 16-bit parts round twice."""
+    step = random_step()
+    q, k_cache, v_cache = step["q"], step["k_cache"], step["v_cache"]
+    exact, _ = attend(q, k_cache, v_cache, [16, 16], 0.125, torch.float64)
+    off: dict[torch.dtype, float] = {}
+    for dtype in (torch.float32, torch.float16):
+        found: list[Any] = [
+            gqa_decode(
+                q, k_cache[:, a:], v_cache[:, a:], cache_seqlens=4, return_lse=True, out_dtype=dtype
+            )
+            for a in range(0, 16, 4)
+        ]
+        out, _ = merge_states(*zip(*found, strict=True), out_dtype=torch.float32)
+        off[dtype] = (out - exact).abs().mean().item()
+    assert off[torch.float32] < off[torch.float16] / 2
+
+
 def test_a_compiled_merge_is_one_graph() -> None:
     torch._dynamo.reset()
     outs, lses = random(2, BATCH, HEADS, DIM), random(2, BATCH, HEADS, seed=1)

@@ -34,7 +34,7 @@ def lengths_of(*values: int) -> Tensor:
 
 
 FEATURES = {"softcap": 1.5, "sinks": torch.linspace(-2, 4, 8), "window_size": (2, 0),
-            "alibi_slopes": torch.linspace(0, 1, 8),
+            "alibi_slopes": torch.linspace(0, 1, 8), "out_dtype": torch.float32,
             "cache_leftpad": torch.tensor([1, 0], dtype=torch.int32)}  # fmt: skip
 
 
@@ -110,6 +110,26 @@ def test_a_compiled_call_writes_to_the_out_it_is_given() -> None:
     out = torch.zeros_like(step["q"])
     right = gqa_decode(**copies(step), cache_seqlens=4)
     assert compiled(**step, cache_seqlens=4, out=out) is out and torch.equal(out, right)
+
+
+@pytest.mark.parametrize("wanted", [None, torch.float32], ids=str)
+def test_an_out_of_another_dtype_is_refused_where_torch_traces(wanted: torch.dtype | None) -> None:
+    """Copying to it would round, or widen, in silence."""
+    step = random_step()
+    out = torch.zeros_like(step["q"], dtype=torch.float32 if wanted is None else None)
+    compiled = torch.compile(gqa_decode, backend="aot_eager")
+    with pytest.raises(InputError, match=r"out: got torch\.float(32|16); allowed: .*float(16|32)"):
+        compiled(**step, cache_seqlens=4, out=out, out_dtype=wanted)
+    assert not out.any()
+
+
+def test_a_compiled_call_writes_to_an_out_in_float32() -> None:
+    step = random_step()
+    compiled, _ = counted(gqa_decode)
+    out = torch.zeros_like(step["q"], dtype=torch.float32)
+    right = gqa_decode(**copies(step), cache_seqlens=4, out_dtype=torch.float32)
+    assert compiled(**step, cache_seqlens=4, out=out, out_dtype=torch.float32) is out
+    assert torch.equal(out, right) and right.dtype == torch.float32
 
 
 def test_the_form_with_a_configuration_compiles() -> None:

@@ -22,6 +22,7 @@ class Elements(StrEnum):
     """What memory holds."""
 
     ELEMENT = "element"  # of the kernel's type
+    RESULT = "result"  # of that type, or what a policy of the slot Result makes of outputs
     FLOAT32 = "float32"
     INT32 = "int32"
     UINT32 = "uint32"
@@ -103,8 +104,8 @@ ARGUMENTS = Table(
             single_token=True,
         ),
         Argument(
-            name="out", dims=_OUT, field="out", stride="out_stride", access=Access.WRITE,
-            optional=True, single_token=True,
+            name="out", dims=_OUT, elements=Elements.RESULT, field="out", stride="out_stride",
+            access=Access.WRITE, optional=True, single_token=True,
         ),
         Argument(
             name="cache_seqlens", dims=("batch",), elements=Elements.INT32, field="seqlens",

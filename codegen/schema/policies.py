@@ -39,7 +39,8 @@ BIAS = Slot(alias="Bias", contract=("operator()",))
 NEW_TOKEN = Slot(alias="NewToken", contract=("load",))
 ELEMENT = Slot(alias="Operands", contract=("key_fragment", "value_fragment", "number"))
 OUTPUT = Slot(alias="Output", contract=("finish",))
-SLOTS = (ROW, CACHE, START, MASK, LOGIT, BIAS, NEW_TOKEN, ELEMENT, OUTPUT)
+RESULT = Slot(alias="Result", contract=("rounded",))
+SLOTS = (ROW, CACHE, START, MASK, LOGIT, BIAS, NEW_TOKEN, ELEMENT, OUTPUT, RESULT)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -235,6 +236,14 @@ POLICIES = (
                 feature="sinks",
             ),
         ),
+    ),
+    Policy(slot=RESULT, cpp="AsQueries", header="policy/result_native.cuh"),
+    Policy(
+        slot=RESULT,
+        tag="f32",
+        cpp="InFloat32",
+        header="policy/result_float32.cuh",
+        feature="out_dtype",
     ),
 )
 check_distinct("policies", "policies", (policy.cpp for policy in POLICIES))

@@ -39,6 +39,11 @@ class Task:
     softmax_scale: float
     fields: dict[str, float]
 
+    @property
+    def out_dtype(self) -> torch.dtype:
+        """Of the output."""
+        return self.asked.out_dtype or self.layout["q"].dtype
+
 
 class Executor(Protocol):
     """Where kernels run: a GPU, or the CPU in ptxsim.

@@ -22,6 +22,7 @@ from gqa_cutlass.codegen.schema.problem import (
     VECTOR_WIDTHS,
     Problem,
 )
+from gqa_cutlass.codegen.schema.storage import ELEMENT_BYTES
 from gqa_cutlass.errors import shown
 
 DTYPES = {torch.float16: DType.F16, torch.bfloat16: DType.BF16}
@@ -33,13 +34,19 @@ NUMBER_TYPES = {
 }
 
 
-def problem_of(layout: Layout, policies: tuple[Policy, ...] = (), window_left: int = -1) -> Problem:
+def problem_of(
+    layout: Layout,
+    policies: tuple[Policy, ...] = (),
+    window_left: int = -1,
+    out_dtype: torch.dtype | None = None,
+) -> Problem:
     """Check a layout, and name the problem that it poses.
 
     Args:
         layout: What `see` saw.
         policies: What the kernel must have in its slots, which tensors do not say.
         window_left: Tokens before the newest that are seen; -1 for all.
+        out_dtype: Of the output; None for that of q.
 
     Raises:
         InputError: A rule is broken; the message says which, what was given and what to do.
@@ -50,6 +57,7 @@ def problem_of(layout: Layout, policies: tuple[Policy, ...] = (), window_left: i
     for name, t in layout.items():
         if name != LENGTHS:
             _check_placement(ROWS[name], t, q)
+    check_result(layout, out_dtype)
     batch, *_, num_q_heads, head_dim = q.shape
     rows, max_seq_len, num_kv_heads, _ = cache.shape
     head_dim_v = layout["v_cache"].shape[-1]
@@ -120,6 +128,17 @@ def _check_placement(row: Argument, t: Seen, q: Seen) -> None:
             "a tensor that requires grad (decode has no backward pass)",
             "tensors without grad; call it under torch.inference_mode() or torch.no_grad()",
         )
+
+
+def check_result(layout: Layout, out_dtype: torch.dtype | None) -> None:
+    """Raise InputError unless outputs may have this type, and the given one has it."""
+    of_q = layout["q"].dtype
+    if out_dtype not in (None, of_q, torch.float32):
+        fail("out_dtype", str(out_dtype), f"None, q's dtype, {of_q}, or torch.float32")
+    wanted = out_dtype or of_q
+    if "out" in layout and layout["out"].dtype != wanted:
+        allowed = "q's dtype" if out_dtype is None else "out_dtype"
+        fail("out", str(layout["out"].dtype), f"{allowed}, {wanted}")
 
 
 def check_sizes(
@@ -196,10 +215,10 @@ def check_lengths(layout: Layout) -> None:
 
 
 def _vector_width(t: Seen) -> int:
-    """Widest access in elements (8, 4, 2 or 1) to which every row of a tensor is aligned."""
-    bits = t.address // t.itemsize
+    """Widest access (8, 4, 2 or 1 times 16 bits) to which every row of a tensor is aligned."""
+    bits = t.address // ELEMENT_BYTES
     for size, stride in zip(t.shape[:-1], t.strides[:-1], strict=True):
-        bits |= stride if size > 1 else 0
+        bits |= stride * t.itemsize // ELEMENT_BYTES if size > 1 else 0
     return next(width for width in VECTOR_WIDTHS if bits % width == 0)
 
 

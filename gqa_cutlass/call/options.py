@@ -50,8 +50,10 @@ class Options(TypedDict, total=False):
         cache_leftpad: Tokens of padding at the start of each sequence's cache, int32 [batch] on q's
             device, which the host never reads. They are counted in `cache_seqlens`, and not
             attended to; where there are more of them than tokens, nothing is. Below 0 is none.
-        out: Where to write; q's shape and dtype, sharing no memory with an input. None, the
-            default: a new tensor.
+        out_dtype: torch.float32: the output as it was computed, before it is rounded, as a part to
+            be merged with others by `merge_states`. None, the default, or q's dtype: that of q.
+        out: Where to write; q's shape, and its dtype or `out_dtype`, sharing no memory with an
+            input. None, the default: a new tensor.
     """
 
     softmax_scale: float | None
@@ -62,6 +64,7 @@ class Options(TypedDict, total=False):
     window_size: tuple[int, int]
     alibi_slopes: Tensor | None
     cache_leftpad: Tensor | None
+    out_dtype: torch.dtype | None
     out: Tensor | None
 
 
@@ -106,6 +109,7 @@ class Asked:
     ragged: bool = True
     softcap: float = 0  # an int, for torch traces a float as one that may vary
     window_size: tuple[int, int] = NO_WINDOW
+    out_dtype: torch.dtype | None = None
     kernel: KernelConfig | None = None
     dependent: bool = False
 
@@ -210,11 +214,15 @@ def check(call: str, options: Mapping[str, Any], given: Given) -> tuple[Asked, t
             f"plan: kernel: got {shown(asked.kernel)}; allowed: a KernelConfig (another plan's "
             "`dispatch.config`, for instance), or None. Nothing was launched."
         )
+    if asked.out_dtype is not None and not isinstance(asked.out_dtype, torch.dtype):
+        fail("out_dtype", shown(asked.out_dtype), "None, q's dtype, or torch.float32")
     wanted = [row.feature for row, t in zip(CALL.rows, given, strict=False) if t is not None]
     if check_softcap(asked.softcap, 0):
         wanted.append("softcap")
     if asked.window_size != NO_WINDOW:
         wanted.append("window_size")
+    if asked.out_dtype is torch.float32:
+        wanted.append("out_dtype")
     return asked, tuple([policy for policy in POLICIES if policy.feature in wanted])
 
 

@@ -74,7 +74,8 @@ class Plan(Generic[R_co]):
         self.softmax_scale, self.return_lse = task.softmax_scale, task.asked.return_lse
         self._executor, self._index = executor, executor.device.index
         self._overflowed = executor.flag.word
-        self._new_out = executor.allocator((*q.shape[:-1], problem.value_dim), q.dtype, q.device)
+        shape = *q.shape[:-1], problem.value_dim
+        self._new_out = executor.allocator(shape, task.out_dtype, q.device)
         lse_shape = problem.batch_size, problem.num_q_heads
         self._new_lse = executor.allocator(lse_shape, torch.float32, q.device)
         self._floats, self._merge_counters = chosen.partial_floats, chosen.num_merge_counters

@@ -64,7 +64,7 @@ class Plans:
             argument = plan.bind(given)
         else:
             check_mode()
-            problem = problem_of(layout, policies, asked.window_size[0])
+            problem = problem_of(layout, policies, asked.window_size[0], asked.out_dtype)
             executor = self._executor_of(layout["q"].device)
             scale = asked.softmax_scale
             scale = problem.head_dim**-0.5 if scale is None else float(scale)

@@ -36,6 +36,7 @@ class LaunchRecord:
         head_dim_v: The same of values and outputs.
         max_seq_len: Tokens that a sequence's cache can hold.
         dtype: Element type of every tensor.
+        out_dtype: That of the output.
         append: Whether a new token came with the call.
         cache_seqlens: Tokens in every sequence's cache, or `device` where only the device knows.
         softmax_scale: Factor on the scores.
@@ -67,6 +68,7 @@ class LaunchRecord:
     head_dim_v: int
     max_seq_len: int
     dtype: str
+    out_dtype: str
     append: bool
     cache_seqlens: int | str
     softmax_scale: float
@@ -85,6 +87,7 @@ class LaunchRecord:
     def of(cls, plan: Plan, cache_seqlens: object, device: int | str, stream: int) -> LaunchRecord:
         """The record of a plan's launch."""
         problem, chosen, shape = plan.problem, plan.dispatch, plan.dispatch.shape
+        q = plan.task.layout["q"]
         return cls(
             kernel=chosen.config.name,
             grid=shape.grid,
@@ -102,6 +105,7 @@ class LaunchRecord:
             head_dim_v=problem.value_dim,
             max_seq_len=problem.max_seq_len,
             dtype=problem.dtype,
+            out_dtype=problem.dtype if plan.task.asked.out_dtype in (None, q.dtype) else "f32",
             append=problem.append,
             cache_seqlens=cache_seqlens if isinstance(cache_seqlens, int) else "device",
             softmax_scale=plan.softmax_scale,

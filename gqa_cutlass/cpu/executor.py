@@ -135,7 +135,7 @@ def _regions_of(task: Task) -> list[Region]:
     problem, chosen, q = task.problem, task.dispatch, task.layout["q"]
     forms = {ROWS[n].field: (t.shape, t.strides, t.itemsize) for n, t in task.layout.items()}
     out = *q.shape[:-1], problem.value_dim
-    forms.setdefault("out", (out, _packed(out), q.itemsize))
+    forms.setdefault("out", (out, _packed(out), task.out_dtype.itemsize))
     words: dict[str, tuple[int, ...]] = {"overflow_flag": (1,)}
     if task.asked.return_lse:
         words["lse"] = problem.batch_size, problem.num_q_heads

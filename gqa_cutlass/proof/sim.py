@@ -120,7 +120,7 @@ def _run(
     asked = _features(config, batch, q.shape[1], cache_len + 1)
     made = plan(
         q, k_cache, v_cache, k, v, cache_seqlens=cache_len, num_splits=num_splits,
-        return_lse=True, kernel=config, **asked,
+        return_lse=True, kernel=config, out_dtype=_out_dtype(config), **asked,
     )  # fmt: skip
     kernel = made.kernel
     assert isinstance(kernel, CpuKernel)
@@ -157,6 +157,12 @@ def _step(config: KernelConfig, tokens: int, batch: int, kv_heads: int) -> tuple
         torch.randn(*shape, generator=generator).to(_TORCH[config.dtype])
         for shape in (query, cache, cache, token, token)
     )
+
+
+def _out_dtype(config: KernelConfig) -> torch.dtype | None:
+    """The type of the kernel's outputs, where it is not that of q."""
+    wide = any(policy.feature == "out_dtype" for policy in config.policies)
+    return torch.float32 if wide else None
 
 
 def _features(config: KernelConfig, batch: int, heads: int, tokens: int) -> _Asked:

@@ -119,6 +119,7 @@ void gqa_log_launch(GQADecodeConfig const* config, gqa_tensors const* t, gqa_dis
                     gqa_cu_device device, gqa_stream_t stream) {
   char line[1024];
   char length[16] = "device";
+  char const* const dtype = config->dtype == GQA_FLOAT16 ? "f16" : "bf16";
   if (__atomic_load_n(&log_callback, __ATOMIC_ACQUIRE) == NULL) return;
   pthread_mutex_lock(&logging);
   gqa_log_callback const callback = log_callback;
@@ -129,15 +130,15 @@ void gqa_log_launch(GQADecodeConfig const* config, gqa_tensors const* t, gqa_dis
   snprintf(line, sizeof line,
            "launch kernel=%s grid=%u,%u,%u cluster=1,%u,1 block=%u shared_bytes=%u num_splits=%d "
            "num_stages=%d dependent=False batch_size=%d num_q_heads=%d num_kv_heads=%d "
-           "group_size=%d head_dim=%d max_seq_len=%d dtype=%s append=True cache_seqlens=%s "
-           "softmax_scale=%.9g return_lse=False softcap=0.0 sinks=False "
+           "group_size=%d head_dim=%d max_seq_len=%d dtype=%s out_dtype=%s append=True "
+           "cache_seqlens=%s softmax_scale=%.9g return_lse=False softcap=0.0 sinks=False "
            "window_size=-1,-1 alibi=False leftpad=False batch_idx=False workspace_bytes=%zu "
            "device=%d stream=0x%llx",
            chosen->kernel->name, chosen->grid[0], chosen->grid[1], chosen->grid[2], chosen->cluster,
            chosen->block, chosen->shared_bytes, chosen->num_splits, chosen->num_stages,
            config->batch_size, config->num_q_heads, config->num_kv_heads,
            config->num_q_heads / config->num_kv_heads, config->head_dim, config->max_seq_len,
-           config->dtype == GQA_FLOAT16 ? "f16" : "bf16", length, (double)config->scale,
+           dtype, dtype, length, (double)config->scale,
            gqa_workspace_of(chosen), device, (unsigned long long)(uintptr_t)stream);
   callback(line, user);
 }

@@ -24,6 +24,8 @@
 //                                    the MMA takes them. number: an element on CUDA cores.
 //   Output    what else is divided   finish(p, work, head, merged): called once per output, when
 //             by.                    everything has been merged.
+//   Result    what outputs are       Array rounded(values): cutlass arrays, the given one of floats.
+//             stored as.
 #pragma once
 
 #include <gqa/params.cuh>
@@ -70,6 +72,8 @@ template <class T>
 using OperandsOf = typename T::template Operands<T>;
 template <class T>
 using OutputOf = typename T::template Output<T>;
+template <class T>
+using ResultOf = typename T::template Result<T>;
 
 // Whether every token that a sequence has before the newest is seen.
 template <class T>

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cutlass/array.h>
-#include <cutlass/numeric_conversion.h>
 
 #include <gqa/policy/slots.cuh>
 #include <gqa/stage/combine.cuh>
@@ -12,19 +11,21 @@ namespace gqa {
 
 template <class T, int kWidth>
 CUTE_DEVICE void write_output(Params const& p, Work<T> const& w, Slice s, Merged<kWidth>&& r) {
-  using Element = typename T::Element;
-  constexpr int kVec = T::kVecWidth < kWidth ? T::kVecWidth : kWidth;
   OutputOf<T>::finish(p, w, s, r);
   bool const empty = r.sum == 0.f;  // nothing attended: the output is zero and lse minus infinity
   float const scale = !w.valid ? kNan : empty ? 0.f : reciprocal_approx(r.sum);
   cutlass::Array<float, kWidth> values;
   CUTE_UNROLL
   for (int i = 0; i < kWidth; ++i) values[i] = r.out[i] * scale;
-  auto const rounded = cutlass::NumericArrayConverter<Element, float, kWidth>{}(values);
+  auto const rounded = ResultOf<T>::rounded(values);
+  using Stored = typename decltype(rounded)::Element;
   int const head = w.first_head() + s.head;
-  auto* target = static_cast<Element*>(p.out) + w.batch * p.out_stride.batch +
+  auto* target = static_cast<Stored*>(p.out) + w.batch * p.out_stride.batch +
                  head * p.out_stride.head + s.dim;
-  using Out = cute::uint_bit_t<kVec * 16>;
+  // Addresses are aligned to kVecWidth times 16 bits, and to what is stored.
+  constexpr int kAligned = cute::max(T::kVecWidth * 2 / int(sizeof(Stored)), 1);
+  constexpr int kVec = cute::min(kAligned, kWidth);
+  using Out = cute::uint_bit_t<kVec * int(sizeof(Stored)) * 8>;
   CUTE_UNROLL
   for (int i = 0; i < kWidth / kVec; ++i) {
     reinterpret_cast<Out*>(target)[i] = reinterpret_cast<Out const*>(&rounded)[i];
