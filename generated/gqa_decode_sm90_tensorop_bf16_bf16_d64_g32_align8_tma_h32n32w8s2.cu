@@ -11,6 +11,7 @@
 #include <gqa/policy/token_copied.cuh>
 #include <gqa/policy/element_native.cuh>
 #include <gqa/policy/output_plain.cuh>
+#include <gqa/policy/result_native.cuh>
 
 struct Variant {
   using Element = cutlass::bfloat16_t;
@@ -34,6 +35,7 @@ struct Variant {
   template <class T> using NewToken = gqa::CopiedToken<T>;
   template <class T> using Operands = gqa::NativeOperands<T>;
   template <class T> using Output = gqa::KeysAlone<T>;
+  template <class T> using Result = gqa::AsQueries<T>;
 };
 
 static_assert(gqa::kLargestStorage<gqa::Traits<Variant>> == 165888);
