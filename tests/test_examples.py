@@ -54,6 +54,10 @@ def test_transformers_generate() -> None:
     assert torch.equal(ours, eager)
 
 
+def test_shared_prefix() -> None:
+    assert example("shared_prefix").main() < 2e-3
+
+
 def test_offline_bundle() -> None:
     served = example("offline_bundle").main()
     assert served.startswith("served [1, ")

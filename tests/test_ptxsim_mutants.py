@@ -66,13 +66,14 @@ class Case:
     alibi: bool = False
     leftpad: tuple[int, ...] = ()  # of each sequence
     index: tuple[int, ...] = ()  # as many rows as sequences
+    float32: bool = False  # the output
 
     @property
     def policies(self) -> tuple[Policy, ...]:
         asked = {
             "softcap": self.softcap, "sinks": self.sinks, "window_size": self.window,
             "alibi_slopes": self.alibi, "cache_leftpad": self.leftpad,
-            "cache_batch_idx": self.index,
+            "cache_batch_idx": self.index, "out_dtype": self.float32,
         }  # fmt: skip
         return tuple(policy for policy in POLICIES if asked.get(policy.feature))
 
@@ -120,6 +121,8 @@ class Case:
                 hidden = max(0, length + self.append - self.window)
                 step.k_cache[b, :hidden] = step.v_cache[b, :hidden] = float("nan")
             snapshot(step)
+        if self.float32:
+            step.in_float32()
         return step
 
 
@@ -174,6 +177,8 @@ SINK_SPLIT = Case(sinks=True, splits=3)
 SINK_HEAD_BLOCKS = Case(sinks=True, group_size=16)
 SINK_CLUSTER = _tma(sinks=True, lengths=(200,), splits=4)
 SINK_OF_CLUSTERS = _tma(sinks=True, lengths=(250,), splits=6)
+FLOAT32 = Case(float32=True, lengths=(20,))
+FLOAT32_CLUSTER = _tma(float32=True, lengths=(90,), splits=2)
 WINDOWED = Case(window=39)
 WINDOW_WALK = _tma(lengths=(300,), window=200, stages=1)
 WINDOW_ONCE = _tma(lengths=(90,), window=39)
@@ -1301,6 +1306,22 @@ FEATURE_MUTANTS = (
         case=SINK_OF_CLUSTERS,
     ),
     Mutant(
+        name="rows of float32 as if of 16 bits",
+        header="output.cuh",
+        old="static_cast<Stored*>(p.out)",
+        new="static_cast<typename T::Element*>(p.out)",
+        fault="not a multiple of 16 bytes; at byte 8 of out .* at output.cuh",
+        case=FLOAT32,
+    ),
+    Mutant(
+        name="half of what is stored in float32",
+        header="output.cuh",
+        old="i < kWidth / kVec",
+        new="i < kWidth * 2 / kVec / int(sizeof(Stored))",
+        wrong="output",
+        case=FLOAT32_CLUSTER,
+    ),
+    Mutant(
         name="a window that is a token short",
         header="mask_window.cuh",
         old="at.token >= at.query - left",
@@ -1584,11 +1605,10 @@ def launch(case: Case, program: Program) -> set[str]:
     config, step = case.config, case.step()
     tensors = {name: getattr(step, name, None) for name in TENSORS}
     given = *step.tensors(), step.out, step.seqlens, *tensors.values()
-    asked, policies = check(
-        "plan", {"softcap": step.softcap, "window_size": step.window_size}, given
-    )
+    options = {name: getattr(step, name) for name in ("softcap", "window_size", "out_dtype")}
+    asked, policies = check("plan", options, given)
     layout = see(given)
-    problem = problem_of(layout, policies, asked.window_size[0])
+    problem = problem_of(layout, policies, asked.window_size[0], asked.out_dtype)
     chosen = case.dispatch(problem)
     lse = torch.full(step.q.shape[:2], float("nan"))
     counters = torch.zeros(chosen.num_merge_counters, dtype=torch.int32)
