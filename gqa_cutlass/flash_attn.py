@@ -173,11 +173,11 @@ def flash_attn_with_kvcache(
 
 
 def _check_one_token(q: Tensor) -> None:
-    """Raise InputError for several tokens; what is no tensor, `gqa_decode` refuses."""
-    if isinstance(q, Tensor):
+    """Raise InputError for several tokens; what has no shape, `gqa_decode` refuses."""
+    if (shape := _shape(q)) is not None:
         _fail(
             "q",
-            f"shape {list(q.shape)}",
+            f"shape {shape}",
             "[batch, 1, num_q_heads, head_dim], one token per sequence; prompts, and several "
             "tokens at once, go to FlashAttention or SDPA",
         )
@@ -187,7 +187,7 @@ def _whole_cache(k_cache: Tensor, k: Tensor | None) -> int:
     """The length of sequences that fill their cache, to which nothing is appended."""
     if k is not None:
         _fail("cache_seqlens", "None, with k", "the lengths before the new token, where it goes")
-    shape: tuple[int, ...] = getattr(k_cache, "shape", ())
+    shape = _shape(k_cache) or []
     return shape[1] if len(shape) > 1 else 0  # what is no cache, `gqa_decode` refuses
 
 
@@ -195,8 +195,17 @@ def _refuse(**arguments: object) -> NoReturn:
     """Raise InputError for the first argument that is there and not supported."""
     name = next(name for name, value in arguments.items() if value is not None)
     value = arguments[name]
-    got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else shown(value)
+    shape = _shape(value)
+    got = shown(value) if shape is None else f"shape {shape}"
     _fail(name, f"{got}, which is not supported yet", _NOT_YET[name])
+
+
+def _shape(value: object) -> list[int] | None:
+    """A tensor's; None for what is none, and for nested ones, which have no such thing."""
+    try:
+        return list(value.shape)  # type: ignore[attr-defined]
+    except Exception:
+        return None
 
 
 def _fail(what: str, got: str, allowed: str) -> NoReturn:

@@ -64,19 +64,29 @@ def _stacked(name: str, parts: Parts) -> Tensor:
     """All parts in one tensor.
 
     Raises:
-        InputError: There is none, or one is no tensor, or not like the first.
+        InputError: There is none, or one is no dense tensor, or not like the first.
     """
     if isinstance(parts, Tensor):
+        _check_dense(name, parts)
         return parts
     if not isinstance(parts, Sequence) or not parts:
         _fail(name, shown(parts), "one tensor with parts in front, or a sequence of tensors")
-    kinds = [(p.shape, p.dtype, p.device) if isinstance(p, Tensor) else type(p) for p in parts]
-    for kind, part in zip(kinds, parts, strict=True):
-        if not isinstance(part, Tensor):
-            _fail(name, f"a {type(part).__name__} among the parts", "tensors")
-        if kind != kinds[0]:
+    for part in parts:
+        _check_dense(name, part)
+        if _kind(part) != _kind(parts[0]):
             _fail(name, f"{_text(part)} behind {_text(parts[0])}", "parts that are all alike")
     return torch.stack(tuple(parts))
+
+
+def _check_dense(name: str, part: object) -> None:
+    if not isinstance(part, Tensor):
+        _fail(name, f"a {type(part).__name__} among the parts", "tensors")
+    if part.is_nested or part.layout is not torch.strided:
+        _fail(name, "a nested or sparse tensor", "dense tensors")
+
+
+def _kind(part: Tensor) -> tuple[object, ...]:
+    return part.shape, part.dtype, part.device
 
 
 def _check(out: Tensor, lse: Tensor) -> None:

@@ -16,7 +16,13 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 import gqa_cutlass
-from gqa_cutlass import GQADecodeConfig, explain, gqa_attention_decode, gqa_decode
+from gqa_cutlass import (
+    GQADecodeConfig,
+    explain,
+    flash_attn_with_kvcache,
+    gqa_attention_decode,
+    gqa_decode,
+)
 from gqa_cutlass.cpu import executor as cpu
 from gqa_cutlass.errors import InputError
 from gqa_cutlass.ptxsim.memory.spaces import Region
@@ -50,6 +56,8 @@ def calls() -> Iterator[tuple[str, Call, Arguments]]:
     story = {name: tensors[name].unsqueeze(1) for name in ("q", "k", "v")}
     story |= {"kv_cache_k": tensors["k_cache"], "kv_cache_v": tensors["v_cache"]}
     story |= {"output": tensors["out"].view(2, 1, 512)}
+    token = {name: valid[name].unsqueeze(1) for name in ("q", "k", "v", "out")}
+    yield "flash_attn_with_kvcache", flash_attn_with_kvcache, valid | token
     yield "gqa_attention_decode", partial(gqa_attention_decode, config=config), story
 
 

@@ -507,6 +507,8 @@ def test_a_cache_decodes_with_features(device: str) -> None:
         *rows[:1], cache.k, cache.v, cache_seqlens=1, softcap=1.0, sinks=sinks, num_splits=1
     )
     torch.testing.assert_close(out, plain)
+    exact = cache.decode(rows[0], softcap=1.0, sinks=sinks, out_dtype=torch.float32)
+    assert exact.dtype == torch.float32 and torch.equal(exact.half(), plain)
 
 
 @pytest.mark.parametrize("feature", POLICIES)

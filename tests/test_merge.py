@@ -164,6 +164,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "parts of two sizes": ({"outs": [OUTS[0], OUTS[1, :2]]}, r"outs: got .*\[2, 4, 8\] .* behind"),
     "parts of two dtypes": ({"outs": [OUTS[0], OUTS[1].half()]}, "outs: got torch.float16 .* beh"),
     "parts of two places": ({"lses": [LSES[0], LSES[1].to("meta")]}, "lses: got .* meta behind"),
+    "a sparse tensor": ({"outs": OUTS.to_sparse()}, "outs: got a nested or sparse tensor; allowed"),
+    "a nested part": ({"lses": [torch.nested.nested_tensor([LSES[0]])] * 2}, "lses: got a nested"),
     "whole numbers": ({"outs": OUTS.int()}, "outs: got torch.int32 .*; allowed: .* float32, fl"),
     "another number of parts": ({"lses": LSES[:1]}, r"lses: got .* \[1, 3, 4\] .*: float32 \[2, 3"),
     "tokens of nobody": ({"lses": LSES.unsqueeze(-1)}, r"lses: got .* \[2, 3, 4, 1\] on cpu; all"),
