@@ -53,7 +53,7 @@ def test_models_with_features_have_kernels_with_them() -> None:
     }  # fmt: skip
     found = {model.name: set(policies_of(model)) for model in MODELS}
     assert {name: found[name] for name in expected} == expected
-    proofs = {(d, group, each) for _, d, group, _, each in PROOFS if each}
+    proofs = {(d, group, each) for _, d, _, group, _, each in PROOFS if each}
     with_features = {(c.head_dim, c.group_size, c.policies) for c in SHIPPED if c.policies} - proofs
     assert with_features == {
         (128, 4, (win,)), (256, 4, (win,)), (256, 2, (win,)), (128, 2, (win,)),

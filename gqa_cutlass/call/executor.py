@@ -29,6 +29,7 @@ class Task:
         dispatch: The kernel and its launch.
         asked: The other options.
         softmax_scale: Factor on the scores.
+        out_dtype: Of the output.
         fields: What features put into the kernel's argument, but addresses.
     """
 
@@ -37,12 +38,8 @@ class Task:
     dispatch: Dispatch
     asked: Asked
     softmax_scale: float
+    out_dtype: torch.dtype
     fields: dict[str, float]
-
-    @property
-    def out_dtype(self) -> torch.dtype:
-        """Of the output."""
-        return self.asked.out_dtype or self.layout["q"].dtype
 
 
 class Executor(Protocol):

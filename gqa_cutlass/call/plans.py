@@ -73,6 +73,7 @@ class Plans:
                 problem=problem,
                 asked=asked,
                 softmax_scale=scale,
+                out_dtype=asked.out_dtype or layout["q"].dtype,
                 fields=fields_of(asked, layout, scale) if policies else {},
                 dispatch=dispatch(
                     problem, executor.device, asked.num_splits, asked.kernel,

@@ -87,7 +87,6 @@ class LaunchRecord:
     def of(cls, plan: Plan, cache_seqlens: object, device: int | str, stream: int) -> LaunchRecord:
         """The record of a plan's launch."""
         problem, chosen, shape = plan.problem, plan.dispatch, plan.dispatch.shape
-        q = plan.task.layout["q"]
         return cls(
             kernel=chosen.config.name,
             grid=shape.grid,
@@ -105,7 +104,7 @@ class LaunchRecord:
             head_dim_v=problem.value_dim,
             max_seq_len=problem.max_seq_len,
             dtype=problem.dtype,
-            out_dtype=problem.dtype if plan.task.asked.out_dtype in (None, q.dtype) else "f32",
+            out_dtype="f32" if plan.task.out_dtype.itemsize == 4 else problem.dtype,
             append=problem.append,
             cache_seqlens=cache_seqlens if isinstance(cache_seqlens, int) else "device",
             softmax_scale=plan.softmax_scale,
