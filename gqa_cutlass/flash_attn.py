@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 
 from gqa_cutlass.api import gqa_decode
@@ -72,6 +73,7 @@ def flash_attn_with_kvcache(
     alibi_slopes: Tensor | None = None,
     block_table: Tensor | None = None,
     out: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
     fa_version: object = None,
 ) -> Any:
     """Append a token's K and V to the cache, if given, and attend: FlashAttention's call.
@@ -117,11 +119,12 @@ def flash_attn_with_kvcache(
         alibi_slopes: float32, [num_q_heads] or [batch, num_q_heads].
         block_table: Another name of `page_table`.
         out: Where to write, shaped as q; None for a new tensor.
+        out_dtype: torch.float32 for a part that `merge_states` merges; None for that of q.
         fa_version: A hint, without effect.
 
     Returns:
-        The output, shaped and typed as q; with return_softmax_lse also the log-sum-exp, float32
-        [batch, num_q_heads, 1].
+        The output, shaped as q, of its dtype or `out_dtype`; with return_softmax_lse also the
+        log-sum-exp, float32 [batch, num_q_heads, 1].
 
     Raises:
         InputError: An argument is not allowed, or not supported yet. Nothing was launched.
@@ -162,6 +165,8 @@ def flash_attn_with_kvcache(
         features["cache_leftpad"] = cache_leftpad
     if cache_batch_idx is not None:
         features["cache_batch_idx"] = cache_batch_idx
+    if out_dtype is not None:
+        features["out_dtype"] = out_dtype
     result = gqa_decode(
         q, k_cache, v_cache, k, v, cache_seqlens=cache_seqlens, softmax_scale=softmax_scale,
         num_splits=num_splits, return_lse=return_softmax_lse, out=out, **features,

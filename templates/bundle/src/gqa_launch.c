@@ -137,9 +137,9 @@ void gqa_log_launch(GQADecodeConfig const* config, gqa_tensors const* t, gqa_dis
            chosen->kernel->name, chosen->grid[0], chosen->grid[1], chosen->grid[2], chosen->cluster,
            chosen->block, chosen->shared_bytes, chosen->num_splits, chosen->num_stages,
            config->batch_size, config->num_q_heads, config->num_kv_heads,
-           config->num_q_heads / config->num_kv_heads, config->head_dim, config->max_seq_len,
-           dtype, dtype, length, (double)config->scale,
-           gqa_workspace_of(chosen), device, (unsigned long long)(uintptr_t)stream);
+           config->num_q_heads / config->num_kv_heads, config->head_dim, config->max_seq_len, dtype,
+           dtype, length, (double)config->scale, gqa_workspace_of(chosen), device,
+           (unsigned long long)(uintptr_t)stream);
   callback(line, user);
 }
 

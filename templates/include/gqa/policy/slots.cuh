@@ -24,8 +24,8 @@
 //                                    the MMA takes them. number: an element on CUDA cores.
 //   Output    what else is divided   finish(p, work, head, merged): called once per output, when
 //             by.                    everything has been merged.
-//   Result    what outputs are       Array rounded(values): cutlass arrays, the given one of floats.
-//             stored as.
+//   Result    what outputs are       rounded(values): a cutlass array of as many, made of one of
+//             stored as.             floats.
 #pragma once
 
 #include <gqa/params.cuh>

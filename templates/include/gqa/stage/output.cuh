@@ -20,12 +20,13 @@ CUTE_DEVICE void write_output(Params const& p, Work<T> const& w, Slice s, Merged
   auto const rounded = ResultOf<T>::rounded(values);
   using Stored = typename decltype(rounded)::Element;
   int const head = w.first_head() + s.head;
-  auto* target = static_cast<Stored*>(p.out) + w.batch * p.out_stride.batch +
-                 head * p.out_stride.head + s.dim;
+  auto* target =
+      static_cast<Stored*>(p.out) + w.batch * p.out_stride.batch + head * p.out_stride.head + s.dim;
   // Addresses are aligned to kVecWidth times 16 bits, and to what is stored.
   constexpr int kAligned = cute::max(T::kVecWidth * 2 / int(sizeof(Stored)), 1);
   constexpr int kVec = cute::min(kAligned, kWidth);
-  using Out = cute::uint_bit_t<kVec * int(sizeof(Stored)) * 8>;
+  constexpr int kBytes = kVec * int(sizeof(Stored));
+  using Out = cute::uint_bit_t<kBytes * 8>;
   CUTE_UNROLL
   for (int i = 0; i < kWidth / kVec; ++i) {
     reinterpret_cast<Out*>(target)[i] = reinterpret_cast<Out const*>(&rounded)[i];
