@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,25 @@ def sampled(items: Iterable[Any], key: Callable[[Any], object]) -> list[Any]:
         seen.add(key(item))
         found.append(pytest.param(item, id=item.name, marks=() if first else THOROUGH))
     return found
+
+
+def diagonal(*axes: Iterable[Any]) -> list[Any]:
+    """The product of axes as test parameters, of which CI takes every value of every axis.
+
+    It takes as many as the longest axis has, going down all axes at once, the shorter ones over and
+    over; a GPU takes all. Axes of equal length go in step, so give what must meet as one axis.
+    """
+    lists = [list(axis) for axis in axes]
+    steps = range(max(map(len, lists)))
+    taken = [[axis[step % len(axis)] for axis in lists] for step in steps]
+    return [
+        pytest.param(
+            *values,
+            id="-".join(str(getattr(value, "name", value)) for value in values),
+            marks=() if list(values) in taken else THOROUGH,
+        )
+        for values in product(*lists)
+    ]
 
 
 def on_devices(ptxsim: Iterable[Any], gpu: Iterable[Any]) -> list[Any]:

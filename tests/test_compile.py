@@ -6,14 +6,14 @@ import re
 from collections.abc import Callable, Iterator
 from contextvars import Context
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from cuda.bindings import nvrtc
 from cuda.pathfinder import load_nvidia_dynamic_lib
-from helpers import by_name, check_registers, compiled
+from helpers import THOROUGH, check_registers, compiled, diagonal, sampled
 
 from gqa_cutlass.codegen import (
     ARCHES,
@@ -74,31 +74,34 @@ def fullest() -> list[KernelConfig]:
     return list(found.values())
 
 
-@pytest.mark.parametrize("config", by_name(fullest()))
+def by_turns(configs: list[KernelConfig]) -> list[Any]:
+    """As test parameters, of which CI takes every head_dim, on one schedule and on the other."""
+    dims = sorted({config.head_dim for config in configs})
+    return [
+        pytest.param(c, id=c.name, marks=() if dims.index(c.head_dim) % 2 == c.tma else THOROUGH)
+        for c in configs
+    ]
+
+
+@pytest.mark.parametrize("config", by_turns(fullest()))
 def test_shipped_kernel_compiles_without_spills(config: KernelConfig) -> None:
     result = compiled(config)
     check_registers(result, config.max_registers)
     assert config.name.encode() in result.code
 
 
-# The usual and the fullest on all, others on two each.
-SOME = ("sm_80", "sm_120a"), ("sm_86", "sm_100a")
-
-
-@pytest.mark.parametrize(
-    ("config", "arch"),
-    [
-        pytest.param(config, arch, id=f"{config.name}-{arch}")
-        for config, archs in zip(SAMPLE, (ARCHES, SOME[0], ARCHES, SOME[1]), strict=True)
-        for arch in archs
-    ],
-)
+@pytest.mark.parametrize(("arch", "config"), diagonal(ARCHES, SAMPLE))
 def test_every_architecture_compiles_without_spills(config: KernelConfig, arch: str) -> None:
     # In a context of its own, for few share the headers of an architecture.
     check_registers(Context().run(compiled, config, arch), config.max_registers)
 
 
-@pytest.mark.parametrize("config", by_name(NOT_SHIPPED))
+def kind_of(config: KernelConfig) -> object:
+    """What the instructions of a kernel depend on beside its sizes."""
+    return config.schedule, config.math, config.policies, config.dependent
+
+
+@pytest.mark.parametrize("config", sampled(NOT_SHIPPED, kind_of))
 def test_kernels_outside_the_grid_compile_without_spills(config: KernelConfig) -> None:
     assert config not in shipped()
     check_registers(compiled(config), config.max_registers)
@@ -135,10 +138,9 @@ def test_a_kernel_that_spills_is_compiled_again(
     assert calls == [(True, ()), (True, frugal), (False, ())][: len(spills)]
 
 
-@pytest.mark.parametrize(("config", "arch"), [
-    pytest.param(config, arch, id=f"{config.name}-{arch}")
-    for config, arch in product((SAMPLE[0], SAMPLE[3]), ("compute_80", "compute_90"))
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("config", "arch"), diagonal((SAMPLE[0], SAMPLE[3]), ("compute_80", "compute_90"))
+)
 def test_ptx_needs_no_driver_and_names_source_lines(config: KernelConfig, arch: str) -> None:
     result = compiled(config, arch)
     text = result.code.decode()
@@ -175,7 +177,7 @@ def test_kernels_compile_for_what_their_schedule_allows_and_nothing_else(arch: s
             compile_kernel(TMA, arch)
 
 
-@pytest.mark.parametrize("arch", ["compute_80", "sm_90a"])
+@pytest.mark.parametrize("arch", ["compute_80", pytest.param("sm_90a", marks=THOROUGH)])
 def test_code_repeats_to_the_byte_with_shared_headers_and_without(arch: str) -> None:
     def code() -> list[bytes]:
         return [compile_kernel(config, arch).code for config in (SAMPLE[0], SAMPLE[3])]

@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 import torch
 from cases import make_step, snapshot
-from helpers import check, on_devices, remodelled, run
+from helpers import check, diagonal, on_devices, remodelled, run
 
 import gqa_cutlass
 from gqa_cutlass import gqa_decode
@@ -22,8 +22,7 @@ def finish(device: str) -> None:
         torch.cuda.synchronize()
 
 
-@pytest.mark.parametrize("vec_width", [8, 4, 2, 1])
-@pytest.mark.parametrize("layout", ["NHD", "HND", "padded"])
+@pytest.mark.parametrize(("vec_width", "layout"), diagonal([8, 4, 2, 1], ["NHD", "HND", "padded"]))
 def test_misaligned_and_strided_tensors(vec_width: int, layout: str, device: str) -> None:
     step = make_step(
         device=device, lengths=[33, 200, 0], max_seq_len=256, layout=layout, vec_width=vec_width
@@ -53,7 +52,7 @@ def test_tiny_caches_that_several_blocks_read_and_one_appends_to(
 # In ptxsim those that no kernel has that ships.
 @pytest.mark.parametrize(
     ("device", "head_dim"),
-    on_devices((32, 48, 88, 104, 120, 152, 176, 200, 224, 232), range(32, 257, 8)),
+    on_devices((32, 48, 104, 152, 200, 232), range(32, 257, 8)),
 )
 def test_every_head_dim(head_dim: int, device: str) -> None:
     step = make_step(
@@ -64,7 +63,7 @@ def test_every_head_dim(head_dim: int, device: str) -> None:
 
 @pytest.mark.parametrize(
     ("device", "group_size"),
-    on_devices((9, 11, 12, 15, 24, 48, 71), (*range(1, 17), 24, 32, 48, 71)),
+    on_devices((9, 15, 24, 71), (*range(1, 17), 24, 32, 48, 71)),
 )
 def test_every_group_size(group_size: int, device: str) -> None:
     step = make_step(
@@ -169,8 +168,7 @@ def test_overflow_of_an_int_length_writes_nothing(device: str) -> None:
     step.check_memory()
 
 
-@pytest.mark.parametrize("bad", [128, 129, 2**31 - 1])
-@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize(("bad", "splits"), diagonal([128, 129, 2**31 - 1], [1, 4]))
 def test_overflow_on_the_device_spoils_only_its_sequence(
     bad: int, splits: int, device: str
 ) -> None:
@@ -185,9 +183,9 @@ def test_overflow_on_the_device_spoils_only_its_sequence(
     assert not out[0].isnan().any() and not out[2].isnan().any()
 
 
-@pytest.mark.parametrize("negative", [-1, -(2**31)])
-@pytest.mark.parametrize("append", [True, False], ids=["append", "attend"])
-@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize(
+    ("splits", "append", "negative"), diagonal([1, 4], [True, False], [-1, -(2**31)])
+)
 def test_rows_of_negative_length_are_inactive(
     splits: int, append: bool, negative: int, device: str
 ) -> None:

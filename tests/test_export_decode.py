@@ -33,7 +33,7 @@ from c_library import (
     write_dummies,
 )
 from cases import Step, make_step
-from helpers import by_name
+from helpers import by_name, diagonal
 from torch import Tensor
 
 import gqa_cutlass
@@ -243,8 +243,9 @@ def test_ragged_lengths_decode_like_python(sizes: dict[str, Any], rows: int) -> 
     assert overflow.item() == 0
 
 
-@pytest.mark.parametrize("wrong", ["full", "beyond", "largest"])
-@pytest.mark.parametrize("max_seq_len", [40, 140], ids=["multistage", "clusters"])
+@pytest.mark.parametrize(  # multistage and clusters
+    ("wrong", "max_seq_len"), diagonal(["full", "beyond", "largest"], [40, 140])
+)
 def test_a_sequence_that_does_not_fit_spoils_itself_alone(max_seq_len: int, wrong: str) -> None:
     lengths = {"full": max_seq_len, "beyond": max_seq_len + 1, "largest": 2**31 - 1}
     step = step_of(lengths=[0, 17, 5, 39], max_seq_len=max_seq_len)

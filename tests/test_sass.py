@@ -19,26 +19,21 @@ from sass import (
     tools,
 )
 
-from gqa_cutlass.codegen import DType, KernelConfig, Math, Schedule, default_config
+from gqa_cutlass.codegen import DType, KernelConfig, Math, default_config
 
 _OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", re.MULTILINE)
+# Those of the record, and one of every narrower copy; in bfloat16 too, and with wide groups.
+TMA = [config for config in BASE if config.tma and not config.dependent]
 TENSOROP = [
-    default_config(Math.TENSOROP, DType.F16, 128, 4, 8),
-    default_config(Math.TENSOROP, DType.BF16, 64, 7, 8),
-    default_config(Math.TENSOROP, DType.BF16, 256, 8, 8),
+    *(c for c in BASE if c.math is Math.TENSOROP and not c.tma),
     default_config(Math.TENSOROP, DType.F16, 128, 4, 4),
-    default_config(Math.TENSOROP, DType.F16, 128, 4, 2),
+    default_config(Math.TENSOROP, DType.BF16, 64, 8, 2),
 ]
 SIMT = [
-    default_config(Math.SIMT, DType.F16, 128, 1, 8),
+    *(c for c in BASE if c.math is Math.SIMT),
     default_config(Math.SIMT, DType.BF16, 64, 4, 4),
     default_config(Math.SIMT, DType.BF16, 80, 1, 2),
     default_config(Math.SIMT, DType.F16, 64, 4, 1),
-]
-TMA = [
-    default_config(Math.TENSOROP, DType.F16, 128, 4, 8, Schedule.TMA),
-    default_config(Math.TENSOROP, DType.BF16, 64, 32, 8, Schedule.TMA),
-    default_config(Math.TENSOROP, DType.BF16, 256, 8, 8, Schedule.TMA),
 ]
 
 
