@@ -63,7 +63,8 @@ def _process_of(item: pytest.Item) -> str:
         return "gpu"  # they measure time
     parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
     # A kernel is compiled and parsed once by the process that has all of its tests.
-    return next((value.name for value in parameters if isinstance(value, KernelConfig)), "")
+    found = (value.name for value in parameters if isinstance(value, KernelConfig))
+    return next(found, getattr(item.module, "PROCESS", ""))  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -48,6 +48,7 @@ FEW = {
     "splits": Edge(lengths=(300, 37, 0), capacity=512, splits=2),
     "attend only": Edge(lengths=(37, 0), capacity=64, append=False),
 }
+PROCESS = "features"  # has all tests here, for they have kernels in common
 every_feature = pytest.mark.parametrize("feature", [*POLICIES, ALL])
 
 
