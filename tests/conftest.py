@@ -63,8 +63,21 @@ def _process_of(item: pytest.Item) -> str:
         return "gpu"  # they measure time
     parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
     # A kernel is compiled and parsed once by the process that has all of its tests.
-    found = (value.name for value in parameters if isinstance(value, KernelConfig))
-    return next(found, getattr(item.module, "PROCESS", ""))  # type: ignore[attr-defined]
+    for value in parameters:
+        if isinstance(value, KernelConfig):
+            return value.name
+    if item.get_closest_marker("xdist_group"):
+        return ""
+    if isinstance(item, pytest.Function) and _has_a_fixture_of_its_module(item):
+        return item.path.name  # or each process makes it
+    return str(getattr(getattr(item, "module", None), "PROCESS", ""))
+
+
+def _has_a_fixture_of_its_module(item: pytest.Function) -> bool:
+    fixtures = item._fixtureinfo.name2fixturedefs.values()
+    return any(
+        definition.scope == "module" for definitions in fixtures for definition in definitions
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)

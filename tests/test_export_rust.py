@@ -75,7 +75,7 @@ class Crate:
 def crate(tmp_path_factory: pytest.TempPathFactory) -> Crate:
     folder = tmp_path_factory.mktemp("rust")
     export = plan_export(KERNELS, ["sm_90a"])
-    paths = write_bundle(folder / "bundle", export, compiled(export, Store.default()))
+    paths = write_bundle(folder / "bundle", export, compiled(export, Store.default(), jobs=1))
     files = {str(path.relative_to(folder / "bundle")) for path in paths}
     return Crate(folder / "bundle", files, folder / "target")
 
