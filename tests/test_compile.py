@@ -98,7 +98,7 @@ def test_every_architecture_compiles_without_spills(config: KernelConfig, arch: 
 
 def kind_of(config: KernelConfig) -> object:
     """What the instructions of a kernel depend on beside its sizes."""
-    return config.schedule, config.math, config.policies, config.dependent
+    return config.schedule, config.math, config.policies, config.pdl
 
 
 @pytest.mark.parametrize("config", sampled(NOT_SHIPPED, kind_of))

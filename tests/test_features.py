@@ -36,7 +36,8 @@ POLICIES = {
     "leftpad": named("LeftPadded"), "index": named("IndexedRow"), "float32": named("InFloat32"),
 }  # fmt: skip
 NAMES = list(POLICIES)
-DISJOINT = list(zip(NAMES[:3], NAMES[3:], strict=True))
+# As few as have every feature.
+DISJOINT = [(NAMES[i], NAMES[i + len(NAMES) // 2]) for i in range((len(NAMES) + 1) // 2)]
 PAIRS = [" and ".join(p) for p in dict.fromkeys([*DISJOINT, *combinations(NAMES, 2)])]
 ALL = " and ".join(POLICIES)
 KINDS = {

@@ -77,6 +77,7 @@ def test_dispatcher_picks_the_kernel(config: KernelConfig) -> None:
         lengths=[5],
         max_seq_len=tokens,
         vec_width=config.vec_width,
+        head_dim_v=config.head_dim_v,
     ).asking_for(config.policies)
     plan = gqa_cutlass.plan(*step.tensors(), cache_seqlens=5, out=step.out, **step.features())
     chosen = plan.dispatch.config

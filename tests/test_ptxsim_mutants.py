@@ -1682,7 +1682,7 @@ def what_finds(mutant: Mutant) -> object:
 
 def way_of(case: Case) -> object:
     """What the main loop is made for; features have tests of their own."""
-    return case.schedule, case.math, case.overlap
+    return case.schedule, case.math, case.pdl
 
 
 @pytest.mark.parametrize("case", firsts(CASES, way_of))

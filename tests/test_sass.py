@@ -23,7 +23,7 @@ from gqa_cutlass.codegen import DType, KernelConfig, Math, default_config
 
 _OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", re.MULTILINE)
 # Those of the record, and one of every narrower copy; in bfloat16 too, and with wide groups.
-TMA = [config for config in BASE if config.tma and not config.dependent]
+TMA = [config for config in BASE if config.tma and not config.pdl]
 TENSOROP = [
     *(c for c in BASE if c.math is Math.TENSOROP and not c.tma),
     default_config(Math.TENSOROP, DType.F16, 128, 4, 4),
