@@ -139,6 +139,11 @@ def references(text: str) -> set[tuple[str, str]]:
     return {(file, name) for file, name in _REFERENCE.findall(text)}
 
 
+def is_of_tests(file: str) -> bool:
+    """Whether a file is one that pytest collects."""
+    return file.startswith("tests/") and Path(file).name.startswith("test_")
+
+
 @cache
 def names_in(file: Path) -> set[str]:
     """What a file has by name: what a Python file defines, and all words of another."""
@@ -173,7 +178,7 @@ def test_every_row_says_what_where_and_which_test_or_why_none(heading: str) -> N
     for promise, cells in rows()[heading].items():
         meaning, where, proof = cells
         assert meaning and where, promise
-        named = {file for file, _ in references(proof) if file.startswith("tests/test_")}
+        named = {file for file, _ in references(proof) if is_of_tests(file)}
         assert bool(named) != (promise in WITHOUT_TEST), promise
         assert named or proof.startswith("No test: "), promise
 
@@ -194,7 +199,7 @@ def test_what_the_page_names_exists(file: str, name: str) -> None:
 def test_the_page_names_tests_by_file_and_function() -> None:
     proofs = [cells[-1] for table in rows().values() for cells in table.values()]
     named = set().union(*map(references, proofs))
-    unnamed = {file for file, name in named if file.startswith("tests/test_") and not name}
+    unnamed = {file for file, name in named if is_of_tests(file) and not name}
     assert unnamed == set()
     assert len({name for _, name in named if name}) >= 40
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from cases import Step, make_step, snapshot
-from helpers import check, run, run_python, skip_unless_it_runs
+from helpers import REPOSITORY, check, run, run_python, skip_unless_it_runs
 
 import gqa_cutlass
 from gqa_cutlass import GQADecodeConfig, gqa_attention_decode
@@ -125,7 +125,7 @@ def test_several_graphs_and_eager_calls_with_each_allocator(what: str, allocator
     """With torch alone first, to know what an allocator cannot do for anyone."""
     printed = run_python(
         f"import several_graphs; several_graphs.main({what!r})",
-        PYTHONPATH=Path(__file__).parent, PYTORCH_CUDA_ALLOC_CONF=allocator,
+        PYTHONPATH=REPOSITORY / "tests", PYTORCH_CUDA_ALLOC_CONF=allocator,
     )  # fmt: skip
     assert printed == f"{allocator.removeprefix('backend:')}\n"
 

@@ -21,7 +21,7 @@ CONFIG = dataclasses.replace(default_config(Math.TENSOROP, DType.F16, 128, 4, 8)
 OTHERS = {
     "math": Math.SIMT, "dtype": DType.BF16, "head_dim": 64, "group_size": 2, "vec_width": 4,
     "block_h": 16, "block_n": 32, "num_warps": 2, "num_stages": 2, "schedule": Schedule.TMA,
-    "pdl": True, "policies": (named("SoftCapped"),),
+    "pdl": True, "head_dim_v": 64, "policies": (named("SoftCapped"),),
 }  # fmt: skip
 
 
