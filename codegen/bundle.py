@@ -14,7 +14,14 @@ from typing import Any
 
 from gqa_cutlass.codegen.config import Arch, KernelConfig
 from gqa_cutlass.codegen.render import environment
-from gqa_cutlass.codegen.schema.internal import ARCH, KERNEL, LIMITS, MAX_STAGES, MODEL
+from gqa_cutlass.codegen.schema.internal import (
+    ARCH,
+    KERNEL,
+    LIMITS,
+    MAX_STAGES,
+    MODEL,
+    feature_bits,
+)
 from gqa_cutlass.codegen.schema.public import DTYPE_CODES
 from gqa_cutlass.codegen.schema.structs import Struct
 from gqa_cutlass.errors import ConfigError
@@ -145,6 +152,7 @@ def _kernel(index: int, image: Image, archs: Sequence[Arch]) -> dict[str, str]:
         "image": f"image_{index}",
         "dtype": DTYPE_CODES[c.dtype],
         "tma": int(c.tma),
+        "features": feature_bits(c.policies),
         "shared_bytes": [
             c.shared_bytes_with(min(stages, c.num_stages)) for stages in range(1, MAX_STAGES + 1)
         ],

@@ -97,6 +97,8 @@ class DriverTensor(ctypes.Structure):
     ]
 
 
+NUMBERS = {getattr(torch, n.name.lower()): code for n, code in public.NUMBER_CODES.items()}
+_POINTERS = "sinks", "alibi_slopes", "cache_leftpad", "cache_batch_idx"  # of features
 _copies = count()
 _OnLaunch = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(DriverLaunch))
 _OnEncode = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(DriverTensor), ctypes.c_void_p)
@@ -406,7 +408,22 @@ def config_of(step: Step, workspace: Tensor | None = None) -> Config:
         max_seq_len=step.k_cache.shape[1], dtype=DTYPES[step.q.dtype],
         workspace=None if workspace is None else workspace.data_ptr(),
         workspace_size=0 if workspace is None else workspace.numel() * workspace.element_size(),
+        **features_of(step),
     )  # fmt: skip
+
+
+def features_of(step: Step) -> dict[str, Any]:
+    """What a step asks for, by the fields of GQADecodeConfig."""
+    tensors = {name: getattr(step, name) for name in _POINTERS}
+    sinks, slopes = step.sinks, step.alibi_slopes
+    own_slopes = slopes is not None and slopes.dim() == 2
+    return {name: t.data_ptr() for name, t in tensors.items() if t is not None} | dict(
+        softcap=step.softcap,
+        window=step.window_size[0] + 1,
+        sinks_type=0 if sinks is None else NUMBERS[sinks.dtype],
+        alibi_batch_stride=step.q.shape[1] if own_slopes else 0,
+        cache_rows=0 if step.cache_batch_idx is None else step.k_cache.shape[0],
+    )
 
 
 def workspace_of(chosen: Dispatch) -> Tensor | None:
@@ -543,6 +560,8 @@ class Simulator:
             "q": step.q, "k_cache": step.k_cache, "v_cache": step.v_cache, "k_new": step.k,
             "v_new": step.v, "out": step.out,
         }  # fmt: skip
+        features = {name: getattr(step, name) for name in _POINTERS}
+        self.tensors |= {name: t for name, t in features.items() if t is not None}
         if workspace is not None:
             partials = workspace[NUM_MERGE_COUNTERS:].view(torch.float32)
             self.tensors |= {
@@ -588,6 +607,6 @@ def recorded() -> Iterator[list[Launched]]:
 
 
 def dispatched(kernels: Iterable[KernelConfig]) -> list[KernelConfig]:
-    """Those that dispatch may choose: C has no way to ask for a feature."""
-    usual = (k for k in kernels if not k.policies)
+    """Those that dispatch may choose: C has no way to ask for values of another head_dim."""
+    usual = (k for k in kernels if k.head_dim_v is None)
     return [k for k in usual if k.math is Math.TENSOROP or k.vec_width == 1]

@@ -50,10 +50,19 @@ static void* address(int tensor, int shift) {
   return (void*)(((uintptr_t)(tensor + 1) << 40) + (uintptr_t)shift);
 }
 
-static GQADecodeConfig const clusters = {
-    sizeof(GQADecodeConfig), 1, 3, 4, 1, 128, 0.1f, 4096, GQA_FLOAT16, NULL, 0};
-static GQADecodeConfig const plain = {
-    sizeof(GQADecodeConfig), 2, 3, 8, 2, 64, 0.1f, 30, GQA_BFLOAT16, NULL, 0};
+#define SIZES(bytes, batch, q_heads, kv_heads, dim, tokens, type) \
+  {.struct_size = bytes,                                          \
+   .batch_size = batch,                                           \
+   .cache_len = 3,                                                \
+   .num_q_heads = q_heads,                                        \
+   .num_kv_heads = kv_heads,                                      \
+   .head_dim = dim,                                               \
+   .scale = 0.1f,                                                 \
+   .max_seq_len = tokens,                                         \
+   .dtype = type}
+
+static GQADecodeConfig const clusters = SIZES(sizeof clusters, 1, 4, 1, 128, 4096, GQA_FLOAT16);
+static GQADecodeConfig const plain = SIZES(sizeof plain, 2, 8, 2, 64, 30, GQA_BFLOAT16);
 
 // What callers with other headers have, in memory of just that size.
 typedef struct older_config {
@@ -74,8 +83,7 @@ typedef struct older_launch {
 } older_launch;
 
 static older_config const older = {sizeof older, {2, 3, 8, 2, 64}, 0.1f, 30, GQA_BFLOAT16};
-static newer_config const newer = {{sizeof newer, 2, 3, 8, 2, 64, 0.1f, 30, GQA_BFLOAT16, NULL, 0},
-                                   0};
+static newer_config const newer = {SIZES(sizeof newer, 2, 8, 2, 64, 30, GQA_BFLOAT16), 0};
 
 static gqa_status step(GQADecodeConfig const* config, int shift, int ragged) {
   GQADecodeConfig given = *config;

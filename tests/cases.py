@@ -108,7 +108,7 @@ class Step:
 
     def asking_for(self, policies: tuple[Policy, ...]) -> Step:
         """The same with the features that a kernel has: a cap that bends scores, heavy sinks,
-        a window of half the cache."""
+        a window of half the cache, slopes of each sequence, padding of a third, rows backwards."""
         wanted = {policy.feature for policy in policies}
         if "softcap" in wanted:
             self.softcap = 1.5
@@ -116,6 +116,14 @@ class Step:
             self.sinks = torch.linspace(-2, 7, self.q.shape[1], device=self.q.device)
         if "window_size" in wanted:
             self.window_size = (self.k_cache.shape[1] // 2, 0)
+        if "alibi_slopes" in wanted:
+            batch, heads, _ = self.q.shape
+            slopes = torch.linspace(-0.01, 0.7, batch * heads, device=self.q.device)
+            self.alibi_slopes = slopes.view(batch, heads)
+        if "cache_leftpad" in wanted:
+            self.cache_leftpad = self.seqlens // 3
+        if "cache_batch_idx" in wanted:
+            self.turn_around()
         if "out_dtype" in wanted:
             self.in_float32()
         return self
@@ -131,6 +139,16 @@ class Step:
         self.buffers.append(buffer)
         self.out = buffer.tensor.view(torch.float32).fill_(torch.nan)
         self.out_dtype = torch.float32
+
+    def turn_around(self) -> None:
+        """Have sequences in other rows than their own, of caches with one more."""
+        batch = len(self.lengths)
+        for name in ("k_cache", "v_cache"):
+            cache = getattr(self, name)
+            setattr(self, name, torch.cat([torch.full_like(cache[:1], torch.nan), cache.flip(0)]))
+        order = torch.arange(batch, 0, -1, dtype=torch.int32, device=self.q.device)
+        self.cache_batch_idx = order
+        snapshot(self)
 
     def errors(self, out: Tensor) -> Errors:
         """The output's errors beside those of PyTorch in the input type."""

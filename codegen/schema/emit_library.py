@@ -8,7 +8,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Iterator
 
-from gqa_cutlass.codegen.schema.internal import MAXIMA
+from gqa_cutlass.codegen.schema.internal import FEATURE_BITS, FEATURE_FIELDS, MAXIMA, NUMBERS
 from gqa_cutlass.codegen.schema.internal import STRUCTS as INTERNAL
 from gqa_cutlass.codegen.schema.public import ENUMERATIONS, SIZES
 from gqa_cutlass.codegen.schema.public import STRUCTS as PUBLIC
@@ -40,6 +40,13 @@ def internal_header() -> str:
         *c_enum(MAXIMA),
         "// What the callers' structures may measure.",
         *c_enum(SIZES),
+        "// Features: bits of what kernels have and configurations ask for.",
+        *c_enum(FEATURE_BITS),
+        "// Each, and the field of GQADecodeConfig that asks for it when it is not zero.",
+        *_x_macro("GQA_FEATURES", FEATURE_FIELDS.items()),
+        "",
+        "// What the kernels call types of numbers.",
+        *c_enum(NUMBERS),
         *(line for struct in INTERNAL for line in c_struct(struct)),
         "#endif  // GQA_TYPES_H_",
     )
@@ -110,6 +117,17 @@ def _text(*lines: str) -> str:
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
+def _x_macro(name: str, rows: Iterable[tuple[str, ...]]) -> list[str]:
+    """A macro that applies another one to every row."""
+    return _continued(f"#define {name}(X)", *(f"  X({', '.join(row)})" for row in rows))
+
+
+def _continued(*lines: str) -> list[str]:
+    """The lines of one macro, as clang-format has them."""
+    width = max(map(len, lines[:-1]))
+    return [f"{line:<{width}} \\" for line in lines[:-1]] + [lines[-1]]
+
+
 def _names(struct: Struct) -> list[str]:
     return [field.name for field in struct.fields]
 
@@ -121,8 +139,16 @@ def _enums() -> list[str]:
 def _initial(struct: Struct) -> Iterator[str]:
     """The macro that initialises a structure, in C and in C++."""
     if struct.growth is not None:
-        values = ", ".join(field.type.initial for field in struct.fields)
-        yield f"#define {struct.growth.initial} {{{values}}}"
+        values = [field.type.initial for field in struct.fields]
+        line = f"#define {struct.growth.initial} {{{', '.join(values)}}}"
+        if len(line) <= WIDTH:
+            yield line
+        else:
+            first, *others = values
+            yield from _continued(
+                f"#define {struct.growth.initial}", f"  {{{first},",
+                *(f"   {value}," for value in others[:-1]), f"   {others[-1]}}}",
+            )  # fmt: skip
         yield ""
 
 

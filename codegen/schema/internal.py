@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Collection
 
+from gqa_cutlass.codegen.schema.launch import NumberType
+from gqa_cutlass.codegen.schema.policies import FEATURES, Policy
+from gqa_cutlass.codegen.schema.public import ASKED_BY
 from gqa_cutlass.codegen.schema.structs import (
     DOUBLE,
     FLOAT,
@@ -27,6 +31,33 @@ MAXIMA = Enumeration(
         Constant(name="kGqaMaxKernels", value=4096),
         Constant(name="kGqaMaxStages", value=MAX_STAGES),
         Constant(name="kGqaMaxArchs", value=MAX_ARCHS),
+    ),
+)
+
+
+def feature_bits(policies: Collection[Policy]) -> int:
+    """Features as the C library has them: a bit each."""
+    return sum(1 << i for i, policy in enumerate(FEATURES) if policy in policies)
+
+
+_BITS = {f"kGqa{policy.cpp}": (feature_bits([policy]), policy) for policy in FEATURES}
+_LATE = [policy for policy in FEATURES if not policy.prefetches_first_tile]
+FEATURE_BITS = Enumeration(
+    c="",
+    members=(
+        *(Constant(name=name, value=bit, doc=p.feature) for name, (bit, p) in _BITS.items()),
+        Constant(
+            name="kGqaNoPrefetch", value=feature_bits(_LATE), doc="those that wait for lengths"
+        ),
+    ),
+)
+# The bit of each, and the field of GQADecodeConfig that asks for it.
+FEATURE_FIELDS = {name: ASKED_BY[policy.feature] for name, (_, policy) in _BITS.items()}
+NUMBERS = Enumeration(
+    c="",
+    members=tuple(
+        Constant(name=f"kGqaNumber{number.name.title()}", value=number.value, doc=number.doc)
+        for number in NumberType
     ),
 )
 
@@ -60,6 +91,7 @@ KERNEL = _struct(
     ("num_warps", INT32, ""),
     ("num_stages", INT32, "with tma: at most"),
     ("head_blocks", INT32, "blocks that share a KV head"),
+    ("features", INT32, "bits of what it has beyond the plain kernel"),
     ("partial_floats", INT32, "floats of a partial output in the workspace"),
     ("tile_bytes", INT32, "of K and V in the cache"),
     ("bytes_in_flight", INT32, "that one block can have under way"),
@@ -102,6 +134,7 @@ LIMITS = _struct(
     ("max_group_size", INT32, ""),
     ("min_capability", INT32, ""),
     ("max_scale", FLOAT, ""),
+    ("max_softcap", DOUBLE, ""),
 )
 PROBLEM = _struct(
     "gqa_problem",
@@ -114,6 +147,8 @@ PROBLEM = _struct(
     ("dtype", INT32, "gqa_dtype"),
     ("vec_width", INT32, "widest access, in elements, that every address allows"),
     ("ragged", INT32, "whether the host does not know the lengths"),
+    ("features", INT32, "bits of what the kernel must have, and must not have beyond"),
+    ("window", INT64, "tokens that are seen; 0 for all"),
 )
 TARGET = _struct(
     "gqa_target",

@@ -251,6 +251,7 @@ check_distinct("policies", "tags", (policy.tag for policy in POLICIES if policy.
 # All tensors that a call may pass, in the order in which they are looked at.
 CALL = Table(rows=ARGUMENTS.rows + tuple(row for policy in POLICIES for row in policy.arguments))
 DEFAULTS = {policy.slot: policy for policy in POLICIES if not policy.tag}
+FEATURES = tuple(policy for policy in POLICIES if policy.feature)
 
 
 def named(cpp: str) -> Policy:

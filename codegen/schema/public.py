@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from gqa_cutlass.codegen.schema.kinds import DType
+from gqa_cutlass.codegen.schema.launch import NumberType
+from gqa_cutlass.codegen.schema.policies import FEATURES
 from gqa_cutlass.codegen.schema.structs import (
     FLOAT,
     INT32,
@@ -18,7 +22,10 @@ from gqa_cutlass.codegen.schema.structs import (
     Type,
     array,
     own_size,
+    pointer,
+    zeroed,
 )
+from gqa_cutlass.errors import ConfigError
 
 STATUS = Enumeration(
     c="gqa_status",
@@ -45,16 +52,37 @@ STATUS = Enumeration(
 DTYPE = Enumeration(
     c="gqa_dtype",
     rust="i32",
-    doc="The element type of every tensor of a call.",
+    doc="What tensors hold; those of a call, but `sinks`, are all of one of the first two.",
     members=(
         Constant(name="GQA_FLOAT16", value=0, doc="IEEE half precision"),
         Constant(name="GQA_BFLOAT16", value=1, doc="the upper half of a float"),
+        Constant(name="GQA_FLOAT32", value=2, doc="of `sinks` alone"),
     ),
 )
 DTYPE_CODES = {DType.F16: DTYPE["GQA_FLOAT16"], DType.BF16: DTYPE["GQA_BFLOAT16"]}
+NUMBER_CODES = {
+    NumberType.FLOAT32: DTYPE["GQA_FLOAT32"],
+    NumberType.FLOAT16: DTYPE["GQA_FLOAT16"],
+    NumberType.BFLOAT16: DTYPE["GQA_BFLOAT16"],
+}
 ENUMERATIONS = (STATUS, DTYPE)
 
 _DTYPE = Type(cpp="int32_t", c="int32_t", ctype=INT32.ctype, rust="gqa_dtype")
+_NUMBERS = pointer("void", const=True, rust="c_void")
+_FLOATS = pointer("float", const=True, rust="f32")
+_INTS = pointer("int32_t", const=True, rust="i32")
+
+
+def check_asked(asked_by: Mapping[str, str], config: Struct) -> None:
+    """Raise ConfigError unless every feature can be asked for by a field of a configuration."""
+    names = [field.name for field in config.fields]
+    missing = [p.feature for p in FEATURES if asked_by.get(p.feature) not in names]
+    if missing or len(asked_by) != len(FEATURES):
+        raise ConfigError(
+            f"schema: {config.cpp}: got no field for {', '.join(missing) or 'some'}; needed: one "
+            f"for each of {', '.join(p.feature for p in FEATURES)}. Nothing was generated."
+        )
+
 
 CONFIG = Struct(
     cpp="GQADecodeConfig",
@@ -70,7 +98,7 @@ CONFIG = Struct(
             (
                 "cache_len",
                 INT32,
-                "tokens in each cache before the step, 0 to `max_seq_len` - 1",
+                "tokens cached before the step, below `max_seq_len`",
             ),
             ("num_q_heads", INT32, "query heads, a multiple of `num_kv_heads`"),
             ("num_kv_heads", INT32, "KV heads"),
@@ -78,15 +106,36 @@ CONFIG = Struct(
             ("scale", FLOAT, "factor on the scores, usually 1 / sqrt(`head_dim`)"),
             ("max_seq_len", INT32, "tokens that the cache can hold per sequence"),
             ("dtype", _DTYPE, "`gqa_dtype` of every tensor"),
-            (
-                "workspace",
-                MEMORY,
-                "device memory; may be null where `gqa_workspace_size` is 0",
-            ),
+            ("workspace", MEMORY, "device memory; may be null where none is needed"),
             ("workspace_size", SIZE, "its bytes"),
+        )
+    )
+    + tuple(
+        Field(name=name, type=zeroed(kind), doc=doc)
+        for name, kind, doc in (
+            ("softcap", FLOAT, "bound of the scores, as in Gemma 2; 0: none"),
+            ("window", INT32, "tokens seen, the newest the last of them; 0: all"),
+            ("sinks", _NUMBERS, "`num_q_heads` logits, one more per head; or null"),
+            ("sinks_type", _DTYPE, "`gqa_dtype` of `sinks`; 0 without"),
+            ("alibi_batch_stride", INT32, "`num_q_heads`: slopes of each sequence; 0: of all"),
+            ("alibi_slopes", _FLOATS, "`num_q_heads`, or as many per sequence; or null"),
+            ("cache_leftpad", _INTS, "`batch_size` numbers, padding of each; or null"),
+            ("cache_batch_idx", _INTS, "`batch_size` rows, of the caches, one each; or null"),
+            ("cache_rows", INT32, "how many they have with it; 0: `batch_size`"),
+            ("reserved", INT32, "must be 0"),
         )
     ),
 )
+# The field that asks for a feature when it is not zero, by what Python calls the feature.
+ASKED_BY = {
+    "cache_batch_idx": "cache_batch_idx",
+    "cache_leftpad": "cache_leftpad",
+    "window_size": "window",
+    "softcap": "softcap",
+    "alibi_slopes": "alibi_slopes",
+    "sinks": "sinks",
+}
+check_asked(ASKED_BY, CONFIG)
 LAUNCH = Struct(
     cpp="gqa_launch",
     c="gqa_launch",

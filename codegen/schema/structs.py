@@ -203,10 +203,20 @@ MEMORY = Type(
 )  # fmt: skip
 
 
-def pointer(to: str, *, const: bool = False) -> Type:
-    """The type of an address on the device."""
+def pointer(to: str, *, const: bool = False, rust: str = "") -> Type:
+    """The type of an address on the device.
+
+    Args:
+        to: What is there, in C.
+        const: Whether it is only read.
+        rust: What is there, in Rust; "" for an address that Rust does not see.
+    """
     text = f"{to} const*" if const else f"{to}*"
-    return Type(cpp=text, c=text, ctype=ctypes.c_void_p)
+    rust_text = f"*{'const' if const else 'mut'} {rust}" if rust else ""
+    return Type(
+        cpp=text, c=text, ctype=ctypes.c_void_p, rust=rust_text, initial="NULL",
+        rust_default="null()" if const else "null_mut()",
+    )  # fmt: skip
 
 
 def array(of: Type, length: int, name: str = "") -> Type:
@@ -235,6 +245,11 @@ def own_size(name: str) -> Field:
         rust_default=f"size_of::<{name}>()",
     )  # fmt: skip
     return Field(name=STRUCT_SIZE, type=kind)
+
+
+def zeroed(kind: Type) -> Type:
+    """The type of a field that C++ sets to zero: programs may be of before it was added."""
+    return replace(kind, dims=" GQA_ZERO")
 
 
 def check_distinct(table: str, what: str, names: Iterable[str]) -> None:

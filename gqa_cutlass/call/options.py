@@ -18,11 +18,10 @@ from gqa_cutlass.call.given import Given, Layout, fail
 from gqa_cutlass.call.layout import NUMBER_TYPES
 from gqa_cutlass.codegen.config import KernelConfig
 from gqa_cutlass.codegen.schema.policies import CALL, POLICIES, Policy
-from gqa_cutlass.codegen.schema.problem import MAX_SCALE, MAX_SEQ_LEN, MAX_SPLITS
+from gqa_cutlass.codegen.schema.problem import MAX_SCALE, MAX_SEQ_LEN, MAX_SOFTCAP, MAX_SPLITS
 from gqa_cutlass.errors import InputError, shown
 
 NO_WINDOW = -1, -1
-MAX_SOFTCAP = 1e37  # times log2(e), and a scale over it, are still float32
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 

@@ -16,7 +16,7 @@ from gqa_cutlass.codegen.fatbin import pack
 from gqa_cutlass.codegen.files import is_vacant, update, writing
 from gqa_cutlass.codegen.schema.kinds import Math
 from gqa_cutlass.codegen.schema.params import Params, TmaParams
-from gqa_cutlass.codegen.schema.problem import MAX_BATCH, MAX_SCALE, MAX_SEQ_LEN
+from gqa_cutlass.codegen.schema.problem import MAX_BATCH, MAX_SCALE, MAX_SEQ_LEN, MAX_SOFTCAP
 from gqa_cutlass.codegen.schema.storage import BOX_DIMS, MAX_CLUSTER
 from gqa_cutlass.dispatch import MIN_CAPABILITY, MODELS, MOST_TILES
 from gqa_cutlass.errors import ConfigError, ExportError
@@ -79,7 +79,9 @@ def plan_export(kernels: str | None, archs: Sequence[str]) -> Export:
 
 def _is_dispatched(kernel: KernelConfig) -> bool:
     k = kernel
-    usual = default_config(k.math, k.dtype, k.head_dim, k.group_size, k.vec_width, k.schedule)
+    usual = default_config(
+        k.math, k.dtype, k.head_dim, k.group_size, k.vec_width, k.schedule, k.policies
+    )
     return kernel == usual and (kernel.math is Math.TENSOROP or kernel.vec_width == 1)
 
 
@@ -164,6 +166,7 @@ def facts() -> Facts:
             "max_group_size": MAX_GROUP_SIZE,
             "min_capability": MIN_CAPABILITY,
             "max_scale": MAX_SCALE,
+            "max_softcap": MAX_SOFTCAP,
         },
         params_layout=[(field[0], getattr(Params, field[0]).offset) for field in Params._fields_],
         params_bytes=ctypes.sizeof(Params),

@@ -248,10 +248,12 @@ def offsets(struct: Struct) -> list[tuple[str, int]]:
 
 def test_what_programs_were_built_with_stays_where_it_is() -> None:
     """Add fields and statuses at the end; these do not change."""
-    assert offsets(public.CONFIG)[:11] == [
+    assert offsets(public.CONFIG)[:21] == [
         ("struct_size", 0), ("batch_size", 8), ("cache_len", 12), ("num_q_heads", 16),
         ("num_kv_heads", 20), ("head_dim", 24), ("scale", 28), ("max_seq_len", 32), ("dtype", 36),
-        ("workspace", 40), ("workspace_size", 48),
+        ("workspace", 40), ("workspace_size", 48), ("softcap", 56), ("window", 60), ("sinks", 64),
+        ("sinks_type", 72), ("alibi_batch_stride", 76), ("alibi_slopes", 80), ("cache_leftpad", 88),
+        ("cache_batch_idx", 96), ("cache_rows", 104), ("reserved", 108),
     ]  # fmt: skip
     assert offsets(public.LAUNCH)[:9] == [
         ("struct_size", 0), ("kernel", 8), ("grid", 16), ("cluster", 28), ("block", 32),
@@ -265,6 +267,12 @@ def test_what_programs_were_built_with_stays_where_it_is() -> None:
         range(len(public.STATUS.members))
     )
     assert (public.CONFIG.least_bytes, public.LAUNCH.least_bytes) == (40, 16)
+
+
+@pytest.mark.parametrize("asked_by", [{}, public.ASKED_BY | {"sinks": "none"}], ids=["all", "one"])
+def test_a_feature_that_no_field_asks_for_is_refused(asked_by: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="schema: GQADecodeConfig: got no field for .*sinks; nee"):
+        public.check_asked(asked_by, public.CONFIG)
 
 
 def test_parts_of_shared_memory_lie_one_behind_the_other_as_aligned() -> None:

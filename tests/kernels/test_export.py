@@ -26,6 +26,7 @@ from gqa_cutlass.codegen import files as files_module
 from gqa_cutlass.codegen.bundle import Image, bundle_files
 from gqa_cutlass.codegen.compile import Compiled, compile_source, compiler_version
 from gqa_cutlass.codegen.fatbin import pack
+from gqa_cutlass.codegen.schema.policies import tagged
 from gqa_cutlass.errors import (
     CompileError,
     CompilerMissingError,
@@ -71,13 +72,22 @@ def test_architectures_without_a_kernel_are_left_out() -> None:
 def test_kernels_that_dispatch_never_chooses_are_left_out() -> None:
     narrow = default_config(Math.SIMT, DType.F16, 64, 4, 1)
     other_tiles = replace(WIDE, num_warps=2)
-    names = [WIDE, narrow, NEVER, other_tiles]
+    other_values = default_config(Math.TENSOROP, DType.F16, 64, 4, 8, head_dim_v=80)
+    names = [WIDE, narrow, NEVER, other_tiles, other_values]
     found = plan_export(",".join(kernel.name for kernel in names), ["sm_80"])
     assert set(found.kernels) == {WIDE, narrow}
 
 
 def test_a_kernel_that_is_not_shipped_is_exported_by_its_name() -> None:
     unusual = default_config(Math.TENSOROP, DType.BF16, 72, 3, 4)
+    assert unusual not in shipped()
+    assert plan_export(unusual.name, ["sm_80"]).kernels == (unusual,)
+
+
+def test_kernels_with_features_are_exported_those_that_ship_and_others_by_name() -> None:
+    shipped_ones = {k for k in shipped() if k.policies}
+    assert shipped_ones and shipped_ones <= set(plan_export(None, ["sm_90a"]).kernels)
+    unusual = replace(WIDE, policies=tagged("idx_alibi"))
     assert unusual not in shipped()
     assert plan_export(unusual.name, ["sm_80"]).kernels == (unusual,)
 

@@ -25,6 +25,8 @@ from helpers import remodelled
 
 from gqa_cutlass.codegen import ARCHES, DType, Schedule, shipped
 from gqa_cutlass.codegen.schema import internal
+from gqa_cutlass.codegen.schema.internal import feature_bits
+from gqa_cutlass.codegen.schema.policies import FEATURES, Policy, named
 from gqa_cutlass.codegen.schema.problem import Problem
 from gqa_cutlass.codegen.schema.public import DTYPE_CODES
 from gqa_cutlass.dispatch import (
@@ -39,6 +41,8 @@ from gqa_cutlass.errors import DeviceError
 
 KERNELS = dispatched(shipped())
 RANDOM_PROBLEMS = 20000
+Kind = tuple[DType, int, int, tuple[Policy, ...]]  # with head_dim and group size
+CAP, SINK, WINDOW = named("SoftCapped"), named("SinkInSum"), named("SlidingWindow")
 MODEL, H200 = MODELS["sm_90a"], model_device(ARCHES["sm_90a"])
 
 
@@ -109,7 +113,7 @@ class Case:
         p = self.problem
         problem = CProblem(
             p.batch_size, p.num_q_heads, p.num_kv_heads, p.head_dim, p.max_seq_len,
-            DTYPE_CODES[p.dtype], p.vec_width, self.ragged,
+            DTYPE_CODES[p.dtype], p.vec_width, self.ragged, feature_bits(p.policies), p.window or 0,
         )  # fmt: skip
         target = CTarget(list(ARCHES).index(self.device.arch.name), self.device.num_sms)
         found = CDispatch()
@@ -126,29 +130,32 @@ class Case:
         return Config(
             batch_size=p.batch_size, num_q_heads=p.num_q_heads, num_kv_heads=p.num_kv_heads,
             head_dim=p.head_dim, scale=0.1, max_seq_len=p.max_seq_len, dtype=DTYPE_CODES[p.dtype],
+            window=p.window or 0, softcap=30 if CAP in p.policies else 0,
+            sinks=1 << 40 if SINK in p.policies else None,
         )  # fmt: skip
 
 
 @cache
-def _widths() -> dict[tuple[DType, int, int], list[int]]:
+def _widths() -> dict[Kind, list[int]]:
     """Vector widths for which Python chooses a kernel that ships, by what else identifies it."""
-    found: dict[tuple[DType, int, int], list[int]] = {}
+    found: dict[Kind, list[int]] = {}
     for kernel in KERNELS:
         if kernel.schedule is Schedule.MULTISTAGE:
-            key = kernel.dtype, kernel.head_dim, kernel.group_size
+            key = kernel.dtype, kernel.head_dim, kernel.group_size, kernel.policies
             found.setdefault(key, []).append(kernel.vec_width)
     return found
 
 
 def case_of(
-    kind: tuple[DType, int, int], width: int, device: Device, *, batch: int, kv_heads: int,
-    tokens: int, ragged: bool,
+    kind: Kind, width: int, device: Device, *, batch: int, kv_heads: int, tokens: int,
+    ragged: bool, window: int = 100,
 ) -> Case:  # fmt: skip
-    """A problem of a kind: dtype, head_dim, group size."""
-    dtype, head_dim, group_size = kind
+    """A problem of a kind; the window counts where there is one, and hides a token or more."""
+    dtype, head_dim, group_size, policies = kind
     problem = Problem(
         batch_size=batch, num_q_heads=kv_heads * group_size, num_kv_heads=kv_heads,
         head_dim=head_dim, max_seq_len=tokens, dtype=dtype, vec_width=width, append=True,
+        policies=policies, window=min(window, tokens - 1) if WINDOW in policies else None,
     )  # fmt: skip
     return Case(problem, device, ragged)
 
@@ -166,14 +173,23 @@ def random_cases(count: int, seed: int) -> Iterator[Case]:
         device = Device(index=-1, arch=chance.choice(archs), num_sms=chance.randint(46, 160))
         yield case_of(
             kind, chance.choice(_widths()[kind]), device, batch=size(300), kv_heads=size(64),
-            tokens=size(2**20), ragged=chance.random() < 0.5,
+            tokens=1 + size(2**20), ragged=chance.random() < 0.5, window=size(2**17),
         )  # fmt: skip
 
 
 def edge_cases() -> Iterator[Case]:
     """Both sides of every limit of the model."""
     hopper, ampere = H200, model_device(ARCHES["sm_80"])
-    usual, partial_boxes = (DType.F16, 128, 4), (DType.BF16, 96, 1)
+    usual, partial_boxes = (DType.F16, 128, 4, ()), (DType.BF16, 96, 1, ())
+    windowed: Kind = (DType.F16, 128, 4, (WINDOW,))
+    windows = 1, 2, 16, 17, 18, 113, 128, 129, MODEL.balanced_tokens - 1, MODEL.balanced_tokens
+    for device, batch, window, held, heads, ragged in product(
+        (hopper, ampere), (1, 2, 64), windows, (1, 2, 2**17), (1, 8), (False, True)
+    ):
+        yield case_of(
+            windowed, 8, device, batch=batch, kv_heads=heads, tokens=window + held, ragged=ragged,
+            window=window,
+        )  # fmt: skip
     batches = 1, 2, MODEL.balanced_batch - 1, MODEL.balanced_batch, MODEL.balanced_batch + 1
     tokens = (
         1,
@@ -320,13 +336,32 @@ def test_the_workspace_suffices_for_every_alignment_and_for_ragged_lengths(
                     case, problem=replace(p, vec_width=width), device=H200, ragged=ragged
                 ).by_python()
             )
-            for width in _widths()[p.dtype, p.head_dim, p.group_size]
+            for width in _widths()[p.dtype, p.head_dim, p.group_size, p.policies]
             for ragged in (False, True)
         }
         assert library.workspace_size(case.config()) == max(needed.values())
         most = max(bytes for (_, ragged), bytes in needed.items() if not ragged)
         ragged_alone += max(needed.values()) > most
     assert ragged_alone > 100
+
+
+def test_c_drops_a_window_that_hides_nothing_as_python_does(library: Library) -> None:
+    for kind, held in product([kind for kind in _widths() if WINDOW in kind[3]], (299, 300, 2**30)):
+        case = case_of(kind, 8, H200, batch=1, kv_heads=8, tokens=300, ragged=False)
+        config = case.config()
+        config.window = held
+        without = tuple(policy for policy in kind[3] if policy is not WINDOW)
+        expected = replace(case.problem, policies=kind[3], window=held)
+        if held >= 300:
+            expected = replace(case.problem, policies=without, window=None)
+        found = library.explain(config, "sm_90a", H200.num_sms)
+        assert found.kernel.decode() == Case(expected, H200, False).by_python().kernel
+
+
+def test_features_are_told_apart_by_a_bit_each() -> None:
+    bits = [feature_bits([policy]) for policy in FEATURES]
+    assert bits == [1 << i for i in range(len(FEATURES))]
+    assert feature_bits(FEATURES) == sum(bits) and feature_bits(()) == 0
 
 
 def test_where_no_kernel_is_narrow_enough_there_is_none(library: Library) -> None:
@@ -347,7 +382,7 @@ def test_a_library_without_wide_kernels_serves_aligned_rows_by_narrow_ones(tmp_p
     for dtype in DType:
         for width, expected in ((8, 4), (4, 4), (2, 2), (1, 1)):
             case = case_of(
-                (dtype, 128, 4), width, model_device(ARCHES["sm_90a"]),
+                (dtype, 128, 4, ()), width, model_device(ARCHES["sm_90a"]),
                 batch=1, kv_heads=2, tokens=300, ragged=False,
             )  # fmt: skip
             found = case.by_c(library)
@@ -355,8 +390,8 @@ def test_a_library_without_wide_kernels_serves_aligned_rows_by_narrow_ones(tmp_p
 
 
 def test_a_kernel_is_chosen_only_where_it_was_compiled_for(tmp_path: Path) -> None:
-    kind = DType.F16, 128, 4
-    kernels = [k for k in KERNELS if (k.dtype, k.head_dim, k.group_size) == kind]
+    kind: Kind = DType.F16, 128, 4, ()
+    kernels = [k for k in KERNELS if (k.dtype, k.head_dim, k.group_size) == kind[:3]]
     bundle = write_dummies(tmp_path, kernels, ("sm_86", "sm_90a"))
     library = Library(build(bundle, tmp_path / "libgqa.so"))
     names = "sm_86", "sm_90a"

@@ -4,6 +4,7 @@ nothing launched."""
 from __future__ import annotations
 
 import ctypes
+import math
 import re
 from collections.abc import Callable
 from threading import Thread
@@ -25,6 +26,8 @@ from cases import Step, make_step
 from helpers import REPOSITORY
 
 import gqa_cutlass
+from gqa_cutlass.codegen.schema import public
+from gqa_cutlass.codegen.schema.policies import CALL
 
 VALID: dict[str, Any] = dict(
     batch_size=2, cache_len=3, num_q_heads=8, num_kv_heads=2, head_dim=64, scale=0.125,
@@ -74,7 +77,67 @@ BAD_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "dtype 2": (dict(dtype=2), "dtype: got 2; allowed: GQA_FLOAT16 (0), GQA_BFLOAT16 (1)"),
     "dtype -1": (dict(dtype=-1), "dtype: got -1; allowed: GQA_FLOAT16 (0), GQA_BFLOAT16 (1)"),
+    "softcap -1": (dict(softcap=-1), "softcap: got -1; allowed: 0 (none), or a number up to 1e+37"),
+    "softcap nan": (dict(softcap=math.nan), "softcap: got nan; allowed: 0 (none), or a number up"),
+    "softcap inf": (dict(softcap=math.inf), "softcap: got inf; allowed: 0 (none), or a number up"),
+    "softcap 1e38": (dict(softcap=1e38), "softcap: got 1e+38; allowed: 0 (none), or a number up"),
+    "softcap subnormal": (
+        dict(softcap=1e-39, scale=0),
+        "softcap: got 1e-39; allowed: 0 (none), or 1.18e-38 and more with this scale.",
+    ),
+    "softcap small for the scale": (
+        dict(softcap=0.5, scale=1e37), "softcap: got 0.5; allowed: 0 (none), or 1 and more with t",
+    ),
+    "window -1": (dict(window=-1), "window: got -1; allowed: 0 to 2147483647"),
+    "sinks_type 3": (
+        dict(sinks_type=3),
+        "sinks_type: got 3; allowed: GQA_FLOAT16 (0), GQA_BFLOAT16 (1), GQA_FLOAT32 (2)",
+    ),
+    "sinks_type -1": (dict(sinks_type=-1), "sinks_type: got -1; allowed: GQA_FLOAT16 (0), "),
+    "sinks between elements": (
+        dict(sinks=0x10001), "sinks: got address 0x10001; allowed: multiples of 2.",
+    ),
+    "float32 sinks between elements": (
+        dict(sinks=0x10002, sinks_type=2), "sinks: got address 0x10002; allowed: multiples of 4.",
+    ),
+    "slopes between elements": (
+        dict(alibi_slopes=0x10002), "alibi_slopes: got address 0x10002; allowed: multiples of 4.",
+    ),
+    "slopes of another stride": (
+        dict(alibi_slopes=0x10000, alibi_batch_stride=4),
+        "alibi_batch_stride: got 4; allowed: 0 (the same slopes for all sequences), or num_q_heads",
+    ),
+    "padding between elements": (
+        dict(cache_leftpad=0x10001), "cache_leftpad: got address 0x10001; allowed: multiples of 4.",
+    ),
+    "an index between elements": (
+        dict(cache_batch_idx=0x10002), "cache_batch_idx: got address 0x10002; allowed: multiples ",
+    ),
+    "negative rows": (
+        dict(cache_batch_idx=0x10000, cache_rows=-1), "cache_rows: got -1; allowed: 0 to 214748364",
+    ),
+    "rows without an index": (
+        dict(cache_rows=3),
+        "cache_rows: got 3 without cache_batch_idx; allowed: 0, or batch_size, 2. Nothing was ",
+    ),
+    "rows of 2^50 bytes": (
+        dict(cache_batch_idx=0x10000, cache_rows=2**31 - 1, max_seq_len=2**12),
+        "sizes: got caches of 2.252e+15 bytes; allowed: up to 1.407e+14",
+    ),
+    "an index with one length for all": (
+        dict(cache_batch_idx=0x10000),
+        "cache_batch_idx: got 0x10000 with one length for all; allowed: null, or lengths on the ",
+    ),
 }  # fmt: skip
+FEATURES: dict[str, dict[str, Any]] = {  # that the library has no kernels for
+    "softcap": dict(softcap=30),
+    "sinks": dict(sinks=0x10000, sinks_type=2),
+    "window": dict(window=29),
+    "alibi_slopes": dict(alibi_slopes=0x10000, alibi_batch_stride=8),
+    "cache_leftpad": dict(cache_leftpad=0x10000),
+    "cache_batch_idx": dict(cache_batch_idx=0x10000, cache_rows=9),
+    "window, softcap, sinks": dict(softcap=30, sinks=0x10000, window=1),
+}
 
 
 @pytest.fixture
@@ -322,6 +385,84 @@ def test_what_was_not_exported_is_unsupported(
         assert nothing_happened(library, *fragments, "rows aligned to 16 bytes, on sm_90a")
         assert f"exported with {len(library.kernels)} kernels" in library.error
         assert "Export one that has it: gqa-cutlass export --kernels" in library.error
+
+
+@pytest.mark.parametrize(("names", "changes"), FEATURES.items(), ids=FEATURES)
+def test_features_that_were_not_exported_are_unsupported_and_named(
+    library: Library, names: str, changes: dict[str, Any]
+) -> None:
+    config = Config(**VALID | changes)
+    calls: list[Callable[[], int]] = [
+        lambda: library.c.gqa_explain(config, b"sm_90a", 132, 0, Explained()),
+        lambda: library.c.gqa_workspace_size(config, ctypes.c_size_t()),
+        lambda: library.c.gqa_prepare(config),
+    ]
+    for call in calls:
+        assert STATUSES[call()] == "GQA_ERROR_UNSUPPORTED"
+        assert nothing_happened(library, f"no kernel with {names} for float16, head_dim 64, ")
+
+
+def test_nothing_of_the_schema_is_missing_here() -> None:
+    assert set(FEATURES) >= set(public.ASKED_BY.values())
+    assert set(SHARING) == {row.name for row in CALL.rows if row.feature}
+
+
+def test_what_asks_for_nothing_is_launched(library: Library, step: Step) -> None:
+    """A negative zero, types without tensors, and a window that hides nothing."""
+    for changes in (
+        dict(softcap=-0.0), dict(sinks_type=2), dict(alibi_batch_stride=8), dict(cache_rows=2),
+        dict(window=30), dict(window=2**31 - 1),
+    ):  # fmt: skip
+        assert library.decode(step, Config(**VALID | changes)) == "GQA_SUCCESS", library.error
+
+
+def test_a_reserved_field_is_for_a_newer_library(library: Library, step: Step) -> None:
+    config = Config(**VALID | dict(reserved=5))
+    assert library.decode(step, config) == "GQA_ERROR_UNSUPPORTED_FEATURE"
+    assert nothing_happened(library, "config: reserved: got 5; allowed: 0.")
+
+
+SHARING = {  # bytes that features read, for two sequences of eight heads
+    "sinks": (dict(sinks_type=2), 32),
+    "alibi_slopes": (dict(alibi_batch_stride=8), 64),
+    "cache_leftpad": ({}, 8),
+    "cache_batch_idx": ({}, 8),
+}
+
+
+@pytest.mark.parametrize("target", ["output", "kv_cache_k", "kv_cache_v"])
+@pytest.mark.parametrize("name", SHARING)
+def test_what_features_read_may_not_be_written_to(
+    library: Library, step: Step, overflow: torch.Tensor, name: str, target: str
+) -> None:
+    changes, size = SHARING[name]
+    given, sizes = far_apart(step), sizes_of(step)
+    start, end = given[target], given[target] + sizes[target]
+    message = f"{target}: got memory that {name} also" if target == "output" else (
+        f"{name}: got memory of {target}, to which"
+    )  # fmt: skip
+    for shared in (start, end - 4, start - size + 4):
+        config = Config(**VALID | changes | {name: shared})
+        status = library.decode_ragged(step, overflow, config, **given)
+        assert status == "GQA_ERROR_INVALID_VALUE"
+        assert nothing_happened(library, message)
+    for beside in (end, start - size):
+        config = Config(**VALID | changes | {name: beside})
+        # Checked, and then not found: this library has plain kernels.
+        assert library.decode_ragged(step, overflow, config, **given) == "GQA_ERROR_UNSUPPORTED"
+
+
+def test_the_rows_of_an_index_are_all_written_to(
+    library: Library, step: Step, overflow: torch.Tensor
+) -> None:
+    given, rows = far_apart(step), 5
+    size = sizes_of(step)["kv_cache_k"] // 2 * rows
+    config = Config(**VALID | dict(cache_batch_idx=1 << 50, cache_rows=rows))
+    given["q"] = given["kv_cache_k"] + size - 2
+    assert library.decode_ragged(step, overflow, config, **given) == "GQA_ERROR_INVALID_VALUE"
+    assert nothing_happened(library, "q: got memory of kv_cache_k, to which the new token")
+    given["q"] += 2
+    assert library.decode_ragged(step, overflow, config, **given) == "GQA_ERROR_UNSUPPORTED"
 
 
 def test_more_merges_than_there_are_counters_are_unsupported(library: Library) -> None:

@@ -36,7 +36,7 @@ fn main() -> ExitCode {
 }
 
 /// The sizes and the name of the type.
-fn parse(arguments: &[String]) -> Option<(Config, &str)> {
+fn parse(arguments: &[String]) -> Option<(Config<'static>, &str)> {
     let (dtype, sizes) = arguments.split_last()?;
     let sizes: Option<Vec<usize>> = sizes.iter().map(|it| it.parse().ok()).collect();
     match sizes?[..] {
@@ -50,6 +50,7 @@ fn parse(arguments: &[String]) -> Option<(Config, &str)> {
                 head_dim,
                 scale,
                 max_seq_len,
+                ..Config::default()
             };
             Some((config, dtype))
         }

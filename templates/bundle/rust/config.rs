@@ -2,9 +2,10 @@
 
 use std::ffi::c_void;
 use std::mem::size_of;
+use std::ptr::null;
 
-use crate::device::Workspace;
-use crate::element::Element;
+use crate::device::{DeviceSlice, Workspace};
+use crate::element::{bf16, f16, Element};
 use crate::error::GqaError;
 use crate::ffi;
 
@@ -27,8 +28,11 @@ use crate::ffi;
 /// };
 /// assert_eq!(config.cache_len, 0);
 /// ```
+///
+/// What is asked for beyond plain attention follows the sizes, and its default is none of it. A
+/// library that was exported without a kernel for it says so: [`GqaError::Unsupported`].
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Config {
+pub struct Config<'a> {
     /// Sequences, 1 to 65535.
     pub batch_size: usize,
     /// Tokens in every sequence's cache before the step, 0 to `max_seq_len - 1`.
@@ -43,9 +47,64 @@ pub struct Config {
     pub scale: f32,
     /// Tokens that the cache can hold per sequence.
     pub max_seq_len: usize,
+    /// Bound of the scores, `softcap * tanh(scaled score / softcap)`, as in Gemma 2; 0: none.
+    pub softcap: f32,
+    /// A sliding window: tokens that a query sees, its own the last of them; 0: all. The
+    /// `sliding_window` of Hugging Face.
+    pub window: usize,
+    /// One more logit per query head, as in gpt-oss: `[num_q_heads]`.
+    pub sinks: Option<Sinks<'a>>,
+    /// ALiBi: what the score of a key loses per token that it is older than the newest, by query
+    /// head: `[num_q_heads]`, or `[batch_size, num_q_heads]`.
+    pub alibi_slopes: Option<DeviceSlice<'a, f32>>,
+    /// Tokens of padding at the start of each sequence's cache, `[batch_size]`. They count in the
+    /// length, and are not attended to.
+    pub cache_leftpad: Option<DeviceSlice<'a, i32>>,
+    /// Which row of the caches each sequence has, `[batch_size]`; with
+    /// [`decode_ragged`](crate::decode_ragged) alone. Sequences do not share one.
+    pub cache_batch_idx: Option<DeviceSlice<'a, i32>>,
+    /// Rows of the caches, with `cache_batch_idx`; 0: `batch_size`.
+    pub cache_rows: usize,
 }
 
-impl Default for Config {
+/// Attention sinks, in natural units: they are neither scaled nor capped.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Sinks<'a> {
+    /// Of 32 bits.
+    F32(DeviceSlice<'a, f32>),
+    /// Of 16 bits.
+    F16(DeviceSlice<'a, f16>),
+    /// Of 16 bits, like the upper half of an `f32`.
+    Bf16(DeviceSlice<'a, bf16>),
+}
+
+impl Sinks<'_> {
+    fn address(&self) -> *const c_void {
+        match self {
+            Sinks::F32(it) => it.as_ptr().cast(),
+            Sinks::F16(it) => it.as_ptr().cast(),
+            Sinks::Bf16(it) => it.as_ptr().cast(),
+        }
+    }
+
+    fn len(&self) -> usize {
+        match self {
+            Sinks::F32(it) => it.len(),
+            Sinks::F16(it) => it.len(),
+            Sinks::Bf16(it) => it.len(),
+        }
+    }
+
+    fn dtype(&self) -> ffi::gqa_dtype {
+        match self {
+            Sinks::F32(_) => ffi::GQA_FLOAT32,
+            Sinks::F16(_) => ffi::GQA_FLOAT16,
+            Sinks::Bf16(_) => ffi::GQA_BFLOAT16,
+        }
+    }
+}
+
+impl Default for Config<'_> {
     /// An empty cache, of one sequence. Sizes are 0 and the scale is no number until they are set:
     /// calls refuse both.
     fn default() -> Self {
@@ -57,6 +116,13 @@ impl Default for Config {
             head_dim: 0,
             scale: f32::NAN,
             max_seq_len: 0,
+            softcap: 0.0,
+            window: 0,
+            sinks: None,
+            alibi_slopes: None,
+            cache_leftpad: None,
+            cache_batch_idx: None,
+            cache_rows: 0,
         }
     }
 }
@@ -68,12 +134,13 @@ pub(crate) struct Sizes {
     cache: usize,
 }
 
-impl Config {
+impl Config<'_> {
     /// What C takes.
     pub(crate) fn to_c<T: Element>(
         self,
         workspace: &mut Workspace<'_>,
     ) -> Result<ffi::GQADecodeConfig, GqaError> {
+        self.check_features()?;
         let (memory, workspace_size) = workspace.parts();
         Ok(ffi::GQADecodeConfig {
             struct_size: size_of::<ffi::GQADecodeConfig>(),
@@ -87,14 +154,60 @@ impl Config {
             dtype: T::DTYPE,
             workspace: memory.cast::<c_void>(),
             workspace_size,
+            softcap: self.softcap,
+            window: to_int("config: window", self.window)?,
+            sinks: self.sinks.map_or(null(), |it| it.address()),
+            sinks_type: self.sinks.map_or(0, |it| it.dtype()),
+            alibi_batch_stride: match self.alibi_slopes {
+                Some(it) if it.len() != self.num_q_heads => {
+                    to_int("config: num_q_heads", self.num_q_heads)?
+                }
+                _ => 0,
+            },
+            alibi_slopes: self.alibi_slopes.map_or(null(), |it| it.as_ptr()),
+            cache_leftpad: self.cache_leftpad.map_or(null(), |it| it.as_ptr()),
+            cache_batch_idx: self.cache_batch_idx.map_or(null(), |it| it.as_ptr()),
+            cache_rows: to_int("config: cache_rows", self.cache_rows)?,
+            reserved: 0,
         })
+    }
+
+    /// Checks the elements that tensors of features have.
+    fn check_features(&self) -> Result<(), GqaError> {
+        let (batch_size, heads) = (self.batch_size, self.num_q_heads);
+        if let Some(it) = self.sinks {
+            check_len("config: sinks", it.len(), heads, "num_q_heads")?;
+        }
+        if let Some(it) = self.alibi_slopes {
+            if it.len() != heads {
+                let needed = self.elements(&[batch_size, heads])?;
+                let rule = "batch_size * num_q_heads, or num_q_heads";
+                check_len("config: alibi_slopes", it.len(), needed, rule)?;
+            }
+        }
+        if let Some(it) = self.cache_leftpad {
+            check_len("config: cache_leftpad", it.len(), batch_size, "batch_size")?;
+        }
+        if let Some(it) = self.cache_batch_idx {
+            check_len(
+                "config: cache_batch_idx",
+                it.len(),
+                batch_size,
+                "batch_size",
+            )?;
+        }
+        Ok(())
     }
 
     /// How many elements tensors have.
     pub(crate) fn sizes(&self) -> Result<Sizes, GqaError> {
         let query = self.elements(&[self.batch_size, self.num_q_heads, self.head_dim])?;
         let token = self.elements(&[self.batch_size, self.num_kv_heads, self.head_dim])?;
-        let cache = self.elements(&[token, self.max_seq_len])?;
+        let rows = match self.cache_rows {
+            0 => self.batch_size,
+            rows => rows,
+        };
+        let cache = self.elements(&[rows, self.max_seq_len, self.num_kv_heads, self.head_dim])?;
         Ok(Sizes {
             query,
             token,
@@ -120,7 +233,8 @@ impl Sizes {
     pub(crate) fn check(&self, lens: [usize; 6]) -> Result<(), GqaError> {
         const QUERY: &str = "batch_size * num_q_heads * head_dim";
         const TOKEN: &str = "batch_size * num_kv_heads * head_dim";
-        const CACHE: &str = "batch_size * max_seq_len * num_kv_heads * head_dim";
+        const CACHE: &str =
+            "batch_size * max_seq_len * num_kv_heads * head_dim, or with cache_rows";
         let [output, q, k, v, kv_cache_k, kv_cache_v] = lens;
         check_len("output", output, self.query, QUERY)?;
         check_len("q", q, self.query, QUERY)?;

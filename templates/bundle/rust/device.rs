@@ -146,6 +146,13 @@ impl<T> Clone for DeviceSlice<'_, T> {
 
 impl<T> Copy for DeviceSlice<'_, T> {}
 
+impl<T> PartialEq for DeviceSlice<'_, T> {
+    /// Whether both are views of the same memory.
+    fn eq(&self, other: &Self) -> bool {
+        (self.ptr, self.len) == (other.ptr, other.len)
+    }
+}
+
 impl<T> fmt::Debug for DeviceSlice<'_, T> {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(formatter, "DeviceSlice({:p}, {})", self.ptr, self.len)

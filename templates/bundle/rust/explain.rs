@@ -45,6 +45,7 @@ pub struct Launch {
 ///     head_dim: 128,
 ///     scale: 1.0 / 128f32.sqrt(),
 ///     max_seq_len: 4096,
+///     ..Config::default()
 /// };
 /// match explain::<f16>(&config, "sm_90a", 132, false) {
 ///     Ok(launch) => println!("{} in {:?} blocks", launch.kernel, launch.grid),

@@ -24,6 +24,7 @@
 //!     head_dim: 128,
 //!     scale: 1.0 / 128f32.sqrt(),
 //!     max_seq_len: 4096,
+//!     ..Config::default()
 //! };
 //! let (query, token, cache) = (4 * 32 * 128, 4 * 8 * 128, 4 * 4096 * 8 * 128);
 //! let workspace_bytes = workspace_size::<f16>(&config)?;
@@ -76,7 +77,7 @@ pub mod ffi;
 mod log;
 mod types;
 
-pub use config::Config;
+pub use config::{Config, Sinks};
 pub use decode::{decode, decode_ragged, prepare, workspace_size};
 pub use device::{DeviceSlice, DeviceSliceMut, Stream, Workspace};
 pub use element::{bf16, f16, Element};

@@ -31,12 +31,15 @@ pub const GQA_ERROR_LAUNCH: gqa_status = 8;
 /// The caller asks for what is newer than this.
 pub const GQA_ERROR_UNSUPPORTED_FEATURE: gqa_status = 9;
 
-/// The element type of every tensor of a call. An integer, since C may return others.
+/// What tensors hold; those of a call, but `sinks`, are all of one of the first two. An integer,
+/// since C may return others.
 pub type gqa_dtype = i32;
 /// IEEE half precision.
 pub const GQA_FLOAT16: gqa_dtype = 0;
 /// The upper half of a float.
 pub const GQA_BFLOAT16: gqa_dtype = 1;
+/// Of `sinks` alone.
+pub const GQA_FLOAT32: gqa_dtype = 2;
 
 /// The sizes of a step. Fields that the caller's version lacks have their default, 0. A newer
 /// caller's fields that this library lacks must be 0, or are refused.
@@ -47,7 +50,7 @@ pub struct GQADecodeConfig {
     pub struct_size: usize,
     /// Sequences, 1 to 65535.
     pub batch_size: i32,
-    /// Tokens in each cache before the step, 0 to `max_seq_len` - 1.
+    /// Tokens cached before the step, below `max_seq_len`.
     pub cache_len: i32,
     /// Query heads, a multiple of `num_kv_heads`.
     pub num_q_heads: i32,
@@ -61,10 +64,30 @@ pub struct GQADecodeConfig {
     pub max_seq_len: i32,
     /// `gqa_dtype` of every tensor.
     pub dtype: gqa_dtype,
-    /// Device memory; may be null where `gqa_workspace_size` is 0.
+    /// Device memory; may be null where none is needed.
     pub workspace: *mut c_void,
     /// Its bytes.
     pub workspace_size: usize,
+    /// Bound of the scores, as in Gemma 2; 0: none.
+    pub softcap: f32,
+    /// Tokens seen, the newest the last of them; 0: all.
+    pub window: i32,
+    /// `num_q_heads` logits, one more per head; or null.
+    pub sinks: *const c_void,
+    /// `gqa_dtype` of `sinks`; 0 without.
+    pub sinks_type: gqa_dtype,
+    /// `num_q_heads`: slopes of each sequence; 0: of all.
+    pub alibi_batch_stride: i32,
+    /// `num_q_heads`, or as many per sequence; or null.
+    pub alibi_slopes: *const f32,
+    /// `batch_size` numbers, padding of each; or null.
+    pub cache_leftpad: *const i32,
+    /// `batch_size` rows, of the caches, one each; or null.
+    pub cache_batch_idx: *const i32,
+    /// How many they have with it; 0: `batch_size`.
+    pub cache_rows: i32,
+    /// Must be 0.
+    pub reserved: i32,
 }
 
 impl Default for GQADecodeConfig {
@@ -82,6 +105,16 @@ impl Default for GQADecodeConfig {
             dtype: 0,
             workspace: null_mut(),
             workspace_size: 0,
+            softcap: 0.0,
+            window: 0,
+            sinks: null(),
+            sinks_type: 0,
+            alibi_batch_stride: 0,
+            alibi_slopes: null(),
+            cache_leftpad: null(),
+            cache_batch_idx: null(),
+            cache_rows: 0,
+            reserved: 0,
         }
     }
 }

@@ -41,6 +41,7 @@ static gqa_status check_unknown(GQADecodeConfig const* given) {
 // The sizes and the scale.
 static gqa_status check_config(GQADecodeConfig const* config) {
   gqa_limits const* limits = &gqa_config_limits;
+  gqa_status status;
   if (config->batch_size < 1 || config->batch_size > limits->max_batch) {
     return gqa_fail_range("batch_size", config->batch_size, 1, limits->max_batch);
   }
@@ -79,7 +80,9 @@ static gqa_status check_config(GQADecodeConfig const* config) {
         "launched.",
         config->dtype);
   }
-  double const rows = (double)config->batch_size * config->max_seq_len * config->num_kv_heads;
+  status = gqa_check_features(config);
+  if (status != GQA_SUCCESS) return status;
+  double const rows = (double)gqa_cache_rows(config) * config->max_seq_len * config->num_kv_heads;
   if (rows * config->head_dim * kElementBytes > kMaxCacheBytes) {
     return gqa_fail(
         GQA_ERROR_INVALID_VALUE,
@@ -111,6 +114,14 @@ gqa_status gqa_check_launch(gqa_launch const* launched) {
 }
 
 gqa_status gqa_check_length(GQADecodeConfig const* config) {
+  if (config->cache_batch_idx != NULL) {
+    return gqa_fail(GQA_ERROR_INVALID_VALUE,
+                    "config: cache_batch_idx: got %p with one length for all; allowed: null, or "
+                    "lengths on the device. Nothing was launched. Call "
+                    "gqa_attention_decode_ragged, which is told where to report an index that "
+                    "names no row.",
+                    (void const*)config->cache_batch_idx);
+  }
   if (config->cache_len < 0) {
     return gqa_fail_range("cache_len", config->cache_len, 0, config->max_seq_len - 1);
   }
@@ -141,11 +152,48 @@ static int64_t query_bytes(GQADecodeConfig const* config) {
   return (int64_t)config->batch_size * config->num_q_heads * config->head_dim * kElementBytes;
 }
 
+static int64_t cache_bytes(GQADecodeConfig const* config) {
+  int64_t const tokens = gqa_cache_rows(config) * config->max_seq_len;
+  return tokens * config->num_kv_heads * config->head_dim * kElementBytes;
+}
+
+static gqa_status fail_in_output(char const* name) {
+  return gqa_fail(
+      GQA_ERROR_INVALID_VALUE,
+      "output: got memory that %s also uses; allowed: memory of its own. Nothing was launched.",
+      name);
+}
+
+// What is only read lies neither in the output nor in a cache.
+static gqa_status check_apart(GQADecodeConfig const* config, gqa_tensors const* t, char const* name,
+                              void const* address, int64_t bytes) {
+  if (overlap(t->out, query_bytes(config), address, bytes)) return fail_in_output(name);
+  if (overlap(address, bytes, t->k_cache, cache_bytes(config))) {
+    return fail_in_cache(name, "kv_cache_k");
+  }
+  if (overlap(address, bytes, t->v_cache, cache_bytes(config))) {
+    return fail_in_cache(name, "kv_cache_v");
+  }
+  return GQA_SUCCESS;
+}
+
+static gqa_status check_feature_tensors(GQADecodeConfig const* config, gqa_tensors const* t) {
+  gqa_memory tensors[kGqaFeatureTensors];
+  gqa_status status = GQA_SUCCESS;
+  gqa_feature_tensors(config, tensors);
+  for (int i = 0; status == GQA_SUCCESS && i < kGqaFeatureTensors; ++i) {
+    if (tensors[i].address != NULL) {
+      status = check_apart(config, t, tensors[i].name, tensors[i].address, tensors[i].bytes);
+    }
+  }
+  return status;
+}
+
 gqa_status gqa_check_tensors(GQADecodeConfig const* config, gqa_tensors const* t) {
   int64_t const rows = (int64_t)config->batch_size * config->num_kv_heads;
   int64_t const token = rows * config->head_dim * kElementBytes;
   int64_t const query = query_bytes(config);
-  int64_t const cache = token * config->max_seq_len;
+  int64_t const cache = cache_bytes(config);
   char const* names[] = {"output", "q", "k", "v", "kv_cache_k", "kv_cache_v"};
   void const* addresses[] = {t->out, t->q, t->k, t->v, t->k_cache, t->v_cache};
   int64_t const bytes[] = {query, query, token, token, cache, cache};
@@ -162,12 +210,7 @@ gqa_status gqa_check_tensors(GQADecodeConfig const* config, gqa_tensors const* t
                       "was launched.",
                       names[i], addresses[i], kElementBytes);
     }
-    if (i > 0 && overlap(t->out, query, addresses[i], bytes[i])) {
-      return gqa_fail(GQA_ERROR_INVALID_VALUE,
-                      "output: got memory that %s also uses; allowed: memory "
-                      "of its own. Nothing was launched.",
-                      names[i]);
-    }
+    if (i > 0 && overlap(t->out, query, addresses[i], bytes[i])) return fail_in_output(names[i]);
   }
   if (overlap(t->k_cache, cache, t->v_cache, cache)) {
     return gqa_fail(GQA_ERROR_INVALID_VALUE,
@@ -181,11 +224,10 @@ gqa_status gqa_check_tensors(GQADecodeConfig const* config, gqa_tensors const* t
       }
     }
   }
-  return GQA_SUCCESS;
+  return check_feature_tensors(config, t);
 }
 
 gqa_status gqa_check_lengths(GQADecodeConfig const* config, gqa_tensors const* t) {
-  int64_t const query = query_bytes(config);
   if (t->seqlens == NULL || t->overflow == NULL) {
     return gqa_fail(GQA_ERROR_NULL_POINTER,
                     "%s: got null; needed: device memory of %lld bytes. Nothing "
@@ -199,20 +241,7 @@ gqa_status gqa_check_lengths(GQADecodeConfig const* config, gqa_tensors const* t
                     "allowed: multiples of 4. Nothing was launched.",
                     (void const*)t->seqlens, (void const*)t->overflow);
   }
-  if (overlap(t->out, query, t->seqlens, 4 * (int64_t)config->batch_size)) {
-    return gqa_fail(GQA_ERROR_INVALID_VALUE,
-                    "output: got memory that cache_seqlens also uses; allowed: "
-                    "memory of its own. Nothing was launched.");
-  }
-  int64_t const rows = (int64_t)config->batch_size * config->max_seq_len * config->num_kv_heads;
-  int64_t const cache = rows * config->head_dim * kElementBytes;
-  void const* caches[] = {t->k_cache, t->v_cache};
-  for (int i = 0; i < 2; ++i) {
-    if (overlap(t->seqlens, 4 * (int64_t)config->batch_size, caches[i], cache)) {
-      return fail_in_cache("cache_seqlens", i == 0 ? "kv_cache_k" : "kv_cache_v");
-    }
-  }
-  return GQA_SUCCESS;
+  return check_apart(config, t, "cache_seqlens", t->seqlens, 4 * (int64_t)config->batch_size);
 }
 
 gqa_status gqa_check_workspace(GQADecodeConfig const* config, gqa_dispatch const* chosen) {

@@ -45,7 +45,8 @@ static gqa_kernel const* find_kernel(gqa_problem const* problem, int32_t arch, i
     gqa_kernel const* kernel = &gqa_kernels[i];
     if (kernel->dtype == problem->dtype && kernel->head_dim == problem->head_dim &&
         kernel->group_size == problem->num_q_heads / problem->num_kv_heads && kernel->tma == tma &&
-        problem->vec_width % kernel->vec_width == 0 && kernel->blocks_per_sm[arch] > 0 &&
+        kernel->features == problem->features && problem->vec_width % kernel->vec_width == 0 &&
+        kernel->blocks_per_sm[arch] > 0 &&
         (found == NULL || kernel->vec_width > found->vec_width)) {
       found = kernel;
     }
@@ -53,8 +54,20 @@ static gqa_kernel const* find_kernel(gqa_problem const* problem, int32_t arch, i
   return found;
 }
 
+// Tokens that are attended to in a full cache.
+static int64_t reach(gqa_problem const* problem) {
+  return problem->window == 0 ? problem->max_seq_len : least(problem->window, problem->max_seq_len);
+}
+
+// Tiles that hold them: a window may begin and end within one.
+static int64_t tiles_of(gqa_problem const* problem, gqa_kernel const* kernel) {
+  int64_t const held = ceil_div(problem->max_seq_len, kernel->block_n);
+  if (problem->window == 0) return held;
+  return least(held, ceil_div(reach(problem) - 1, kernel->block_n) + 1);
+}
+
 static double cache_mib(gqa_problem const* problem) {
-  int64_t const tokens = problem->batch_size * problem->max_seq_len;
+  int64_t const tokens = problem->batch_size * reach(problem);
   return (double)(4 * tokens * problem->num_kv_heads * problem->head_dim) / 1048576.0;
 }
 
@@ -65,7 +78,7 @@ static int prefers_tma(gqa_problem const* problem, gqa_kernel const* tma) {
   double const limit = whole_boxes ? model->tma_mib : model->tma_mib_partial_boxes;
   double const mib = cache_mib(problem);
   int64_t const heads = problem->num_kv_heads * problem->batch_size;
-  int const alone = problem->max_seq_len <= (int64_t)tma->block_n * tma->num_warps;
+  int const alone = tiles_of(problem, tma) <= tma->num_warps;
   int const equal = problem->batch_size == 1 || !problem->ragged;
   if (mib <= limit) return heads <= model->tma_heads && !alone;
   return whole_boxes && heads <= model->tma_large_heads && equal;
@@ -98,7 +111,7 @@ static gqa_splits choose_clusters(gqa_problem const* problem, gqa_kernel const* 
                                   gqa_target const* target) {
   gqa_model const* model = &gqa_dispatch_model;
   int64_t const heads = problem->num_kv_heads * kernel->head_blocks * problem->batch_size;
-  int64_t const tiles = ceil_div(problem->max_seq_len, kernel->block_n);
+  int64_t const tiles = tiles_of(problem, kernel);
   if (cache_mib(problem) > model->tma_mib) return fill_with_clusters(heads, tiles, kernel, target);
   int64_t const wanted = most(2, ceil_div(model->tma_blocks, heads));
   int64_t const splits = power_of_two(least(wanted, ceil_div(tiles, kernel->num_warps)));
@@ -135,7 +148,7 @@ static double read_cost(int64_t blocks, int64_t tiles, int64_t splits, gqa_kerne
 static gqa_splits choose_splits(gqa_problem const* problem, gqa_kernel const* kernel,
                                 gqa_target const* target) {
   int64_t const blocks = problem->num_kv_heads * kernel->head_blocks * problem->batch_size;
-  int64_t const tiles = ceil_div(problem->max_seq_len, kernel->block_n);
+  int64_t const tiles = tiles_of(problem, kernel);
   int64_t const slots = (int64_t)target->num_sms * kernel->blocks_per_sm[target->arch];
   int64_t const limit = most(1, least(ceil_div(tiles, kernel->num_warps), slots / blocks));
   gqa_splits chosen = {1, 1, kernel->num_stages};
@@ -157,11 +170,10 @@ static int64_t spare_splits(gqa_problem const* problem, gqa_kernel const* kernel
   int64_t const blocks = problem->num_kv_heads * kernel->head_blocks * problem->batch_size;
   int64_t const slots = (int64_t)target->num_sms * kernel->blocks_per_sm[target->arch];
   int64_t const rounds = ceil_div(blocks, slots);
-  int const worth_it = problem->ragged && !kernel->tma && problem->batch_size >= 2 &&
-                       problem->batch_size <= model->balanced_batch &&
-                       problem->max_seq_len >= model->balanced_tokens &&
-                       problem->max_seq_len <= model->most_tiles / problem->batch_size &&
-                       rounds <= model->balanced_rounds;
+  int const worth_it =
+      problem->ragged && !kernel->tma && problem->batch_size >= 2 &&
+      problem->batch_size <= model->balanced_batch && reach(problem) >= model->balanced_tokens &&
+      reach(problem) <= model->most_tiles / problem->batch_size && rounds <= model->balanced_rounds;
   if (!worth_it) return 0;
   return rounds == 1 ? 1 : 3;
 }
@@ -171,7 +183,7 @@ static int64_t spare_splits(gqa_problem const* problem, gqa_kernel const* kernel
 // the loads by which single elements come (cp.async moves no less than four bytes) would race.
 static int may_prefetch_first_tile(gqa_problem const* problem, gqa_kernel const* kernel) {
   gqa_model const* model = &gqa_dispatch_model;
-  return kernel->vec_width > 1 &&
+  return kernel->vec_width > 1 && (kernel->features & kGqaNoPrefetch) == 0 &&
          cache_mib(problem) <= (kernel->tma ? model->tma_mib : model->prefetch_mib);
 }
 
@@ -224,6 +236,12 @@ gqa_problem gqa_describe(GQADecodeConfig const* config, int32_t vec_width, int r
   problem.dtype = config->dtype;
   problem.vec_width = vec_width;
   problem.ragged = ragged;
+  problem.features = gqa_features_of(config);
+  if (config->window < config->max_seq_len) {
+    problem.window = config->window;
+  } else {
+    problem.features &= ~kGqaSlidingWindow;  // a window that hides no token is none
+  }
   return problem;
 }
 
@@ -236,11 +254,14 @@ gqa_status gqa_find_kernel(gqa_problem const* problem, gqa_target const* target,
     return GQA_SUCCESS;
   }
   if (!gqa_choose(problem, target, chosen)) {
+    char features[128];
+    gqa_name_features(problem->features, features, sizeof features);
     return gqa_fail(
         GQA_ERROR_UNSUPPORTED,
-        "no kernel for %s, head_dim %d, %d query heads per KV head, rows aligned to %d "
+        "no kernel%s%s for %s, head_dim %d, %d query heads per KV head, rows aligned to %d "
         "bytes, on %s; this library was exported with %d kernels (gqa_kernel_name). Nothing "
         "was launched. Export one that has it: gqa-cutlass export --kernels ...",
+        problem->features == 0 ? "" : " with ", features,
         problem->dtype == GQA_FLOAT16 ? "float16" : "bfloat16", (int)problem->head_dim,
         (int)(problem->num_q_heads / problem->num_kv_heads), problem->vec_width * kElementBytes,
         gqa_archs[target->arch].name, gqa_num_kernels);

@@ -19,6 +19,10 @@ extern "C" {
 // partial outputs never lie where another's counters are, which must stay zero.
 enum { kElementBytes = 2, kMergeCounterBytes = 65536 };
 
+static double const kLog2E = 1.4426950408889634;
+
+struct gqa_params;
+
 // A call's tensors.
 typedef struct gqa_tensors {
   void* out;
@@ -64,6 +68,37 @@ GQA_INTERNAL gqa_status gqa_check_lengths(GQADecodeConfig const* config, gqa_ten
 
 GQA_INTERNAL gqa_status gqa_check_workspace(GQADecodeConfig const* config,
                                             gqa_dispatch const* chosen);
+
+// -- gqa_features.c
+
+// Memory on the device that a feature reads.
+typedef struct gqa_memory {
+  char const* name;
+  void const* address;  // or null
+  int64_t bytes;
+  int32_t alignment;
+} gqa_memory;
+
+enum { kGqaFeatureTensors = 4 };
+
+// The features that a configuration asks for, as bits.
+GQA_INTERNAL int32_t gqa_features_of(GQADecodeConfig const* config);
+
+// Writes their names, as the configuration's fields have them.
+GQA_INTERNAL void gqa_name_features(int32_t features, char* text, size_t size);
+
+// What they read.
+GQA_INTERNAL void gqa_feature_tensors(GQADecodeConfig const* config,
+                                      gqa_memory tensors[kGqaFeatureTensors]);
+
+// Their values, and how addresses are aligned.
+GQA_INTERNAL gqa_status gqa_check_features(GQADecodeConfig const* config);
+
+// Rows of the caches.
+GQA_INTERNAL int64_t gqa_cache_rows(GQADecodeConfig const* config);
+
+// What they put into a kernel's argument.
+GQA_INTERNAL void gqa_bind_features(GQADecodeConfig const* config, struct gqa_params* params);
 
 // -- gqa_device.c
 

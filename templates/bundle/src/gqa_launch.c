@@ -1,3 +1,4 @@
+#include <math.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <string.h>
@@ -5,8 +6,6 @@
 #include "gqa_internal.h"
 #include "gqa_kernels.h"
 #include "gqa_params.h"
-
-static double const kLog2E = 1.4426950408889634;
 
 static pthread_mutex_t logging = PTHREAD_MUTEX_INITIALIZER;
 static gqa_log_callback log_callback;
@@ -48,6 +47,7 @@ static gqa_params bind(GQADecodeConfig const* config, gqa_tensors const* t,
     params.merge_counters = (uint32_t*)config->workspace;
     params.split_workspace = (float*)((char*)config->workspace + kMergeCounterBytes);
   }
+  gqa_bind_features(config, &params);
   return params;
 }
 
@@ -59,7 +59,7 @@ static gqa_cu_result encode(gqa_driver const* driver, GQADecodeConfig const* con
   uint64_t const dim = (uint64_t)config->head_dim;
   uint64_t const heads = (uint64_t)config->num_kv_heads;
   uint64_t const tokens = (uint64_t)config->max_seq_len;
-  uint64_t const batch = (uint64_t)config->batch_size;
+  uint64_t const batch = (uint64_t)gqa_cache_rows(config);
   uint64_t const row = dim * kElementBytes, token = heads * row, sequence = tokens * token;
   uint32_t const ones[5] = {1, 1, 1, 1, 1};
   if (dim % columns == 0) {
@@ -115,31 +115,39 @@ gqa_status gqa_launch_kernel(gqa_driver const* driver, GQADecodeConfig const* co
   return GQA_SUCCESS;
 }
 
+static char const* text_of(void const* given) { return given == NULL ? "False" : "True"; }
+
 void gqa_log_launch(GQADecodeConfig const* config, gqa_tensors const* t, gqa_dispatch const* chosen,
                     gqa_cu_device device, gqa_stream_t stream) {
   char line[1024];
   char length[16] = "device";
   char const* const dtype = config->dtype == GQA_FLOAT16 ? "f16" : "bf16";
+  char cap[32];
   if (__atomic_load_n(&log_callback, __ATOMIC_ACQUIRE) == NULL) return;
   pthread_mutex_lock(&logging);
   gqa_log_callback const callback = log_callback;
   void* user = log_user;
   pthread_mutex_unlock(&logging);
   if (callback == NULL) return;
+  snprintf(cap, sizeof cap, config->softcap == floorf(config->softcap) ? "%.1f" : "%.9g",
+           (double)config->softcap);  // 50.0, as Python has it
   if (t->seqlens == NULL) snprintf(length, sizeof length, "%d", config->cache_len);
-  snprintf(line, sizeof line,
-           "launch kernel=%s grid=%u,%u,%u cluster=1,%u,1 block=%u shared_bytes=%u num_splits=%d "
-           "num_stages=%d dependent=False batch_size=%d num_q_heads=%d num_kv_heads=%d "
-           "group_size=%d head_dim=%d max_seq_len=%d dtype=%s out_dtype=%s append=True "
-           "cache_seqlens=%s softmax_scale=%.9g return_lse=False softcap=0.0 sinks=False "
-           "window_size=-1,-1 alibi=False leftpad=False batch_idx=False workspace_bytes=%zu "
-           "device=%d stream=0x%llx",
-           chosen->kernel->name, chosen->grid[0], chosen->grid[1], chosen->grid[2], chosen->cluster,
-           chosen->block, chosen->shared_bytes, chosen->num_splits, chosen->num_stages,
-           config->batch_size, config->num_q_heads, config->num_kv_heads,
-           config->num_q_heads / config->num_kv_heads, config->head_dim, config->max_seq_len, dtype,
-           dtype, length, (double)config->scale, gqa_workspace_of(chosen), device,
-           (unsigned long long)(uintptr_t)stream);
+  snprintf(
+      line, sizeof line,
+      "launch kernel=%s grid=%u,%u,%u cluster=1,%u,1 block=%u shared_bytes=%u num_splits=%d "
+      "num_stages=%d dependent=False batch_size=%d num_q_heads=%d num_kv_heads=%d "
+      "group_size=%d head_dim=%d head_dim_v=%d max_seq_len=%d dtype=%s out_dtype=%s append=True "
+      "cache_seqlens=%s softmax_scale=%.9g return_lse=False softcap=%s sinks=%s "
+      "window_size=%d,-1 alibi=%s leftpad=%s batch_idx=%s workspace_bytes=%zu device=%d "
+      "stream=0x%llx",
+      chosen->kernel->name, chosen->grid[0], chosen->grid[1], chosen->grid[2], chosen->cluster,
+      chosen->block, chosen->shared_bytes, chosen->num_splits, chosen->num_stages,
+      config->batch_size, config->num_q_heads, config->num_kv_heads,
+      config->num_q_heads / config->num_kv_heads, config->head_dim, config->head_dim,
+      config->max_seq_len, dtype, dtype, length, (double)config->scale, cap, text_of(config->sinks),
+      config->window - 1, text_of(config->alibi_slopes), text_of(config->cache_leftpad),
+      text_of(config->cache_batch_idx), gqa_workspace_of(chosen), device,
+      (unsigned long long)(uintptr_t)stream);
   callback(line, user);
 }
 

@@ -18,6 +18,33 @@ enum {
   kGqaMostStructBytes = 1024,
 };
 
+// Features: bits of what kernels have and configurations ask for.
+enum {
+  kGqaIndexedRow = 1,     // cache_batch_idx
+  kGqaLeftPadded = 2,     // cache_leftpad
+  kGqaSlidingWindow = 4,  // window_size
+  kGqaSoftCapped = 8,     // softcap
+  kGqaAlibi = 16,         // alibi_slopes
+  kGqaSinkInSum = 32,     // sinks
+  kGqaNoPrefetch = 7,     // those that wait for lengths
+};
+
+// Each, and the field of GQADecodeConfig that asks for it when it is not zero.
+#define GQA_FEATURES(X)              \
+  X(kGqaIndexedRow, cache_batch_idx) \
+  X(kGqaLeftPadded, cache_leftpad)   \
+  X(kGqaSlidingWindow, window)       \
+  X(kGqaSoftCapped, softcap)         \
+  X(kGqaAlibi, alibi_slopes)         \
+  X(kGqaSinkInSum, sinks)
+
+// What the kernels call types of numbers.
+enum {
+  kGqaNumberFloat32 = 0,   // float
+  kGqaNumberFloat16 = 1,   // cutlass::half_t
+  kGqaNumberBfloat16 = 2,  // cutlass::bfloat16_t
+};
+
 // A GPU architecture that kernels were compiled for.
 typedef struct gqa_arch {
   char const* name;
@@ -38,6 +65,7 @@ typedef struct gqa_kernel {
   int32_t num_warps;
   int32_t num_stages;                   // with tma: at most
   int32_t head_blocks;                  // blocks that share a KV head
+  int32_t features;                     // bits of what it has beyond the plain kernel
   int32_t partial_floats;               // floats of a partial output in the workspace
   int32_t tile_bytes;                   // of K and V in the cache
   int32_t bytes_in_flight;              // that one block can have under way
@@ -76,6 +104,7 @@ typedef struct gqa_limits {
   int32_t max_group_size;
   int32_t min_capability;
   float max_scale;
+  double max_softcap;
 } gqa_limits;
 
 // What a kernel is chosen for.
@@ -88,6 +117,8 @@ typedef struct gqa_problem {
   int32_t dtype;      // gqa_dtype
   int32_t vec_width;  // widest access, in elements, that every address allows
   int32_t ragged;     // whether the host does not know the lengths
+  int32_t features;   // bits of what the kernel must have, and must not have beyond
+  int64_t window;     // tokens that are seen; 0 for all
 } gqa_problem;
 
 // Where it will run.

@@ -37,20 +37,21 @@ macro_rules! with_type {
 const SHAPES: [(usize, usize, usize); 4] = [(3, 2, 40), (2, 1, 700), (1, 2, 4096), (4, 1, 4500)];
 
 /// Every shape of every kind that this GPU has a kernel for.
-fn configs() -> Vec<(Kind, Config)> {
+fn configs() -> Vec<(Kind, Config<'static>)> {
     let shapes = |kind: Kind| {
         SHAPES
             .map(|(batch, kv_heads, max_seq_len)| (kind, kind.config(batch, kv_heads, max_seq_len)))
     };
     let all: Vec<_> = kinds().into_iter().flat_map(shapes).collect();
-    let supported = |(kind, config): &(Kind, Config)| match with_type!(kind, prepare(config)) {
-        Ok(()) => true,
-        Err(GqaError::Unsupported(message)) => {
-            println!("left out: {message}"); // one schedule was exported
-            false
-        }
-        Err(error) => panic!("{error}"),
-    };
+    let supported =
+        |(kind, config): &(Kind, Config<'static>)| match with_type!(kind, prepare(config)) {
+            Ok(()) => true,
+            Err(GqaError::Unsupported(message)) => {
+                println!("left out: {message}"); // one schedule was exported
+                false
+            }
+            Err(error) => panic!("{error}"),
+        };
     let configs: Vec<_> = all.into_iter().filter(supported).collect();
     assert!(!configs.is_empty());
     configs

@@ -20,7 +20,7 @@ use common::kernels::{kinds, Kind};
 use gqa_attention_decode::ffi::*;
 use gqa_attention_decode::{
     arch_names, bf16, decode, decode_ragged, explain, f16, kernel_names, prepare, set_log_callback,
-    workspace_size, Config, DeviceSlice, DeviceSliceMut, Element, GqaError, Launch, Stream,
+    workspace_size, Config, DeviceSlice, DeviceSliceMut, Element, GqaError, Launch, Sinks, Stream,
     Workspace,
 };
 
@@ -32,6 +32,13 @@ const CONFIG: Config = Config {
     head_dim: 64,
     scale: 0.125,
     max_seq_len: 16,
+    softcap: 0.0,
+    window: 0,
+    sinks: None,
+    alibi_slopes: None,
+    cache_leftpad: None,
+    cache_batch_idx: None,
+    cache_rows: 0,
 };
 
 const C_CONFIG: GQADecodeConfig = GQADecodeConfig {
@@ -46,6 +53,16 @@ const C_CONFIG: GQADecodeConfig = GQADecodeConfig {
     dtype: GQA_FLOAT16,
     workspace: null_mut(),
     workspace_size: 0,
+    softcap: 0.0,
+    window: 0,
+    sinks: null(),
+    sinks_type: GQA_FLOAT16,
+    alibi_batch_stride: 0,
+    alibi_slopes: null(),
+    cache_leftpad: null(),
+    cache_batch_idx: null(),
+    cache_rows: 0,
+    reserved: 0,
 };
 
 /// Arguments of a step as C takes them, each tensor at an address of its own.
@@ -678,6 +695,169 @@ fn tensors_larger_than_any_memory_are_refused() {
         assert_error!(prepare::<f16>(&config), InvalidValue, says);
         assert_error!(workspace_size::<f16>(&config), InvalidValue, says);
     }
+}
+
+/// A view that no GPU sees.
+fn unused<T>(address: usize, len: usize) -> DeviceSlice<'static, T> {
+    // SAFETY: the view is not used on a GPU.
+    unsafe { DeviceSlice::from_raw_parts(address as *const T, len) }
+}
+
+/// What is asked for beyond plain attention, of no library's kernels.
+fn featured() -> [(&'static str, Config<'static>); 7] {
+    let odd = Config {
+        head_dim: 40,
+        num_q_heads: 22,
+        ..CONFIG
+    };
+    let sinks = |sinks| Config {
+        sinks: Some(sinks),
+        ..odd
+    };
+    [
+        (
+            "window, softcap",
+            Config {
+                softcap: 30.0,
+                window: 15,
+                ..odd
+            },
+        ),
+        ("sinks", sinks(Sinks::F32(unused(0x90004, 22)))),
+        ("sinks", sinks(Sinks::F16(unused(0x90002, 22)))),
+        ("sinks", sinks(Sinks::Bf16(unused(0x90002, 22)))),
+        (
+            "alibi_slopes",
+            Config {
+                alibi_slopes: Some(unused(0x90004, 2 * 22)),
+                ..odd
+            },
+        ),
+        (
+            "cache_leftpad",
+            Config {
+                cache_leftpad: Some(unused(0x90004, 2)),
+                ..odd
+            },
+        ),
+        (
+            "cache_batch_idx",
+            Config {
+                cache_batch_idx: Some(unused(0x90004, 2)),
+                cache_rows: 7,
+                ..odd
+            },
+        ),
+    ]
+}
+
+#[test]
+fn features_without_a_kernel_are_unsupported_and_named() {
+    for (name, config) in featured() {
+        let Some(arch) = arch_names().next() else {
+            return;
+        };
+        let says = format!("no kernel with {name} for float16, head_dim 40, ");
+        let result = explain::<f16>(&config, arch, 132, true);
+        assert_error!(result, Unsupported, says);
+        assert_eq!(config, { config });
+    }
+    assert_ne!(featured()[1].1, featured()[2].1);
+}
+
+#[test]
+fn features_that_are_not_allowed_are_refused() {
+    let sinks = |sinks| Config {
+        sinks: Some(sinks),
+        ..CONFIG
+    };
+    let cases = [
+        (
+            "config: softcap: got nan; allowed: 0 (none)",
+            Config {
+                softcap: f32::NAN,
+                ..CONFIG
+            },
+        ),
+        (
+            "config: window: got 2147483648; allowed: at most",
+            Config {
+                window: 1 << 31,
+                ..CONFIG
+            },
+        ),
+        (
+            "config: sinks: got address 0x90002; allowed: multiples of 4",
+            sinks(Sinks::F32(unused(0x90002, 8))),
+        ),
+        (
+            "config: sinks: got 7 elements; needed: 8, num_q_heads",
+            sinks(Sinks::F32(unused(0x90000, 7))),
+        ),
+        (
+            "config: sinks: got 9 elements; needed: 8, num_q_heads",
+            sinks(Sinks::F16(unused(0x90000, 9))),
+        ),
+        (
+            "config: alibi_slopes: got 17 elements; needed: 16, batch_size * num_q_heads",
+            Config {
+                alibi_slopes: Some(unused(0x90000, 17)),
+                ..CONFIG
+            },
+        ),
+        (
+            "config: cache_leftpad: got 3 elements; needed: 2, batch_size",
+            Config {
+                cache_leftpad: Some(unused(0x90000, 3)),
+                ..CONFIG
+            },
+        ),
+        (
+            "config: cache_batch_idx: got 1 elements; needed: 2, batch_size",
+            Config {
+                cache_batch_idx: Some(unused(0x90000, 1)),
+                ..CONFIG
+            },
+        ),
+        (
+            "config: cache_rows: got 3 without cache_batch_idx; allowed: 0, or batch_size, 2",
+            Config {
+                cache_rows: 3,
+                ..CONFIG
+            },
+        ),
+    ];
+    for (says, config) in cases {
+        assert_error!(
+            explain::<f16>(&config, "sm_90a", 132, true),
+            InvalidValue,
+            says
+        );
+        assert_error!(workspace_size::<f16>(&config), InvalidValue, says);
+    }
+}
+
+#[test]
+fn caches_have_as_many_rows_as_the_index_may_name() {
+    let config = Config {
+        cache_batch_idx: Some(unused(0x90000, 2)),
+        cache_rows: 3,
+        ..CONFIG
+    };
+    let mut lens = LENS;
+    // SAFETY: the views are of the wrong length.
+    let result = unsafe { step::<f16>(&config, ARGUMENTS, lens, Some((2, 1))) };
+    assert_error!(result, InvalidValue, "kv_cache_k: got", "needed: 6144, ");
+    lens[4] = 6144;
+    lens[5] = 6144;
+    // SAFETY: one length for all is refused.
+    let result = unsafe { step::<f16>(&config, ARGUMENTS, lens, None) };
+    assert_error!(
+        result,
+        InvalidValue,
+        "cache_batch_idx: got 0x90000 with one length for all",
+        "Call gqa_attention_decode_ragged"
+    );
 }
 
 #[test]

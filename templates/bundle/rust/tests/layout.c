@@ -28,6 +28,16 @@ gqa_fact const gqa_facts[] = {
     FIELD(GQADecodeConfig, dtype),
     FIELD(GQADecodeConfig, workspace),
     FIELD(GQADecodeConfig, workspace_size),
+    FIELD(GQADecodeConfig, softcap),
+    FIELD(GQADecodeConfig, window),
+    FIELD(GQADecodeConfig, sinks),
+    FIELD(GQADecodeConfig, sinks_type),
+    FIELD(GQADecodeConfig, alibi_batch_stride),
+    FIELD(GQADecodeConfig, alibi_slopes),
+    FIELD(GQADecodeConfig, cache_leftpad),
+    FIELD(GQADecodeConfig, cache_batch_idx),
+    FIELD(GQADecodeConfig, cache_rows),
+    FIELD(GQADecodeConfig, reserved),
     SIZE(gqa_launch),
     ALIGNMENT(gqa_launch),
     FIELD(gqa_launch, struct_size),
@@ -59,5 +69,6 @@ gqa_fact const gqa_facts[] = {
     CONSTANT(GQA_ERROR_UNSUPPORTED_FEATURE),
     CONSTANT(GQA_FLOAT16),
     CONSTANT(GQA_BFLOAT16),
+    CONSTANT(GQA_FLOAT32),
 };
 size_t const gqa_num_facts = sizeof gqa_facts / sizeof gqa_facts[0];

@@ -15,7 +15,17 @@ fn rust_facts() -> Vec<Fact> {
         max_seq_len,
         dtype,
         workspace,
-        workspace_size
+        workspace_size,
+        softcap,
+        window,
+        sinks,
+        sinks_type,
+        alibi_batch_stride,
+        alibi_slopes,
+        cache_leftpad,
+        cache_batch_idx,
+        cache_rows,
+        reserved
     );
     layout!(
         facts,
@@ -47,7 +57,8 @@ fn rust_facts() -> Vec<Fact> {
         GQA_ERROR_LAUNCH,
         GQA_ERROR_UNSUPPORTED_FEATURE,
         GQA_FLOAT16,
-        GQA_BFLOAT16
+        GQA_BFLOAT16,
+        GQA_FLOAT32
     );
     facts
 }

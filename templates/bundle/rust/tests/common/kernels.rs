@@ -10,9 +10,10 @@ pub struct Kind {
     pub group_size: usize,
 }
 
-/// What there are kernels for.
+/// What there are plain kernels for, without features, whose names end with the tile.
 pub fn kinds() -> Vec<Kind> {
-    let mut found: Vec<Kind> = kernel_names().map(kind).collect();
+    let plain = kernel_names().filter(|name| name.rsplit('_').next().unwrap().starts_with('h'));
+    let mut found: Vec<Kind> = plain.map(kind).collect();
     found.sort_unstable();
     found.dedup();
     found
@@ -36,7 +37,12 @@ fn kind(name: &str) -> Kind {
 
 impl Kind {
     /// A step that wants such a kernel.
-    pub fn config(self, batch_size: usize, num_kv_heads: usize, max_seq_len: usize) -> Config {
+    pub fn config(
+        self,
+        batch_size: usize,
+        num_kv_heads: usize,
+        max_seq_len: usize,
+    ) -> Config<'static> {
         Config {
             batch_size,
             cache_len: 0,
@@ -45,6 +51,7 @@ impl Kind {
             head_dim: self.head_dim,
             scale: 1.0 / (self.head_dim as f32).sqrt(),
             max_seq_len,
+            ..Config::default()
         }
     }
 

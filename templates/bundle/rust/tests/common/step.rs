@@ -87,7 +87,7 @@ pub struct TensorsOnGpu<'gpu, T> {
 
 /// Caches with the new token in them.
 struct Values<'a> {
-    config: &'a Config,
+    config: &'a Config<'a>,
     k: Vec<f64>,
     v: Vec<f64>,
 }

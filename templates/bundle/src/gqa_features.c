@@ -1,0 +1,141 @@
+// What a configuration may ask for beyond plain attention: what it says, what it reads, and what
+// the kernels are told.
+#include <float.h>
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "gqa_internal.h"
+#include "gqa_kernels.h"
+#include "gqa_params.h"
+
+int32_t gqa_features_of(GQADecodeConfig const* config) {
+  int32_t features = 0;
+#define ADD(bit, field) \
+  if (config->field != 0) features |= bit;
+  GQA_FEATURES(ADD)
+#undef ADD
+  return features;
+}
+
+void gqa_name_features(int32_t features, char* text, size_t size) {
+  size_t used = 0;
+  text[0] = '\0';
+#define ADD(bit, field)                                                                       \
+  if ((features & bit) != 0 && used < size) {                                                 \
+    used += (size_t)snprintf(text + used, size - used, "%s%s", used > 0 ? ", " : "", #field); \
+  }
+  GQA_FEATURES(ADD)
+#undef ADD
+}
+
+int64_t gqa_cache_rows(GQADecodeConfig const* config) {
+  return config->cache_rows == 0 ? config->batch_size : config->cache_rows;
+}
+
+void gqa_feature_tensors(GQADecodeConfig const* config, gqa_memory tensors[kGqaFeatureTensors]) {
+  int64_t const batch = config->batch_size, heads = config->num_q_heads;
+  int32_t const number = config->sinks_type == GQA_FLOAT32 ? 4 : kElementBytes;
+  int64_t const slopes = config->alibi_batch_stride == 0 ? heads : batch * heads;
+  gqa_memory const found[kGqaFeatureTensors] = {
+      {"sinks", config->sinks, heads * number, number},
+      {"alibi_slopes", config->alibi_slopes, 4 * slopes, 4},
+      {"cache_leftpad", config->cache_leftpad, 4 * batch, 4},
+      {"cache_batch_idx", config->cache_batch_idx, 4 * batch, 4},
+  };
+  memcpy(tensors, found, sizeof found);
+}
+
+static gqa_status check_softcap(GQADecodeConfig const* config) {
+  double const most = gqa_config_limits.max_softcap;
+  double const cap = (double)config->softcap, scale = fabs((double)config->scale);
+  double const least = scale / most > (double)FLT_MIN ? scale / most : (double)FLT_MIN;
+  if (!(cap >= 0 && cap <= most)) {
+    return gqa_fail(GQA_ERROR_INVALID_VALUE,
+                    "config: softcap: got %g; allowed: 0 (none), or a number up to %g. Nothing was "
+                    "launched.",
+                    cap, most);
+  }
+  if (cap != 0 && cap < least) {
+    return gqa_fail(GQA_ERROR_INVALID_VALUE,
+                    "config: softcap: got %g; allowed: 0 (none), or %.3g and more with this scale. "
+                    "Nothing was launched.",
+                    cap, least);
+  }
+  return GQA_SUCCESS;
+}
+
+static gqa_status check_types_and_strides(GQADecodeConfig const* config) {
+  int32_t const stride = config->alibi_batch_stride;
+  if (config->sinks_type < GQA_FLOAT16 || config->sinks_type > GQA_FLOAT32) {
+    return gqa_fail(GQA_ERROR_INVALID_VALUE,
+                    "config: sinks_type: got %d; allowed: GQA_FLOAT16 (0), GQA_BFLOAT16 (1), "
+                    "GQA_FLOAT32 (2). Nothing was launched.",
+                    config->sinks_type);
+  }
+  if (stride != 0 && stride != config->num_q_heads) {
+    return gqa_fail(GQA_ERROR_INVALID_VALUE,
+                    "config: alibi_batch_stride: got %d; allowed: 0 (the same slopes for all "
+                    "sequences), or num_q_heads, %d. Nothing was launched.",
+                    stride, config->num_q_heads);
+  }
+  if (config->cache_rows < 0) return gqa_fail_range("cache_rows", config->cache_rows, 0, INT32_MAX);
+  if (config->cache_batch_idx == NULL && gqa_cache_rows(config) != config->batch_size) {
+    return gqa_fail(GQA_ERROR_INVALID_VALUE,
+                    "config: cache_rows: got %d without cache_batch_idx; allowed: 0, or "
+                    "batch_size, %d. Nothing was launched.",
+                    config->cache_rows, config->batch_size);
+  }
+  if (config->reserved != 0) {
+    return gqa_fail(GQA_ERROR_UNSUPPORTED_FEATURE,
+                    "config: reserved: got %d; allowed: 0. Nothing was launched. The program asks "
+                    "for a feature that is newer than the library.",
+                    config->reserved);
+  }
+  return GQA_SUCCESS;
+}
+
+gqa_status gqa_check_features(GQADecodeConfig const* config) {
+  gqa_memory tensors[kGqaFeatureTensors];
+  gqa_status status = check_softcap(config);
+  if (status == GQA_SUCCESS && config->window < 0) {
+    status = gqa_fail_range("window", config->window, 0, INT32_MAX);
+  }
+  if (status == GQA_SUCCESS) status = check_types_and_strides(config);
+  if (status != GQA_SUCCESS) return status;
+  gqa_feature_tensors(config, tensors);
+  for (int i = 0; i < kGqaFeatureTensors; ++i) {
+    if ((uintptr_t)tensors[i].address % (uintptr_t)tensors[i].alignment != 0) {
+      return gqa_fail(GQA_ERROR_INVALID_VALUE,
+                      "config: %s: got address %p; allowed: multiples of %d. Nothing was launched.",
+                      tensors[i].name, tensors[i].address, tensors[i].alignment);
+    }
+  }
+  return GQA_SUCCESS;
+}
+
+static int32_t number_of(int32_t dtype) {
+  if (dtype == GQA_FLOAT32) return kGqaNumberFloat32;
+  return dtype == GQA_FLOAT16 ? kGqaNumberFloat16 : kGqaNumberBfloat16;
+}
+
+void gqa_bind_features(GQADecodeConfig const* config, gqa_params* params) {
+  int32_t const longest = gqa_config_limits.max_seq_len;
+  if (gqa_features_of(config) == 0) return;
+  params->window_left = config->window > longest ? longest : config->window - 1;
+  if (config->softcap != 0) {
+    params->softcap_in = (float)((double)config->scale / (double)config->softcap);
+    params->softcap_out = (float)((double)config->softcap * kLog2E);
+  }
+  if (config->sinks != NULL) {
+    params->sinks = config->sinks;
+    params->sinks_type = number_of(config->sinks_type);
+  }
+  if (config->alibi_slopes != NULL) {
+    params->alibi_slopes = config->alibi_slopes;
+    params->alibi_batch_stride = config->alibi_batch_stride;
+  }
+  params->cache_leftpad = config->cache_leftpad;
+  params->cache_batch_idx = config->cache_batch_idx;
+  params->cache_rows = (int32_t)gqa_cache_rows(config);
+}
