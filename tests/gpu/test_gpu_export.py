@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from c_library import Config, compile_with, includes, sources
+from c_library import NUMBERS, Config, compile_with, includes, sources
 from torch import Tensor
 
 import gqa_cutlass
@@ -24,7 +24,10 @@ from gqa_cutlass.kernels.store import Store
 
 pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("gpu_export")]
 
-KERNELS = "f16_f16_d128_g4_align8,bf16_bf16_d128_g4_align8,f16_f16_d64_g7,f16_f16_d96_g1_align8"
+KERNELS = (
+    "f16_f16_d128_g4_align8,bf16_bf16_d128_g4_align8,f16_f16_d64_g7,f16_f16_d96_g1_align8,"
+    "f16_f16_d128_g2_align8*win_cap,bf16_bf16_d64_g8_align8*win_sink"
+)
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
 _OnLog = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_void_p)
 
@@ -110,10 +113,10 @@ class Library:
             self.lines.append(self.c.gqa_last_error().decode())
         return status
 
-    def workspace(self, shape: Shape) -> Tensor:
+    def workspace(self, shape: Shape, config: Config | None = None) -> Tensor:
         """Zeroed memory, as much as the library asks for."""
-        size = ctypes.c_size_t()
-        assert self.c.gqa_workspace_size(ctypes.byref(shape.config()), ctypes.byref(size)) == 0
+        size, asked = ctypes.c_size_t(), config or shape.config()
+        assert self.c.gqa_workspace_size(ctypes.byref(asked), ctypes.byref(size)) == 0
         return torch.zeros(size.value, dtype=torch.uint8, device="cuda")
 
 
@@ -214,6 +217,40 @@ def test_c_gives_the_bits_of_python(library: Library, shape: Shape) -> None:
     launched = parse(library.lines[-1])
     expected = explained(shape, ours, shape.cache_len)
     assert {key: launched[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("shape", "tags", "window", "softcap"),
+    [
+        (Shape(2, 32, 8, 128, 5000, 8192, "f16"), "_win", 4096, 0.0),
+        (Shape(2, 16, 8, 128, 5000, 8192, "f16"), "_win_cap", 4096, 50.0),
+        (Shape(2, 64, 8, 64, 1000, 4096, "bf16"), "_win_sink", 128, 0.0),
+    ],
+    ids=["Mistral", "Gemma 2", "gpt-oss"],
+)
+def test_features_give_the_bits_of_python(
+    library: Library, shape: Shape, tags: str, window: int, softcap: float
+) -> None:
+    ours = step_of(shape)
+    theirs = ours.copy()
+    sinks = None
+    config = shape.config()
+    config.window, config.softcap = window, softcap
+    if "sink" in tags:
+        sinks = torch.linspace(-2, 7, shape.q_heads, device="cuda", dtype=torch.bfloat16)
+        config.sinks, config.sinks_type = sinks.data_ptr(), NUMBERS[sinks.dtype]
+    gqa_decode(
+        ours.q, ours.k_cache, ours.v_cache, ours.k, ours.v, cache_seqlens=shape.cache_len,
+        softmax_scale=shape.scale, out=ours.out.unflatten(-1, (shape.q_heads, shape.head_dim)),
+        window_size=(window - 1, 0), softcap=softcap, sinks=sinks,
+    )  # fmt: skip
+    workspace = library.workspace(shape, config)
+    config.workspace, config.workspace_size = workspace.data_ptr(), workspace.numel()
+    status = library.call("gqa_attention_decode", *theirs.addresses(), config, current_stream())
+    assert status == 0, library.lines[-1]
+    assert all(map(torch.equal, ours.bits(), theirs.bits()))
+    assert not ours.out.isnan().any()
+    assert parse(library.lines[-1])["kernel"].endswith(tags)
 
 
 def test_ragged_lengths_give_the_bits_of_python_and_one_overflow_spoils_itself_alone(
