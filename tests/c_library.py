@@ -25,6 +25,7 @@ from gqa_cutlass.codegen.bundle import Image, bundle_files
 from gqa_cutlass.codegen.schema import public
 from gqa_cutlass.codegen.schema.launch import LaunchShape
 from gqa_cutlass.codegen.schema.params import TENSOR_MAP_BYTES, Params, TmaParams
+from gqa_cutlass.codegen.schema.policies import FEATURES
 from gqa_cutlass.cpu import executor as cpu
 from gqa_cutlass.cpu.executor import program_of, regions_of
 from gqa_cutlass.dispatch import Dispatch
@@ -607,6 +608,6 @@ def recorded() -> Iterator[list[Launched]]:
 
 
 def dispatched(kernels: Iterable[KernelConfig]) -> list[KernelConfig]:
-    """Those that dispatch may choose: C has no way to ask for values of another head_dim."""
-    usual = (k for k in kernels if k.head_dim_v is None)
+    """Those that dispatch may choose for what C can ask for."""
+    usual = (k for k in kernels if k.head_dim_v is None and {*k.policies} <= {*FEATURES})
     return [k for k in usual if k.math is Math.TENSOROP or k.vec_width == 1]

@@ -58,6 +58,7 @@ class Policy:
         schedules: Those that implement it.
         prefetches_first_tile: Whether warps may ask for their first tile before they know the
             length of their sequence.
+        in_library: Whether C and Rust can ask for it.
     """
 
     slot: Slot
@@ -69,6 +70,7 @@ class Policy:
     arguments: tuple[Argument, ...] = ()
     schedules: frozenset[Schedule] = frozenset(Schedule)
     prefetches_first_tile: bool = True
+    in_library: bool = True
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
         """Pickle by name, so that another process has its own."""
@@ -244,6 +246,7 @@ POLICIES = (
         cpp="InFloat32",
         header="policy/result_float32.cuh",
         feature="out_dtype",
+        in_library=False,
     ),
 )
 check_distinct("policies", "policies", (policy.cpp for policy in POLICIES))
@@ -251,7 +254,8 @@ check_distinct("policies", "tags", (policy.tag for policy in POLICIES if policy.
 # All tensors that a call may pass, in the order in which they are looked at.
 CALL = Table(rows=ARGUMENTS.rows + tuple(row for policy in POLICIES for row in policy.arguments))
 DEFAULTS = {policy.slot: policy for policy in POLICIES if not policy.tag}
-FEATURES = tuple(policy for policy in POLICIES if policy.feature)
+# What C and Rust have, bit by bit.
+FEATURES = tuple(policy for policy in POLICIES if policy.feature and policy.in_library)
 
 
 def named(cpp: str) -> Policy:

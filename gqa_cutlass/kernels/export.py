@@ -82,7 +82,8 @@ def _is_dispatched(kernel: KernelConfig) -> bool:
     usual = default_config(
         k.math, k.dtype, k.head_dim, k.group_size, k.vec_width, k.schedule, k.policies
     )
-    return kernel == usual and (kernel.math is Math.TENSOROP or kernel.vec_width == 1)
+    offered = all(policy.in_library for policy in k.policies)
+    return kernel == usual and offered and (k.math is Math.TENSOROP or k.vec_width == 1)
 
 
 def compiled(export: Export, store: Store, jobs: int = 0) -> Iterator[Cubin]:
