@@ -95,10 +95,9 @@ def run_sim(
         KernelFault: The kernel did what no kernel may.
     """
     check_sizes("sim", batch=batch, kv_heads=kv_heads, splits=num_splits)
-    heads = batch * kv_heads
+    row = batch * kv_heads * max(config.head_dim, config.value_dim) * BYTES_PER_ELEMENT
     check_room(
-        "sim", "cache_len", cache_len, least=0, each=heads * config.head_dim * BYTES_PER_ELEMENT,
-        fixed=heads * config.group_size * config.head_dim * BYTES_PER_ELEMENT,
+        "sim", "cache_len", cache_len, least=0, each=row, fixed=row * config.group_size,
         room=available_bytes(_CPU), where="free on the CPU",
     )  # fmt: skip
     check_sizes("sim", cache_len=cache_len)
@@ -150,12 +149,13 @@ def _run(
 def _step(config: KernelConfig, tokens: int, batch: int, kv_heads: int) -> tuple[Tensor, ...]:
     """Random q, caches of so many tokens, and new token."""
     generator = torch.Generator().manual_seed(0)
-    cache = batch, tokens, kv_heads, config.head_dim
-    token = batch, kv_heads, config.head_dim
+    dims = config.head_dim, config.value_dim
     query = batch, kv_heads * config.group_size, config.head_dim
+    caches = [(batch, tokens, kv_heads, dim) for dim in dims]
+    token = [(batch, kv_heads, dim) for dim in dims]
     return tuple(
         torch.randn(*shape, generator=generator).to(_TORCH[config.dtype])
-        for shape in (query, cache, cache, token, token)
+        for shape in (query, *caches, *token)
     )
 
 

@@ -85,6 +85,13 @@ def test_a_run_of_a_kernel_with_features_asks_for_them() -> None:
     assert found.appended and found.error <= 2 * found.error_torch and found.lse_error < 1e-5
 
 
+def test_a_run_of_a_kernel_with_values_of_another_head_dim() -> None:
+    config = default_config(Math.TENSOROP, DType.F16, 64, 4, 8, head_dim_v=80)
+    found = run_sim(config, cache_len=20)
+    assert found.least_bytes == 2 * (21 * (64 + 80) + 4 * 64)
+    assert found.appended and found.error <= 2 * found.error_torch and found.lse_error < 1e-5
+
+
 def test_a_run_of_a_kernel_with_a_window_reads_no_more_than_it_shows() -> None:
     config = replace(CONFIG, policies=(named("SlidingWindow"), named("Alibi")))
     trial = run_sim(config, cache_len=399, num_splits=1)
