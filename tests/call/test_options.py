@@ -7,9 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from helpers import call_tensors
+from test_features import FEATURES as FEATURE_STEPS
+from test_features import POLICIES as FEATURE_ROWS
 
-from gqa_cutlass import KVCache, explain, gqa_decode, plan
+import gqa_cutlass.ops  # noqa: F401 - registers the operators
+from gqa_cutlass import KVCache, explain, flash_attn_with_kvcache, gqa_decode, plan
 from gqa_cutlass.call.options import TENSORS, CallOptions, Options, PlanOptions
 from gqa_cutlass.codegen.schema.policies import CALL, POLICIES
 
@@ -54,9 +58,17 @@ def test_options_that_a_call_does_not_take_are_refused(name: str, wrong: str) ->
         CALLS[name][0](**given, **{wrong: None})
 
 
-def test_every_feature_is_an_option() -> None:
+def test_every_feature_is_an_option_of_every_call() -> None:
     """Its tensors are rows of the table of arguments."""
     features = {policy.feature for policy in POLICIES if policy.feature}
     assert features <= set(CallOptions.__annotations__)
+    assert features <= set(inspect.signature(flash_attn_with_kvcache).parameters)
+    for operator in (torch.ops.gqa_cutlass.gqa_decode, torch.ops.gqa_cutlass.gqa_attend):
+        assert features <= {argument.name for argument in operator.default._schema.arguments}
     assert set(TENSORS) == {row.name for p in POLICIES for row in p.arguments}
     assert [row.name for row in CALL.rows][-len(TENSORS) :] == list(TENSORS)
+
+
+def test_every_feature_has_rows_in_the_tests_of_features() -> None:
+    assert set(FEATURE_ROWS.values()) == {policy for policy in POLICIES if policy.tag}
+    assert set(FEATURE_ROWS) == set(FEATURE_STEPS)
