@@ -1,5 +1,5 @@
-// Problem to kernel and launch shape: the decisions of the Python package's dispatch.py, which a
-// test compares with these.
+// Problem to kernel and launch shape: the decisions of the Python package's dispatch/, with which a
+// test compares these.
 #ifndef GQA_DISPATCH_H_
 #define GQA_DISPATCH_H_
 
