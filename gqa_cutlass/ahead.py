@@ -165,6 +165,10 @@ def explain(
         out: As for `gqa_decode`.
         **options: `PlanOptions`.
 
+    Returns:
+        What can be printed, or asked for its `dispatch` (kernel and launch), `problem`, `device`,
+        `cubin` (None: not compiled yet) and `kv_bytes`.
+
     Raises:
         InputError: An argument is not allowed.
     """

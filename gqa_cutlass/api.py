@@ -109,10 +109,10 @@ def gqa_decode(  # noqa: D417 - the decorator completes the list
         **features: `Options`.
 
     Returns:
-        The output, shaped as q, but for head_dim_v, of its dtype or `out_dtype`; with return_lse
-        also float32 [batch, num_q_heads], the natural logarithm of the sum of the exponentials of
-        the scaled (and capped) scores, and of the sinks. A sequence with nothing to attend to gives
-        zeros and minus infinity, or the sink.
+        The output, q's shape (with head_dim_v), of its dtype or `out_dtype`; with return_lse also
+        the log-sum-exp, float32 [batch, num_q_heads]: the natural logarithm of the sum of the
+        exponentials of the scaled (and capped) scores, and of the sinks. A sequence with nothing to
+        attend to gives zeros and minus infinity, or the sink.
 
     Raises:
         InputError: An argument is not allowed. Nothing was launched.

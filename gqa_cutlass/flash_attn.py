@@ -85,7 +85,7 @@ def flash_attn_with_kvcache(
     Args:
         q: The queries, [batch, 1, num_q_heads, head_dim].
         k_cache: [batch, max_seq_len, num_kv_heads, head_dim], or more rows with `cache_batch_idx`.
-        v_cache: As k_cache.
+        v_cache: As k_cache; its head_dim, and that of v and the output, may be another.
         k: The new token's keys, [batch, 1, num_kv_heads, head_dim], written at `cache_seqlens`.
         v: As k.
         qv: Not supported yet: None.
@@ -105,7 +105,8 @@ def flash_attn_with_kvcache(
         v_descale: Not supported yet: None.
         softmax_scale: Factor on the scores; None for head_dim ** -0.5.
         causal: Without effect: one query token is the last, and sees every key either way.
-        window_size: (left, right), tokens seen besides the newest; -1 for all.
+        window_size: (left, right): the newest token attends to itself and `left` before it; -1
+            for all. `right` has no effect.
         attention_chunk: Not supported yet: 0.
         softcap: Bound of the scores; 0 for none.
         rotary_interleaved: Without effect: it belongs to `rotary_cos`.
@@ -116,15 +117,15 @@ def flash_attn_with_kvcache(
         return_softmax_lse: Also return the log-sum-exp.
         sinks: One more logit per query head, [num_q_heads]; see `gqa_decode`.
         s_aux: Another name of `sinks`.
-        alibi_slopes: float32, [num_q_heads] or [batch, num_q_heads].
+        alibi_slopes: ALiBi, float32, [num_q_heads] or [batch, num_q_heads]; see `gqa_decode`.
         block_table: Another name of `page_table`.
-        out: Where to write, shaped as q; None for a new tensor.
-        out_dtype: torch.float32 for a part that `merge_states` merges; None for that of q.
+        out: Where to write, of the output's shape and dtype; None for a new tensor.
+        out_dtype: torch.float32 for a part that `merge_states` merges; None for q's dtype.
         fa_version: A hint, without effect.
 
     Returns:
-        The output, shaped as q, of its dtype or `out_dtype`; with return_softmax_lse also the
-        log-sum-exp, float32 [batch, num_q_heads, 1].
+        The output, [batch, 1, num_q_heads, head_dim of v], of q's dtype or `out_dtype`; with
+        return_softmax_lse also the log-sum-exp, float32 [batch, num_q_heads, 1].
 
     Raises:
         InputError: An argument is not allowed, or not supported yet. Nothing was launched.

@@ -22,22 +22,23 @@ Parts = Sequence[Tensor] | Tensor
 def merge_states(outs: Parts, lses: Parts, *, out_dtype: torch.dtype | None = None) -> Pair:
     """Merge attention of the same queries over parts of the keys into attention over all of them.
 
-    Operators of torch, on any device, which `torch.compile` fuses. Computed in float32: pass parts
-    that were decoded with `out_dtype=torch.float32` where their rounding would count. Sinks belong
-    to one of the parts.
+    Operators of torch, on any device, which `torch.compile` fuses. Computed in float32; decode the
+    parts with `out_dtype=torch.float32`, so that only the result is rounded. Pass sinks to the
+    decode of one part only.
 
     Args:
-        outs: A part's output each, as `gqa_decode` returns it: [batch, heads, dim] or
-            [batch, tokens, heads, dim], float32, float16 or bfloat16, all alike; a sequence of
-            them, or one tensor with the parts in front.
-        lses: Natural logarithms of the parts' sums, float32, as many: [batch, heads], or
-            [batch, heads, tokens]. A part in which there is nothing to attend to has minus
-            infinity, and what its output holds does not count.
+        outs: The parts' outputs, as `gqa_decode` returns them: [batch, heads, dim] or
+            [batch, tokens, heads, dim] each, float32, float16 or bfloat16, all alike; a sequence of
+            tensors, or one tensor with the parts as its first dimension.
+        lses: The parts' log-sum-exps (natural logarithms), float32, as many as outs: [batch, heads]
+            or [batch, heads, tokens]. Minus infinity marks a part without keys, whose output is
+            ignored.
         out_dtype: Type of the merged output: float32, float16 or bfloat16; None for that of outs.
 
     Returns:
         The output, shaped as one of outs, and the log-sum-exp, shaped as one of lses. Where all
-        parts are empty: zeros and minus infinity. What is not a number in a part is not in them.
+        parts are empty: zeros and minus infinity. NaN in a part is NaN in the result, for that
+        head alone.
 
     Raises:
         InputError: A tensor's shape, dtype or device is not allowed.

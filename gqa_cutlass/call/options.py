@@ -40,19 +40,19 @@ class Options(TypedDict, total=False):
         sinks: One more logit per query head, as in gpt-oss: [num_q_heads], float32, float16 or
             bfloat16, contiguous, on q's device. In natural units, neither scaled nor capped; it
             is part of the softmax's denominator, and has no value. None, the default: without.
-        window_size: A sliding window, (left, right): so many tokens to the left of the newest are
-            seen besides it, and no others are read; -1, the default, for all. There is nothing to
-            the right. The `sliding_window=W` of Hugging Face is (W - 1, 0).
-        alibi_slopes: ALiBi: the scaled (and capped) score of a key loses so much per token that it
-            is older than the newest, by query head: float32, [num_q_heads] or
+        window_size: A sliding window, (left, right): the newest token attends to itself and to
+            `left` tokens before it, and older ones are not read; -1, the default, for all. `right`
+            has no effect, for nothing is there. Hugging Face's `sliding_window=W` is (W - 1, 0).
+        alibi_slopes: ALiBi: slope * distance is subtracted from the scaled (and capped) scores, the
+            distance in tokens from the newest. Slopes of query heads: float32, [num_q_heads] or
             [batch, num_q_heads], contiguous, on q's device. None, the default: without.
         cache_leftpad: Tokens of padding at the start of each sequence's cache, int32 [batch] on q's
             device, which the host never reads. They are counted in `cache_seqlens`, and not
-            attended to; where there are more of them than tokens, nothing is. Below 0 is none.
+            attended to; where there are more of them than tokens, nothing is. Negative counts as 0.
         out_dtype: torch.float32: the output as it was computed, before it is rounded, as a part to
             be merged with others by `merge_states`. None, the default, or q's dtype: that of q.
-        out: Where to write; q's shape, and its dtype or `out_dtype`, sharing no memory with an
-            input. None, the default: a new tensor.
+        out: Where to write; q's shape (with head_dim_v), and its dtype or `out_dtype`, sharing no
+            memory with an input. None, the default: a new tensor.
     """
 
     softmax_scale: float | None
