@@ -8,7 +8,9 @@
 //             sequence.
 //   Cache     where tokens lie.      Rows keys(p, row), values(p, row): Rows{}(token) is where a
 //                                    token's lies. Box box(tile): a tile's coordinates in a tensor
-//                                    map, of this block's sequence and its own row.
+//                                    map, of this block's sequence and its own row. Element*
+//                                    new_key(p, work), new_value(p, work): where the token lies
+//                                    that is appended.
 //   Start     where a sequence       int padding(p, batch): tokens before it, which are none of it
 //             begins.                and are not read. bool none(): whether it is always 0.
 //   Mask      what is attended to.   bool sees(Position). int first_token(p, batch, num_tokens):
