@@ -108,7 +108,7 @@ class Step:
 
     def asking_for(self, policies: tuple[Policy, ...]) -> Step:
         """The same with the features that a kernel has: a cap that bends scores, heavy sinks,
-        a window of half the cache, slopes of each sequence, padding of a third, rows backwards."""
+        a window of half the cache, slopes of each sequence, padding of a third. Its rows stay."""
         wanted = {policy.feature for policy in policies}
         if "softcap" in wanted:
             self.softcap = 1.5
@@ -122,8 +122,6 @@ class Step:
             self.alibi_slopes = slopes.view(batch, heads)
         if "cache_leftpad" in wanted:
             self.cache_leftpad = self.seqlens // 3
-        if "cache_batch_idx" in wanted:
-            self.turn_around()
         if "out_dtype" in wanted:
             self.in_float32()
         return self
@@ -139,6 +137,13 @@ class Step:
         self.buffers.append(buffer)
         self.out = buffer.tensor.view(torch.float32).fill_(torch.nan)
         self.out_dtype = torch.float32
+
+    def asking_for_all(self, policies: tuple[Policy, ...]) -> Step:
+        """The same, and with other rows if the kernel has an index of them."""
+        self.asking_for(policies)
+        if any(policy.feature == "cache_batch_idx" for policy in policies):
+            self.turn_around()
+        return self
 
     def turn_around(self) -> None:
         """Have sequences in other rows than their own, of caches with one more."""

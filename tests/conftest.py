@@ -24,6 +24,10 @@ _UNSET = (
     "FORCE_COLOR", "NO_COLOR", "PY_COLORS", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "GITHUB_ACTIONS",
     "GQA_CUTLASS_KERNEL_DIR", "GQA_CUTLASS_DISABLE_JIT",
 )  # fmt: skip
+# Graphs and events of other tests, dead in a cycle of references, end a capture if they are
+# collected during it; torch collects no more before one than it is told to.
+if hasattr(torch.compiler.config, "force_cudagraph_gc"):
+    torch.compiler.config.force_cudagraph_gc = True
 _WIDTH = "1000"  # so that no line is broken, however long the temporary folder's name
 
 
