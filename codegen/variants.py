@@ -12,6 +12,7 @@ from gqa_cutlass.codegen.models import MODELS, Model
 from gqa_cutlass.codegen.schema.kinds import DType, Math, Schedule
 from gqa_cutlass.codegen.schema.policies import POLICIES, Policy, named
 from gqa_cutlass.codegen.schema.rounding import ceil_div
+from gqa_cutlass.codegen.schema.storage import box_tile_bytes
 from gqa_cutlass.errors import ConfigError
 
 # (why, head_dim, that of values if it is another, group_size, vec_widths, policies) of what ships
@@ -73,13 +74,16 @@ def default_config(
     largest = max(head_dim, value_dim)
     tiles = _TMA_TILES if schedule is Schedule.TMA else _TILES
     block_n, num_warps, num_stages = next(tile for limit, *tile in tiles if largest <= limit)
+    # With tma, a warp's partial output takes the place of its tiles.
+    tiles_bytes = sum(box_tile_bytes(dim, block_n) for dim in (head_dim, value_dim))
+    room = tiles_bytes // (4 * value_dim) if schedule is Schedule.TMA else None
     return KernelConfig(
         math=math,
         dtype=dtype,
         head_dim=head_dim,
         group_size=group_size,
         vec_width=vec_width,
-        block_h=_block_h(math, largest, group_size),
+        block_h=_block_h(math, largest, group_size, room),
         block_n=block_n,
         num_warps=num_warps,
         num_stages=num_stages,
@@ -89,13 +93,15 @@ def default_config(
     )
 
 
-def _block_h(math: Math, head_dim: int, group_size: int) -> int:
-    """Heads per block: as many as the registers hold, and no more blocks than that needs."""
+def _block_h(math: Math, head_dim: int, group_size: int, room: int | None) -> int:
+    """Heads per block: what registers and `room` hold, and no more blocks than that needs."""
     if math is Math.SIMT:
         limit = 8 if head_dim <= 64 else 4 if head_dim <= 128 else 2
         return ceil_div(group_size, ceil_div(group_size, limit))
     # 16 heads of 232 to 248 dims spill, where those of 256 just fit: the shape is the compiler's.
     limit = 32 if head_dim <= 64 else 8 if 224 < head_dim < 256 else 16
+    if room is not None:
+        limit = min(limit, room // 8 * 8)
     tiles = ceil_div(group_size, 8)
     blocks = ceil_div(tiles * 8, limit)
     return min(limit, 8 * ceil_div(tiles, blocks))

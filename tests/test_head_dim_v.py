@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from cases import Edge, Step, make_step
@@ -10,6 +12,7 @@ from helpers import check, run, share_of_step, skip_unless_it_runs
 import gqa_cutlass
 from gqa_cutlass import KVCache, gqa_decode
 from gqa_cutlass.codegen import DType, KernelConfig, Math, Schedule, default_config
+from gqa_cutlass.codegen.config import HEAD_DIMS
 from gqa_cutlass.codegen.schema.policies import named, special
 from gqa_cutlass.errors import ConfigError, InputError
 from gqa_cutlass.proof.reference import attend
@@ -196,3 +199,28 @@ def test_names_tell_kernels_apart_and_say_no_more_than_they_must() -> None:
 def test_a_configuration_refuses_what_no_kernel_has(head_dim_v: object) -> None:
     with pytest.raises(ConfigError, match=r"head_dim_v: got .*multiples of 8"):
         default_config(Math.TENSOROP, DType.F16, 128, 4, 8, head_dim_v=head_dim_v)  # type: ignore[arg-type]
+
+
+# Every pair of dimensions has kernels.
+
+
+@pytest.mark.parametrize("schedule", Schedule)
+def test_every_pair_and_group_has_a_kernel(schedule: Schedule) -> None:
+    """With tma, a warp's partial output must find room in its tiles, however narrow the keys'."""
+    for head_dim, head_dim_v in product(HEAD_DIMS, HEAD_DIMS):
+        for group_size in (1, 8, 9, 16, 17, 32, 100):
+            config = default_config(
+                Math.TENSOROP, DType.F16, head_dim, group_size, 8, schedule, (), head_dim_v
+            )
+            assert config.value_dim == head_dim_v
+
+
+def test_wide_values_of_many_heads_take_the_tma_schedule(device: str) -> None:
+    step = make_step(
+        head_dim=64, head_dim_v=256, group_size=9, num_kv_heads=1, lengths=[129], max_seq_len=150,
+        device=device,
+    )  # fmt: skip
+    plan = gqa_cutlass.plan(*step.tensors(), cache_seqlens=step.seqlens)
+    if device == "cpu":
+        assert plan.dispatch.config.tma
+    check(step, plan(*step.tensors(), step.seqlens))
