@@ -15,6 +15,7 @@ from gqa_cutlass.api import gqa_decode
 from gqa_cutlass.errors import InputError, shown
 
 _NO_WINDOW = -1, -1
+_NUMBERS = int, float
 _PAGES = "no table: a cache of one row per sequence, or rows by cache_batch_idx"
 _ROTATE = "None; rotate q and k before the call"
 _VARLEN = "None: one query token per sequence, q of [batch, 1, heads, head_dim]"
@@ -131,7 +132,8 @@ def flash_attn_with_kvcache(
         InputError: An argument is not allowed, or not supported yet. Nothing was launched.
         GqaError: As for `gqa_decode`.
     """
-    if attention_chunk or not (
+    chunked = attention_chunk is not None and not _is_zero(attention_chunk)
+    if chunked or not (
         qv is rotary_cos is rotary_sin is rotary_seqlens is page_table is block_table
         is cu_seqlens_q is cu_seqlens_k_new is q_descale is k_descale is v_descale is None
     ):  # fmt: skip
@@ -139,7 +141,7 @@ def flash_attn_with_kvcache(
             qv=qv, rotary_cos=rotary_cos, rotary_sin=rotary_sin, rotary_seqlens=rotary_seqlens,
             page_table=page_table, block_table=block_table, cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k_new=cu_seqlens_k_new, q_descale=q_descale, k_descale=k_descale,
-            v_descale=v_descale, attention_chunk=attention_chunk or None,
+            v_descale=v_descale, attention_chunk=attention_chunk if chunked else None,
         )  # fmt: skip
     try:
         _, tokens, _, _ = q.shape
@@ -156,9 +158,9 @@ def flash_attn_with_kvcache(
         sinks = s_aux
     if sinks is not None:
         features["sinks"] = sinks
-    if softcap != 0:
+    if not _is_zero(softcap):
         features["softcap"] = softcap
-    if window_size != _NO_WINDOW:
+    if not _is_no_window(window_size):
         features["window_size"] = window_size
     if alibi_slopes is not None:
         features["alibi_slopes"] = alibi_slopes
@@ -176,6 +178,18 @@ def flash_attn_with_kvcache(
         attended, lse = result
         return attended, lse.unsqueeze(-1)
     return result
+
+
+def _is_zero(value: object) -> bool:
+    """Whether it is the number; other types may not be compared, and are refused later."""
+    return type(value) in _NUMBERS and value == 0
+
+
+def _is_no_window(value: object) -> bool:
+    """Whether it is two times -1, in a tuple or list; what else it may be is refused later."""
+    if not isinstance(value, tuple | list):
+        return False
+    return [type(end) is int and end == -1 for end in value] == [True, True]
 
 
 def _check_one_token(q: Tensor) -> None:

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from gqa_cutlass.call.plan import Pair
 from gqa_cutlass.errors import InputError, shown
@@ -46,7 +47,7 @@ def merge_states(outs: Parts, lses: Parts, *, out_dtype: torch.dtype | None = No
     out, lse = _stacked("outs", outs), _stacked("lses", lses)
     _check(out, lse)
     dtype = out.dtype if out_dtype is None else out_dtype
-    if dtype not in _OUTS:
+    if not isinstance(dtype, torch.dtype) or dtype not in _OUTS:
         _fail("out_dtype", shown(dtype), f"None, {', '.join(map(str, _OUTS))}")
     empty = lse == -math.inf
     shares = torch.softmax(lse, 0).masked_fill(empty, 0)
@@ -82,6 +83,8 @@ def _stacked(name: str, parts: Parts) -> Tensor:
 def _check_dense(name: str, part: object) -> None:
     if not isinstance(part, Tensor):
         _fail(name, f"a {type(part).__name__} among the parts", "tensors")
+    if isinstance(part, UninitializedParameter | UninitializedBuffer):
+        _fail(name, "a parameter that is not initialised", "dense tensors")
     if part.is_nested or part.layout is not torch.strided:
         _fail(name, "a nested or sparse tensor", "dense tensors")
 

@@ -8,6 +8,7 @@ from functools import partial
 from itertools import combinations
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import Step, make_step
@@ -300,6 +301,31 @@ def test_what_is_refused_launches_nothing_and_writes_nothing(name: str, device: 
     assert "Nothing was launched" in str(raised.value)
     assert step.out.isnan().all()
     step.check_memory(rejected=(0,))
+
+
+class Incomparable:
+    """As an array of several elements is, and worse."""
+
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError("no comparison")
+
+    __ne__ = __eq__
+    __hash__ = None  # type: ignore[assignment]
+
+    def __bool__(self) -> bool:
+        raise RuntimeError("neither true nor false")
+
+
+@pytest.mark.parametrize("name", ["attention_chunk", "softcap", "window_size"])
+@pytest.mark.parametrize(
+    "value", [torch.zeros(2), torch.zeros(0), np.zeros(2), Incomparable(), "", [], (-1, np.ones(2))]
+)
+def test_options_that_compare_with_nothing_are_refused(name: str, value: object) -> None:
+    step, lengths = a_step()
+    before = copies(step)
+    with pytest.raises(InputError, match=f"{name}: got"):
+        flash_attn_with_kvcache(**step, cache_seqlens=lengths, **{name: value})  # type: ignore[arg-type]
+    assert same(step, before)
 
 
 def test_whole_caches_of_what_is_no_cache_are_refused() -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from compiling import GROUP, random_step
 from torch import Tensor
+from torch.nn.parameter import UninitializedParameter
 
 from gqa_cutlass import gqa_decode, merge_states
 from gqa_cutlass.errors import InputError
@@ -174,6 +176,15 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "sums elsewhere": ({"lses": LSES.to("meta")}, "lses: got .* on meta; allowed: .* on cpu"),
     "no sums": ({"lses": None}, "lses: got None; allowed: one tensor"),
     "a type of whole numbers": ({"out_dtype": torch.int32}, "out_dtype: got torch.int32; allowed"),
+    "an array for a type": (
+        {"out_dtype": np.zeros(2)},
+        r"out_dtype: got array\(\[0., 0.\]\); allow",
+    ),
+    "no values yet": ({"outs": UninitializedParameter()}, "outs: got a parameter that"),
+    "a part without values": (
+        {"lses": [UninitializedParameter()]},
+        "lses: got a parameter that",
+    ),
     "a type by name": ({"out_dtype": "float32"}, "out_dtype: got 'float32'; allowed: None"),
 }
 
