@@ -32,6 +32,19 @@ _OPTIONS = {  # of the calls, in the order of the operators' arguments
     "cache_batch_idx": "Tensor? cache_batch_idx=None",
     "out_dtype": "ScalarType? out_dtype=None",
 }
+# Other types torch would complain of in its own words, or convert: 3 to (3, 3), 2 to True.
+_NUMBER = int, float, torch.SymInt, torch.SymFloat
+_TYPES: dict[str, tuple[type, ...]] = {
+    "softmax_scale": (*_NUMBER, type(None)),
+    "num_splits": (int, torch.SymInt),
+    "return_lse": (bool,),
+    "ragged": (bool,),
+    "softcap": _NUMBER,
+    "window_size": (tuple, list),
+    "out_dtype": (torch.dtype, type(None)),
+    "cache_seqlens": (int, torch.SymInt, Tensor),
+    **dict.fromkeys(TENSORS, (Tensor, type(None))),
+}
 _SAID = ", ".join(_OPTIONS.values())
 _SCHEMAS = (
     "gqa_decode(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, "
@@ -60,20 +73,19 @@ def traced(
     """
     q, k_cache, v_cache, k, v, out = tensors
     given = [t for t in (q, k_cache, v_cache, k, v) if t is not None]
-    wrong = None
-    features: dict[str, Any] = {name: options.get(name) for name in TENSORS}
-    read = [*given, *(t for t in features.values() if t is not None)]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in read):
-        wrong = "a tensor requires grad, and decode has no backward pass; use torch.no_grad()"
-    if len(given) == 4:
-        wrong = "k and v: one of them came without the other"
-    out_dtype = options.get("out_dtype")
-    if out is not None and out.dtype != (q.dtype if out_dtype is None else out_dtype):
-        wrong = "out: its dtype is neither q's nor out_dtype"
+    asked = {"return_lse": return_lse, "softcap": softcap, **options}
+    wrong = _flaw_of_types((*given, out), {"cache_seqlens": cache_seqlens, **asked})
+    if wrong is None:
+        read = [*given, *(options[n] for n in TENSORS if options.get(n) is not None)]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in read):
+            wrong = "a tensor requires grad, and decode has no backward pass; use torch.no_grad()"
+        elif len(given) == 4:
+            wrong = "k and v: one of them came without the other"
+        elif out is not None:
+            wrong = _flaw_of_out(out, q, v_cache, options.get("out_dtype"))
     if wrong is not None:
         check: Any = break_graph(plan, f"gqa_decode: {wrong}")
-        features["out_dtype"] = out_dtype
-        check(q, k_cache, v_cache, k, v, cache_seqlens=cache_seqlens, out=out, **features)  # raises
+        check(q, k_cache, v_cache, k, v, cache_seqlens=cache_seqlens, out=out, **asked)  # raises
     on_device = isinstance(cache_seqlens, Tensor)
     lengths = (cache_seqlens, 0) if on_device else (None, cache_seqlens)
     call = torch.ops.gqa_cutlass.gqa_decode
@@ -87,6 +99,35 @@ def traced(
     if out is not None:
         result = out.copy_(result)
     return (result, lse) if return_lse else result
+
+
+def _flaw_of_types(tensors: tuple[object, ...], options: dict[str, Any]) -> str | None:
+    """Which argument is of a type that the calls do not take, if one is."""
+    if not all(t is None or isinstance(t, Tensor) for t in tensors):
+        return "a list, a number or the like is where a tensor should be"
+    for name, value in options.items():
+        types = _TYPES[name]
+        if not isinstance(value, types) or isinstance(value, bool) and types != (bool,):
+            return f"{name}: it is of a type that is not allowed"
+    window = options.get("window_size", (-1, -1))
+    if len(window) != 2 or not all(type(end) is int for end in window):
+        return "window_size: it is not two ints"
+    return None
+
+
+def _flaw_of_out(out: Tensor, q: Tensor, v_cache: Tensor, out_dtype: object) -> str | None:
+    """Why a result must not be copied to a tensor, which would convert, repeat or lose it."""
+    if out.dtype != (q.dtype if out_dtype is None else out_dtype):
+        return "out: its dtype is neither q's nor out_dtype"
+    if out.shape != (*q.shape[:-1], v_cache.shape[-1]):
+        return "out: its shape is not that of the result"
+    if out.device != q.device:
+        return "out: it is not on q's device"
+    if torch.is_grad_enabled() and out.requires_grad:
+        return "out: it requires grad"
+    if any(n > 1 and not s for n, s in zip(out.shape, out.stride(), strict=True)):
+        return "out: its elements share memory"
+    return None
 
 
 def _decode(

@@ -132,6 +132,47 @@ def test_a_compiled_call_writes_to_an_out_in_float32() -> None:
     assert torch.equal(out, right) and right.dtype == torch.float32
 
 
+BAD_OUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "that the result is repeated in": lambda q: q.new_zeros(3, *q.shape),
+    "of another head_dim": lambda q: q.new_zeros(2, 8, 32),
+    "elsewhere": lambda q: torch.empty_like(q, device="meta"),
+    "that learns": lambda q: torch.zeros_like(q).requires_grad_(),
+    "that shares memory with itself": lambda q: q.new_zeros(1, 8, 64).expand(2, 8, 64),
+}
+
+
+@pytest.mark.parametrize("name", BAD_OUTS)
+def test_a_wrong_out_is_refused_where_torch_traces_before_anything_is_written(name: str) -> None:
+    step = random_step()
+    before, out = copies(step), BAD_OUTS[name](step["q"])
+    with pytest.raises(InputError, match="out: got"):
+        torch.compile(gqa_decode, backend="aot_eager")(**step, cache_seqlens=4, out=out)
+    assert same(step, before)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="gqa_decode: out: it"):
+        counted(gqa_decode)[0](**step, cache_seqlens=4, out=out)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("softmax_scale", "x"), ("softmax_scale", True), ("num_splits", True), ("num_splits", None),
+        ("return_lse", 1), ("ragged", None), ("ragged", 2), ("softcap", False), ("softcap", "x"),
+        ("window_size", None), ("window_size", 3), ("window_size", (1.0, 0)),
+        ("out_dtype", "float32"), ("sinks", [1.0] * 8), ("cache_seqlens", 1.5), ("q", [1.0]),
+    ],
+)  # fmt: skip
+def test_types_that_torch_would_convert_or_complain_of_are_refused_as_ever(
+    name: str, value: object
+) -> None:
+    step = random_step()
+    before = copies(step)
+    compiled = torch.compile(gqa_decode, backend="aot_eager")
+    with pytest.raises(InputError, match=f"{name}: got"):
+        compiled(**(step | {"cache_seqlens": 4, name: value}))
+    assert same(step, before)
+
+
 def test_the_form_with_a_configuration_compiles() -> None:
     step = {name: t.unsqueeze(1) if t.dim() == 3 else t for name, t in random_step().items()}
     q, k_cache, v_cache, k, v = step.values()
