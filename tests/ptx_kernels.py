@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 from numpy.typing import NDArray
 
@@ -186,3 +187,9 @@ def refuses(*essentials: str) -> Iterator[None]:
 def _has(message: str, essentials: tuple[str, ...]) -> None:
     for text in essentials:
         assert re.search(text, message), f"no {text!r} in {message!r}"
+
+
+def values(dtype: str, n: int) -> NDArray[Any]:
+    """Numbers of both signs that differ in all their bytes."""
+    bits = np.random.default_rng(0).integers(0, 256, n * np.dtype(dtype).itemsize, dtype=np.uint8)
+    return np.nan_to_num(bits.view(dtype)) if dtype[0] == "f" else bits.view(dtype)
