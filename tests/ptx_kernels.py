@@ -189,6 +189,14 @@ def _has(message: str, essentials: tuple[str, ...]) -> None:
         assert re.search(text, message), f"no {text!r} in {message!r}"
 
 
+def result(body: str, *, lanes: int = 32, **more: Any) -> list[int]:
+    """What every thread leaves in %r1, which starts as 0."""
+    out = np.full(lanes, 0xDEAD, np.uint32)
+    run_ptx(f"mov.u32 %r1, 0; {body} st.global.u32 [%out_g], %r1;", out=out, **more)
+    values: list[int] = out.tolist()
+    return values
+
+
 def values(dtype: str, n: int) -> NDArray[Any]:
     """Numbers of both signs that differ in all their bytes."""
     bits = np.random.default_rng(0).integers(0, 256, n * np.dtype(dtype).itemsize, dtype=np.uint8)
