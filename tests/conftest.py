@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from calibration import Calibration
+from executors import Notes, running_on
 from instant import InstantCompiler
 
 from gqa_cutlass.codegen import KernelConfig, shipped, source_digest
@@ -117,6 +118,14 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> InstantCompiler:
 def store(tmp_path: Path, compiler: InstantCompiler) -> Store:
     """A store that is new and compiles in no time."""
     return Store(root=tmp_path / "store")
+
+
+@pytest.fixture
+def notes() -> Iterator[Notes]:
+    """What would be launched."""
+    executor = Notes()
+    with running_on(executor):
+        yield executor
 
 
 class Record:
