@@ -13,9 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from warp_instructions import MMA_SHAPES
 
-from gqa_cutlass.ptxsim.warp.matrix import (
-    Mma,
-)
+from gqa_cutlass.ptxsim.warp.matrix import Mma
 
 WARPS = 2
 Words = list[NDArray[np.uint32]]
