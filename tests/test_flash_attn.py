@@ -14,8 +14,8 @@ import torch
 from cases import Step, make_step
 from compiling import GROUP, copies, random_step, same
 from executors import Notes, running_on
+from featured import POLICIES, step_of
 from helpers import THOROUGH, check
-from test_features import POLICIES, step_of
 from torch import Tensor
 
 from gqa_cutlass import flash_attn_with_kvcache, gqa_decode

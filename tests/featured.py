@@ -1,0 +1,120 @@
+"""Features of a call, one row each, and steps that ask for them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import combinations
+from typing import Any
+
+import pytest
+import torch
+from cases import Edge, Step, make_step, snapshot
+from helpers import THOROUGH
+
+from gqa_cutlass.codegen import DType, KernelConfig, Math, Schedule, default_config
+from gqa_cutlass.codegen.schema.policies import Policy, named, special
+
+CAP, SINK, WINDOW = named("SoftCapped"), named("SinkInSum"), named("SlidingWindow")
+POLICIES = {
+    "softcap": CAP, "sinks": SINK, "window": WINDOW, "alibi": named("Alibi"),
+    "leftpad": named("LeftPadded"), "index": named("IndexedRow"), "float32": named("InFloat32"),
+}  # fmt: skip
+NAMES = list(POLICIES)
+# As few as have every feature.
+DISJOINT = [(NAMES[i], NAMES[i + len(NAMES) // 2]) for i in range((len(NAMES) + 1) // 2)]
+PAIRS = [" and ".join(p) for p in dict.fromkeys([*DISJOINT, *combinations(NAMES, 2)])]
+ALL = " and ".join(POLICIES)
+KINDS = {
+    "tensorop": (Math.TENSOROP, DType.F16, 8, Schedule.MULTISTAGE),
+    "simt": (Math.SIMT, DType.F16, 1, Schedule.MULTISTAGE),
+    "tma": (Math.TENSOROP, DType.BF16, 8, Schedule.TMA),
+}
+FEW = {
+    "splits": Edge(lengths=(300, 37, 0), capacity=512, splits=2),
+    "attend only": Edge(lengths=(37, 0), capacity=64, append=False),
+}
+# Where CI has the general test of a single feature; that of all together it has on every kind.
+HOME = dict.fromkeys(POLICIES, "tma") | {"window": "simt", "leftpad": "tensorop"}
+every_feature = pytest.mark.parametrize("feature", [*POLICIES, ALL])
+# Multistage is the same for CUDA cores but for its arithmetic, so that CI leaves those out.
+every_schedule = pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=THOROUGH if k == "simt" else ()) for k in KINDS]
+)
+
+
+def policies_of(feature: str) -> tuple[Policy, ...]:
+    return special(tuple(POLICIES[name] for name in feature.split(" and ")))
+
+
+def kernel_of(kind: str, feature: str) -> KernelConfig:
+    math_, dtype, width, schedule = KINDS[kind]
+    return default_config(math_, dtype, 64, 4, width, schedule, policies_of(feature))
+
+
+def with_feature(step: Step, feature: str) -> Step:
+    """The step, asking for a feature."""
+    for name in feature.split(" and "):
+        FEATURES[name](step)
+    snapshot(step)
+    return step
+
+
+def add_cap(step: Step) -> None:
+    """So low that it bends most scores."""
+    step.softcap = 1.5
+
+
+def add_sinks(step: Step) -> None:
+    """As heavy as all keys together, or as none of them; of another type in every size."""
+    heads = step.q.shape[1]
+    sinks = torch.linspace(-2, 7, heads, dtype=torch.float32, device=step.q.device)
+    step.sinks = sinks.to((torch.float32, torch.bfloat16)[step.q.shape[0] % 2])
+
+
+def add_window(step: Step, window: int = 19) -> None:
+    """That begins and ends within tiles; what it hides is not to be used, nor its NaN."""
+    step.window_size = (window - 1, 0)
+    for b, length in enumerate(step.lengths):
+        hidden = max(0, length + (step.k is not None) - window)
+        step.k_cache[b, :hidden] = step.v_cache[b, :hidden] = math.nan
+
+
+def add_slopes(step: Step) -> None:
+    """From heads that see all to heads that see few; of each sequence its own, or for all."""
+    batch, heads, _ = step.q.shape
+    slopes = torch.linspace(-0.01, 0.7, batch * heads, device=step.q.device).view(batch, heads)
+    step.alibi_slopes = slopes if batch % 2 else slopes[0].contiguous()
+
+
+def add_padding(step: Step, *rows: int) -> None:
+    """Within a tile, none, and all that there is; what it holds is not to be used, nor its NaN."""
+    numbers = rows or [(21, 0, 3, 40)[b % 4] for b in range(len(step.lengths))]
+    step.cache_leftpad = torch.tensor(numbers, dtype=torch.int32, device=step.q.device)
+    for b, length in enumerate(step.lengths):
+        hidden = min(max(numbers[b], 0), length)
+        step.k_cache[step.row(b), :hidden] = step.v_cache[step.row(b), :hidden] = math.nan
+
+
+def add_index(step: Step, spare: int = 2) -> None:
+    """Backwards, into caches of more rows, which hold NaN where nothing is."""
+    batch = len(step.lengths)
+    for name in ("k_cache", "v_cache"):
+        cache = getattr(step, name)
+        rows = torch.full_like(cache[:1], math.nan).expand(spare, -1, -1, -1)
+        setattr(step, name, torch.cat([rows, cache.flip(0)]))
+    order = range(spare + batch - 1, spare - 1, -1)
+    step.cache_batch_idx = torch.tensor(list(order), dtype=torch.int32, device=step.q.device)
+
+
+FEATURES: dict[str, Callable[[Step], None]] = {
+    "softcap": add_cap, "sinks": add_sinks, "window": add_window,
+    "alibi": add_slopes,
+    "leftpad": add_padding,
+    "index": add_index,
+    "float32": Step.in_float32,
+}  # fmt: skip
+
+
+def step_of(feature: str, **problem: Any) -> Step:
+    return with_feature(make_step(**problem), feature)
