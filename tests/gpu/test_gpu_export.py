@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from c_library import NUMBERS, Config, compile_with, includes, sources
+from c_build import compile_with, includes, sources
+from c_library import NUMBERS, Config
 from torch import Tensor
 
 import gqa_cutlass

@@ -14,7 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from c_library import Library, build, dispatched
+from c_build import build, dispatched
+from c_library import Library
 from command_line import file_size_limit
 from helpers import REPOSITORY
 from typer.testing import CliRunner, Result

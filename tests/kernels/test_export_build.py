@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from c_library import (
+from c_build import (
     WARNINGS,
     build_fake_cuda,
     compile_with,

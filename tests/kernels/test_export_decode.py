@@ -14,25 +14,19 @@ from typing import Any
 
 import pytest
 import torch
+from c_build import FAMILIES, build, write_dummies
+from c_driver import DriverLaunch, Launched, argument_of, fields_of
 from c_library import (
-    FAMILIES,
     NUM_MERGE_COUNTERS,
     NUMBERS,
-    DriverLaunch,
-    Launched,
     Library,
-    Simulator,
-    argument_of,
-    build,
     config_of,
-    fields_of,
     float32,
     fresh_copy,
     fresh_library,
-    recorded,
     workspace_of,
-    write_dummies,
 )
+from c_simulator import Simulator, recorded
 from cases import Step, make_step
 from helpers import by_name, diagonal
 from torch import Tensor

@@ -13,14 +13,8 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from c_library import (
-    NUM_MERGE_COUNTERS,
-    Config,
-    Library,
-    build,
-    dispatched,
-    write_dummies,
-)
+from c_build import build, dispatched, write_dummies
+from c_library import NUM_MERGE_COUNTERS, Config, Library
 from helpers import remodelled
 
 from gqa_cutlass.codegen import ARCHES, DType, Schedule, shipped
@@ -29,14 +23,7 @@ from gqa_cutlass.codegen.schema.internal import feature_bits
 from gqa_cutlass.codegen.schema.policies import FEATURES, Policy, named
 from gqa_cutlass.codegen.schema.problem import Problem
 from gqa_cutlass.codegen.schema.public import DTYPE_CODES
-from gqa_cutlass.dispatch import (
-    MODELS,
-    MOST_TILES,
-    Device,
-    arch_of,
-    dispatch,
-    model_device,
-)
+from gqa_cutlass.dispatch import MODELS, MOST_TILES, Device, arch_of, dispatch, model_device
 from gqa_cutlass.errors import DeviceError
 
 KERNELS = dispatched(shipped())

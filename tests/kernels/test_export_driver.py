@@ -11,21 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from c_library import (
-    NUM_MERGE_COUNTERS,
+from c_build import (
     WARNINGS,
-    Library,
     build_fake_cuda,
     compile_with,
-    config_of,
-    fresh_library,
     includes,
     kernels,
-    recorded,
     sources,
-    workspace_of,
     write_dummies,
 )
+from c_library import NUM_MERGE_COUNTERS, Library, config_of, fresh_library, workspace_of
+from c_simulator import recorded
 from cases import Step, make_step
 from helpers import REPOSITORY
 

@@ -11,20 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from c_build import FAKE_CUDA, compile_with, includes, sources, write_dummies
 from c_library import (
-    FAKE_CUDA,
     STATUSES,
     Config,
     Explained,
     Library,
     addresses_of,
-    compile_with,
     config_of,
     fresh_copy,
     fresh_library,
-    includes,
-    sources,
-    write_dummies,
 )
 from cases import Step, make_step
 
