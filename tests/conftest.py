@@ -20,6 +20,9 @@ from gqa_cutlass.kernels import store as store_module
 from gqa_cutlass.kernels.store import Store
 from gqa_cutlass.proof.evidence import Evidence, provenance
 
+# Of what they compare, a failure shows the difference, as in tests.
+pytest.register_assert_rewrite("c_and_python", "c_refusals")
+
 # By these, commands print otherwise, or find other kernels, on one machine than on another.
 _UNSET = (
     "FORCE_COLOR", "NO_COLOR", "PY_COLORS", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "GITHUB_ACTIONS",

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-import re
 from collections.abc import Callable
-from threading import Thread
 from typing import Any
 
 import pytest
@@ -22,25 +20,10 @@ from c_library import (
     fresh_library,
     workspace_of,
 )
+from c_refusals import CLUSTERS, STEP, VALID, far_apart, nothing_happened, sizes_of
 from cases import Step, make_step
-from helpers import REPOSITORY
 
 import gqa_cutlass
-from gqa_cutlass.codegen.schema import public
-from gqa_cutlass.codegen.schema.policies import CALL
-
-VALID: dict[str, Any] = dict(
-    batch_size=2, cache_len=3, num_q_heads=8, num_kv_heads=2, head_dim=64, scale=0.125,
-    max_seq_len=30, dtype=0,
-)  # fmt: skip
-STEP: dict[str, Any] = dict(lengths=[3, 3], max_seq_len=30, head_dim=64, device="cpu")
-# Few heads in a cache that one block does not read at once: tensor copies, clusters that meet.
-CLUSTERS: dict[str, Any] = dict(
-    lengths=[3], max_seq_len=4096, num_kv_heads=1, poison=False, device="cpu"
-)
-DRIVER_C = REPOSITORY / "templates" / "bundle" / "src" / "gqa_driver.c"
-LOOKED_UP = re.findall(r'find\(library, "(cu\w+)"', DRIVER_C.read_text())
-NOTHING = ("Nothing was launched.", "Nothing was written.")
 
 BAD_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "batch_size 0": (dict(batch_size=0), "batch_size: got 0; allowed: 1 to 65535"),
@@ -129,15 +112,6 @@ BAD_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
         "cache_batch_idx: got 0x10000 with one length for all; allowed: null, or lengths on the ",
     ),
 }  # fmt: skip
-FEATURES: dict[str, dict[str, Any]] = {  # that the library has no kernels for
-    "softcap": dict(softcap=30),
-    "sinks": dict(sinks=0x10000, sinks_type=2),
-    "window": dict(window=29),
-    "alibi_slopes": dict(alibi_slopes=0x10000, alibi_batch_stride=8),
-    "cache_leftpad": dict(cache_leftpad=0x10000),
-    "cache_batch_idx": dict(cache_batch_idx=0x10000, cache_rows=9),
-    "window, softcap, sinks": dict(softcap=30, sinks=0x10000, window=1),
-}
 
 
 @pytest.fixture
@@ -156,13 +130,6 @@ def step() -> Step:
 def overflow() -> torch.Tensor:
     """Where a sequence that does not fit is reported."""
     return torch.zeros(1, dtype=torch.int32)
-
-
-def nothing_happened(library: Library, *fragments: str, launches: int = 0) -> bool:
-    """The message holds these fragments and says that nothing happened, and nothing did."""
-    assert [part for part in fragments if part not in library.error] == [], library.error
-    assert any(text in library.error for text in NOTHING), library.error
-    return library.driver.launches == launches
 
 
 def test_what_is_valid_is_launched(library: Library, step: Step, overflow: torch.Tensor) -> None:
@@ -257,18 +224,6 @@ def test_lengths_between_words_are_refused(
     off = given[name] + 2
     assert library.decode_ragged(step, overflow, **{name: off}) == "GQA_ERROR_INVALID_VALUE"
     assert nothing_happened(library, f"{off:#x}", "allowed: multiples of 4.")
-
-
-def far_apart(step: Step) -> dict[str, Any]:
-    """Addresses that nobody has, of the step's tensors: nothing is run."""
-    return {name: (i + 1) << 40 for i, name in enumerate(addresses_of(step))}
-
-
-def sizes_of(step: Step) -> dict[str, int]:
-    """Bytes of a step's tensors."""
-    query, cache = 2 * step.q.numel(), 2 * step.k_cache.numel()
-    token = cache // step.k_cache.shape[1]
-    return dict(output=query, q=query, k=token, v=token, kv_cache_k=cache, kv_cache_v=cache)
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "kv_cache_k", "kv_cache_v"])
@@ -387,82 +342,10 @@ def test_what_was_not_exported_is_unsupported(
         assert "Export one that has it: gqa-cutlass export --kernels" in library.error
 
 
-@pytest.mark.parametrize(("names", "changes"), FEATURES.items(), ids=FEATURES)
-def test_features_that_were_not_exported_are_unsupported_and_named(
-    library: Library, names: str, changes: dict[str, Any]
-) -> None:
-    config = Config(**VALID | changes)
-    calls: list[Callable[[], int]] = [
-        lambda: library.c.gqa_explain(config, b"sm_90a", 132, 0, Explained()),
-        lambda: library.c.gqa_workspace_size(config, ctypes.c_size_t()),
-        lambda: library.c.gqa_prepare(config),
-    ]
-    for call in calls:
-        assert STATUSES[call()] == "GQA_ERROR_UNSUPPORTED"
-        assert nothing_happened(library, f"no kernel with {names} for float16, head_dim 64, ")
-
-
-def test_nothing_of_the_schema_is_missing_here() -> None:
-    assert set(FEATURES) >= set(public.ASKED_BY.values())
-    assert set(SHARING) == {row.name for row in CALL.rows if row.feature}
-
-
-def test_what_asks_for_nothing_is_launched(library: Library, step: Step) -> None:
-    """A negative zero, types without tensors, and a window that hides nothing."""
-    for changes in (
-        dict(softcap=-0.0), dict(sinks_type=2), dict(alibi_batch_stride=8), dict(cache_rows=2),
-        dict(window=30), dict(window=2**31 - 1),
-    ):  # fmt: skip
-        assert library.decode(step, Config(**VALID | changes)) == "GQA_SUCCESS", library.error
-
-
 def test_a_reserved_field_is_for_a_newer_library(library: Library, step: Step) -> None:
     config = Config(**VALID | dict(reserved=5))
     assert library.decode(step, config) == "GQA_ERROR_UNSUPPORTED_FEATURE"
     assert nothing_happened(library, "config: reserved: got 5; allowed: 0.")
-
-
-SHARING = {  # bytes that features read, for two sequences of eight heads
-    "sinks": (dict(sinks_type=2), 32),
-    "alibi_slopes": (dict(alibi_batch_stride=8), 64),
-    "cache_leftpad": ({}, 8),
-    "cache_batch_idx": ({}, 8),
-}
-
-
-@pytest.mark.parametrize("target", ["output", "kv_cache_k", "kv_cache_v"])
-@pytest.mark.parametrize("name", SHARING)
-def test_what_features_read_may_not_be_written_to(
-    library: Library, step: Step, overflow: torch.Tensor, name: str, target: str
-) -> None:
-    changes, size = SHARING[name]
-    given, sizes = far_apart(step), sizes_of(step)
-    start, end = given[target], given[target] + sizes[target]
-    message = f"{target}: got memory that {name} also" if target == "output" else (
-        f"{name}: got memory of {target}, to which"
-    )  # fmt: skip
-    for shared in (start, end - 4, start - size + 4):
-        config = Config(**VALID | changes | {name: shared})
-        status = library.decode_ragged(step, overflow, config, **given)
-        assert status == "GQA_ERROR_INVALID_VALUE"
-        assert nothing_happened(library, message)
-    for beside in (end, start - size):
-        config = Config(**VALID | changes | {name: beside})
-        # Checked, and then not found: this library has plain kernels.
-        assert library.decode_ragged(step, overflow, config, **given) == "GQA_ERROR_UNSUPPORTED"
-
-
-def test_the_rows_of_an_index_are_all_written_to(
-    library: Library, step: Step, overflow: torch.Tensor
-) -> None:
-    given, rows = far_apart(step), 5
-    size = sizes_of(step)["kv_cache_k"] // 2 * rows
-    config = Config(**VALID | dict(cache_batch_idx=1 << 50, cache_rows=rows))
-    given["q"] = given["kv_cache_k"] + size - 2
-    assert library.decode_ragged(step, overflow, config, **given) == "GQA_ERROR_INVALID_VALUE"
-    assert nothing_happened(library, "q: got memory of kv_cache_k, to which the new token")
-    given["q"] += 2
-    assert library.decode_ragged(step, overflow, config, **given) == "GQA_ERROR_UNSUPPORTED"
 
 
 def test_more_merges_than_there_are_counters_are_unsupported(library: Library) -> None:
@@ -492,155 +375,3 @@ def test_explaining_needs_no_driver(library: Library) -> None:
     library.driver.remove()
     assert library.explain(Config(**VALID), "sm_80", 108).kernel.decode() in library.kernels
     assert library.driver.all_calls() == {}
-
-
-def every_call(library: Library, step: Step) -> list[str]:
-    """The statuses of all functions that need a GPU."""
-    config = config_of(step)
-    overflow = torch.zeros(1, dtype=torch.int32)
-    return [
-        library.decode(step),
-        library.decode_ragged(step, overflow),
-        STATUSES[library.c.gqa_workspace_size(config, ctypes.c_size_t())],
-        STATUSES[library.c.gqa_prepare(config)],
-    ]
-
-
-def test_no_driver_is_said(library: Library, step: Step) -> None:
-    library.driver.remove()
-    assert every_call(library, step) == ["GQA_ERROR_NO_DRIVER"] * 4
-    assert nothing_happened(
-        library, "no usable GPU: ", "libcuda.so.1: cannot open shared object file",
-        "needed: an NVIDIA GPU and its driver.",
-    )  # fmt: skip
-
-
-def test_the_fake_driver_has_what_is_looked_up_and_no_more(library: Library) -> None:
-    assert sorted(library.driver.functions()) == sorted(LOOKED_UP)
-
-
-@pytest.mark.parametrize("function", LOOKED_UP)
-def test_a_driver_that_lacks_a_function_is_too_old(
-    library: Library, step: Step, function: str
-) -> None:
-    library.driver.hide(function)
-    assert every_call(library, step) == ["GQA_ERROR_NO_DRIVER"] * 4
-    assert nothing_happened(
-        library, f"libcuda.so.1 has no {function}; needed: a driver for CUDA 12"
-    )
-    assert library.driver.calls("cuInit") == 0
-
-
-def test_a_machine_without_a_gpu_is_said(library: Library, step: Step) -> None:
-    library.driver.fail("cuInit", 100)
-    assert every_call(library, step) == ["GQA_ERROR_NO_DRIVER"] * 4
-    assert nothing_happened(library, "no usable GPU: cuInit: CUDA_ERROR_NO_DEVICE; needed: ")
-    assert library.driver.calls("cuInit") == 1
-
-
-@pytest.mark.parametrize(
-    ("capability", "message"),
-    [
-        (75, "capability 7.5: too old; allowed: 8.0 and newer."),
-        (70, "capability 7.0: too old; allowed: 8.0 and newer."),
-        (100, "capability 10.0: this library was exported without kernels for it."),
-        (103, "capability 10.3: this library was exported without kernels for it."),
-        (121, "capability 12.1: this library was exported without kernels for it."),
-    ],
-)
-def test_a_gpu_without_kernels_is_refused(
-    library: Library, step: Step, capability: int, message: str
-) -> None:
-    library.driver.set_device(0, capability)
-    for _ in range(2):
-        assert every_call(library, step) == ["GQA_ERROR_DEVICE"] * 4
-        assert nothing_happened(library, f"GPU of compute {message}")
-    assert ("--arch" in library.error) == (capability >= 80)
-
-
-# Functions that fail once, after so many calls that do not: the status, and what was being done.
-FAILURES: dict[str, tuple[str, int, str, str]] = {
-    "context": ("cuCtxGetCurrent", 0, "GQA_ERROR_NO_DRIVER", "entering the GPU"),
-    "device": ("cuDeviceGet", 0, "GQA_ERROR_NO_DRIVER", "entering the GPU"),
-    "opening": ("cuDevicePrimaryCtxRetain", 0, "GQA_ERROR_NO_DRIVER", "entering the GPU"),
-    "entering": ("cuCtxSetCurrent", 0, "GQA_ERROR_NO_DRIVER", "entering the GPU"),
-    "current device": ("cuCtxGetDevice", 0, "GQA_ERROR_NO_DRIVER", "entering the GPU"),
-    "major": ("cuDeviceGetAttribute", 0, "GQA_ERROR_NO_DRIVER", "asking for the GPU's kind"),
-    "minor": ("cuDeviceGetAttribute", 1, "GQA_ERROR_NO_DRIVER", "asking for the GPU's kind"),
-    "SMs": ("cuDeviceGetAttribute", 2, "GQA_ERROR_NO_DRIVER", "asking for the GPU's kind"),
-    "capture": ("cuThreadExchangeStreamCaptureMode", 0, "GQA_ERROR_LAUNCH", "loading {kernel}"),
-    "image": ("cuLibraryLoadData", 0, "GQA_ERROR_LAUNCH", "loading {kernel}"),
-    "kernel": ("cuLibraryGetKernel", 0, "GQA_ERROR_LAUNCH", "loading {kernel}"),
-    "shared memory": ("cuKernelSetAttribute", 0, "GQA_ERROR_LAUNCH", "loading {kernel}"),
-    "function": ("cuKernelGetFunction", 0, "GQA_ERROR_LAUNCH", "loading {kernel}"),
-    "launch": ("cuLaunchKernelEx", 0, "GQA_ERROR_LAUNCH", "launching {kernel}"),
-    "keys": ("cuTensorMapEncodeTiled", 0, "GQA_ERROR_LAUNCH", "describing the caches"),
-    "values": ("cuTensorMapEncodeTiled", 1, "GQA_ERROR_LAUNCH", "describing the caches"),
-}
-
-
-@pytest.mark.parametrize(("function", "skip", "status", "doing"), FAILURES.values(), ids=FAILURES)
-@pytest.mark.parametrize(
-    ("error", "text"),
-    [(2, "CUDA_ERROR_OUT_OF_MEMORY (out of memory)"), (99999, "unknown error (no description)")],
-    ids=["known", "unknown"],
-)
-def test_what_the_driver_refuses_is_said_and_can_be_repeated(
-    library: Library, function: str, skip: int, status: str, doing: str, error: int, text: str
-) -> None:
-    step = make_step(**CLUSTERS)
-    chosen = gqa_cutlass.plan(*step.tensors(), cache_seqlens=3, out=step.out).dispatch
-    workspace = workspace_of(chosen)
-    config = config_of(step, workspace)
-    library.driver.fail(function, error, skip=skip, times=1)
-    asked = int(function == "cuLaunchKernelEx")
-    assert library.decode(step, config) == status
-    doing = doing.format(kernel=chosen.config.name)
-    assert nothing_happened(library, f"{doing}: {text}. Nothing", launches=asked)
-    assert library.driver.capture_mode == 0
-    assert library.decode(step, config) == "GQA_SUCCESS", library.error
-    assert library.driver.launches == asked + 1
-    assert library.driver.loads(chosen.config.name) == 1
-
-
-def test_an_image_without_its_kernel_is_unloaded(library: Library, step: Step) -> None:
-    library.driver.fail("cuLibraryGetKernel", 500)
-    for count in (1, 2, 3):
-        assert library.decode(step) == "GQA_ERROR_LAUNCH"
-        assert nothing_happened(library, "CUDA_ERROR_NOT_FOUND (named symbol not found)")
-        assert library.driver.calls("cuLibraryUnload") == count
-        assert library.driver.calls("cuLibraryLoadData") == count
-
-
-def in_a_thread(call: Callable[[], None]) -> None:
-    """Run it in a new thread to its end."""
-    thread = Thread(target=call)
-    thread.start()
-    thread.join()
-
-
-def test_the_last_error_is_its_threads(library: Library, step: Step) -> None:
-    seen: list[str] = []
-
-    def fail_elsewhere() -> None:
-        seen.append(library.error)
-        library.decode(step, q=None)
-        seen.append(library.error)
-
-    library.decode(step, k=None)
-    in_a_thread(fail_elsewhere)
-    assert seen[0] == "" and seen[1].startswith("q: got null")
-    assert library.error.startswith("k: got null")
-
-
-def test_success_leaves_the_last_error(library: Library, step: Step) -> None:
-    library.decode(step, k=None)
-    assert library.decode(step) == "GQA_SUCCESS"
-    assert library.error.startswith("k: got null")
-
-
-def test_statuses_have_names(library: Library) -> None:
-    names = [library.c.gqa_status_name(status).decode() for status in range(len(STATUSES))]
-    assert tuple(names) == STATUSES
-    for status in (-1, len(STATUSES), 2**31 - 1, -(2**31)):
-        assert library.c.gqa_status_name(status) == b"unknown status"

@@ -1,0 +1,38 @@
+"""What the C library is refused with: valid arguments to change, and that nothing happened."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from c_library import Library, addresses_of
+from cases import Step
+
+VALID: dict[str, Any] = dict(
+    batch_size=2, cache_len=3, num_q_heads=8, num_kv_heads=2, head_dim=64, scale=0.125,
+    max_seq_len=30, dtype=0,
+)  # fmt: skip
+STEP: dict[str, Any] = dict(lengths=[3, 3], max_seq_len=30, head_dim=64, device="cpu")
+# Few heads in a cache that one block does not read at once: tensor copies, clusters that meet.
+CLUSTERS: dict[str, Any] = dict(
+    lengths=[3], max_seq_len=4096, num_kv_heads=1, poison=False, device="cpu"
+)
+NOTHING = ("Nothing was launched.", "Nothing was written.")
+
+
+def nothing_happened(library: Library, *fragments: str, launches: int = 0) -> bool:
+    """The message holds these fragments and says that nothing happened, and nothing did."""
+    assert [part for part in fragments if part not in library.error] == [], library.error
+    assert any(text in library.error for text in NOTHING), library.error
+    return library.driver.launches == launches
+
+
+def far_apart(step: Step) -> dict[str, Any]:
+    """Addresses that nobody has, of the step's tensors: nothing is run."""
+    return {name: (i + 1) << 40 for i, name in enumerate(addresses_of(step))}
+
+
+def sizes_of(step: Step) -> dict[str, int]:
+    """Bytes of a step's tensors."""
+    query, cache = 2 * step.q.numel(), 2 * step.k_cache.numel()
+    token = cache // step.k_cache.shape[1]
+    return dict(output=query, q=query, k=token, v=token, kv_cache_k=cache, kv_cache_v=cache)
