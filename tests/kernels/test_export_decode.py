@@ -3,177 +3,40 @@ shape with the same argument, and what the kernel writes in ptxsim is the same t
 
 from __future__ import annotations
 
-import ctypes
 import math
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, replace
 from itertools import cycle, product
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from c_build import FAMILIES, build, write_dummies
-from c_driver import DriverLaunch, Launched, argument_of, fields_of
-from c_library import (
-    NUM_MERGE_COUNTERS,
-    NUMBERS,
-    Library,
-    config_of,
-    float32,
-    fresh_copy,
-    fresh_library,
-    workspace_of,
+from c_and_python import (
+    TMA_128,
+    WIDE_64,
+    Result,
+    assert_same,
+    by_python,
+    capacity_for,
+    chosen_for,
+    decode_both,
+    ragged_by_python,
+    restore,
+    same_bits,
+    step_for,
+    step_of,
 )
-from c_simulator import Simulator, recorded
-from cases import Step, make_step
+from c_build import FAMILIES
+from c_library import NUM_MERGE_COUNTERS, config_of, float32, fresh_library, workspace_of
+from c_simulator import Simulator
 from helpers import by_name, diagonal
-from torch import Tensor
 
-import gqa_cutlass
-from gqa_cutlass import CacheOverflowError, GQADecodeConfig, gqa_attention_decode, gqa_decode
-from gqa_cutlass.call.record import LaunchRecord, parse
+from gqa_cutlass import CacheOverflowError, gqa_decode
 from gqa_cutlass.codegen import DType, KernelConfig, Math, Schedule, default_config
 from gqa_cutlass.codegen.schema.params import Params
-from gqa_cutlass.codegen.schema.policies import FEATURES, special, tagged
-from gqa_cutlass.dispatch import Dispatch
 
 KERNELS = [  # in one type each, by turns
     default_config(Math.TENSOROP, dtype, head_dim, group_size, 8, schedule)
     for (schedule, (head_dim, group_size)), dtype in zip(product(Schedule, FAMILIES), cycle(DType))
 ]
-WIDE_64 = default_config(Math.TENSOROP, DType.F16, 64, 4, 8)
-TMA_128 = default_config(Math.TENSOROP, DType.BF16, 128, 4, 8, Schedule.TMA)
-OWN_MEMORY = (
-    "split_workspace",
-    "merge_counters",
-    "overflow_flag",
-)  # that each of the two has for itself
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a decode step launched, and what it left behind."""
-
-    launched: Launched
-    out: Tensor
-    k_cache: Tensor
-    v_cache: Tensor
-
-    @classmethod
-    def of(cls, launched: Launched, step: Step) -> Result:
-        """The step's memory as it is now."""
-        return cls(launched, step.out.clone(), step.k_cache.clone(), step.v_cache.clone())
-
-
-def step_of(**sizes: Any) -> Step:
-    """A step on the CPU with a scale that float32 holds."""
-    step = make_step(**sizes, device="cpu")
-    step.scale = float32(step.scale)
-    return step
-
-
-def by_python(step: Step) -> Result:
-    """Decode in Python, and undo it."""
-    batch, num_q_heads, head_dim = step.q.shape
-    _, max_seq_len, num_kv_heads, _ = step.k_cache.shape
-    config = GQADecodeConfig(
-        batch_size=batch, cache_len=step.lengths[0], num_q_heads=num_q_heads,
-        num_kv_heads=num_kv_heads, head_dim=head_dim, scale=step.scale, max_seq_len=max_seq_len,
-    )  # fmt: skip
-    out = step.out.view(batch, 1, num_q_heads * head_dim)
-    assert step.k is not None and step.v is not None
-    tokens = (t.unsqueeze(1) for t in (step.q, step.k, step.v))
-    with recorded() as launches:
-        gqa_attention_decode(out, *tokens, step.k_cache, step.v_cache, config)
-    return _undone(launches[-1], step)
-
-
-def ragged_by_python(step: Step) -> Result:
-    """The same, with lengths on the device; whether one was too large is read and forgotten."""
-    return featured_by_python(step, step.seqlens)
-
-
-def featured_by_python(step: Step, lengths: int | Tensor) -> Result:
-    """The same with what the step asks for."""
-    with recorded() as launches:
-        gqa_decode(
-            *step.tensors(), cache_seqlens=lengths, softmax_scale=step.scale, out=step.out,
-            **step.features(),
-        )  # fmt: skip
-    with suppress(CacheOverflowError):
-        gqa_cutlass.check_overflow("cpu")
-    return _undone(launches[-1], step)
-
-
-def _undone(launched: Launched, step: Step) -> Result:
-    result = Result.of(launched, step)
-    restore(step)
-    return result
-
-
-def restore(step: Step) -> None:
-    """Make the step's memory as it was."""
-    step.k_cache.copy_(step.before["k_cache"])
-    step.v_cache.copy_(step.before["v_cache"])
-    step.out.fill_(float("nan"))
-
-
-def assert_same(ours: Result, theirs: Result) -> None:
-    """The same launch, but for where workspace and flag are, with the same result to the bit."""
-    assert ours.launched.kernel == theirs.launched.kernel
-    assert ours.launched.shape == theirs.launched.shape
-    argument, expected = ours.launched.argument, theirs.launched.argument
-    assert list(argument) == list(expected)
-    assert {
-        name: (value, expected[name])
-        for name, value in argument.items()
-        if name not in OWN_MEMORY and value != expected[name]
-    } == {}
-    for name in ("split_workspace", "merge_counters"):
-        assert bool(argument[name]) == bool(expected[name]), name
-    for name in ("out", "k_cache", "v_cache"):
-        assert same_bits(getattr(ours, name), getattr(theirs, name)), f"{name} differs"
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal, NaNs included."""
-    return torch.equal(a.view(torch.int16), b.view(torch.int16))
-
-
-def chosen_for(step: Step, *, ragged: bool = False) -> Dispatch:
-    """What Python launches for a step."""
-    lengths = step.seqlens if ragged else step.lengths[0]
-    plan = gqa_cutlass.plan(*step.tensors(), cache_seqlens=lengths, out=step.out, **step.features())
-    return plan.dispatch
-
-
-def decode_both(step: Step) -> Launched:
-    """Decode a step in C as in Python; returns what both launched."""
-    expected = by_python(step)
-    workspace = workspace_of(chosen_for(step))
-    launched = Simulator(fresh_library()).decode(step, workspace)
-    assert_same(Result.of(launched, step), expected)
-    step.check_memory()
-    assert step.errors(step.out).share <= 1
-    assert launched.argument["overflow_flag"] is launched.argument["seqlens"] is None
-    assert workspace is None or not workspace[:NUM_MERGE_COUNTERS].any()
-    return launched
-
-
-def capacity_for(kernel: KernelConfig) -> int:
-    """Tokens of a cache for which dispatch takes this schedule: more than one block's warps at
-    once take with tma, fewer otherwise."""
-    return kernel.block_n * kernel.num_warps + 9 if kernel.tma else 41
-
-
-def step_for(kernel: KernelConfig, batch: int, length: int) -> Step:
-    """A step for which dispatch takes this kernel."""
-    return step_of(
-        dtype=kernel.dtype, head_dim=kernel.head_dim, group_size=kernel.group_size,
-        lengths=[length] * batch, max_seq_len=capacity_for(kernel),
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("kernel", by_name(KERNELS))
@@ -285,106 +148,6 @@ def test_a_sequence_of_negative_length_is_inactive(max_seq_len: int) -> None:
     step.check_memory(rejected=(2,))
 
 
-# Each feature alone, and pairs as Gemma 2 and gpt-oss have them; all together in clusters.
-FEATURED = {
-    "_".join(policy.tag for policy in kernel.policies): kernel
-    for kernel in (
-        *(replace(WIDE_64, policies=(policy,)) for policy in FEATURES),
-        default_config(Math.TENSOROP, DType.BF16, 128, 2, 8, policies=tagged("win_cap")),
-        default_config(Math.TENSOROP, DType.BF16, 64, 8, 8, policies=tagged("win_sink")),
-        default_config(
-            Math.TENSOROP, DType.BF16, 64, 4, 8, Schedule.TMA, policies=special(FEATURES)
-        ),
-    )
-}
-
-
-@pytest.fixture(scope="module")
-def with_features(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A library of kernels with features."""
-    folder = tmp_path_factory.mktemp("features")
-    bundle = write_dummies(folder, FEATURED.values(), ("sm_80", "sm_90a"))
-    return build(bundle, folder / "libgqa.so")
-
-
-@pytest.mark.parametrize("kernel", FEATURED.values(), ids=FEATURED)
-def test_features_decode_like_python(with_features: Path, kernel: KernelConfig) -> None:
-    """With one length for all where that is possible, and with lengths on the device."""
-    capacity, features = capacity_for(kernel), {policy.feature for policy in kernel.policies}
-    length = capacity - 1 if kernel.tma else capacity // 2
-    step = step_for(kernel, batch=2, length=length).asking_for_all(kernel.policies)
-    if kernel.tma:
-        step.window_size = (capacity - 3, 0)  # a smaller one is for one block
-    overflow = torch.zeros(1, dtype=torch.int32)
-    simulator = Simulator(fresh_copy(with_features))
-    for ragged in (False, True) if "cache_batch_idx" not in features else (True,):
-        workspace = workspace_of(chosen_for(step, ragged=ragged))
-        if ragged:
-            expected = featured_by_python(step, step.seqlens)
-            launched = simulator.decode_ragged(step, overflow, workspace)
-        else:
-            expected = featured_by_python(step, step.lengths[0])
-            launched = simulator.decode(step, workspace)
-        assert launched.kernel == kernel.name
-        assert_same(Result.of(launched, step), expected)
-        step.check_memory()
-        assert step.errors(step.out).share <= 1
-        assert overflow.item() == 0
-        restore(step)
-
-
-def test_features_are_logged_as_in_python(with_features: Path) -> None:
-    for tags in ("win_cap", "sink", "alibi", "pad"):
-        kernel, lines = FEATURED[tags], list[str]()
-        step = step_for(kernel, batch=2, length=20).asking_for_all(kernel.policies)
-        library = fresh_copy(with_features)
-        library.log_to(lines)
-        assert library.decode(step, config_of(step)) == "GQA_SUCCESS", library.error
-        plan = gqa_cutlass.plan(
-            *step.tensors(), cache_seqlens=20, out=step.out, softmax_scale=step.scale,
-            **step.features(),
-        )  # fmt: skip
-        expected, found = parse(f"launch {LaunchRecord.of(plan, 20, 0, 0)}"), parse(lines[0])
-        assert float(found.pop("softmax_scale")) == pytest.approx(step.scale, rel=1e-7)
-        assert found | {"softmax_scale": expected["softmax_scale"]} == expected
-        assert list(found) == [key for key in expected if key != "softmax_scale"]
-
-
-@pytest.mark.parametrize("kind", NUMBERS)
-def test_sinks_of_every_type_decode_like_python(with_features: Path, kind: torch.dtype) -> None:
-    step = step_for(FEATURED["sink"], batch=1, length=20).asking_for_all(FEATURED["sink"].policies)
-    assert step.sinks is not None
-    step.sinks = step.sinks.to(kind)
-    expected = featured_by_python(step, 20)
-    launched = Simulator(fresh_copy(with_features)).decode(step)
-    assert_same(Result.of(launched, step), expected)
-
-
-def test_an_index_that_names_no_row_spoils_its_sequence_alone(with_features: Path) -> None:
-    kernel = FEATURED["idx"]
-    step = step_for(kernel, batch=2, length=20).asking_for_all(kernel.policies)
-    assert step.cache_batch_idx is not None
-    step.cache_batch_idx[1] = step.k_cache.shape[0]
-    overflow = torch.zeros(1, dtype=torch.int32)
-    expected = featured_by_python(step, step.seqlens)
-    launched = Simulator(fresh_copy(with_features)).decode_ragged(step, overflow)
-    assert_same(Result.of(launched, step), expected)
-    assert overflow.item() == 1 + 1
-    assert step.out[1].isnan().all() and not step.out[0].isnan().any()
-
-
-def test_a_window_that_hides_nothing_decodes_like_python() -> None:
-    """By the plain kernel."""
-    step = step_for(WIDE_64, batch=1, length=20)
-    for left in (step.k_cache.shape[1] - 1, 2**30 - 1):
-        step.window_size = (left, 0)
-        expected = featured_by_python(step, 20)
-        launched = Simulator(fresh_library()).decode(step)
-        assert launched.kernel == WIDE_64.name
-        assert_same(Result.of(launched, step), expected)
-        restore(step)
-
-
 @pytest.mark.parametrize("cache_len", [40, 41, 2**31 - 1])
 def test_overflow_is_refused_before_anything_is_written(cache_len: int) -> None:
     step, library = step_of(lengths=[3], max_seq_len=40), fresh_library()
@@ -480,90 +243,3 @@ def test_the_stream_is_the_callers() -> None:
     for stream in (None, 0x7F3A_0000_1C40):
         assert library.decode(step, stream=stream) == "GQA_SUCCESS"
         assert library.driver.last_launch().stream == (stream or 0)
-
-
-# -- examples/decode.c
-
-EXAMPLES = {
-    "multistage": ((2, 8, 2, 64, 11, 40, "f16"), WIDE_64),
-    "clusters": ((1, 8, 2, 128, 140, 300, "bf16"), TMA_128),
-}
-
-
-@pytest.fixture(scope="module")
-def built_example(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The library with the example, whose main is a function like others."""
-    folder = tmp_path_factory.mktemp("example")
-    bundle = write_dummies(folder, [kernel for _, kernel in EXAMPLES.values()], ("sm_90a",))
-    source = bundle / "examples" / "decode.c"
-    return build(bundle, folder / "libgqa.so", "-Dmain=example", str(source))
-
-
-@pytest.fixture
-def example(built_example: Path) -> Library:
-    """The same as in a new process."""
-    return fresh_copy(built_example)
-
-
-def run_example(library: Library, arguments: tuple[object, ...]) -> int:
-    """The example's exit status."""
-    words = [b"decode", *(str(argument).encode() for argument in arguments)]
-    status = int(library.c.example(len(words), (ctypes.c_char_p * len(words))(*words)))
-    ctypes.CDLL(None).fflush(None)
-    return status
-
-
-def simulate_example(library: Library, arguments: tuple[Any, ...]) -> Callable[[DriverLaunch], int]:
-    """Runs the example's launch in ptxsim."""
-    batch, q_heads, kv_heads, head_dim, _, max_seq_len, dtype = arguments
-    kind = {"f16": torch.float16, "bf16": torch.bfloat16}[dtype]
-    query, token = (batch, q_heads, head_dim), (batch, kv_heads, head_dim)
-    cache = (batch, max_seq_len, kv_heads, head_dim)
-    shapes = {"q": query, "k_cache": cache, "v_cache": cache, "k_new": token, "v_new": token,
-              "out": query}  # fmt: skip
-    simulator = Simulator(library)
-
-    def at(address: int, shape: tuple[int, ...]) -> Tensor:
-        memory = (ctypes.c_char * (2 * math.prod(shape))).from_address(address)
-        return torch.frombuffer(memory, dtype=kind).view(shape)
-
-    def launch(launched: DriverLaunch) -> int:
-        fields = fields_of(argument_of(launched))
-        simulator.tensors = {name: at(fields[name], shape) for name, shape in shapes.items()}
-        return simulator.launch(launched)
-
-    return launch
-
-
-@pytest.mark.parametrize(("arguments", "kernel"), EXAMPLES.values(), ids=EXAMPLES)
-def test_the_example_decodes_and_finds_itself_right(
-    example: Library, arguments: tuple[Any, ...], kernel: KernelConfig,
-    capfd: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    example.driver.on_launch(simulate_example(example, arguments))
-    assert run_example(example, arguments) == 0
-    printed = dict(line.split(" ", 1) for line in capfd.readouterr().out.splitlines())
-    assert printed["kernel"] == kernel.name
-    error, _, allowed = printed["error"].split()
-    assert 0 < float(error) <= float(allowed)
-
-
-def test_the_example_finds_a_kernel_that_does_nothing(
-    example: Library, capfd: pytest.CaptureFixture[str]
-) -> None:
-    example.driver.on_launch(lambda launch: 0)
-    assert run_example(example, EXAMPLES["multistage"][0]) == 1
-    assert "the caches do not hold what they should" in capfd.readouterr().err
-
-
-def test_the_example_takes_seven_arguments(example: Library) -> None:
-    for arguments in ((), (1, 8, 2, 64, 11, 40), (1, 8, 2, 64, 11, 40, "f32")):
-        assert run_example(example, arguments) == 2
-
-
-def test_the_example_says_where_there_is_no_gpu(
-    example: Library, capfd: pytest.CaptureFixture[str]
-) -> None:
-    example.driver.remove()
-    assert run_example(example, EXAMPLES["multistage"][0]) == 77
-    assert "no usable GPU" in capfd.readouterr().err

@@ -1,0 +1,126 @@
+"""The C library decodes with features like Python."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from c_and_python import (
+    WIDE_64,
+    Result,
+    assert_same,
+    capacity_for,
+    chosen_for,
+    featured_by_python,
+    restore,
+    step_for,
+)
+from c_build import build, write_dummies
+from c_library import NUMBERS, config_of, fresh_copy, fresh_library, workspace_of
+from c_simulator import Simulator
+
+import gqa_cutlass
+from gqa_cutlass.call.record import LaunchRecord, parse
+from gqa_cutlass.codegen import DType, KernelConfig, Math, Schedule, default_config
+from gqa_cutlass.codegen.schema.policies import FEATURES, special, tagged
+
+# Each feature alone, and pairs as Gemma 2 and gpt-oss have them; all together in clusters.
+FEATURED = {
+    "_".join(policy.tag for policy in kernel.policies): kernel
+    for kernel in (
+        *(replace(WIDE_64, policies=(policy,)) for policy in FEATURES),
+        default_config(Math.TENSOROP, DType.BF16, 128, 2, 8, policies=tagged("win_cap")),
+        default_config(Math.TENSOROP, DType.BF16, 64, 8, 8, policies=tagged("win_sink")),
+        default_config(
+            Math.TENSOROP, DType.BF16, 64, 4, 8, Schedule.TMA, policies=special(FEATURES)
+        ),
+    )
+}
+
+
+@pytest.fixture(scope="module")
+def with_features(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library of kernels with features."""
+    folder = tmp_path_factory.mktemp("features")
+    bundle = write_dummies(folder, FEATURED.values(), ("sm_80", "sm_90a"))
+    return build(bundle, folder / "libgqa.so")
+
+
+@pytest.mark.parametrize("kernel", FEATURED.values(), ids=FEATURED)
+def test_features_decode_like_python(with_features: Path, kernel: KernelConfig) -> None:
+    """With one length for all where that is possible, and with lengths on the device."""
+    capacity, features = capacity_for(kernel), {policy.feature for policy in kernel.policies}
+    length = capacity - 1 if kernel.tma else capacity // 2
+    step = step_for(kernel, batch=2, length=length).asking_for(kernel.policies)
+    if kernel.tma:
+        step.window_size = (capacity - 3, 0)  # a smaller one is for one block
+    overflow = torch.zeros(1, dtype=torch.int32)
+    simulator = Simulator(fresh_copy(with_features))
+    for ragged in (False, True) if "cache_batch_idx" not in features else (True,):
+        workspace = workspace_of(chosen_for(step, ragged=ragged))
+        if ragged:
+            expected = featured_by_python(step, step.seqlens)
+            launched = simulator.decode_ragged(step, overflow, workspace)
+        else:
+            expected = featured_by_python(step, step.lengths[0])
+            launched = simulator.decode(step, workspace)
+        assert launched.kernel == kernel.name
+        assert_same(Result.of(launched, step), expected)
+        step.check_memory()
+        assert step.errors(step.out).share <= 1
+        assert overflow.item() == 0
+        restore(step)
+
+
+def test_features_are_logged_as_in_python(with_features: Path) -> None:
+    for tags in ("win_cap", "sink", "alibi", "pad"):
+        kernel, lines = FEATURED[tags], list[str]()
+        step = step_for(kernel, batch=2, length=20).asking_for(kernel.policies)
+        library = fresh_copy(with_features)
+        library.log_to(lines)
+        assert library.decode(step, config_of(step)) == "GQA_SUCCESS", library.error
+        plan = gqa_cutlass.plan(
+            *step.tensors(), cache_seqlens=20, out=step.out, softmax_scale=step.scale,
+            **step.features(),
+        )  # fmt: skip
+        expected, found = parse(f"launch {LaunchRecord.of(plan, 20, 0, 0)}"), parse(lines[0])
+        assert float(found.pop("softmax_scale")) == pytest.approx(step.scale, rel=1e-7)
+        assert found | {"softmax_scale": expected["softmax_scale"]} == expected
+        assert list(found) == [key for key in expected if key != "softmax_scale"]
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_sinks_of_every_type_decode_like_python(with_features: Path, kind: torch.dtype) -> None:
+    step = step_for(FEATURED["sink"], batch=1, length=20).asking_for(FEATURED["sink"].policies)
+    assert step.sinks is not None
+    step.sinks = step.sinks.to(kind)
+    expected = featured_by_python(step, 20)
+    launched = Simulator(fresh_copy(with_features)).decode(step)
+    assert_same(Result.of(launched, step), expected)
+
+
+def test_an_index_that_names_no_row_spoils_its_sequence_alone(with_features: Path) -> None:
+    kernel = FEATURED["idx"]
+    step = step_for(kernel, batch=2, length=20).asking_for(kernel.policies)
+    assert step.cache_batch_idx is not None
+    step.cache_batch_idx[1] = step.k_cache.shape[0]
+    overflow = torch.zeros(1, dtype=torch.int32)
+    expected = featured_by_python(step, step.seqlens)
+    launched = Simulator(fresh_copy(with_features)).decode_ragged(step, overflow)
+    assert_same(Result.of(launched, step), expected)
+    assert overflow.item() == 1 + 1
+    assert step.out[1].isnan().all() and not step.out[0].isnan().any()
+
+
+def test_a_window_that_hides_nothing_decodes_like_python() -> None:
+    """By the plain kernel."""
+    step = step_for(WIDE_64, batch=1, length=20)
+    for left in (step.k_cache.shape[1] - 1, 2**30 - 1):
+        step.window_size = (left, 0)
+        expected = featured_by_python(step, 20)
+        launched = Simulator(fresh_library()).decode(step)
+        assert launched.kernel == WIDE_64.name
+        assert_same(Result.of(launched, step), expected)
+        restore(step)
