@@ -1,25 +1,13 @@
-"""Dispatch: which kernel, how many splits, what launch shape, and how `explain` says so."""
+"""Dispatch: which kernel, how many splits, what launch shape."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import pytest
-import torch
-from helpers import call_tensors
 
-from gqa_cutlass import explain
-from gqa_cutlass.codegen import (
-    ARCHES,
-    DType,
-    KernelConfig,
-    Math,
-    Schedule,
-    default_config,
-    shipped,
-)
+from gqa_cutlass.codegen import ARCHES, DType, KernelConfig, Math, Schedule, default_config, shipped
 from gqa_cutlass.codegen.schema.launch import Pdl
 from gqa_cutlass.codegen.schema.problem import MAX_SPLITS, Problem
 from gqa_cutlass.dispatch import choose_config, dispatch, model_device
@@ -379,78 +367,3 @@ def test_kernel_that_does_not_fit_is_refused(kernel: KernelConfig, vec_width: in
     message = str(raised.value)
     assert f"kernel: got {kernel.name}; allowed: kernels for f16, head_dim 128" in message
     assert f"group size 4 and an alignment of at most {vec_width} elements" in message
-
-
-def _explain(q_heads: int, kv_heads: int, head_dim: int, **changes: Any) -> Any:
-    tensors = call_tensors(
-        q_heads=q_heads, kv_heads=kv_heads, head_dim=head_dim, max_seq_len=4096,
-        dtype=torch.bfloat16, device="meta",
-    )  # fmt: skip
-    return explain(**tensors, **changes)
-
-
-@pytest.fixture(autouse=True)
-def _own_store(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GQA_CUTLASS_CACHE_DIR", str(tmp_path))
-
-
-@pytest.mark.parametrize("arch", [None, "sm_80", "sm_120a"])
-@pytest.mark.parametrize("model", MODELS)
-def test_real_models_run_shipped_kernels(model: str, arch: str | None) -> None:
-    found = _explain(*MODELS[model], arch=arch)
-    assert found.dispatch.config in shipped()
-    assert found.dispatch.config.math is Math.TENSOROP
-    assert found.device.arch.name == (arch or "sm_90a")
-
-
-def test_explanation_is_a_readable_report() -> None:
-    found = _explain(*MODELS["llama-3-8b"], num_splits=2)
-    lines = dict(line.split(maxsplit=1) for line in str(found).splitlines())
-    assert lines["kernel"] == found.dispatch.config.name
-    assert lines["why"].startswith("tensorop: ") and "2 splits, as asked" in lines["why"]
-    assert lines["arch"] == "sm_90a, 132 SMs"
-    assert lines["grid"].startswith("(8, 2, 2)")
-    assert lines["cluster"] == "2 blocks, along the splits"
-    assert f"{found.dispatch.shape.block} threads" in lines["block"]
-    assert lines["block"].endswith(" 2 stages")
-    assert lines["reads"].startswith(f"{2 * 2 * 4096 * 8 * 128 * 2} bytes")
-    assert lines["cubin"].startswith("not built yet")
-
-
-@pytest.mark.parametrize(
-    ("arch", "schedule", "why"),
-    [
-        ("sm_90a", Schedule.TMA, "tma: 32.0 MiB, at most 128; few heads"),
-        ("sm_80", Schedule.MULTISTAGE, "multistage: sm_80 is not among sm_90a"),
-        ("sm_100a", Schedule.MULTISTAGE, "multistage: sm_100a is not among sm_90a"),
-    ],
-)
-def test_explanation_says_why_this_schedule(arch: str, schedule: Schedule, why: str) -> None:
-    found = _explain(*MODELS["llama-3-8b"], arch=arch)
-    assert found.dispatch.config.schedule is schedule
-    assert why in str(found)
-
-
-def test_explanation_of_clusters_counts_them() -> None:
-    found = str(_explain(*MODELS["llama-3-8b"]))
-    assert "1 clusters of 4 for each of 16 heads, at most 8 tiles per warp" in found
-
-
-def test_explanation_of_misaligned_tensors_names_the_reason() -> None:
-    tensors = call_tensors(head_dim=128, max_seq_len=64)
-    tensors["q"] = torch.ones(2 * 8 * 128 + 1, dtype=torch.float16)[1:].view(2, 8, 128)
-    found = explain(**tensors)
-    assert found.dispatch.config.math is Math.SIMT
-    assert "aligned to 2 bytes" in str(found)
-
-
-def test_unknown_architecture_is_refused() -> None:
-    with pytest.raises(InputError, match="arch: got 'sm_70'; allowed: sm_80, .*sm_120a"):
-        _explain(*MODELS["llama-3-8b"], arch="sm_70")
-
-
-def test_explaining_bad_input_raises_as_the_call_does() -> None:
-    with pytest.raises(InputError, match="head counts: got 30 query heads and 8 KV heads"):
-        _explain(30, 8, 128)
-    with pytest.raises(InputError, match="num_splits: got -1"):
-        _explain(*MODELS["llama-3-8b"], num_splits=-1)
