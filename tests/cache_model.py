@@ -13,8 +13,7 @@ from gqa_cutlass import (
     KVCache,
     gqa_decode,
 )
-from gqa_cutlass.cache import kv_cache as cache_module
-from gqa_cutlass.cache import lengths
+from gqa_cutlass.cache import allocation, lengths
 from gqa_cutlass.proof.reference import attend, errors
 
 HEADS, DIM, GROUP = 1, 64, 2
@@ -81,7 +80,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What is called meanwhile is taken to be captured, and replayed once."""
     with monkeypatch.context() as patch:
         patch.setattr(lengths, "capturing", lambda device: True)
-        patch.setattr(cache_module, "capturing", lambda device: True)
+        patch.setattr(allocation, "capturing", lambda device: True)
         yield
 
 

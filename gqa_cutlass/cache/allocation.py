@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gqa_cutlass.cache.inputs import surroundings_flaw
+from gqa_cutlass.cache.lengths import capturing
 from gqa_cutlass.call.layout import DTYPES
 from gqa_cutlass.codegen.config import HEAD_DIM_RULE, HEAD_DIMS
 from gqa_cutlass.codegen.schema.problem import MAX_BATCH, MAX_SEQ_LEN
@@ -112,6 +113,22 @@ class Sizes:
         return self.batch_size * _STATE_BYTES
 
 
+def sizes_of(
+    num_layers: int, batch_size: int, max_seq_len: int, num_kv_heads: int, head_dim: int,
+    dtype: torch.dtype, head_dim_v: int | None,
+) -> Sizes:  # fmt: skip
+    """The sizes, given in this order."""
+    return Sizes(
+        num_layers=num_layers,
+        batch_size=batch_size,
+        max_seq_len=max_seq_len,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        dtype=dtype,
+        head_dim_v=head_dim_v,
+    )
+
+
 def placed(device: torch.device | int | str) -> torch.device:
     """The device that is meant, with its index.
 
@@ -142,24 +159,32 @@ def placed(device: torch.device | int | str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def allocate(sizes: Sizes, device: torch.device) -> Memory:
+def allocate(sizes: Sizes, device: torch.device | int | str) -> Memory:
     """Memory for keys, values and lengths.
 
     Raises:
         CacheAllocationError: There is not enough; nothing stays allocated.
-        InputError: What torch would make here is no memory.
+        DeviceError: No usable GPU.
+        InputError: No such device, a CUDA graph is being captured, or what torch would make here
+            is no memory.
     """
+    where = placed(device)
+    if capturing(where):
+        raise InputError(
+            "KVCache: got a CUDA-graph capture; allowed: to allocate before it, since every replay "
+            "would empty the cache. Nothing was allocated."
+        )
     if found := surroundings_flaw():
         _fail("surroundings", *found)
-    available = available_bytes(device)
+    available = available_bytes(where)
     memory = None
     if sizes.total_bytes <= available:
-        memory = _try_to_allocate(sizes, device)
+        memory = _try_to_allocate(sizes, where)
         if memory is None:
             # What torch holds was in pieces too small, and it has given back what it could.
-            available = available_bytes(device, held=False)
+            available = available_bytes(where, held=False)
     if memory is None:  # raised here, where no frame of the traceback holds a tensor
-        _raise_too_large(sizes, device, available)
+        _raise_too_large(sizes, where, available)
     return memory
 
 

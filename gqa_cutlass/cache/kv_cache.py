@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from gqa_cutlass.api import check_overflow, gqa_decode
-from gqa_cutlass.cache.allocation import Memory, Sizes, allocate, placed
+from gqa_cutlass.cache.allocation import allocate, sizes_of
 from gqa_cutlass.cache.guard import guarded, lack_of_memory, raise_no_temporaries
 from gqa_cutlass.cache.inputs import check_apart, ints, one_token, prompt
-from gqa_cutlass.cache.lengths import ONE_TOKEN, REMEDY, Growth, Lengths, capturing
+from gqa_cutlass.cache.lengths import ONE_TOKEN, Growth, Lengths
 from gqa_cutlass.cache.rows import buffer, gather, scatter
 from gqa_cutlass.call.options import Options, listed
 from gqa_cutlass.call.plan import Pair, Result
-from gqa_cutlass.errors import CacheOverflowError, InputError
+from gqa_cutlass.errors import CacheOverflowError
 from gqa_cutlass.tensors import is_tensor
 from gqa_cutlass.tracing import is_traced, mark_static
 
@@ -86,8 +86,8 @@ class KVCache:
         device: torch.device | int | str = "cuda",
         head_dim_v: int | None = None,
     ) -> None:
-        sizes = _sizes(1, batch_size, max_seq_len, num_kv_heads, head_dim, dtype, head_dim_v)
-        memory = _allocate(sizes, device)
+        sizes = sizes_of(1, batch_size, max_seq_len, num_kv_heads, head_dim, dtype, head_dim_v)
+        memory = allocate(sizes, device)
         self._adopt(*memory.layers[0], Lengths(memory.state, max_seq_len), leads=True)
 
     @classmethod
@@ -127,10 +127,10 @@ class KVCache:
         Raises:
             GqaError: As for `KVCache`.
         """
-        sizes = _sizes(
+        sizes = sizes_of(
             num_layers, batch_size, max_seq_len, num_kv_heads, head_dim, dtype, head_dim_v
         )
-        memory = _allocate(sizes, device)
+        memory = allocate(sizes, device)
         lengths = Lengths(memory.state, max_seq_len)
         caches = []
         for layer, (k, v) in enumerate(memory.layers, start=1):
@@ -154,7 +154,7 @@ class KVCache:
         Raises:
             InputError: A size or the type is not allowed.
         """
-        sizes = _sizes(
+        sizes = sizes_of(
             num_layers, batch_size, max_seq_len, num_kv_heads, head_dim, dtype, head_dim_v
         )
         return sizes.total_bytes
@@ -213,34 +213,19 @@ class KVCache:
 
     @overload
     def decode(
-        self,
-        q: Tensor,
-        k: Tensor | None = None,
-        v: Tensor | None = None,
-        *,
-        return_lse: Literal[False] = False,
-        **options: Unpack[Options],
-    ) -> Tensor: ...
+        self, q: Tensor, k: Tensor | None = None, v: Tensor | None = None, *,
+        return_lse: Literal[False] = False, **options: Unpack[Options],
+    ) -> Tensor: ...  # fmt: skip
     @overload
     def decode(
-        self,
-        q: Tensor,
-        k: Tensor | None = None,
-        v: Tensor | None = None,
-        *,
-        return_lse: Literal[True],
-        **options: Unpack[Options],
-    ) -> Pair: ...
+        self, q: Tensor, k: Tensor | None = None, v: Tensor | None = None, *,
+        return_lse: Literal[True], **options: Unpack[Options],
+    ) -> Pair: ...  # fmt: skip
     @overload
     def decode(
-        self,
-        q: Tensor,
-        k: Tensor | None = None,
-        v: Tensor | None = None,
-        *,
-        return_lse: bool,
-        **options: Unpack[Options],
-    ) -> Result: ...
+        self, q: Tensor, k: Tensor | None = None, v: Tensor | None = None, *,
+        return_lse: bool, **options: Unpack[Options],
+    ) -> Result: ...  # fmt: skip
     @listed(Options)
     def decode(
         self,
@@ -369,7 +354,8 @@ class KVCache:
         else:
             host = ints("reorder", "indices", indices, -1, self.batch_size - 1, self.batch_size)
             order, sources, targets = (
-                lengths.upload("reorder", rows, torch.int64) for rows in (host, *self._moves(host))
+                lengths.upload("reorder", rows, torch.int64)
+                for rows in (host, *lengths.moves(host))
             )
         reach = lengths.reach
         through = buffer(self._widest, len(sources), reach)
@@ -419,13 +405,7 @@ class KVCache:
         found = self._lengths.overflowed("check")
         messages = []
         if found:
-            named = ", ".join(map(str, found[:8])) + ", ..." * (len(found) > 8)
-            messages.append(
-                f"KVCache: cache overflow: append or prefill found on the device that sequences "
-                f"[{named}] have no room for their tokens (max_seq_len is {self.max_seq_len}), or "
-                "a number of tokens that was not given. Nothing was written to them and their "
-                f"lengths are as they were; the other sequences are right. {REMEDY}"
-            )
+            messages.append(self._lengths.overflow_message(found))
         try:
             check_overflow(self.device)
         except CacheOverflowError as error:
@@ -463,38 +443,3 @@ class KVCache:
             lengths.note_overflow(room)
         if self._leads:
             lengths.advance(growth, room)
-
-    def _moves(self, host: list[int]) -> tuple[list[int], list[int]]:
-        """Rows to move something from, and those that it goes to."""
-        settled = self._lengths.settled
-        targets = [
-            target
-            for target, source in enumerate(host)
-            if source not in (target, -1) and (settled is None or settled[source])
-        ]
-        return [host[target] for target in targets], targets
-
-
-def _sizes(
-    num_layers: int, batch_size: int, max_seq_len: int, num_kv_heads: int, head_dim: int,
-    dtype: torch.dtype, head_dim_v: int | None,
-) -> Sizes:  # fmt: skip
-    return Sizes(
-        num_layers=num_layers,
-        batch_size=batch_size,
-        max_seq_len=max_seq_len,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        dtype=dtype,
-        head_dim_v=head_dim_v,
-    )
-
-
-def _allocate(sizes: Sizes, device: torch.device | int | str) -> Memory:
-    where = placed(device)
-    if capturing(where):
-        raise InputError(
-            "KVCache: got a CUDA-graph capture; allowed: to allocate before it, since every replay "
-            "would empty the cache. Nothing was allocated."
-        )
-    return allocate(sizes, where)

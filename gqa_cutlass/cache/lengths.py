@@ -158,6 +158,16 @@ class Lengths:
         self._check_may_wait(method)
         return [b for b, flag in enumerate(self._overflowed.tolist()) if flag]
 
+    def overflow_message(self, sequences: list[int]) -> str:
+        """What to say of sequences that `overflowed` found."""
+        named = ", ".join(map(str, sequences[:8])) + ", ..." * (len(sequences) > 8)
+        return (
+            f"KVCache: cache overflow: append or prefill found on the device that sequences "
+            f"[{named}] have no room for their tokens (max_seq_len is {self.limit}), or "
+            "a number of tokens that was not given. Nothing was written to them and their "
+            f"lengths are as they were; the other sequences are right. {REMEDY}"
+        )
+
     def drop_overflow(self) -> None:
         """Forget what `note_overflow` has noted."""
         self._overflowed.zero_()
@@ -192,6 +202,16 @@ class Lengths:
         types = torch.int32, torch.int64
         order = per_sequence("reorder", "indices", indices, self.seqlens, *types).long()
         return order.masked_fill((order < 0) | (order >= self.batch_size), -1)
+
+    def moves(self, host: list[int]) -> tuple[list[int], list[int]]:
+        """Rows to move something from, and those that it goes to."""
+        settled = self.settled
+        targets = [
+            target
+            for target, source in enumerate(host)
+            if source not in (target, -1) and (settled is None or settled[source])
+        ]
+        return [host[target] for target in targets], targets
 
     @contextmanager
     def reordering(self, order: Tensor, host: list[int] | None, leads: bool) -> Iterator[None]:
