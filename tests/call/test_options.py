@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from featured import FEATURES as FEATURE_STEPS
+from featured import POLICIES as FEATURE_ROWS
 from helpers import call_tensors
-from test_features import FEATURES as FEATURE_STEPS
-from test_features import POLICIES as FEATURE_ROWS
 
 import gqa_cutlass.ops  # noqa: F401 - registers the operators
 from gqa_cutlass import KVCache, explain, flash_attn_with_kvcache, gqa_decode, plan

@@ -53,7 +53,7 @@ def test_features_decode_like_python(with_features: Path, kernel: KernelConfig) 
     """With one length for all where that is possible, and with lengths on the device."""
     capacity, features = capacity_for(kernel), {policy.feature for policy in kernel.policies}
     length = capacity - 1 if kernel.tma else capacity // 2
-    step = step_for(kernel, batch=2, length=length).asking_for(kernel.policies)
+    step = step_for(kernel, batch=2, length=length).asking_for_all(kernel.policies)
     if kernel.tma:
         step.window_size = (capacity - 3, 0)  # a smaller one is for one block
     overflow = torch.zeros(1, dtype=torch.int32)
@@ -77,7 +77,7 @@ def test_features_decode_like_python(with_features: Path, kernel: KernelConfig) 
 def test_features_are_logged_as_in_python(with_features: Path) -> None:
     for tags in ("win_cap", "sink", "alibi", "pad"):
         kernel, lines = FEATURED[tags], list[str]()
-        step = step_for(kernel, batch=2, length=20).asking_for(kernel.policies)
+        step = step_for(kernel, batch=2, length=20).asking_for_all(kernel.policies)
         library = fresh_copy(with_features)
         library.log_to(lines)
         assert library.decode(step, config_of(step)) == "GQA_SUCCESS", library.error
@@ -93,7 +93,7 @@ def test_features_are_logged_as_in_python(with_features: Path) -> None:
 
 @pytest.mark.parametrize("kind", NUMBERS)
 def test_sinks_of_every_type_decode_like_python(with_features: Path, kind: torch.dtype) -> None:
-    step = step_for(FEATURED["sink"], batch=1, length=20).asking_for(FEATURED["sink"].policies)
+    step = step_for(FEATURED["sink"], batch=1, length=20).asking_for_all(FEATURED["sink"].policies)
     assert step.sinks is not None
     step.sinks = step.sinks.to(kind)
     expected = featured_by_python(step, 20)
@@ -103,7 +103,7 @@ def test_sinks_of_every_type_decode_like_python(with_features: Path, kind: torch
 
 def test_an_index_that_names_no_row_spoils_its_sequence_alone(with_features: Path) -> None:
     kernel = FEATURED["idx"]
-    step = step_for(kernel, batch=2, length=20).asking_for(kernel.policies)
+    step = step_for(kernel, batch=2, length=20).asking_for_all(kernel.policies)
     assert step.cache_batch_idx is not None
     step.cache_batch_idx[1] = step.k_cache.shape[0]
     overflow = torch.zeros(1, dtype=torch.int32)
