@@ -21,7 +21,7 @@ from gqa_cutlass import gqa_decode
 _RUNTIME_FILES = {str(path) for path in (REPOSITORY / "gqa_cutlass").rglob("*.py")}
 CODEGEN = sorted((REPOSITORY / "codegen").glob("*.py"))
 RUNTIME = sorted((REPOSITORY / "gqa_cutlass").rglob("*.py"))
-TESTS = sorted((REPOSITORY / "tests").glob("*.py"))
+TESTS = sorted((REPOSITORY / "tests").rglob("*.py"), key=lambda path: path.name)
 CLOCKS = ("time", "monotonic", "perf_counter", "process_time", "thread_time")
 
 
