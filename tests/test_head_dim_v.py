@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 from cases import Edge, Step, make_step
-from helpers import check, run, share_of_step, skip_unless_it_runs
+from helpers import THOROUGH, check, run, share_of_step, skip_unless_it_runs
 
 import gqa_cutlass
 from gqa_cutlass import KVCache, gqa_decode
@@ -41,7 +41,7 @@ def kernel_of(kind: str, head_dim: int, head_dim_v: int, *features: str) -> Kern
 @pytest.mark.parametrize(
     ("dims", "kind"),
     [
-        pytest.param(dims, kind, id=f"{kind}-{dims[0]}-{dims[1]}")
+        pytest.param(dims, kind, id=f"{kind}-{dims[0]}-{dims[1]}", marks=THOROUGH if i > 2 else ())
         for i, dims in enumerate(PAIRS)
         for j, kind in enumerate(KINDS)
         if i == 0 or j == i % len(KINDS)
