@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gqa_cutlass.codegen.schema.arguments import ARGUMENTS, Argument, Elements, Table
 from gqa_cutlass.codegen.schema.kinds import Schedule
@@ -52,7 +52,8 @@ class Policy:
         tag: What the names of its kernels end with; empty for a slot's default.
         cpp: Its struct.
         header: Where that is, below templates/include/gqa/.
-        feature: The option of a call that asks for it; empty for a slot's default.
+        feature: The option of a call that asks for it; empty for a slot's default. Its fields and
+            arguments are told that it is theirs.
         fields: Of the kernel's argument, that it reads.
         arguments: Tensors of a call, that it reads.
         schedules: Those that implement it.
@@ -71,6 +72,11 @@ class Policy:
     schedules: frozenset[Schedule] = frozenset(Schedule)
     prefetches_first_tile: bool = True
     in_library: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("fields", "arguments"):
+            rows = tuple(replace(row, feature=self.feature) for row in getattr(self, name))
+            object.__setattr__(self, name, rows)
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
         """Pickle by name, so that another process has its own."""
@@ -93,13 +99,11 @@ POLICIES = (
                 name="cache_batch_idx",
                 type=pointer("int32_t", const=True),
                 doc="[batch], rows of the caches",
-                feature="cache_batch_idx",
             ),
             Field(
                 name="cache_rows",
                 type=INT32,
                 doc="how many there are",
-                feature="cache_batch_idx",
             ),
         ),
         arguments=(
@@ -109,7 +113,6 @@ POLICIES = (
                 elements=Elements.INT32,
                 field="cache_batch_idx",
                 optional=True,
-                feature="cache_batch_idx",
             ),
         ),
         prefetches_first_tile=False,
@@ -127,7 +130,6 @@ POLICIES = (
                 name="cache_leftpad",
                 type=pointer("int32_t", const=True),
                 doc="[batch], tokens of padding",
-                feature="cache_leftpad",
             ),
         ),
         arguments=(
@@ -137,7 +139,6 @@ POLICIES = (
                 elements=Elements.INT32,
                 field="cache_leftpad",
                 optional=True,
-                feature="cache_leftpad",
             ),
         ),
         prefetches_first_tile=False,
@@ -154,7 +155,6 @@ POLICIES = (
                 name="window_left",
                 type=INT32,
                 doc="tokens seen before the newest",
-                feature="window_size",
             ),
         ),
         prefetches_first_tile=False,
@@ -167,8 +167,8 @@ POLICIES = (
         header="policy/logit_softcap.cuh",
         feature="softcap",
         fields=(
-            Field(name="softcap_in", type=FLOAT, doc="softmax_scale / cap", feature="softcap"),
-            Field(name="softcap_out", type=FLOAT, doc="cap * log2(e)", feature="softcap"),
+            Field(name="softcap_in", type=FLOAT, doc="softmax_scale / cap"),
+            Field(name="softcap_out", type=FLOAT, doc="cap * log2(e)"),
         ),
     ),
     Policy(slot=BIAS, cpp="Unbiased", header="policy/bias_none.cuh"),
@@ -183,13 +183,11 @@ POLICIES = (
                 name="alibi_slopes",
                 type=pointer("float", const=True),
                 doc="[num_q_heads], or of each sequence",
-                feature="alibi_slopes",
             ),
             Field(
                 name="alibi_batch_stride",
                 type=INT32,
                 doc="between sequences, or 0",
-                feature="alibi_slopes",
             ),
         ),
         arguments=(
@@ -200,7 +198,6 @@ POLICIES = (
                 field="alibi_slopes",
                 any_first=True,
                 optional=True,
-                feature="alibi_slopes",
             ),
         ),
     ),
@@ -218,13 +215,11 @@ POLICIES = (
                 name="sinks",
                 type=pointer("void", const=True),
                 doc="[num_q_heads] contiguous",
-                feature="sinks",
             ),
             Field(
                 name="sinks_type",
                 type=Type(cpp=NumberType.__name__, c="int32_t", ctype=ctypes.c_int32),
                 doc="what they are",
-                feature="sinks",
             ),
         ),
         arguments=(
@@ -235,7 +230,6 @@ POLICIES = (
                 field="sinks",
                 optional=True,
                 type_field="sinks_type",
-                feature="sinks",
             ),
         ),
     ),
