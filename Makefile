@@ -47,10 +47,12 @@ gpu-test: $(READY) ## Run the GPU tests, write their records in tests/ and the t
 	$(PYTHON) -m pytest -m gpu --gpu-evidence $(ARGS)
 	$(PYTHON) tests/calibration.py
 
-sanitize: $(READY) ## Run numerical GPU tests under compute-sanitizer
+SANITIZED := tests/test_numerics.py tests/test_head_dim_v.py tests/features
+
+sanitize: $(READY) ## Run the GPU tests of numerics and features under compute-sanitizer
 	for tool in memcheck racecheck synccheck; do \
 	  compute-sanitizer --tool $$tool --report-api-errors no --error-exitcode 1 \
-	    $(PYTHON) -m pytest -q -m gpu tests/test_numerics.py $(ARGS); done
+	    $(PYTHON) -m pytest -q -m gpu $(SANITIZED) $(ARGS); done
 
 bench: $(READY) ## Time the kernels against PyTorch on a GPU
 	$(PYTHON) -m bench $(ARGS)
