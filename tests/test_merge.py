@@ -71,7 +71,9 @@ def test_tokens_stand_before_the_heads_of_outputs_and_behind_those_of_sums() -> 
     out, lse = merge_states(outs, lses)
     for t in range(4):
         right, right_lse = merge_states(outs[:, :, t], lses[..., t])
-        assert torch.equal(out[:, t], right) and torch.equal(lse[..., t], right_lse)
+        # torch's exp of adjacent numbers may differ in its last bit from that of scattered ones.
+        torch.testing.assert_close(out[:, t], right, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(lse[..., t], right_lse, rtol=1e-6, atol=1e-6)
     one, one_lse = merge_states(outs[:, :, :1], lses[..., 0])
     assert torch.equal(one, out[:, :1]) and torch.equal(one_lse, lse[..., 0])
 
