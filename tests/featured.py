@@ -20,10 +20,7 @@ POLICIES = {
     "softcap": CAP, "sinks": SINK, "window": WINDOW, "alibi": named("Alibi"),
     "leftpad": named("LeftPadded"), "index": named("IndexedRow"), "float32": named("InFloat32"),
 }  # fmt: skip
-NAMES = list(POLICIES)
-# As few as have every feature.
-DISJOINT = [(NAMES[i], NAMES[i + len(NAMES) // 2]) for i in range((len(NAMES) + 1) // 2)]
-PAIRS = [" and ".join(p) for p in dict.fromkeys([*DISJOINT, *combinations(NAMES, 2)])]
+PAIRS = [" and ".join(pair) for pair in combinations(POLICIES, 2)]
 ALL = " and ".join(POLICIES)
 KINDS = {
     "tensorop": (Math.TENSOROP, DType.F16, 8, Schedule.MULTISTAGE),
@@ -36,7 +33,6 @@ FEW = {
 }
 # Where CI has the general test of a single feature; that of all together it has on every kind.
 HOME = dict.fromkeys(POLICIES, "tma") | {"window": "simt", "leftpad": "tensorop"}
-every_feature = pytest.mark.parametrize("feature", [*POLICIES, ALL])
 # Multistage is the same for CUDA cores but for its arithmetic, so that CI leaves those out.
 every_schedule = pytest.mark.parametrize(
     "kind", [pytest.param(k, marks=THOROUGH if k == "simt" else ()) for k in KINDS]

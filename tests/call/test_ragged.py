@@ -6,6 +6,7 @@ import random
 
 import pytest
 from cases import Step, make_step
+from helpers import THOROUGH
 
 import gqa_cutlass
 from gqa_cutlass import CacheOverflowError
@@ -38,19 +39,28 @@ def check(step: Step, config: KernelConfig) -> None:
     step.check_memory()
 
 
+LENGTHS = {
+    "long first": [900, 3, 0, 17, 90, 1],
+    "long last": [3, 0, 17, 90, 1, 900],
+    "nothing but one": [0, 0, 0, 0, 700],
+    "nothing": [0, 0, 0],
+    "about equal": [300, 310, 305],
+    "more than a warp looks at once": [5] * 40 + [600] + [7] * 30,
+    "the last of a second look": [5] * 33 + [40],
+}
+
+
 @pytest.mark.parametrize(
-    "lengths",
+    ("config", "lengths"),
     [
-        pytest.param([900, 3, 0, 17, 90, 1], id="long first"),
-        pytest.param([3, 0, 17, 90, 1, 900], id="long last"),
-        pytest.param([0, 0, 0, 0, 700], id="nothing but one"),
-        pytest.param([0, 0, 0], id="nothing"),
-        pytest.param([300, 310, 305], id="about equal"),
-        pytest.param([5] * 40 + [600] + [7] * 30, id="more than a warp looks at once"),
-        pytest.param([5] * 33 + [40], id="the last of a second look"),
+        *(pytest.param(TENSOROP, lengths, id=name) for name, lengths in LENGTHS.items()),
+        pytest.param(SIMT, LENGTHS["long first"], id="simt, long first"),
+        *(
+            pytest.param(SIMT, lengths, id=f"simt, {name}", marks=THOROUGH)
+            for name, lengths in list(LENGTHS.items())[1:]
+        ),
     ],
 )
-@pytest.mark.parametrize("config", [TENSOROP, SIMT], ids=["tensorop", "simt"])
 def test_every_sequence_is_attended_whole(
     config: KernelConfig, lengths: list[int], device: str
 ) -> None:

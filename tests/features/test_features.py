@@ -11,13 +11,11 @@ import torch
 from cases import edges_of, make_step
 from featured import (
     ALL,
-    DISJOINT,
     FEW,
     HOME,
     KINDS,
     PAIRS,
     POLICIES,
-    every_feature,
     kernel_of,
     policies_of,
     step_of,
@@ -56,12 +54,12 @@ def test_every_schedule_and_math_matches_the_reference(
 @pytest.mark.parametrize(
     ("feature", "kind"),
     [
-        pytest.param(*pair, id=" ".join(pair), marks=THOROUGH if i >= len(DISJOINT) else ())
-        for i, pair in enumerate(zip(PAIRS, cycle(KINDS), strict=False))
+        pytest.param(*pair, id=" ".join(pair), marks=THOROUGH)
+        for pair in zip(PAIRS, cycle(KINDS), strict=False)
     ],
 )
 def test_every_pair_matches_the_reference(feature: str, kind: str, device: str) -> None:
-    """Each on one of the kinds of kernels. CI takes every feature and every kind once."""
+    """Each on one of the kinds of kernels. CI has each feature alone, and all at once."""
     config = kernel_of(kind, feature)
     skip_unless_it_runs(config, device)
     for name, edge in FEW.items():
@@ -82,7 +80,9 @@ def test_odd_rows_and_several_head_blocks(feature: str, sizes: str, device: str)
     check(step, run(step))
 
 
-@every_feature
+@pytest.mark.parametrize(
+    "feature", [ALL, *(pytest.param(name, marks=THOROUGH) for name in POLICIES)]
+)
 def test_ragged_batches_that_are_dealt_out_by_length(feature: str, device: str) -> None:
     """What is long is lowered to what ptxsim can take."""
     step = step_of(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from cases import Step, make_step
-from helpers import call_tensors, check, remodelled, run
+from helpers import call_tensors, check, diagonal, remodelled, run
 from torch import Tensor
 
 import gqa_cutlass
@@ -159,34 +158,33 @@ def test_a_plan_and_a_call_agree_to_the_bit() -> None:
     assert plan.dispatch.config.name in str(gqa_cutlass.explain(*steps[0].tensors()))
 
 
-@pytest.fixture(params=[Pdl.WHOLE, Pdl.END], ids=["whole", "end"])
-def next_starts(request: pytest.FixtureRequest) -> Iterator[Pdl]:
-    """When dependent launches of small caches let the next one start."""
-    with remodelled(pdl_whole_mib=0 if request.param is Pdl.END else H200.pdl_whole_mib):
-        yield request.param
-
-
-@pytest.mark.parametrize("by_value", [False, True], ids=["lengths on the device", "int"])
 @pytest.mark.parametrize(
-    ("tokens", "head_dim", "schedule"),
-    [
-        (128, 128, Schedule.MULTISTAGE),
-        (100, 64, Schedule.MULTISTAGE),
-        (512, 128, Schedule.TMA),
-        (500, 96, Schedule.TMA),
-    ],
+    ("sizes", "way"),
+    diagonal(
+        [  # tokens, head_dim, schedule
+            (128, 128, Schedule.MULTISTAGE),
+            (100, 64, Schedule.MULTISTAGE),
+            (512, 128, Schedule.TMA),
+            (500, 96, Schedule.TMA),
+        ],
+        [(False, Pdl.WHOLE), (True, Pdl.END), (False, Pdl.END), (True, Pdl.WHOLE)],
+    ),
 )
 def test_a_dependent_launch_gives_the_same_bits(
-    tokens: int, head_dim: int, schedule: Schedule, by_value: bool, next_starts: Pdl
+    sizes: tuple[int, int, Schedule], way: tuple[bool, Pdl]
 ) -> None:
+    """Whenever it lets the launch behind it start."""
+    (tokens, head_dim, schedule), (by_value, next_starts) = sizes, way
+
     def decode(dependent: bool) -> tuple[gqa_cutlass.Plan, Step, Tensor]:
         step = make_step(lengths=[tokens - 5], max_seq_len=tokens, head_dim=head_dim, device="cpu")
         lengths = step.lengths[0] if by_value else step.seqlens
         plan = gqa_cutlass.plan(*step.tensors(), cache_seqlens=lengths, dependent=dependent)
         return plan, step, plan(*step.tensors(), lengths)
 
-    _, plain, expected = decode(dependent=False)
-    plan, step, out = decode(dependent=True)
+    with remodelled(pdl_whole_mib=0 if next_starts is Pdl.END else H200.pdl_whole_mib):
+        _, plain, expected = decode(dependent=False)
+        plan, step, out = decode(dependent=True)
     chosen = plan.dispatch
     assert (chosen.pdl, chosen.config.schedule) == (next_starts, schedule)
     assert chosen.config.name.endswith("_pdl")

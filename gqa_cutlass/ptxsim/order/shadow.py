@@ -160,12 +160,12 @@ class Touches:
         if not len(rows):
             return None
         places = warp * self._size + cells[rows, columns]
-        known = self._clocks.known_of(lanes, warp)
-        wrong = _spread(self._lanes[places]) & (self._epoch[places][:, None] > known[rows])
+        known = self._clocks.known_of(lanes[rows], warp)
+        wrong = _spread(self._lanes[places]) & (self._epoch[places][:, None] > known)
         if self._earlier:
             for i in np.flatnonzero(np.isin(places, list(self._earlier))):
                 for epoch, mask in self._earlier[int(places[i])]:
-                    wrong[i] |= _spread(np.uint32(mask)) & (epoch > known[rows[i]])
+                    wrong[i] |= _spread(np.uint32(mask)) & (epoch > known[i])
         if not wrong.any():
             return None
         i, lane = np.argwhere(wrong)[0]
