@@ -34,13 +34,14 @@ def test_every_way_is_measured_and_one_that_fails_loses_no_other(
         monkeypatch.setattr(e2e_steps, name, 1)
     record = Record(tmp_path / "record.json", RUN)
     bench = Bench(record, minutes=60, layers=None, device="cpu", dtype=torch.float16)
-    for job in jobs((TOY,), (Point(2, 8),), (BROKEN, *WAYS)):
+    ways = [way for way in WAYS if way.name != "sdpa-compiled"]  # compiled like ours
+    for job in jobs((TOY,), (Point(2, 8),), (BROKEN, *ways)):
         bench.measure(job)
     rows = {row.way: row for row in record.rows.values()}
     missing = {way: row.missing for way, row in rows.items() if row.missing}
     assert missing.keys() == {"broken", "sdpa-graph", "ours-graph"}
     assert "nonesuch" in missing["broken"] and missing["ours-graph"] == "CUDA graphs need a GPU"
-    for way in ("eager", "sdpa", "ours", "sdpa-compiled", "ours-compiled"):
+    for way in ("eager", "sdpa", "ours", "ours-compiled"):
         row = rows[way]
         assert row.ms_per_step > 0
         assert row.tokens_per_second == pytest.approx(2e3 / row.ms_per_step, rel=1e-2)

@@ -140,7 +140,7 @@ def test_other_faults_are_not_taken_for_too_little_memory(fault: Exception) -> N
     assert raised.value is fault
 
 
-@pytest.mark.parametrize(("batch", "heads", "runs"), [(1, 1, 16), (2, 2, 4), (3, 5, 2), (1, 16, 1)])
+@pytest.mark.parametrize(("batch", "heads", "runs"), [(1, 1, 16), (3, 5, 2), (1, 16, 1)])
 def test_errors_are_those_of_at_least_16_heads(batch: int, heads: int, runs: int) -> None:
     """In other steps as many runs, of which the caches and the log say nothing."""
     steps = steps_of(batch_size=batch, num_q_heads=heads, num_kv_heads=1, head_dim=64)
