@@ -22,8 +22,9 @@ from typing import Any, Literal
 from cuda.bindings import nvrtc
 from cuda.pathfinder import load_nvidia_dynamic_lib, locate_nvidia_header_directory
 
-from gqa_cutlass.codegen.config import ARCHES, KernelConfig
+from gqa_cutlass.codegen.config import ARCHES
 from gqa_cutlass.codegen.headers import include_dir
+from gqa_cutlass.codegen.merge import Kernel
 from gqa_cutlass.codegen.render import render
 from gqa_cutlass.errors import CompileError, CompilerMissingError, ConfigError
 
@@ -67,7 +68,7 @@ class Compiled:
     seconds: float
 
 
-def compile_kernel(config: KernelConfig, arch: str) -> Compiled:
+def compile_kernel(config: Kernel, arch: str) -> Compiled:
     """Compile one kernel. Needs no GPU; arguments and errors as for `compile_source`.
 
     Raises:
@@ -90,7 +91,7 @@ def compile_kernel(config: KernelConfig, arch: str) -> Compiled:
     return best
 
 
-def compiles_for(config: KernelConfig, arch: str) -> bool:
+def compiles_for(config: Kernel, arch: str) -> bool:
     """Whether a kernel's schedule allows an architecture, real or virtual.
 
     Raises:

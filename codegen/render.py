@@ -8,11 +8,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from gqa_cutlass.codegen.config import KernelConfig
 from gqa_cutlass.codegen.headers import our_headers
+from gqa_cutlass.codegen.merge import Kernel, MergeConfig
 from gqa_cutlass.codegen.schema.emit import check_emitted
 from gqa_cutlass.codegen.schema.kinds import DType, Math, Schedule
 from gqa_cutlass.codegen.schema.policies import Policy, check_contract, in_every_slot
 
-_TEMPLATE = "decode.cu.jinja"
+_DECODE, _MERGE = "decode.cu.jinja", "merge.cu.jinja"
 _ELEMENT = {DType.F16: "cutlass::half_t", DType.BF16: "cutlass::bfloat16_t"}
 _SCHEDULE = {
     Schedule.MULTISTAGE: "gqa::Schedule::kMultistage",
@@ -22,30 +23,42 @@ _MATH = {Math.TENSOROP: "gqa::Math::kTensorOp", Math.SIMT: "gqa::Math::kSimt"}
 
 
 @cache
-def render(config: KernelConfig) -> str:
+def render(config: Kernel) -> str:
     """Render the source of one kernel: its traits spelled out and its entry point.
 
     Raises:
         ConfigError: A header is not what the schema says.
     """
-    _check_params()
+    return _merge(config) if isinstance(config, MergeConfig) else _decode(config)
+
+
+def _merge(config: MergeConfig) -> str:
+    _check_params("gqa/merge/merge_params.cuh")
+    return environment().get_template(_MERGE).render(config=config, template=_MERGE)
+
+
+def _decode(config: KernelConfig) -> str:
+    _check_params("gqa/params.cuh")
     policies = in_every_slot(config.policies)
     for policy in policies:
         _check_policy(policy)
-    template = environment().get_template(_TEMPLATE)
-    return template.render(
-        config=config,
-        element=_ELEMENT[config.dtype],
-        math=_MATH[config.math],
-        schedule=_SCHEDULE[config.schedule],
-        policies=policies,
-        template=_TEMPLATE,
+    return (
+        environment()
+        .get_template(_DECODE)
+        .render(
+            config=config,
+            element=_ELEMENT[config.dtype],
+            math=_MATH[config.math],
+            schedule=_SCHEDULE[config.schedule],
+            policies=policies,
+            template=_DECODE,
+        )
     )
 
 
 @cache
-def _check_params() -> None:
-    check_emitted(our_headers().text("gqa/params.cuh"))
+def _check_params(header: str) -> None:
+    check_emitted(f"include/{header}", our_headers().text(header))
 
 
 @cache
@@ -54,7 +67,7 @@ def _check_policy(policy: Policy) -> None:
 
 
 @cache
-def source_digest(config: KernelConfig) -> str:
+def source_digest(config: Kernel) -> str:
     """Digest of all of ours that a kernel is compiled from: rendered text, headers it includes."""
     return our_headers().digest(render(config))
 

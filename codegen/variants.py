@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from functools import cache
 from itertools import product
+from typing import TypeVar
 
 from gqa_cutlass.codegen.config import KernelConfig, check_head_dim
+from gqa_cutlass.codegen.merge import Kernel, MergeConfig, widest
 from gqa_cutlass.codegen.models import MODELS, Model
 from gqa_cutlass.codegen.schema.kinds import DType, Math, Schedule
+from gqa_cutlass.codegen.schema.launch import NumberType
 from gqa_cutlass.codegen.schema.policies import POLICIES, Policy, named
 from gqa_cutlass.codegen.schema.rounding import ceil_div
 from gqa_cutlass.codegen.schema.storage import box_tile_bytes
 from gqa_cutlass.errors import ConfigError
+
+_K = TypeVar("_K", bound=Kernel)
 
 # (why, head_dim, that of values if it is another, group_size, vec_widths, policies) of what ships
 # for no model's sake.
@@ -115,6 +120,14 @@ def _named(name: str) -> KernelConfig | None:
         return None
 
 
+def _merge_named(name: str) -> MergeConfig | None:
+    """The same of kernels that merge."""
+    try:
+        return MergeConfig.from_name(name)
+    except ConfigError:
+        return None
+
+
 @cache
 def shipped() -> tuple[KernelConfig, ...]:
     """Every kernel that the package carries as source: those of `MODELS`, and a few for proof.
@@ -136,6 +149,32 @@ def shipped() -> tuple[KernelConfig, ...]:
     )
 
 
+# Types of parts and of what they become: parts that were not rounded, and parts that were.
+_MERGES = (
+    *((NumberType.FLOAT32, out) for out in NumberType),
+    *((rounded, rounded) for rounded in NumberType if rounded is not NumberType.FLOAT32),
+)
+
+
+@cache
+def merges() -> tuple[MergeConfig, ...]:
+    """Every kernel that merges and that the package carries as source.
+
+    Each is there for rows aligned to 16 bytes, and for any others.
+    """
+    return tuple(
+        MergeConfig(dtype=dtype, out_dtype=out, vec_width=width)
+        for dtype, out in _MERGES
+        for width in (widest(dtype), 1)
+    )
+
+
+@cache
+def carried() -> tuple[Kernel, ...]:
+    """All that the package carries as source: kernels that decode, and kernels that merge."""
+    return (*shipped(), *merges())
+
+
 def policies_of(model: Model) -> tuple[tuple[Policy, ...], ...]:
     """What the kernels of a model's layers have in their slots: those with a window, if there are
     any, and those without.
@@ -147,7 +186,7 @@ def policies_of(model: Model) -> tuple[tuple[Policy, ...], ...]:
 def select(
     filters: str | None, configs: Iterable[KernelConfig] | None = None
 ) -> list[KernelConfig]:
-    """Pick kernels by name, in CUTLASS' `--kernels` syntax.
+    """Pick kernels that decode by name, in CUTLASS' `--kernels` syntax.
 
     Args:
         filters: Comma-separated entries; each is a `*`-separated list of substrings that must occur
@@ -158,11 +197,22 @@ def select(
     Raises:
         ConfigError: Nothing matches.
     """
-    pool = list(shipped() if configs is None else configs)
+    return _pick(filters, shipped() if configs is None else configs, _named)
+
+
+def select_any(filters: str | None) -> list[Kernel]:
+    """The same of all kernels, those that merge among them."""
+    return _pick(filters, carried(), lambda name: _named(name) or _merge_named(name))
+
+
+def _pick(
+    filters: str | None, configs: Iterable[_K], named: Callable[[str], _K | None]
+) -> list[_K]:
+    pool = list(configs)
     if not filters:
         return pool
     entries = [entry.strip() for entry in filters.split(",") if entry.strip()]
-    pool += [config for config in map(_named, entries) if config and config not in pool]
+    pool += [config for config in map(named, entries) if config and config not in pool]
     picked = [c for c in pool if any(fnmatchcase(c.name, f"*{e}*") for e in entries)]
     if not picked:
         raise ConfigError(

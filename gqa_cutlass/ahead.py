@@ -14,7 +14,8 @@ from torch import Tensor
 from gqa_cutlass.call.given import see
 from gqa_cutlass.call.layout import DTYPES, problem_of
 from gqa_cutlass.call.options import PlanOptions, check, check_softcap, features_of, listed
-from gqa_cutlass.codegen.config import ARCHES, KernelConfig
+from gqa_cutlass.codegen.config import ARCHES
+from gqa_cutlass.codegen.merge import Kernel
 from gqa_cutlass.codegen.schema.problem import WIDEST, Problem
 from gqa_cutlass.decode_config import GQADecodeConfig, check_config
 from gqa_cutlass.devices import device_of, gpu
@@ -27,11 +28,11 @@ from gqa_cutlass.tracing import untraced
 
 @untraced
 def warmup(
-    configs: Iterable[KernelConfig | GQADecodeConfig],
+    configs: Iterable[Kernel | GQADecodeConfig],
     *,
     dtype: torch.dtype = torch.float16,
     device: torch.device | int | str = "cuda",
-) -> list[KernelConfig]:
+) -> list[Kernel]:
     """Compile and load kernels ahead of time, so that no call and no capture compiles anything.
 
     Args:
@@ -67,27 +68,27 @@ def warmup(
 
 
 def _listed(
-    configs: Iterable[KernelConfig | GQADecodeConfig],
-) -> list[KernelConfig | GQADecodeConfig]:
+    configs: Iterable[Kernel | GQADecodeConfig],
+) -> list[Kernel | GQADecodeConfig]:
     """What `warmup` was given, checked."""
     try:
         found = list(iter(configs))
     except TypeError:
         raise InputError(
-            f"warmup: configs: got {shown(configs)}; allowed: an iterable of KernelConfig or "
-            "GQADecodeConfig; put a single one into a list."
+            f"warmup: configs: got {shown(configs)}; allowed: an iterable of KernelConfig, "
+            "MergeConfig or GQADecodeConfig; put a single one into a list."
         ) from None
     for config in found:
-        if not isinstance(config, KernelConfig):
-            check_config("warmup: configs", config, "a KernelConfig or a GQADecodeConfig")
+        if not isinstance(config, Kernel):
+            check_config(
+                "warmup: configs", config, "a KernelConfig, a MergeConfig or a GQADecodeConfig"
+            )
     return found
 
 
-def _kernels(
-    config: KernelConfig | GQADecodeConfig, dtype: torch.dtype, device: Device
-) -> list[KernelConfig]:
+def _kernels(config: Kernel | GQADecodeConfig, dtype: torch.dtype, device: Device) -> list[Kernel]:
     """The kernel, or those that a decode step may take, by what is known of its lengths."""
-    if isinstance(config, KernelConfig):
+    if isinstance(config, Kernel):
         return [config]
     problem = Problem(
         batch_size=config.batch_size,

@@ -4,7 +4,8 @@
 the caches. `gqa_attend` attends only and writes nothing, so that a graph that only reads caches
 may share them. Both return the output and the log-sum-exp, which is empty unless asked for, and run
 the plans, kernels and checks of `gqa_cutlass.gqa_decode`, which goes through them by itself in code
-that torch traces. A program that loads an exported graph needs `import gqa_cutlass.ops`.
+that torch traces. `merge_states` is the function of that name, for parts that are on a GPU. A
+program that loads an exported graph needs `import gqa_cutlass.ops`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from gqa_cutlass.api import gqa_decode, plan
 from gqa_cutlass.call.options import TENSORS
+from gqa_cutlass.merge import merge_states
 from gqa_cutlass.tracing import break_graph
 
 _LENGTHS = "Tensor? cache_seqlens, SymInt cache_len"  # on the device, or else one for all
@@ -51,6 +53,7 @@ _SCHEMAS = (
     f"{_LENGTHS}, {_SAID}) -> (Tensor, Tensor)",
     f"gqa_attend(Tensor q, Tensor k_cache, Tensor v_cache, {_LENGTHS}, {_SAID})"
     " -> (Tensor, Tensor)",
+    "merge_states(Tensor[] outs, Tensor[] lses, ScalarType out_dtype) -> (Tensor, Tensor)",
 )
 # Inductor may change the strides of what it passes on, unless it is told not to.
 _TAGS = torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides
@@ -178,6 +181,17 @@ def _shapes_of_attend(
     return _shapes_of_decode(q, k_cache, v_cache, None, None, *rest, **named)
 
 
+def _merge(outs: list[Tensor], lses: list[Tensor], out_dtype: torch.dtype) -> _Pair:
+    """Run on tensors with memory, wherever they are: the ordinary call."""
+    return merge_states(outs, lses, out_dtype=out_dtype)
+
+
+def _shapes_of_merge(outs: list[Tensor], lses: list[Tensor], out_dtype: torch.dtype) -> _Pair:
+    """Results without their values, for tracing."""
+    out, lse = outs[0], lses[0]
+    return out.new_empty(out.shape, dtype=out_dtype), lse.new_empty(lse.shape)
+
+
 def _by_name(options: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
     """Options that came by position, and the others."""
     return dict(zip(_OPTIONS, options, strict=False)) | named
@@ -194,6 +208,7 @@ for _schema in _SCHEMAS:
 for _name, _kernel, _fake in (
     ("gqa_decode", _decode, _shapes_of_decode),
     ("gqa_attend", _attend, _shapes_of_attend),
+    ("merge_states", _merge, _shapes_of_merge),
 ):
     for _where in ("CPU", "CUDA"):
         LIBRARY.impl(_name, _kernel, _where)

@@ -14,7 +14,7 @@ from calibration import Calibration
 from executors import Notes, running_on
 from instant import InstantCompiler
 
-from gqa_cutlass.codegen import KernelConfig, shipped, source_digest
+from gqa_cutlass.codegen import Kernel, carried, source_digest
 from gqa_cutlass.codegen.compile import shared_headers
 from gqa_cutlass.kernels import store as store_module
 from gqa_cutlass.kernels.store import Store
@@ -72,7 +72,7 @@ def _process_of(item: pytest.Item) -> str:
     parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
     # A kernel is compiled and parsed once by the process that has all of its tests.
     for value in parameters:
-        if isinstance(value, KernelConfig):
+        if isinstance(value, Kernel):
             return value.name
     if item.get_closest_marker("xdist_group"):
         return ""
@@ -137,7 +137,7 @@ class Record:
     def __init__(self) -> None:
         self.kernels: dict[str, dict[str, object]] = {}
 
-    def add(self, config: KernelConfig, cases: int, share: float) -> None:
+    def add(self, config: Kernel, cases: int, share: float) -> None:
         """Note a kernel's test: how many cases, and the worst error over what is allowed."""
         self.kernels[config.name] = {
             "digest": source_digest(config),
@@ -195,7 +195,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if stash[_PARTIAL] or stash[_LEFT_OUT]:
         raise pytest.UsageError("no evidence written: only a part of the GPU suite was run")
     kernels = stash[_RECORD].kernels
-    absent = [config.name for config in shipped() if config.name not in kernels]
+    absent = [config.name for config in carried() if config.name not in kernels]
     if absent:
         raise pytest.UsageError(f"no evidence written: {len(absent)} kernels were not tested")
     run = provenance()
@@ -215,7 +215,7 @@ def pytest_testnodedown(node: Any, error: object) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    missing = Evidence.shipped().missing(shipped())
+    missing = Evidence.shipped().missing(carried())
     terminalreporter.write_line(
-        f"GPU evidence: {len(missing)} of {len(shipped())} shipped kernels lack current evidence"
+        f"GPU evidence: {len(missing)} of {len(carried())} shipped kernels lack current evidence"
     )

@@ -21,7 +21,7 @@ from torch import Tensor
 import gqa_cutlass
 from gqa_cutlass import gqa_decode
 from gqa_cutlass.call import plans
-from gqa_cutlass.codegen import KernelConfig
+from gqa_cutlass.codegen import Kernel, KernelConfig
 from gqa_cutlass.codegen.compile import Compiled
 from gqa_cutlass.dispatch import MODELS, Dispatch, dispatch
 from gqa_cutlass.gpu.driver import describe_device
@@ -31,12 +31,12 @@ THOROUGH = pytest.mark.thorough
 REPOSITORY = Path(__file__).parent.parent
 
 
-def by_name(configs: Iterable[KernelConfig]) -> list[Any]:
+def by_name(configs: Iterable[Kernel]) -> list[Any]:
     """Test parameters whose ids are the kernels' names."""
     return [pytest.param(config, id=config.name) for config in configs]
 
 
-def compiled(config: KernelConfig, arch: str = "sm_90a") -> Compiled:
+def compiled(config: Kernel, arch: str = "sm_90a") -> Compiled:
     """A compiled kernel, by way of this user's store: what has not changed costs nothing."""
     return Store.default().get(config, arch, jit=True).compiled
 

@@ -1,14 +1,20 @@
-"""Attention over parts of the keys, merged: what it is, at its edges, and what it refuses."""
+"""Attention over parts of the keys, merged: what it is, at its edges, and what it refuses.
+
+By operators of torch, and by the kernel: in ptxsim, and on a GPU.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from compiling import GROUP, random_step
+from merging import DTYPES, merged_by_kernel
 from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 
@@ -18,8 +24,16 @@ from gqa_cutlass.proof.reference import attend
 
 pytestmark = pytest.mark.xdist_group(GROUP)
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+Merge = Callable[..., tuple[Tensor, Tensor]]
 BATCH, HEADS, KV_HEADS, DIM = 3, 8, 2, 64
+
+
+@pytest.fixture(params=["operators", "cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def merge(request: pytest.FixtureRequest) -> Merge:
+    """What merges CPU tensors: operators, or the kernel, wherever it runs."""
+    if request.param == "operators":
+        return merge_states
+    return partial(merged_by_kernel, request.param)
 
 
 def random(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
@@ -41,14 +55,14 @@ def parts_of(lengths: list[int]) -> tuple[list[Tensor], list[Tensor], Tensor, Te
 
 
 @pytest.mark.parametrize("lengths", [[5], [3, 9], [1] * 33, [0, 4, 0, 100, 1]], ids=str)
-def test_merged_parts_are_attention_over_all_keys(lengths: list[int]) -> None:
+def test_merged_parts_are_attention_over_all_keys(merge: Merge, lengths: list[int]) -> None:
     outs, lses, right, right_lse = parts_of(lengths)
     for given in (
         ([out.float() for out in outs], lses),
         (torch.stack(outs).float(), torch.stack(lses)),
         (tuple(out.float() for out in outs), torch.stack(lses)),
     ):
-        out, lse = merge_states(*given)
+        out, lse = merge(*given)
         torch.testing.assert_close(out.double(), right, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(lse.double(), right_lse, rtol=1e-6, atol=1e-6)
 
@@ -56,68 +70,68 @@ def test_merged_parts_are_attention_over_all_keys(lengths: list[int]) -> None:
 @pytest.mark.parametrize("wanted", [None, *DTYPES], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_dtype_is_merged_in_float32_and_rounded_once(
-    dtype: torch.dtype, wanted: torch.dtype | None
+    merge: Merge, dtype: torch.dtype, wanted: torch.dtype | None
 ) -> None:
     outs, lses, *_ = parts_of([3, 9, 2])
     given = torch.stack(outs).to(dtype)
-    out, _ = merge_states(given, lses, out_dtype=wanted)
-    exact, _ = merge_states(given.float(), lses)
+    out, _ = merge(given, lses, out_dtype=wanted)
+    exact, _ = merge(given.float(), lses)
     assert out.dtype == (wanted or dtype) and torch.equal(out, exact.to(out.dtype))
 
 
-def test_tokens_stand_before_the_heads_of_outputs_and_behind_those_of_sums() -> None:
+def test_tokens_stand_before_the_heads_of_outputs_and_behind_those_of_sums(merge: Merge) -> None:
     """As FlashAttention has them; the sums of one token may also be those of `gqa_decode`."""
     outs, lses = random(2, BATCH, 4, HEADS, DIM), random(2, BATCH, HEADS, 4, seed=1)
-    out, lse = merge_states(outs, lses)
+    out, lse = merge(outs, lses)
     for t in range(4):
-        right, right_lse = merge_states(outs[:, :, t], lses[..., t])
-        # torch's exp of adjacent numbers may differ in its last bit from that of scattered ones.
+        right, right_lse = merge(outs[:, :, t], lses[..., t])
+        # The CPU's exponential rounds otherwise where neighbours are strided.
         torch.testing.assert_close(out[:, t], right, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(lse[..., t], right_lse, rtol=1e-6, atol=1e-6)
-    one, one_lse = merge_states(outs[:, :, :1], lses[..., 0])
+    one, one_lse = merge(outs[:, :, :1], lses[..., 0])
     assert torch.equal(one, out[:, :1]) and torch.equal(one_lse, lse[..., 0])
 
 
-def test_what_an_empty_part_holds_does_not_count() -> None:
+def test_what_an_empty_part_holds_does_not_count(merge: Merge) -> None:
     outs, lses = random(3, BATCH, HEADS, DIM), random(3, BATCH, HEADS, seed=1)
-    right, right_lse = merge_states(outs[:2], lses[:2])
+    right, right_lse = merge(outs[:2], lses[:2])
     outs[2], lses[2] = math.nan, -math.inf
-    out, lse = merge_states(outs, lses)
+    out, lse = merge(outs, lses)
     assert torch.equal(out, right) and torch.equal(lse, right_lse)
 
 
-def test_parts_that_are_all_empty_give_zeros_and_minus_infinity() -> None:
+def test_parts_that_are_all_empty_give_zeros_and_minus_infinity(merge: Merge) -> None:
     outs, lses = random(2, BATCH, HEADS, DIM), torch.full((2, BATCH, HEADS), -math.inf)
     lses[0, 1] = 0
-    out, lse = merge_states(outs, lses)
+    out, lse = merge(outs, lses)
     assert (out[::2] == 0).all() and (lse[::2] == -math.inf).all()
     assert torch.equal(out[1], outs[0, 1]) and (lse[1] == 0).all()
 
 
 @pytest.mark.parametrize("where", ["outs", "lses"])
-def test_what_is_no_number_stays_so_and_spoils_only_its_head(where: str) -> None:
+def test_what_is_no_number_stays_so_and_spoils_only_its_head(merge: Merge, where: str) -> None:
     outs, lses = random(2, BATCH, HEADS, DIM), random(2, BATCH, HEADS, seed=1)
-    right, right_lse = merge_states(outs, lses)
+    right, right_lse = merge(outs, lses)
     (outs if where == "outs" else lses)[1, 2, 5] = math.nan
     lses[0, 0] = -math.inf
-    out, lse = merge_states(outs, lses)
+    out, lse = merge(outs, lses)
     assert out[2, 5].isnan().all() and bool(lse[2, 5].isnan()) == (where == "lses")
     assert torch.equal(out[1], right[1]) and torch.equal(lse[1], right_lse[1])
     assert out.isnan().sum() == DIM
 
 
 @pytest.mark.parametrize("level", [-3e38, -1e4, 0.0, 1e4, 3e38])
-def test_sums_of_any_size_do_not_overflow(level: float) -> None:
+def test_sums_of_any_size_do_not_overflow(merge: Merge, level: float) -> None:
     outs = random(3, BATCH, HEADS, DIM)
-    out, lse = merge_states(outs, torch.full((3, BATCH, HEADS), level))
+    out, lse = merge(outs, torch.full((3, BATCH, HEADS), level))
     torch.testing.assert_close(out, outs.mean(0))
     torch.testing.assert_close(lse, torch.full((BATCH, HEADS), level + math.log(3)))
 
 
-def test_a_part_that_weighs_nothing_beside_another_leaves_it_as_it_was() -> None:
+def test_a_part_that_weighs_nothing_beside_another_leaves_it_as_it_was(merge: Merge) -> None:
     outs, lses = random(2, BATCH, HEADS, DIM), torch.zeros(2, BATCH, HEADS)
     lses[1] = -1e4
-    assert torch.equal(merge_states(outs, lses)[0], outs[0])
+    assert torch.equal(merge(outs, lses)[0], outs[0])
 
 
 def test_decoded_parts_are_what_decoding_all_gives() -> None:

@@ -15,6 +15,7 @@ from gqa_cutlass.codegen.schema.emit_library import (
     rust_types,
 )
 from gqa_cutlass.codegen.schema.launch import ENUMS
+from gqa_cutlass.codegen.schema.merge import DIVISOR, MERGE_PARAMS
 from gqa_cutlass.codegen.schema.params import (
     CACHE_STRIDES,
     PARAMS,
@@ -37,6 +38,7 @@ def emitted_files() -> dict[str, str]:
     """Every file that the schema gives: path below templates/, and text."""
     return {
         "include/gqa/params.cuh": cpp_header(),
+        "include/gqa/merge/merge_params.cuh": merge_header(),
         "bundle/src/gqa_params.h": c_header(),
         "bundle/src/gqa_types.h": internal_header(),
         "bundle/rust/types.rs": rust_types(),
@@ -101,6 +103,26 @@ def cpp_header() -> str:
     )
 
 
+def merge_header() -> str:
+    """What kernels that merge include."""
+    return "\n".join(
+        (
+            "// What one launch that merges is told: pointers, strides and sizes.",
+            f"// {MARK}",
+            "#pragma once",
+            "",
+            "#include <cuda/std/cstdint>",
+            "",
+            "namespace gqa {",
+            "",
+            *cpp_struct(DIVISOR),
+            *cpp_struct(MERGE_PARAMS),
+            "}  // namespace gqa",
+            "",
+        )
+    )
+
+
 def c_header() -> str:
     """What the C library includes; gqa_kernels.c asserts the offsets, as ctypes has them."""
     return "\n".join(
@@ -121,19 +143,21 @@ def c_header() -> str:
     )
 
 
-def check_emitted(header: str) -> None:
-    """Compare the header that kernels include with the schema.
+def check_emitted(name: str, header: str) -> None:
+    """Compare a header that kernels include with the schema.
 
     Args:
-        header: The text of params.cuh.
+        name: Its path below templates/.
+        header: Its text.
 
     Raises:
         ConfigError: They differ; the message says where.
     """
-    pairs = zip_longest(header.splitlines(), cpp_header().splitlines(), fillvalue="nothing")
+    wanted_lines = emitted_files()[name].splitlines()
+    pairs = zip_longest(header.splitlines(), wanted_lines, fillvalue="nothing")
     for number, (found, wanted) in enumerate(pairs, 1):
         if found != wanted:
             raise ConfigError(
-                f"params.cuh, line {number}: got {found.strip()!r}; the schema says "
+                f"{name.rpartition('/')[2]}, line {number}: got {found.strip()!r}; the schema says "
                 f"{wanted.strip()!r}. No kernel was generated. Run `gqa-cutlass generate`."
             )

@@ -1,4 +1,4 @@
-"""What a plan asks of the place where its kernel runs."""
+"""What plans and merges ask of the place where their kernels run."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gqa_cutlass.call.flag import OverflowFlag
 from gqa_cutlass.call.given import Layout
+from gqa_cutlass.call.merge import MergeCall
 from gqa_cutlass.call.options import Asked
 from gqa_cutlass.codegen.schema.problem import Problem
 from gqa_cutlass.dispatch import Device, Dispatch
@@ -96,4 +97,11 @@ class Executor(Protocol):
 
         Raises:
             GqaError: There is no such kernel, or it cannot be loaded.
+        """
+
+    def merge(self, call: MergeCall, stream: int) -> None:
+        """Launch a merge, compiling its kernel if need be.
+
+        Raises:
+            GqaError: There is no such kernel, or it cannot be loaded or launched.
         """

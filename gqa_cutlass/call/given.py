@@ -60,7 +60,7 @@ def see(given: Given) -> dict[str, Seen]:
     complete = tensors.keys() >= _REQUIRED and ("k" in tensors) == ("v" in tensors)
     if type(tensors.get(LENGTHS)) is int:
         del tensors[LENGTHS]
-    if not complete or not all([_is_plain(t) for t in tensors.values()]):
+    if not complete or not all([is_plain(t) for t in tensors.values()]):
         _check_kinds(given)
     return {name: look(t) for name, t in tensors.items()}
 
@@ -85,7 +85,7 @@ def look(tensor: Tensor) -> Seen:
     )
 
 
-def _is_plain(value: object) -> bool:
+def is_plain(value: object) -> bool:
     """Whether a value is a plain tensor for sure; `flaw` says what else there is."""
     plain, foreign = torch_private.plain_keys()
     return (
@@ -132,7 +132,7 @@ def key_of(layout: Layout) -> tuple[object, ...]:
 def check_mode() -> None:
     """Raise InputError while torch makes tensors that no kernel can work on."""
     made = torch.empty(1, device="cpu")
-    if not _is_plain(made) and (found := flaw(made) or memory_flaw(made)):
+    if not is_plain(made) and (found := flaw(made) or memory_flaw(made)):
         fail(
             "torch's mode",
             f"one in which a new tensor is {found.got}",

@@ -34,15 +34,16 @@ def generate(
 
 def list_(kernels: Kernels = None) -> None:
     """List the shipped kernels with their launch bounds and their GPU evidence."""
-    from gqa_cutlass.codegen import select
+    from gqa_cutlass.codegen import MergeConfig, select_any
     from gqa_cutlass.proof.evidence import Evidence
 
     evidence = Evidence.shipped()
     table = Table("kernel", "threads", "shared", "blocks/KV head", "GPU evidence")
-    for config in select(kernels):
+    for config in select_any(kernels):
+        blocks = "" if isinstance(config, MergeConfig) else str(config.head_blocks)
         table.add_row(
-            config.name, str(config.num_threads), str(config.shared_bytes),
-            str(config.head_blocks), evidence.describe(config),
+            config.name, str(config.num_threads), str(config.shared_bytes), blocks,
+            evidence.describe(config),
         )  # fmt: skip
     print_wide(table)
 
@@ -59,18 +60,19 @@ def build(
 
     Those whose schedule needs another architecture are left out.
     """
-    from gqa_cutlass.codegen import select
+    from gqa_cutlass.codegen import select_any
     from gqa_cutlass.codegen.compile import compiles_for
     from gqa_cutlass.errors import ConfigError
     from gqa_cutlass.kernels.store import Store, build_all
 
     store = Store(root=out, private=False) if out else Store.default()
     archs = _archs(arch)
-    wanted = [(config, a) for a in archs for config in select(kernels) if compiles_for(config, a)]
+    picked = select_any(kernels)
+    wanted = [(config, a) for a in archs for config in picked if compiles_for(config, a)]
     if not wanted:
         raise ConfigError(
             f"--arch: got {arch!r}, which none of these kernels is for; allowed: "
-            f"{', '.join(dict.fromkeys(a for config in select(kernels) for a in config.archs))}"
+            f"{', '.join(dict.fromkeys(a for config in picked for a in config.archs))}"
         )
     built = []
     with progress() as bar:
@@ -101,7 +103,7 @@ def export(
 
 def check() -> None:
     """Fail when what is generated has drifted from its source, or a kernel lacks GPU evidence."""
-    from gqa_cutlass.codegen import shipped
+    from gqa_cutlass.codegen import carried
     from gqa_cutlass.codegen.manifest import drift, emitted_drift
     from gqa_cutlass.proof.evidence import Evidence
 
@@ -115,7 +117,7 @@ def check() -> None:
     wrong = drift(root / "generated")
     for name in wrong:
         say(f"drift: generated/{name}; run `gqa-cutlass generate`")
-    unproven = evidence.missing(shipped())
+    unproven = evidence.missing(carried())
     for config in unproven:
         say(f"no current GPU evidence: {config.name}; run `make gpu-test` on a GPU")
     say(f"{len(wrong)} files drifted, {len(unproven)} kernels without GPU evidence")

@@ -16,11 +16,13 @@ from torch import Tensor
 from gqa_cutlass.call.executor import Task
 from gqa_cutlass.call.flag import OverflowFlag
 from gqa_cutlass.call.given import ROWS
+from gqa_cutlass.call.merge import MergeCall
 from gqa_cutlass.call.record import LOG
-from gqa_cutlass.codegen.config import ARCHES, KernelConfig
+from gqa_cutlass.codegen.config import ARCHES
+from gqa_cutlass.codegen.merge import Kernel
 from gqa_cutlass.codegen.schema.arguments import BUFFERS, Access
 from gqa_cutlass.codegen.schema.launch import LaunchShape
-from gqa_cutlass.codegen.schema.params import Params, TmaParams
+from gqa_cutlass.codegen.schema.params import Params
 from gqa_cutlass.codegen.schema.policies import CALL
 from gqa_cutlass.codegen.schema.problem import Problem
 from gqa_cutlass.dispatch import Dispatch, model_device
@@ -89,6 +91,16 @@ class CpuExecutor:
         )  # fmt: skip
         return kernel
 
+    def merge(self, call: MergeCall, stream: int) -> None:
+        """Run a kernel that merges.
+
+        Raises:
+            KernelFault: The kernel did what no kernel may.
+        """
+        regions = [_region_of(t, f"part {i}", readable=True) for i, t in enumerate(call.reads)]
+        regions += [_region_of(t, f"result {i}", readable=False) for i, t in enumerate(call.writes)]
+        run(program_of(call.config), call.shape, call.argument, regions, Checks())
+
 
 class CpuKernel:
     """A kernel of a plan, to be called with a stream; its argument is in memory.
@@ -149,6 +161,19 @@ def _regions_of(task: Task) -> list[Region]:
     return [_region(name, 0, *form, problem.append, overread) for name, form in forms.items()]
 
 
+def _region_of(tensor: Tensor, name: str, *, readable: bool) -> Region:
+    """A tensor that a kernel reads, or else writes."""
+    return Region(
+        name=name,
+        address=tensor.data_ptr(),
+        shape=tuple(tensor.shape),
+        strides=tuple(stride * tensor.itemsize for stride in tensor.stride()),
+        itemsize=tensor.itemsize,
+        readable=readable,
+        writable=not readable,
+    )
+
+
 def _packed(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides without gaps."""
     return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
@@ -179,7 +204,7 @@ def _region(
 
 
 @lru_cache(maxsize=512)
-def program_of(config: KernelConfig) -> Program:
+def program_of(config: Kernel) -> Program:
     """A kernel's PTX, compiled if need be, ready for ptxsim.
 
     Raises:
@@ -231,7 +256,7 @@ def regions_of(tensors: Mapping[str, Tensor | None], append: bool, overread: boo
 def run(
     program: Program,
     shape: LaunchShape,
-    params: Params | TmaParams,
+    params: ctypes.Structure,
     regions: list[Region],
     checks: Checks,
     stats: Stats | None = None,

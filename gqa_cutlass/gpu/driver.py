@@ -14,7 +14,7 @@ from typing import Any
 from cuda.bindings import driver
 
 from gqa_cutlass.codegen.compile import nvrtc_version
-from gqa_cutlass.codegen.config import KernelConfig
+from gqa_cutlass.codegen.merge import Kernel
 from gqa_cutlass.codegen.schema.launch import LaunchShape
 from gqa_cutlass.codegen.schema.params import TENSOR_MAP_ALIGN, TENSOR_MAP_BYTES
 from gqa_cutlass.dispatch import Device, arch_of
@@ -34,7 +34,7 @@ class LoadedKernel:
         function: The driver's handle.
     """
 
-    def __init__(self, config: KernelConfig, device: Device, function: Any) -> None:
+    def __init__(self, config: Kernel, device: Device, function: Any) -> None:
         self.config = config
         self.device = device
         self.function = function
@@ -165,7 +165,7 @@ def _library() -> ctypes.CDLL:
     return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
 
 
-_loaded: dict[tuple[KernelConfig, int], LoadedKernel] = {}
+_loaded: dict[tuple[Kernel, int], LoadedKernel] = {}
 _loading = threading.Lock()
 
 
@@ -179,7 +179,7 @@ if sys.platform != "win32":
     os.register_at_fork(after_in_child=_enter_child)
 
 
-def load(config: KernelConfig, device: Device, *, jit: bool | None = None) -> LoadedKernel:
+def load(config: Kernel, device: Device, *, jit: bool | None = None) -> LoadedKernel:
     """Load a kernel on a device, compiling it if need be; the second time it is at hand.
 
     Args:
@@ -200,7 +200,7 @@ def load(config: KernelConfig, device: Device, *, jit: bool | None = None) -> Lo
     return kernel
 
 
-def _load(config: KernelConfig, device: Device, jit: bool | None) -> LoadedKernel:
+def _load(config: Kernel, device: Device, jit: bool | None) -> LoadedKernel:
     stored = Store.default().get(config, device.arch.name, jit=jit)
     with _context(device.index):
         # Loading allocates, which a capture on another thread of the process would forbid.

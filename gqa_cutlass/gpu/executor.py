@@ -5,19 +5,32 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import cache
+from functools import cache, lru_cache
+from threading import Lock
 
 import torch
 from torch import Tensor
 
 from gqa_cutlass.call.executor import Task
 from gqa_cutlass.call.flag import OverflowFlag
+from gqa_cutlass.call.merge import MergeCall
+from gqa_cutlass.codegen.merge import Kernel, MergeConfig
+from gqa_cutlass.codegen.schema.launch import LaunchShape
+from gqa_cutlass.codegen.schema.merge import MergeParams
 from gqa_cutlass.dispatch import Device
 from gqa_cutlass.gpu import torch_private
-from gqa_cutlass.gpu.driver import describe_device, encode_tensor_map, load, relaxed_capture
+from gqa_cutlass.gpu.driver import (
+    LoadedKernel,
+    describe_device,
+    encode_tensor_map,
+    load,
+    relaxed_capture,
+)
 from gqa_cutlass.gpu.torch_private import allocator
 from gqa_cutlass.gpu.workspace import borrow
 from gqa_cutlass.tensormap import TensorMap
+
+_MERGE_BYTES = ctypes.sizeof(MergeParams)
 
 
 class GpuExecutor:
@@ -55,9 +68,40 @@ class GpuExecutor:
 
     def prepare(self, task: Task, argument: ctypes.Structure) -> Callable[[int], None]:
         """Load a kernel; while a CUDA graph is being captured, nothing is compiled."""
-        jit = False if torch.cuda.is_current_stream_capturing() else None
-        kernel = load(task.dispatch.config, self.device, jit=jit)
-        return kernel.prepare(task.dispatch.shape, argument)
+        return _load(task.dispatch.config, self.device).prepare(task.dispatch.shape, argument)
+
+    def merge(self, call: MergeCall, stream: int) -> None:
+        """Launch a merge; while a CUDA graph is being captured, nothing is compiled."""
+        _merging(call.config, self.device, call.shape).launch(call.argument, stream)
+
+
+class _Merging:
+    """What launches merges by one kernel in one shape, from any thread.
+
+    Args:
+        kernel: The kernel.
+        shape: Its launch.
+    """
+
+    def __init__(self, kernel: LoadedKernel, shape: LaunchShape) -> None:
+        self._argument = MergeParams()
+        self._launch, self._lock = kernel.prepare(shape, self._argument), Lock()
+
+    def launch(self, argument: MergeParams, stream: int) -> None:
+        """Launch with an argument."""
+        with self._lock:
+            ctypes.memmove(ctypes.byref(self._argument), ctypes.byref(argument), _MERGE_BYTES)
+            self._launch(stream)
+
+
+@lru_cache(maxsize=1024)
+def _merging(config: MergeConfig, device: Device, shape: LaunchShape) -> _Merging:
+    return _Merging(_load(config, device), shape)
+
+
+def _load(config: Kernel, device: Device) -> LoadedKernel:
+    jit = False if torch.cuda.is_current_stream_capturing() else None
+    return load(config, device, jit=jit)
 
 
 @cache

@@ -42,6 +42,15 @@ current_device = _private("_cuda_getDevice", torch.cuda.current_device)
 current_stream = _private("_cuda_getCurrentRawStream", _handle_of_current_stream)
 
 
+_num_modes = _private("_len_torch_dispatch_stack", lambda: 0)
+_jit_trace: Callable[[], object] = getattr(torch._C, "_get_tracing_state", lambda: None)
+
+
+def is_watching() -> bool:
+    """Whether torch records its operations, or does them otherwise: a mode, or torch.jit.trace."""
+    return bool(_num_modes()) or _jit_trace() is not None
+
+
 class _Subclass(Tensor):
     """A tensor of another type."""
 

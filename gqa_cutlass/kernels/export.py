@@ -92,8 +92,9 @@ def compiled(export: Export, store: Store, jobs: int = 0) -> Iterator[Cubin]:
     Raises:
         StoreError, CompileError, CompilerMissingError: As `Store.get`.
     """
-    for stored in build_all(store, export.wanted, jobs):
-        yield stored.config, stored.arch, stored.compiled.code
+    found = build_all(store, export.wanted, jobs)
+    for (config, arch), stored in zip(export.wanted, found, strict=True):
+        yield config, arch, stored.compiled.code
 
 
 def write_bundle(out: Path, export: Export, cubins: Iterable[Cubin]) -> list[Path]:

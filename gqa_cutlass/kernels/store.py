@@ -28,7 +28,7 @@ from gqa_cutlass.codegen.compile import (
     compiler_version,
     options_digest_text,
 )
-from gqa_cutlass.codegen.config import KernelConfig
+from gqa_cutlass.codegen.merge import Kernel
 from gqa_cutlass.codegen.render import source_digest
 from gqa_cutlass.errors import (
     CompileError,
@@ -43,7 +43,7 @@ from gqa_cutlass.kernels.locks import locked, locked_if_free
 from gqa_cutlass.kernels.workers import map_in_order
 
 LOG = logging.getLogger("gqa_cutlass")
-_OURS = re.compile(r"gqa_decode_.*\.(json|cubin|ptx|lock|tmp)")
+_OURS = re.compile(r"gqa_(?:decode|merge)_.*\.(json|cubin|ptx|lock|tmp)")
 _TRIES = 10  # at writing into a folder that somebody removes
 Result = TypeVar("Result")
 
@@ -60,7 +60,7 @@ class StoredKernel:
         was_built: Whether this call compiled it.
     """
 
-    config: KernelConfig
+    config: Kernel
     arch: str
     path: Path
     compiled: Compiled
@@ -95,7 +95,7 @@ class Store:
             root = None
         return cls(root=root, read_only=env.kernel_dirs())
 
-    def find(self, config: KernelConfig, arch: str) -> StoredKernel | None:
+    def find(self, config: Kernel, arch: str) -> StoredKernel | None:
         """Look a kernel up without compiling it; what cannot be used counts as absent.
 
         Raises:
@@ -103,7 +103,7 @@ class Store:
         """
         return self._search(config, arch)[0]
 
-    def get(self, config: KernelConfig, arch: str, *, jit: bool | None = None) -> StoredKernel:
+    def get(self, config: Kernel, arch: str, *, jit: bool | None = None) -> StoredKernel:
         """Look a kernel up, or compile and keep it.
 
         Args:
@@ -153,7 +153,7 @@ class Store:
                             removed += entries.remove(root / name)
         return removed
 
-    def _search(self, config: KernelConfig, arch: str) -> tuple[StoredKernel | None, list[str]]:
+    def _search(self, config: Kernel, arch: str) -> tuple[StoredKernel | None, list[str]]:
         """A kernel that can be used, if any; and why others, that are there, cannot."""
         refused: list[str] = []
         stem = entry_stem(config, arch)
@@ -167,7 +167,7 @@ class Store:
                         ), refused  # fmt: skip
         return None, refused
 
-    def _build(self, config: KernelConfig, arch: str) -> StoredKernel:
+    def _build(self, config: Kernel, arch: str) -> StoredKernel:
         """Compile a kernel and keep it, unless another process does so first."""
         root, stem = self._root(), entry_stem(config, arch)
         with ExitStack() as stack:
@@ -224,7 +224,7 @@ class Store:
 
 
 def build_all(
-    store: Store, wanted: Sequence[tuple[KernelConfig, str]], jobs: int = 0
+    store: Store, wanted: Sequence[tuple[Kernel, str]], jobs: int = 0
 ) -> Iterator[StoredKernel]:
     """Bring kernels into a store, several at a time, and yield each as it is done, in order.
 
@@ -253,11 +253,11 @@ def build_all(
         ) from error
 
 
-def _build_one(store: Store, item: tuple[KernelConfig, str]) -> StoredKernel:
+def _build_one(store: Store, item: tuple[Kernel, str]) -> StoredKernel:
     return store.get(*item, jit=True)
 
 
-def entry_stem(config: KernelConfig, arch: str) -> str:
+def entry_stem(config: Kernel, arch: str) -> str:
     """First part of an entry's name; changes with the source and the options."""
     return f"{config.name}.{arch}.{_digest(source_digest(config) + options_digest_text(arch))}"
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gqa_cutlass.checkout import ROOT, is_checkout
-from gqa_cutlass.codegen.config import KernelConfig
 from gqa_cutlass.codegen.files import read_json
+from gqa_cutlass.codegen.merge import Kernel
 from gqa_cutlass.codegen.render import source_digest
 from gqa_cutlass.errors import InputError
 
@@ -53,15 +53,15 @@ class Evidence:
                 return cls(run=run, kernels=kernels)
         raise InputError(f"evidence: got {FILE}, which is no record; allowed: {_ALLOWED}.")
 
-    def is_current(self, config: KernelConfig) -> bool:
+    def is_current(self, config: Kernel) -> bool:
         """Whether the kernel's present source is what was tested."""
         return self.kernels.get(config.name, {}).get("digest") == source_digest(config)
 
-    def missing(self, configs: Iterable[KernelConfig]) -> list[KernelConfig]:
+    def missing(self, configs: Iterable[Kernel]) -> list[Kernel]:
         """Kernels whose present source was not tested."""
         return [config for config in configs if not self.is_current(config)]
 
-    def describe(self, config: KernelConfig) -> str:
+    def describe(self, config: Kernel) -> str:
         """One phrase for a table."""
         if not self.known:
             return "not known here"

@@ -161,7 +161,7 @@ def test_odd_values_are_errors_of_the_package(
 def test_what_is_refused_is_said() -> None:
     for use, message in (
         (lambda: _plan(kernel="name"), "plan: kernel: got 'name'; allowed: a KernelConfig"),
-        (lambda: warmup(["name"]), "warmup: configs: got 'name'; allowed: a KernelConfig or a GQA"),
+        (lambda: warmup(["name"]), "warmup: configs: got 'name'; allowed: a KernelConfig, a Merge"),
         (lambda: warmup(CONFIG), "warmup: configs: got GQADecodeConfig(batch_size=2, "),
         (lambda: warmup([KERNEL], device="foo"), "device: got 'foo'; allowed: a CUDA device"),
         (lambda: check_overflow(""), "device: got ''; allowed: a CUDA device, such as 'cuda:0'"),

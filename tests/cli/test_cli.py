@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from gqa_cutlass import checkout
 from gqa_cutlass.cli import app, main
-from gqa_cutlass.codegen import ARCHES, manifest, select, shipped, source_digest
+from gqa_cutlass.codegen import ARCHES, carried, manifest, select, shipped, source_digest
 from gqa_cutlass.codegen.compile import Compiled
 from gqa_cutlass.errors import CompilerMissingError, DeviceError
 from gqa_cutlass.kernels import export as export_module
@@ -38,7 +38,7 @@ def store_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def proven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An evidence file by which every shipped kernel was tested."""
     file = tmp_path / "gpu_evidence.json"
-    kernels = {config.name: {"digest": source_digest(config)} for config in shipped()}
+    kernels = {config.name: {"digest": source_digest(config)} for config in carried()}
     run = {"gpu": "Testing GPU", "date": "2026-01-01"}
     file.write_text(json.dumps({"run": run, "kernels": kernels}))
     monkeypatch.setattr(evidence_module, "FILE", file)
@@ -83,7 +83,7 @@ def test_generate_writes_once_and_then_changes_nothing(tmp_path: Path) -> None:
 def test_list_names_every_shipped_kernel_on_a_line_of_its_own() -> None:
     result = run("list")
     assert result.exit_code == 0
-    for config in shipped():
+    for config in carried():
         assert re.search(rf"\b{config.name}\b.*\b{config.num_threads}\b", result.output)
 
 
@@ -147,6 +147,7 @@ def test_folders_are_printed_as_they_are(
     monkeypatch.setattr(store_module, "compile_kernel", lambda config, arch: compiled)
     monkeypatch.setattr(export_module, "pack", lambda name, found: name.encode())
     monkeypatch.setattr(manifest, "shipped", lambda: [ONE])
+    monkeypatch.setattr(manifest, "merges", lambda: [])
     monkeypatch.setenv("GQA_CUTLASS_CACHE_DIR", str(tmp_path / name / "store"))
     one = ("--kernels", ONE.name, "--jobs", "1", "--out")
     for said, arguments in {

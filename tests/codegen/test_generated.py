@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 from helpers import REPOSITORY, by_name, run_python
 
-from gqa_cutlass.codegen import KernelConfig, shipped, source_digest
+from gqa_cutlass.codegen import (
+    Kernel,
+    KernelConfig,
+    MergeConfig,
+    carried,
+    merges,
+    shipped,
+    source_digest,
+)
 from gqa_cutlass.codegen.config import ARCHES
 from gqa_cutlass.codegen.manifest import MANIFEST, drift, generate, generated_files
 from gqa_cutlass.codegen.render import render
@@ -72,8 +80,9 @@ def test_missing_file_is_drift_and_gets_written(touched: Path) -> None:
     assert generate(touched.parent) == [touched.name]
 
 
-def test_stale_kernel_is_drift_and_gets_removed(touched: Path) -> None:
-    stale = touched.with_name("gqa_decode_no_longer_shipped.cu")
+@pytest.mark.parametrize("name", ["gqa_decode_no_longer.cu", "gqa_merge_no_longer.cu"])
+def test_stale_kernel_is_drift_and_gets_removed(touched: Path, name: str) -> None:
+    stale = touched.with_name(name)
     stale.write_text(touched.read_text())
     assert drift(touched.parent) == [stale.name]
     assert generate(touched.parent) == [stale.name]
@@ -85,7 +94,7 @@ def test_edited_manifest_is_drift(touched: Path) -> None:
     assert drift(touched.parent) == [MANIFEST]
 
 
-@pytest.mark.parametrize("name", ["__init__.py", "mine.cu", "gqa_decode_mine.cu"])
+@pytest.mark.parametrize("name", ["__init__.py", "mine.cu", "gqa_decode_mine.cu", "gqa_merge_x.cu"])
 def test_files_of_others_are_left_alone(touched: Path, name: str) -> None:
     other = touched.with_name(name)
     other.write_text("# mine\n")
@@ -134,8 +143,8 @@ def test_an_edited_manifest_among_our_sources_is_repaired(touched: Path) -> None
     assert generate(touched.parent) == [MANIFEST]
 
 
-@pytest.mark.parametrize("config", by_name(shipped()))
-def test_generated_source_is_a_short_specialisation(config: KernelConfig) -> None:
+@pytest.mark.parametrize("config", by_name(carried()))
+def test_generated_source_is_a_short_specialisation(config: Kernel) -> None:
     text = render(config)
     first, second, *_ = lines = text.splitlines()
     assert first == f"// {config.name}"
@@ -160,8 +169,19 @@ def test_manifest_describes_every_shipped_kernel() -> None:
         assert entry["source_digest"] == source_digest(config)
 
 
+def test_manifest_describes_every_kernel_that_merges() -> None:
+    entries = json.loads(generated_files()[MANIFEST])["merges"]
+    assert [MergeConfig.from_name(entry["name"]) for entry in entries] == list(merges())
+    for entry, config in zip(entries, merges(), strict=True):
+        assert f" {entry['symbol']}(" in render(config)
+        assert f"__launch_bounds__({entry['threads']}," in render(config)
+        assert entry["archs"] == list(config.archs)
+        assert f"_{entry['dtype']}_{entry['out_dtype']}_align{entry['vec_width']}" in config.name
+        assert entry["source_digest"] == source_digest(config)
+
+
 def test_digests_of_different_kernels_differ() -> None:
-    assert len({source_digest(config) for config in shipped()}) == len(shipped())
+    assert len({source_digest(config) for config in carried()}) == len(carried())
 
 
 @pytest.mark.parametrize("module", ["codegen", "codegen.compile", "codegen.manifest", "cli"])

@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 from helpers import by_name
 
-from gqa_cutlass.codegen import DType, KernelConfig, Math, Schedule, default_config, shipped
+from gqa_cutlass.codegen import (
+    DType,
+    KernelConfig,
+    Math,
+    Schedule,
+    carried,
+    default_config,
+    shipped,
+)
 from gqa_cutlass.codegen.headers import Headers, include_dir
 from gqa_cutlass.codegen.render import render
 from gqa_cutlass.codegen.schema.policies import POLICIES, named
@@ -64,7 +72,7 @@ def test_a_change_of_a_header_outdates_the_kernels_that_include_it(folder: Path)
 def test_every_header_that_comes_with_the_package_is_included_by_a_kernel() -> None:
     headers = Headers(include_dir())
     features = {p.slot: p for p in POLICIES if p.tag}.values()
-    kernels = [*SHIPPED, dataclasses.replace(CONFIG, policies=tuple(features))]
+    kernels = [*carried(), dataclasses.replace(CONFIG, policies=tuple(features))]
     used = frozenset().union(*(headers.closure(render(config)) for config in kernels))
     root = Path(str(include_dir()))
     assert used == {path.relative_to(root).as_posix() for path in root.rglob("*.cuh")}

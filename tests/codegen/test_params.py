@@ -9,6 +9,7 @@ import pytest
 
 from gqa_cutlass.codegen.compile import compile_source
 from gqa_cutlass.codegen.headers import include_dir
+from gqa_cutlass.codegen.schema.merge import Divisor, MergeParams, divisor
 from gqa_cutlass.codegen.schema.params import TENSOR_MAP_ALIGN, TENSOR_MAP_BYTES, Params, TmaParams
 
 FIELDS = [name for name, *_ in Params._fields_]
@@ -18,9 +19,11 @@ STRIDE_FIELDS = [
     for kind in sorted(STRIDES, key=lambda kind: kind.__name__)
     for name, *_ in kind._fields_
 ]
+MERGE_STRUCTS: tuple[type[ctypes.Structure], ...] = (MergeParams, Divisor)
 TMA_FIELDS = [name for name, *_ in TmaParams._fields_]
 PROBE = """
 #include <cuda/std/cstddef>
+#include <gqa/merge/merge_params.cuh>
 #include <gqa/params.cuh>
 #define VALUE(name, value) extern "C" __device__ unsigned long long name = value;
 """
@@ -42,15 +45,20 @@ def layout() -> dict[str, int]:
         "VALUE(size_tma, sizeof(gqa::TmaParams))",
         "VALUE(align_map, alignof(gqa::TensorMap))",
     ]
+    for s in MERGE_STRUCTS:
+        lines += [f"VALUE(size_{s.__name__}, sizeof(gqa::{s.__name__}))"]
+        lines += [
+            f"VALUE({s.__name__}_{f}, offsetof(gqa::{s.__name__}, {f}))" for f, *_ in s._fields_
+        ]
     lines += [f"VALUE(tma_{f}, offsetof(gqa::TmaParams, {f}))" for f in TMA_FIELDS]
     text = compile_source(PROBE + "\n".join(lines), "probe", "compute_80").code.decode()
     found = re.findall(r"\.u64 (\w+)(?: = (\d+))?;", text)
     return {name: int(value or 0) for name, value in found}
 
 
-def _declared(struct: str) -> list[str]:
+def _declared(struct: str, header: str = "params.cuh") -> list[str]:
     """Names of a struct's fields, in the order in which the header declares them."""
-    text = (include_dir() / "gqa" / "params.cuh").read_text()
+    text = include_dir().joinpath("gqa", *header.split("/")).read_text()
     body = re.search(rf"struct {struct} {{(.*?)\n}};", text, re.S)
     assert body is not None
     return re.findall(r"^\s*[\w ]+[*\w] (\w+)(?:\[\d+\])?;", body.group(1), re.M)
@@ -94,3 +102,23 @@ def test_tensor_maps_are_as_large_and_aligned_as_the_drivers(layout: dict[str, i
     }
     assert layout["align_map"] == TENSOR_MAP_ALIGN
     assert all(layout[f"tma_{field}"] % TENSOR_MAP_ALIGN == 0 for field in ("keys", "values"))
+
+
+@pytest.mark.parametrize("struct", MERGE_STRUCTS)
+def test_what_merges_are_told_has_the_same_places(
+    struct: type[ctypes.Structure], layout: dict[str, int]
+) -> None:
+    fields = [name for name, *_ in struct._fields_]
+    assert _declared(struct.__name__, "merge/merge_params.cuh") == fields
+    assert ctypes.sizeof(struct) == layout[f"size_{struct.__name__}"]
+    for name in fields:
+        assert getattr(struct, name).offset == layout[f"{struct.__name__}_{name}"]
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 7, 10, 641, 65535, 2**30 + 1, 2**31 - 1, 2**31])
+def test_divisors_divide(number: int) -> None:
+    by, most = divisor(number), 2**31 - 1
+    assert by.multiplier == -(-(1 << by.shift) // number) < 2**32
+    whole = most // number * number
+    for dividend in {0, 1, number - 1, min(number, most), max(whole - 1, 0), whole, most}:
+        assert dividend * by.multiplier >> by.shift == dividend // number

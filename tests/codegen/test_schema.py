@@ -141,8 +141,8 @@ def test_a_field_out_of_order_with_what_was_emitted_is_named() -> None:
     place = next(i for i, line in enumerate(lines) if "num_splits;" in line)
     lines[place - 1], lines[place] = lines[place], lines[place - 1]
     with pytest.raises(ConfigError, match=r"line \d+: got 'int32_t num_splits;'.*max_seq_len"):
-        check_emitted("\n".join(lines))
-    check_emitted(cpp_header())
+        check_emitted("include/gqa/params.cuh", "\n".join(lines))
+    check_emitted("include/gqa/params.cuh", cpp_header())
 
 
 def test_no_kernel_is_rendered_for_a_header_that_is_out_of_step(

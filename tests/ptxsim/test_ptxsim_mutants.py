@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from helpers import THOROUGH
 from mutants import MUTANTS
 from mutants.cases import CASES, Case
 from mutants.mutant import MAX_STEPS, Mutant
+from mutants.planted import headers, program
 from torch import Tensor
 
 from gqa_cutlass import api  # noqa: F401 - whose calls `check` knows
@@ -27,56 +27,12 @@ from gqa_cutlass.call.given import Seen, see
 from gqa_cutlass.call.layout import problem_of
 from gqa_cutlass.call.options import TENSORS, check, fields_of
 from gqa_cutlass.codegen import KernelConfig, render
-from gqa_cutlass.codegen.compile import compile_source
-from gqa_cutlass.codegen.headers import include_dir
 from gqa_cutlass.codegen.schema.params import Params, TmaParams
 from gqa_cutlass.codegen.schema.policies import CALL
-from gqa_cutlass.cpu.executor import Checks, overreads, program_from, regions_of, run
+from gqa_cutlass.cpu.executor import Checks, overreads, regions_of, run
 from gqa_cutlass.errors import KernelFault
 from gqa_cutlass.ptxsim.prepare import Program
 from gqa_cutlass.tensormap import map_of
-
-_INCLUDE = re.compile(r"#include <gqa/([\w/]+\.cuh)>\n")
-_FOREIGN_INCLUDE = re.compile(r"#include <(?!gqa/).*>\n")
-
-
-@cache
-def headers(source: str) -> dict[str, str]:
-    """The headers that a source includes, by file name, each behind those that it includes."""
-    folder = include_dir() / "gqa"
-    found: dict[str, str] = {}
-
-    def visit(text: str) -> None:
-        for path in _INCLUDE.findall(text):
-            name = path.rpartition("/")[2]
-            if name not in found:
-                header = folder.joinpath(*path.split("/")).read_text(encoding="utf-8")
-                visit(header)
-                found[name] = header
-
-    visit(source)
-    return found
-
-
-@cache
-def program(config: KernelConfig, header: str = "", old: str = "", new: str = "") -> Program:
-    """A kernel compiled from one text, in which one place of one header is replaced.
-
-    Headers that are not ours come first, so that all texts can share them.
-    """
-    source = render(config)
-    foreign = _FOREIGN_INCLUDE.findall("".join(headers(source).values()))
-    parts = [*dict.fromkeys(foreign), "#pragma nv_hdrstop\n"]
-    assert not header or header in headers(source)
-    for name, text in headers(source).items():
-        if name == header:
-            assert text.count(old) == 1, f"{old!r} must occur once in {name}"
-            text = text.replace(old, new)
-        text = _INCLUDE.sub("\n", text.replace("#pragma once", ""))
-        parts.append(f'#line 1 "{name}"\n{text}')
-    own = f'#line 1 "{config.name}.cu"\n' + _INCLUDE.sub("\n", source)
-    ptx = compile_source("".join(parts) + own, config.name, config.ptx_arch).code.decode()
-    return program_from(ptx, config.name)
 
 
 def launch(case: Case, program: Program) -> set[str]:
