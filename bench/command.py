@@ -74,6 +74,7 @@ def _write(record: Record, base: Path) -> list[Path]:
         "": spreadsheet.decode_csv(record),
         "-prefill": spreadsheet.prefill_csv(record),
         "-features": spreadsheet.features_csv(record),
+        "-merges": spreadsheet.merges_csv(record),
     }
     files: dict[str, str | bytes] = {
         f"{base.name}{ending}.csv": text for ending, text in sheets.items() if text

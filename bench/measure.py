@@ -31,6 +31,7 @@ from bench import baselines
 from bench.data import Data, check, pool_bytes, random_pool, relative_error
 from bench.features import CASES, measure_feature
 from bench.host import host_costs
+from bench.merges import MERGES, measure_merge
 from bench.points import GRID, PREFILL, RAGGED, Point, Ragged
 from bench.prefill import measure_prefill
 from bench.record import Record, Row
@@ -143,6 +144,9 @@ def run(wanted: str, folder: Path, commit: str) -> tuple[Record, Path]:
     record = replace(record, prefill=[found for found in prompts if found is not None])
     record.save(path)
     record = replace(record, features=[measure_feature(case, pool) for case in cases])
+    record.save(path)
+    merges = [measure_merge(merge, floor) for merge in MERGES if wanted in str(merge)]
+    record = replace(record, merges=merges)
     record.save(path)
     record = replace(record, host=host_costs())
     record.save(path)

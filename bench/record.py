@@ -207,6 +207,34 @@ class Featured:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Merged:
+    """Parts merged; microseconds per call.
+
+    Args:
+        merge: Label.
+        mib: MiB that a call reads and writes.
+        relative_error: By norm, against float32.
+        ours: `merge_states`.
+        operators: PyTorch's operators.
+        floor: A kernel that only reads as many bytes.
+        limit: Target: what ours may take, as a multiple of the floor.
+    """
+
+    merge: str
+    mib: float
+    relative_error: float
+    ours: float
+    operators: float
+    floor: float
+    limit: float
+
+    @property
+    def over_floor(self) -> float:
+        """What ours takes, as a multiple of the floor."""
+        return self.ours / self.floor
+
+
+@dataclass(frozen=True, kw_only=True)
 class Record:
     """A run.
 
@@ -216,6 +244,7 @@ class Record:
         ragged: Points whose sequences differ in length.
         prefill: Attention of whole prompts, for comparison.
         features: Steps with features, beside plain ones.
+        merges: Parts merged.
         host: Microseconds of host time per call, by contender.
     """
 
@@ -224,11 +253,12 @@ class Record:
     ragged: list[Row] = field(default_factory=list)
     prefill: list[Prefill] = field(default_factory=list)
     features: list[Featured] = field(default_factory=list)
+    merges: list[Merged] = field(default_factory=list)
     host: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: Path) -> Record:
-        """Read what `save` wrote, now or before prompts and features were measured.
+        """Read what `save` wrote, now or before prompts, features and merges were measured.
 
         Raises:
             InputError: It is no such file.
@@ -250,7 +280,7 @@ class Record:
             ) from wrong
         return cls(
             run=file.run, rows=file.microseconds, ragged=file.ragged, prefill=file.prefill,
-            features=file.features, host=file.host_microseconds,
+            features=file.features, merges=file.merges, host=file.host_microseconds,
         )  # fmt: skip
 
     def save(self, path: Path) -> None:
@@ -262,7 +292,7 @@ class Record:
         file = _File(
             run=self.run, recorded_scaled=baselines.SOURCE, host_microseconds=self.host,
             microseconds=self.rows, ragged=self.ragged, prefill=self.prefill,
-            features=self.features,
+            features=self.features, merges=self.merges,
         )  # fmt: skip
         with writing("bench: --out", path.parent):
             update(path.parent, {path.name: json.dumps(asdict(file), indent=1) + "\n"})
@@ -279,3 +309,4 @@ class _File:
     ragged: list[Row]
     prefill: list[Prefill] = field(default_factory=list)
     features: list[Featured] = field(default_factory=list)
+    merges: list[Merged] = field(default_factory=list)

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from bench.baselines import SDPA
 from bench.points import Label
-from bench.record import Baseline, Featured, Prefill, Record, Row
+from bench.record import Baseline, Featured, Merged, Prefill, Record, Row
 
 HOST_TARGETS = {"plan, out given": 8.0, "plan": 8.0, "gqa_decode": 14.0}
 ABSENT = "-"
@@ -33,6 +33,10 @@ _FEATURES_HEADER = (
     "model, heads (q/kv/dim)", "sequences × tokens", "feature", "MiB read", "plain step",
     "with the feature", "over the plain step", "target",
 )  # fmt: skip
+_MERGES_HEADER = (
+    "parts", "MiB read and written", "floor", "ours", "over the floor", "target",
+    "PyTorch's operators",
+)  # fmt: skip
 
 
 def show(record: Record) -> None:
@@ -49,6 +53,8 @@ def show(record: Record) -> None:
         console.print(_prefill_table(record.prefill))
     if record.features:
         console.print(_features_table(record.features))
+    if record.merges:
+        console.print(_merges_table(record.merges))
     if record.host:
         console.print(_host_table(record.host))
 
@@ -112,6 +118,20 @@ def _features_table(rows: list[Featured]) -> Table:
         table.add_row(
             row.point, row.feature, f"{row.mib:.1f}", f"{row.plain:.2f}", f"{row.ours:.2f}",
             f"{row.ours / row.plain:.2f}x", f"{row.limit:.2f}", _met(row.ours <= row.limit),
+        )  # fmt: skip
+    return table
+
+
+def _merges_table(rows: list[Merged]) -> Table:
+    table = Table(
+        "parts", "MiB", "floor", "ours", "over floor", "target", "met", "PyTorch's operators",
+        title="us per call of merge_states, and of reading as many bytes as it reads and writes",
+    )  # fmt: skip
+    for row in rows:
+        table.add_row(
+            row.merge, f"{row.mib:.1f}", f"{row.floor:.2f}", f"{row.ours:.2f}",
+            f"{row.over_floor:.2f}x", f"{row.limit:.2f}x", _met(row.over_floor <= row.limit),
+            f"{row.operators:.2f}",
         )  # fmt: skip
     return table
 
@@ -182,6 +202,8 @@ def markdown(record: Record) -> str:
         tables.append(_markdown_table(_PREFILL_HEADER, map(_prefill_cells, record.prefill)))
     if record.features:
         tables.append(_markdown_table(_FEATURES_HEADER, map(_features_cells, record.features)))
+    if record.merges:
+        tables.append(_markdown_table(_MERGES_HEADER, map(_merges_cells, record.merges)))
     if record.host:
         cells = [[n, _short(t), _host_target(n)] for n, t in record.host.items()]
         tables.append(_markdown_table(("call", "µs of host time", "target"), cells))
@@ -221,6 +243,13 @@ def _features_cells(row: Featured) -> list[str]:
     return [
         *_split(row.label), row.feature, f"{row.mib:g}", f"{row.plain:.1f}", f"**{row.ours:.1f}**",
         f"{row.ours / row.plain:.2f}×", f"{row.limit:.1f}",
+    ]  # fmt: skip
+
+
+def _merges_cells(row: Merged) -> list[str]:
+    return [
+        row.merge, f"{row.mib:.1f}", f"{row.floor:.1f}", f"**{row.ours:.1f}**",
+        f"{row.over_floor:.2f}×", f"{row.limit:.1f}×", f"{row.operators:.1f}",
     ]  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from bench.checkout import UNKNOWN
 from bench.points import Label
-from bench.record import Featured, Prefill, Record, Row
+from bench.record import Featured, Merged, Prefill, Record, Row
 
 PROVENANCE = ("gpu", "driver", "clocks", "torch", "compiler", "date", "commit")
 EQUAL = "equal"
@@ -40,6 +40,12 @@ def features_csv(record: Record) -> str:
     """Steps with features beside plain ones."""
     run = _provenance(record.run)
     return _csv([_featured(row) | run for row in record.features])
+
+
+def merges_csv(record: Record) -> str:
+    """Parts merged."""
+    run = _provenance(record.run)
+    return _csv([_merged(row) | run for row in record.merges])
 
 
 def _decode(row: Row, measured: Iterable[str], recorded: Iterable[str]) -> Cells:
@@ -93,6 +99,19 @@ def _featured(row: Featured) -> Cells:
         "plain_us": _micros(row.plain),
         "target_us": _micros(row.limit),
         "kernel": row.kernel,
+        "relative_error": f"{row.relative_error:.3g}",
+    }
+
+
+def _merged(row: Merged) -> Cells:
+    return {
+        "merge": row.merge,
+        "bytes": round(row.mib * 2**20),
+        "ours_us": _micros(row.ours),
+        "floor_us": _micros(row.floor),
+        "ours_over_floor": round(row.over_floor, 4),
+        "target_over_floor": row.limit,
+        "operators_us": _micros(row.operators),
         "relative_error": f"{row.relative_error:.3g}",
     }
 

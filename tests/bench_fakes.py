@@ -12,8 +12,9 @@ from torch import Tensor
 from bench import baselines
 from bench.data import pool_bytes
 from bench.features import CASES, Case
+from bench.merges import MERGES, Merge
 from bench.points import GRID, PREFILL, RAGGED, Point, Ragged
-from bench.record import Featured, Prefill, Record, Row
+from bench.record import Featured, Merged, Prefill, Record, Row
 
 SMALL_MIB = 32
 SMALL = Point("small", 4, 2, 64, 3, 48)
@@ -88,6 +89,15 @@ def featured_of(case: Case) -> Featured:
     )  # fmt: skip
 
 
+def merged_of(merge: Merge) -> Merged:
+    """What might have been measured of a merge: a tenth more than the floor."""
+    floor = baselines.floor_by_bytes(merge.num_bytes)
+    return Merged(
+        merge=str(merge), mib=merge.num_bytes / 2**20, relative_error=0.000125, ours=1.1 * floor,
+        operators=4 * floor, floor=floor, limit=1.2,
+    )  # fmt: skip
+
+
 def _grid_row(point: Point) -> Row:
     """As `row_of`; small points are faster as dependents, large ones slower when balanced."""
     row = row_of(point)
@@ -104,5 +114,6 @@ def full_record() -> Record:
         ragged=[row_of(p, measured={}, recorded_scaled={}, limit=p.limit) for p in RAGGED],
         prefill=[prefill_of(point) for point in PREFILL],
         features=[featured_of(case) for case in CASES],
+        merges=[merged_of(merge) for merge in MERGES],
         host={"plan": 7.04, "gqa_decode": 15.0, "SDPA, views made before": 20.0, "check": 0.052},
     )

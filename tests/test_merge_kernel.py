@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,10 +23,15 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import gqa_cutlass.merge as module
 from gqa_cutlass import merge_states, warmup
+from gqa_cutlass.call.merge import MergeCall, merge
 from gqa_cutlass.codegen import ARCHES, MergeConfig, NumberType, merges, render
+from gqa_cutlass.codegen.schema.launch import LaunchShape
+from gqa_cutlass.codegen.schema.merge import MergeParams
 from gqa_cutlass.cpu import executor as cpu
 from gqa_cutlass.cpu.executor import cpu_executor
+from gqa_cutlass.dispatch import model_device
 from gqa_cutlass.errors import ConfigError, KernelFault, KernelMissingError
+from gqa_cutlass.gpu import executor as gpu
 from gqa_cutlass.merge import by_operators
 
 pytestmark = pytest.mark.xdist_group(GROUP)
@@ -314,6 +320,30 @@ def test_a_kernel_that_is_absent_is_named(
         else:
             monkeypatch.setenv("GQA_CUTLASS_DISABLE_JIT", "1")
             merge_states(outs, lses, out_dtype=torch.bfloat16)
+
+
+def test_a_gpu_launches_with_every_argument_by_what_it_prepared_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[MergeCall] = []
+    monkeypatch.setattr(cpu_executor(), "merge", lambda call, stream: calls.append(call))
+    for seed in range(3):
+        merge(lambda device: cpu_executor(), *parts(2, 2, 3, 64, seed=seed), torch.float32)
+    prepared, launched = [], []
+
+    def prepare(shape: LaunchShape, argument: MergeParams) -> Callable[[int], None]:
+        prepared.append(shape)
+        return lambda stream: launched.append((bytes(argument), stream))
+
+    monkeypatch.setattr(gpu, "_load", lambda config, device: SimpleNamespace(prepare=prepare))
+    gpu._merging.cache_clear()
+    executor: Any = SimpleNamespace(device=model_device(ARCHES["sm_90a"]))
+    for call in calls:
+        gpu.GpuExecutor.merge(executor, call, 7)
+    gpu._merging.cache_clear()
+    assert prepared == [LaunchShape(grid=(1, 1, 1), block=128, shared_bytes=0)]
+    assert launched == [(bytes(call.argument), 7) for call in calls]
+    assert len(set(launched)) == 3
 
 
 def test_warmup_takes_kernels_that_merge(monkeypatch: pytest.MonkeyPatch) -> None:

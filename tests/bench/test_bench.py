@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 import gqa_cutlass
-from bench import baselines, features, measure, prefill, report, timing
+from bench import baselines, features, measure, merges, prefill, report, timing
 from bench import data as bench_data
 from bench.data import Data, check, pool_bytes
 from bench.features import Case
+from bench.merges import Merge
 from bench.points import RAGGED, Point
 from bench.record import Record
 from gqa_cutlass.errors import InputError
@@ -126,6 +127,7 @@ def _times(graphs: dict[str, FakeGraph]) -> dict[str, float]:
         "floor 2": 3.5,
         "decode": 5.0,
         "with": 4.5,
+        "operators": 12.0,
         "plain": 4.0,
         "SDPA flash": 7.0,
     }
@@ -138,6 +140,14 @@ def _plan(
     return FakePlan(shape=f"{'spare splits, ' * ragged}{'early' * dependent}")
 
 
+SMALL_MERGE = Merge(parts=2, batch=2, dtype=torch.float32)
+
+
+def test_a_merge_reads_its_parts_and_writes_its_result_once() -> None:
+    """2 x 32 heads of 128 in float32, twice, and once in bfloat16, and three log-sum-exps each."""
+    assert SMALL_MERGE.num_bytes == 64 * (2 * 128 * 4 + 128 * 2 + 3 * 4)
+
+
 @pytest.fixture
 def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replaces what needs a GPU, and the points by small ones."""
@@ -146,6 +156,7 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         "GRID": (SMALL,),
         "PREFILL": (SMALL,),
         "CASES": (Case(feature="none", point=SMALL, options=lambda data: {}, most=1.5),),
+        "MERGES": (SMALL_MERGE,),
         "RAGGED": (SMALL_RAGGED,),
         "Floor": FakeFloor,
         "random_pool": lambda points: pool(max(points, key=pool_bytes)),
@@ -155,9 +166,10 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         "source_digest": lambda config: "0" * 16,
     }.items():
         monkeypatch.setattr(measure, name, value)
-    for module in (measure, prefill, features):
+    for module in (measure, prefill, features, merges):
         monkeypatch.setattr(module, "interleaved", _times)
-    for module in (measure, prefill, features, timing):
+    monkeypatch.setattr(merges, "_DEVICE", "cpu")
+    for module in (measure, prefill, features, merges, timing):
         monkeypatch.setattr(module, "Graph", FakeGraph)
     monkeypatch.setattr(prefill, "SDPA", dict.fromkeys(baselines.SDPA, SDPBackend.MATH))
     monkeypatch.setattr(gqa_cutlass, "plan", _plan)
@@ -184,6 +196,10 @@ def test_a_run_writes_what_it_measured(tmp_path: Path, monkeypatch: pytest.Monke
     assert record.host == {"plan": 7.0, "gqa_decode": 15.0}
     (featured,) = record.features
     assert (featured.feature, featured.ours, featured.plain, featured.limit) == ("none", 4.5, 4, 6)
+    (merged,) = record.merges
+    assert (merged.merge, merged.ours, merged.floor) == (str(SMALL_MERGE), 4.0, 3.0)
+    assert (merged.operators, merged.limit, round(merged.over_floor, 2)) == (12.0, 1.2, 1.33)
+    assert 0 < merged.relative_error < 1e-2
     (prompts,) = record.prefill
     assert (prompts.point, prompts.decode) == ("small 4/2/64 3x48", 5.0)
     assert prompts.measured == {"SDPA flash": 7.0, "SDPA cuDNN": 6.0}

@@ -22,7 +22,7 @@ from bench.record import Record
 from gqa_cutlass.cli import app, main
 
 PICTURES = {f"x{end}.{kind}" for end in ("", "-context", "-bandwidth") for kind in ("svg", "png")}
-SHEETS = {"x.csv", "x-prefill.csv", "x-features.csv"}
+SHEETS = {"x.csv", "x-prefill.csv", "x-features.csv", "x-merges.csv"}
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ from helpers import REPOSITORY
 
 from bench import baselines, checkout, report, spreadsheet
 from bench.features import CASES
+from bench.merges import MERGES
 from bench.points import GRID, PREFILL, RAGGED
 from bench.record import Prefill, Record
 from gqa_cutlass.errors import InputError
@@ -33,7 +34,7 @@ def test_the_record_survives_its_file(full: Record, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "r.json").read_text())["recorded_scaled"] == baselines.SOURCE
 
 
-@pytest.mark.parametrize("part", ["prefill", "features"])
+@pytest.mark.parametrize("part", ["prefill", "features", "merges"])
 def test_a_record_from_before_a_part_was_measured_is_read(
     part: str, full: Record, tmp_path: Path
 ) -> None:
@@ -84,7 +85,7 @@ VALUES = {
     "microseconds/0/measured": [1.0], "microseconds/0/measured/FA3": 0.0,
     "microseconds/0/recorded_scaled/XQA": 1e300, "prefill/0/measured": {},
     "prefill/0/decode": [[]], "features/0/point": "a point",
-    "features/0/limit": None, "host_microseconds/plan": None,
+    "features/0/limit": None, "merges/0/floor": 0, "host_microseconds/plan": None,
 }  # fmt: skip
 
 
@@ -132,10 +133,10 @@ def test_prompts_are_compared_by_the_faster_backend() -> None:
 
 
 def test_markdown_has_a_row_per_point(full: Record) -> None:
-    grid, ragged, prefill, features, host, sentences = report.markdown(full).split("\n\n")
+    grid, ragged, prefill, features, merges, host, sentences = report.markdown(full).split("\n\n")
     for table, rows, columns in (
         (grid, len(GRID), 14), (ragged, len(RAGGED), 8), (prefill, len(PREFILL), 8),
-        (features, len(CASES), 8), (host, 4, 3),
+        (features, len(CASES), 8), (merges, len(MERGES), 7), (host, 4, 3),
     ):  # fmt: skip
         lines = table.splitlines()
         assert len(lines) == 2 + rows
@@ -151,6 +152,9 @@ def test_markdown_has_a_row_per_point(full: Record) -> None:
     )
     assert features.splitlines()[2] == (
         "| llama3-8b 32/8/128 | 1 × 16384 | softcap | 64 | 22.1 | **24.3** | 1.10× | 22.8 |"
+    )
+    assert merges.splitlines()[4] == (
+        "| 2 parts of 4096x32x128 in float32 | 161.5 | 39.9 | **43.9** | 1.10× | 1.2× | 159.8 |"
     )
     assert host.splitlines()[2:] == [
         "| plan | 7.0 | 8 |",
@@ -179,6 +183,7 @@ def test_a_terminal_shows_every_part(full: Record, capsys: pytest.CaptureFixture
         "GB/s",
         "prefill over decode",
         "us of host time per call",
+        "8 parts of 64x32x128 in bfloat16",
     ):
         assert title in said
     rows = [line.split("│") for line in said.splitlines() if " 8x1024 " in line]
@@ -269,6 +274,14 @@ def test_csv_leaves_empty_what_was_not_measured() -> None:
     assert (first["fa3_us"], second["fa3_us"]) == ("", "5.0")
     assert second["sdpa_flash_us"] == second["tileops_recorded_scaled_us"] == ""
     assert (second["best_baseline"], second["best_sdpa_over_ours"]) == ("FA3", "")
+
+
+def test_merges_have_a_csv_of_their_own(full: Record) -> None:
+    rows = _read(spreadsheet.merges_csv(full))
+    assert [row["merge"] for row in rows] == [str(merge) for merge in MERGES]
+    assert [int(row["bytes"]) for row in rows] == [merge.num_bytes for merge in MERGES]
+    assert {row["ours_over_floor"] for row in rows} == {"1.1"}
+    assert {row["target_over_floor"] for row in rows} == {"1.2"}
 
 
 def test_prompts_have_a_csv_of_their_own(full: Record) -> None:
