@@ -16,7 +16,7 @@ _BYTES = {NumberType.FLOAT32: 4, NumberType.FLOAT16: 2, NumberType.BFLOAT16: 2}
 _TAG = "|".join(_NUMBERS)
 _NAME = re.compile(rf"gqa_merge_sm80_({_TAG})_({_TAG})_align([1248])")
 _WIDEST_BYTES = 16
-_MAX_REGISTERS = 56
+_MAX_REGISTERS = 80
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -106,7 +106,9 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_parts_may_lie_anyhow(device: str, dtype: torch.dtype, layout: str) -> None:
-    for num_parts, shape in ((1, (2, 3, 64)), (2, (3, 5, 80)), (5, (2, 3, 2, 128))):
+    odd = 5 * 16 // dtype.itemsize  # vectors of a row
+    shapes = {1: (2, 3, 64), 2: (3, 5, 80), 5: (2, 3, 2, 128), 3: (1, 2, odd)}
+    for num_parts, shape in shapes.items():
         outs, lses = parts(num_parts, *shape, dtype=dtype)
         lay = LAYOUTS[layout]
         given = lay(outs), lay(lses.unsqueeze(-1)).squeeze(-1)
@@ -148,9 +150,15 @@ class Planted:
 BUGS = (
     Planted(
         name="threads beyond the last",
-        old="if (index >= p.num_vectors) return;",
+        old="if (index >= p.num_threads) return;",
         new="",
         fault="outside",
+    ),
+    Planted(
+        name="a second vector behind an odd row",
+        old="has_two ? p.row_threads.number : 0",
+        new="p.row_threads.number",
+        fault="outside|race",
     ),
     Planted(
         name="empty parts counted",
@@ -164,7 +172,7 @@ BUGS = (
     ),
     Planted(
         name="the first parts again",
-        old="merged.add(parts.load(first)",
+        old="merged.add(parts.load(part)",
         new="merged.add(parts.load(0)",
     ),
     Planted(
@@ -190,7 +198,7 @@ def share_with(monkeypatch: pytest.MonkeyPatch, bug: Planted | None) -> float:
     """Merge in ptxsim what shows all of the bugs; returns the error over what is allowed."""
     change = (HEADER, bug.old, bug.new) if bug else ()
     monkeypatch.setattr(cpu, "program_of", lambda config: program(config, *change))
-    outs, lses = parts(20, 2, 3, 3, 40)
+    outs, lses = parts(20, 2, 3, 3, 20)
     lses[:, 0, 1] = torch.linspace(-40, 40, 20).unsqueeze(-1)
     outs[1, 1], lses[1, 1] = math.nan, -math.inf
     return worst_share(merged_by_kernel("cpu", outs, lses), outs.nan_to_num(), lses)

@@ -41,13 +41,15 @@ def divisor(number: int) -> Divisor:
 
 
 _DIVISOR = Type(cpp=DIVISOR.cpp, c=DIVISOR.c, ctype=Divisor)
+VECTORS_PER_THREAD = 2
 MAX_PARTS = 16  # that may lie anywhere; more lie as far apart as the first of them
 
 _FIELDS = tuple(
     Field(name=name, type=kind, doc=doc)
     for name, kind, doc in (
-        ("num_vectors", UINT32, "of the result; each is a thread's"),
-        ("row_vectors", _DIVISOR, "of one head and token"),
+        ("num_threads", UINT32, ""),
+        ("row_vectors", UINT32, "of one head and token"),
+        ("row_threads", _DIVISOR, "which have two of them each, or the last one"),
         ("num_heads", _DIVISOR, ""),
         ("num_tokens", _DIVISOR, ""),
         ("num_parts", INT32, ""),

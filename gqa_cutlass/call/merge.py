@@ -16,7 +16,7 @@ from gqa_cutlass.call.layout import NUMBER_TYPES
 from gqa_cutlass.call.record import LOG
 from gqa_cutlass.codegen.merge import MergeConfig, widest
 from gqa_cutlass.codegen.schema.launch import LaunchShape
-from gqa_cutlass.codegen.schema.merge import MAX_PARTS, MergeParams, divisor
+from gqa_cutlass.codegen.schema.merge import MAX_PARTS, VECTORS_PER_THREAD, MergeParams, divisor
 from gqa_cutlass.codegen.schema.rounding import ceil_div
 from gqa_cutlass.gpu.torch_private import is_watching
 from gqa_cutlass.tensors import memory_flaw
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from gqa_cutlass.call.executor import Executor
 
 Parts = Sequence[Tensor] | Tensor  # or one tensor with the parts in front
-_MOST_VECTORS = 2**31 - 1  # threads of a launch
+_MOST_THREADS = 2**31 - 1  # of a launch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,10 +161,12 @@ def _call(
     lse_batch, lse_head, *lse_token = lses.strides
     out, lse = writes
     vec_width = _vec_width(outs, reads[0])
-    num_vectors = out.numel() // max(1, vec_width)
+    row_vectors = dim // max(1, vec_width)
+    row_threads = ceil_div(row_vectors, VECTORS_PER_THREAD)
+    num_threads = out.numel() // dim * row_threads
     in_rows = gap == 1 or dim == 1
     misaligned = not vec_width or any(address % lse.itemsize for address in lses.addresses)
-    if not in_rows or misaligned or num_vectors > _MOST_VECTORS:
+    if not in_rows or misaligned or num_threads > _MOST_THREADS:
         return None
     config = MergeConfig(
         dtype=NUMBER_TYPES[reads[0].dtype],
@@ -172,8 +174,9 @@ def _call(
         vec_width=vec_width,
     )
     argument = MergeParams(
-        num_vectors=num_vectors,
-        row_vectors=divisor(dim // config.vec_width),
+        num_threads=num_threads,
+        row_vectors=row_vectors,
+        row_threads=divisor(row_threads),
         num_heads=divisor(heads),
         num_tokens=divisor(prod(tokens)),
         num_parts=num_parts,
@@ -190,7 +193,7 @@ def _call(
     )
     argument.outs[: len(outs.addresses)] = outs.addresses
     argument.lses[: len(lses.addresses)] = lses.addresses
-    grid = ceil_div(num_vectors, config.num_threads), 1, 1
+    grid = ceil_div(num_threads, config.num_threads), 1, 1
     shape = LaunchShape(grid=grid, block=config.num_threads, shared_bytes=0)
     return MergeCall(config=config, shape=shape, argument=argument, reads=reads, writes=writes)
 

@@ -15,8 +15,9 @@ struct Divisor {
 
 // What a launch that merges is told.
 struct MergeParams {
-  uint32_t num_vectors;  // of the result; each is a thread's
-  Divisor row_vectors;   // of one head and token
+  uint32_t num_threads;
+  uint32_t row_vectors;  // of one head and token
+  Divisor row_threads;   // which have two of them each, or the last one
   Divisor num_heads;
   Divisor num_tokens;
   int32_t num_parts;

@@ -2,8 +2,10 @@
 //   l = log(sum of exp(l_i)), o = sum of exp(l_i - l) o_i
 // (Rabe and Staats, arXiv:2112.05682, section 2; the largest l_i is taken out of the sums).
 //
-// A thread has kVecWidth neighbouring elements of one head and token. The first parts' outputs are
-// asked for together with the log-sum-exps, which all threads of a row read, once from L2.
+// A thread has two vectors of kVecWidth elements, of one head and token: its share of either half
+// of the row, so that neighbours read what lies together. What does not depend on the elements is
+// done once for both. The first parts are asked for together with their log-sum-exps, which all
+// threads of a row read.
 #pragma once
 
 #include <cuda/std/limits>
@@ -30,22 +32,32 @@ CUTE_DEVICE uint32_t quotient(uint32_t dividend, Divisor const& by) {
   return uint64_t(dividend) * by.multiplier >> by.shift;
 }
 
-// What a thread reads: its elements of some parts that follow each other.
+// Which vectors of a row a thread has: one, and one so many behind it, or twice the same.
+struct Share {
+  static constexpr int kVectors = 2;
+
+  uint32_t first, distance;
+};
+
+// What a thread reads: its vectors of some parts that follow each other.
 template <class V>
 struct Batch {
   static constexpr int kParts = 4;
   using Vector = Access<V::kVecWidth* int(sizeof(typename V::Element))>;
 
   float lse[kParts];
-  Vector out[kParts];
+  Vector out[kParts][Share::kVectors];
 };
 
-// One head and token of all parts, from some element on.
+// One head and token of all parts.
 template <class V>
 class Parts {
  public:
-  CUTE_DEVICE Parts(MergeParams const& p, int64_t out_offset, int64_t lse_offset)
-      : p_(p), out_offset_(out_offset), lse_offset_(lse_offset) {}
+  CUTE_DEVICE Parts(MergeParams const& p, int64_t out_offset, int64_t lse_offset, Share share)
+      : p_(p),
+        out_offset_(out_offset + share.first * V::kVecWidth),
+        lse_offset_(lse_offset),
+        share_(share) {}
 
   CUTE_DEVICE float lse(int part) const {
     if (part >= p_.num_parts) return kEmptyPart;
@@ -57,7 +69,11 @@ class Parts {
     CUTE_UNROLL
     for (int i = 0; i < Batch<V>::kParts; ++i) {
       batch.lse[i] = lse(first + i);
-      if (first + i < p_.num_parts) batch.out[i] = out(first + i);
+      auto const* source = out(first + i);
+      CUTE_UNROLL
+      for (int j = 0; j < Share::kVectors; ++j) {
+        if (first + i < p_.num_parts) batch.out[i][j] = __ldcg(source + j * share_.distance);
+      }
     }
     return batch;
   }
@@ -68,11 +84,12 @@ class Parts {
   CUTE_DEVICE auto out(int part) const {
     auto const* source = static_cast<typename V::Element const*>(p_.outs[part % kListed]) +
                          part / kListed * p_.outs_step + out_offset_;
-    return __ldcg(reinterpret_cast<typename Batch<V>::Vector const*>(source));
+    return reinterpret_cast<typename Batch<V>::Vector const*>(source);
   }
 
   MergeParams const& p_;
   int64_t out_offset_, lse_offset_;
+  Share share_;
 };
 
 // The sum of exp(l_i), as exp(base) times a sum.
@@ -103,10 +120,10 @@ struct ExpSum {
   }
 };
 
-// The merged elements of one thread.
+// The merged vectors of one thread.
 template <class V>
-struct MergedVector {
-  cutlass::Array<float, V::kVecWidth> values{};
+struct MergedVectors {
+  cutlass::Array<float, V::kVecWidth> values[Share::kVectors] = {};
 
   // What empty parts hold does not count, whatever it is.
   CUTE_DEVICE void add(Batch<V> const& batch, ExpSum const& all, float scale) {
@@ -115,22 +132,30 @@ struct MergedVector {
     CUTE_UNROLL
     for (int i = 0; i < Batch<V>::kParts; ++i) {
       if (batch.lse[i] == kEmptyPart) continue;
-      auto const out = widen(reinterpret_cast<Elements const&>(batch.out[i]));
       float const share = all.weight(batch.lse[i]) * scale;
       CUTE_UNROLL
-      for (int j = 0; j < V::kVecWidth; ++j) values[j] = fmaf(share, out[j], values[j]);
+      for (int j = 0; j < Share::kVectors; ++j) {
+        auto const out = widen(reinterpret_cast<Elements const&>(batch.out[i][j]));
+        CUTE_UNROLL
+        for (int k = 0; k < V::kVecWidth; ++k) values[j][k] = fmaf(share, out[k], values[j][k]);
+      }
     }
   }
 
-  CUTE_DEVICE void write(void* out, uint32_t index) const {
-    auto const rounded =
-        cutlass::NumericArrayConverter<typename V::Result, float, V::kVecWidth>{}(values);
-    constexpr int kBytes = cute::min(16, int(sizeof(rounded)));
-    constexpr int kCount = int(sizeof(rounded)) / kBytes;  // two of 8 elements in float32
-    auto* target = static_cast<Access<kBytes>*>(out) + int64_t(index) * kCount;
+  // `out` is the row's first element.
+  CUTE_DEVICE void write(typename V::Result* out, Share share) const {
     CUTE_UNROLL
-    for (int i = 0; i < kCount; ++i) {
-      target[i] = reinterpret_cast<Access<kBytes> const*>(&rounded)[i];
+    for (int j = 0; j < Share::kVectors; ++j) {
+      auto const rounded =
+          cutlass::NumericArrayConverter<typename V::Result, float, V::kVecWidth>{}(values[j]);
+      constexpr int kBytes = cute::min(16, int(sizeof(rounded)));
+      constexpr int kCount = int(sizeof(rounded)) / kBytes;  // two of 8 elements in float32
+      auto* target = reinterpret_cast<Access<kBytes>*>(out + (share.first + j * share.distance) *
+                                                                 V::kVecWidth);
+      CUTE_UNROLL
+      for (int i = 0; i < kCount; ++i) {
+        target[i] = reinterpret_cast<Access<kBytes> const*>(&rounded)[i];
+      }
     }
   }
 };
@@ -138,38 +163,40 @@ struct MergedVector {
 template <class V>
 CUTE_DEVICE void merge_parts(MergeParams const& p) {
   uint32_t const index = blockIdx.x * V::kNumThreads + threadIdx.x;
-  if (index >= p.num_vectors) return;
-  uint32_t const row = quotient(index, p.row_vectors);
-  uint32_t const vector = index - row * p.row_vectors.number;
+  if (index >= p.num_threads) return;
+  uint32_t const row = quotient(index, p.row_threads);
+  uint32_t const first = index - row * p.row_threads.number;
   uint32_t const rest = quotient(row, p.num_heads), head = row - rest * p.num_heads.number;
   uint32_t const batch = quotient(rest, p.num_tokens), token = rest - batch * p.num_tokens.number;
-  Parts<V> const parts(
-      p, batch * p.out_batch + token * p.out_token + head * p.out_head + vector * V::kVecWidth,
-      batch * p.lse_batch + token * p.lse_token + head * p.lse_head);
+  bool const has_two = first + p.row_threads.number < p.row_vectors;
+  Share const share{first, has_two ? p.row_threads.number : 0};
+  Parts<V> const parts(p, batch * p.out_batch + token * p.out_token + head * p.out_head,
+                       batch * p.lse_batch + token * p.lse_token + head * p.lse_head, share);
 
   constexpr int kBatch = Batch<V>::kParts;
   Batch<V> const read = parts.load(0);
   ExpSum all;
   all.add(read.lse);
   CUTE_NO_UNROLL
-  for (int first = kBatch; first < p.num_parts; first += kBatch) {
+  for (int part = kBatch; part < p.num_parts; part += kBatch) {
     float lse[kBatch];
     CUTE_UNROLL
-    for (int i = 0; i < kBatch; ++i) lse[i] = parts.lse(first + i);
+    for (int i = 0; i < kBatch; ++i) lse[i] = parts.lse(part + i);
     all.add(lse);
   }
-  if (vector == 0) {
+  if (first == 0) {
     p.lse[(int64_t(batch) * p.num_heads.number + head) * p.num_tokens.number + token] = all.log();
   }
   float const scale = all.sum == 0.f ? 0.f : reciprocal_approx(all.sum);
 
-  MergedVector<V> merged;
+  MergedVectors<V> merged;
   merged.add(read, all, scale);
   CUTE_NO_UNROLL
-  for (int first = kBatch; first < p.num_parts; first += kBatch) {
-    merged.add(parts.load(first), all, scale);
+  for (int part = kBatch; part < p.num_parts; part += kBatch) {
+    merged.add(parts.load(part), all, scale);
   }
-  merged.write(p.out, index);
+  int64_t const written = int64_t(row) * p.row_vectors * V::kVecWidth;
+  merged.write(static_cast<typename V::Result*>(p.out) + written, share);
 }
 
 }  // namespace gqa
