@@ -10,7 +10,7 @@ struct Variant {
   static constexpr int kNumThreads = 128;
 };
 
-extern "C" __global__ void __launch_bounds__(128, 9)
+extern "C" __global__ void __launch_bounds__(128, 6)
     gqa_merge_sm80_bf16_bf16_align1(const __grid_constant__ gqa::MergeParams params) {
   gqa::merge_parts<Variant>(params);
 }
