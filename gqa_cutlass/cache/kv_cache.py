@@ -13,7 +13,8 @@ from gqa_cutlass.cache.allocation import allocate, sizes_of
 from gqa_cutlass.cache.guard import guarded, lack_of_memory, raise_no_temporaries
 from gqa_cutlass.cache.inputs import check_apart, ints, one_token, prompt
 from gqa_cutlass.cache.lengths import ONE_TOKEN, Growth, Lengths
-from gqa_cutlass.cache.rows import buffer, gather, scatter
+from gqa_cutlass.cache.rows import buffer, extend, gather
+from gqa_cutlass.cache.some import Rows, decode_some
 from gqa_cutlass.call.options import Options, listed
 from gqa_cutlass.call.plan import Pair, Result
 from gqa_cutlass.errors import CacheOverflowError
@@ -214,17 +215,17 @@ class KVCache:
     @overload
     def decode(
         self, q: Tensor, k: Tensor | None = None, v: Tensor | None = None, *,
-        return_lse: Literal[False] = False, **options: Unpack[Options],
+        return_lse: Literal[False] = False, rows: Rows = None, **options: Unpack[Options],
     ) -> Tensor: ...  # fmt: skip
     @overload
     def decode(
         self, q: Tensor, k: Tensor | None = None, v: Tensor | None = None, *,
-        return_lse: Literal[True], **options: Unpack[Options],
+        return_lse: Literal[True], rows: Rows = None, **options: Unpack[Options],
     ) -> Pair: ...  # fmt: skip
     @overload
     def decode(
         self, q: Tensor, k: Tensor | None = None, v: Tensor | None = None, *,
-        return_lse: bool, **options: Unpack[Options],
+        return_lse: bool, rows: Rows = None, **options: Unpack[Options],
     ) -> Result: ...  # fmt: skip
     @listed(Options)
     def decode(
@@ -234,6 +235,7 @@ class KVCache:
         v: Tensor | None = None,
         *,
         return_lse: bool = False,
+        rows: Rows = None,
         **options: Any,
     ) -> Result:
         """Append a token's K and V, if given, and attend over everything cached: `gqa_decode`.
@@ -243,6 +245,10 @@ class KVCache:
             k: As for `gqa_decode`.
             v: As for `gqa_decode`.
             return_lse: As for `gqa_decode`.
+            rows: The sequences that q, k and v are for, one for each of their rows: ints, or int32
+                on the device, after which the host no longer knows the lengths. None: all. Where a
+                token is appended none may come twice, which is seen of ints; a row on the device
+                that there is not counts like a full sequence.
             **options: `Options`.
 
         Returns:
@@ -255,6 +261,9 @@ class KVCache:
             GqaError: As for `gqa_decode`. The lengths are as they were, though the token may have
                 been written behind them.
         """
+        if rows is not None or "cache_batch_idx" in options:
+            given = (q, k, v), rows, self._leads
+            return decode_some(self, self._lengths, *given, return_lse=return_lse, **options)
         if is_traced():
             return self._decode_traced(q, k, v, return_lse=return_lse, **options)
         if k is not None:
@@ -430,15 +439,8 @@ class KVCache:
         lengths = self._lengths
         lengths.check_room(method, growth)
         room = lengths.room(growth)
-        settled = lengths.settled
         pairs = (self.k, k[:, : growth.most]), (self.v, v[:, : growth.most])
-        if room is None and settled is not None and len(set(settled)) == 1:
-            start, stop = settled[0], settled[0] + growth.most
-            for cache, new in pairs:
-                cache[:, start:stop].copy_(new)  # padding included, which lands behind the lengths
-        else:
-            through = buffer(self._widest, self.batch_size, min(growth.most, self.max_seq_len))
-            scatter(pairs, self.seqlens, growth.device, room, through)
+        extend(pairs, lengths, growth, room)
         if room is not None:
             lengths.note_overflow(room)
         if self._leads:

@@ -120,6 +120,17 @@ class Lengths:
         if over:
             _raise_overflow(method, over, exact, self.limit)
 
+    def check_room_of(self, method: str, rows: list[int]) -> None:
+        """Refuse another token for rows that are certain to be full.
+
+        Raises:
+            CacheOverflowError: One is.
+        """
+        known = None if capturing(self.device) else self._known
+        over = [(b, known[b], 1) for b in rows if known[b] >= self.limit] if known else []
+        if over:
+            _raise_overflow(method, over, True, self.limit)
+
     def room(self, growth: Growth) -> Tensor | None:
         """Where the tokens fit, bool [batch]; None where `check_room` saw that all do."""
         if growth.host is not None:
@@ -140,6 +151,18 @@ class Lengths:
         if self._known is not None and growth.host is not None:
             known = [n + c for n, c in zip(self._known, self._each(growth.host), strict=True)]
         self._change(partial(self.seqlens.add_, added), known, self._bound + growth.most)
+
+    def advance_to(self, lengths: Tensor, rows: list[int] | None) -> None:
+        """Take lengths that are a token more in some rows.
+
+        Args:
+            lengths: All of them, on the device.
+            rows: Which, if the host knows, and none that had no room.
+        """
+        known = None
+        if self._known is not None and rows is not None:
+            known = [n + (b in rows) for b, n in enumerate(self._known)]
+        self._change(partial(self.seqlens.copy_, lengths), known, self._bound + 1)
 
     def advance_unseen(self) -> None:
         """Add a token, where there is room, in code that torch traces; the host cannot follow.

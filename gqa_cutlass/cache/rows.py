@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from gqa_cutlass.cache.lengths import Growth, Lengths
+
 _TEMPORARY_BYTES = 2**26  # a GPU is busy with as much for longer than a launch takes
 _INDEX_BYTES = 18  # of a token of a sequence, to know where it goes: two int64, two bools
 
@@ -31,6 +33,28 @@ def buffer(cache: Tensor, sequences: int, tokens: int) -> Tensor:
     width = max(1, min(heads, (each - _INDEX_BYTES) // per_head))
     window = max(1, min(tokens, each // (width * per_head + _INDEX_BYTES)))
     return cache.new_empty(sequences, window, width, dim)
+
+
+def extend(
+    pairs: Sequence[tuple[Tensor, Tensor]], lengths: Lengths, growth: Growth, room: Tensor | None
+) -> None:
+    """Write tokens behind every sequence's, where there is room; `scatter`, or one copy.
+
+    Args:
+        pairs: As for `scatter`.
+        lengths: Of the sequences.
+        growth: How many of the tokens each gets.
+        room: As for `scatter`.
+    """
+    settled = lengths.settled
+    if room is None and settled is not None and len(set(settled)) == 1:
+        start, stop = settled[0], settled[0] + growth.most
+        for cache, new in pairs:
+            cache[:, start:stop].copy_(new)  # padding included, which lands behind the lengths
+        return
+    widest = max((cache for cache, _ in pairs), key=lambda cache: cache.shape[-1])
+    through = buffer(widest, lengths.batch_size, min(growth.most, lengths.limit))
+    scatter(pairs, lengths.seqlens, growth.device, room, through)
 
 
 def scatter(

@@ -229,7 +229,7 @@ def test_other_errors_of_torch_are_not_taken_for_a_lack_of_memory(
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     cache = new_cache()
-    monkeypatch.setattr(cache_module, "scatter", fail)
+    monkeypatch.setattr(rows, "scatter", fail)
     cache.forget()
     with pytest.raises(RuntimeError, match="^CUDA error: an illegal memory access"):
         cache.append(*token(cache))
