@@ -19,6 +19,7 @@ _ALLOWED = {
     "q_heads": range(1, _GRID_X + 1),
     "kv_heads": range(1, _GRID_X + 1),
     "head_dim": HEAD_DIMS,
+    "window": range(MAX_SEQ_LEN + 1),
     "splits": range(MAX_SPLITS + 1),
 }
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from gqa_cutlass.cli.options import number
+from gqa_cutlass.cli.options import fraction, number
 from gqa_cutlass.cli.output import print_wide, say
 
 if TYPE_CHECKING:
@@ -32,6 +32,10 @@ def explain(
     dependent: Annotated[
         bool, typer.Option(help="Start while the kernel before finishes, where it pays.")
     ] = False,
+    window: Annotated[int, number("Tokens attended to, the new one included. 0: all.")] = 0,
+    softcap: Annotated[float, fraction("Bound of the scores. 0: none.")] = 0,
+    sinks: Annotated[bool, typer.Option("--sinks", help="One more logit per query head.")] = False,
+    alibi: Annotated[bool, typer.Option("--alibi", help="A bias by distance.")] = False,
 ) -> None:
     """Say which kernel a decode step would run, why, and how it is launched."""
     import torch
@@ -40,7 +44,7 @@ def explain(
     from gqa_cutlass.sizes import check_room, check_sizes
 
     check_sizes("explain", batch=batch, max_seq_len=max_seq_len, q_heads=q_heads,
-                kv_heads=kv_heads, head_dim=head_dim)  # fmt: skip
+                kv_heads=kv_heads, head_dim=head_dim, window=window)  # fmt: skip
     check_room(
         "explain", "max_seq_len", max_seq_len, least=1, each=4 * batch * kv_heads * head_dim,
         fixed=0, room=_ADDRESSES, where="what can be addressed",
@@ -53,8 +57,12 @@ def explain(
     cache = empty(batch, max_seq_len, kv_heads, head_dim)
     token = empty(batch, kv_heads, head_dim)
     q = empty(batch, q_heads, head_dim)
-    found = explain_call(q, cache, cache, token, token, ragged=ragged, dependent=dependent,
-                         arch=arch)  # fmt: skip
+    per_head = torch.empty(q_heads, dtype=torch.float32, device="meta")
+    found = explain_call(
+        q, cache, cache, token, token, ragged=ragged, dependent=dependent, arch=arch,
+        window_size=(window - 1, 0), softcap=softcap, sinks=per_head if sinks else None,
+        alibi_slopes=per_head if alibi else None,
+    )  # fmt: skip
     say(str(found))
 
 

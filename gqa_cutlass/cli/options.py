@@ -20,6 +20,11 @@ def number(help: str) -> Any:
     return typer.Option(parser=_number, metavar="INTEGER", help=help)
 
 
+def fraction(help: str) -> Any:
+    """An option for a number, likewise."""
+    return typer.Option(parser=_fraction, metavar="NUMBER", help=help)
+
+
 def _folder(name: str | Path) -> Path:
     from gqa_cutlass.codegen.files import unfit
 
@@ -33,6 +38,13 @@ def _number(text: str | int) -> int:
         return int(text)
     except ValueError:
         raise typer.BadParameter(f"got {text!r}; allowed: a whole number.") from None
+
+
+def _fraction(text: str | float) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"got {text!r}; allowed: a number.") from None
 
 
 def _jobs(text: str | int) -> int:

@@ -247,6 +247,18 @@ def test_explain_prints_the_report() -> None:
     assert re.search(r"^arch +sm_80, 132 SMs$", result.output, re.M)
 
 
+def test_explain_knows_features() -> None:
+    """Of Gemma 2, and of gpt-oss; a window says what is attended to."""
+    sizes = ["--q-heads", "16", "--kv-heads", "8", "--head-dim", "256", "--max-seq-len", "8192"]
+    said = run("explain", *sizes, "--window", "4096", "--softcap", "50").output
+    assert re.search(r"^kernel .*_win_cap$", said, re.M)
+    assert "a window of 4096 of at most 8192 tokens" in said
+    said = run("explain", *sizes, "--sinks", "--alibi").output
+    assert re.search(r"^kernel .*_alibi_sink$", said, re.M) and "window" not in said
+    wrong = run("explain", *sizes, "--window", "-1")
+    assert wrong.exit_code != 0 and "explain: window: got -1; allowed: 0 to" in str(wrong.exception)
+
+
 def test_doctor_reports_every_part(store_root: Path) -> None:
     output = run("doctor").output
     for what in ("compiler and headers", "torch", "GPU", "store", "kernel folders", "compiling"):
