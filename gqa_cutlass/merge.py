@@ -53,8 +53,8 @@ def merge_states(outs: Parts, lses: Parts, *, out_dtype: torch.dtype | None = No
 
     Returns:
         The output, shaped as one of outs, and the log-sum-exp, shaped as one of lses. Where all
-        parts are empty: zeros and minus infinity. NaN in a part is NaN in the result, for that
-        head alone.
+        parts are empty: zeros and minus infinity, and gradients of zero. NaN in a part is NaN in
+        the result, for that head alone.
 
     Raises:
         InputError: A tensor's shape, dtype or device is not allowed.
@@ -91,9 +91,11 @@ def by_operators(outs: Parts, lses: Parts, dtype: torch.dtype) -> Pair:
     """Merge parts, which were checked, by operators of torch."""
     out, lse = _stacked(outs), _stacked(lses)
     empty = lse == -math.inf
+    nothing = empty.all(0)
+    lse = lse.masked_fill(nothing, 0)  # where the gradient is zero, and not infinity less infinity
     shares = torch.softmax(lse, 0).masked_fill(empty, 0)
     merged = (out.float() * _by_output(shares, out)).masked_fill(_by_output(empty, out), 0).sum(0)
-    return merged.to(dtype), torch.logsumexp(lse, 0)
+    return merged.to(dtype), torch.logsumexp(lse, 0).masked_fill(nothing, -math.inf)
 
 
 def _by_output(sums: Tensor, out: Tensor) -> Tensor:

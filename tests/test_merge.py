@@ -108,6 +108,25 @@ def test_parts_that_are_all_empty_give_zeros_and_minus_infinity(merge: Merge) ->
     assert torch.equal(out[1], outs[0, 1]) and (lse[1] == 0).all()
 
 
+def test_gradients_are_those_of_the_formula_and_zero_where_all_parts_are_empty() -> None:
+    outs = random(3, 2, 2, 8).requires_grad_()
+    lses = random(3, 2, 2, seed=1)
+    lses[0, 0], lses[:, 1, 0] = -math.inf, -math.inf
+    lses.requires_grad_()
+    out, lse = merge_states(outs, lses)
+    (out.sin().sum() + lse[lse > -math.inf].cos().sum()).backward()
+    assert outs.grad is not None and lses.grad is not None
+    assert (outs.grad[:, 1, 0] == 0).all() and (lses.grad[:, 1, 0] == 0).all()
+    assert (outs.grad[0, 0] == 0).all() and (lses.grad[0, 0] == 0).all()
+    for row in ((0, 0, slice(1, 3)), (0, 1, slice(1, 3)), (1, 1, slice(3))):
+        o, s = (t.detach()[row[2], row[0], row[1]].double() for t in (outs, lses))
+        o, s = o.requires_grad_(), s.requires_grad_()
+        right = torch.einsum("pd,p->d", o, s.softmax(0)).sin().sum() + s.logsumexp(0).cos()
+        for found, wanted in zip((outs, lses), torch.autograd.grad(right, (o, s)), strict=True):
+            got = found.grad[row[2], row[0], row[1]].double()  # type: ignore[index]
+            torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("where", ["outs", "lses"])
 def test_what_is_no_number_stays_so_and_spoils_only_its_head(merge: Merge, where: str) -> None:
     outs, lses = random(2, BATCH, HEADS, DIM), random(2, BATCH, HEADS, seed=1)
