@@ -21,6 +21,7 @@ from gqa_cutlass.devices import executor_of
 from gqa_cutlass.errors import InputError, shown
 from gqa_cutlass.tracing import is_traced
 
+_WITHOUT_VALUES = UninitializedParameter, UninitializedBuffer
 _OUTS = torch.float32, torch.float16, torch.bfloat16
 _executor_of = cache(executor_of)  # which takes its time
 _BY_KERNEL = frozenset({"cuda"})  # on the CPU, operators are faster than ptxsim
@@ -131,7 +132,7 @@ def _stack(name: str, parts: Parts) -> _Stack:
 def _check_dense(name: str, part: object) -> None:
     if not isinstance(part, Tensor):
         _fail(name, f"a {type(part).__name__} among the parts", "tensors")
-    if isinstance(part, UninitializedParameter | UninitializedBuffer):
+    if type(part) is not Tensor and isinstance(part, _WITHOUT_VALUES):
         _fail(name, "a parameter that is not initialised", "dense tensors")
     if part.is_nested or part.layout is not torch.strided:
         _fail(name, "a nested or sparse tensor", "dense tensors")

@@ -343,6 +343,7 @@ def test_a_gpu_launches_with_every_argument_by_what_it_prepared_once(
         prepared.append(shape)
         return lambda stream: launched.append((bytes(argument), stream))
 
+    monkeypatch.setattr(gpu, "describe_device", lambda index: model_device(ARCHES["sm_90a"]))
     monkeypatch.setattr(gpu, "_load", lambda config, device: SimpleNamespace(prepare=prepare))
     gpu._merging.cache_clear()
     executor: Any = SimpleNamespace(device=model_device(ARCHES["sm_90a"]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,42 +26,58 @@ if TYPE_CHECKING:
     from gqa_cutlass.call.executor import Executor
 
 Parts = Sequence[Tensor] | Tensor  # or one tensor with the parts in front
+_WIDEST_BYTES = 16  # of an access
 _MOST_THREADS = 2**31 - 1  # of a launch
 
 
-@dataclass(frozen=True, kw_only=True)
-class MergeCall:
-    """One merge, settled.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Settled:
+    """What merges of one layout have in common. Each is equal to itself alone.
 
     Args:
         config: The kernel.
         shape: Its launch.
-        argument: What it is told.
-        reads: The tensors that it reads.
-        writes: Those that it writes: output and log-sum-exp.
+        argument: What it is told, but addresses.
     """
 
     config: MergeConfig
     shape: LaunchShape
+    argument: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeCall:
+    """One merge.
+
+    Args:
+        settled: Kernel and launch.
+        argument: What the kernel is told.
+        reads: The tensors that it reads.
+        writes: Those that it writes: output and log-sum-exp.
+    """
+
+    settled: Settled
     argument: MergeParams
     reads: Sequence[Tensor]
     writes: tuple[Tensor, Tensor]
 
 
-class _Placed(NamedTuple):
-    """Where parts lie.
+class _Layout(NamedTuple):
+    """How parts lie.
 
     Args:
-        addresses: Of the first `MAX_PARTS`.
-        step: Elements from each to the one as many behind it.
+        dtype: What they hold.
         shape: Of each.
-        strides: Of each, in elements; 0 where there is one of something.
+        strides: Of each, in elements.
+        step: Elements from one of the first `MAX_PARTS` to the one as many behind it.
+        alignment: Bytes that all addresses are a multiple of, up to 16.
     """
 
-    addresses: list[int]
-    step: int
+    dtype: torch.dtype
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+    step: int
+    alignment: int
 
 
 def merge(
@@ -100,19 +117,22 @@ def _launch(
     executor: Executor, outs: Parts, lses: Parts, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor] | None:
     outs, lses = _in_step(outs), _in_step(lses)
-    out_parts, lse_parts = _placed(outs), _placed(lses)
+    (out_layout, out_addresses), (lse_layout, lse_addresses) = _placed(outs), _placed(lses)
+    settled = _settle(out_layout, lse_layout, dtype, len(outs))
+    if settled is None:
+        return None
     reads = [*_listed(outs), *_listed(lses)]
-    out = torch.empty(out_parts.shape, dtype=dtype, device=reads[0].device)
-    lse = torch.empty(lse_parts.shape, dtype=torch.float32, device=out.device)
-    if not out.numel():
-        return None
-    call = _call(out_parts, lse_parts, reads, (out, lse), len(outs))
-    if call is None:
-        return None
+    out = torch.empty(out_layout.shape, dtype=dtype, device=reads[0].device)
+    lse = torch.empty(lse_layout.shape, dtype=torch.float32, device=out.device)
+    argument = MergeParams.from_buffer_copy(settled.argument)
+    argument.out, argument.lse = out.data_ptr(), lse.data_ptr()
+    argument.outs[: len(out_addresses)] = out_addresses
+    argument.lses[: len(lse_addresses)] = lse_addresses
     stream = executor.current_stream(executor.device.index)
+    call = MergeCall(settled=settled, argument=argument, reads=reads, writes=(out, lse))
     executor.merge(call, stream)
     if LOG.isEnabledFor(logging.DEBUG):
-        LOG.debug("merge kernel=%s parts=%d shape=%s device=%s stream=%d", call.config.name,
+        LOG.debug("merge kernel=%s parts=%d shape=%s device=%s stream=%d", settled.config.name,
                   len(outs), list(out.shape), executor.name, stream)  # fmt: skip
     return out, lse
 
@@ -132,46 +152,41 @@ def _in_step(parts: Parts) -> Parts:
     return torch.stack(tuple(parts))
 
 
-def _placed(parts: Parts) -> _Placed:
+def _placed(parts: Parts) -> tuple[_Layout, list[int]]:
+    """How parts lie, and where the first of them do."""
     if isinstance(parts, Tensor):
-        shape, (distance, *strides) = parts.shape[1:], parts.stride()
-        num_bytes = distance * parts.itemsize
-        addresses = [parts.data_ptr() + i * num_bytes for i in range(min(len(parts), MAX_PARTS))]
+        first, (distance, *strides) = parts, parts.stride()
+        shape, size = parts.shape[1:], parts.itemsize
+        start, listed = parts.data_ptr(), range(min(len(parts), MAX_PARTS))
+        addresses = [start + i * distance * size for i in listed]
         step = MAX_PARTS * distance if len(parts) > MAX_PARTS else 0
-        return _Placed(addresses, step, shape, _used(shape, strides))
-    first = parts[0]
-    addresses = [part.data_ptr() for part in parts]
-    return _Placed(addresses, 0, first.shape, _used(first.shape, first.stride()))
+    else:
+        first, step = parts[0], 0
+        shape, strides = first.shape, list(first.stride())
+        addresses = [part.data_ptr() for part in parts]
+    bits = _WIDEST_BYTES
+    for address in addresses:
+        bits |= address
+    return _Layout(first.dtype, tuple(shape), tuple(strides), step, bits & -bits), addresses
 
 
-def _used(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
-    return tuple([s if n > 1 else 0 for n, s in zip(shape, strides, strict=True)])
-
-
-def _call(
-    outs: _Placed,
-    lses: _Placed,
-    reads: Sequence[Tensor],
-    writes: tuple[Tensor, Tensor],
-    num_parts: int,
-) -> MergeCall | None:
-    """The launch for parts that lie so; None where no kernel can do it."""
+@lru_cache(maxsize=4096)
+def _settle(outs: _Layout, lses: _Layout, out_dtype: torch.dtype, num_parts: int) -> Settled | None:
+    """The kernel for parts that lie so; None where none can merge them."""
     batch, *tokens, heads, dim = outs.shape
-    out_batch, *out_token, out_head, gap = outs.strides
-    lse_batch, lse_head, *lse_token = lses.strides
-    out, lse = writes
-    vec_width = _vec_width(outs, reads[0])
+    out_batch, *out_token, out_head, _ = _used(outs)
+    lse_batch, lse_head, *lse_token = _used(lses)
+    rows = batch * heads * prod(tokens)
+    if not rows * dim or dim > 1 and outs.strides[-1] != 1:
+        return None
+    vec_width = _vec_width(outs)
     row_vectors = dim // max(1, vec_width)
     row_threads = ceil_div(row_vectors, VECTORS_PER_THREAD)
-    num_threads = out.numel() // dim * row_threads
-    in_rows = gap == 1 or dim == 1
-    misaligned = not vec_width or any(address % lse.itemsize for address in lses.addresses)
-    if not in_rows or misaligned or num_threads > _MOST_THREADS:
+    num_threads = rows * row_threads
+    if not vec_width or lses.alignment < lses.dtype.itemsize or num_threads > _MOST_THREADS:
         return None
     config = MergeConfig(
-        dtype=NUMBER_TYPES[reads[0].dtype],
-        out_dtype=NUMBER_TYPES[out.dtype],
-        vec_width=vec_width,
+        dtype=NUMBER_TYPES[outs.dtype], out_dtype=NUMBER_TYPES[out_dtype], vec_width=vec_width
     )
     argument = MergeParams(
         num_threads=num_threads,
@@ -188,23 +203,22 @@ def _call(
         lse_token=sum(lse_token),
         outs_step=outs.step,
         lses_step=lses.step,
-        out=out.data_ptr(),
-        lse=lse.data_ptr(),
     )
-    argument.outs[: len(outs.addresses)] = outs.addresses
-    argument.lses[: len(lses.addresses)] = lses.addresses
     grid = ceil_div(num_threads, config.num_threads), 1, 1
     shape = LaunchShape(grid=grid, block=config.num_threads, shared_bytes=0)
-    return MergeCall(config=config, shape=shape, argument=argument, reads=reads, writes=writes)
+    return Settled(config=config, shape=shape, argument=bytes(argument))
 
 
-def _vec_width(outs: _Placed, like: Tensor) -> int:
+def _used(layout: _Layout) -> list[int]:
+    """Strides, 0 where there is one of something."""
+    return [s if n > 1 else 0 for n, s in zip(layout.shape, layout.strides, strict=True)]
+
+
+def _vec_width(outs: _Layout) -> int:
     """Elements per access that every address allows; 0 where not even one."""
     elements = outs.shape[-1] | outs.step
-    for stride in outs.strides[:-1]:
+    for stride in _used(outs)[:-1]:
         elements |= stride
-    found = elements * like.itemsize
-    for address in outs.addresses:
-        found |= address
+    found = elements * outs.dtype.itemsize | outs.alignment
     # The lowest bit that is set in any of them: the largest power of two that divides all.
-    return min((found & -found) // like.itemsize, widest(NUMBER_TYPES[like.dtype]))
+    return min((found & -found) // outs.dtype.itemsize, widest(NUMBER_TYPES[outs.dtype]))

@@ -99,7 +99,8 @@ class CpuExecutor:
         """
         regions = [_region_of(t, f"part {i}", readable=True) for i, t in enumerate(call.reads)]
         regions += [_region_of(t, f"result {i}", readable=False) for i, t in enumerate(call.writes)]
-        run(program_of(call.config), call.shape, call.argument, regions, Checks())
+        settled = call.settled
+        run(program_of(settled.config), settled.shape, call.argument, regions, Checks())
 
 
 class CpuKernel:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from gqa_cutlass.call.executor import Task
 from gqa_cutlass.call.flag import OverflowFlag
-from gqa_cutlass.call.merge import MergeCall
-from gqa_cutlass.codegen.merge import Kernel, MergeConfig
+from gqa_cutlass.call.merge import MergeCall, Settled
+from gqa_cutlass.codegen.merge import Kernel
 from gqa_cutlass.codegen.schema.launch import LaunchShape
 from gqa_cutlass.codegen.schema.merge import MergeParams
 from gqa_cutlass.dispatch import Device
@@ -72,7 +72,7 @@ class GpuExecutor:
 
     def merge(self, call: MergeCall, stream: int) -> None:
         """Launch a merge; while a CUDA graph is being captured, nothing is compiled."""
-        _merging(call.config, self.device, call.shape).launch(call.argument, stream)
+        _merging(call.settled, self.device.index).launch(call.argument, stream)
 
 
 class _Merging:
@@ -94,9 +94,9 @@ class _Merging:
             self._launch(stream)
 
 
-@lru_cache(maxsize=1024)
-def _merging(config: MergeConfig, device: Device, shape: LaunchShape) -> _Merging:
-    return _Merging(_load(config, device), shape)
+@lru_cache(maxsize=4096)
+def _merging(settled: Settled, index: int) -> _Merging:
+    return _Merging(_load(settled.config, describe_device(index)), settled.shape)
 
 
 def _load(config: Kernel, device: Device) -> LoadedKernel:
