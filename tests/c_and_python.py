@@ -20,11 +20,8 @@ from gqa_cutlass.dispatch import Dispatch
 
 WIDE_64 = default_config(Math.TENSOROP, DType.F16, 64, 4, 8)
 TMA_128 = default_config(Math.TENSOROP, DType.BF16, 128, 4, 8, Schedule.TMA)
-OWN_MEMORY = (
-    "split_workspace",
-    "merge_counters",
-    "overflow_flag",
-)  # that each of the two has for itself
+MADE = "split_workspace", "merge_counters", "lse"
+OWN_MEMORY = *MADE, "overflow_flag"  # that each of the two has for itself
 
 
 @dataclass(frozen=True)
@@ -35,11 +32,12 @@ class Result:
     out: Tensor
     k_cache: Tensor
     v_cache: Tensor
+    lse: Tensor | None = None
 
     @classmethod
-    def of(cls, launched: Launched, step: Step) -> Result:
+    def of(cls, launched: Launched, step: Step, lse: Tensor | None = None) -> Result:
         """The step's memory as it is now."""
-        return cls(launched, step.out.clone(), step.k_cache.clone(), step.v_cache.clone())
+        return cls(launched, step.out.clone(), step.k_cache.clone(), step.v_cache.clone(), lse)
 
 
 def step_of(**sizes: Any) -> Step:
@@ -70,20 +68,20 @@ def ragged_by_python(step: Step) -> Result:
     return featured_by_python(step, step.seqlens)
 
 
-def featured_by_python(step: Step, lengths: int | Tensor) -> Result:
+def featured_by_python(step: Step, lengths: int | Tensor, *, with_lse: bool = False) -> Result:
     """The same with what the step asks for."""
     with recorded() as launches:
-        gqa_decode(
+        found = gqa_decode(
             *step.tensors(), cache_seqlens=lengths, softmax_scale=step.scale, out=step.out,
-            **step.features(),
+            return_lse=with_lse, **step.features(),
         )  # fmt: skip
     with suppress(CacheOverflowError):
         gqa_cutlass.check_overflow("cpu")
-    return _undone(launches[-1], step)
+    return _undone(launches[-1], step, found[1] if with_lse else None)
 
 
-def _undone(launched: Launched, step: Step) -> Result:
-    result = Result.of(launched, step)
+def _undone(launched: Launched, step: Step, lse: Tensor | None = None) -> Result:
+    result = Result.of(launched, step, lse)
     restore(step)
     return result
 
@@ -106,10 +104,13 @@ def assert_same(ours: Result, theirs: Result) -> None:
         for name, value in argument.items()
         if name not in OWN_MEMORY and value != expected[name]
     } == {}
-    for name in ("split_workspace", "merge_counters"):
+    for name in MADE:
         assert bool(argument[name]) == bool(expected[name]), name
     for name in ("out", "k_cache", "v_cache"):
         assert same_bits(getattr(ours, name), getattr(theirs, name)), f"{name} differs"
+    assert (ours.lse is None) == (theirs.lse is None)
+    if ours.lse is not None and theirs.lse is not None:
+        assert same_bits(ours.lse, theirs.lse), "lse differs"
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -185,11 +185,22 @@ def addresses_of(step: Step) -> dict[str, int | None]:
     assert step.k is not None and step.v is not None
     tensors = {"output": step.out, "q": step.q, "k": step.k, "v": step.v,
                "kv_cache_k": step.k_cache, "kv_cache_v": step.v_cache}  # fmt: skip
-    assert all(t.is_contiguous() for t in tensors.values())
     return {name: t.data_ptr() for name, t in tensors.items()}
 
 
-def config_of(step: Step, workspace: Tensor | None = None) -> Config:
+def strides_of(step: Step) -> dict[str, int]:
+    """Strides by the fields of GQADecodeConfig, of the tensors that are not contiguous."""
+    assert step.k is not None and step.v is not None
+    tensors = step.out, step.q, step.k, step.v, step.k_cache, step.v_cache
+    return {
+        f"{name}_{dim}_stride": stride
+        for (name, dims), t in zip(public.STRIDED.items(), tensors, strict=True)
+        for dim, stride in zip(dims, t.stride(), strict=False)
+        if not t.is_contiguous()
+    }
+
+
+def config_of(step: Step, workspace: Tensor | None = None, lse: Tensor | None = None) -> Config:
     """A step's configuration."""
     batch, num_q_heads, head_dim = step.q.shape
     return Config(
@@ -198,7 +209,7 @@ def config_of(step: Step, workspace: Tensor | None = None) -> Config:
         max_seq_len=step.k_cache.shape[1], dtype=DTYPES[step.q.dtype],
         workspace=None if workspace is None else workspace.data_ptr(),
         workspace_size=0 if workspace is None else workspace.numel() * workspace.element_size(),
-        **features_of(step),
+        lse=None if lse is None else lse.data_ptr(), **strides_of(step), **features_of(step),
     )  # fmt: skip
 
 

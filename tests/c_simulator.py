@@ -64,21 +64,29 @@ class Simulator:
         self.library.driver.on_launch(self.launch)
         self.library.driver.on_encode(encode)
 
-    def decode(self, step: Step, workspace: Tensor | None = None) -> Launched:
+    def decode(
+        self, step: Step, workspace: Tensor | None = None, lse: Tensor | None = None
+    ) -> Launched:
         """Decode a step in ptxsim, and say what was launched."""
-        self._bind(step, workspace)
-        return self._launched(self.library.decode(step, config_of(step, workspace)))
+        self._bind(step, workspace, lse)
+        return self._launched(self.library.decode(step, config_of(step, workspace, lse)))
 
-    def decode_ragged(self, step: Step, flag: Tensor, workspace: Tensor | None = None) -> Launched:
+    def decode_ragged(
+        self,
+        step: Step,
+        flag: Tensor,
+        workspace: Tensor | None = None,
+        lse: Tensor | None = None,
+    ) -> Launched:
         """The same, with lengths on the device."""
-        self._bind(step, workspace)
+        self._bind(step, workspace, lse)
         self.tensors |= {"seqlens": step.seqlens, "overflow_flag": flag}
-        config = config_of(step, workspace)
+        config = config_of(step, workspace, lse)
         config.cache_len = -1  # ignored
         return self._launched(self.library.decode_ragged(step, flag, config))
 
-    def _bind(self, step: Step, workspace: Tensor | None) -> None:
-        """Let launches touch a step's tensors and a workspace, and nothing else."""
+    def _bind(self, step: Step, workspace: Tensor | None, lse: Tensor | None) -> None:
+        """Let launches touch a step's tensors, a workspace and an lse, and nothing else."""
         assert step.k is not None and step.v is not None
         self.tensors = {
             "q": step.q, "k_cache": step.k_cache, "v_cache": step.v_cache, "k_new": step.k,
@@ -86,6 +94,8 @@ class Simulator:
         }  # fmt: skip
         features = {name: getattr(step, name) for name in POINTERS}
         self.tensors |= {name: t for name, t in features.items() if t is not None}
+        if lse is not None:
+            self.tensors["lse"] = lse
         if workspace is not None:
             partials = workspace[NUM_MERGE_COUNTERS:].view(torch.float32)
             self.tensors |= {

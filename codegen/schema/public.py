@@ -10,6 +10,7 @@ from gqa_cutlass.codegen.schema.policies import FEATURES
 from gqa_cutlass.codegen.schema.structs import (
     FLOAT,
     INT32,
+    INT64,
     MEMORY,
     SIZE,
     TEXT,
@@ -71,6 +72,12 @@ _DTYPE = Type(cpp="int32_t", c="int32_t", ctype=INT32.ctype, rust="gqa_dtype")
 _NUMBERS = pointer("void", const=True, rust="c_void")
 _FLOATS = pointer("float", const=True, rust="f32")
 _INTS = pointer("int32_t", const=True, rust="i32")
+# The tensors of a call, in its order, and the dimensions that a configuration has strides of.
+STRIDED = {
+    **dict.fromkeys(("output", "q", "k", "v"), ("batch", "head")),
+    **dict.fromkeys(("kv_cache_k", "kv_cache_v"), ("batch", "token", "head")),
+}
+_NEIGHBOURS = {"batch": "sequences", "token": "tokens", "head": "heads"}
 
 
 def check_asked(asked_by: Mapping[str, str], config: Struct) -> None:
@@ -123,6 +130,12 @@ CONFIG = Struct(
             ("cache_batch_idx", _INTS, "`batch_size` rows, of the caches, one each; or null"),
             ("cache_rows", INT32, "how many they have with it; 0: `batch_size`"),
             ("reserved", INT32, "must be 0"),
+            ("lse", pointer("float", rust="f32"), "`batch_size` * `num_q_heads`; or null"),
+            *(
+                (f"{name}_{dim}_stride", INT64, f"elements between {_NEIGHBOURS[dim]}; 0: packed")
+                for name, dims in STRIDED.items()
+                for dim in dims
+            ),
         )
     ),
 )

@@ -186,7 +186,7 @@ class Enumeration:
 RESERVED = "reserved"
 STRUCT_SIZE = "struct_size"
 INT32 = Type(cpp="int32_t", c="int32_t", ctype=ctypes.c_int32, rust="i32")
-INT64 = Type(cpp="int64_t", c="int64_t", ctype=ctypes.c_int64)
+INT64 = Type(cpp="int64_t", c="int64_t", ctype=ctypes.c_int64, rust="i64")
 UINT32 = Type(cpp="uint32_t", c="uint32_t", ctype=ctypes.c_uint32, rust="u32")
 SIZE = Type(cpp="size_t", c="size_t", ctype=ctypes.c_size_t, rust="usize")
 FLOAT = Type(

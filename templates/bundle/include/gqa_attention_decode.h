@@ -60,26 +60,41 @@ typedef enum gqa_dtype {
 // caller's fields that this library lacks must be 0, or are refused.
 typedef struct GQADecodeConfig {
   size_t struct_size GQA_OWN_SIZE(GQADecodeConfig);
-  int32_t batch_size;                       // sequences, 1 to 65535
-  int32_t cache_len;                        // tokens cached before the step, below `max_seq_len`
-  int32_t num_q_heads;                      // query heads, a multiple of `num_kv_heads`
-  int32_t num_kv_heads;                     // KV heads
-  int32_t head_dim;                         // elements per head, a multiple of 8 from 32 to 256
-  float scale;                              // factor on the scores, usually 1 / sqrt(`head_dim`)
-  int32_t max_seq_len;                      // tokens that the cache can hold per sequence
-  int32_t dtype;                            // `gqa_dtype` of every tensor
-  void* workspace;                          // device memory; may be null where none is needed
-  size_t workspace_size;                    // its bytes
-  float softcap GQA_ZERO;                   // bound of the scores, as in Gemma 2; 0: none
-  int32_t window GQA_ZERO;                  // tokens seen, the newest the last of them; 0: all
-  void const* sinks GQA_ZERO;               // `num_q_heads` logits, one more per head; or null
-  int32_t sinks_type GQA_ZERO;              // `gqa_dtype` of `sinks`; 0 without
-  int32_t alibi_batch_stride GQA_ZERO;      // `num_q_heads`: slopes of each sequence; 0: of all
-  float const* alibi_slopes GQA_ZERO;       // `num_q_heads`, or as many per sequence; or null
-  int32_t const* cache_leftpad GQA_ZERO;    // `batch_size` numbers, padding of each; or null
-  int32_t const* cache_batch_idx GQA_ZERO;  // `batch_size` rows, of the caches, one each; or null
-  int32_t cache_rows GQA_ZERO;              // how many they have with it; 0: `batch_size`
-  int32_t reserved GQA_ZERO;                // must be 0
+  int32_t batch_size;                        // sequences, 1 to 65535
+  int32_t cache_len;                         // tokens cached before the step, below `max_seq_len`
+  int32_t num_q_heads;                       // query heads, a multiple of `num_kv_heads`
+  int32_t num_kv_heads;                      // KV heads
+  int32_t head_dim;                          // elements per head, a multiple of 8 from 32 to 256
+  float scale;                               // factor on the scores, usually 1 / sqrt(`head_dim`)
+  int32_t max_seq_len;                       // tokens that the cache can hold per sequence
+  int32_t dtype;                             // `gqa_dtype` of every tensor
+  void* workspace;                           // device memory; may be null where none is needed
+  size_t workspace_size;                     // its bytes
+  float softcap GQA_ZERO;                    // bound of the scores, as in Gemma 2; 0: none
+  int32_t window GQA_ZERO;                   // tokens seen, the newest the last of them; 0: all
+  void const* sinks GQA_ZERO;                // `num_q_heads` logits, one more per head; or null
+  int32_t sinks_type GQA_ZERO;               // `gqa_dtype` of `sinks`; 0 without
+  int32_t alibi_batch_stride GQA_ZERO;       // `num_q_heads`: slopes of each sequence; 0: of all
+  float const* alibi_slopes GQA_ZERO;        // `num_q_heads`, or as many per sequence; or null
+  int32_t const* cache_leftpad GQA_ZERO;     // `batch_size` numbers, padding of each; or null
+  int32_t const* cache_batch_idx GQA_ZERO;   // `batch_size` rows, of the caches, one each; or null
+  int32_t cache_rows GQA_ZERO;               // how many they have with it; 0: `batch_size`
+  int32_t reserved GQA_ZERO;                 // must be 0
+  float* lse GQA_ZERO;                       // `batch_size` * `num_q_heads`; or null
+  int64_t output_batch_stride GQA_ZERO;      // elements between sequences; 0: packed
+  int64_t output_head_stride GQA_ZERO;       // elements between heads; 0: packed
+  int64_t q_batch_stride GQA_ZERO;           // elements between sequences; 0: packed
+  int64_t q_head_stride GQA_ZERO;            // elements between heads; 0: packed
+  int64_t k_batch_stride GQA_ZERO;           // elements between sequences; 0: packed
+  int64_t k_head_stride GQA_ZERO;            // elements between heads; 0: packed
+  int64_t v_batch_stride GQA_ZERO;           // elements between sequences; 0: packed
+  int64_t v_head_stride GQA_ZERO;            // elements between heads; 0: packed
+  int64_t kv_cache_k_batch_stride GQA_ZERO;  // elements between sequences; 0: packed
+  int64_t kv_cache_k_token_stride GQA_ZERO;  // elements between tokens; 0: packed
+  int64_t kv_cache_k_head_stride GQA_ZERO;   // elements between heads; 0: packed
+  int64_t kv_cache_v_batch_stride GQA_ZERO;  // elements between sequences; 0: packed
+  int64_t kv_cache_v_token_stride GQA_ZERO;  // elements between tokens; 0: packed
+  int64_t kv_cache_v_head_stride GQA_ZERO;   // elements between heads; 0: packed
 } GQADecodeConfig;
 
 #define GQA_DECODE_CONFIG_INIT \
@@ -102,6 +117,21 @@ typedef struct GQADecodeConfig {
    NULL,                       \
    NULL,                       \
    NULL,                       \
+   0,                          \
+   0,                          \
+   NULL,                       \
+   0,                          \
+   0,                          \
+   0,                          \
+   0,                          \
+   0,                          \
+   0,                          \
+   0,                          \
+   0,                          \
+   0,                          \
+   0,                          \
+   0,                          \
+   0,                          \
    0,                          \
    0}
 
@@ -141,8 +171,22 @@ typedef struct gqa_launch {
 //                    cache_rows. By gqa_attention_decode_ragged alone: a sequence whose row is
 //                    none counts like one that the new token does not fit into. No two sequences
 //                    may have the same row
+//
+// Every library can do what follows, by the kernels that it has:
+//
+//   lse              float32 [batch_size, num_q_heads], contiguous, memory of its own, written: the
+//                    natural logarithm of the sum of the exponentials of the scores, sinks
+//                    included, by which parts of attention are merged; -infinity for a sequence
+//                    that is inactive
+//   ..._stride       elements from a sequence, token or head of a tensor to the next. 0 is what it
+//                    is in contiguous memory, so that all zeros are a packed tensor. A head's
+//                    elements are contiguous. Caches may have any order of heads and tokens, q, k
+//                    and v may be slices of one projection, and keys and values of one buffer.
+//                    Elements do not share memory. Where a stride or an address is no multiple of
+//                    16 bytes, a kernel of narrower accesses is wanted, and none of tensor copies
 
-// One decode step. Tensors are contiguous, in device memory, and do not share memory.
+// One decode step. Tensors are in device memory, contiguous unless config says strides, and do not
+// share memory.
 //
 //   output      [batch_size, 1, num_q_heads * head_dim], written
 //   q           [batch_size, 1, num_q_heads, head_dim]
@@ -180,11 +224,12 @@ GQA_API gqa_status gqa_attention_decode_ragged(void* output, void const* q, void
 // can then serve any configuration that it is large enough for, without being zeroed again.
 GQA_API gqa_status gqa_workspace_size(GQADecodeConfig const* config, size_t* bytes);
 
-// Loads the kernels that either function would launch for tensors aligned to 16 bytes, on the
+// Loads the kernels that either function would launch for tensors at multiples of 16 bytes, on the
 // current device.
 GQA_API gqa_status gqa_prepare(GQADecodeConfig const* config);
 
-// Says what would be launched for 16-byte aligned tensors, on a GPU that need not be there.
+// Says what would be launched for tensors at multiples of 16 bytes, on a GPU that need not be
+// there.
 //
 //   arch     a target that was exported, "sm_90a" for instance
 //   num_sms  the GPU's multiprocessors

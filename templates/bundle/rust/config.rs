@@ -2,12 +2,13 @@
 
 use std::ffi::c_void;
 use std::mem::size_of;
-use std::ptr::null;
+use std::ptr::{null, null_mut};
 
-use crate::device::{DeviceSlice, Workspace};
+use crate::device::{DeviceSlice, Lse, Workspace};
 use crate::element::{bf16, f16, Element};
 use crate::error::GqaError;
 use crate::ffi;
+use crate::layout::{check_len, check_reach, Strides};
 
 /// The sizes of a step. The element type is that of the tensors.
 ///
@@ -30,7 +31,8 @@ use crate::ffi;
 /// ```
 ///
 /// What is asked for beyond plain attention follows the sizes, and its default is none of it. A
-/// library that was exported without a kernel for it says so: [`GqaError::Unsupported`].
+/// library that was exported without a kernel for it says so: [`GqaError::Unsupported`]. The
+/// log-sum-exp and strides every library has.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Config<'a> {
     /// Sequences, 1 to 65535.
@@ -65,6 +67,11 @@ pub struct Config<'a> {
     pub cache_batch_idx: Option<DeviceSlice<'a, i32>>,
     /// Rows of the caches, with `cache_batch_idx`; 0: `batch_size`.
     pub cache_rows: usize,
+    /// Where to write the natural logarithm of the sum of the exponentials of the scores, sinks
+    /// included: `[batch_size, num_q_heads]`. Minus infinity for a sequence that is inactive.
+    pub lse: Option<Lse<'a>>,
+    /// How tensors lie in memory; contiguous by default.
+    pub strides: Strides,
 }
 
 /// Attention sinks, in natural units: they are neither scaled nor capped.
@@ -123,15 +130,10 @@ impl Default for Config<'_> {
             cache_leftpad: None,
             cache_batch_idx: None,
             cache_rows: 0,
+            lse: None,
+            strides: Strides::PACKED,
         }
     }
-}
-
-/// Elements that tensors have.
-pub(crate) struct Sizes {
-    query: usize,
-    token: usize,
-    cache: usize,
 }
 
 impl Config<'_> {
@@ -142,6 +144,7 @@ impl Config<'_> {
     ) -> Result<ffi::GQADecodeConfig, GqaError> {
         self.check_features()?;
         let (memory, workspace_size) = workspace.parts();
+        let strides = self.strides;
         Ok(ffi::GQADecodeConfig {
             struct_size: size_of::<ffi::GQADecodeConfig>(),
             batch_size: to_int("config: batch_size", self.batch_size)?,
@@ -169,6 +172,21 @@ impl Config<'_> {
             cache_batch_idx: self.cache_batch_idx.map_or(null(), |it| it.as_ptr()),
             cache_rows: to_int("config: cache_rows", self.cache_rows)?,
             reserved: 0,
+            lse: self.lse.map_or(null_mut(), |it| it.as_mut_ptr()),
+            output_batch_stride: to_long("output_batch_stride", strides.output.batch)?,
+            output_head_stride: to_long("output_head_stride", strides.output.head)?,
+            q_batch_stride: to_long("q_batch_stride", strides.q.batch)?,
+            q_head_stride: to_long("q_head_stride", strides.q.head)?,
+            k_batch_stride: to_long("k_batch_stride", strides.k.batch)?,
+            k_head_stride: to_long("k_head_stride", strides.k.head)?,
+            v_batch_stride: to_long("v_batch_stride", strides.v.batch)?,
+            v_head_stride: to_long("v_head_stride", strides.v.head)?,
+            kv_cache_k_batch_stride: to_long("kv_cache_k_batch_stride", strides.kv_cache_k.batch)?,
+            kv_cache_k_token_stride: to_long("kv_cache_k_token_stride", strides.kv_cache_k.token)?,
+            kv_cache_k_head_stride: to_long("kv_cache_k_head_stride", strides.kv_cache_k.head)?,
+            kv_cache_v_batch_stride: to_long("kv_cache_v_batch_stride", strides.kv_cache_v.batch)?,
+            kv_cache_v_token_stride: to_long("kv_cache_v_token_stride", strides.kv_cache_v.token)?,
+            kv_cache_v_head_stride: to_long("kv_cache_v_head_stride", strides.kv_cache_v.head)?,
         })
     }
 
@@ -196,23 +214,43 @@ impl Config<'_> {
                 "batch_size",
             )?;
         }
+        if let Some(it) = self.lse {
+            let needed = self.elements(&[batch_size, heads])?;
+            check_len("config: lse", it.len(), needed, "batch_size * num_q_heads")?;
+        }
         Ok(())
     }
 
-    /// How many elements tensors have.
-    pub(crate) fn sizes(&self) -> Result<Sizes, GqaError> {
-        let query = self.elements(&[self.batch_size, self.num_q_heads, self.head_dim])?;
-        let token = self.elements(&[self.batch_size, self.num_kv_heads, self.head_dim])?;
+    /// Checks the elements that output, q, k, v and the caches have.
+    pub(crate) fn check_lens(&self, lens: [usize; 6]) -> Result<(), GqaError> {
+        const QUERY: &str = "batch_size * num_q_heads * head_dim";
+        const TOKEN: &str = "batch_size * num_kv_heads * head_dim";
+        const CACHE: &str =
+            "batch_size * max_seq_len * num_kv_heads * head_dim, or with cache_rows";
+        let names = ["output", "q", "k", "v", "kv_cache_k", "kv_cache_v"];
+        let rules = [QUERY, QUERY, TOKEN, TOKEN, CACHE, CACHE];
         let rows = match self.cache_rows {
             0 => self.batch_size,
             rows => rows,
         };
-        let cache = self.elements(&[rows, self.max_seq_len, self.num_kv_heads, self.head_dim])?;
-        Ok(Sizes {
-            query,
-            token,
-            cache,
-        })
+        let query = [self.batch_size, 1, self.num_q_heads, self.head_dim];
+        let token = [self.batch_size, 1, self.num_kv_heads, self.head_dim];
+        let cache = [rows, self.max_seq_len, self.num_kv_heads, self.head_dim];
+        let sizes = [query, query, token, token, cache, cache];
+        let [query, token, cache] = [
+            self.elements(&query)?,
+            self.elements(&token)?,
+            self.elements(&cache)?,
+        ];
+        let packed = [query, query, token, token, cache, cache];
+        for (i, strides) in self.strides.of_tensors().iter().enumerate() {
+            if *strides == [0; 3] {
+                check_len(names[i], lens[i], packed[i], rules[i])?;
+            } else {
+                check_reach(names[i], lens[i], sizes[i], *strides)?;
+            }
+        }
+        Ok(())
     }
 
     fn elements(&self, factors: &[usize]) -> Result<usize, GqaError> {
@@ -228,37 +266,20 @@ impl Config<'_> {
     }
 }
 
-impl Sizes {
-    /// Checks the elements that output, q, k, v and the caches have.
-    pub(crate) fn check(&self, lens: [usize; 6]) -> Result<(), GqaError> {
-        const QUERY: &str = "batch_size * num_q_heads * head_dim";
-        const TOKEN: &str = "batch_size * num_kv_heads * head_dim";
-        const CACHE: &str =
-            "batch_size * max_seq_len * num_kv_heads * head_dim, or with cache_rows";
-        let [output, q, k, v, kv_cache_k, kv_cache_v] = lens;
-        check_len("output", output, self.query, QUERY)?;
-        check_len("q", q, self.query, QUERY)?;
-        check_len("k", k, self.token, TOKEN)?;
-        check_len("v", v, self.token, TOKEN)?;
-        check_len("kv_cache_k", kv_cache_k, self.cache, CACHE)?;
-        check_len("kv_cache_v", kv_cache_v, self.cache, CACHE)
-    }
-}
-
-pub(crate) fn check_len(name: &str, got: usize, needed: usize, rule: &str) -> Result<(), GqaError> {
-    if got == needed {
-        return Ok(());
-    }
-    Err(GqaError::InvalidValue(format!(
-        "{name}: got {got} elements; needed: {needed}, {rule}. Nothing was launched."
-    )))
-}
-
 pub(crate) fn to_int(what: &str, value: usize) -> Result<i32, GqaError> {
     i32::try_from(value).map_err(|_| {
         let allowed = i32::MAX;
         let message =
             format!("{what}: got {value}; allowed: at most {allowed}. Nothing was launched.");
         GqaError::InvalidValue(message)
+    })
+}
+
+fn to_long(field: &str, value: usize) -> Result<i64, GqaError> {
+    i64::try_from(value).map_err(|_| {
+        let allowed = i64::MAX;
+        GqaError::InvalidValue(format!(
+            "config: {field}: got {value}; allowed: at most {allowed}. Nothing was launched."
+        ))
     })
 }

@@ -1,15 +1,16 @@
 //! The step itself, and what prepares it.
 
-use crate::config::{check_len, Config};
+use crate::config::Config;
 use crate::device::{DeviceSlice, DeviceSliceMut, Stream, Workspace};
 use crate::element::Element;
 use crate::error::GqaError;
 use crate::ffi;
+use crate::layout::check_len;
 
 /// One decode step: appends `k` and `v`, the new token's, to the caches at `config.cache_len`, and
 /// attends over everything cached, the new token included.
 ///
-/// | tensor | shape, contiguous |
+/// | tensor | shape, contiguous unless `config.strides` says otherwise |
 /// | --- | --- |
 /// | `output` | `[batch_size, num_q_heads, head_dim]`, written |
 /// | `q` | `[batch_size, num_q_heads, head_dim]` |
@@ -45,7 +46,7 @@ pub fn decode<T: Element>(
         kv_cache_k.len(),
         kv_cache_v.len(),
     ];
-    config.sizes()?.check(lens)?;
+    config.check_lens(lens)?;
     // SAFETY: the kernel reads and writes as many elements as the configuration says, which is what
     // the views have; that they stay what they are was promised when they were made.
     GqaError::check(unsafe {
@@ -99,7 +100,7 @@ pub fn decode_ragged<T: Element>(
         kv_cache_k.len(),
         kv_cache_v.len(),
     ];
-    config.sizes()?.check(lens)?;
+    config.check_lens(lens)?;
     check_len(
         "cache_seqlens",
         cache_seqlens.len(),

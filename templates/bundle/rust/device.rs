@@ -8,6 +8,9 @@ use crate::error::GqaError;
 use crate::ffi;
 
 /// Device memory that is read: `&[T]` on the GPU.
+///
+/// Of a tensor with [`Strides`](crate::Strides), what is promised below is promised of its elements:
+/// what lies between them may be another view's.
 pub struct DeviceSlice<'a, T> {
     ptr: *const T,
     len: usize,
@@ -15,6 +18,9 @@ pub struct DeviceSlice<'a, T> {
 }
 
 /// Device memory that is written: `&mut [T]` on the GPU.
+///
+/// Of a tensor with [`Strides`](crate::Strides), what is promised below is promised of its elements:
+/// what lies between them may be another view's.
 pub struct DeviceSliceMut<'a, T> {
     ptr: *mut T,
     len: usize,
@@ -205,6 +211,43 @@ impl<'a> Workspace<'a> {
         (self.0.ptr, self.0.len)
     }
 }
+
+/// Where the log-sum-exp of a step is written: `[batch_size, num_q_heads]`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Lse<'a> {
+    ptr: *mut f32,
+    len: usize,
+    memory: PhantomData<&'a [f32]>,
+}
+
+impl<'a> Lse<'a> {
+    /// In this memory.
+    ///
+    /// # Safety
+    ///
+    /// This can be copied, and its copies name the same memory: launches that get one of them are
+    /// ordered, one after the other, and so is what reads it, after those that it wants to see.
+    pub unsafe fn new(memory: DeviceSliceMut<'a, f32>) -> Self {
+        Lse {
+            ptr: memory.ptr,
+            len: memory.len,
+            memory: PhantomData,
+        }
+    }
+
+    pub(crate) fn as_mut_ptr(&self) -> *mut f32 {
+        self.ptr
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+}
+
+// SAFETY: as for slices; that copies are used one after the other was promised.
+unsafe impl Send for Lse<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for Lse<'_> {}
 
 /// Where to launch.
 #[derive(Clone, Copy, Debug)]

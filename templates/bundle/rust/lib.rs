@@ -74,13 +74,15 @@ mod element;
 mod error;
 mod explain;
 pub mod ffi;
+mod layout;
 mod log;
 mod types;
 
 pub use config::{Config, Sinks};
 pub use decode::{decode, decode_ragged, prepare, workspace_size};
-pub use device::{DeviceSlice, DeviceSliceMut, Stream, Workspace};
+pub use device::{DeviceSlice, DeviceSliceMut, Lse, Stream, Workspace};
 pub use element::{bf16, f16, Element};
 pub use error::GqaError;
 pub use explain::{arch_names, explain, kernel_names, Launch};
+pub use layout::{CacheStrides, RowStrides, Strides};
 pub use log::{set_log_callback, LogCallback};

@@ -88,6 +88,36 @@ pub struct GQADecodeConfig {
     pub cache_rows: i32,
     /// Must be 0.
     pub reserved: i32,
+    /// `batch_size` * `num_q_heads`; or null.
+    pub lse: *mut f32,
+    /// Elements between sequences; 0: packed.
+    pub output_batch_stride: i64,
+    /// Elements between heads; 0: packed.
+    pub output_head_stride: i64,
+    /// Elements between sequences; 0: packed.
+    pub q_batch_stride: i64,
+    /// Elements between heads; 0: packed.
+    pub q_head_stride: i64,
+    /// Elements between sequences; 0: packed.
+    pub k_batch_stride: i64,
+    /// Elements between heads; 0: packed.
+    pub k_head_stride: i64,
+    /// Elements between sequences; 0: packed.
+    pub v_batch_stride: i64,
+    /// Elements between heads; 0: packed.
+    pub v_head_stride: i64,
+    /// Elements between sequences; 0: packed.
+    pub kv_cache_k_batch_stride: i64,
+    /// Elements between tokens; 0: packed.
+    pub kv_cache_k_token_stride: i64,
+    /// Elements between heads; 0: packed.
+    pub kv_cache_k_head_stride: i64,
+    /// Elements between sequences; 0: packed.
+    pub kv_cache_v_batch_stride: i64,
+    /// Elements between tokens; 0: packed.
+    pub kv_cache_v_token_stride: i64,
+    /// Elements between heads; 0: packed.
+    pub kv_cache_v_head_stride: i64,
 }
 
 impl Default for GQADecodeConfig {
@@ -115,6 +145,21 @@ impl Default for GQADecodeConfig {
             cache_batch_idx: null(),
             cache_rows: 0,
             reserved: 0,
+            lse: null_mut(),
+            output_batch_stride: 0,
+            output_head_stride: 0,
+            q_batch_stride: 0,
+            q_head_stride: 0,
+            k_batch_stride: 0,
+            k_head_stride: 0,
+            v_batch_stride: 0,
+            v_head_stride: 0,
+            kv_cache_k_batch_stride: 0,
+            kv_cache_k_token_stride: 0,
+            kv_cache_k_head_stride: 0,
+            kv_cache_v_batch_stride: 0,
+            kv_cache_v_token_stride: 0,
+            kv_cache_v_head_stride: 0,
         }
     }
 }

@@ -5,15 +5,6 @@
 #include "gqa_internal.h"
 #include "gqa_kernels.h"
 
-// Widest access, in elements, that every address allows; rows are contiguous and multiples of 8.
-static int32_t vector_width(gqa_tensors const* t) {
-  uintptr_t const bits = (uintptr_t)t->out | (uintptr_t)t->q | (uintptr_t)t->k | (uintptr_t)t->v |
-                         (uintptr_t)t->k_cache | (uintptr_t)t->v_cache;
-  int32_t width = 8;
-  while (width > 1 && bits % ((uintptr_t)width * kElementBytes) != 0) width /= 2;
-  return width;
-}
-
 // Everything behind the checks of what is passed.
 static gqa_status decode(GQADecodeConfig const* config, gqa_tensors const* t, gqa_stream_t stream) {
   gqa_driver const* driver;
@@ -21,7 +12,7 @@ static gqa_status decode(GQADecodeConfig const* config, gqa_tensors const* t, gq
   gqa_target target;
   gqa_dispatch chosen;
   gqa_cu_kernel function;
-  gqa_problem const problem = gqa_describe(config, vector_width(t), t->seqlens != NULL);
+  gqa_problem const problem = gqa_describe(config, gqa_vector_width(t), t->seqlens != NULL);
   gqa_status status = gqa_find_current(&driver, &device, &target);
   if (status == GQA_SUCCESS) status = gqa_find_kernel(&problem, &target, &chosen);
   if (status == GQA_SUCCESS) status = gqa_check_workspace(config, &chosen);
@@ -35,11 +26,14 @@ static gqa_status decode(GQADecodeConfig const* config, gqa_tensors const* t, gq
 gqa_status gqa_attention_decode(void* output, void const* q, void const* k, void const* v,
                                 void* kv_cache_k, void* kv_cache_v, GQADecodeConfig const* config,
                                 gqa_stream_t stream) {
-  gqa_tensors const t = {output, q, k, v, kv_cache_k, kv_cache_v, NULL, NULL};
+  void const* const addresses[kGqaTensors] = {output, q, k, v, kv_cache_k, kv_cache_v};
+  gqa_tensors t;
   GQADecodeConfig own;
   gqa_status status = gqa_read_config(config, &own);
   if (status == GQA_SUCCESS) status = gqa_check_length(&own);
-  if (status == GQA_SUCCESS) status = gqa_check_tensors(&own, &t);
+  if (status != GQA_SUCCESS) return status;
+  gqa_lay_out(&own, addresses, &t);
+  status = gqa_check_tensors(&own, &t);
   return status == GQA_SUCCESS ? decode(&own, &t, stream) : status;
 }
 
@@ -47,10 +41,15 @@ gqa_status gqa_attention_decode_ragged(void* output, void const* q, void const* 
                                        void* kv_cache_k, void* kv_cache_v,
                                        int32_t const* cache_seqlens, int32_t* overflow,
                                        GQADecodeConfig const* config, gqa_stream_t stream) {
-  gqa_tensors const t = {output, q, k, v, kv_cache_k, kv_cache_v, cache_seqlens, overflow};
+  void const* const addresses[kGqaTensors] = {output, q, k, v, kv_cache_k, kv_cache_v};
+  gqa_tensors t;
   GQADecodeConfig own;
   gqa_status status = gqa_read_config(config, &own);
-  if (status == GQA_SUCCESS) status = gqa_check_tensors(&own, &t);
+  if (status != GQA_SUCCESS) return status;
+  gqa_lay_out(&own, addresses, &t);
+  t.seqlens = cache_seqlens;
+  t.overflow = overflow;
+  status = gqa_check_tensors(&own, &t);
   if (status == GQA_SUCCESS) status = gqa_check_lengths(&own, &t);
   return status == GQA_SUCCESS ? decode(&own, &t, stream) : status;
 }
@@ -91,7 +90,7 @@ gqa_status gqa_prepare(GQADecodeConfig const* config) {
   gqa_status status = gqa_read_config(config, &own);
   if (status == GQA_SUCCESS) status = gqa_find_current(&driver, &device, &target);
   for (int ragged = 0; status == GQA_SUCCESS && ragged < 2; ++ragged) {
-    gqa_problem const problem = gqa_describe(&own, 8, ragged);
+    gqa_problem const problem = gqa_describe(&own, gqa_aligned_width(&own), ragged);
     status = gqa_find_kernel(&problem, &target, &chosen);
     if (status == GQA_SUCCESS) status = gqa_find_function(driver, chosen.kernel, device, &function);
   }
@@ -149,7 +148,7 @@ gqa_status gqa_explain(GQADecodeConfig const* config, char const* arch, int32_t 
                     arch, gqa_archs[0].name);
   }
   if (num_sms < 1) return gqa_fail_range("num_sms", num_sms, 1, INT32_MAX);
-  problem = gqa_describe(&own, 8, ragged != 0);
+  problem = gqa_describe(&own, gqa_aligned_width(&own), ragged != 0);
   status = gqa_find_kernel(&problem, &target, &chosen);
   if (status != GQA_SUCCESS) return status;
   give(&chosen, launched);

@@ -6,8 +6,6 @@
 
 enum { kAlignment = 16 };
 
-static double const kMaxCacheBytes = 140737488355328.0;  // 2^47: sums of sizes stay in 64 bits
-
 // Whether a version of a structure may be that large; its other bytes are not read before.
 static gqa_status check_size(char const* what, char const* type, char const* initial, size_t got,
                              size_t least, size_t known) {
@@ -83,13 +81,19 @@ static gqa_status check_config(GQADecodeConfig const* config) {
   status = gqa_check_features(config);
   if (status != GQA_SUCCESS) return status;
   double const rows = (double)gqa_cache_rows(config) * config->max_seq_len * config->num_kv_heads;
-  if (rows * config->head_dim * kElementBytes > kMaxCacheBytes) {
+  if (rows * config->head_dim * kElementBytes > kMaxBytes) {
     return gqa_fail(
         GQA_ERROR_INVALID_VALUE,
         "config: sizes: got caches of %.4g bytes; allowed: up to %.4g. Nothing was launched.",
-        rows * config->head_dim * kElementBytes, kMaxCacheBytes);
+        rows * config->head_dim * kElementBytes, kMaxBytes);
   }
-  return GQA_SUCCESS;
+  status = gqa_check_strides(config);
+  if (status == GQA_SUCCESS && (uintptr_t)config->lse % sizeof(float) != 0) {
+    return gqa_fail(GQA_ERROR_INVALID_VALUE,
+                    "config: lse: got address %p; allowed: multiples of %d. Nothing was launched.",
+                    (void*)config->lse, (int)sizeof(float));
+  }
+  return status;
 }
 
 gqa_status gqa_read_config(GQADecodeConfig const* given, GQADecodeConfig* config) {
@@ -135,11 +139,6 @@ gqa_status gqa_check_length(GQADecodeConfig const* config) {
   return GQA_SUCCESS;
 }
 
-static int overlap(void const* a, int64_t a_bytes, void const* b, int64_t b_bytes) {
-  uintptr_t const first = (uintptr_t)a, second = (uintptr_t)b;
-  return first < second + (uintptr_t)b_bytes && second < first + (uintptr_t)a_bytes;
-}
-
 static gqa_status fail_in_cache(char const* name, char const* cache) {
   return gqa_fail(
       GQA_ERROR_INVALID_VALUE,
@@ -148,31 +147,21 @@ static gqa_status fail_in_cache(char const* name, char const* cache) {
       name, cache);
 }
 
-static int64_t query_bytes(GQADecodeConfig const* config) {
-  return (int64_t)config->batch_size * config->num_q_heads * config->head_dim * kElementBytes;
-}
-
-static int64_t cache_bytes(GQADecodeConfig const* config) {
-  int64_t const tokens = gqa_cache_rows(config) * config->max_seq_len;
-  return tokens * config->num_kv_heads * config->head_dim * kElementBytes;
-}
-
-static gqa_status fail_in_output(char const* name) {
+static gqa_status fail_in_result(char const* result, char const* name) {
   return gqa_fail(
       GQA_ERROR_INVALID_VALUE,
-      "output: got memory that %s also uses; allowed: memory of its own. Nothing was launched.",
+      "%s: got memory that %s also uses; allowed: memory of its own. Nothing was launched.", result,
       name);
 }
 
-// What is only read lies neither in the output nor in a cache.
-static gqa_status check_apart(GQADecodeConfig const* config, gqa_tensors const* t, char const* name,
-                              void const* address, int64_t bytes) {
-  if (overlap(t->out, query_bytes(config), address, bytes)) return fail_in_output(name);
-  if (overlap(address, bytes, t->k_cache, cache_bytes(config))) {
-    return fail_in_cache(name, "kv_cache_k");
+// What is only read lies neither in a result nor in a cache.
+static gqa_status check_apart(gqa_tensors const* t, gqa_view const* read) {
+  gqa_view const* results[] = {&t->views[kGqaOutput], &t->lse};
+  for (int i = 0; i < 2; ++i) {
+    if (gqa_overlap(results[i], read)) return fail_in_result(results[i]->name, read->name);
   }
-  if (overlap(address, bytes, t->v_cache, cache_bytes(config))) {
-    return fail_in_cache(name, "kv_cache_v");
+  for (int i = kGqaKCache; i <= kGqaVCache; ++i) {
+    if (gqa_overlap(&t->views[i], read)) return fail_in_cache(read->name, t->views[i].name);
   }
   return GQA_SUCCESS;
 }
@@ -182,49 +171,42 @@ static gqa_status check_feature_tensors(GQADecodeConfig const* config, gqa_tenso
   gqa_status status = GQA_SUCCESS;
   gqa_feature_tensors(config, tensors);
   for (int i = 0; status == GQA_SUCCESS && i < kGqaFeatureTensors; ++i) {
-    if (tensors[i].address != NULL) {
-      status = check_apart(config, t, tensors[i].name, tensors[i].address, tensors[i].bytes);
-    }
+    gqa_view const read = gqa_span(tensors[i].name, tensors[i].address, tensors[i].bytes);
+    status = check_apart(t, &read);
   }
   return status;
 }
 
 gqa_status gqa_check_tensors(GQADecodeConfig const* config, gqa_tensors const* t) {
-  int64_t const rows = (int64_t)config->batch_size * config->num_kv_heads;
-  int64_t const token = rows * config->head_dim * kElementBytes;
-  int64_t const query = query_bytes(config);
-  int64_t const cache = cache_bytes(config);
-  char const* names[] = {"output", "q", "k", "v", "kv_cache_k", "kv_cache_v"};
-  void const* addresses[] = {t->out, t->q, t->k, t->v, t->k_cache, t->v_cache};
-  int64_t const bytes[] = {query, query, token, token, cache, cache};
-  for (int i = 0; i < 6; ++i) {
-    if (addresses[i] == NULL) {
+  gqa_view const* views = t->views;
+  gqa_status status = GQA_SUCCESS;
+  for (int i = 0; i < kGqaTensors; ++i) {
+    if (views[i].address == 0) {
       return gqa_fail(GQA_ERROR_NULL_POINTER,
                       "%s: got null; needed: device memory of %lld bytes. "
                       "Nothing was launched.",
-                      names[i], (long long)bytes[i]);
+                      views[i].name, (long long)views[i].bytes);
     }
-    if ((uintptr_t)addresses[i] % kElementBytes != 0) {
+    if (views[i].address % (uintptr_t)views[i].element_bytes != 0) {
       return gqa_fail(GQA_ERROR_INVALID_VALUE,
                       "%s: got address %p; allowed: multiples of %d. Nothing "
                       "was launched.",
-                      names[i], addresses[i], kElementBytes);
+                      views[i].name, (void*)views[i].address, views[i].element_bytes);
     }
-    if (i > 0 && overlap(t->out, query, addresses[i], bytes[i])) return fail_in_output(names[i]);
+    if (i > kGqaOutput && gqa_overlap(&views[kGqaOutput], &views[i])) {
+      return fail_in_result(views[kGqaOutput].name, views[i].name);
+    }
+    if (gqa_overlap(&t->lse, &views[i])) return fail_in_result(t->lse.name, views[i].name);
   }
-  if (overlap(t->k_cache, cache, t->v_cache, cache)) {
+  if (gqa_overlap(&views[kGqaKCache], &views[kGqaVCache])) {
     return gqa_fail(GQA_ERROR_INVALID_VALUE,
                     "kv_cache_v: got memory that kv_cache_k also uses; "
                     "allowed: two caches that do not share memory. Nothing was launched.");
   }
-  for (int i = 1; i < 4; ++i) {  // q, k and v are read while the new token is written
-    for (int j = 4; j < 6; ++j) {
-      if (overlap(addresses[i], bytes[i], addresses[j], bytes[j])) {
-        return fail_in_cache(names[i], names[j]);
-      }
-    }
+  for (int i = kGqaQ; status == GQA_SUCCESS && i <= kGqaV; ++i) {
+    status = check_apart(t, &views[i]);  // they are read while the new token is written
   }
-  return check_feature_tensors(config, t);
+  return status == GQA_SUCCESS ? check_feature_tensors(config, t) : status;
 }
 
 gqa_status gqa_check_lengths(GQADecodeConfig const* config, gqa_tensors const* t) {
@@ -241,7 +223,8 @@ gqa_status gqa_check_lengths(GQADecodeConfig const* config, gqa_tensors const* t
                     "allowed: multiples of 4. Nothing was launched.",
                     (void const*)t->seqlens, (void const*)t->overflow);
   }
-  return check_apart(config, t, "cache_seqlens", t->seqlens, 4 * (int64_t)config->batch_size);
+  gqa_view const lengths = gqa_span("cache_seqlens", t->seqlens, 4 * (int64_t)config->batch_size);
+  return check_apart(t, &lengths);
 }
 
 gqa_status gqa_check_workspace(GQADecodeConfig const* config, gqa_dispatch const* chosen) {

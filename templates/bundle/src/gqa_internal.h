@@ -1,5 +1,5 @@
-// What the files behind the public functions need of each other: a call goes through check, device,
-// dispatch and launch, in this order. All that can be refused sets the thread's last error.
+// What the files behind the public functions need of each other: a call goes through check, layout,
+// device, dispatch and launch, in this order. All that can be refused sets the thread's last error.
 #ifndef GQA_INTERNAL_H_
 #define GQA_INTERNAL_H_
 
@@ -20,17 +20,30 @@ extern "C" {
 enum { kElementBytes = 2, kMergeCounterBytes = 65536 };
 
 static double const kLog2E = 1.4426950408889634;
+static double const kMaxBytes = 140737488355328.0;  // 2^47: sums of sizes stay in 64 bits
 
 struct gqa_params;
 
+// The tensors of a call, in its order.
+enum { kGqaOutput, kGqaQ, kGqaK, kGqaV, kGqaKCache, kGqaVCache, kGqaTensors };
+
+// Dimensions of a view; tensors of one token have one.
+enum { kGqaBatch, kGqaToken, kGqaHead, kGqaElement, kGqaDims };
+
+// Memory as strides lay it out.
+typedef struct gqa_view {
+  char const* name;
+  uintptr_t address;
+  int64_t sizes[kGqaDims];
+  int64_t strides[kGqaDims];  // in elements
+  int64_t bytes;              // from the first element to the end of the last
+  int32_t element_bytes;
+} gqa_view;
+
 // A call's tensors.
 typedef struct gqa_tensors {
-  void* out;
-  void const* q;
-  void const* k;
-  void const* v;
-  void* k_cache;
-  void* v_cache;
+  gqa_view views[kGqaTensors];
+  gqa_view lse;  // at address 0: none
   int32_t const* seqlens;
   int32_t* overflow;
 } gqa_tensors;
@@ -68,6 +81,28 @@ GQA_INTERNAL gqa_status gqa_check_lengths(GQADecodeConfig const* config, gqa_ten
 
 GQA_INTERNAL gqa_status gqa_check_workspace(GQADecodeConfig const* config,
                                             gqa_dispatch const* chosen);
+
+// -- gqa_layout.c
+
+// Where a call's tensors are, by the configuration.
+GQA_INTERNAL void gqa_lay_out(GQADecodeConfig const* config,
+                              void const* const addresses[kGqaTensors], gqa_tensors* t);
+
+// So many bytes in a row.
+GQA_INTERNAL gqa_view gqa_span(char const* name, void const* address, int64_t bytes);
+
+// Strides that are negative, or so large that sums of them are no 64-bit numbers, or with which
+// elements share memory.
+GQA_INTERNAL gqa_status gqa_check_strides(GQADecodeConfig const* config);
+
+// Whether two views may share memory. Those that interleave are told apart.
+GQA_INTERNAL int gqa_overlap(gqa_view const* a, gqa_view const* b);
+
+// Widest access, in elements of 16 bits, to which all rows are aligned.
+GQA_INTERNAL int32_t gqa_vector_width(gqa_tensors const* t);
+
+// The same of tensors aligned to 16 bytes.
+GQA_INTERNAL int32_t gqa_aligned_width(GQADecodeConfig const* config);
 
 // -- gqa_features.c
 

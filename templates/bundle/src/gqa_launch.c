@@ -11,13 +11,20 @@ static pthread_mutex_t logging = PTHREAD_MUTEX_INITIALIZER;
 static gqa_log_callback log_callback;
 static void* log_user;
 
+static gqa_row_strides row_strides(gqa_view const* view) {
+  gqa_row_strides const strides = {view->strides[kGqaBatch], view->strides[kGqaHead]};
+  return strides;
+}
+
+static gqa_cache_strides cache_strides(gqa_view const* view) {
+  gqa_cache_strides const strides = {view->strides[kGqaBatch], view->strides[kGqaToken],
+                                     view->strides[kGqaHead]};
+  return strides;
+}
+
 static gqa_params bind(GQADecodeConfig const* config, gqa_tensors const* t,
                        gqa_dispatch const* chosen) {
-  int64_t const dim = config->head_dim;
-  int64_t const token = config->num_kv_heads * dim;
-  gqa_row_strides const query = {config->num_q_heads * dim, dim};
-  gqa_row_strides const row = {token, dim};
-  gqa_cache_strides const cache = {config->max_seq_len * token, token, dim};
+  gqa_view const* views = t->views;
   gqa_params params;
   memset(&params, 0, sizeof params);
   params.seqlens = t->seqlens;
@@ -28,20 +35,21 @@ static gqa_params bind(GQADecodeConfig const* config, gqa_tensors const* t,
   params.max_seq_len = config->max_seq_len;
   params.num_splits = chosen->num_splits;
   params.num_stages = chosen->num_stages;
-  params.q = t->q;
-  params.q_stride = query;
-  params.k_new = t->k;
-  params.v_new = t->v;
-  params.k_new_stride = row;
-  params.v_new_stride = row;
+  params.q = (void const*)views[kGqaQ].address;
+  params.q_stride = row_strides(&views[kGqaQ]);
+  params.k_new = (void const*)views[kGqaK].address;
+  params.v_new = (void const*)views[kGqaV].address;
+  params.k_new_stride = row_strides(&views[kGqaK]);
+  params.v_new_stride = row_strides(&views[kGqaV]);
   params.num_kv_heads = config->num_kv_heads;
   params.scale_log2 = (float)((double)config->scale * kLog2E);
-  params.k_cache = t->k_cache;
-  params.v_cache = t->v_cache;
-  params.out = t->out;
-  params.k_cache_stride = cache;
-  params.v_cache_stride = cache;
-  params.out_stride = query;
+  params.k_cache = (void*)views[kGqaKCache].address;
+  params.v_cache = (void*)views[kGqaVCache].address;
+  params.out = (void*)views[kGqaOutput].address;
+  params.k_cache_stride = cache_strides(&views[kGqaKCache]);
+  params.v_cache_stride = cache_strides(&views[kGqaVCache]);
+  params.out_stride = row_strides(&views[kGqaOutput]);
+  params.lse = config->lse;
   params.overflow_flag = t->overflow;
   if (chosen->num_merge_counters > 0) {
     params.merge_counters = (uint32_t*)config->workspace;
@@ -51,29 +59,38 @@ static gqa_params bind(GQADecodeConfig const* config, gqa_tensors const* t,
   return params;
 }
 
+// From one to the next; where there is but one, what was given need be no multiple of 16 bytes.
+static uint64_t step_bytes(gqa_view const* cache, int dim) {
+  int64_t const one = cache->sizes[kGqaElement];
+  int64_t const step = cache->sizes[dim] > 1 ? cache->strides[dim] : one;
+  return (uint64_t)(step * cache->element_bytes);
+}
+
 // The tensor map of a cache: boxes of 64 dims; where head_dim is a multiple of that, it is two
 // dimensions of the map, so that one copy brings whole rows.
-static gqa_cu_result encode(gqa_driver const* driver, GQADecodeConfig const* config, void* cache,
-                            int32_t block_n, gqa_tensor_map* map) {
+static gqa_cu_result encode(gqa_driver const* driver, gqa_view const* cache, int32_t block_n,
+                            gqa_tensor_map* map) {
   uint32_t const columns = (uint32_t)gqa_dispatch_model.box_dims;
-  uint64_t const dim = (uint64_t)config->head_dim;
-  uint64_t const heads = (uint64_t)config->num_kv_heads;
-  uint64_t const tokens = (uint64_t)config->max_seq_len;
-  uint64_t const batch = (uint64_t)gqa_cache_rows(config);
-  uint64_t const row = dim * kElementBytes, token = heads * row, sequence = tokens * token;
+  uint64_t const dim = (uint64_t)cache->sizes[kGqaElement];
+  uint64_t const heads = (uint64_t)cache->sizes[kGqaHead];
+  uint64_t const tokens = (uint64_t)cache->sizes[kGqaToken];
+  uint64_t const batch = (uint64_t)cache->sizes[kGqaBatch];
+  uint64_t const token = step_bytes(cache, kGqaToken), head = step_bytes(cache, kGqaHead);
+  uint64_t const sequence = step_bytes(cache, kGqaBatch);
   uint32_t const ones[5] = {1, 1, 1, 1, 1};
+  void* const address = (void*)cache->address;
   if (dim % columns == 0) {
     uint32_t const boxes = (uint32_t)(dim / columns);
     uint64_t const sizes[5] = {columns, tokens, boxes, heads, batch};
-    uint64_t const strides[4] = {token, (uint64_t)columns * kElementBytes, row, sequence};
+    uint64_t const strides[4] = {token, (uint64_t)columns * kElementBytes, head, sequence};
     uint32_t const box[5] = {columns, (uint32_t)block_n, boxes, 1, 1};
-    return driver->encode(map, kCuTensorMapUint16, 5, cache, sizes, strides, box, ones, 0,
+    return driver->encode(map, kCuTensorMapUint16, 5, address, sizes, strides, box, ones, 0,
                           kCuTensorMapSwizzle128, 0, 0);
   }
   uint64_t const sizes[4] = {dim, tokens, heads, batch};
-  uint64_t const strides[3] = {token, row, sequence};
+  uint64_t const strides[3] = {token, head, sequence};
   uint32_t const box[4] = {columns, (uint32_t)block_n, 1, 1};
-  return driver->encode(map, kCuTensorMapUint16, 4, cache, sizes, strides, box, ones, 0,
+  return driver->encode(map, kCuTensorMapUint16, 4, address, sizes, strides, box, ones, 0,
                         kCuTensorMapSwizzle128, 0, 0);
 }
 
@@ -87,9 +104,10 @@ gqa_status gqa_launch_kernel(gqa_driver const* driver, GQADecodeConfig const* co
   gqa_cu_result error = kCuSuccess;
   argument.decode = bind(config, t, chosen);
   if (chosen->kernel->tma) {
-    error = encode(driver, config, t->k_cache, chosen->kernel->block_n, &argument.keys);
+    int32_t const block_n = chosen->kernel->block_n;
+    error = encode(driver, &t->views[kGqaKCache], block_n, &argument.keys);
     if (error == kCuSuccess) {
-      error = encode(driver, config, t->v_cache, chosen->kernel->block_n, &argument.values);
+      error = encode(driver, &t->views[kGqaVCache], block_n, &argument.values);
     }
     if (error != kCuSuccess) {
       return gqa_fail_in_driver(driver, error, GQA_ERROR_LAUNCH, "describing", "the caches");
@@ -137,17 +155,17 @@ void gqa_log_launch(GQADecodeConfig const* config, gqa_tensors const* t, gqa_dis
       "launch kernel=%s grid=%u,%u,%u cluster=1,%u,1 block=%u shared_bytes=%u num_splits=%d "
       "num_stages=%d dependent=False batch_size=%d num_q_heads=%d num_kv_heads=%d "
       "group_size=%d head_dim=%d head_dim_v=%d max_seq_len=%d dtype=%s out_dtype=%s append=True "
-      "cache_seqlens=%s softmax_scale=%.9g return_lse=False softcap=%s sinks=%s "
+      "cache_seqlens=%s softmax_scale=%.9g return_lse=%s softcap=%s sinks=%s "
       "window_size=%d,-1 alibi=%s leftpad=%s batch_idx=%s workspace_bytes=%zu device=%d "
       "stream=0x%llx",
       chosen->kernel->name, chosen->grid[0], chosen->grid[1], chosen->grid[2], chosen->cluster,
       chosen->block, chosen->shared_bytes, chosen->num_splits, chosen->num_stages,
       config->batch_size, config->num_q_heads, config->num_kv_heads,
       config->num_q_heads / config->num_kv_heads, config->head_dim, config->head_dim,
-      config->max_seq_len, dtype, dtype, length, (double)config->scale, cap, text_of(config->sinks),
-      config->window - 1, text_of(config->alibi_slopes), text_of(config->cache_leftpad),
-      text_of(config->cache_batch_idx), gqa_workspace_of(chosen), device,
-      (unsigned long long)(uintptr_t)stream);
+      config->max_seq_len, dtype, dtype, length, (double)config->scale, text_of(config->lse), cap,
+      text_of(config->sinks), config->window - 1, text_of(config->alibi_slopes),
+      text_of(config->cache_leftpad), text_of(config->cache_batch_idx), gqa_workspace_of(chosen),
+      device, (unsigned long long)(uintptr_t)stream);
   callback(line, user);
 }
 

@@ -10,8 +10,8 @@ use common::gpu::{Buffer, Gpu};
 use common::kernels::{kinds, Kind};
 use common::step::{allowed, bits, worst_error, Tensors, TensorsOnGpu};
 use gqa_attention_decode::{
-    bf16, decode, decode_ragged, f16, prepare, set_log_callback, workspace_size, Config, Element,
-    GqaError, Stream, Workspace,
+    bf16, decode, decode_ragged, f16, prepare, set_log_callback, workspace_size, CacheStrides,
+    Config, Element, GqaError, Lse, RowStrides, Stream, Strides, Workspace,
 };
 
 /// The GPU, if the library can use it.
@@ -264,6 +264,89 @@ fn ragged_once<T: Element>(
         [overflows as i32],
         "{config:?}, lengths {lengths:?}"
     );
+}
+
+#[test]
+fn strides_give_the_same_bits_and_lse() {
+    let gpu = match usable_gpu() {
+        Some(gpu) => gpu,
+        None => return,
+    };
+    let mut memory = workspace(&gpu);
+    // SAFETY: it is zeroed, and all is on one stream.
+    let mut workspace = unsafe { memory.workspace() };
+    for (kind, config) in configs() {
+        let config = Config {
+            cache_len: config.max_seq_len / 2,
+            ..config
+        };
+        with_type!(kind, strided_once(&gpu, &config, &mut workspace));
+    }
+}
+
+/// Heads before tokens in the caches, and queries a row apart.
+fn strided_once<T: Element>(gpu: &Gpu, config: &Config, workspace: &mut Workspace<'_>) {
+    let packed = Tensors::<T>::make(config);
+    let query = config.num_q_heads * config.head_dim;
+    let mut turned = Tensors::<T>::make(config);
+    turned.kv_cache_k = heads_first(config, &packed.kv_cache_k);
+    turned.kv_cache_v = heads_first(config, &packed.kv_cache_v);
+    turned.q = packed
+        .q
+        .chunks(query)
+        .flat_map(|row| [row, row].concat())
+        .collect();
+    let cache = CacheStrides {
+        token: config.head_dim,
+        head: config.max_seq_len * config.head_dim,
+        ..CacheStrides::PACKED
+    };
+    let strides = Strides {
+        q: RowStrides {
+            batch: 2 * query,
+            head: 0,
+        },
+        kv_cache_k: cache,
+        kv_cache_v: cache,
+        ..Strides::PACKED
+    };
+    let found = [(&packed, Strides::PACKED), (&turned, strides)].map(|(before, strides)| {
+        let mut tensors = before.on(gpu);
+        tensors.output = gpu.copy(&vec![T::from_bits(0); packed.q.len()]);
+        let mut lse = gpu.copy(&vec![f32::NAN; config.batch_size * config.num_q_heads]);
+        // SAFETY: all is on one stream.
+        let lse_view = Some(unsafe { Lse::new(lse.view_mut()) });
+        let config = Config {
+            lse: lse_view,
+            strides,
+            ..*config
+        };
+        launch(&config, &mut tensors, workspace, Stream::DEFAULT).unwrap();
+        let lse: Vec<u32> = lse.read().iter().map(|it| it.to_bits()).collect();
+        (tensors, lse)
+    });
+    let [(packed, packed_lse), (turned, turned_lse)] = found;
+    assert!(bits(&packed.output.read()) == bits(&turned.output.read()));
+    assert!(packed_lse == turned_lse);
+    assert!(packed_lse.iter().all(|it| f32::from_bits(*it).is_finite()));
+    for (before, after) in [
+        (packed.kv_cache_k.read(), turned.kv_cache_k.read()),
+        (packed.kv_cache_v.read(), turned.kv_cache_v.read()),
+    ] {
+        assert!(bits(&heads_first(config, &before)) == bits(&after));
+    }
+}
+
+/// A cache with its tokens and heads exchanged.
+fn heads_first<T: Element>(config: &Config, cache: &[T]) -> Vec<T> {
+    let (tokens, heads, dim) = (config.max_seq_len, config.num_kv_heads, config.head_dim);
+    let mut turned = cache.to_vec();
+    for (i, row) in cache.chunks(dim).enumerate() {
+        let (b, t, h) = (i / (tokens * heads), i / heads % tokens, i % heads);
+        let at = ((b * heads + h) * tokens + t) * dim;
+        turned[at..at + dim].copy_from_slice(row);
+    }
+    turned
 }
 
 #[test]

@@ -20,8 +20,8 @@ use common::kernels::{kinds, Kind};
 use gqa_attention_decode::ffi::*;
 use gqa_attention_decode::{
     arch_names, bf16, decode, decode_ragged, explain, f16, kernel_names, prepare, set_log_callback,
-    workspace_size, Config, DeviceSlice, DeviceSliceMut, Element, GqaError, Launch, Sinks, Stream,
-    Workspace,
+    workspace_size, CacheStrides, Config, DeviceSlice, DeviceSliceMut, Element, GqaError, Launch,
+    Lse, RowStrides, Sinks, Stream, Strides, Workspace,
 };
 
 const CONFIG: Config = Config {
@@ -39,6 +39,8 @@ const CONFIG: Config = Config {
     cache_leftpad: None,
     cache_batch_idx: None,
     cache_rows: 0,
+    lse: None,
+    strides: Strides::PACKED,
 };
 
 const C_CONFIG: GQADecodeConfig = GQADecodeConfig {
@@ -63,6 +65,21 @@ const C_CONFIG: GQADecodeConfig = GQADecodeConfig {
     cache_batch_idx: null(),
     cache_rows: 0,
     reserved: 0,
+    lse: null_mut(),
+    output_batch_stride: 0,
+    output_head_stride: 0,
+    q_batch_stride: 0,
+    q_head_stride: 0,
+    k_batch_stride: 0,
+    k_head_stride: 0,
+    v_batch_stride: 0,
+    v_head_stride: 0,
+    kv_cache_k_batch_stride: 0,
+    kv_cache_k_token_stride: 0,
+    kv_cache_k_head_stride: 0,
+    kv_cache_v_batch_stride: 0,
+    kv_cache_v_token_stride: 0,
+    kv_cache_v_head_stride: 0,
 };
 
 /// Arguments of a step as C takes them, each tensor at an address of its own.
@@ -858,6 +875,117 @@ fn caches_have_as_many_rows_as_the_index_may_name() {
         "cache_batch_idx: got 0x90000 with one length for all",
         "Call gqa_attention_decode_ragged"
     );
+}
+
+/// Room for a log-sum-exp that no GPU writes.
+fn unused_lse(address: usize, len: usize) -> Option<Lse<'static>> {
+    // SAFETY: the view is not used on a GPU.
+    Some(unsafe { Lse::new(DeviceSliceMut::from_raw_parts(address as *mut f32, len)) })
+}
+
+#[test]
+fn a_log_sum_exp_that_is_not_allowed_is_refused() {
+    let cases = [
+        (
+            "config: lse: got 15 elements; needed: 16, batch_size * num_q_heads",
+            unused_lse(0x90000, 15),
+        ),
+        (
+            "config: lse: got address 0x90002; allowed: multiples of 4",
+            unused_lse(0x90002, 16),
+        ),
+        (
+            "lse: got memory that k also uses; allowed: memory of its own",
+            unused_lse(ARGUMENTS.tensors[2], 16),
+        ),
+    ];
+    for (says, lse) in cases {
+        let config = Config { lse, ..CONFIG };
+        // SAFETY: it is not allowed.
+        let result = unsafe { step::<f16>(&config, ARGUMENTS, LENS, None) };
+        assert_error!(result, InvalidValue, says, "Nothing was launched");
+    }
+}
+
+#[test]
+fn views_reach_as_far_as_strides() {
+    let heads_first = CacheStrides {
+        token: 64 + 8,
+        head: 16 * (64 + 8),
+        batch: 2 * 16 * (64 + 8),
+    };
+    let slice = RowStrides {
+        batch: 2048,
+        head: 0,
+    };
+    let strides = Strides {
+        q: slice,
+        kv_cache_v: heads_first,
+        ..Strides::PACKED
+    };
+    let config = Config { strides, ..CONFIG };
+    let mut lens = LENS;
+    let cases = [(1, 2048 + 512), (5, 4 * 16 * 72 - 8)];
+    for (i, needed) in cases {
+        for len in [0, LENS[i], needed - 1] {
+            lens[i] = len;
+            let says = format!(
+                "{}: got {len} elements; needed: {needed} or more, from the first",
+                NAMES[i]
+            );
+            // SAFETY: a view is too short.
+            let result = unsafe { step::<f16>(&config, ARGUMENTS, lens, None) };
+            assert_error!(result, InvalidValue, says, "Nothing was launched");
+        }
+        lens[i] = needed;
+    }
+    let apart = Arguments {
+        tensors: [1, 2, 3, 4, 5, 5].map(|it| it << 40),
+        ..ARGUMENTS
+    };
+    for more in [0, 1000] {
+        lens[1] += more;
+        // SAFETY: the caches share memory.
+        let result = unsafe { step::<f16>(&config, apart, lens, None) };
+        assert_error!(
+            result,
+            InvalidValue,
+            "kv_cache_v: got memory that kv_cache_k"
+        );
+    }
+}
+
+#[test]
+fn strides_that_are_not_allowed_are_refused() {
+    let of_q = |batch, head| Config {
+        strides: Strides {
+            q: RowStrides { batch, head },
+            ..Strides::PACKED
+        },
+        ..CONFIG
+    };
+    let cases = [
+        (
+            of_q(0, 63),
+            "config: strides: got q with 512 elements between sequences and 63 between heads of 64;",
+        ),
+        (
+            of_q(1 << 60, 64),
+            "config: strides: got q with 2.306e+18 bytes from its first element to its last",
+        ),
+        (
+            of_q(usize::MAX, 64),
+            "config: q_batch_stride: got 18446744073709551615; allowed: at most 9223372036854775807",
+        ),
+    ];
+    for (config, says) in cases {
+        assert_error!(
+            explain::<f16>(&config, "sm_90a", 132, true),
+            InvalidValue,
+            says
+        );
+        assert_error!(workspace_size::<f16>(&config), InvalidValue, says);
+    }
 }
 
 #[test]

@@ -25,7 +25,22 @@ fn rust_facts() -> Vec<Fact> {
         cache_leftpad,
         cache_batch_idx,
         cache_rows,
-        reserved
+        reserved,
+        lse,
+        output_batch_stride,
+        output_head_stride,
+        q_batch_stride,
+        q_head_stride,
+        k_batch_stride,
+        k_head_stride,
+        v_batch_stride,
+        v_head_stride,
+        kv_cache_k_batch_stride,
+        kv_cache_k_token_stride,
+        kv_cache_k_head_stride,
+        kv_cache_v_batch_stride,
+        kv_cache_v_token_stride,
+        kv_cache_v_head_stride
     );
     layout!(
         facts,

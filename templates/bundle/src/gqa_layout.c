@@ -1,0 +1,182 @@
+// Where tensors lie in memory: what their strides are, how they are aligned, which share an
+// address.
+#include <stdio.h>
+#include <string.h>
+
+#include "gqa_internal.h"
+
+enum { kWidest = 8 };  // elements of 16 bits
+
+static char const* const kDims[] = {"batch", "token", "head"};
+
+// Strides of 0 are those of contiguous memory. They need not be checked yet.
+static gqa_view view_of(char const* name, void const* address, int64_t const sizes[kGqaDims],
+                        int64_t const given[kGqaElement]) {
+  gqa_view view;
+  int64_t packed = 1;
+  uint64_t last = 0;
+  view.name = name;
+  view.address = (uintptr_t)address;
+  view.element_bytes = kElementBytes;
+  for (int dim = kGqaElement; dim >= 0; --dim) {
+    view.sizes[dim] = sizes[dim];
+    view.strides[dim] = dim == kGqaElement || given[dim] == 0 ? packed : given[dim];
+    packed *= sizes[dim];
+    last += (uint64_t)(sizes[dim] - 1) * (uint64_t)view.strides[dim];
+  }
+  view.bytes = (int64_t)((last + 1) * kElementBytes);
+  return view;
+}
+
+void gqa_lay_out(GQADecodeConfig const* config, void const* const addresses[kGqaTensors],
+                 gqa_tensors* t) {
+  GQADecodeConfig const* c = config;
+  int64_t const batch = c->batch_size, tokens = c->max_seq_len, dim = c->head_dim;
+  int64_t const lse_bytes = (int64_t)sizeof(float) * batch * c->num_q_heads;
+  int64_t const query[] = {batch, 1, c->num_q_heads, dim},
+                token[] = {batch, 1, c->num_kv_heads, dim};
+  int64_t const cache[] = {gqa_cache_rows(c), tokens, c->num_kv_heads, dim};
+  int64_t const strides[kGqaTensors][kGqaElement] = {
+      {c->output_batch_stride, 0, c->output_head_stride},
+      {c->q_batch_stride, 0, c->q_head_stride},
+      {c->k_batch_stride, 0, c->k_head_stride},
+      {c->v_batch_stride, 0, c->v_head_stride},
+      {c->kv_cache_k_batch_stride, c->kv_cache_k_token_stride, c->kv_cache_k_head_stride},
+      {c->kv_cache_v_batch_stride, c->kv_cache_v_token_stride, c->kv_cache_v_head_stride},
+  };
+  char const* const names[] = {"output", "q", "k", "v", "kv_cache_k", "kv_cache_v"};
+  int64_t const* const sizes[] = {query, query, token, token, cache, cache};
+  for (int i = 0; i < kGqaTensors; ++i) {
+    t->views[i] = view_of(names[i], addresses[i], sizes[i], strides[i]);
+  }
+  t->lse = gqa_span("lse", c->lse, lse_bytes);
+  t->seqlens = NULL;
+  t->overflow = NULL;
+}
+
+gqa_view gqa_span(char const* name, void const* address, int64_t bytes) {
+  int64_t const sizes[kGqaDims] = {1, 1, 1, bytes}, strides[kGqaElement] = {0, 0, 0};
+  gqa_view view = view_of(name, address, sizes, strides);
+  view.element_bytes = 1;
+  view.bytes = bytes;
+  return view;
+}
+
+// Whether two elements share an address, for layouts where one dimension nests in the next.
+static int overlaps_itself(gqa_view const* view) {
+  int order[kGqaDims];
+  int64_t reach = 1;
+  for (int dim = 0; dim < kGqaDims; ++dim) {  // by strides, the smallest first
+    int at = dim;
+    for (; at > 0 && view->strides[order[at - 1]] > view->strides[dim]; --at) {
+      order[at] = order[at - 1];
+    }
+    order[at] = dim;
+  }
+  for (int i = 0; i < kGqaDims; ++i) {
+    int64_t const size = view->sizes[order[i]], stride = view->strides[order[i]];
+    if (size == 1) continue;
+    if (stride < reach) return 1;
+    reach += stride * (size - 1);
+  }
+  return 0;
+}
+
+// Bytes in floating point, where strides may be of any size.
+static double reach_at_most(gqa_view const* view) {
+  double last = 0;
+  for (int dim = 0; dim < kGqaDims; ++dim) {
+    last += (double)(view->sizes[dim] - 1) * (double)view->strides[dim];
+  }
+  return (last + 1) * view->element_bytes;
+}
+
+static gqa_status check_view(gqa_view const* view) {
+  int64_t const* strides = view->strides;
+  for (int dim = 0; dim < kGqaElement; ++dim) {
+    if (strides[dim] < 0) {
+      char field[32];
+      snprintf(field, sizeof field, "%s_%s_stride", view->name, kDims[dim]);
+      return gqa_fail_range(field, strides[dim], 0, (long long)kMaxBytes / kElementBytes);
+    }
+  }
+  if (reach_at_most(view) > kMaxBytes) {
+    return gqa_fail(GQA_ERROR_INVALID_VALUE,
+                    "config: strides: got %s with %.4g bytes from its first element to its last; "
+                    "allowed: up to %.4g. Nothing was launched.",
+                    view->name, reach_at_most(view), kMaxBytes);
+  }
+  if (overlaps_itself(view)) {
+    char tokens[48] = "";
+    if (view->sizes[kGqaToken] > 1) {
+      snprintf(tokens, sizeof tokens, ", %lld between tokens", (long long)strides[kGqaToken]);
+    }
+    return gqa_fail(GQA_ERROR_INVALID_VALUE,
+                    "config: strides: got %s with %lld elements between sequences%s and %lld "
+                    "between heads of %lld; allowed: elements that do not share memory, and 0 for "
+                    "strides of contiguous memory. Nothing was launched.",
+                    view->name, (long long)strides[kGqaBatch], tokens, (long long)strides[kGqaHead],
+                    (long long)view->sizes[kGqaElement]);
+  }
+  return GQA_SUCCESS;
+}
+
+gqa_status gqa_check_strides(GQADecodeConfig const* config) {
+  void const* const nowhere[kGqaTensors] = {NULL, NULL, NULL, NULL, NULL, NULL};
+  gqa_status status = GQA_SUCCESS;
+  gqa_tensors t;
+  gqa_lay_out(config, nowhere, &t);
+  for (int i = 0; status == GQA_SUCCESS && i < kGqaTensors; ++i) status = check_view(&t.views[i]);
+  return status;
+}
+
+// Length of the interval of bytes, modulo pitch, that holds all elements; 0 for none.
+static int64_t reach_within(gqa_view const* view, int64_t pitch) {
+  int64_t reach = view->element_bytes;
+  for (int dim = 0; dim < kGqaDims; ++dim) {
+    int64_t const step = view->strides[dim] * view->element_bytes;
+    if (view->sizes[dim] > 1 && step % pitch != 0) {
+      reach += step < pitch ? (view->sizes[dim] - 1) * step : pitch;
+    }
+  }
+  return reach <= pitch ? reach : 0;
+}
+
+int gqa_overlap(gqa_view const* a, gqa_view const* b) {
+  uintptr_t const a_start = a->address, b_start = b->address;
+  if (a_start == 0 || b_start == 0) return 0;
+  if (a_start + (uintptr_t)a->bytes <= b_start) return 0;
+  if (b_start + (uintptr_t)b->bytes <= a_start) return 0;
+  // Each may lie, modulo some stride, in an interval of its own: slices of a fused projection,
+  // keys and values in one buffer.
+  for (int dim = 0; dim < kGqaElement; ++dim) {
+    int64_t const pitch = a->strides[dim] * a->element_bytes;
+    if (a->sizes[dim] == 1) continue;
+    int64_t const difference = (int64_t)(b_start - a_start) % pitch;
+    int64_t const offset = difference < 0 ? difference + pitch : difference;
+    int64_t const a_reach = reach_within(a, pitch), b_reach = reach_within(b, pitch);
+    if (a_reach > 0 && b_reach > 0 && a_reach <= offset && offset + b_reach <= pitch) return 0;
+  }
+  return 1;
+}
+
+int32_t gqa_vector_width(gqa_tensors const* t) {
+  int32_t width = kWidest;
+  uintptr_t bits = 0;  // of bytes
+  for (int i = 0; i < kGqaTensors; ++i) {
+    gqa_view const* view = &t->views[i];
+    bits |= view->address;
+    for (int dim = 0; dim < kGqaElement; ++dim) {
+      if (view->sizes[dim] > 1) bits |= (uintptr_t)(view->strides[dim] * view->element_bytes);
+    }
+  }
+  while (width > 1 && bits % ((uintptr_t)width * kElementBytes) != 0) width /= 2;
+  return width;
+}
+
+int32_t gqa_aligned_width(GQADecodeConfig const* config) {
+  void const* const aligned[kGqaTensors] = {NULL, NULL, NULL, NULL, NULL, NULL};
+  gqa_tensors t;
+  gqa_lay_out(config, aligned, &t);
+  return gqa_vector_width(&t);
+}
