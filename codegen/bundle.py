@@ -136,6 +136,8 @@ def _row(struct: Struct, values: Mapping[str, Any]) -> str:
 def _arch(arch: Arch) -> str:
     values = {
         "name": f'"{arch.name}"', "capability": arch.capability, "exact": int(arch.exact),
+        "dependents": int(arch.dependents), "shared_per_block": arch.shared_per_block,
+        "shared_per_sm": arch.shared_per_sm,
     }  # fmt: skip
     return _row(ARCH, values)
 
@@ -152,6 +154,7 @@ def _kernel(index: int, image: Image, archs: Sequence[Arch]) -> dict[str, str]:
         "image": f"image_{index}",
         "dtype": DTYPE_CODES[c.dtype],
         "tma": int(c.tma),
+        "pdl": int(c.pdl),
         "features": feature_bits(c.policies),
         "shared_bytes": [
             c.shared_bytes_with(min(stages, c.num_stages)) for stages in range(1, MAX_STAGES + 1)

@@ -44,7 +44,13 @@ class Arch:
         """Whether its cubins run on that compute capability alone."""
         return self.name.endswith("a")
 
+    @property
+    def dependents(self) -> bool:
+        """Whether it has programmatic dependent launches."""
+        return self.capability >= _FIRST_WITH_DEPENDENTS
 
+
+_FIRST_WITH_DEPENDENTS = 90
 _E = TypeVar("_E", bound=StrEnum)
 _KIB = 1024
 ARCHES: dict[str, Arch] = {
@@ -83,10 +89,12 @@ _NAME = re.compile(
 # is compiled for; and the virtual one for ptxsim.
 _TARGETS = {
     (Schedule.MULTISTAGE, False): ("sm80", tuple(ARCHES), "compute_80"),
-    (Schedule.MULTISTAGE, True): ("sm90", ("sm_90a", "sm_100a", "sm_120a"), "compute_90"),
+    (Schedule.MULTISTAGE, True): (
+        "sm90", tuple(name for name, arch in ARCHES.items() if arch.dependents), "compute_90",
+    ),
     (Schedule.TMA, False): ("sm90", ("sm_90a",), "compute_90"),
     (Schedule.TMA, True): ("sm90", ("sm_90a",), "compute_90"),
-}
+}  # fmt: skip
 
 # What each math allows of a field, and how to say it.
 _Rules = tuple[tuple[str, Container[object], str], ...]

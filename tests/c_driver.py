@@ -27,9 +27,10 @@ class DriverLaunch(ctypes.Structure):
         ("shared_bytes", ctypes.c_uint32),
         ("device", ctypes.c_int32),
         ("num_attributes", ctypes.c_uint32),
+        ("dependent", ctypes.c_uint32),
         ("stream", ctypes.c_uint64),
         ("kernel", ctypes.c_char * _NAME_BYTES),
-        ("padding", ctypes.c_ubyte * 40),  # the argument is aligned to 64 bytes
+        ("padding", ctypes.c_ubyte * 32),  # the argument is aligned to 64 bytes
         ("argument", ctypes.c_ubyte * ARGUMENT_BYTES),
     ]
 
@@ -171,11 +172,12 @@ class Launched:
     @classmethod
     def by_driver(cls, launch: DriverLaunch) -> Launched:
         """What the fake driver was given."""
-        x, y, z = launch.cluster if launch.num_attributes else (1, 1, 1)
+        x, y, z = launch.cluster if any(launch.cluster) else (1, 1, 1)
         assert (x, z) == (1, 1)
+        assert launch.num_attributes == any(launch.cluster) + launch.dependent
         shape = LaunchShape(
             grid=tuple(launch.grid), block=launch.block[0], shared_bytes=launch.shared_bytes,
-            cluster=y,
+            cluster=y, pdl=bool(launch.dependent),
         )  # fmt: skip
         kernel = launch.kernel.decode()
         return cls(kernel, shape, fields_of(argument_of(launch)), launch.stream, launch.device)

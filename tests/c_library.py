@@ -200,8 +200,10 @@ def strides_of(step: Step) -> dict[str, int]:
     }
 
 
-def config_of(step: Step, workspace: Tensor | None = None, lse: Tensor | None = None) -> Config:
-    """A step's configuration."""
+def config_of(
+    step: Step, workspace: Tensor | None = None, lse: Tensor | None = None, **options: int
+) -> Config:
+    """A step's configuration, with other fields where given."""
     batch, num_q_heads, head_dim = step.q.shape
     return Config(
         batch_size=batch, cache_len=step.lengths[0], num_q_heads=num_q_heads,
@@ -210,6 +212,7 @@ def config_of(step: Step, workspace: Tensor | None = None, lse: Tensor | None = 
         workspace=None if workspace is None else workspace.data_ptr(),
         workspace_size=0 if workspace is None else workspace.numel() * workspace.element_size(),
         lse=None if lse is None else lse.data_ptr(), **strides_of(step), **features_of(step),
+        **options,
     )  # fmt: skip
 
 

@@ -77,11 +77,12 @@ class Simulator:
         flag: Tensor,
         workspace: Tensor | None = None,
         lse: Tensor | None = None,
+        **options: int,
     ) -> Launched:
-        """The same, with lengths on the device."""
+        """The same, with lengths on the device, and with other fields where given."""
         self._bind(step, workspace, lse)
         self.tensors |= {"seqlens": step.seqlens, "overflow_flag": flag}
-        config = config_of(step, workspace, lse)
+        config = config_of(step, workspace, lse, **options)
         config.cache_len = -1  # ignored
         return self._launched(self.library.decode_ragged(step, flag, config))
 

@@ -32,7 +32,7 @@ enum { kArgumentBytes = ARGUMENT_BYTES, kTmaArgumentBytes = TMA_ARGUMENT_BYTES }
 enum { kSharedBytesWithoutAsking = 48 * 1024 };
 enum { kCaptureRelaxed = 2 };
 enum { kMajor = 75, kMinor = 76, kMultiprocessors = 16, kMaxDynamicSharedBytes = 8 };
-enum { kClusterDimension = 4 };
+enum { kClusterDimension = 4, kProgrammaticStreamSerialization = 6 };
 enum { kAllocationAlign = 256 };
 
 #define FUNCTIONS(X)                   \
@@ -83,6 +83,7 @@ typedef struct fake_launch {
   uint32_t shared_bytes;
   int32_t device;
   uint32_t num_attributes;
+  uint32_t dependent;  // whether it may start before the kernel before it is done
   uint64_t stream;
   char kernel[kNameBytes];
   _Alignas(64) unsigned char argument[kTmaArgumentBytes];
@@ -312,6 +313,10 @@ static int check_launch(launch_config const* config, kernel_state const* kernel)
   }
   for (uint32_t i = 0; i < config->num_attributes; ++i) {
     launch_attribute const* attribute = &config->attributes[i];
+    if (attribute->id == kProgrammaticStreamSerialization) {
+      if (attribute->value[0] != 1) return kInvalidValue;
+      continue;
+    }
     if (attribute->id != kClusterDimension) return kInvalidValue;
     for (int k = 0; k < 3; ++k) {
       if (attribute->value[k] < 1 || grid[k] % attribute->value[k] != 0) return kInvalidValue;
@@ -334,8 +339,13 @@ int cuLaunchKernelEx(launch_config const* config, void* function, void** params,
   memset(&launched, 0, sizeof launched);
   memcpy(launched.grid, config->grid, sizeof launched.grid);
   memcpy(launched.block, config->block, sizeof launched.block);
-  if (config->num_attributes > 0) {
-    memcpy(launched.cluster, config->attributes[0].value, sizeof launched.cluster);
+  for (uint32_t i = 0; i < config->num_attributes; ++i) {
+    launch_attribute const* attribute = &config->attributes[i];
+    if (attribute->id == kClusterDimension) {
+      memcpy(launched.cluster, attribute->value, sizeof launched.cluster);
+    } else {
+      launched.dependent = attribute->value[0];
+    }
   }
   launched.shared_bytes = config->shared_bytes;
   launched.device = current;

@@ -8,7 +8,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Iterator
 
-from gqa_cutlass.codegen.schema.internal import FEATURE_BITS, FEATURE_FIELDS, MAXIMA, NUMBERS
+from gqa_cutlass.codegen.schema.internal import FEATURE_BITS, FEATURE_FIELDS, MAXIMA, NUMBERS, PDL
 from gqa_cutlass.codegen.schema.internal import STRUCTS as INTERNAL
 from gqa_cutlass.codegen.schema.public import ENUMERATIONS, SIZES
 from gqa_cutlass.codegen.schema.public import STRUCTS as PUBLIC
@@ -47,6 +47,9 @@ def internal_header() -> str:
         "",
         "// What the kernels call types of numbers.",
         *c_enum(NUMBERS),
+        "// When the next kernel of the stream may start: when this one is done, or its tiles are,",
+        "// or as soon as it may read.",
+        *c_enum(PDL),
         *(line for struct in INTERNAL for line in c_struct(struct)),
         "#endif  // GQA_TYPES_H_",
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Collection
 
-from gqa_cutlass.codegen.schema.launch import NumberType
+from gqa_cutlass.codegen.schema.launch import NumberType, Pdl
 from gqa_cutlass.codegen.schema.policies import FEATURES, Policy
 from gqa_cutlass.codegen.schema.public import ASKED_BY
 from gqa_cutlass.codegen.schema.structs import (
@@ -60,6 +60,10 @@ NUMBERS = Enumeration(
         for number in NumberType
     ),
 )
+PDL = Enumeration(
+    c="",
+    members=tuple(Constant(name=f"kGqaPdl{pdl.name.title()}", value=pdl.value) for pdl in Pdl),
+)
 
 _IMAGE = Type(cpp="uint64_t const*", c="uint64_t const*", ctype=ctypes.c_void_p)
 _KERNEL = Type(cpp="gqa_kernel const*", c="gqa_kernel const*", ctype=ctypes.c_void_p)
@@ -76,6 +80,9 @@ ARCH = _struct(
     ("name", TEXT, ""),
     ("capability", INT32, "90 for compute capability 9.0"),
     ("exact", INT32, "whether it runs on that capability alone"),
+    ("dependents", INT32, "whether it has programmatic dependent launches"),
+    ("shared_per_block", INT32, "bytes of shared memory that a block may have"),
+    ("shared_per_sm", INT32, "and that a multiprocessor has"),
 )
 KERNEL = _struct(
     "gqa_kernel",
@@ -87,6 +94,7 @@ KERNEL = _struct(
     ("group_size", INT32, ""),
     ("vec_width", INT32, "elements per access that every address must allow"),
     ("tma", INT32, "schedule: tensor copies and clusters"),
+    ("pdl", INT32, "whether it may start before the kernel before it is done"),
     ("block_n", INT32, "KV tokens per tile"),
     ("num_warps", INT32, ""),
     ("num_stages", INT32, "with tma: at most"),
@@ -118,6 +126,8 @@ MODEL = _struct(
     ("box_dims", INT64, ""),
     ("max_cluster", INT64, ""),
     ("prefetch_mib", DOUBLE, ""),
+    ("pdl_whole_mib", DOUBLE, ""),
+    ("pdl_end_mib", DOUBLE, ""),
     ("balanced_batch", INT64, ""),
     ("balanced_tokens", INT64, ""),
     ("balanced_rounds", INT64, ""),
@@ -146,9 +156,10 @@ PROBLEM = _struct(
     ("max_seq_len", INT64, ""),
     ("dtype", INT32, "gqa_dtype"),
     ("vec_width", INT32, "widest access, in elements, that every address allows"),
-    ("ragged", INT32, "whether the host does not know the lengths"),
+    ("ragged", INT32, "whether lengths, which the host does not know, may differ much"),
     ("features", INT32, "bits of what the kernel must have, and must not have beyond"),
     ("window", INT64, "tokens that are seen; 0 for all"),
+    ("dependent", INT64, "whether it may start before the kernel before it is done"),
 )
 TARGET = _struct(
     "gqa_target",
@@ -167,6 +178,7 @@ DISPATCH = _struct(
     ("num_splits", INT32, ""),
     ("num_stages", INT32, ""),
     ("prefetch_first_tile", INT32, "whether warps ask for it before they know the length"),
+    ("pdl", INT32, "when the next kernel may start; not 0: a dependent launch"),
     ("num_merge_counters", INT64, "counters, of merges in global memory"),
     ("partial_floats", INT64, "floats of partial outputs in global memory"),
 )

@@ -129,13 +129,15 @@ CONFIG = Struct(
             ("cache_leftpad", _INTS, "`batch_size` numbers, padding of each; or null"),
             ("cache_batch_idx", _INTS, "`batch_size` rows, of the caches, one each; or null"),
             ("cache_rows", INT32, "how many they have with it; 0: `batch_size`"),
-            ("reserved", INT32, "must be 0"),
+            ("equal_lengths", INT32, "1: those on the device are about equal"),
             ("lse", pointer("float", rust="f32"), "`batch_size` * `num_q_heads`; or null"),
             *(
                 (f"{name}_{dim}_stride", INT64, f"elements between {_NEIGHBOURS[dim]}; 0: packed")
                 for name, dims in STRIDED.items()
                 for dim in dims
             ),
+            ("dependent", INT32, "1: programmatic dependent launch"),
+            ("reserved", INT32, "must be 0"),
         )
     ),
 )

@@ -87,12 +87,15 @@ def export(
     kernels: Kernels = None,
     arch: Archs = "sm_90a",
     jobs: Jobs = 0,
+    dependent: Annotated[
+        bool, typer.Option("--dependent", help="With a kernel of dependent launches for each.")
+    ] = False,
 ) -> None:
     """Write a C library and a Rust crate with the kernels in them. Needs no GPU."""
     from gqa_cutlass.kernels.export import compiled, plan_export, write_bundle
     from gqa_cutlass.kernels.store import Store
 
-    wanted = plan_export(kernels, _archs(arch))
+    wanted = plan_export(kernels, _archs(arch), dependent)
     cubins = compiled(wanted, Store.default(), jobs)
     with progress() as bar:
         tracked = bar.track(cubins, total=len(wanted.wanted))

@@ -248,12 +248,21 @@ def offsets(struct: Struct) -> list[tuple[str, int]]:
 
 def test_what_programs_were_built_with_stays_where_it_is() -> None:
     """Add fields and statuses at the end; these do not change."""
-    assert offsets(public.CONFIG)[:21] == [
+    assert offsets(public.CONFIG)[:22] == [
         ("struct_size", 0), ("batch_size", 8), ("cache_len", 12), ("num_q_heads", 16),
         ("num_kv_heads", 20), ("head_dim", 24), ("scale", 28), ("max_seq_len", 32), ("dtype", 36),
         ("workspace", 40), ("workspace_size", 48), ("softcap", 56), ("window", 60), ("sinks", 64),
         ("sinks_type", 72), ("alibi_batch_stride", 76), ("alibi_slopes", 80), ("cache_leftpad", 88),
-        ("cache_batch_idx", 96), ("cache_rows", 104), ("reserved", 108),
+        ("cache_batch_idx", 96), ("cache_rows", 104), ("equal_lengths", 108),
+        ("lse", 112),
+    ]  # fmt: skip
+    assert offsets(public.CONFIG)[22:38] == [
+        ("output_batch_stride", 120), ("output_head_stride", 128), ("q_batch_stride", 136),
+        ("q_head_stride", 144), ("k_batch_stride", 152), ("k_head_stride", 160),
+        ("v_batch_stride", 168), ("v_head_stride", 176), ("kv_cache_k_batch_stride", 184),
+        ("kv_cache_k_token_stride", 192), ("kv_cache_k_head_stride", 200),
+        ("kv_cache_v_batch_stride", 208), ("kv_cache_v_token_stride", 216),
+        ("kv_cache_v_head_stride", 224), ("dependent", 232), ("reserved", 236),
     ]  # fmt: skip
     assert offsets(public.LAUNCH)[:9] == [
         ("struct_size", 0), ("kernel", 8), ("grid", 16), ("cluster", 28), ("block", 32),

@@ -79,6 +79,18 @@ def test_kernels_that_dispatch_never_chooses_are_left_out() -> None:
     assert set(found.kernels) == {WIDE, narrow}
 
 
+def test_kernels_of_dependent_launches_are_exported_when_asked_for() -> None:
+    """One for each, where there are any; or by name."""
+    dependent = replace(WIDE, pdl=True)
+    found = plan_export(WIDE.name, ["sm_80", "sm_90a"], dependent=True)
+    assert found.kernels == (WIDE, dependent)
+    assert found.wanted == [(WIDE, "sm_80"), (WIDE, "sm_90a"), (dependent, "sm_90a")]
+    assert plan_export(WIDE.name, ["sm_80"], dependent=True).kernels == (WIDE,)
+    assert plan_export(dependent.name, ["sm_90a"]).kernels == (dependent,)
+    both = f"{dependent.name},{WIDE.name}"
+    assert set(plan_export(both, ["sm_90a"], dependent=True).kernels) == {WIDE, dependent}
+
+
 def test_a_kernel_that_is_not_shipped_is_exported_by_its_name() -> None:
     unusual = default_config(Math.TENSOROP, DType.BF16, 72, 3, 4)
     assert unusual not in shipped()

@@ -221,6 +221,8 @@ CONSTANTS = {
     "kCuMaxDynamicSharedBytes":
         driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
     "kCuClusterDimension": driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
+    "kCuProgrammaticStreamSerialization":
+        driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
     "kCuTensorMapUint16": driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT16,
     "kCuTensorMapSwizzle128": driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
 }  # fmt: skip
@@ -272,6 +274,8 @@ SAME(offsetof(gqa_cu_attribute, id), offsetof(CUlaunchAttribute, id));
 SAME(offsetof(gqa_cu_attribute, value[0]), offsetof(CUlaunchAttribute, value.clusterDim.x));
 SAME(offsetof(gqa_cu_attribute, value[1]), offsetof(CUlaunchAttribute, value.clusterDim.y));
 SAME(offsetof(gqa_cu_attribute, value[2]), offsetof(CUlaunchAttribute, value.clusterDim.z));
+SAME(offsetof(gqa_cu_attribute, value[0]),
+     offsetof(CUlaunchAttribute, value.programmaticStreamSerializationAllowed));
 SAME(sizeof(gqa_tensor_map), sizeof(CUtensorMap));
 """
 

@@ -71,6 +71,8 @@ BAD_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "softcap small for the scale": (
         dict(softcap=0.5, scale=1e37), "softcap: got 0.5; allowed: 0 (none), or 1 and more with t",
     ),
+    "equal_lengths 2": (dict(equal_lengths=2), "equal_lengths: got 2; allowed: 0 to 1"),
+    "dependent -1": (dict(dependent=-1), "dependent: got -1; allowed: 0 to 1"),
     "window -1": (dict(window=-1), "window: got -1; allowed: 0 to 2147483647"),
     "sinks_type 3": (
         dict(sinks_type=3),

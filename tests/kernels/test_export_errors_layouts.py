@@ -79,7 +79,9 @@ def test_a_wrong_layout_is_refused(
 def test_strides_that_leave_no_gap_are_launched(library: Library, step: Step) -> None:
     """What contiguous memory has, said aloud, and heads before tokens."""
     given = far_apart(step)
-    packed = dict(zip(STRIDES, (512, 64, 512, 64, 128, 64, 128, 64, *(3840, 128, 64) * 2)))
+    packed = dict(
+        zip(STRIDES, (512, 64, 512, 64, 128, 64, 128, 64, *(3840, 128, 64) * 2), strict=True)
+    )
     turned = {f"kv_cache_{x}_token_stride": 64 for x in "kv"} | {
         f"kv_cache_{x}_head_stride": 64 * 30 for x in "kv"
     }
@@ -117,7 +119,9 @@ def test_keys_and_values_of_one_buffer_are_told_apart(library: Library, step: St
     for shared in (0, 126, 130, -126, 256, 256 * 59):
         given["kv_cache_v"] = start + 2 * shared
         assert library.decode(step, Config(**VALID | both), **given) == "GQA_ERROR_INVALID_VALUE"
-        assert nothing_happened(library, "kv_cache_v: got memory that kv_cache_k", launches=launches)
+        assert nothing_happened(
+            library, "kv_cache_v: got memory that kv_cache_k", launches=launches
+        )
 
 
 def test_what_is_read_may_lie_between_the_rows_of_an_output(library: Library, step: Step) -> None:

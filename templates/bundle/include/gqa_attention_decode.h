@@ -79,7 +79,7 @@ typedef struct GQADecodeConfig {
   int32_t const* cache_leftpad GQA_ZERO;     // `batch_size` numbers, padding of each; or null
   int32_t const* cache_batch_idx GQA_ZERO;   // `batch_size` rows, of the caches, one each; or null
   int32_t cache_rows GQA_ZERO;               // how many they have with it; 0: `batch_size`
-  int32_t reserved GQA_ZERO;                 // must be 0
+  int32_t equal_lengths GQA_ZERO;            // 1: those on the device are about equal
   float* lse GQA_ZERO;                       // `batch_size` * `num_q_heads`; or null
   int64_t output_batch_stride GQA_ZERO;      // elements between sequences; 0: packed
   int64_t output_head_stride GQA_ZERO;       // elements between heads; 0: packed
@@ -95,6 +95,8 @@ typedef struct GQADecodeConfig {
   int64_t kv_cache_v_batch_stride GQA_ZERO;  // elements between sequences; 0: packed
   int64_t kv_cache_v_token_stride GQA_ZERO;  // elements between tokens; 0: packed
   int64_t kv_cache_v_head_stride GQA_ZERO;   // elements between heads; 0: packed
+  int32_t dependent GQA_ZERO;                // 1: programmatic dependent launch
+  int32_t reserved GQA_ZERO;                 // must be 0
 } GQADecodeConfig;
 
 #define GQA_DECODE_CONFIG_INIT \
@@ -120,6 +122,8 @@ typedef struct GQADecodeConfig {
    0,                          \
    0,                          \
    NULL,                       \
+   0,                          \
+   0,                          \
    0,                          \
    0,                          \
    0,                          \
@@ -171,13 +175,22 @@ typedef struct gqa_launch {
 //                    cache_rows. By gqa_attention_decode_ragged alone: a sequence whose row is
 //                    none counts like one that the new token does not fit into. No two sequences
 //                    may have the same row
+//   dependent        1 for programmatic dependent launch, where it pays (Hopper and newer, caches
+//                    of up to 32 MiB): the kernel may start while the kernel before it in the
+//                    stream finishes. It reads nothing before that one is done, but may fetch its
+//                    first tiles to L2. Worth having where that kernel lets others start early, as
+//                    this one does; after one that does not, a launch takes up to a microsecond
+//                    longer. Where it does not pay, the launch is an ordinary one
 //
-// Every library can do what follows, by the kernels that it has:
+// What follows wants no kernels of its own; every library has it:
 //
+//   equal_lengths    a hint, 1 where lengths on the device are about equal: long sequences get no
+//                    more blocks than others then, which is up to 3% faster where they are, and up
+//                    to several times slower where they are not. Results are right either way
 //   lse              float32 [batch_size, num_q_heads], contiguous, memory of its own, written: the
 //                    natural logarithm of the sum of the exponentials of the scores, sinks
-//                    included, by which parts of attention are merged; -infinity for a sequence
-//                    that is inactive
+//                    included, by which parts of attention are merged. -infinity, or the sink, for
+//                    a sequence with nothing to attend to; NaN for one that does not fit
 //   ..._stride       elements from a sequence, token or head of a tensor to the next. 0 is what it
 //                    is in contiguous memory, so that all zeros are a packed tensor. A head's
 //                    elements are contiguous. Caches may have any order of heads and tokens, q, k

@@ -31,8 +31,8 @@ use crate::layout::{check_len, check_reach, Strides};
 /// ```
 ///
 /// What is asked for beyond plain attention follows the sizes, and its default is none of it. A
-/// library that was exported without a kernel for it says so: [`GqaError::Unsupported`]. The
-/// log-sum-exp and strides every library has.
+/// library that was exported without a kernel for it says so: [`GqaError::Unsupported`]. What comes
+/// after `dependent` every library has.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Config<'a> {
     /// Sequences, 1 to 65535.
@@ -67,8 +67,19 @@ pub struct Config<'a> {
     pub cache_batch_idx: Option<DeviceSlice<'a, i32>>,
     /// Rows of the caches, with `cache_batch_idx`; 0: `batch_size`.
     pub cache_rows: usize,
+    /// Programmatic dependent launch, where it pays (Hopper and newer, caches of up to 32 MiB): the
+    /// kernel may start while the kernel before it in the stream finishes. It reads nothing before
+    /// that one is done, but may fetch its first tiles to L2. Worth having where that kernel lets
+    /// others start early, as this one does; after one that does not, a launch takes up to a
+    /// microsecond longer. Where it does not pay, the launch is an ordinary one.
+    pub dependent: bool,
+    /// A hint: lengths on the device are about equal. Long sequences get no more blocks than others
+    /// then, which is up to 3% faster where they are, and up to several times slower where they are
+    /// not. Results are right either way.
+    pub equal_lengths: bool,
     /// Where to write the natural logarithm of the sum of the exponentials of the scores, sinks
-    /// included: `[batch_size, num_q_heads]`. Minus infinity for a sequence that is inactive.
+    /// included: `[batch_size, num_q_heads]`. Minus infinity, or the sink, for a sequence with nothing
+    /// to attend to; NaN for one that does not fit.
     pub lse: Option<Lse<'a>>,
     /// How tensors lie in memory; contiguous by default.
     pub strides: Strides,
@@ -130,6 +141,8 @@ impl Default for Config<'_> {
             cache_leftpad: None,
             cache_batch_idx: None,
             cache_rows: 0,
+            dependent: false,
+            equal_lengths: false,
             lse: None,
             strides: Strides::PACKED,
         }
@@ -171,7 +184,7 @@ impl Config<'_> {
             cache_leftpad: self.cache_leftpad.map_or(null(), |it| it.as_ptr()),
             cache_batch_idx: self.cache_batch_idx.map_or(null(), |it| it.as_ptr()),
             cache_rows: to_int("config: cache_rows", self.cache_rows)?,
-            reserved: 0,
+            equal_lengths: i32::from(self.equal_lengths),
             lse: self.lse.map_or(null_mut(), |it| it.as_mut_ptr()),
             output_batch_stride: to_long("output_batch_stride", strides.output.batch)?,
             output_head_stride: to_long("output_head_stride", strides.output.head)?,
@@ -187,6 +200,8 @@ impl Config<'_> {
             kv_cache_v_batch_stride: to_long("kv_cache_v_batch_stride", strides.kv_cache_v.batch)?,
             kv_cache_v_token_stride: to_long("kv_cache_v_token_stride", strides.kv_cache_v.token)?,
             kv_cache_v_head_stride: to_long("kv_cache_v_head_stride", strides.kv_cache_v.head)?,
+            dependent: i32::from(self.dependent),
+            reserved: 0,
         })
     }
 

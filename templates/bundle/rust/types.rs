@@ -86,8 +86,8 @@ pub struct GQADecodeConfig {
     pub cache_batch_idx: *const i32,
     /// How many they have with it; 0: `batch_size`.
     pub cache_rows: i32,
-    /// Must be 0.
-    pub reserved: i32,
+    /// 1: those on the device are about equal.
+    pub equal_lengths: i32,
     /// `batch_size` * `num_q_heads`; or null.
     pub lse: *mut f32,
     /// Elements between sequences; 0: packed.
@@ -118,6 +118,10 @@ pub struct GQADecodeConfig {
     pub kv_cache_v_token_stride: i64,
     /// Elements between heads; 0: packed.
     pub kv_cache_v_head_stride: i64,
+    /// 1: programmatic dependent launch.
+    pub dependent: i32,
+    /// Must be 0.
+    pub reserved: i32,
 }
 
 impl Default for GQADecodeConfig {
@@ -144,7 +148,7 @@ impl Default for GQADecodeConfig {
             cache_leftpad: null(),
             cache_batch_idx: null(),
             cache_rows: 0,
-            reserved: 0,
+            equal_lengths: 0,
             lse: null_mut(),
             output_batch_stride: 0,
             output_head_stride: 0,
@@ -160,6 +164,8 @@ impl Default for GQADecodeConfig {
             kv_cache_v_batch_stride: 0,
             kv_cache_v_token_stride: 0,
             kv_cache_v_head_stride: 0,
+            dependent: 0,
+            reserved: 0,
         }
     }
 }

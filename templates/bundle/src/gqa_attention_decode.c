@@ -16,7 +16,8 @@ static gqa_status decode(GQADecodeConfig const* config, gqa_tensors const* t, gq
   gqa_status status = gqa_find_current(&driver, &device, &target);
   if (status == GQA_SUCCESS) status = gqa_find_kernel(&problem, &target, &chosen);
   if (status == GQA_SUCCESS) status = gqa_check_workspace(config, &chosen);
-  if (status == GQA_SUCCESS) status = gqa_find_function(driver, chosen.kernel, device, &function);
+  if (status == GQA_SUCCESS)
+    status = gqa_find_function(driver, chosen.kernel, device, target.arch, &function);
   if (status == GQA_SUCCESS)
     status = gqa_launch_kernel(driver, config, t, &chosen, function, stream);
   if (status == GQA_SUCCESS) gqa_log_launch(config, t, &chosen, device, stream);
@@ -92,7 +93,8 @@ gqa_status gqa_prepare(GQADecodeConfig const* config) {
   for (int ragged = 0; status == GQA_SUCCESS && ragged < 2; ++ragged) {
     gqa_problem const problem = gqa_describe(&own, gqa_aligned_width(&own), ragged);
     status = gqa_find_kernel(&problem, &target, &chosen);
-    if (status == GQA_SUCCESS) status = gqa_find_function(driver, chosen.kernel, device, &function);
+    if (status == GQA_SUCCESS)
+      status = gqa_find_function(driver, chosen.kernel, device, target.arch, &function);
   }
   return status;
 }

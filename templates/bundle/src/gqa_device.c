@@ -103,9 +103,16 @@ gqa_status gqa_find_current(gqa_driver const** driver, gqa_cu_device* device, gq
   return status;
 }
 
+// Dynamic shared memory that launches may ask for: dependent ones ask for more than the kernel
+// needs.
+static int32_t most_shared_bytes(gqa_kernel const* kernel, int32_t arch) {
+  if (kernel->pdl) return gqa_archs[arch].shared_per_block;
+  return kernel->shared_bytes[kernel->num_stages - 1];
+}
+
 // Loads a kernel, if need be, and has it ready on a device. Under the lock.
 static gqa_cu_result load(gqa_driver const* driver, gqa_kernel const* kernel, loaded_kernel* slot,
-                          gqa_cu_device device) {
+                          gqa_cu_device device, int32_t arch) {
   void* function;
   gqa_cu_result error = kCuSuccess;
   if (slot->library == NULL) {
@@ -119,31 +126,31 @@ static gqa_cu_result load(gqa_driver const* driver, gqa_kernel const* kernel, lo
     }
     slot->library = library;
   }
-  error = driver->set_attribute(kCuMaxDynamicSharedBytes,
-                                kernel->shared_bytes[kernel->num_stages - 1], slot->kernel, device);
+  error = driver->set_attribute(kCuMaxDynamicSharedBytes, most_shared_bytes(kernel, arch),
+                                slot->kernel, device);
   if (error != kCuSuccess) return error;
   return driver->function(&function, slot->kernel);  // loads it into the context
 }
 
 // Other threads' captures must not keep it from loading, nor its loading break them.
 static gqa_cu_result load_relaxed(gqa_driver const* driver, gqa_kernel const* kernel,
-                                  loaded_kernel* slot, gqa_cu_device device) {
+                                  loaded_kernel* slot, gqa_cu_device device, int32_t arch) {
   int mode = kCuCaptureRelaxed;
   gqa_cu_result error = driver->capture_mode(&mode);
   if (error != kCuSuccess) return error;
-  error = load(driver, kernel, slot, device);
+  error = load(driver, kernel, slot, device, arch);
   driver->capture_mode(&mode);
   return error;
 }
 
 gqa_status gqa_find_function(gqa_driver const* driver, gqa_kernel const* kernel,
-                             gqa_cu_device device, gqa_cu_kernel* function) {
+                             gqa_cu_device device, int32_t arch, gqa_cu_kernel* function) {
   loaded_kernel* slot = &loaded[kernel - gqa_kernels];
   uint64_t const bit = device < kMaxDevices ? (uint64_t)1 << device : 0;
   gqa_cu_result error = kCuSuccess;
   if ((__atomic_load_n(&slot->devices, __ATOMIC_ACQUIRE) & bit) == 0) {
     pthread_mutex_lock(&loading);
-    if ((slot->devices & bit) == 0) error = load_relaxed(driver, kernel, slot, device);
+    if ((slot->devices & bit) == 0) error = load_relaxed(driver, kernel, slot, device, arch);
     if (error == kCuSuccess) __atomic_fetch_or(&slot->devices, bit, __ATOMIC_RELEASE);
     pthread_mutex_unlock(&loading);
   }

@@ -38,15 +38,17 @@ static double share_used(int64_t work, int64_t workers) {
   return (double)work / (double)(ceil_div(work, workers) * workers);
 }
 
-// The kernel of a schedule with the widest access that the addresses allow.
-static gqa_kernel const* find_kernel(gqa_problem const* problem, int32_t arch, int32_t tma) {
+// The kernel of a schedule with the widest access that the addresses allow; for a dependent launch,
+// or for others.
+static gqa_kernel const* find_kernel(gqa_problem const* problem, int32_t arch, int32_t tma,
+                                     int32_t pdl) {
   gqa_kernel const* found = NULL;
   for (int32_t i = 0; i < gqa_num_kernels; ++i) {
     gqa_kernel const* kernel = &gqa_kernels[i];
     if (kernel->dtype == problem->dtype && kernel->head_dim == problem->head_dim &&
         kernel->group_size == problem->num_q_heads / problem->num_kv_heads && kernel->tma == tma &&
-        kernel->features == problem->features && problem->vec_width % kernel->vec_width == 0 &&
-        kernel->blocks_per_sm[arch] > 0 &&
+        kernel->pdl == pdl && kernel->features == problem->features &&
+        problem->vec_width % kernel->vec_width == 0 && kernel->blocks_per_sm[arch] > 0 &&
         (found == NULL || kernel->vec_width > found->vec_width)) {
       found = kernel;
     }
@@ -84,10 +86,29 @@ static int prefers_tma(gqa_problem const* problem, gqa_kernel const* tma) {
   return whole_boxes && heads <= model->tma_large_heads && equal;
 }
 
-static gqa_kernel const* choose_kernel(gqa_problem const* problem, int32_t arch) {
-  gqa_kernel const* tma = find_kernel(problem, arch, 1);
+static gqa_kernel const* choose_kernel(gqa_problem const* problem, int32_t arch, int32_t pdl) {
+  gqa_kernel const* tma = find_kernel(problem, arch, 1, pdl);
   if (tma != NULL && prefers_tma(problem, tma)) return tma;
-  return find_kernel(problem, arch, 0);
+  return find_kernel(problem, arch, 0, pdl);
+}
+
+// When the launch after this one may start, where it has been measured to pay.
+static int32_t choose_pdl(gqa_problem const* problem, int32_t arch) {
+  gqa_model const* model = &gqa_dispatch_model;
+  double const mib = cache_mib(problem);
+  if (!problem->dependent || !gqa_archs[arch].dependents || mib > model->pdl_end_mib) {
+    return kGqaPdlNone;
+  }
+  return mib <= model->pdl_whole_mib ? kGqaPdlWhole : kGqaPdlEnd;
+}
+
+// Shared memory with which no more blocks fit on a multiprocessor than a launch has for each.
+// Otherwise the next launch's blocks crowd where this one's ended first, and take longer. Where
+// both launches find room side by side, nothing is asked for.
+static uint32_t shared_bytes_alone(int64_t blocks, gqa_target const* target) {
+  if (2 * blocks <= target->num_sms) return 0;
+  int64_t const shares = ceil_div(blocks, target->num_sms) + 1;
+  return (uint32_t)(gqa_archs[target->arch].shared_per_sm / shares);
 }
 
 // For large caches: a block for every multiprocessor.
@@ -188,7 +209,8 @@ static int may_prefetch_first_tile(gqa_problem const* problem, gqa_kernel const*
 }
 
 int gqa_choose(gqa_problem const* problem, gqa_target const* target, gqa_dispatch* chosen) {
-  gqa_kernel const* kernel = choose_kernel(problem, target->arch);
+  int32_t const pdl = choose_pdl(problem, target->arch);
+  gqa_kernel const* kernel = choose_kernel(problem, target->arch, pdl != kGqaPdlNone);
   if (kernel == NULL) return 0;
   gqa_splits const splits = kernel->tma ? choose_clusters(problem, kernel, target)
                                         : choose_splits(problem, kernel, target);
@@ -204,6 +226,11 @@ int gqa_choose(gqa_problem const* problem, gqa_target const* target, gqa_dispatc
   chosen->cluster = (uint32_t)splits.cluster;
   chosen->block = (uint32_t)kernel->num_warps * 32;
   chosen->shared_bytes = (uint32_t)kernel->shared_bytes[splits.num_stages - 1];
+  if (pdl != kGqaPdlNone) {
+    uint32_t const alone = shared_bytes_alone(columns * rows * problem->batch_size, target);
+    if (alone > chosen->shared_bytes) chosen->shared_bytes = alone;
+  }
+  chosen->pdl = pdl;
   chosen->num_splits = (int32_t)splits.splits;
   chosen->num_stages = splits.num_stages;
   chosen->prefetch_first_tile = spare == 0 && may_prefetch_first_tile(problem, kernel);
@@ -235,8 +262,9 @@ gqa_problem gqa_describe(GQADecodeConfig const* config, int32_t vec_width, int r
   problem.max_seq_len = config->max_seq_len;
   problem.dtype = config->dtype;
   problem.vec_width = vec_width;
-  problem.ragged = ragged;
+  problem.ragged = ragged && !config->equal_lengths;
   problem.features = gqa_features_of(config);
+  problem.dependent = config->dependent;
   if (config->window < config->max_seq_len) {
     problem.window = config->window;
   } else {
@@ -255,16 +283,17 @@ gqa_status gqa_find_kernel(gqa_problem const* problem, gqa_target const* target,
   }
   if (!gqa_choose(problem, target, chosen)) {
     char features[128];
+    int const dependent = choose_pdl(problem, target->arch) != kGqaPdlNone;
     gqa_name_features(problem->features, features, sizeof features);
     return gqa_fail(
         GQA_ERROR_UNSUPPORTED,
-        "no kernel%s%s for %s, head_dim %d, %d query heads per KV head, rows aligned to %d "
+        "no kernel%s%s%s for %s, head_dim %d, %d query heads per KV head, rows aligned to %d "
         "bytes, on %s; this library was exported with %d kernels (gqa_kernel_name). Nothing "
-        "was launched. Export one that has it: gqa-cutlass export --kernels ...",
-        problem->features == 0 ? "" : " with ", features,
+        "was launched. Export one that has it: gqa-cutlass export %s--kernels ...",
+        problem->features == 0 ? "" : " with ", features, dependent ? " of dependent launches" : "",
         problem->dtype == GQA_FLOAT16 ? "float16" : "bfloat16", (int)problem->head_dim,
         (int)(problem->num_q_heads / problem->num_kv_heads), problem->vec_width * kElementBytes,
-        gqa_archs[target->arch].name, gqa_num_kernels);
+        gqa_archs[target->arch].name, gqa_num_kernels, dependent ? "--dependent " : "");
   }
   if (chosen->num_merge_counters * 4 > kMergeCounterBytes) {
     return gqa_fail(GQA_ERROR_UNSUPPORTED,

@@ -27,6 +27,7 @@ enum {
   kCuMultiprocessors = 16,
   kCuMaxDynamicSharedBytes = 8,
   kCuClusterDimension = 4,
+  kCuProgrammaticStreamSerialization = 6,
   kCuTensorMapUint16 = 1,
   kCuTensorMapSwizzle128 = 3
 };

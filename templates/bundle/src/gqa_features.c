@@ -65,6 +65,10 @@ static gqa_status check_softcap(GQADecodeConfig const* config) {
   return GQA_SUCCESS;
 }
 
+static gqa_status check_flag(char const* field, int32_t value) {
+  return value == 0 || value == 1 ? GQA_SUCCESS : gqa_fail_range(field, value, 0, 1);
+}
+
 static gqa_status check_types_and_strides(GQADecodeConfig const* config) {
   int32_t const stride = config->alibi_batch_stride;
   if (config->sinks_type < GQA_FLOAT16 || config->sinks_type > GQA_FLOAT32) {
@@ -102,6 +106,8 @@ gqa_status gqa_check_features(GQADecodeConfig const* config) {
     status = gqa_fail_range("window", config->window, 0, INT32_MAX);
   }
   if (status == GQA_SUCCESS) status = check_types_and_strides(config);
+  if (status == GQA_SUCCESS) status = check_flag("equal_lengths", config->equal_lengths);
+  if (status == GQA_SUCCESS) status = check_flag("dependent", config->dependent);
   if (status != GQA_SUCCESS) return status;
   gqa_feature_tensors(config, tensors);
   for (int i = 0; i < kGqaFeatureTensors; ++i) {

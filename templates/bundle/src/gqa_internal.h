@@ -143,7 +143,8 @@ GQA_INTERNAL gqa_status gqa_find_current(gqa_driver const** driver, gqa_cu_devic
 
 // A kernel that is loaded, and ready on a device.
 GQA_INTERNAL gqa_status gqa_find_function(gqa_driver const* driver, gqa_kernel const* kernel,
-                                          gqa_cu_device device, gqa_cu_kernel* function);
+                                          gqa_cu_device device, int32_t arch,
+                                          gqa_cu_kernel* function);
 
 // -- gqa_dispatch.c
 

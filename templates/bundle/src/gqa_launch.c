@@ -7,6 +7,8 @@
 #include "gqa_kernels.h"
 #include "gqa_params.h"
 
+enum { kMaxAttributes = 2 };
+
 static pthread_mutex_t logging = PTHREAD_MUTEX_INITIALIZER;
 static gqa_log_callback log_callback;
 static void* log_user;
@@ -35,6 +37,7 @@ static gqa_params bind(GQADecodeConfig const* config, gqa_tensors const* t,
   params.max_seq_len = config->max_seq_len;
   params.num_splits = chosen->num_splits;
   params.num_stages = chosen->num_stages;
+  params.pdl = chosen->pdl;
   params.q = (void const*)views[kGqaQ].address;
   params.q_stride = row_strides(&views[kGqaQ]);
   params.k_new = (void const*)views[kGqaK].address;
@@ -94,12 +97,29 @@ static gqa_cu_result encode(gqa_driver const* driver, gqa_view const* cache, int
                         kCuTensorMapSwizzle128, 0, 0);
 }
 
+// What a launch asks for beyond grid, block and shared memory; returns how many.
+static uint32_t describe(gqa_dispatch const* chosen, gqa_cu_attribute* attributes) {
+  uint32_t count = 0;
+  memset(attributes, 0, kMaxAttributes * sizeof *attributes);
+  if (chosen->cluster > 1) {
+    attributes[count].id = kCuClusterDimension;
+    attributes[count].value[0] = 1;
+    attributes[count].value[1] = chosen->cluster;
+    attributes[count++].value[2] = 1;
+  }
+  if (chosen->pdl != kGqaPdlNone) {
+    attributes[count].id = kCuProgrammaticStreamSerialization;
+    attributes[count++].value[0] = 1;
+  }
+  return count;
+}
+
 gqa_status gqa_launch_kernel(gqa_driver const* driver, GQADecodeConfig const* config,
                              gqa_tensors const* t, gqa_dispatch const* chosen,
                              gqa_cu_kernel function, gqa_stream_t stream) {
   gqa_tma_params argument;
   void* pointers[1] = {&argument};
-  gqa_cu_attribute cluster;
+  gqa_cu_attribute attributes[kMaxAttributes];
   gqa_cu_launch launched;
   gqa_cu_result error = kCuSuccess;
   argument.decode = bind(config, t, chosen);
@@ -113,19 +133,14 @@ gqa_status gqa_launch_kernel(gqa_driver const* driver, GQADecodeConfig const* co
       return gqa_fail_in_driver(driver, error, GQA_ERROR_LAUNCH, "describing", "the caches");
     }
   }
-  memset(&cluster, 0, sizeof cluster);
-  cluster.id = kCuClusterDimension;
-  cluster.value[0] = 1;
-  cluster.value[1] = chosen->cluster;
-  cluster.value[2] = 1;
   memset(&launched, 0, sizeof launched);
   memcpy(launched.grid, chosen->grid, sizeof launched.grid);
   launched.block[0] = chosen->block;
   launched.block[1] = launched.block[2] = 1;
   launched.shared_bytes = chosen->shared_bytes;
   launched.stream = stream;
-  launched.attributes = &cluster;
-  launched.num_attributes = chosen->cluster > 1 ? 1 : 0;
+  launched.attributes = attributes;
+  launched.num_attributes = describe(chosen, attributes);
   error = driver->launch(&launched, (void*)function, pointers, NULL);
   if (error != kCuSuccess) {
     return gqa_fail_in_driver(driver, error, GQA_ERROR_LAUNCH, "launching", chosen->kernel->name);
@@ -153,19 +168,20 @@ void gqa_log_launch(GQADecodeConfig const* config, gqa_tensors const* t, gqa_dis
   snprintf(
       line, sizeof line,
       "launch kernel=%s grid=%u,%u,%u cluster=1,%u,1 block=%u shared_bytes=%u num_splits=%d "
-      "num_stages=%d dependent=False batch_size=%d num_q_heads=%d num_kv_heads=%d "
+      "num_stages=%d dependent=%s batch_size=%d num_q_heads=%d num_kv_heads=%d "
       "group_size=%d head_dim=%d head_dim_v=%d max_seq_len=%d dtype=%s out_dtype=%s append=True "
       "cache_seqlens=%s softmax_scale=%.9g return_lse=%s softcap=%s sinks=%s "
       "window_size=%d,-1 alibi=%s leftpad=%s batch_idx=%s workspace_bytes=%zu device=%d "
       "stream=0x%llx",
       chosen->kernel->name, chosen->grid[0], chosen->grid[1], chosen->grid[2], chosen->cluster,
       chosen->block, chosen->shared_bytes, chosen->num_splits, chosen->num_stages,
-      config->batch_size, config->num_q_heads, config->num_kv_heads,
-      config->num_q_heads / config->num_kv_heads, config->head_dim, config->head_dim,
-      config->max_seq_len, dtype, dtype, length, (double)config->scale, text_of(config->lse), cap,
-      text_of(config->sinks), config->window - 1, text_of(config->alibi_slopes),
-      text_of(config->cache_leftpad), text_of(config->cache_batch_idx), gqa_workspace_of(chosen),
-      device, (unsigned long long)(uintptr_t)stream);
+      chosen->pdl == kGqaPdlNone ? "False" : "True", config->batch_size, config->num_q_heads,
+      config->num_kv_heads, config->num_q_heads / config->num_kv_heads, config->head_dim,
+      config->head_dim, config->max_seq_len, dtype, dtype, length, (double)config->scale,
+      text_of(config->lse), cap, text_of(config->sinks), config->window - 1,
+      text_of(config->alibi_slopes), text_of(config->cache_leftpad),
+      text_of(config->cache_batch_idx), gqa_workspace_of(chosen), device,
+      (unsigned long long)(uintptr_t)stream);
   callback(line, user);
 }
 

@@ -45,11 +45,22 @@ enum {
   kGqaNumberBfloat16 = 2,  // cutlass::bfloat16_t
 };
 
+// When the next kernel of the stream may start: when this one is done, or its tiles are,
+// or as soon as it may read.
+enum {
+  kGqaPdlNone = 0,
+  kGqaPdlEnd = 1,
+  kGqaPdlWhole = 2,
+};
+
 // A GPU architecture that kernels were compiled for.
 typedef struct gqa_arch {
   char const* name;
-  int32_t capability;  // 90 for compute capability 9.0
-  int32_t exact;       // whether it runs on that capability alone
+  int32_t capability;        // 90 for compute capability 9.0
+  int32_t exact;             // whether it runs on that capability alone
+  int32_t dependents;        // whether it has programmatic dependent launches
+  int32_t shared_per_block;  // bytes of shared memory that a block may have
+  int32_t shared_per_sm;     // and that a multiprocessor has
 } gqa_arch;
 
 // A kernel of this library.
@@ -61,6 +72,7 @@ typedef struct gqa_kernel {
   int32_t group_size;
   int32_t vec_width;  // elements per access that every address must allow
   int32_t tma;        // schedule: tensor copies and clusters
+  int32_t pdl;        // whether it may start before the kernel before it is done
   int32_t block_n;    // KV tokens per tile
   int32_t num_warps;
   int32_t num_stages;                   // with tma: at most
@@ -88,6 +100,8 @@ typedef struct gqa_model {
   int64_t box_dims;
   int64_t max_cluster;
   double prefetch_mib;
+  double pdl_whole_mib;
+  double pdl_end_mib;
   int64_t balanced_batch;
   int64_t balanced_tokens;
   int64_t balanced_rounds;
@@ -116,9 +130,10 @@ typedef struct gqa_problem {
   int64_t max_seq_len;
   int32_t dtype;      // gqa_dtype
   int32_t vec_width;  // widest access, in elements, that every address allows
-  int32_t ragged;     // whether the host does not know the lengths
+  int32_t ragged;     // whether lengths, which the host does not know, may differ much
   int32_t features;   // bits of what the kernel must have, and must not have beyond
   int64_t window;     // tokens that are seen; 0 for all
+  int64_t dependent;  // whether it may start before the kernel before it is done
 } gqa_problem;
 
 // Where it will run.
@@ -137,6 +152,7 @@ typedef struct gqa_dispatch {
   int32_t num_splits;
   int32_t num_stages;
   int32_t prefetch_first_tile;  // whether warps ask for it before they know the length
+  int32_t pdl;                  // when the next kernel may start; not 0: a dependent launch
   int64_t num_merge_counters;   // counters, of merges in global memory
   int64_t partial_floats;       // floats of partial outputs in global memory
 } gqa_dispatch;

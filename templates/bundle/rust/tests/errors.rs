@@ -39,6 +39,8 @@ const CONFIG: Config = Config {
     cache_leftpad: None,
     cache_batch_idx: None,
     cache_rows: 0,
+    dependent: false,
+    equal_lengths: false,
     lse: None,
     strides: Strides::PACKED,
 };
@@ -64,7 +66,7 @@ const C_CONFIG: GQADecodeConfig = GQADecodeConfig {
     cache_leftpad: null(),
     cache_batch_idx: null(),
     cache_rows: 0,
-    reserved: 0,
+    equal_lengths: 0,
     lse: null_mut(),
     output_batch_stride: 0,
     output_head_stride: 0,
@@ -80,6 +82,8 @@ const C_CONFIG: GQADecodeConfig = GQADecodeConfig {
     kv_cache_v_batch_stride: 0,
     kv_cache_v_token_stride: 0,
     kv_cache_v_head_stride: 0,
+    dependent: 0,
+    reserved: 0,
 };
 
 /// Arguments of a step as C takes them, each tensor at an address of its own.
@@ -220,7 +224,7 @@ type Change = fn(&mut GQADecodeConfig);
 
 #[test]
 fn a_config_that_is_not_allowed_is_refused_by_every_function() {
-    let cases: [(Change, &str); 17] = [
+    let cases: [(Change, &str); 20] = [
         (
             |c| c.batch_size = 0,
             "batch_size: got 0; allowed: 1 to 65535",
@@ -285,6 +289,15 @@ fn a_config_that_is_not_allowed_is_refused_by_every_function() {
         (
             |c| c.dtype = -1,
             "dtype: got -1; allowed: GQA_FLOAT16 (0), GQA_BFLOAT16 (1)",
+        ),
+        (
+            |c| c.equal_lengths = 2,
+            "equal_lengths: got 2; allowed: 0 to 1",
+        ),
+        (|c| c.dependent = -1, "dependent: got -1; allowed: 0 to 1"),
+        (
+            |c| c.kv_cache_v_token_stride = -1,
+            "kv_cache_v_token_stride: got -1; allowed: 0 to",
         ),
     ];
     for (change, says) in cases {
@@ -780,6 +793,47 @@ fn features_without_a_kernel_are_unsupported_and_named() {
         assert_eq!(config, { config });
     }
     assert_ne!(featured()[1].1, featured()[2].1);
+}
+
+#[test]
+fn about_equal_lengths_are_launched_as_one_for_all() {
+    for (kind, arch) in kinds()
+        .into_iter()
+        .flat_map(|kind| arch_names().map(move |arch| (kind, arch)))
+    {
+        let config = kind.config(4, 1, 4500);
+        let equal = Config {
+            equal_lengths: true,
+            ..config
+        };
+        let Ok(plain) = kind.explain(&config, arch, false) else {
+            continue; // exported in the other schedule alone
+        };
+        assert_eq!(kind.explain(&equal, arch, true), Ok(plain));
+    }
+}
+
+#[test]
+fn dependent_launches_without_a_kernel_are_unsupported_and_named() {
+    let (large, small) = (unsupported().config(1, 1, 1 << 17), CONFIG);
+    let config = Config {
+        dependent: true,
+        ..small
+    };
+    let arch = arch_names().find(|name| *name == "sm_90a");
+    let Some(arch) = arch else { return };
+    let has_dependents = kernel_names().any(|name| name.ends_with("_pdl"));
+    if !has_dependents {
+        let says = "no kernel of dependent launches for float16, head_dim 64, 4 query";
+        let result = explain::<f16>(&config, arch, 132, false);
+        assert_error!(result, Unsupported, says, "export --dependent");
+    }
+    let config = Config {
+        dependent: true,
+        ..large
+    };
+    let result = explain::<f16>(&config, arch, 132, false); // too large for one to pay
+    assert_error!(result, Unsupported, "no kernel for float16");
 }
 
 #[test]

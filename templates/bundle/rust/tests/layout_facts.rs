@@ -25,7 +25,7 @@ fn rust_facts() -> Vec<Fact> {
         cache_leftpad,
         cache_batch_idx,
         cache_rows,
-        reserved,
+        equal_lengths,
         lse,
         output_batch_stride,
         output_head_stride,
@@ -40,7 +40,9 @@ fn rust_facts() -> Vec<Fact> {
         kv_cache_k_head_stride,
         kv_cache_v_batch_stride,
         kv_cache_v_token_stride,
-        kv_cache_v_head_stride
+        kv_cache_v_head_stride,
+        dependent,
+        reserved
     );
     layout!(
         facts,
