@@ -20,6 +20,7 @@ from torch import Tensor
 import gqa_cutlass
 from gqa_cutlass import GQADecodeConfig, gqa_attention_decode, gqa_decode
 from gqa_cutlass.call.record import parse
+from gqa_cutlass.codegen import DType, Math, Schedule, default_config
 from gqa_cutlass.kernels.export import compiled, plan_export, write_bundle
 from gqa_cutlass.kernels.store import Store
 
@@ -88,7 +89,11 @@ EXAMPLES = (
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export of a few kernels."""
     out = tmp_path_factory.mktemp("export") / "bundle"
-    wanted = plan_export(KERNELS, ["sm_80", "sm_90a"])
+    dependent = [
+        replace(default_config(Math.TENSOROP, DType.F16, 128, 4, 8, schedule), pdl=True).name
+        for schedule in Schedule
+    ]
+    wanted = plan_export(",".join((KERNELS, *dependent)), ["sm_80", "sm_90a"])
     write_bundle(out, wanted, compiled(wanted, Store.default(), 0))
     return out
 
@@ -252,6 +257,49 @@ def test_features_give_the_bits_of_python(
     assert all(map(torch.equal, ours.bits(), theirs.bits()))
     assert not ours.out.isnan().any()
     assert parse(library.lines[-1])["kernel"].endswith(tags)
+
+
+@pytest.mark.parametrize("dependent", [False, True], ids=["ordinary", "dependent"])
+@pytest.mark.parametrize(
+    "shape",
+    [SHAPES["one tile per warp"], Shape(2, 32, 8, 128, 1000, 4096, "f16")],
+    ids=["one tile per warp", "cluster"],
+)
+def test_strides_and_lse_give_the_bits_of_python(
+    library: Library, shape: Shape, dependent: bool
+) -> None:
+    """Of caches with heads before tokens, in ordinary and in dependent launches."""
+    packed = step_of(shape)
+    heads_first = {
+        name: getattr(packed, name).transpose(1, 2).contiguous().transpose(1, 2)
+        for name in ("k_cache", "v_cache")
+    }
+    ours = replace(packed, **heads_first)
+    theirs = ours.copy()
+    plan = gqa_cutlass.plan(
+        ours.q, ours.k_cache, ours.v_cache, ours.k, ours.v, cache_seqlens=shape.cache_len,
+        softmax_scale=shape.scale, return_lse=True, dependent=dependent,
+        out=ours.out.view(ours.q.shape),
+    )  # fmt: skip
+    _, expected = plan(
+        ours.q, ours.k_cache, ours.v_cache, ours.k, ours.v, shape.cache_len,
+        ours.out.view(ours.q.shape),
+    )  # fmt: skip
+    lse, config = torch.full_like(expected, torch.nan), shape.config()
+    config.lse, config.dependent = lse.data_ptr(), int(dependent)
+    for cache in ("kv_cache_k", "kv_cache_v"):
+        setattr(config, f"{cache}_token_stride", shape.head_dim)
+        setattr(config, f"{cache}_head_stride", shape.head_dim * shape.max_seq_len)
+    workspace = library.workspace(shape, config)
+    config.workspace, config.workspace_size = workspace.data_ptr(), workspace.numel()
+    for _ in range(3):  # launches that may overlap
+        status = library.call("gqa_attention_decode", *theirs.addresses(), config, current_stream())
+        assert status == 0, library.lines[-1]
+    assert all(map(torch.equal, ours.bits(), theirs.bits()))
+    assert torch.equal(lse, expected) and lse.isfinite().all()
+    launched = parse(library.lines[-1])
+    assert (launched["dependent"], launched["return_lse"]) == (str(dependent), "True")
+    assert launched["kernel"] == plan.dispatch.config.name
 
 
 def test_ragged_lengths_give_the_bits_of_python_and_one_overflow_spoils_itself_alone(
