@@ -153,6 +153,7 @@ def _kernel(index: int, image: Image, archs: Sequence[Arch]) -> dict[str, str]:
         "name": f'"{c.name}"',
         "image": f"image_{index}",
         "dtype": DTYPE_CODES[c.dtype],
+        "head_dim_v": c.value_dim,
         "tma": int(c.tma),
         "pdl": int(c.pdl),
         "features": feature_bits(c.policies),

@@ -24,6 +24,7 @@ ARGUMENT_BYTES = ctypes.sizeof(TmaParams)
 _SIZES = (f"-DARGUMENT_BYTES={ctypes.sizeof(Params)}", f"-DTMA_ARGUMENT_BYTES={ARGUMENT_BYTES}")
 # Few kernels, of each kind: (head_dim, group size). Of groups of 4 there are narrow ones too.
 FAMILIES = ((64, 4), (64, 7), (96, 4), (128, 4), (128, 7))
+UNLIKE = "d64v80_g4_"  # and where values are not as keys
 
 
 def write_dummies(
@@ -83,7 +84,7 @@ def build_fake_cuda(folder: Path, *flags: str) -> Path:
 def kernels() -> list[KernelConfig]:
     """What `fresh_library` has; of the last family no kernels of dependent launches."""
     filters = ",".join(f"d{head_dim}_g{group_size}_" for head_dim, group_size in FAMILIES)
-    found = dispatched(select(filters))
+    found = dispatched(select(f"{filters},{UNLIKE}"))
     return found + as_dependents(k for k in found if (k.head_dim, k.group_size) != FAMILIES[-1])
 
 
@@ -94,5 +95,5 @@ def as_dependents(kernels: Iterable[KernelConfig]) -> list[KernelConfig]:
 
 def dispatched(kernels: Iterable[KernelConfig]) -> list[KernelConfig]:
     """Those that dispatch may choose for what C can ask for."""
-    usual = (k for k in kernels if k.head_dim_v is None and {*k.policies} <= {*FEATURES})
+    usual = (k for k in kernels if {*k.policies} <= {*FEATURES})
     return [k for k in usual if k.math is Math.TENSOROP or k.vec_width == 1]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import permutations, product
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from c_build import as_dependents, build, dispatched, write_dummies
@@ -27,10 +28,20 @@ from gqa_cutlass.dispatch import MODELS, MOST_TILES, Device, dispatch, model_dev
 KERNELS = dispatched(shipped())
 DEPENDENTS = as_dependents(KERNELS)
 TENSORS = "out", "q", "k", "v", "k_cache", "v_cache"  # in C's order
-Kind = tuple[DType, int, int, tuple[Policy, ...]]  # with head_dim and group size
 CAP, SINK, WINDOW = named("SoftCapped"), named("SinkInSum"), named("SlidingWindow")
+IN_FLOAT32 = named("InFloat32")
 _CPU, _LAID_OUT = torch.device("cpu"), ctypes.create_string_buffer(4096)  # gqa_tensors
 MODEL, H200 = MODELS["sm_90a"], model_device(ARCHES["sm_90a"])
+
+
+class Kind(NamedTuple):
+    """What kernels of all widths and schedules have in common; values of None are as keys."""
+
+    dtype: DType
+    head_dim: int
+    group_size: int
+    policies: tuple[Policy, ...] = ()
+    head_dim_v: int | None = None
 
 
 class CProblem(ctypes.Structure):
@@ -135,6 +146,7 @@ class Case:
             head_dim=p.head_dim, scale=0.1, max_seq_len=p.max_seq_len, dtype=DTYPE_CODES[p.dtype],
             window=p.window or 0, softcap=30 if CAP in p.policies else 0,
             sinks=1 << 40 if SINK in p.policies else None, equal_lengths=self.equal,
+            head_dim_v=p.head_dim_v or 0, output_float32=IN_FLOAT32 in p.policies,
             dependent=self.dependent, lse=1 << 41, **self.strides(),
         )  # fmt: skip
 
@@ -148,13 +160,19 @@ class Case:
         }
 
 
+def kind_of(kernel: KernelConfig) -> Kind:
+    """What kernels of other widths and schedules have in common with it."""
+    k = kernel
+    return Kind(k.dtype, k.head_dim, k.group_size, k.policies, k.head_dim_v)
+
+
 @cache
 def widths_of_kinds() -> dict[Kind, list[int]]:
     """Vector widths for which Python chooses a kernel that ships, by what else identifies it."""
     found: dict[Kind, list[int]] = {}
     for kernel in KERNELS:
         if kernel.schedule is Schedule.MULTISTAGE:
-            key = kernel.dtype, kernel.head_dim, kernel.group_size, kernel.policies
+            key = kind_of(kernel)
             found.setdefault(key, []).append(kernel.vec_width)
     return found
 
@@ -164,11 +182,11 @@ def case_of(
     ragged: bool, window: int = 100, equal: bool = False, dependent: bool = False,
 ) -> Case:  # fmt: skip
     """A problem of a kind; the window counts where there is one, and hides a token or more."""
-    dtype, head_dim, group_size, policies = kind
     problem = Problem(
-        batch_size=batch, num_q_heads=kv_heads * group_size, num_kv_heads=kv_heads,
-        head_dim=head_dim, max_seq_len=tokens, dtype=dtype, vec_width=width, append=True,
-        policies=policies, window=min(window, tokens - 1) if WINDOW in policies else None,
+        batch_size=batch, num_q_heads=kv_heads * kind.group_size, num_kv_heads=kv_heads,
+        head_dim=kind.head_dim, head_dim_v=kind.head_dim_v, max_seq_len=tokens, dtype=kind.dtype,
+        vec_width=width, append=True, policies=kind.policies,
+        window=min(window, tokens - 1) if WINDOW in kind.policies else None,
     )  # fmt: skip
     return Case(problem, device, ragged, equal, dependent)
 
@@ -204,27 +222,31 @@ def in_layout(case: Case, chance: int) -> Case:
     p, width = case.problem, case.problem.vec_width
     query, token = (p.batch_size, p.num_q_heads), (p.batch_size, p.num_kv_heads)
     cache = p.batch_size, p.max_seq_len, p.num_kv_heads
+    result = torch.float32 if IN_FLOAT32 in p.policies else None
     dtype = torch.float16 if p.dtype is DType.F16 else torch.bfloat16
     layout: dict[str, Seen] = {}
     for name, sizes in zip(TENSORS, (query, query, token, token, cache, cache), strict=True):
-        orders, strides, step = ORDERS[len(sizes)], [0] * len(sizes), p.head_dim
+        dim_of = p.value_dim if name in ("out", "v", "v_cache") else p.head_dim
+        orders, strides, step = ORDERS[len(sizes)], [0] * len(sizes), dim_of
         for dim in orders[chance % len(orders)]:
             step += width * GAPS[chance & 7]
             strides[dim] = step if sizes[dim] > 1 else 2 * step + 1
             step *= sizes[dim]
             chance >>= 3
         address = (len(layout) + 1 << 56) + 2 * width * (1 if chance & 3 == 0 else 8)
-        shape = *sizes, p.head_dim
-        layout[name] = Seen(shape, (*strides, 1), dtype, _CPU, False, 2, address, 2 * step)
-    problem = problem_of(layout, p.policies, (p.window or 0) - 1)
+        kind = result or dtype if name == "out" else dtype
+        size, shape = kind.itemsize, (*sizes, dim_of)
+        address = address // size * size
+        layout[name] = Seen(shape, (*strides, 1), kind, _CPU, False, size, address, size * step)
+    problem = problem_of(layout, p.policies, (p.window or 0) - 1, result)
     return replace(case, problem=problem, layout=layout)
 
 
 def edge_cases() -> Iterator[Case]:
     """Both sides of every limit of the model."""
     hopper, ampere = H200, model_device(ARCHES["sm_80"])
-    usual, partial_boxes = (DType.F16, 128, 4, ()), (DType.BF16, 96, 1, ())
-    windowed: Kind = (DType.F16, 128, 4, (WINDOW,))
+    usual, partial_boxes = Kind(DType.F16, 128, 4), Kind(DType.BF16, 96, 1)
+    windowed = Kind(DType.F16, 128, 4, (WINDOW,))
     windows = 1, 2, 16, 17, 18, 113, 128, 129, MODEL.balanced_tokens - 1, MODEL.balanced_tokens
     for device, batch, window, held, heads, ragged in product(
         (hopper, ampere), (1, 2, 64), windows, (1, 2, 2**17), (1, 8), (False, True)
@@ -260,7 +282,7 @@ def edge_cases() -> Iterator[Case]:
         (usual, 8, MODEL.tma_mib),
         (partial_boxes, 32, MODEL.tma_mib_partial_boxes),
     ):
-        most = limit * 2**20 // (4 * kind[1] * heads)  # tokens
+        most = limit * 2**20 // (4 * kind.head_dim * heads)  # tokens
         for length in (most, most + 1):
             yield case_of(kind, 8, hopper, batch=1, kv_heads=heads, tokens=length, ragged=False)
     for heads, batch, ragged in product(

@@ -220,12 +220,15 @@ def features_of(step: Step) -> dict[str, Any]:
     """What a step asks for, by the fields of GQADecodeConfig."""
     tensors = {name: getattr(step, name) for name in POINTERS}
     sinks, slopes = step.sinks, step.alibi_slopes
+    value_dim = step.v_cache.shape[-1]
     own_slopes = slopes is not None and slopes.dim() == 2
     return {name: t.data_ptr() for name, t in tensors.items() if t is not None} | dict(
         softcap=step.softcap,
         window=step.window_size[0] + 1,
         sinks_type=0 if sinks is None else NUMBERS[sinks.dtype],
         alibi_batch_stride=step.q.shape[1] if own_slopes else 0,
+        head_dim_v=0 if value_dim == step.q.shape[-1] else value_dim,
+        output_float32=int(step.out_dtype is torch.float32),
         cache_rows=0 if step.cache_batch_idx is None else step.k_cache.shape[0],
     )
 

@@ -240,7 +240,6 @@ POLICIES = (
         cpp="InFloat32",
         header="policy/result_float32.cuh",
         feature="out_dtype",
-        in_library=False,
     ),
 )
 check_distinct("policies", "policies", (policy.cpp for policy in POLICIES))

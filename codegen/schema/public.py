@@ -137,6 +137,8 @@ CONFIG = Struct(
                 for dim in dims
             ),
             ("dependent", INT32, "1: programmatic dependent launch"),
+            ("head_dim_v", INT32, "the same of values and output; 0: as `head_dim`"),
+            ("output_float32", INT32, "1: the output is of float32, not rounded"),
             ("reserved", INT32, "must be 0"),
         )
     ),
@@ -149,6 +151,7 @@ ASKED_BY = {
     "softcap": "softcap",
     "alibi_slopes": "alibi_slopes",
     "sinks": "sinks",
+    "out_dtype": "output_float32",
 }
 check_asked(ASKED_BY, CONFIG)
 LAUNCH = Struct(

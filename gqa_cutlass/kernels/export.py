@@ -87,8 +87,9 @@ def plan_export(kernels: str | None, archs: Sequence[str], dependent: bool = Fal
 def _is_dispatched(kernel: KernelConfig) -> bool:
     k = kernel
     usual = default_config(
-        k.math, k.dtype, k.head_dim, k.group_size, k.vec_width, k.schedule, k.policies
-    )
+        k.math, k.dtype, k.head_dim, k.group_size, k.vec_width, k.schedule, k.policies,
+        k.head_dim_v,
+    )  # fmt: skip
     offered = all(policy.in_library for policy in k.policies)
     return (
         replace(k, pdl=False) == usual and offered and (k.math is Math.TENSOROP or k.vec_width == 1)

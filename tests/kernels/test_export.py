@@ -74,9 +74,9 @@ def test_kernels_that_dispatch_never_chooses_are_left_out() -> None:
     narrow = default_config(Math.SIMT, DType.F16, 64, 4, 1)
     other_tiles = replace(WIDE, num_warps=2)
     other_values = default_config(Math.TENSOROP, DType.F16, 64, 4, 8, head_dim_v=80)
-    names = [WIDE, narrow, NEVER, other_tiles, other_values]
+    names = [WIDE, narrow, NEVER, other_tiles, other_values, replace(other_values, num_warps=2)]
     found = plan_export(",".join(kernel.name for kernel in names), ["sm_80"])
-    assert set(found.kernels) == {WIDE, narrow}
+    assert set(found.kernels) == {WIDE, narrow, other_values}
 
 
 def test_kernels_of_dependent_launches_are_exported_when_asked_for() -> None:

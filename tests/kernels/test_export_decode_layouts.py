@@ -23,7 +23,9 @@ from c_library import config_of, fresh_library, workspace_of
 from c_simulator import Simulator
 from cases import Step, snapshot
 
-from gqa_cutlass.codegen import KernelConfig
+from gqa_cutlass.codegen import DType, KernelConfig, Math, default_config
+
+UNLIKE_64 = default_config(Math.TENSOROP, DType.F16, 64, 4, 8, head_dim_v=80)
 
 
 def fused(step: Step) -> None:
@@ -65,6 +67,10 @@ LAYOUTS = {
     "gaps between rows": Layout(WIDE_64, dict(layout="padded")),
     "one projection, one buffer": Layout(WIDE_64, {}, fused),
     "keys unlike values": Layout(WIDE_64, {}, unlike),
+    "values of another head_dim": Layout(UNLIKE_64, dict(head_dim_v=80)),
+    "values of another head_dim, heads before tokens": Layout(
+        UNLIKE_64, dict(head_dim_v=80, layout="HND")
+    ),
     "clusters, gaps between rows": Layout(TMA_128, dict(layout="padded")),
     "clusters, one projection, one buffer": Layout(TMA_128, {}, fused),
 }

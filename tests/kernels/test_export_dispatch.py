@@ -127,13 +127,14 @@ def test_the_workspace_suffices_for_every_alignment_and_for_ragged_lengths(
     ragged_alone = 0
     for case, _ in random_problems[:2000]:
         p = case.problem
+        kind = Kind(p.dtype, p.head_dim, p.group_size, p.policies, p.head_dim_v)
         needed = {
             (width, ragged): workspace_bytes(
                 replace(
                     case, problem=replace(p, vec_width=width), device=H200, ragged=ragged
                 ).by_python()
             )
-            for width in widths_of_kinds()[p.dtype, p.head_dim, p.group_size, p.policies]
+            for width in widths_of_kinds()[kind]
             for ragged in (False, True)
         }
         assert library.workspace_size(case.config()) == max(needed.values())
@@ -144,13 +145,13 @@ def test_the_workspace_suffices_for_every_alignment_and_for_ragged_lengths(
 
 def test_c_drops_a_window_that_hides_nothing_as_python_does(library: Library) -> None:
     for kind, held in product(
-        [kind for kind in widths_of_kinds() if WINDOW in kind[3]], (299, 300, 2**30)
+        [kind for kind in widths_of_kinds() if WINDOW in kind.policies], (299, 300, 2**30)
     ):
         case = case_of(kind, 8, H200, batch=1, kv_heads=8, tokens=300, ragged=False)
         config = case.config()
         config.window = held
-        without = tuple(policy for policy in kind[3] if policy is not WINDOW)
-        expected = replace(case.problem, policies=kind[3], window=held)
+        without = tuple(policy for policy in kind.policies if policy is not WINDOW)
+        expected = replace(case.problem, policies=kind.policies, window=held)
         if held >= 300:
             expected = replace(case.problem, policies=without, window=None)
         found = library.explain(config, "sm_90a", H200.num_sms)
@@ -181,7 +182,7 @@ def test_a_library_without_wide_kernels_serves_aligned_rows_by_narrow_ones(tmp_p
     for dtype in DType:
         for width, expected in ((8, 4), (4, 4), (2, 2), (1, 1)):
             case = case_of(
-                (dtype, 128, 4, ()), width, model_device(ARCHES["sm_90a"]),
+                Kind(dtype, 128, 4), width, model_device(ARCHES["sm_90a"]),
                 batch=1, kv_heads=2, tokens=300, ragged=False,
             )  # fmt: skip
             found = case.by_c(library)
@@ -189,7 +190,7 @@ def test_a_library_without_wide_kernels_serves_aligned_rows_by_narrow_ones(tmp_p
 
 
 def test_a_kernel_is_chosen_only_where_it_was_compiled_for(tmp_path: Path) -> None:
-    kind: Kind = DType.F16, 128, 4, ()
+    kind = Kind(DType.F16, 128, 4)
     kernels = [k for k in KERNELS if (k.dtype, k.head_dim, k.group_size) == kind[:3]]
     library = library_of(tmp_path, kernels=kernels, archs=("sm_86", "sm_90a"))
     names = "sm_86", "sm_90a"

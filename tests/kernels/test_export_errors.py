@@ -72,6 +72,18 @@ BAD_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
         dict(softcap=0.5, scale=1e37), "softcap: got 0.5; allowed: 0 (none), or 1 and more with t",
     ),
     "equal_lengths 2": (dict(equal_lengths=2), "equal_lengths: got 2; allowed: 0 to 1"),
+    "output_float32 -1": (dict(output_float32=-1), "output_float32: got -1; allowed: 0 to 1"),
+    **{
+        f"head_dim_v {value}": (
+            dict(head_dim_v=value),
+            f"head_dim_v: got {value}; allowed: multiples of 8 from 32 to 256",
+        )
+        for value in (-64, 24, 68, 264)
+    },
+    "values of 2^48 bytes": (
+        dict(head_dim=32, head_dim_v=256, batch_size=2**15, max_seq_len=2**23),
+        "sizes: got caches of 2.815e+14 bytes; allowed: up to 1.407e+14",
+    ),
     "dependent -1": (dict(dependent=-1), "dependent: got -1; allowed: 0 to 1"),
     "window -1": (dict(window=-1), "window: got -1; allowed: 0 to 2147483647"),
     "sinks_type 3": (

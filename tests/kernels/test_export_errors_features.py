@@ -22,6 +22,7 @@ FEATURES: dict[str, dict[str, Any]] = {  # that the library has no kernels for
     "alibi_slopes": dict(alibi_slopes=0x10000, alibi_batch_stride=8),
     "cache_leftpad": dict(cache_leftpad=0x10000),
     "cache_batch_idx": dict(cache_batch_idx=0x10000, cache_rows=9),
+    "output_float32": dict(output_float32=1),
     "window, softcap, sinks": dict(softcap=30, sinks=0x10000, window=1),
 }
 

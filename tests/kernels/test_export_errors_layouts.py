@@ -92,6 +92,36 @@ def test_strides_that_leave_no_gap_are_launched(library: Library, step: Step) ->
     assert launched.argument["q_stride.batch"] == 512
 
 
+def test_values_and_outputs_of_their_own_sizes(library: Library, step: Step) -> None:
+    """Of 80 elements, or of four bytes: what they need, and what they may not share."""
+    given = far_apart(step)
+    unlike, float32 = (
+        Config(**VALID | dict(head_dim_v=80)),
+        Config(**VALID | dict(output_float32=1)),
+    )
+    for config, sizes in (
+        (unlike, dict(output=2560, q=2048, k=512, v=640, kv_cache_k=15360, kv_cache_v=19200)),
+        (float32, dict(output=4096, q=2048, k=512, v=512, kv_cache_k=15360, kv_cache_v=15360)),
+    ):
+        for name, size in sizes.items():
+            assert library.decode(step, config, **{name: None}) == "GQA_ERROR_NULL_POINTER"
+            assert nothing_happened(library, f"{name}: got null; needed: device memory of {size} ")
+        given["q"] = given["output"] + sizes["output"] - 2
+        assert library.decode(step, config, **given) == "GQA_ERROR_INVALID_VALUE"
+        assert nothing_happened(library, "output: got memory that q also uses")
+    given = far_apart(step)
+    given["output"] += 2
+    assert library.decode(step, float32, **given) == "GQA_ERROR_INVALID_VALUE"
+    assert nothing_happened(library, "output: got address 0x10000000002; allowed: multiples of 4.")
+    given["output"] += 2
+    assert library.decode(step, float32, **given) == "GQA_ERROR_UNSUPPORTED"
+    assert "no kernel with output_float32 for float16, head_dim 64, 4 query heads" in library.error
+    assert "rows aligned to 4 bytes" in library.error
+    other = Config(**VALID | dict(head_dim_v=96))
+    assert library.decode(step, other, **far_apart(step)) == "GQA_ERROR_UNSUPPORTED"
+    assert nothing_happened(library, "for float16, head_dim 64 and of values 96, 4 query heads")
+
+
 def test_a_stride_without_a_narrow_kernel_is_unsupported(library: Library) -> None:
     step = make_step(**STEP | dict(group_size=7))
     for name, width in (("q", 4), ("kv_cache_k", 2), ("output", 1)):

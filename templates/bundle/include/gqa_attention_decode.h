@@ -96,6 +96,8 @@ typedef struct GQADecodeConfig {
   int64_t kv_cache_v_token_stride GQA_ZERO;  // elements between tokens; 0: packed
   int64_t kv_cache_v_head_stride GQA_ZERO;   // elements between heads; 0: packed
   int32_t dependent GQA_ZERO;                // 1: programmatic dependent launch
+  int32_t head_dim_v GQA_ZERO;               // the same of values and output; 0: as `head_dim`
+  int32_t output_float32 GQA_ZERO;           // 1: the output is of float32, not rounded
   int32_t reserved GQA_ZERO;                 // must be 0
 } GQADecodeConfig;
 
@@ -122,6 +124,8 @@ typedef struct GQADecodeConfig {
    0,                          \
    0,                          \
    NULL,                       \
+   0,                          \
+   0,                          \
    0,                          \
    0,                          \
    0,                          \
@@ -175,6 +179,13 @@ typedef struct gqa_launch {
 //                    cache_rows. By gqa_attention_decode_ragged alone: a sequence whose row is
 //                    none counts like one that the new token does not fit into. No two sequences
 //                    may have the same row
+//   head_dim_v       elements per head of v, kv_cache_v and output, where they are others than
+//   those
+//                    of q, k and kv_cache_k, as in DeepSeek: 192 and 128. What is allowed is the
+//                    same
+//   output_float32   1 for an output of float32, aligned to 4 bytes, as it was computed, before it
+//   is
+//                    rounded: a part to be merged with others. Its strides are in floats
 //   dependent        1 for programmatic dependent launch, where it pays (Hopper and newer, caches
 //                    of up to 32 MiB): the kernel may start while the kernel before it in the
 //                    stream finishes. It reads nothing before that one is done, but may fetch its
@@ -198,8 +209,8 @@ typedef struct gqa_launch {
 //                    Elements do not share memory. Where a stride or an address is no multiple of
 //                    16 bytes, a kernel of narrower accesses is wanted, and none of tensor copies
 
-// One decode step. Tensors are in device memory, contiguous unless config says strides, and do not
-// share memory.
+// One decode step. Tensors are in device memory, contiguous unless config has strides, and do not
+// share memory. Where config has a head_dim_v, it is that of output, v and kv_cache_v.
 //
 //   output      [batch_size, 1, num_q_heads * head_dim], written
 //   q           [batch_size, 1, num_q_heads, head_dim]

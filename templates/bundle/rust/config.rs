@@ -5,7 +5,7 @@ use std::mem::size_of;
 use std::ptr::{null, null_mut};
 
 use crate::device::{DeviceSlice, Lse, Workspace};
-use crate::element::{bf16, f16, Element};
+use crate::element::{bf16, f16, Element, Output};
 use crate::error::GqaError;
 use crate::ffi;
 use crate::layout::{check_len, check_reach, Strides};
@@ -67,6 +67,12 @@ pub struct Config<'a> {
     pub cache_batch_idx: Option<DeviceSlice<'a, i32>>,
     /// Rows of the caches, with `cache_batch_idx`; 0: `batch_size`.
     pub cache_rows: usize,
+    /// Elements per head of values and output, where they are others than those of queries and keys, as
+    /// in DeepSeek: 192 and 128. What is allowed is the same; 0: as `head_dim`.
+    pub head_dim_v: usize,
+    /// Whether the output is of `f32`, as it was computed, before it is rounded: a part to be merged
+    /// with others.
+    pub output_float32: bool,
     /// Programmatic dependent launch, where it pays (Hopper and newer, caches of up to 32 MiB): the
     /// kernel may start while the kernel before it in the stream finishes. It reads nothing before
     /// that one is done, but may fetch its first tiles to L2. Worth having where that kernel lets
@@ -141,6 +147,8 @@ impl Default for Config<'_> {
             cache_leftpad: None,
             cache_batch_idx: None,
             cache_rows: 0,
+            head_dim_v: 0,
+            output_float32: false,
             dependent: false,
             equal_lengths: false,
             lse: None,
@@ -201,6 +209,8 @@ impl Config<'_> {
             kv_cache_v_token_stride: to_long("kv_cache_v_token_stride", strides.kv_cache_v.token)?,
             kv_cache_v_head_stride: to_long("kv_cache_v_head_stride", strides.kv_cache_v.head)?,
             dependent: i32::from(self.dependent),
+            head_dim_v: to_int("config: head_dim_v", self.head_dim_v)?,
+            output_float32: i32::from(self.output_float32),
             reserved: 0,
         })
     }
@@ -236,28 +246,50 @@ impl Config<'_> {
         Ok(())
     }
 
+    /// Checks that the output has the type which the configuration says.
+    pub(crate) fn check_output<T, O: Output<T>>(&self) -> Result<(), GqaError> {
+        if O::IS_FLOAT32 == self.output_float32 {
+            return Ok(());
+        }
+        let (got, said) = (O::IS_FLOAT32, self.output_float32);
+        Err(GqaError::InvalidValue(format!(
+            "output: got {} with output_float32: {said}; needed: {}. Nothing was launched.",
+            if got { "f32" } else { "what q is of" },
+            if said { "f32" } else { "what q is of" },
+        )))
+    }
+
     /// Checks the elements that output, q, k, v and the caches have.
     pub(crate) fn check_lens(&self, lens: [usize; 6]) -> Result<(), GqaError> {
         const QUERY: &str = "batch_size * num_q_heads * head_dim";
         const TOKEN: &str = "batch_size * num_kv_heads * head_dim";
         const CACHE: &str =
             "batch_size * max_seq_len * num_kv_heads * head_dim, or with cache_rows";
+        const QUERY_V: &str = "batch_size * num_q_heads * head_dim_v";
+        const TOKEN_V: &str = "batch_size * num_kv_heads * head_dim_v";
+        const CACHE_V: &str =
+            "batch_size * max_seq_len * num_kv_heads * head_dim_v, or with cache_rows";
         let names = ["output", "q", "k", "v", "kv_cache_k", "kv_cache_v"];
-        let rules = [QUERY, QUERY, TOKEN, TOKEN, CACHE, CACHE];
-        let rows = match self.cache_rows {
-            0 => self.batch_size,
-            rows => rows,
+        let rules = match self.head_dim_v {
+            0 => [QUERY, QUERY, TOKEN, TOKEN, CACHE, CACHE],
+            _ => [QUERY_V, QUERY, TOKEN, TOKEN_V, CACHE, CACHE_V],
         };
-        let query = [self.batch_size, 1, self.num_q_heads, self.head_dim];
-        let token = [self.batch_size, 1, self.num_kv_heads, self.head_dim];
-        let cache = [rows, self.max_seq_len, self.num_kv_heads, self.head_dim];
-        let sizes = [query, query, token, token, cache, cache];
-        let [query, token, cache] = [
-            self.elements(&query)?,
-            self.elements(&token)?,
-            self.elements(&cache)?,
+        let (batch, tokens) = (self.batch_size, self.max_seq_len);
+        let (q_heads, kv_heads, dim) = (self.num_q_heads, self.num_kv_heads, self.head_dim);
+        let value_dim = or(self.head_dim_v, dim);
+        let rows = or(self.cache_rows, batch);
+        let sizes = [
+            [batch, 1, q_heads, value_dim],
+            [batch, 1, q_heads, dim],
+            [batch, 1, kv_heads, dim],
+            [batch, 1, kv_heads, value_dim],
+            [rows, tokens, kv_heads, dim],
+            [rows, tokens, kv_heads, value_dim],
         ];
-        let packed = [query, query, token, token, cache, cache];
+        let mut packed = [0; 6];
+        for (packed, sizes) in packed.iter_mut().zip(&sizes) {
+            *packed = self.elements(sizes)?;
+        }
         for (i, strides) in self.strides.of_tensors().iter().enumerate() {
             if *strides == [0; 3] {
                 check_len(names[i], lens[i], packed[i], rules[i])?;
@@ -278,6 +310,14 @@ impl Config<'_> {
                  launched."
             ))
         })
+    }
+}
+
+/// A size, or what it is where it is not given.
+fn or(size: usize, default: usize) -> usize {
+    match size {
+        0 => default,
+        size => size,
     }
 }
 

@@ -2,7 +2,7 @@
 
 use crate::config::Config;
 use crate::device::{DeviceSlice, DeviceSliceMut, Stream, Workspace};
-use crate::element::Element;
+use crate::element::{Element, Output};
 use crate::error::GqaError;
 use crate::ffi;
 use crate::layout::check_len;
@@ -12,10 +12,12 @@ use crate::layout::check_len;
 ///
 /// | tensor | shape, contiguous unless `config.strides` says otherwise |
 /// | --- | --- |
-/// | `output` | `[batch_size, num_q_heads, head_dim]`, written |
+/// | `output` | `[batch_size, num_q_heads, head_dim]`, written; of `T`, or of `f32` with `output_float32` |
 /// | `q` | `[batch_size, num_q_heads, head_dim]` |
 /// | `k`, `v` | `[batch_size, num_kv_heads, head_dim]` |
 /// | `kv_cache_k`, `kv_cache_v` | `[batch_size, max_seq_len, num_kv_heads, head_dim]`, one row written |
+///
+/// Where there is a `head_dim_v`, it is that of `output`, `v` and `kv_cache_v`.
 ///
 /// Launches one kernel and returns without waiting for it. The stream's context is current, or none
 /// is: then the primary context of device 0 becomes current, as in the CUDA runtime. Can be captured
@@ -26,9 +28,9 @@ use crate::layout::check_len;
 /// Nothing was launched and nothing written. Any [`GqaError`]; [`GqaError::CacheOverflow`] where the
 /// cache is full.
 #[allow(clippy::too_many_arguments)] // those of the C function, in its order
-pub fn decode<T: Element>(
+pub fn decode<T: Element, O: Output<T>>(
     config: &Config,
-    output: &mut DeviceSliceMut<'_, T>,
+    output: &mut DeviceSliceMut<'_, O>,
     q: DeviceSlice<'_, T>,
     k: DeviceSlice<'_, T>,
     v: DeviceSlice<'_, T>,
@@ -37,6 +39,7 @@ pub fn decode<T: Element>(
     workspace: &mut Workspace<'_>,
     stream: Stream,
 ) -> Result<(), GqaError> {
+    config.check_output::<T, O>()?;
     let c = config.to_c::<T>(workspace)?;
     let lens = [
         output.len(),
@@ -74,9 +77,9 @@ pub fn decode<T: Element>(
 ///
 /// As [`decode`]; a length that does not fit is none.
 #[allow(clippy::too_many_arguments)] // those of the C function, in its order
-pub fn decode_ragged<T: Element>(
+pub fn decode_ragged<T: Element, O: Output<T>>(
     config: &Config,
-    output: &mut DeviceSliceMut<'_, T>,
+    output: &mut DeviceSliceMut<'_, O>,
     q: DeviceSlice<'_, T>,
     k: DeviceSlice<'_, T>,
     v: DeviceSlice<'_, T>,
@@ -91,6 +94,7 @@ pub fn decode_ragged<T: Element>(
         cache_len: 0,
         ..*config
     };
+    config.check_output::<T, O>()?;
     let c = config.to_c::<T>(workspace)?;
     let lens = [
         output.len(),

@@ -16,7 +16,7 @@ pub struct f16(pub u16);
 pub struct bf16(pub u16);
 
 /// What tensors can consist of: `f16` or `bf16`.
-pub trait Element: sealed::Sealed + Copy + Send + Sync + 'static {
+pub trait Element: Output<Self> + Copy + Send + Sync + 'static {
     /// What C calls the type.
     const DTYPE: gqa_dtype;
 
@@ -33,10 +33,30 @@ pub trait Element: sealed::Sealed + Copy + Send + Sync + 'static {
     fn to_f32(self) -> f32;
 }
 
+/// What the output of a step on tensors of `T` can consist of: `T` itself, or `f32`, for outputs that
+/// are not rounded ([`Config::output_float32`](crate::Config::output_float32)).
+pub trait Output<T>: sealed::Sealed {
+    /// Whether it is `f32`.
+    const IS_FLOAT32: bool;
+}
+
+impl<T: Element> Output<T> for T {
+    const IS_FLOAT32: bool = false;
+}
+
+impl Output<f16> for f32 {
+    const IS_FLOAT32: bool = true;
+}
+
+impl Output<bf16> for f32 {
+    const IS_FLOAT32: bool = true;
+}
+
 mod sealed {
     pub trait Sealed {}
     impl Sealed for super::f16 {}
     impl Sealed for super::bf16 {}
+    impl Sealed for f32 {}
 }
 
 const F32_MAGNITUDE: u32 = 0x7fff_ffff;

@@ -81,7 +81,7 @@ mod types;
 pub use config::{Config, Sinks};
 pub use decode::{decode, decode_ragged, prepare, workspace_size};
 pub use device::{DeviceSlice, DeviceSliceMut, Lse, Stream, Workspace};
-pub use element::{bf16, f16, Element};
+pub use element::{bf16, f16, Element, Output};
 pub use error::GqaError;
 pub use explain::{arch_names, explain, kernel_names, Launch};
 pub use layout::{CacheStrides, RowStrides, Strides};

@@ -120,6 +120,10 @@ pub struct GQADecodeConfig {
     pub kv_cache_v_head_stride: i64,
     /// 1: programmatic dependent launch.
     pub dependent: i32,
+    /// The same of values and output; 0: as `head_dim`.
+    pub head_dim_v: i32,
+    /// 1: the output is of float32, not rounded.
+    pub output_float32: i32,
     /// Must be 0.
     pub reserved: i32,
 }
@@ -165,6 +169,8 @@ impl Default for GQADecodeConfig {
             kv_cache_v_token_stride: 0,
             kv_cache_v_head_stride: 0,
             dependent: 0,
+            head_dim_v: 0,
+            output_float32: 0,
             reserved: 0,
         }
     }

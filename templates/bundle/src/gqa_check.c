@@ -36,6 +36,18 @@ static gqa_status check_unknown(GQADecodeConfig const* given) {
   return GQA_SUCCESS;
 }
 
+static gqa_status check_head_dim(char const* field, int32_t got) {
+  gqa_limits const* limits = &gqa_config_limits;
+  if (got >= limits->min_head_dim && got <= limits->max_head_dim &&
+      got % limits->head_dim_step == 0) {
+    return GQA_SUCCESS;
+  }
+  return gqa_fail(GQA_ERROR_INVALID_VALUE,
+                  "config: %s: got %d; allowed: multiples of %d from %d to %d. Nothing was "
+                  "launched. Pad q, k, v and the cache with zeros.",
+                  field, got, limits->head_dim_step, limits->min_head_dim, limits->max_head_dim);
+}
+
 // The sizes and the scale.
 static gqa_status check_config(GQADecodeConfig const* config) {
   gqa_limits const* limits = &gqa_config_limits;
@@ -46,14 +58,9 @@ static gqa_status check_config(GQADecodeConfig const* config) {
   if (config->max_seq_len < 1 || config->max_seq_len > limits->max_seq_len) {
     return gqa_fail_range("max_seq_len", config->max_seq_len, 1, limits->max_seq_len);
   }
-  if (config->head_dim < limits->min_head_dim || config->head_dim > limits->max_head_dim ||
-      config->head_dim % limits->head_dim_step != 0) {
-    return gqa_fail(GQA_ERROR_INVALID_VALUE,
-                    "config: head_dim: got %d; allowed: multiples of %d from %d to %d. Nothing was "
-                    "launched. Pad q, k, v and the cache with zeros.",
-                    config->head_dim, limits->head_dim_step, limits->min_head_dim,
-                    limits->max_head_dim);
-  }
+  status = check_head_dim("head_dim", config->head_dim);
+  if (status == GQA_SUCCESS) status = check_head_dim("head_dim_v", gqa_value_dim(config));
+  if (status != GQA_SUCCESS) return status;
   if (config->num_kv_heads < 1 || config->num_q_heads < 1 ||
       config->num_q_heads % config->num_kv_heads != 0) {
     return gqa_fail(GQA_ERROR_INVALID_VALUE,
@@ -81,11 +88,14 @@ static gqa_status check_config(GQADecodeConfig const* config) {
   status = gqa_check_features(config);
   if (status != GQA_SUCCESS) return status;
   double const rows = (double)gqa_cache_rows(config) * config->max_seq_len * config->num_kv_heads;
-  if (rows * config->head_dim * kElementBytes > kMaxBytes) {
+  int32_t const value_dim = gqa_value_dim(config);
+  double const bytes =
+      rows * (config->head_dim > value_dim ? config->head_dim : value_dim) * kElementBytes;
+  if (bytes > kMaxBytes) {
     return gqa_fail(
         GQA_ERROR_INVALID_VALUE,
         "config: sizes: got caches of %.4g bytes; allowed: up to %.4g. Nothing was launched.",
-        rows * config->head_dim * kElementBytes, kMaxBytes);
+        bytes, kMaxBytes);
   }
   status = gqa_check_strides(config);
   if (status == GQA_SUCCESS && (uintptr_t)config->lse % sizeof(float) != 0) {

@@ -1,5 +1,6 @@
 #include "gqa_dispatch.h"
 
+#include <stdio.h>
 #include <string.h>
 
 #include "gqa_internal.h"
@@ -46,6 +47,7 @@ static gqa_kernel const* find_kernel(gqa_problem const* problem, int32_t arch, i
   for (int32_t i = 0; i < gqa_num_kernels; ++i) {
     gqa_kernel const* kernel = &gqa_kernels[i];
     if (kernel->dtype == problem->dtype && kernel->head_dim == problem->head_dim &&
+        kernel->head_dim_v == problem->head_dim_v &&
         kernel->group_size == problem->num_q_heads / problem->num_kv_heads && kernel->tma == tma &&
         kernel->pdl == pdl && kernel->features == problem->features &&
         problem->vec_width % kernel->vec_width == 0 && kernel->blocks_per_sm[arch] > 0 &&
@@ -70,13 +72,15 @@ static int64_t tiles_of(gqa_problem const* problem, gqa_kernel const* kernel) {
 
 static double cache_mib(gqa_problem const* problem) {
   int64_t const tokens = problem->batch_size * reach(problem);
-  return (double)(4 * tokens * problem->num_kv_heads * problem->head_dim) / 1048576.0;
+  int64_t const dims = problem->head_dim + problem->head_dim_v;
+  return (double)(kElementBytes * tokens * problem->num_kv_heads * dims) / 1048576.0;
 }
 
 // Tensor copies for few heads; if caches are large, only of sequences that are as long.
 static int prefers_tma(gqa_problem const* problem, gqa_kernel const* tma) {
   gqa_model const* model = &gqa_dispatch_model;
-  int const whole_boxes = problem->head_dim % model->box_dims == 0;
+  int const whole_boxes =
+      problem->head_dim % model->box_dims == 0 && problem->head_dim_v % model->box_dims == 0;
   double const limit = whole_boxes ? model->tma_mib : model->tma_mib_partial_boxes;
   double const mib = cache_mib(problem);
   int64_t const heads = problem->num_kv_heads * problem->batch_size;
@@ -259,6 +263,7 @@ gqa_problem gqa_describe(GQADecodeConfig const* config, int32_t vec_width, int r
   problem.num_q_heads = config->num_q_heads;
   problem.num_kv_heads = config->num_kv_heads;
   problem.head_dim = config->head_dim;
+  problem.head_dim_v = gqa_value_dim(config);
   problem.max_seq_len = config->max_seq_len;
   problem.dtype = config->dtype;
   problem.vec_width = vec_width;
@@ -282,16 +287,19 @@ gqa_status gqa_find_kernel(gqa_problem const* problem, gqa_target const* target,
     return GQA_SUCCESS;
   }
   if (!gqa_choose(problem, target, chosen)) {
-    char features[128];
+    char features[128], values[40] = "";
     int const dependent = choose_pdl(problem, target->arch) != kGqaPdlNone;
     gqa_name_features(problem->features, features, sizeof features);
+    if (problem->head_dim_v != problem->head_dim) {
+      snprintf(values, sizeof values, " and of values %d", (int)problem->head_dim_v);
+    }
     return gqa_fail(
         GQA_ERROR_UNSUPPORTED,
-        "no kernel%s%s%s for %s, head_dim %d, %d query heads per KV head, rows aligned to %d "
+        "no kernel%s%s%s for %s, head_dim %d%s, %d query heads per KV head, rows aligned to %d "
         "bytes, on %s; this library was exported with %d kernels (gqa_kernel_name). Nothing "
         "was launched. Export one that has it: gqa-cutlass export %s--kernels ...",
         problem->features == 0 ? "" : " with ", features, dependent ? " of dependent launches" : "",
-        problem->dtype == GQA_FLOAT16 ? "float16" : "bfloat16", (int)problem->head_dim,
+        problem->dtype == GQA_FLOAT16 ? "float16" : "bfloat16", (int)problem->head_dim, values,
         (int)(problem->num_q_heads / problem->num_kv_heads), problem->vec_width * kElementBytes,
         gqa_archs[target->arch].name, gqa_num_kernels, dependent ? "--dependent " : "");
   }

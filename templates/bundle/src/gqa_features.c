@@ -108,6 +108,7 @@ gqa_status gqa_check_features(GQADecodeConfig const* config) {
   if (status == GQA_SUCCESS) status = check_types_and_strides(config);
   if (status == GQA_SUCCESS) status = check_flag("equal_lengths", config->equal_lengths);
   if (status == GQA_SUCCESS) status = check_flag("dependent", config->dependent);
+  if (status == GQA_SUCCESS) status = check_flag("output_float32", config->output_float32);
   if (status != GQA_SUCCESS) return status;
   gqa_feature_tensors(config, tensors);
   for (int i = 0; i < kGqaFeatureTensors; ++i) {

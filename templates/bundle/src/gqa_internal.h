@@ -88,6 +88,9 @@ GQA_INTERNAL gqa_status gqa_check_workspace(GQADecodeConfig const* config,
 GQA_INTERNAL void gqa_lay_out(GQADecodeConfig const* config,
                               void const* const addresses[kGqaTensors], gqa_tensors* t);
 
+// Elements per head of values and outputs.
+GQA_INTERNAL int32_t gqa_value_dim(GQADecodeConfig const* config);
+
 // So many bytes in a row.
 GQA_INTERNAL gqa_view gqa_span(char const* name, void const* address, int64_t bytes);
 

@@ -177,9 +177,9 @@ void gqa_log_launch(GQADecodeConfig const* config, gqa_tensors const* t, gqa_dis
       chosen->block, chosen->shared_bytes, chosen->num_splits, chosen->num_stages,
       chosen->pdl == kGqaPdlNone ? "False" : "True", config->batch_size, config->num_q_heads,
       config->num_kv_heads, config->num_q_heads / config->num_kv_heads, config->head_dim,
-      config->head_dim, config->max_seq_len, dtype, dtype, length, (double)config->scale,
-      text_of(config->lse), cap, text_of(config->sinks), config->window - 1,
-      text_of(config->alibi_slopes), text_of(config->cache_leftpad),
+      gqa_value_dim(config), config->max_seq_len, dtype, config->output_float32 ? "f32" : dtype,
+      length, (double)config->scale, text_of(config->lse), cap, text_of(config->sinks),
+      config->window - 1, text_of(config->alibi_slopes), text_of(config->cache_leftpad),
       text_of(config->cache_batch_idx), gqa_workspace_of(chosen), device,
       (unsigned long long)(uintptr_t)stream);
   callback(line, user);

@@ -10,32 +10,39 @@ enum { kWidest = 8 };  // elements of 16 bits
 static char const* const kDims[] = {"batch", "token", "head"};
 
 // Strides of 0 are those of contiguous memory. They need not be checked yet.
-static gqa_view view_of(char const* name, void const* address, int64_t const sizes[kGqaDims],
-                        int64_t const given[kGqaElement]) {
+static gqa_view view_of(char const* name, void const* address, int32_t element_bytes,
+                        int64_t const sizes[kGqaDims], int64_t const given[kGqaElement]) {
   gqa_view view;
   int64_t packed = 1;
   uint64_t last = 0;
   view.name = name;
   view.address = (uintptr_t)address;
-  view.element_bytes = kElementBytes;
+  view.element_bytes = element_bytes;
   for (int dim = kGqaElement; dim >= 0; --dim) {
     view.sizes[dim] = sizes[dim];
     view.strides[dim] = dim == kGqaElement || given[dim] == 0 ? packed : given[dim];
     packed *= sizes[dim];
     last += (uint64_t)(sizes[dim] - 1) * (uint64_t)view.strides[dim];
   }
-  view.bytes = (int64_t)((last + 1) * kElementBytes);
+  view.bytes = (int64_t)((last + 1) * (uint64_t)element_bytes);
   return view;
+}
+
+int32_t gqa_value_dim(GQADecodeConfig const* config) {
+  return config->head_dim_v == 0 ? config->head_dim : config->head_dim_v;
 }
 
 void gqa_lay_out(GQADecodeConfig const* config, void const* const addresses[kGqaTensors],
                  gqa_tensors* t) {
   GQADecodeConfig const* c = config;
-  int64_t const batch = c->batch_size, tokens = c->max_seq_len, dim = c->head_dim;
-  int64_t const lse_bytes = (int64_t)sizeof(float) * batch * c->num_q_heads;
-  int64_t const query[] = {batch, 1, c->num_q_heads, dim},
-                token[] = {batch, 1, c->num_kv_heads, dim};
-  int64_t const cache[] = {gqa_cache_rows(c), tokens, c->num_kv_heads, dim};
+  int64_t const batch = c->batch_size, rows = gqa_cache_rows(c), tokens = c->max_seq_len;
+  int64_t const q_heads = c->num_q_heads, kv_heads = c->num_kv_heads;
+  int64_t const dim = c->head_dim, value_dim = gqa_value_dim(c);
+  int64_t const sizes[kGqaTensors][kGqaDims] = {
+      {batch, 1, q_heads, value_dim}, {batch, 1, q_heads, dim},
+      {batch, 1, kv_heads, dim},      {batch, 1, kv_heads, value_dim},
+      {rows, tokens, kv_heads, dim},  {rows, tokens, kv_heads, value_dim},
+  };
   int64_t const strides[kGqaTensors][kGqaElement] = {
       {c->output_batch_stride, 0, c->output_head_stride},
       {c->q_batch_stride, 0, c->q_head_stride},
@@ -45,21 +52,19 @@ void gqa_lay_out(GQADecodeConfig const* config, void const* const addresses[kGqa
       {c->kv_cache_v_batch_stride, c->kv_cache_v_token_stride, c->kv_cache_v_head_stride},
   };
   char const* const names[] = {"output", "q", "k", "v", "kv_cache_k", "kv_cache_v"};
-  int64_t const* const sizes[] = {query, query, token, token, cache, cache};
   for (int i = 0; i < kGqaTensors; ++i) {
-    t->views[i] = view_of(names[i], addresses[i], sizes[i], strides[i]);
+    int const is_float32 = i == kGqaOutput && c->output_float32;
+    int32_t const element_bytes = is_float32 ? (int32_t)sizeof(float) : kElementBytes;
+    t->views[i] = view_of(names[i], addresses[i], element_bytes, sizes[i], strides[i]);
   }
-  t->lse = gqa_span("lse", c->lse, lse_bytes);
+  t->lse = gqa_span("lse", c->lse, (int64_t)sizeof(float) * batch * q_heads);
   t->seqlens = NULL;
   t->overflow = NULL;
 }
 
 gqa_view gqa_span(char const* name, void const* address, int64_t bytes) {
   int64_t const sizes[kGqaDims] = {1, 1, 1, bytes}, strides[kGqaElement] = {0, 0, 0};
-  gqa_view view = view_of(name, address, sizes, strides);
-  view.element_bytes = 1;
-  view.bytes = bytes;
-  return view;
+  return view_of(name, address, 1, sizes, strides);
 }
 
 // Whether two elements share an address, for layouts where one dimension nests in the next.

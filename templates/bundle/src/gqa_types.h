@@ -26,6 +26,7 @@ enum {
   kGqaSoftCapped = 8,     // softcap
   kGqaAlibi = 16,         // alibi_slopes
   kGqaSinkInSum = 32,     // sinks
+  kGqaInFloat32 = 64,     // out_dtype
   kGqaNoPrefetch = 7,     // those that wait for lengths
 };
 
@@ -36,7 +37,8 @@ enum {
   X(kGqaSlidingWindow, window)       \
   X(kGqaSoftCapped, softcap)         \
   X(kGqaAlibi, alibi_slopes)         \
-  X(kGqaSinkInSum, sinks)
+  X(kGqaSinkInSum, sinks)            \
+  X(kGqaInFloat32, output_float32)
 
 // What the kernels call types of numbers.
 enum {
@@ -69,6 +71,7 @@ typedef struct gqa_kernel {
   uint64_t const* image;  // fat binary
   int32_t dtype;          // gqa_dtype
   int32_t head_dim;
+  int32_t head_dim_v;  // of values and outputs
   int32_t group_size;
   int32_t vec_width;  // elements per access that every address must allow
   int32_t tma;        // schedule: tensor copies and clusters
@@ -127,6 +130,7 @@ typedef struct gqa_problem {
   int64_t num_q_heads;
   int64_t num_kv_heads;
   int64_t head_dim;
+  int64_t head_dim_v;  // of values and outputs
   int64_t max_seq_len;
   int32_t dtype;      // gqa_dtype
   int32_t vec_width;  // widest access, in elements, that every address allows

@@ -39,6 +39,8 @@ const CONFIG: Config = Config {
     cache_leftpad: None,
     cache_batch_idx: None,
     cache_rows: 0,
+    head_dim_v: 0,
+    output_float32: false,
     dependent: false,
     equal_lengths: false,
     lse: None,
@@ -83,6 +85,8 @@ const C_CONFIG: GQADecodeConfig = GQADecodeConfig {
     kv_cache_v_token_stride: 0,
     kv_cache_v_head_stride: 0,
     dependent: 0,
+    head_dim_v: 0,
+    output_float32: 0,
     reserved: 0,
 };
 
@@ -734,7 +738,7 @@ fn unused<T>(address: usize, len: usize) -> DeviceSlice<'static, T> {
 }
 
 /// What is asked for beyond plain attention, of no library's kernels.
-fn featured() -> [(&'static str, Config<'static>); 7] {
+fn featured() -> [(&'static str, Config<'static>); 8] {
     let odd = Config {
         head_dim: 40,
         num_q_heads: 22,
@@ -775,6 +779,13 @@ fn featured() -> [(&'static str, Config<'static>); 7] {
             Config {
                 cache_batch_idx: Some(unused(0x90004, 2)),
                 cache_rows: 7,
+                ..odd
+            },
+        ),
+        (
+            "output_float32",
+            Config {
+                output_float32: true,
                 ..odd
             },
         ),
@@ -959,6 +970,80 @@ fn a_log_sum_exp_that_is_not_allowed_is_refused() {
         let result = unsafe { step::<f16>(&config, ARGUMENTS, LENS, None) };
         assert_error!(result, InvalidValue, says, "Nothing was launched");
     }
+}
+
+#[test]
+fn values_have_a_head_dim_of_their_own() {
+    let config = Config {
+        head_dim_v: 80,
+        ..CONFIG
+    };
+    let mut lens = LENS;
+    for (i, needed) in [(0, 1280), (3, 320), (5, 5120)] {
+        // SAFETY: the views are of the wrong length.
+        let result = unsafe { step::<f16>(&config, ARGUMENTS, lens, None) };
+        let says = format!("{}: got {} elements; needed: {needed}, ", NAMES[i], LENS[i]);
+        assert_error!(result, InvalidValue, says, "_heads * head_dim_v");
+        lens[i] = needed;
+    }
+    let shared = ARGUMENTS.with(1, ARGUMENTS.tensors[0] + 2560 - 2);
+    // SAFETY: output and q share memory.
+    let result = unsafe { step::<f16>(&config, shared, lens, None) };
+    assert_error!(result, InvalidValue, "output: got memory that q also uses");
+    let odd = Config {
+        head_dim_v: 4,
+        ..CONFIG
+    };
+    assert_error!(
+        explain::<f16>(&odd, "sm_90a", 132, false),
+        InvalidValue,
+        "config: head_dim_v: got 4; allowed: multiples of 8 from 32 to 256"
+    );
+}
+
+#[test]
+fn an_output_of_another_type_than_the_configuration_says_is_refused() {
+    let float32 = Config {
+        output_float32: true,
+        ..CONFIG
+    };
+    let at = |i: usize| ARGUMENTS.tensors[i];
+    // SAFETY: the output is of the wrong type, or shares memory with q.
+    let launch = |config: &Config, output: usize, len: usize| unsafe {
+        decode(
+            config,
+            &mut DeviceSliceMut::<f32>::from_raw_parts(output as *mut f32, len),
+            unused::<bf16>(at(1), LENS[1]),
+            unused(at(2), LENS[2]),
+            unused(at(3), LENS[3]),
+            &mut DeviceSliceMut::from_raw_parts(at(4) as *mut bf16, LENS[4]),
+            &mut DeviceSliceMut::from_raw_parts(at(5) as *mut bf16, LENS[5]),
+            &mut Workspace::none(),
+            Stream::DEFAULT,
+        )
+    };
+    assert_error!(
+        launch(&CONFIG, at(0), LENS[0]),
+        InvalidValue,
+        "output: got f32 with output_float32: false; needed: what q is of. Nothing was launched"
+    );
+    assert_error!(
+        launch(&float32, at(1) - 4 * 1024 + 4, LENS[0]),
+        InvalidValue,
+        "output: got memory that q also uses"
+    );
+    assert_error!(
+        launch(&float32, at(0), LENS[0] - 1),
+        InvalidValue,
+        "output: got 1023 elements; needed: 1024, batch_size * num_q_heads * head_dim"
+    );
+    // SAFETY: the output is of the wrong type.
+    let result = unsafe { step::<f16>(&float32, ARGUMENTS, LENS, Some((2, 1))) };
+    assert_error!(
+        result,
+        InvalidValue,
+        "output: got what q is of with output_float32: true; needed: f32"
+    );
 }
 
 #[test]

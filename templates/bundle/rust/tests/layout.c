@@ -54,6 +54,8 @@ gqa_fact const gqa_facts[] = {
     FIELD(GQADecodeConfig, kv_cache_v_token_stride),
     FIELD(GQADecodeConfig, kv_cache_v_head_stride),
     FIELD(GQADecodeConfig, dependent),
+    FIELD(GQADecodeConfig, head_dim_v),
+    FIELD(GQADecodeConfig, output_float32),
     FIELD(GQADecodeConfig, reserved),
     SIZE(gqa_launch),
     ALIGNMENT(gqa_launch),

@@ -42,6 +42,8 @@ fn rust_facts() -> Vec<Fact> {
         kv_cache_v_token_stride,
         kv_cache_v_head_stride,
         dependent,
+        head_dim_v,
+        output_float32,
         reserved
     );
     layout!(

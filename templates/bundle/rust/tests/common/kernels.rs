@@ -10,29 +10,27 @@ pub struct Kind {
     pub group_size: usize,
 }
 
-/// What there are plain kernels for, without features, whose names end with the tile.
+/// What there are plain kernels for: without features, whose names end with the tile, and with
+/// values of the same head_dim.
 pub fn kinds() -> Vec<Kind> {
     let plain = kernel_names().filter(|name| name.rsplit('_').next().unwrap().starts_with('h'));
-    let mut found: Vec<Kind> = plain.map(kind).collect();
+    let mut found: Vec<Kind> = plain.filter_map(kind).collect();
     found.sort_unstable();
     found.dedup();
     found
 }
 
-/// Of `gqa_decode_sm80_tensorop_f16_f16_d128_g4_align8_...`, for instance.
-fn kind(name: &str) -> Kind {
+/// Of `gqa_decode_sm80_tensorop_f16_f16_d128_g4_align8_...`, for instance; `d192v128` has none.
+fn kind(name: &str) -> Option<Kind> {
     let number = |letter| {
         let parts = name.split('_').filter_map(|part| part.strip_prefix(letter));
-        parts
-            .filter_map(|digits| digits.parse().ok())
-            .next()
-            .expect("a number in the name")
+        parts.filter_map(|digits| digits.parse().ok()).next()
     };
-    Kind {
+    Some(Kind {
         bf16: name.contains("_bf16_"),
-        head_dim: number("d"),
-        group_size: number("g"),
-    }
+        head_dim: number("d")?,
+        group_size: number("g")?,
+    })
 }
 
 impl Kind {
