@@ -179,8 +179,10 @@ static gqa_status check_apart(gqa_tensors const* t, gqa_view const* read) {
 static gqa_status check_feature_tensors(GQADecodeConfig const* config, gqa_tensors const* t) {
   gqa_memory tensors[kGqaFeatureTensors];
   gqa_status status = GQA_SUCCESS;
+  if (gqa_features_of(config) == 0) return GQA_SUCCESS;
   gqa_feature_tensors(config, tensors);
   for (int i = 0; status == GQA_SUCCESS && i < kGqaFeatureTensors; ++i) {
+    if (tensors[i].address == NULL) continue;
     gqa_view const read = gqa_span(tensors[i].name, tensors[i].address, tensors[i].bytes);
     status = check_apart(t, &read);
   }

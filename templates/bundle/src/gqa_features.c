@@ -109,7 +109,7 @@ gqa_status gqa_check_features(GQADecodeConfig const* config) {
   if (status == GQA_SUCCESS) status = check_flag("equal_lengths", config->equal_lengths);
   if (status == GQA_SUCCESS) status = check_flag("dependent", config->dependent);
   if (status == GQA_SUCCESS) status = check_flag("output_float32", config->output_float32);
-  if (status != GQA_SUCCESS) return status;
+  if (status != GQA_SUCCESS || gqa_features_of(config) == 0) return status;
   gqa_feature_tensors(config, tensors);
   for (int i = 0; i < kGqaFeatureTensors; ++i) {
     if ((uintptr_t)tensors[i].address % (uintptr_t)tensors[i].alignment != 0) {

@@ -10,22 +10,23 @@ enum { kWidest = 8 };  // elements of 16 bits
 static char const* const kDims[] = {"batch", "token", "head"};
 
 // Strides of 0 are those of contiguous memory. They need not be checked yet.
-static gqa_view view_of(char const* name, void const* address, int32_t element_bytes,
-                        int64_t const sizes[kGqaDims], int64_t const given[kGqaElement]) {
-  gqa_view view;
-  int64_t packed = 1;
-  uint64_t last = 0;
-  view.name = name;
-  view.address = (uintptr_t)address;
-  view.element_bytes = element_bytes;
-  for (int dim = kGqaElement; dim >= 0; --dim) {
-    view.sizes[dim] = sizes[dim];
-    view.strides[dim] = dim == kGqaElement || given[dim] == 0 ? packed : given[dim];
-    packed *= sizes[dim];
-    last += (uint64_t)(sizes[dim] - 1) * (uint64_t)view.strides[dim];
+static void set_view(gqa_view* view, char const* name, void const* address, int32_t element_bytes,
+                     int64_t const sizes[kGqaDims], int64_t const given[kGqaElement]) {
+  int64_t packed = sizes[kGqaElement];
+  uint64_t end = (uint64_t)packed;
+  view->name = name;
+  view->address = (uintptr_t)address;
+  view->element_bytes = element_bytes;
+  view->sizes[kGqaElement] = packed;
+  view->strides[kGqaElement] = 1;
+  for (int dim = kGqaHead; dim >= 0; --dim) {
+    int64_t const size = sizes[dim], stride = given[dim] == 0 ? packed : given[dim];
+    view->sizes[dim] = size;
+    view->strides[dim] = stride;
+    packed *= size;
+    end += (uint64_t)(size - 1) * (uint64_t)stride;
   }
-  view.bytes = (int64_t)((last + 1) * (uint64_t)element_bytes);
-  return view;
+  view->bytes = (int64_t)(end * (uint64_t)element_bytes);
 }
 
 int32_t gqa_value_dim(GQADecodeConfig const* config) {
@@ -55,16 +56,19 @@ void gqa_lay_out(GQADecodeConfig const* config, void const* const addresses[kGqa
   for (int i = 0; i < kGqaTensors; ++i) {
     int const is_float32 = i == kGqaOutput && c->output_float32;
     int32_t const element_bytes = is_float32 ? (int32_t)sizeof(float) : kElementBytes;
-    t->views[i] = view_of(names[i], addresses[i], element_bytes, sizes[i], strides[i]);
+    set_view(&t->views[i], names[i], addresses[i], element_bytes, sizes[i], strides[i]);
   }
-  t->lse = gqa_span("lse", c->lse, (int64_t)sizeof(float) * batch * q_heads);
+  t->lse.address = 0;
+  if (c->lse != NULL) t->lse = gqa_span("lse", c->lse, (int64_t)sizeof(float) * batch * q_heads);
   t->seqlens = NULL;
   t->overflow = NULL;
 }
 
 gqa_view gqa_span(char const* name, void const* address, int64_t bytes) {
   int64_t const sizes[kGqaDims] = {1, 1, 1, bytes}, strides[kGqaElement] = {0, 0, 0};
-  return view_of(name, address, 1, sizes, strides);
+  gqa_view view;
+  set_view(&view, name, address, 1, sizes, strides);
+  return view;
 }
 
 // Whether two elements share an address, for layouts where one dimension nests in the next.
@@ -126,10 +130,18 @@ static gqa_status check_view(gqa_view const* view) {
   return GQA_SUCCESS;
 }
 
+static int64_t any_stride(GQADecodeConfig const* c) {
+  return c->output_batch_stride | c->output_head_stride | c->q_batch_stride | c->q_head_stride |
+         c->k_batch_stride | c->k_head_stride | c->v_batch_stride | c->v_head_stride |
+         c->kv_cache_k_batch_stride | c->kv_cache_k_token_stride | c->kv_cache_k_head_stride |
+         c->kv_cache_v_batch_stride | c->kv_cache_v_token_stride | c->kv_cache_v_head_stride;
+}
+
 gqa_status gqa_check_strides(GQADecodeConfig const* config) {
   void const* const nowhere[kGqaTensors] = {NULL, NULL, NULL, NULL, NULL, NULL};
   gqa_status status = GQA_SUCCESS;
   gqa_tensors t;
+  if (any_stride(config) == 0) return GQA_SUCCESS;
   gqa_lay_out(config, nowhere, &t);
   for (int i = 0; status == GQA_SUCCESS && i < kGqaTensors; ++i) status = check_view(&t.views[i]);
   return status;
@@ -139,10 +151,9 @@ gqa_status gqa_check_strides(GQADecodeConfig const* config) {
 static int64_t reach_within(gqa_view const* view, int64_t pitch) {
   int64_t reach = view->element_bytes;
   for (int dim = 0; dim < kGqaDims; ++dim) {
+    if (view->sizes[dim] == 1) continue;  // whose stride may be of any size
     int64_t const step = view->strides[dim] * view->element_bytes;
-    if (view->sizes[dim] > 1 && step % pitch != 0) {
-      reach += step < pitch ? (view->sizes[dim] - 1) * step : pitch;
-    }
+    if (step % pitch != 0) reach += step < pitch ? (view->sizes[dim] - 1) * step : pitch;
   }
   return reach <= pitch ? reach : 0;
 }
@@ -155,8 +166,8 @@ int gqa_overlap(gqa_view const* a, gqa_view const* b) {
   // Each may lie, modulo some stride, in an interval of its own: slices of a fused projection,
   // keys and values in one buffer.
   for (int dim = 0; dim < kGqaElement; ++dim) {
-    int64_t const pitch = a->strides[dim] * a->element_bytes;
     if (a->sizes[dim] == 1) continue;
+    int64_t const pitch = a->strides[dim] * a->element_bytes;
     int64_t const difference = (int64_t)(b_start - a_start) % pitch;
     int64_t const offset = difference < 0 ? difference + pitch : difference;
     int64_t const a_reach = reach_within(a, pitch), b_reach = reach_within(b, pitch);
