@@ -154,6 +154,7 @@ def test_folders_are_printed_as_they_are(
         f"2 files in {name}/made, 2 changed": ("generate", "--out", f"{name}/made"),
         f"1 of 1 compiled, in {name}/built": ("build", *one, f"{name}/built"),
         f"files in {name}/exported: 1 kernels": ("export", *one, f"{name}/exported"),
+        f"files in {name}/twins: 2 kernels": ("export", "--dependent", *one, f"{name}/twins"),
         f"store                  {tmp_path / name}/store\n": ("doctor",),
         f"files removed from {tmp_path / name}/store\n": ("clean",),
     }.items():
