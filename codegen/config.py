@@ -12,7 +12,12 @@ from gqa_cutlass.codegen.schema import storage
 from gqa_cutlass.codegen.schema.kinds import DType, Math, Schedule
 from gqa_cutlass.codegen.schema.policies import Policy, special, tagged
 from gqa_cutlass.codegen.schema.rounding import ceil_div, round_up
-from gqa_cutlass.codegen.schema.storage import ELEMENT_BYTES, box_tile_bytes
+from gqa_cutlass.codegen.schema.storage import (
+    BOX_DIMS,
+    ELEMENT_BYTES,
+    PAGE_TOKENS,
+    box_tile_bytes,
+)
 from gqa_cutlass.errors import ConfigError
 
 
@@ -201,6 +206,12 @@ class KernelConfig:
                 + box_tile_bytes(self.value_dim, self.block_n),
                 "with tma, tiles of K and V in which a warp's partial output has room",
             )
+            _check(
+                "block_n",
+                self.block_n,
+                self.box_tokens == self.block_n or max(self.head_dim, self.value_dim) <= BOX_DIMS,
+                f"{PAGE_TOKENS} with tma, pages and more than {BOX_DIMS} dims",
+            )
 
     @property
     def name(self) -> str:
@@ -302,6 +313,12 @@ class KernelConfig:
     def tile_bytes(self) -> int:
         """Bytes of a tile of K and one of V, as they lie in the cache."""
         return self.block_n * (self.head_dim + self.value_dim) * ELEMENT_BYTES
+
+    @property
+    def box_tokens(self) -> int:
+        """Tokens that a tensor copy brings: a tile, or of paged caches what all pages hold."""
+        paged = any(policy.feature == "block_table" for policy in self.policies)
+        return PAGE_TOKENS if paged else self.block_n
 
     @property
     def bytes_in_flight(self) -> int:

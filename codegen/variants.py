@@ -34,6 +34,8 @@ PROOFS: tuple[tuple[str, int, int | None, int, tuple[int, ...], tuple[Policy, ..
     ("values narrower than keys", 192, 128, 4, (8, 1), ()),
     ("values wider than keys, and a partial box", 64, 80, 4, (8,), ()),
     ("parts, to be merged", 128, None, 4, (8,), (named("InFloat32"),)),
+    ("pages", 128, None, 4, (8,), (named("PagedCache"),)),
+    ("a tile of two pages", 64, None, 8, (8,), (named("PagedCache"),)),
 )
 
 # (largest head_dim served, block_n, num_warps, num_stages), chosen by measurement on an H200. The
@@ -82,6 +84,8 @@ def default_config(
     # With tma, a warp's partial output takes the place of its tiles.
     tiles_bytes = sum(box_tile_bytes(dim, block_n) for dim in (head_dim, value_dim))
     room = tiles_bytes // (4 * value_dim) if schedule is Schedule.TMA else None
+    if largest > 224 and room is None and any(p.feature == "block_table" for p in policies):
+        room = 8  # more heads of 256 dims spill, with addresses of pages beside them
     return KernelConfig(
         math=math,
         dtype=dtype,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gqa_cutlass.call.given import see
 from gqa_cutlass.call.layout import DTYPES, problem_of
-from gqa_cutlass.call.options import PlanOptions, check, check_softcap, features_of, listed
+from gqa_cutlass.call.options import PlanOptions, check, check_softcap, features_of, listed, rename
 from gqa_cutlass.codegen.config import ARCHES
 from gqa_cutlass.codegen.merge import Kernel
 from gqa_cutlass.codegen.schema.problem import WIDEST, Problem
@@ -173,6 +173,7 @@ def explain(
     Raises:
         InputError: An argument is not allowed.
     """
+    rename(options)
     given = q, k_cache, v_cache, k, v, out, 0, *features_of(options)
     asked, policies = check("explain", options, given)
     problem = problem_of(see(given), policies, asked.window_size[0], asked.out_dtype)

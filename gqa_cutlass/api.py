@@ -14,6 +14,7 @@ from gqa_cutlass.call.options import (
     PlanOptions,
     features_of,
     listed,
+    rename,
 )
 from gqa_cutlass.call.plan import Pair, Plan, Result
 from gqa_cutlass.call.plans import Plans
@@ -124,6 +125,8 @@ def gqa_decode(  # noqa: D417 - the decorator completes the list
 
     Source: Ainslie et al., "GQA" (arXiv:2305.13245); split over the sequence as in Flash-Decoding.
     """
+    if features:
+        rename(features)
     given: tuple[Any, ...] = q, k_cache, v_cache, k, v, out, cache_seqlens
     quick: tuple[object, ...] | None = None
     known: Sequence[Plan] = ()
@@ -233,6 +236,7 @@ def plan(
     Raises:
         GqaError: As for `gqa_decode`.
     """
+    rename(options)
     given = q, k_cache, v_cache, k, v, out, cache_seqlens, *features_of(options)
     made, _ = _PLANS.find("plan", given, options | {"return_lse": return_lse}, own=True)
     return made

@@ -16,7 +16,6 @@ from gqa_cutlass.errors import InputError, shown
 
 _NO_WINDOW = -1, -1
 _NUMBERS = int, float
-_PAGES = "no table: a cache of one row per sequence, or rows by cache_batch_idx"
 _ROTATE = "None; rotate q and k before the call"
 _VARLEN = "None: one query token per sequence, q of [batch, 1, heads, head_dim]"
 _SCALED = "None; 16-bit q, k and v, with their scales multiplied in (k's into softmax_scale)"
@@ -26,8 +25,6 @@ _NOT_YET = {
     "rotary_cos": _ROTATE,
     "rotary_sin": _ROTATE,
     "rotary_seqlens": _ROTATE,
-    "page_table": _PAGES,
-    "block_table": _PAGES,
     "cu_seqlens_q": _VARLEN,
     "cu_seqlens_k_new": _VARLEN,
     "q_descale": _SCALED,
@@ -85,7 +82,8 @@ def flash_attn_with_kvcache(
 
     Args:
         q: The queries, [batch, 1, num_q_heads, head_dim].
-        k_cache: [batch, max_seq_len, num_kv_heads, head_dim], or more rows with `cache_batch_idx`.
+        k_cache: [batch, max_seq_len, num_kv_heads, head_dim], or more rows with `cache_batch_idx`,
+            or with `page_table` [num_pages, page_size, num_kv_heads, head_dim].
         v_cache: As k_cache; its head_dim, and that of v and the output, may be another.
         k: The new token's keys, [batch, 1, num_kv_heads, head_dim], written at `cache_seqlens`.
         v: As k.
@@ -94,9 +92,11 @@ def flash_attn_with_kvcache(
         rotary_sin: Not supported yet: None.
         cache_seqlens: Tokens in the cache before this call: an int, or int32 [batch] on q's
             device. None is all of the cache, where nothing is appended.
-        cache_batch_idx: The row of the caches that each sequence has, int32 [batch].
+        cache_batch_idx: The row of the caches, or of the table, that each sequence has, int32
+            [batch].
         cache_leftpad: Where each sequence begins in its row, int32 [batch].
-        page_table: Not supported yet: None.
+        page_table: The pages of each sequence, int32 [batch, max_pages]; see `block_table` of
+            `gqa_decode`. Pages are of any size.
         cu_seqlens_q: Not supported yet: None.
         cu_seqlens_k_new: Not supported yet: None.
         max_seqlen_q: Without effect: it belongs to `cu_seqlens_q`.
@@ -134,14 +134,14 @@ def flash_attn_with_kvcache(
     """
     chunked = attention_chunk is not None and not _is_zero(attention_chunk)
     if chunked or not (
-        qv is rotary_cos is rotary_sin is rotary_seqlens is page_table is block_table
-        is cu_seqlens_q is cu_seqlens_k_new is q_descale is k_descale is v_descale is None
+        qv is rotary_cos is rotary_sin is rotary_seqlens is cu_seqlens_q is cu_seqlens_k_new
+        is q_descale is k_descale is v_descale is None
     ):  # fmt: skip
         _refuse(
             qv=qv, rotary_cos=rotary_cos, rotary_sin=rotary_sin, rotary_seqlens=rotary_seqlens,
-            page_table=page_table, block_table=block_table, cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k_new=cu_seqlens_k_new, q_descale=q_descale, k_descale=k_descale,
-            v_descale=v_descale, attention_chunk=attention_chunk if chunked else None,
+            cu_seqlens_q=cu_seqlens_q, cu_seqlens_k_new=cu_seqlens_k_new, q_descale=q_descale,
+            k_descale=k_descale, v_descale=v_descale,
+            attention_chunk=attention_chunk if chunked else None,
         )  # fmt: skip
     try:
         _, tokens, _, _ = q.shape
@@ -149,8 +149,12 @@ def flash_attn_with_kvcache(
         tokens = 0
     if tokens != 1:
         _check_one_token(q)
+    if block_table is not None:
+        if page_table is not None:
+            _fail("block_table and page_table", "both", "one of them: they are the same")
+        page_table = block_table
     if cache_seqlens is None:
-        cache_seqlens = _whole_cache(k_cache, k)
+        cache_seqlens = _whole_cache(k_cache, k, page_table)
     features: dict[str, Any] = {}  # those that are asked for: others cost time, if they are named
     if s_aux is not None:
         if sinks is not None:
@@ -168,6 +172,8 @@ def flash_attn_with_kvcache(
         features["cache_leftpad"] = cache_leftpad
     if cache_batch_idx is not None:
         features["cache_batch_idx"] = cache_batch_idx
+    if page_table is not None:
+        features["block_table"] = page_table
     if out_dtype is not None:
         features["out_dtype"] = out_dtype
     result = gqa_decode(
@@ -203,12 +209,16 @@ def _check_one_token(q: Tensor) -> None:
         )
 
 
-def _whole_cache(k_cache: Tensor, k: Tensor | None) -> int:
+def _whole_cache(k_cache: Tensor, k: Tensor | None, page_table: Tensor | None) -> int:
     """The length of sequences that fill their cache, to which nothing is appended."""
     if k is not None:
         _fail("cache_seqlens", "None, with k", "the lengths before the new token, where it goes")
     shape = _shape(k_cache) or []
-    return shape[1] if len(shape) > 1 else 0  # what is no cache, `gqa_decode` refuses
+    if len(shape) < 2:
+        return 0  # what is no cache, `gqa_decode` refuses
+    if page_table is None:
+        return shape[1]
+    return shape[1] * (_shape(page_table) or [0])[-1]
 
 
 def _refuse(**arguments: object) -> NoReturn:

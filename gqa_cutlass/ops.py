@@ -32,6 +32,8 @@ _OPTIONS = {  # of the calls, in the order of the operators' arguments
     "alibi_slopes": "Tensor? alibi_slopes=None",
     "cache_leftpad": "Tensor? cache_leftpad=None",
     "cache_batch_idx": "Tensor? cache_batch_idx=None",
+    "block_table": "Tensor? block_table=None",
+    "slot_mapping": "Tensor? slot_mapping=None",
     "out_dtype": "ScalarType? out_dtype=None",
 }
 # Other types torch would complain of in its own words, or convert: 3 to (3, 3), 2 to True.

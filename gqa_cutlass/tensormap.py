@@ -132,7 +132,7 @@ class TensorMap:
 
 
 def map_of(
-    address: int, shape: Sequence[int], strides: Sequence[int], itemsize: int, block_n: int
+    address: int, shape: Sequence[int], strides: Sequence[int], itemsize: int, tokens: int
 ) -> TensorMap:
     """The tensor map of a cache, as load_tma.cuh wants it.
 
@@ -141,10 +141,10 @@ def map_of(
 
     Args:
         address: Of the cache.
-        shape: [batch, max_seq_len, num_kv_heads, head_dim].
+        shape: [batch, max_seq_len, num_kv_heads, head_dim], or [num_pages, page_size, ...].
         strides: Its strides, in elements.
         itemsize: Bytes of an element.
-        block_n: Tokens of a box.
+        tokens: Those of a box.
     """
     batch, max_seq_len, num_kv_heads, head_dim = shape
     to_sequence, to_token, to_head = [
@@ -164,7 +164,7 @@ def map_of(
             else (head_dim, max_seq_len, num_kv_heads, batch)
         ),
         strides=(to_token, *([span] if whole else []), to_head, to_sequence),
-        box=(columns, block_n, *([boxes] if whole else []), 1, 1),
+        box=(columns, tokens, *([boxes] if whole else []), 1, 1),
         swizzle=span,
     )
 

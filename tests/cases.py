@@ -72,6 +72,7 @@ class Step:
     alibi_slopes: Tensor | None = None
     cache_leftpad: Tensor | None = None
     cache_batch_idx: Tensor | None = None
+    block_table: Tensor | None = None
     out_dtype: torch.dtype | None = None
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -79,8 +80,20 @@ class Step:
         return self.q, self.k_cache, self.v_cache, self.k, self.v
 
     def row(self, b: int) -> int:
-        """The row of the caches that a sequence has."""
+        """The row of the caches, or of the table, that a sequence has."""
         return b if self.cache_batch_idx is None else int(self.cache_batch_idx[b])
+
+    def place(self, b: int, token: int) -> tuple[int, int]:
+        """Where a token of a sequence is in the caches: in its row, or in which page."""
+        if self.block_table is None:
+            return self.row(b), token
+        page, at = divmod(token, self.k_cache.shape[1])
+        return int(self.block_table[self.row(b), page]), at
+
+    def hide(self, b: int, count: int) -> None:
+        """Have NaN where a sequence's first tokens are, for they are not to be used."""
+        for token in range(count):
+            self.k_cache[self.place(b, token)] = self.v_cache[self.place(b, token)] = torch.nan
 
     def attended(self) -> tuple[Tensor, Tensor, list[int]]:
         """The caches with the new token in place, and how many tokens are attended."""
@@ -88,7 +101,7 @@ class Step:
         if self.k is None or self.v is None:
             return k, v, self.lengths
         for b, length in enumerate(self.lengths):
-            k[self.row(b), length], v[self.row(b), length] = self.k[b], self.v[b]
+            k[self.place(b, length)], v[self.place(b, length)] = self.k[b], self.v[b]
         return k, v, [length + 1 for length in self.lengths]
 
     def reference(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -102,13 +115,14 @@ class Step:
         """The options of a call that ask for features."""
         names = (
             "softcap", "sinks", "window_size", "alibi_slopes", "cache_leftpad", "cache_batch_idx",
-            "out_dtype",
+            "block_table", "out_dtype",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
     def asking_for(self, policies: tuple[Policy, ...]) -> Step:
         """The same with the features that a kernel has: a cap that bends scores, heavy sinks,
-        a window of half the cache, slopes of each sequence, padding of a third. Its rows stay."""
+        a window of half the cache, slopes of each sequence, padding of a third, and pages. Its rows
+        stay."""
         wanted = {policy.feature for policy in policies}
         if "softcap" in wanted:
             self.softcap = 1.5
@@ -124,7 +138,56 @@ class Step:
             self.cache_leftpad = self.seqlens // 3
         if "out_dtype" in wanted:
             self.in_float32()
+        if "block_table" in wanted:
+            self.into_pages()
         return self
+
+    def into_pages(self, page_size: int = 16, layout: Layout = "HND", packed: bool = True) -> None:
+        """Have the caches in pages, one after the other no more.
+
+        Pages that no sequence has hold NaN, and what the table says behind a sequence's last page
+        is no page.
+
+        Args:
+            page_size: Tokens of each.
+            layout: Of a page: its heads one behind the other, or its tokens.
+            packed: Whether a row of K and one of V are one row.
+        """
+        if self.block_table is not None:
+            return
+        rows, room, heads, _ = self.k_cache.shape
+        most, dims = -(-room // page_size), (self.k_cache.shape[-1], self.v_cache.shape[-1])
+        generator = torch.Generator().manual_seed(page_size)
+        order = torch.randperm(rows * most + 3, generator=generator)[: rows * most]
+        order = order.to(self.k_cache.device)
+        device, offset = str(order.device), (self.k_cache.storage_offset() - _GUARD) % 8
+        shape = (heads, page_size) if layout == "HND" else (page_size, heads)
+        for widths in (dims,) if packed else ((dims[0], 0), (0, dims[1])):
+            buffer = guarded((rows * most + 3, *shape, sum(widths)), self.q.dtype, device, offset)
+            self.buffers.append(buffer)
+            pool = buffer.tensor.fill_(torch.nan)
+            if layout == "HND":
+                pool = pool.transpose(1, 2)
+            parts = pool.split(widths, -1)
+            for name, part in zip(("k_cache", "v_cache"), parts, strict=True):
+                if part.shape[-1]:
+                    cache = getattr(self, name)
+                    whole = cache.new_full((rows, most * page_size, *cache.shape[2:]), torch.nan)
+                    whole[:, :room] = cache
+                    part[order] = whole.view(rows * most, page_size, *cache.shape[2:])
+                    setattr(self, name, part)
+        self.block_table = self._table(order.view(rows, most), page_size)
+        snapshot(self)
+
+    def _table(self, pages: Tensor, page_size: int) -> Tensor:
+        """Those pages that sequences have, among numbers that are none, in rows that lie apart."""
+        rows, most = pages.shape
+        none = torch.tensor([-1, 2**31 - 1, rows * most + 3, -(2**31)], dtype=torch.int32)
+        table = none.repeat(rows, most).to(pages.device)
+        for b, length in enumerate(self.lengths):
+            held = -(-(length + (self.k is not None)) // page_size)
+            table[self.row(b), :held] = pages[self.row(b), :held].int()
+        return table[:, :most]
 
     def in_float32(self) -> None:
         """Ask for outputs in float32, and give room for them, aligned as for others."""
@@ -146,11 +209,12 @@ class Step:
         return self
 
     def turn_around(self) -> None:
-        """Have sequences in other rows than their own, of caches with one more."""
+        """Have sequences in other rows than their own, of caches or a table with one more."""
         batch = len(self.lengths)
-        for name in ("k_cache", "v_cache"):
-            cache = getattr(self, name)
-            setattr(self, name, torch.cat([torch.full_like(cache[:1], torch.nan), cache.flip(0)]))
+        for name in ("k_cache", "v_cache") if self.block_table is None else ("block_table",):
+            rows = getattr(self, name)
+            none = torch.nan if rows.is_floating_point() else -1
+            setattr(self, name, torch.cat([torch.full_like(rows[:1], none), rows.flip(0)]))
         order = torch.arange(batch, 0, -1, dtype=torch.int32, device=self.q.device)
         self.cache_batch_idx = order
         snapshot(self)
@@ -170,7 +234,7 @@ class Step:
             if new is not None:
                 for b, length in enumerate(self.lengths):
                     if b not in rejected:
-                        expected[self.row(b), length] = new[b]
+                        expected[self.place(b, length)] = new[b]
             assert _same_bits(getattr(self, name), expected), f"{name} differs"
         for name in ("q", "k", "v"):
             if getattr(self, name) is not None:

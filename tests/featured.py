@@ -19,6 +19,7 @@ CAP, SINK, WINDOW = named("SoftCapped"), named("SinkInSum"), named("SlidingWindo
 POLICIES = {
     "softcap": CAP, "sinks": SINK, "window": WINDOW, "alibi": named("Alibi"),
     "leftpad": named("LeftPadded"), "index": named("IndexedRow"), "float32": named("InFloat32"),
+    "paged": named("PagedCache"),
 }  # fmt: skip
 PAIRS = [" and ".join(pair) for pair in combinations(POLICIES, 2)]
 ALL = " and ".join(POLICIES)
@@ -32,7 +33,9 @@ FEW = {
     "attend only": Edge(lengths=(37, 0), capacity=64, append=False),
 }
 # Where CI has the general test of a single feature; that of all together it has on every kind.
-HOME = dict.fromkeys(POLICIES, "tma") | {"window": "simt", "leftpad": "tensorop"}
+HOME = dict.fromkeys(POLICIES, "tma") | {
+    "window": "simt", "leftpad": "tensorop", "paged": "tensorop"
+}  # fmt: skip
 # Multistage is the same for CUDA cores but for its arithmetic, so that CI leaves those out.
 every_schedule = pytest.mark.parametrize(
     "kind", [pytest.param(k, marks=THOROUGH if k == "simt" else ()) for k in KINDS]
@@ -72,8 +75,7 @@ def add_window(step: Step, window: int = 19) -> None:
     """That begins and ends within tiles; what it hides is not to be used, nor its NaN."""
     step.window_size = (window - 1, 0)
     for b, length in enumerate(step.lengths):
-        hidden = max(0, length + (step.k is not None) - window)
-        step.k_cache[b, :hidden] = step.v_cache[b, :hidden] = math.nan
+        step.hide(b, length + (step.k is not None) - window)
 
 
 def add_slopes(step: Step) -> None:
@@ -88,19 +90,23 @@ def add_padding(step: Step, *rows: int) -> None:
     numbers = rows or [(21, 0, 3, 40)[b % 4] for b in range(len(step.lengths))]
     step.cache_leftpad = torch.tensor(numbers, dtype=torch.int32, device=step.q.device)
     for b, length in enumerate(step.lengths):
-        hidden = min(max(numbers[b], 0), length)
-        step.k_cache[step.row(b), :hidden] = step.v_cache[step.row(b), :hidden] = math.nan
+        step.hide(b, min(numbers[b], length))
 
 
 def add_index(step: Step, spare: int = 2) -> None:
-    """Backwards, into caches of more rows, which hold NaN where nothing is."""
+    """Backwards, into caches or a table of more rows, which hold nothing there."""
     batch = len(step.lengths)
-    for name in ("k_cache", "v_cache"):
-        cache = getattr(step, name)
-        rows = torch.full_like(cache[:1], math.nan).expand(spare, -1, -1, -1)
-        setattr(step, name, torch.cat([rows, cache.flip(0)]))
+    for name in ("k_cache", "v_cache") if step.block_table is None else ("block_table",):
+        rows = getattr(step, name)
+        none = torch.full_like(rows[:1], math.nan if rows.is_floating_point() else -1)
+        setattr(step, name, torch.cat([*[none] * spare, rows.flip(0)]))
     order = range(spare + batch - 1, spare - 1, -1)
     step.cache_batch_idx = torch.tensor(list(order), dtype=torch.int32, device=step.q.device)
+
+
+def add_pages(step: Step) -> None:
+    """So small that tiles have several."""
+    step.into_pages(3)
 
 
 FEATURES: dict[str, Callable[[Step], None]] = {
@@ -109,6 +115,7 @@ FEATURES: dict[str, Callable[[Step], None]] = {
     "leftpad": add_padding,
     "index": add_index,
     "float32": Step.in_float32,
+    "paged": add_pages,
 }  # fmt: skip
 
 

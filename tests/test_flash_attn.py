@@ -176,15 +176,31 @@ def test_transformers_asks_for_the_features_by_our_names() -> None:
     assert torch.equal(flash_attn_with_kvcache(*tensors, **arguments), right)
 
 
-def test_tables_of_pages_are_asked_for_by_a_name_that_transformers_finds() -> None:
+def test_transformers_passes_tables_of_pages() -> None:
     utilities = pytest.importorskip("transformers.modeling_flash_attention_utils")
     step, lengths = a_step()
     arguments = utilities._lazy_define_process_function(flash_attn_with_kvcache)(
         query_length=1, key_length=5, is_causal=True, cache_seqlens=lengths,
-        block_table=torch.zeros(2, 1, dtype=torch.int32),
+        block_table=torch.tensor([[1], [0]], dtype=torch.int32),
     )  # fmt: skip
-    with pytest.raises(InputError, match=r"block_table: got shape \[2, 1\], which is not supp"):
-        flash_attn_with_kvcache(step["q"], step["k_cache"], step["v_cache"], **arguments)
+    expected = copies(step)
+    for name in ("k_cache", "v_cache"):
+        expected[name] = expected[name].flip(0)
+    right = gqa_decode(**expected, cache_seqlens=lengths)
+    tensors = step["q"], step["k_cache"], step["v_cache"], step["k"], step["v"]
+    assert torch.equal(flash_attn_with_kvcache(*tensors, **arguments), right)
+    assert torch.equal(step["k_cache"], expected["k_cache"].flip(0))
+
+
+def test_lengths_of_none_are_all_that_the_table_has_pages_for() -> None:
+    step, _ = a_step()
+    q, k_cache, v_cache, *_ = step.values()
+    pages = torch.tensor([[1, 0], [0, 0]], dtype=torch.int32)
+    dense = [cache[pages.long()].flatten(1, 2) for cache in (k_cache, v_cache)]
+    right = gqa_decode(q, *dense, cache_seqlens=2 * k_cache.shape[1])
+    for name in ("page_table", "block_table"):
+        found = flash_attn_with_kvcache(q, k_cache, v_cache, **{name: pages})
+        torch.testing.assert_close(found, right)
 
 
 def test_lengths_may_be_an_int_or_none_for_all_of_the_cache() -> None:
@@ -226,6 +242,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "cache_leftpad": torch.tensor([1, 0], dtype=torch.int32), "num_splits": 2,
     },
     "whole cache": {"cache_seqlens": None, "k": None, "v": None},
+    "pages": {"page_table": torch.tensor([[1], [0]], dtype=torch.int32)},
 }  # fmt: skip
 
 
@@ -254,8 +271,11 @@ REFUSED: dict[str, tuple[Callable[[Step], dict[str, Any]], str]] = {
     "cosines": (lambda s: {"rotary_cos": rotary(s)}, "rotary_cos: got .*; allowed: None; rotate"),
     "sines": (lambda s: {"rotary_sin": rotary(s)}, "rotary_sin: got .*; allowed: None; rotate"),
     "places": (lambda s: {"rotary_seqlens": s.seqlens}, "rotary_seqlens: got .*; allowed: None"),
-    "pages": (lambda s: {"page_table": table(s)}, "page_table: got .*; allowed: no table: a cache"),
-    "blocks": (lambda s: {"block_table": table(s)}, "block_table: got .*; allowed: no table"),
+    "long pages": (lambda s: {"page_table": table(s).long()}, "block_table: got torch.int64"),
+    "pages twice": (
+        lambda s: {"page_table": table(s), "block_table": table(s)},
+        "block_table and page_table: got both; allowed: one of them",
+    ),
     "packed": (lambda s: {"cu_seqlens_q": s.seqlens}, "cu_seqlens_q: got .*; allowed: None: one"),
     "new": (lambda s: {"cu_seqlens_k_new": s.seqlens}, "cu_seqlens_k_new: got .*; allowed: None"),
     "q's scale": (lambda s: {"q_descale": s.q}, "q_descale: got .*; allowed: None; 16-bit"),

@@ -25,6 +25,7 @@ class Elements(StrEnum):
     RESULT = "result"  # of that type, or what a policy of the slot Result makes of outputs
     FLOAT32 = "float32"
     INT32 = "int32"
+    INT64 = "int64"
     UINT32 = "uint32"
     NUMBER = "number"  # of any `NumberType`
 
@@ -44,6 +45,7 @@ class Argument:
             allocates it.
         single_token: Whether calls may pass it with a dimension of size 1 behind the first.
         any_first: Whether calls may pass it without its first dimension, equal for all.
+        rows_apart: Whether there may be gaps between its rows, of memory that is contiguous else.
         type_field: The field of `Params` that says which `NumberType` it holds.
         feature: The policy that it belongs to.
     """
@@ -57,6 +59,7 @@ class Argument:
     optional: bool = False
     single_token: bool = False
     any_first: bool = False
+    rows_apart: bool = False
     type_field: str | None = None
     feature: str | None = None
 

@@ -61,7 +61,7 @@ _FIELDS = tuple(
         ("v_new", _READ, "likewise"),
         ("k_new_stride", _ROW, ""),
         ("v_new_stride", _ROW, ""),
-        ("k_cache", _WRITTEN, "[batch, max_seq_len, num_kv_heads, head_dim]"),
+        ("k_cache", _WRITTEN, "[batch, max_seq_len, num_kv_heads, head_dim], or pages of tokens"),
         ("v_cache", _WRITTEN, "likewise"),
         ("out", _WRITTEN, "[batch, num_q_heads, head_dim]"),
         ("scale_log2", FLOAT, "softmax_scale * log2(e): exponentials are powers of two"),
@@ -97,8 +97,9 @@ TMA_PARAMS = Struct(
     c="gqa_tma_params",
     doc="What a kernel of the TMA schedule is told. The maps are those of K and V, swizzled by 128 "
     "bytes. Where head_dim is a multiple of 64, their dimensions are, innermost first, [64, token, "
-    "head_dim / 64, KV head, sequence], and boxes 64 x kBlockN x all; otherwise [head_dim, token, "
-    "KV head, sequence], and boxes 64 x kBlockN.",
+    "head_dim / 64, KV head, sequence], and boxes 64 x kBlockN x all; otherwise "
+    "[head_dim, token, KV head, sequence], and boxes 64 x kBlockN. Of pools, tokens are those of a "
+    "page, which stands in place of the sequence, and boxes have 16 of them.",
     fields=(
         Field(
             name="decode",

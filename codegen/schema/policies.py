@@ -13,7 +13,16 @@ from dataclasses import dataclass, replace
 from gqa_cutlass.codegen.schema.arguments import ARGUMENTS, Argument, Elements, Table
 from gqa_cutlass.codegen.schema.kinds import Schedule
 from gqa_cutlass.codegen.schema.launch import NumberType
-from gqa_cutlass.codegen.schema.structs import FLOAT, INT32, Field, Type, check_distinct, pointer
+from gqa_cutlass.codegen.schema.structs import (
+    FLOAT,
+    INT32,
+    INT64,
+    UINT32,
+    Field,
+    Type,
+    check_distinct,
+    pointer,
+)
 from gqa_cutlass.errors import ConfigError
 
 
@@ -31,7 +40,10 @@ class Slot:
 
 
 ROW = Slot(alias="Row", contract=("row", "is_own"))
-CACHE = Slot(alias="Cache", contract=("Rows", "keys", "values", "new_key", "new_value", "box"))
+CACHE = Slot(
+    alias="Cache",
+    contract=("by_number", "Pages", "Rows", "keys", "values", "NewRow", "Boxes"),
+)
 START = Slot(alias="Start", contract=("padding", "none"))
 MASK = Slot(alias="Mask", contract=("sees", "first_token", "from_start"))
 LOGIT = Slot(alias="Logit", contract=("operator()",))
@@ -240,6 +252,53 @@ POLICIES = (
         cpp="InFloat32",
         header="policy/result_float32.cuh",
         feature="out_dtype",
+    ),
+    Policy(  # the youngest: its fields come behind those that others read
+        slot=CACHE,
+        tag="paged",
+        cpp="PagedCache",
+        header="policy/cache_paged.cuh",
+        feature="block_table",
+        fields=(
+            Field(
+                name="num_pages",
+                type=INT32,
+                doc="of the pools, a batch stride apart",
+            ),
+            Field(
+                name="block_table",
+                type=pointer("int32_t", const=True),
+                doc="[rows, max_pages], pages of each sequence",
+            ),
+            Field(name="block_table_stride", type=INT64, doc="between rows"),
+            Field(
+                name="slot_mapping",
+                type=pointer("int64_t", const=True),
+                doc="[batch], where new tokens go, or null",
+            ),
+            Field(name="page_size", type=INT32, doc="in tokens"),
+            Field(name="page_magic", type=UINT32, doc="which a token is multiplied by,"),
+            Field(name="page_shift", type=INT32, doc="and shifted, to divide it by page_size"),
+        ),
+        arguments=(
+            Argument(
+                name="block_table",
+                dims=("rows", "max_pages"),
+                elements=Elements.INT32,
+                field="block_table",
+                optional=True,
+                rows_apart=True,
+            ),
+            Argument(
+                name="slot_mapping",
+                dims=("batch",),
+                elements=Elements.INT64,
+                field="slot_mapping",
+                optional=True,
+            ),
+        ),
+        prefetches_first_tile=False,
+        in_library=False,
     ),
 )
 check_distinct("policies", "policies", (policy.cpp for policy in POLICIES))

@@ -35,6 +35,7 @@ class Problem:
         append: Whether a new token comes with the call.
         policies: What the kernel must have in its slots in place of their defaults.
         head_dim_v: Dimension per head of values and outputs; None: as head_dim.
+        page_size: Tokens of a page; None: every sequence's are in one piece.
         window: Tokens that a query sees, its own the last of them; None for all.
     """
 
@@ -49,6 +50,7 @@ class Problem:
     policies: tuple[Policy, ...] = ()
     window: int | None = None
     head_dim_v: int | None = None
+    page_size: int | None = None
 
     @property
     def value_dim(self) -> int:

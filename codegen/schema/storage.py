@@ -11,6 +11,7 @@ from gqa_cutlass.codegen.schema.rounding import round_up
 
 MAX_CLUSTER = 8  # what every GPU with clusters allows
 BOX_DIMS = 64  # of a tensor copy: 128 bytes, the span of the swizzle
+PAGE_TOKENS = 16  # of a tensor copy from a page, which holds a multiple of them
 ELEMENT_BYTES = 2
 _FLOAT, _PAIR, _BARRIER = 4, 8, 8
 _RING_ALIGN = 1024  # the period of the swizzle

@@ -16,7 +16,7 @@ from operator import and_, itemgetter
 from torch import Tensor
 
 from gqa_cutlass.call.executor import Executor, Task
-from gqa_cutlass.call.given import ALIGNMENT, LENGTHS, ROWS, Layout, fail
+from gqa_cutlass.call.given import ALIGNMENT, LENGTHS, PAGES, ROWS, Layout, fail
 from gqa_cutlass.codegen.schema.arguments import Access
 from gqa_cutlass.codegen.schema.params import CacheStrides, Params
 from gqa_cutlass.errors import CacheOverflowError, shown
@@ -43,6 +43,7 @@ class Addresses:
         layout, problem = task.layout, task.problem
         self.known: dict[tuple[int, ...], bytes] = {}
         self._append, self._max_seq_len = problem.append, problem.max_seq_len
+        self._paged = PAGES in layout
         self._names = tuple(layout)
         self._sizes = [(t.itemsize, t.reach) for t in layout.values()]
         self._offsets = [getattr(Params, ROWS[name].field).offset for name in layout]
@@ -78,7 +79,7 @@ class Addresses:
             CacheOverflowError: The new token does not fit.
         """
         if type(lengths) is int:
-            check_length(lengths, self._max_seq_len, self._append)
+            check_length(lengths, self._max_seq_len, self._append, self._paged)
         argument = self.known.get(addresses)
         if argument is None:
             lasting = self._check(tensors, lengths, addresses)
@@ -140,7 +141,7 @@ class Maps:
         self._caches = [task.layout[name] for name in _MAPPED]
         names = list(task.layout)
         self._pick = itemgetter(*map(names.index, _MAPPED))
-        self._block_n = task.dispatch.config.block_n
+        self._tokens = task.dispatch.config.box_tokens
         self._encode = executor.encode
         self._lock = threading.Lock()
 
@@ -152,7 +153,7 @@ class Maps:
             if maps is None:
                 maps = b"".join(
                     [
-                        self._encode(map_of(at, t.shape, t.strides, t.itemsize, self._block_n))
+                        self._encode(map_of(at, t.shape, t.strides, t.itemsize, self._tokens))
                         for at, t in zip(picked, self._caches, strict=True)
                     ]
                 )
@@ -166,8 +167,14 @@ class Maps:
         self._lock = threading.Lock()
 
 
-def check_length(length: int, max_seq_len: int, append: bool) -> None:
+def check_length(length: int, max_seq_len: int, append: bool, paged: bool = False) -> None:
     """Check one length for all sequences.
+
+    Args:
+        length: Tokens that are there.
+        max_seq_len: Tokens for which there is room.
+        append: Whether one more is to come.
+        paged: Whether there is a table of pages, whose width says so.
 
     Raises:
         CacheOverflowError: The new token does not fit.
@@ -176,10 +183,12 @@ def check_length(length: int, max_seq_len: int, append: bool) -> None:
     if length < 0:
         fail(LENGTHS, shown(length), f"0 to {max_seq_len - append}")
     if length > max_seq_len - append:
+        remedy = "pass a wider table" if paged else "allocate a larger cache"
         raise CacheOverflowError(
             f"gqa_decode: cache overflow: the cache holds {shown(length)} tokens"
             f"{' and one is to be appended' * append}; max_seq_len is "
-            f"{max_seq_len}. Nothing was written. Evict tokens, or allocate a larger cache."
+            f"{max_seq_len}{', of all pages in a row of block_table' * paged}. Nothing was "
+            f"written. Evict tokens, or {remedy}."
         )
 
 
@@ -223,7 +232,12 @@ def check_aliases(given: Mapping[str, Tensor], lengths: object) -> bool:
         if ROWS[other].access is Access.APPEND:
             allowed = "two caches that do not share memory"
             fail(other, f"memory that {target} also uses", allowed)
-        if type(lengths) is not int or _overlap(given[target][:, lengths], given[other]):
+        # Where the token goes in pages, only the device knows.
+        if (
+            type(lengths) is not int
+            or PAGES in given
+            or _overlap(given[target][:, lengths], given[other])
+        ):
             fail(
                 other,
                 f"memory of {target}, to which this call writes the new token",

@@ -37,7 +37,8 @@ class OverflowFlag:
             raise CacheOverflowError(
                 f"gqa_decode: an earlier call found a length in cache_seqlens[{value - 1}] that "
                 "the cache cannot hold, with the new token if there is one (or, in cache_batch_idx "
-                "there, a row that the cache does not have). That sequence's output is NaN and its "
-                "cache was not written; the other sequences are right. This call was not launched: "
-                "repeat it, with cache_seqlens < max_seq_len."
+                "there, a row that the cache does not have, or in that row of block_table a page "
+                "that the pools do not have). That sequence's output is NaN, and nothing was "
+                "written where it does not belong; the other sequences are right. This call was "
+                "not launched: repeat it, with cache_seqlens < max_seq_len."
             )

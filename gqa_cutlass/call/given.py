@@ -16,6 +16,8 @@ from gqa_cutlass.tensors import flaw, is_tensor, memory_flaw
 
 ALIGNMENT = 16  # of the widest access
 LENGTHS = "cache_seqlens"  # the one argument that may be an int instead
+PAGES = "block_table"  # the one argument that makes pools of the caches
+SLOTS = "slot_mapping"  # which goes with it
 ROWS = {row.name: row for row in CALL.rows}
 Given = Sequence[Any]  # by the rows of the table; those that are left out at its end are absent
 

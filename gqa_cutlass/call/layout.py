@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from gqa_cutlass.call.given import LENGTHS, ROWS, Layout, Seen, fail, shape_text
+from gqa_cutlass.call.given import LENGTHS, PAGES, ROWS, SLOTS, Layout, Seen, fail, shape_text
 from gqa_cutlass.codegen.config import HEAD_DIM_RULE, HEAD_DIMS, MAX_GROUP_SIZE
 from gqa_cutlass.codegen.schema.arguments import Access, Argument, Elements
 from gqa_cutlass.codegen.schema.kinds import DType
@@ -26,7 +26,9 @@ from gqa_cutlass.codegen.schema.storage import ELEMENT_BYTES
 from gqa_cutlass.errors import shown
 
 DTYPES = {torch.float16: DType.F16, torch.bfloat16: DType.BF16}
-_EXACT = {Elements.FLOAT32: torch.float32, Elements.INT32: torch.int32}
+_EXACT = {
+    Elements.FLOAT32: torch.float32, Elements.INT32: torch.int32, Elements.INT64: torch.int64,
+}  # fmt: skip
 NUMBER_TYPES = {
     torch.float32: NumberType.FLOAT32,
     torch.float16: NumberType.FLOAT16,
@@ -59,19 +61,31 @@ def problem_of(
             _check_placement(ROWS[name], t, q)
     check_result(layout, out_dtype)
     batch, *_, num_q_heads, head_dim = q.shape
-    rows, max_seq_len, num_kv_heads, _ = cache.shape
+    rows, room, num_kv_heads, _ = cache.shape
+    table = layout.get(PAGES)
+    max_seq_len = room if table is None else check_pages(rows, room, table)
+    if SLOTS in layout and (table is None or "k" not in layout):
+        missing = "k" if "k" not in layout else PAGES
+        fail(SLOTS, f"one without {missing}", f"{SLOTS} with {missing}: it says where k and v go")
     head_dim_v = layout["v_cache"].shape[-1]
     check_sizes(batch, num_q_heads, num_kv_heads, head_dim, max_seq_len, head_dim_v)
     sizes = {
         "batch": batch, "num_q_heads": num_q_heads, "num_kv_heads": num_kv_heads,
         "head_dim": head_dim, "head_dim_v": head_dim_v, "max_seq_len": max_seq_len,
-        "rows": rows if "cache_batch_idx" in layout else batch,
+        "rows": batch,
     }  # fmt: skip
-    if not 1 <= sizes["rows"] <= MAX_ROWS:
-        fail("rows of k_cache", shown(rows), f"1 to {MAX_ROWS}")
+    pool = sizes
+    if table is not None:
+        pool = sizes | {"rows": rows, "max_seq_len": room}
+        rows, sizes["max_pages"] = table.shape
+    if "cache_batch_idx" in layout:
+        sizes["rows"] = rows
+        if not 1 <= rows <= MAX_ROWS:
+            what = "k_cache" if table is None else PAGES
+            fail(f"rows of {what}", shown(rows), f"1 to {MAX_ROWS}")
     for name, t in layout.items():
         if name != LENGTHS:
-            _check_shape(ROWS[name], t, sizes)
+            _check_shape(ROWS[name], t, pool if ROWS[name].access is Access.APPEND else sizes)
     append = "k" in layout
     for name, t in layout.items():
         if name != LENGTHS:
@@ -85,12 +99,38 @@ def problem_of(
         head_dim=head_dim,
         head_dim_v=head_dim_v if head_dim_v != head_dim else None,
         max_seq_len=max_seq_len,
+        page_size=None if table is None else room,
         dtype=DTYPES[q.dtype],
         vec_width=min([_vector_width(t) for name, t in layout.items() if ROWS[name].stride]),
         append=append,
         policies=policies if hides else tuple([p for p in policies if p.feature != "window_size"]),
         window=window_left + 1 if hides else None,
     )
+
+
+def check_pages(num_pages: int, page_size: int, table: Seen) -> int:
+    """The tokens that a row of a table has pages for.
+
+    Args:
+        num_pages: Pages of the pools.
+        page_size: Tokens of each.
+        table: `block_table`.
+
+    Raises:
+        InputError: There are none, or too many.
+    """
+    most = table.shape[1]
+    if not 1 <= num_pages <= MAX_ROWS:
+        fail("pages of k_cache", shown(num_pages), f"1 to {MAX_ROWS}")
+    if page_size < 1:
+        fail("tokens of a page in k_cache", shown(page_size), "1 or more")
+    if not 1 <= most <= MAX_SEQ_LEN // page_size:
+        fail(
+            PAGES,
+            f"{shown(most)} pages per sequence, of {shown(page_size)} tokens",
+            f"1 to {MAX_SEQ_LEN} tokens per sequence; pass the columns that are in use",
+        )
+    return most * page_size
 
 
 def _check_rank(row: Argument, t: Seen) -> None:
@@ -188,8 +228,12 @@ def _check_strides(row: Argument, t: Seen, append: bool) -> None:
     """Alignment to elements, a contiguous last dimension or all of them, and no overlap."""
     if row.stride and t.address % t.itemsize:
         fail(row.name, f"address {t.address:#x}", f"an address that is a multiple of {t.itemsize}")
-    if t.strides[-1] != 1 if row.stride else not _is_contiguous(t):
-        rule = "a contiguous last dimension (stride 1)" if row.stride else "contiguous memory"
+    if row.stride or row.rows_apart:
+        right = t.strides[-1] == 1 or (row.rows_apart and t.shape[-1] == 1)
+        rule = "a contiguous last dimension (stride 1)"
+    else:
+        right, rule = _is_contiguous(t), "contiguous memory"
+    if not right:
         fail(row.name, f"strides {list(t.strides)}", f"{rule}; call .contiguous()")
     written = row.access is Access.WRITE or append and row.access is Access.APPEND
     if written and _overlaps_itself(t):

@@ -14,10 +14,10 @@ from typing import Any, TypedDict, TypeVar
 import torch
 from torch import Tensor
 
-from gqa_cutlass.call.given import Given, Layout, fail
+from gqa_cutlass.call.given import PAGES, Given, Layout, Seen, fail
 from gqa_cutlass.call.layout import NUMBER_TYPES
 from gqa_cutlass.codegen.config import KernelConfig
-from gqa_cutlass.codegen.schema.policies import CALL, POLICIES, Policy
+from gqa_cutlass.codegen.schema.policies import CALL, POLICIES, Policy, special
 from gqa_cutlass.codegen.schema.problem import MAX_SCALE, MAX_SEQ_LEN, MAX_SOFTCAP, MAX_SPLITS
 from gqa_cutlass.errors import InputError, shown
 
@@ -76,9 +76,27 @@ class CallOptions(Options, total=False):
             share one must not append to it: what it then holds is undefined. One that names no row
             counts like a length that does not fit: NaN, nothing is read or written, and a later
             call raises CacheOverflowError.
+        block_table: Paged caches: which page holds which tokens of a sequence, int32
+            [batch, max_pages] on q's device, which the host never reads, with any stride between
+            rows. k_cache and v_cache are then pools [num_pages, page_size, num_kv_heads, head_dim]
+            of any page_size, whose pages, tokens and heads lie as they like, in K otherwise than in
+            V if need be. Token t is token t % page_size of page block_table[b, t // page_size], and
+            max_seq_len is max_pages * page_size. What is behind the last page of a sequence may be
+            anything. With `cache_batch_idx` that names the row of the table. A page that the pools
+            do not have, of a token that is read or appended, counts like a length that does not
+            fit: NaN, nothing outside of the pools is read or written, and a later call raises
+            CacheOverflowError. A page that sequences share must not be appended to.
+        page_table: Another name of `block_table`.
+        slot_mapping: Where the new tokens go in paged caches, if the table is not to say: int64
+            [batch] on q's device, which the host never reads, page * page_size + token. A negative
+            one: nowhere. Either way the new token counts as the one behind the others, and what
+            the table says of its page does not.
     """
 
     cache_batch_idx: Tensor | None
+    block_table: Tensor | None
+    page_table: Tensor | None
+    slot_mapping: Tensor | None
 
 
 class PlanOptions(CallOptions, total=False):
@@ -115,10 +133,12 @@ class Asked:
 
 # Options that are tensors, in the order of the table: those of features.
 TENSORS = tuple(row.name for row in CALL.rows if row.feature)
+ALIASES = {"page_table": "block_table"}  # other names that options have elsewhere
 _NONES = (None,) * len(TENSORS)
 _taken: dict[str, set[str]] = {}  # names of options, by functions
 _DEFAULTS: dict[str, Any] = {
-    **{field.name: field.default for field in fields(Asked)}, **dict.fromkeys((*TENSORS, "out")),
+    **{field.name: field.default for field in fields(Asked)},
+    **dict.fromkeys((*TENSORS, *ALIASES, "out")),
 }  # fmt: skip
 
 
@@ -182,6 +202,21 @@ def features_of(options: dict[str, Any]) -> tuple[Tensor | None, ...]:
     return ()
 
 
+def rename(options: dict[str, Any]) -> None:
+    """Give options that came by other names those that they have here.
+
+    Raises:
+        InputError: One came by both.
+    """
+    for alias, name in ALIASES.items():
+        if alias in options:
+            value = options.pop(alias)
+            if value is not None and options.get(name) is not None:
+                fail(f"{name} and {alias}", "both", "one of them: they are the same")
+            if value is not None:
+                options[name] = value
+
+
 def check(call: str, options: Mapping[str, Any], given: Given) -> tuple[Asked, tuple[Policy, ...]]:
     """Check options, whatever the tensors are.
 
@@ -222,7 +257,7 @@ def check(call: str, options: Mapping[str, Any], given: Given) -> tuple[Asked, t
         wanted.append("window_size")
     if asked.out_dtype is torch.float32:
         wanted.append("out_dtype")
-    return asked, tuple([policy for policy in POLICIES if policy.feature in wanted])
+    return asked, special(tuple([policy for policy in POLICIES if policy.feature in wanted]))
 
 
 def check_options(num_splits: int = 0, softmax_scale: float | None = None, **flags: bool) -> None:
@@ -287,8 +322,23 @@ def fields_of(asked: Asked, layout: Layout, scale: float) -> dict[str, float]:
     found["window_left"] = min(asked.window_size[0], MAX_SEQ_LEN)
     if slopes := layout.get("alibi_slopes"):
         found["alibi_batch_stride"] = slopes.shape[-1] if len(slopes.shape) == 2 else 0
-    found["cache_rows"] = layout["k_cache"].shape[0]
+    found["cache_rows"] = layout.get(PAGES, layout["k_cache"]).shape[0]
+    if table := layout.get(PAGES):
+        found |= _pages(table, layout["k_cache"])
     for row in CALL.rows:
         if row.type_field and row.name in layout:
             found[row.type_field] = NUMBER_TYPES[layout[row.name].dtype]
     return found
+
+
+def _pages(table: Seen, pool: Seen) -> dict[str, float]:
+    """What the kernel must know of pages; `page_of` in cache_paged.cuh divides by their size."""
+    num_pages, page_size = pool.shape[:2]
+    shift = 31 + (page_size - 1).bit_length()
+    return {
+        "num_pages": num_pages,
+        "block_table_stride": table.strides[0],
+        "page_size": page_size,
+        "page_magic": -(-(1 << shift) // page_size),
+        "page_shift": shift,
+    }

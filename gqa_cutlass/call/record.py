@@ -47,6 +47,7 @@ class LaunchRecord:
         alibi: Whether scores fall with the distance.
         leftpad: Whether sequences have padding before them.
         batch_idx: Whether an index says which rows of the caches they have.
+        page_size: Tokens of a page; 0 where every sequence's are in one piece.
         workspace_bytes: Of partial outputs and merge counters.
         device: The GPU's index, or `cpu`.
         stream: The stream's handle; as text, hexadecimal.
@@ -79,6 +80,7 @@ class LaunchRecord:
     alibi: bool
     leftpad: bool
     batch_idx: bool
+    page_size: int
     workspace_bytes: int
     device: int | str
     stream: int
@@ -115,6 +117,7 @@ class LaunchRecord:
             alibi="alibi_slopes" in plan.task.layout,
             leftpad="cache_leftpad" in plan.task.layout,
             batch_idx="cache_batch_idx" in plan.task.layout,
+            page_size=problem.page_size or 0,
             workspace_bytes=chosen.workspace_bytes,
             device=device,
             stream=stream,

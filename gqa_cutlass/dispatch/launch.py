@@ -11,7 +11,7 @@ from gqa_cutlass.codegen.schema.kinds import Math, Schedule
 from gqa_cutlass.codegen.schema.launch import LaunchShape, Pdl
 from gqa_cutlass.codegen.schema.problem import WIDEST, Problem
 from gqa_cutlass.codegen.schema.rounding import ceil_div
-from gqa_cutlass.codegen.schema.storage import BOX_DIMS, MAX_CLUSTER
+from gqa_cutlass.codegen.schema.storage import BOX_DIMS, MAX_CLUSTER, PAGE_TOKENS
 from gqa_cutlass.codegen.variants import default_config, shipped
 from gqa_cutlass.dispatch.device import Device
 from gqa_cutlass.dispatch.model import MODELS
@@ -144,6 +144,7 @@ def dispatch(
                 (
                     why_config,
                     _windowed(problem),
+                    _paged(problem),
                     splits.why,
                     _BALANCED if spare else "",
                     why_pdl,
@@ -157,6 +158,12 @@ def _windowed(problem: Problem) -> str:
     if problem.window is None:
         return ""
     return f"a window of {problem.window} of at most {problem.max_seq_len} tokens"
+
+
+def _paged(problem: Problem) -> str:
+    if problem.page_size is None:
+        return ""
+    return f"pages of {problem.page_size} tokens, at most {problem.max_seq_len} of a sequence"
 
 
 def _check_fits(kernel: KernelConfig, problem: Problem, device: Device) -> None:
@@ -173,6 +180,12 @@ def _check_fits(kernel: KernelConfig, problem: Problem, device: Device) -> None:
             f"gqa_decode: kernel: got {kernel.name}; allowed: kernels for {problem.dtype}, "
             f"head_dim {_dims(problem)}, group size {problem.group_size} and an alignment of at "
             f"most {problem.vec_width} elements. Nothing was launched."
+        )
+    if kernel.tma and problem.page_size and problem.page_size % kernel.box_tokens:
+        raise InputError(
+            f"gqa_decode: kernel: got {kernel.name} for pages of {problem.page_size} tokens; "
+            f"allowed: pages of multiples of {kernel.box_tokens}, or a kernel of the multistage "
+            "schedule. Nothing was launched."
         )
     if kernel.policies != problem.policies:
         wanted = ", ".join(policy.feature for policy in problem.policies) or "no feature"
@@ -218,6 +231,8 @@ def _choose_schedule(problem: Problem, device: Device, ragged: bool) -> tuple[Sc
     """The tma schedule for few heads: if caches are large, only of sequences that are as long."""
     if problem.vec_width < WIDEST:
         return Schedule.MULTISTAGE, "the copy engine wants rows aligned to 16 bytes"
+    if problem.page_size and problem.page_size % PAGE_TOKENS:
+        return Schedule.MULTISTAGE, f"the copy engine wants pages of multiples of {PAGE_TOKENS}"
     for policy in problem.policies:
         if Schedule.TMA not in policy.schedules:
             return Schedule.MULTISTAGE, f"{Schedule.TMA} does not have {policy.feature}"

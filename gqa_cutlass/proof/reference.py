@@ -54,6 +54,7 @@ def attend(
     alibi_slopes: Tensor | None = None,
     cache_leftpad: Tensor | None = None,
     cache_batch_idx: Tensor | None = None,
+    block_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Textbook attention, every step in `dtype`: softmax(scale q k^T) v and its log-sum-exp.
 
@@ -62,7 +63,8 @@ def attend(
 
     Args:
         q: [batch, num_q_heads, head_dim].
-        k: [batch, tokens, num_kv_heads, head_dim]; sequence b attends to its first lengths[b].
+        k: [batch, tokens, num_kv_heads, head_dim]; sequence b attends to its first lengths[b]. Or
+            pages of tokens, [num_pages, page_size, num_kv_heads, head_dim].
         v: As k, with a head_dim of its own.
         lengths: Tokens of each sequence.
         scale: Factor on the scores.
@@ -72,7 +74,8 @@ def attend(
         window_size: Tokens seen to the left and to the right of the last; -1 for all.
         alibi_slopes: What a score loses per token of distance, [num_q_heads], or of each sequence.
         cache_leftpad: Tokens that each sequence begins with and that are none of it, [batch].
-        cache_batch_idx: The row of k and v that each sequence has, [batch].
+        cache_batch_idx: The row of k and v, or of block_table, that each sequence has, [batch].
+        block_table: The pages that each sequence has, one behind the other, [batch, max_pages].
 
     Returns:
         The output, [batch, num_q_heads, head_dim of v], and the log-sum-exp, [batch, num_q_heads].
@@ -86,8 +89,9 @@ def attend(
             first = min(max(first, int(cache_leftpad[b])), lengths[b])
         row = b if cache_batch_idx is None else int(cache_batch_idx[b])
         grouped = q[b].to(dtype).view(num_kv_heads, -1, head_dim)
-        keys = k[row, first : lengths[b]].to(dtype).permute(1, 2, 0)
-        values = v[row, first : lengths[b]].to(dtype).permute(1, 0, 2)
+        pages = None if block_table is None else block_table[row]
+        keys = _tokens(k, row, pages, first, lengths[b]).to(dtype).permute(1, 2, 0)
+        values = _tokens(v, row, pages, first, lengths[b]).to(dtype).permute(1, 0, 2)
         scores = (grouped @ keys) * scale
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
@@ -102,6 +106,15 @@ def attend(
         outs.append((weights @ values).view(num_q_heads, -1))
         lses.append(torch.logsumexp(scores, dim=-1).view(num_q_heads))
     return torch.stack(outs), torch.stack(lses)
+
+
+def _tokens(cache: Tensor, row: int, pages: Tensor | None, first: int, end: int) -> Tensor:
+    """A sequence's tokens of a cache: of its row, or of its pages."""
+    if pages is None:
+        return cache[row, first:end]
+    numbers = torch.arange(first, end, device=cache.device)
+    size = cache.shape[1]
+    return cache[pages[numbers // size].long(), numbers % size]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,8 @@ from gqa_cutlass.cache.allocation import available_bytes
 from gqa_cutlass.call.layout import DTYPES
 from gqa_cutlass.codegen.config import KernelConfig
 from gqa_cutlass.codegen.schema.launch import LaunchShape
+from gqa_cutlass.codegen.schema.rounding import ceil_div
+from gqa_cutlass.codegen.schema.storage import PAGE_TOKENS
 from gqa_cutlass.cpu.executor import CpuKernel
 from gqa_cutlass.proof.reference import attend, errors, same_bits
 from gqa_cutlass.ptxsim.prepare import Program
@@ -24,6 +26,7 @@ from gqa_cutlass.ptxsim.stats import Stats
 from gqa_cutlass.sizes import check_room, check_sizes, enough_memory
 
 Trace = Callable[[Program, int, int, int], None]
+_PAGE_SIZE = PAGE_TOKENS  # of paged caches: the least that every schedule takes
 # About what a step takes per element of K, with the reference and what ptxsim notes.
 BYTES_PER_ELEMENT = 64
 _TORCH = {kind: dtype for dtype, kind in DTYPES.items()}
@@ -39,6 +42,7 @@ class _Asked(TypedDict, total=False):
     alibi_slopes: Tensor
     cache_leftpad: Tensor
     cache_batch_idx: Tensor
+    block_table: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +121,8 @@ def _run(
     """Run it; sizes are checked."""
     q, k_cache, v_cache, k, v = _step(config, cache_len + 1, batch, kv_heads)
     asked = _features(config, batch, q.shape[1], cache_len + 1)
+    if (table := asked.get("block_table")) is not None:
+        k_cache, v_cache = (_in_pages(cache, table) for cache in (k_cache, v_cache))
     made = plan(
         q, k_cache, v_cache, k, v, cache_seqlens=cache_len, num_splits=num_splits,
         return_lse=True, kernel=config, out_dtype=_out_dtype(config), **asked,
@@ -141,7 +147,8 @@ def _run(
         error=found.max,
         error_torch=found.max_torch,
         lse_error=(lse.double() - exact_lse).abs().max().item(),
-        appended=same_bits(k_cache[:, -1], k) and same_bits(v_cache[:, -1], v),
+        appended=_appended(k_cache, k, cache_len, table)
+        and _appended(v_cache, v, cache_len, table),
         least_bytes=made.problem.cache_bytes + q.nbytes,
     )
 
@@ -181,4 +188,25 @@ def _features(config: KernelConfig, batch: int, heads: int, tokens: int) -> _Ask
         asked["cache_leftpad"] = torch.full((batch,), 2 * tokens // 3, dtype=torch.int32)
     if "cache_batch_idx" in wanted:
         asked["cache_batch_idx"] = torch.arange(batch, dtype=torch.int32)
+    if "block_table" in wanted:
+        pages = torch.arange(batch * ceil_div(tokens, _PAGE_SIZE), dtype=torch.int32)
+        asked["block_table"] = pages.flip(0).view(batch, -1)
     return asked
+
+
+def _appended(cache: Tensor, new: Tensor, at: int, table: Tensor | None) -> bool:
+    """Whether a cache has the new token there."""
+    if table is None:
+        return same_bits(cache[:, at], new)
+    page, place = divmod(at, _PAGE_SIZE)
+    return same_bits(cache[table[:, page].long(), place], new)
+
+
+def _in_pages(cache: Tensor, table: Tensor) -> Tensor:
+    """The tokens of a cache, one sequence's behind the other's, in pages as a table has them."""
+    batch, tokens, *row = cache.shape
+    room = table.shape[1] * _PAGE_SIZE
+    whole = torch.cat([cache, cache.new_zeros(batch, room - tokens, *row)], dim=1)
+    pool = cache.new_empty(table.numel(), _PAGE_SIZE, *row)
+    pool[table.flatten().long()] = whole.view(pool.shape)
+    return pool

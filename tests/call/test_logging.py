@@ -23,7 +23,8 @@ KEYS = [
     "kernel", "grid", "cluster", "block", "shared_bytes", "num_splits", "num_stages", "dependent",
     "batch_size", "num_q_heads", "num_kv_heads", "group_size", "head_dim", "head_dim_v",
     "max_seq_len", "dtype", "out_dtype", "append", "cache_seqlens", "softmax_scale", "return_lse",
-    "softcap", "sinks", "window_size", "alibi", "leftpad", "batch_idx", "workspace_bytes", "device",
+    "softcap", "sinks", "window_size", "alibi", "leftpad", "batch_idx", "page_size",
+    "workspace_bytes", "device",
     "stream",
 ]  # fmt: skip
 TMA = default_config(Math.TENSOROP, DType.F16, 128, 4, 8, Schedule.TMA)
@@ -154,6 +155,7 @@ def test_the_line_says_what_the_plan_does(
         "softmax_scale": str(step.scale), "softcap": "0.0", "sinks": "False",
         "window_size": "-1,-1", "alibi": "False", "leftpad": "False",
         "batch_idx": "False",
+        "page_size": "0",
     }  # fmt: skip
     found = parse(message)
     stream = found.pop("stream")

@@ -14,7 +14,7 @@ from featured import CAP
 import gqa_cutlass
 from gqa_cutlass import gqa_decode
 from gqa_cutlass.codegen import DType, Math, default_config
-from gqa_cutlass.errors import InputError
+from gqa_cutlass.errors import CacheOverflowError, InputError
 
 PROCESS = "features"  # has all tests of this folder, for they have kernels in common
 
@@ -84,6 +84,36 @@ BAD: dict[str, tuple[Callable[[Step], dict[str, Any]], str]] = {
             ("a number", lambda s: 0, "an? int"),
         )
     },
+    **{
+        f"block_table: {what}": (
+            lambda s, make=make: {"block_table": make(s.seqlens)}, f"block_table: got {said}"
+        )
+        for what, make, said in (
+            ("too many", lambda t: t.new_zeros(2, 1), r"shape \[2, 1\]; allowed: \[1, 1\]"),
+            ("one rank less", lambda t: t.new_zeros(1), r"shape \[1\]; allowed: \[batch, max_p"),
+            ("long", lambda t: t.new_zeros(1, 1).long(), "torch.int64; allowed: torch.int32"),
+            ("elsewhere", lambda t: t.new_zeros(1, 1).to("meta"), "a tensor on meta"),
+            ("apart", lambda t: t.new_zeros(1, 4)[:, ::2], r"strides \[4, 2\]; allowed: a contig"),
+            ("no pages", lambda t: t.new_zeros(1, 0), "0 pages per sequence, of 64 tokens"),
+            ("too many pages", lambda t: t.new_zeros(1, 1).expand(1, 2**25), "33554432 pages per"),
+            ("a list", lambda t: [[0]], "a list; allowed: a torch.Tensor or None"),
+        )
+    },
+    "slots without a table": (
+        lambda s: {"slot_mapping": s.seqlens.long()}, "slot_mapping: got one without block_table"
+    ),
+    "slots of 32 bits": (
+        lambda s: {"block_table": s.seqlens.new_zeros(1, 1), "slot_mapping": s.seqlens},
+        "slot_mapping: got torch.int32; allowed: torch.int64",
+    ),
+    "a table in the cache": (
+        lambda s: {"block_table": s.k_cache.view(torch.int32)[0, 40, 0, :1].view(1, 1)},
+        "block_table: got memory of k_cache, to which this",
+    ),
+    "out in the table": (
+        lambda s: {"block_table": s.out.view(torch.int32)[0, :1, 0].view(1, 1)},
+        "out: got memory that block_table also uses",
+    ),
     "padding in the cache": (
         lambda s: {"cache_leftpad": s.k_cache.view(torch.int32)[0, 37, 0, :1]},
         "cache_leftpad: got memory of k_cache, to which this",
@@ -116,3 +146,59 @@ def test_bad_features_launch_nothing_and_write_nothing(name: str, device: str) -
         plan(*step.tensors(), 37, step.out)
     assert step.out.isnan().all()
     step.check_memory(rejected=(0,))
+
+
+POOLS: dict[str, tuple[Callable[[Step], dict[str, Any]], str]] = {
+    "fewer pages of values": (lambda s: {"v_cache": s.v_cache[1:]}, r"v_cache: got shape \[\d+"),
+    "values in smaller pages": (lambda s: {"v_cache": s.v_cache[:, 1:]}, "v_cache: got shape"),
+    "more heads of values": (
+        lambda s: {"v_cache": s.v_cache.repeat(1, 1, 2, 1)}, "v_cache: got shape"
+    ),
+    "a pool of another type": (
+        lambda s: {"k_cache": s.k_cache.bfloat16()}, "k_cache: got torch.bfloat16"
+    ),
+    "pages that share memory": (
+        lambda s: {"k_cache": s.k_cache[:1].expand(s.k_cache.shape)},
+        r"k_cache: got strides .*; allowed: elements that do not share memory",
+    ),
+    "pools that share memory": (
+        lambda s: {"v_cache": s.k_cache}, "v_cache: got memory that k_cache also uses"
+    ),
+    "a token in the pool": (
+        lambda s: {"k": s.k_cache[0, :1]}, "k: got memory of k_cache, to which this call writes"
+    ),
+    "no tokens in a page": (lambda s: {"k_cache": s.k_cache[:, :0]}, "tokens of a page .*: got 0"),
+    "no pages at all": (lambda s: {"k_cache": s.k_cache[:0]}, "pages of k_cache: got 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_bad_pools_launch_nothing_and_write_nothing(name: str, device: str) -> None:
+    step = make_step(lengths=[37], max_seq_len=64, head_dim=64, device=device)
+    step.into_pages(16, "NHD")
+    changes, message = POOLS[name]
+    given = dict(zip(("q", "k_cache", "v_cache", "k", "v"), step.tensors(), strict=True))
+    with pytest.raises(InputError, match=message):
+        gqa_decode(
+            **given | changes(step), cache_seqlens=37, block_table=step.block_table, out=step.out
+        )
+    assert step.out.isnan().all()
+    step.check_memory(rejected=(0,))
+
+
+def test_a_length_beyond_all_pages_is_an_overflow(device: str) -> None:
+    step = make_step(lengths=[37], max_seq_len=64, head_dim=64, device=device)
+    step.into_pages(16)
+    with pytest.raises(CacheOverflowError, match="max_seq_len is 64, of all pages in a row of bl"):
+        gqa_decode(*step.tensors(), cache_seqlens=64, block_table=step.block_table, out=step.out)
+    step.check_memory(rejected=(0,))
+
+
+def test_slots_without_a_new_token_are_refused(device: str) -> None:
+    step = make_step(lengths=[37], max_seq_len=64, head_dim=64, append=False, device=device)
+    step.into_pages(16)
+    with pytest.raises(InputError, match="slot_mapping: got one without k; allowed: slot_m"):
+        gqa_decode(
+            *step.tensors(), cache_seqlens=37, block_table=step.block_table,
+            slot_mapping=step.seqlens.long(),
+        )  # fmt: skip

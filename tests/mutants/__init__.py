@@ -7,6 +7,7 @@ from mutants.dependent import DEPENDENT
 from mutants.features import FEATURES
 from mutants.meetings import MEETINGS
 from mutants.multistage import MULTISTAGE
+from mutants.pages import PAGES
 from mutants.tma import TMA
 
-MUTANTS = MULTISTAGE + MEETINGS + ARITHMETIC + TMA + DEPENDENT + FEATURES
+MUTANTS = MULTISTAGE + MEETINGS + ARITHMETIC + TMA + DEPENDENT + FEATURES + PAGES

@@ -41,6 +41,7 @@ class Case:
     leftpad: tuple[int, ...] = ()  # of each sequence
     index: tuple[int, ...] = ()  # as many rows as sequences
     float32: bool = False  # the output
+    pages: int = 0  # tokens of each
 
     @property
     def policies(self) -> tuple[Policy, ...]:
@@ -48,6 +49,7 @@ class Case:
             "softcap": self.softcap, "sinks": self.sinks, "window_size": self.window,
             "alibi_slopes": self.alibi, "cache_leftpad": self.leftpad,
             "cache_batch_idx": self.index, "out_dtype": self.float32,
+            "block_table": self.pages,
         }  # fmt: skip
         return tuple(policy for policy in POLICIES if asked.get(policy.feature))
 
@@ -97,6 +99,8 @@ class Case:
             snapshot(step)
         if self.float32:
             step.in_float32()
+        if self.pages:
+            step.into_pages(self.pages)
         return step
 
 
@@ -165,4 +169,8 @@ PADDED_CLUSTER = tma(leftpad=(25,), lengths=(90,), splits=2)
 PADDED_AWAY_ONCE = tma(leftpad=(70,), lengths=(30,))
 INDEXED = Case(index=(1, 2, 0), lengths=(20, 30, 40))
 INDEXED_CLUSTER = tma(index=(1, 0), lengths=(90, 40), splits=2)
+PAGED = Case(pages=3, lengths=(99, 40))
+PAGED_CLUSTER = tma(pages=48, lengths=(200, 40), splits=4)
+PAGED_CLUSTERS = tma(pages=16, lengths=(262,), splits=6)  # fewer splits than there could be
+PAGED_LONG = tma(pages=64, lengths=(2060,), stages=1)  # more tiles of a warp than lanes
 CASES = {name: case for name, case in globals().items() if isinstance(case, Case)}

@@ -64,7 +64,7 @@ DEPENDENT = (
         name="a tile brought to the block instead of to L2",
         header="load.cuh",
         old="      keys_.prefetch_tile(first_tile, p.prefetch_limit);\n",
-        new="      keys_.copy_tile(first_tile, 0, p.prefetch_limit, key_slot(0));\n",
+        new="      keys_.copy_tile(pages_, first_tile, 0, p.prefetch_limit, key_slot(0));\n",
         fault=f"global memory is read {_TOO_SOON}; at byte 0 of k_cache.* in `cp.async.c",
         case=WHOLE_PDL,
     ),

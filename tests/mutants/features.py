@@ -200,8 +200,8 @@ FEATURES = (
     ),
     Mutant(
         name="what a window hides is copied",
-        header="load.cuh",
-        old="token < end && (kSeesFirstToken<T> || token >= first)",
+        header="cache_dense.cuh",
+        old="token < end && (kSeesFirstToken<T> || token >= first_token)",
         new="token < end",
         wrong="output",
         case=WINDOWED,
@@ -393,7 +393,7 @@ FEATURES = (
     Mutant(
         name="boxes of the row of the same number",
         header="load_tma.cuh",
-        old="    if constexpr (!RowOf<T>::is_own()) at.sequence = row_;\n",
+        old="      if constexpr (kHasOtherRow) at.sequence = row_;\n",
         new="",
         wrong="output",
         case=INDEXED_CLUSTER,

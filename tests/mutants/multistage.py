@@ -29,8 +29,8 @@ MULTISTAGE = (
     Mutant(
         name="keys refilled while other lanes read them",
         header="load.cuh",
-        old="__syncwarp();\n    load_if(keys_",
-        new="load_if(keys_",
+        old="__syncwarp();\n    int const next",
+        new="int const next",
         fault=f"{STILL_READ}.* at ptx.cuh",
     ),
     Mutant(
@@ -57,10 +57,10 @@ MULTISTAGE = (
     Mutant(
         name="no group committed past the last tile",
         header="load.cuh",
-        old="if (tile < w.num_tiles) rows.copy_tile(tile, w.first_token, w.num_cached, slot);\n"
-        "    cute::cp_async_fence();",
+        old="if (tile < w.num_tiles) rows.copy_tile(pages_, tile, w.first_token, "
+        "w.num_cached, slot);\n    cute::cp_async_fence();",
         new="if (tile >= w.num_tiles) return;\n"
-        "    rows.copy_tile(tile, w.first_token, w.num_cached, slot);\n"
+        "    rows.copy_tile(pages_, tile, w.first_token, w.num_cached, slot);\n"
         "    cute::cp_async_fence();",
         fault=TOO_EARLY,
     ),
@@ -82,8 +82,8 @@ MULTISTAGE = (
     Mutant(
         name="refilled with the next tile instead of the next but one",
         header="load.cuh",
-        old="load_if(keys_, tile + T::kNumStages * w.tile_step()",
-        new="load_if(keys_, tile + w.tile_step()",
+        old="int const next = tile + T::kNumStages * w.tile_step()",
+        new="int const next = tile + w.tile_step()",
         wrong="output",
         case=TWO_STAGES,
     ),
@@ -107,8 +107,8 @@ MULTISTAGE = (
     Mutant(
         name="rows from one element further",
         header="load.cuh",
-        old="<Vector<T> const*>(source + dim)",
-        new="<Vector<T> const*>(source + dim + 1)",
+        old="<Vector<T> const*>(place.row + dim)",
+        new="<Vector<T> const*>(place.row + dim + 1)",
         fault="global access not a multiple of 16 bytes.* at ptx.cuh",
     ),
     # The tile in which the sequence ends

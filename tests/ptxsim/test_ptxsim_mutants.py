@@ -76,7 +76,8 @@ def _with_maps(params: Params, layout: dict[str, Seen], config: KernelConfig) ->
     """The argument of a kernel that copies by tensor maps."""
     caches = layout["k_cache"], layout["v_cache"]
     maps = [
-        map_of(t.address, t.shape, t.strides, t.itemsize, config.block_n).to_bytes() for t in caches
+        map_of(t.address, t.shape, t.strides, t.itemsize, config.box_tokens).to_bytes()
+        for t in caches
     ]
     return TmaParams.from_buffer_copy(bytes(params) + b"".join(maps))
 

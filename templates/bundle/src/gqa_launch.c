@@ -171,8 +171,8 @@ void gqa_log_launch(GQADecodeConfig const* config, gqa_tensors const* t, gqa_dis
       "num_stages=%d dependent=%s batch_size=%d num_q_heads=%d num_kv_heads=%d "
       "group_size=%d head_dim=%d head_dim_v=%d max_seq_len=%d dtype=%s out_dtype=%s append=True "
       "cache_seqlens=%s softmax_scale=%.9g return_lse=%s softcap=%s sinks=%s "
-      "window_size=%d,-1 alibi=%s leftpad=%s batch_idx=%s workspace_bytes=%zu device=%d "
-      "stream=0x%llx",
+      "window_size=%d,-1 alibi=%s leftpad=%s batch_idx=%s page_size=0 "
+      "workspace_bytes=%zu device=%d stream=0x%llx",
       chosen->kernel->name, chosen->grid[0], chosen->grid[1], chosen->grid[2], chosen->cluster,
       chosen->block, chosen->shared_bytes, chosen->num_splits, chosen->num_stages,
       chosen->pdl == kGqaPdlNone ? "False" : "True", config->batch_size, config->num_q_heads,

@@ -49,7 +49,7 @@ struct Params {
   void const* v_new;  // likewise
   RowStrides k_new_stride;
   RowStrides v_new_stride;
-  void* k_cache;     // [batch, max_seq_len, num_kv_heads, head_dim]
+  void* k_cache;     // [batch, max_seq_len, num_kv_heads, head_dim], or pages of tokens
   void* v_cache;     // likewise
   void* out;         // [batch, num_q_heads, head_dim]
   float scale_log2;  // softmax_scale * log2(e): exponentials are powers of two
@@ -71,7 +71,14 @@ struct Params {
   int32_t alibi_batch_stride;      // alibi_slopes: between sequences, or 0
   void const* sinks;               // sinks: [num_q_heads] contiguous
   NumberType sinks_type;           // sinks: what they are
-  unsigned char reserved[80];
+  int32_t num_pages;               // block_table: of the pools, a batch stride apart
+  int32_t const* block_table;      // block_table: [rows, max_pages], pages of each sequence
+  int64_t block_table_stride;      // block_table: between rows
+  int64_t const* slot_mapping;     // block_table: [batch], where new tokens go, or null
+  int32_t page_size;               // block_table: in tokens
+  uint32_t page_magic;             // block_table: which a token is multiplied by,
+  int32_t page_shift;              // block_table: and shifted, to divide it by page_size
+  unsigned char reserved[40];
 };
 
 // CUtensorMap: a tensor in global memory, as the copy engine sees it and the driver encodes it.
@@ -82,7 +89,8 @@ struct alignas(64) TensorMap {
 // What a kernel of the TMA schedule is told. The maps are those of K and V, swizzled by 128 bytes.
 // Where head_dim is a multiple of 64, their dimensions are, innermost first, [64, token, head_dim /
 // 64, KV head, sequence], and boxes 64 x kBlockN x all; otherwise [head_dim, token, KV head,
-// sequence], and boxes 64 x kBlockN.
+// sequence], and boxes 64 x kBlockN. Of pools, tokens are those of a page, which stands in place of
+// the sequence, and boxes have 16 of them.
 struct TmaParams {
   Params decode;
   TensorMap keys;

@@ -9,6 +9,18 @@ template <class T>
 struct DenseCache {
   using Element = typename T::Element;
 
+  CUTE_DEVICE static constexpr bool by_number() { return true; }
+
+  // There are none.
+  struct Pages {
+    CUTE_DEVICE explicit Pages(Params const&) {}
+    CUTE_DEVICE void ask(int) {}
+    CUTE_DEVICE void open(Work<T> const&, int) {}
+    CUTE_DEVICE void turn_to(Work<T> const&, int) {}
+    CUTE_DEVICE static constexpr bool lost() { return false; }
+    CUTE_DEVICE void lose() {}
+  };
+
   // The rows of one KV head of one sequence, in K or in V.
   struct Rows {
     Element* first;
@@ -20,19 +32,14 @@ struct DenseCache {
           stride(strides.token) {}
 
     CUTE_DEVICE Element* operator()(int token) const { return first + token * stride; }
-  };
 
-  // The row that a token takes which is appended.
-  CUTE_DEVICE static Element* new_row(void* base, CacheStrides const& stride, Work<T> const& w) {
-    return static_cast<Element*>(base) + w.cache_row() * stride.batch +
-           w.num_cached * stride.token + w.kv_head * stride.head;
-  }
-  CUTE_DEVICE static Element* new_key(Params const& p, Work<T> const& w) {
-    return new_row(p.k_cache, p.k_cache_stride, w);
-  }
-  CUTE_DEVICE static Element* new_value(Params const& p, Work<T> const& w) {
-    return new_row(p.v_cache, p.v_cache_stride, w);
-  }
+    CUTE_DEVICE auto of_tile(Pages const&, int tile, int first_token, int end) const {
+      return [=, rows = *this](int at) {
+        int const token = tile * T::kBlockN + at;
+        return Place<T>{rows(token), token < end && (kSeesFirstToken<T> || token >= first_token)};
+      };
+    }
+  };
 
   CUTE_DEVICE static Rows keys(Params const& p, int row) {
     return Rows(p.k_cache, p.k_cache_stride, row);
@@ -40,9 +47,40 @@ struct DenseCache {
   CUTE_DEVICE static Rows values(Params const& p, int row) {
     return Rows(p.v_cache, p.v_cache_stride, row);
   }
-  CUTE_DEVICE static Box box(int tile) {
-    return {tile * T::kBlockN, kv_head_of_block<T>(), int(blockIdx.z)};
-  }
+
+  // The row that a token takes which is appended.
+  struct NewRow {
+    CUTE_DEVICE void find(Params const&, Work<T> const&) {}
+    CUTE_DEVICE static constexpr bool lost(Params const&) { return false; }
+    CUTE_DEVICE static constexpr bool exists(Params const&) { return true; }
+    CUTE_DEVICE Element* key(Params const& p, Work<T> const& w) const {
+      return of(p.k_cache, p.k_cache_stride, w);
+    }
+    CUTE_DEVICE Element* value(Params const& p, Work<T> const& w) const {
+      return of(p.v_cache, p.v_cache_stride, w);
+    }
+
+   private:
+    CUTE_DEVICE static Element* of(void* base, CacheStrides const& stride, Work<T> const& w) {
+      return static_cast<Element*>(base) + w.cache_row() * stride.batch +
+             w.num_cached * stride.token + w.kv_head * stride.head;
+    }
+  };
+
+  // The boxes of the tiles that a warp walks, those of sequences in their own rows.
+  struct Boxes {
+    static constexpr int kTokens = T::kBlockN;
+
+    CUTE_DEVICE explicit Boxes(Params const&) {}
+    CUTE_DEVICE void ask(int) {}
+    CUTE_DEVICE void open(Work<T> const&, int) {}
+    CUTE_DEVICE void turn_to(Work<T> const&, int) {}
+    CUTE_DEVICE static Box at(int tile, int) {
+      return {tile * T::kBlockN, kv_head_of_block<T>(), int(blockIdx.z)};
+    }
+    CUTE_DEVICE static constexpr bool lost() { return false; }
+    CUTE_DEVICE void lose() {}
+  };
 };
 
 }  // namespace gqa

@@ -6,11 +6,15 @@
 //   Row       which row of the       int row(p, batch): below zero if there is no such row. bool
 //             cache holds a          is_own(): whether it is always that of the same number.
 //             sequence.
-//   Cache     where tokens lie.      Rows keys(p, row), values(p, row): Rows{}(token) is where a
-//                                    token's lies. Box box(tile): a tile's coordinates in a tensor
-//                                    map, of this block's sequence and its own row. Element*
-//                                    new_key(p, work), new_value(p, work): where the token lies
-//                                    that is appended.
+//   Cache     where tokens lie.      bool by_number(): whether a token's number says where. Rows
+//                                    keys(p, row), values(p, row): of_tile(pages, tile, first, end)
+//                                    makes what finds the Place of a tile's row. Pages, for
+//                                    cp.async, and Boxes, for the copy engine, are what a warp
+//                                    knows of its tiles: ask(tile) before the length is known,
+//                                    open(work, tile), then turn_to(work, tile) before each; Box
+//                                    at(tile, part), of kTokens. NewRow: find(p, work), key and
+//                                    value: where the token goes that is appended, if it exists().
+//                                    lost(): whether there was no such place.
 //   Start     where a sequence       int padding(p, batch): tokens before it, which are none of it
 //             begins.                and are not read. bool none(): whether it is always 0.
 //   Mask      what is attended to.   bool sees(Position). int first_token(p, batch, num_tokens):
@@ -42,9 +46,16 @@ struct Position {
   int query;  // the newest token, whose query it is
 };
 
-// The coordinates of a tile's first token in the tensor map of a cache.
+// The coordinates of a box's first token in the tensor map of a cache.
 struct Box {
   int token, head, sequence;
+};
+
+// A row of K or V, and whether it is to be read.
+template <class T>
+struct Place {
+  typename T::Element const* row;
+  bool exists;
 };
 
 // The KV head that this block serves.
@@ -83,6 +94,10 @@ constexpr bool kSeesFirstToken = MaskOf<T>::from_start() && StartOf<T>::none();
 
 // Whether tiles are known by their numbers, before lengths and the like are.
 template <class T>
-constexpr bool kKnowsTiles = kSeesFirstToken<T> && RowOf<T>::is_own();
+constexpr bool kKnowsTiles = kSeesFirstToken<T> && RowOf<T>::is_own() && CacheOf<T>::by_number();
+
+// Whether a token may have no place in the cache.
+template <class T>
+constexpr bool kMayLoseTokens = !CacheOf<T>::by_number();
 
 }  // namespace gqa

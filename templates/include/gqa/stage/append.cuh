@@ -11,16 +11,19 @@ template <class T>
 struct NewToken {
   KeyRow<T> key;
   ValueRow<T> value;
+  typename CacheOf<T>::NewRow row;  // where it goes
 
   CUTE_DEVICE void load(Params const& p, Work<T> const& w) {
+    row.find(p, w);
     NewTokenOf<T>::load(p, w, key, value);
   }
 
   // Writes it to the cache, for which one warp per KV head calls. What this launch reads of these
   // rows it does not use.
   CUTE_DEVICE void append(Params const& p, Work<T> const& w) const {
-    key.store(CacheOf<T>::new_key(p, w));
-    value.store(CacheOf<T>::new_value(p, w));
+    if (!row.exists(p)) return;
+    key.store(row.key(p, w));
+    value.store(row.value(p, w));
   }
 };
 

@@ -39,13 +39,17 @@ CUTE_DEVICE void write_output(Params const& p, Work<T> const& w, Slice s, Merged
   }
 }
 
-// Leaves word of a sequence whose length the cache cannot hold. Its output is NaN. Volatile: other
-// blocks may do the same, and the host reads it.
+// Leaves word of a sequence whose output is NaN. Volatile: other blocks may do the same, and the
+// host reads it.
+template <class T>
+CUTE_DEVICE void report(Params const& p, Work<T> const& w) {
+  *static_cast<int32_t volatile*>(p.overflow_flag) = 1 + w.batch;
+}
+
+// The same of one whose length the cache cannot hold.
 template <class T>
 CUTE_DEVICE void report_overflow(Params const& p, Work<T> const& w) {
-  if (!w.valid && w.split == 0 && blockIdx.x == 0 && threadIdx.x == 0) {
-    *static_cast<int32_t volatile*>(p.overflow_flag) = 1 + w.batch;
-  }
+  if (!w.valid && w.split == 0 && blockIdx.x == 0 && threadIdx.x == 0) report(p, w);
 }
 
 }  // namespace gqa

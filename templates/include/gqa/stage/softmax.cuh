@@ -42,6 +42,12 @@ struct OnlineSoftmax {
     }
   }
 
+  // Makes the output no number, whatever it is merged with.
+  CUTE_DEVICE void spoil() {
+    CUTE_UNROLL
+    for (float& sum : row_sum) sum = kNan;
+  }
+
   // Writes every head's maximum and sum, [head].
   CUTE_DEVICE void store(float* max_out, float* sum_out) const {
     int const lane = threadIdx.x % kWarpSize;

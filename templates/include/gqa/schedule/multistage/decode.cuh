@@ -47,6 +47,7 @@ CUTE_DEVICE void attend(Params const& p, Work<T> const& w, SharedStorage<T>& sha
     auto* keys = ring.wait_keys();
     if (last && w.appends) {
       put_new_row<typename T::KeyTile>(token.key, left, keys);
+      if (kMayLoseTokens<T> && token.row.lost(p)) ring.lose();
       if (w.head_block == 0) token.append(p, w);
     }
     score(keys, {left, left - 1}, logits, scores);
@@ -63,6 +64,10 @@ CUTE_DEVICE void attend(Params const& p, Work<T> const& w, SharedStorage<T>& sha
     ring.refill_values(w, tile);
   }
   ring.drain();
+  if (kMayLoseTokens<T> && ring.lost()) {
+    softmax.spoil();
+    report(p, w);
+  }
   acc.store(reinterpret_cast<float*>(shared.warp[warp]));
   softmax.store(shared.row_max[warp], shared.row_sum[warp]);
 }

@@ -42,28 +42,34 @@ struct RowSource {
     }
   }
 
-  // Copies a tile: rows from `first` to `end`, and zeros in place of others. All lanes take part.
+  // Copies a tile: rows from `first` to `end`, and zeros in place of others. All lanes take part,
+  // to the end if they tell each other where rows are.
   //
   // Every instruction of the warp copies whole rows, as many as fit into it, and the last lanes
   // idle where head_dim is no power of two: rows cut in two would ask for the same lines twice.
-  CUTE_DEVICE void copy_tile(int tile, int first, int end, typename T::Element* target) const {
+  CUTE_DEVICE void copy_tile(typename CacheOf<T>::Pages const& pages, int tile, int first, int end,
+                             typename T::Element* target) const {
     constexpr int kVecs = Tile::kDims / T::kVecWidth;
     constexpr int kLanes = kVecs < kWarpSize ? kVecs : kWarpSize;  // lanes per row
     constexpr int kRows = kWarpSize / kLanes;
     int const lane = threadIdx.x % kWarpSize;
-    if (kRows * kLanes < kWarpSize && lane >= kRows * kLanes) return;
+    constexpr bool kAlone = CacheOf<T>::by_number();
+    bool const idles = kRows * kLanes < kWarpSize && lane >= kRows * kLanes;
+    if (kAlone && idles) return;
+    auto const place_of = row.of_tile(pages, tile, first, end);
     _Pragma("unroll 8")
     for (int i = 0; i < ceil_div(T::kBlockN, kRows); ++i) {
       int const at = i * kRows + lane / kLanes;
-      if (T::kBlockN % kRows != 0 && at >= T::kBlockN) return;
-      int const token = tile * T::kBlockN + at;
-      auto const* source = row(token);
+      bool const ends = T::kBlockN % kRows != 0 && at >= T::kBlockN;
+      if (kAlone && ends) return;
+      auto const place = place_of(at);
+      if (idles || ends) continue;
       CUTE_UNROLL
       for (int dim = lane % kLanes * T::kVecWidth; dim < Tile::kDims;
            dim += kLanes * T::kVecWidth) {
-        copy_or_zero(reinterpret_cast<Vector<T> const*>(source + dim),
+        copy_or_zero(reinterpret_cast<Vector<T> const*>(place.row + dim),
                      reinterpret_cast<Vector<T>*>(target + typename Tile::Layout{}(at, dim)),
-                     token < end && (kSeesFirstToken<T> || token >= first), policy);
+                     place.exists, policy);
       }
     }
   }
@@ -82,6 +88,7 @@ class TileRing {
   CUTE_DEVICE TileRing(Params const& p, unsigned char* storage, int first_tile)
       : keys_(CacheOf<T>::keys(p, blockIdx.z)),
         values_(CacheOf<T>::values(p, blockIdx.z)),
+        pages_(p),
         slots_(reinterpret_cast<Element*>(storage)),
         prefetch_first_tile_(kKnowsTiles<T> && first_tile * T::kBlockN < p.prefetch_limit) {
     clear_padding<KeyTile>(key_slot(0));
@@ -90,7 +97,7 @@ class TileRing {
 
   // Brings the first tile to L2, before it may be read, if the launch allows to ask for it early.
   CUTE_DEVICE void prefetch(Params const& p, int first_tile) const {
-    if constexpr (T::kVecWidth * sizeof(Element) == 16) {
+    if constexpr (kKnowsTiles<T> && T::kVecWidth * sizeof(Element) == 16) {
       if (!prefetch_first_tile_) return;
       keys_.prefetch_tile(first_tile, p.prefetch_limit);
       values_.prefetch_tile(first_tile, p.prefetch_limit);
@@ -102,10 +109,12 @@ class TileRing {
   // read as the cache has them.
   CUTE_DEVICE void start(Params const& p, int first_tile) {
     if (prefetch_first_tile_) load_both(first_tile, p.prefetch_limit, 0);
+    pages_.ask(first_tile);
   }
 
   // Asks for the other tiles that have a slot.
   CUTE_DEVICE void fill(Params const& p, Work<T> const& w, int first_tile) {
+    pages_.open(w, first_tile);
     if (!prefetch_first_tile_) {
       keys_ =
           RowSource<T, KeyTile>(CacheOf<T>::keys(p, w.cache_row()));  // which balancing may change
@@ -137,7 +146,9 @@ class TileRing {
   // The tile at the head has been read: its slot takes the tile that comes kNumStages later.
   CUTE_DEVICE void refill_keys(Work<T> const& w, int tile) {
     __syncwarp();
-    load_if(keys_, tile + T::kNumStages * w.tile_step(), w, key_slot(stage_));
+    int const next = tile + T::kNumStages * w.tile_step();
+    pages_.turn_to(w, next);
+    load_if(keys_, next, w, key_slot(stage_));
   }
   CUTE_DEVICE void refill_values(Work<T> const& w, int tile) {
     __syncwarp();
@@ -145,23 +156,28 @@ class TileRing {
     stage_ = stage_ + 1 == T::kNumStages ? 0 : stage_ + 1;
   }
 
+  // Whether a tile, or the new token, has no place in the cache.
+  CUTE_DEVICE bool lost() const { return pages_.lost(); }
+  CUTE_DEVICE void lose() { pages_.lose(); }
+
  private:
   CUTE_DEVICE void load_both(int tile, int end, int stage) {
-    keys_.copy_tile(tile, 0, end, key_slot(stage));
+    keys_.copy_tile(pages_, tile, 0, end, key_slot(stage));
     cute::cp_async_fence();
-    values_.copy_tile(tile, 0, end, value_slot(stage));
+    values_.copy_tile(pages_, tile, 0, end, value_slot(stage));
     cute::cp_async_fence();
   }
   CUTE_DEVICE void load_both_if(int tile, Work<T> const& w, int stage) {
+    pages_.turn_to(w, tile);
     load_if(keys_, tile, w, key_slot(stage));
     load_if(values_, tile, w, value_slot(stage));
   }
 
   // Copies a tile if there is one, and commits it as one group of cp.async.
   template <class Tile>
-  CUTE_DEVICE static void load_if(RowSource<T, Tile> const& rows, int tile, Work<T> const& w,
-                                  Element* slot) {
-    if (tile < w.num_tiles) rows.copy_tile(tile, w.first_token, w.num_cached, slot);
+  CUTE_DEVICE void load_if(RowSource<T, Tile> const& rows, int tile, Work<T> const& w,
+                           Element* slot) const {
+    if (tile < w.num_tiles) rows.copy_tile(pages_, tile, w.first_token, w.num_cached, slot);
     cute::cp_async_fence();
   }
 
@@ -188,6 +204,7 @@ class TileRing {
 
   RowSource<T, KeyTile> keys_;
   RowSource<T, ValueTile> values_;
+  typename CacheOf<T>::Pages pages_;
   Element* slots_;
   bool const prefetch_first_tile_;  // the first tile has been asked for before the length was known
   int stage_ = 0;

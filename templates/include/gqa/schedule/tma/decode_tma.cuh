@@ -44,6 +44,10 @@ CUTE_DEVICE void attend_multi_tile(TmaParams const& p, ClusterWork<T> const& w,
     acc.add(values, scores);
     ring.refill_values(w, tile);
   }
+  if (kMayLoseTokens<T> && ring.lost()) {
+    softmax.spoil();
+    report(p.decode, w);
+  }
   float max[T::kLaneHeads];
   float sum[T::kLaneHeads];
   publish<T>(softmax.row_max, shared.row_max);
@@ -116,6 +120,7 @@ CUTE_DEVICE void decode_tma(TmaParams const& p) {
     token.load(p.decode, w);
     token.key.store(shared.new_key);
     token.value.store(shared.new_value);
+    if (kMayLoseTokens<T> && w.split == 0 && token.row.lost(p.decode)) ring.lose();
     if (w.split == 0 && w.head_block == 0) token.append(p.decode, w);
   }
   if (w.log_cluster_size > 0) cute::cluster_wait();  // every block's barrier is ready

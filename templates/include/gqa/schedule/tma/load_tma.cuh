@@ -23,14 +23,17 @@ class TmaRing {
   using Element = typename T::Element;
   using KeyTile = typename T::KeyTile;
   using ValueTile = typename T::ValueTile;
+  using Boxes = typename CacheOf<T>::Boxes;
 
   // Initialises the barriers.
   CUTE_DEVICE TmaRing(TmaParams const& p, ClusterStorage<T>& shared, int warp, int first_tile)
       : params_(p),
         shared_(shared),
+        boxes_(p.decode),
         warp_(warp),
         leader_(threadIdx.x % kWarpSize == 0),
         prefetch_first_tile_(kKnowsTiles<T> && first_tile * T::kBlockN < p.decode.prefetch_limit) {
+    if constexpr (!T::kPdl) boxes_.ask(first_tile);  // as early as it may
     if (leader_) {
       CUTE_NO_UNROLL
       for (int stage = 0; stage < p.decode.num_stages; ++stage) {
@@ -44,24 +47,31 @@ class TmaRing {
 
   // Brings the first tile to L2, before it may be read, if the launch allows to ask for it early.
   CUTE_DEVICE void prefetch(int first_tile) const {
-    if (!prefetch_first_tile_ || !leader_) return;
-    prefetch<KeyTile>(params_.keys, first_tile);
-    prefetch<ValueTile>(params_.values, first_tile);
+    if constexpr (kKnowsTiles<T>) {
+      if (!prefetch_first_tile_ || !leader_) return;
+      prefetch<KeyTile>(params_.keys, first_tile);
+      prefetch<ValueTile>(params_.values, first_tile);
+    }
   }
 
   // Asks for the first tile before the length of the sequence is known, if the launch allows it:
   // the latency of memory is most of a short decode step.
   CUTE_DEVICE void start(int first_tile) {
     if (prefetch_first_tile_) load_both(first_tile, 0);
+    if constexpr (T::kPdl) boxes_.ask(first_tile);
   }
 
   // Asks for the other tiles that have a slot.
   CUTE_DEVICE void fill(Work<T> const& w, int first_tile) {
-    if constexpr (!RowOf<T>::is_own()) row_ = w.cache_row();
+    if constexpr (kHasOtherRow) row_ = w.cache_row();
+    boxes_.open(w, first_tile);
     CUTE_NO_UNROLL
     for (int stage = prefetch_first_tile_; stage < params_.decode.num_stages; ++stage) {
       int const tile = first_tile + stage * w.tile_step();
-      if (tile < w.num_tiles) load_both(tile, stage);
+      if (tile < w.num_tiles) {
+        boxes_.turn_to(w, tile);
+        load_both(tile, stage);
+      }
     }
   }
 
@@ -87,6 +97,7 @@ class TmaRing {
     __syncwarp();
     int const next = tile + params_.decode.num_stages * w.tile_step();
     if (next < w.num_tiles) {
+      boxes_.turn_to(w, next);
       load<KeyTile>(params_.keys, next, shared_.key_slot(stage_, warp_), keys_barrier(stage_));
     }
   }
@@ -103,7 +114,13 @@ class TmaRing {
     }
   }
 
+  // Whether a tile, or the new token, has no place in the cache.
+  CUTE_DEVICE bool lost() const { return boxes_.lost(); }
+  CUTE_DEVICE void lose() { boxes_.lose(); }
+
  private:
+  static constexpr bool kHasOtherRow = CacheOf<T>::by_number() && !RowOf<T>::is_own();
+
   CUTE_DEVICE uint64_t& keys_barrier(int stage) { return shared_.ring_barrier[stage][warp_][0]; }
   CUTE_DEVICE uint64_t& values_barrier(int stage) { return shared_.ring_barrier[stage][warp_][1]; }
 
@@ -116,8 +133,16 @@ class TmaRing {
   CUTE_DEVICE void load(TensorMap const& map, int tile, Element* slot, uint64_t& barrier) const {
     if (!leader_) return;
     barrier_arrive_expect(barrier, Tile::kElements * int(sizeof(Element)));
-    Box at = CacheOf<T>::box(tile);
-    if constexpr (!RowOf<T>::is_own()) at.sequence = row_;
+    CUTE_UNROLL
+    for (int part = 0; part < T::kBlockN / Boxes::kTokens; ++part) {
+      Box at = boxes_.at(tile, part);
+      if constexpr (kHasOtherRow) at.sequence = row_;
+      copy<Tile>(map, at, slot + part * Boxes::kTokens * kBoxDims, barrier);
+    }
+  }
+
+  template <class Tile>
+  CUTE_DEVICE static void copy(TensorMap const& map, Box at, Element* slot, uint64_t& barrier) {
     auto const hint = uint64_t(cute::TMA::CacheHintSm90::EVICT_FIRST);
     if constexpr (Tile::kDims % kBoxDims == 0) {
       cute::SM90_TMA_LOAD_5D::copy(&map, &barrier, hint, slot, 0, at.token, 0, at.head,
@@ -132,8 +157,8 @@ class TmaRing {
   }
 
   template <class Tile>
-  CUTE_DEVICE static void prefetch(TensorMap const& map, int tile) {  // whose row is known
-    Box const at = CacheOf<T>::box(tile);
+  CUTE_DEVICE void prefetch(TensorMap const& map, int tile) const {
+    Box const at = boxes_.at(tile, 0);
     if constexpr (Tile::kDims % kBoxDims == 0) {
       using Prefetch = cute::SM90_TMA_LOAD_5D::PREFETCH;
       Prefetch::copy(&map, 0, at.token, 0, at.head, at.sequence);
@@ -150,7 +175,8 @@ class TmaRing {
   ClusterStorage<T>& shared_;
   int const warp_;
   bool const leader_;
-  int row_;                         // of the cache, where it is not that of the sequence's number
+  int row_;  // of the cache, where it is not that of the sequence's number
+  Boxes boxes_;
   bool const prefetch_first_tile_;  // the first tile has been asked for before the length was known
   int stage_ = 0;
   uint32_t parity_ = 0;

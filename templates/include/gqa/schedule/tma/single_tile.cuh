@@ -129,6 +129,11 @@ CUTE_DEVICE void attend_single_tile(TmaParams const& p, ClusterWork<T> const& w,
     hide_padding<T>(w, w.first_tile(warp), scores);
   }
   softmax_over_block<T>(scores, max, sum, shared);
+  if (kMayLoseTokens<T> && ring.lost()) {
+    CUTE_UNROLL
+    for (float& s : sum) s = kNan;
+    report(p.decode, w);
+  }
   store_probability<T>(scores, shared);
   reduce_lanes<T>(sum, Sum());
   publish<T>(sum, shared.row_sum);
