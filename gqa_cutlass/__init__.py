@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from gqa_cutlass.ahead import explain, warmup
     from gqa_cutlass.api import check_overflow, gqa_decode, plan
     from gqa_cutlass.cache import KVCache
+    from gqa_cutlass.cache.paged import (
+        PageAllocator,
+    )
     from gqa_cutlass.call.plan import Plan
     from gqa_cutlass.decode_config import GQADecodeConfig, gqa_attention_decode
     from gqa_cutlass.errors import (
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
         ConfigError,
         GqaError,
         InputError,
+        OutOfPagesError,
     )
     from gqa_cutlass.flash_attn import flash_attn_with_kvcache
     from gqa_cutlass.merge import merge_states
@@ -33,12 +37,14 @@ _HOMES = {
     "plan": "api",
     "warmup": "ahead",
     "KVCache": "cache.kv_cache",
+    "PageAllocator": "cache.paged.page_allocator",
     "Plan": "call.plan",
     "CacheAllocationError": "errors",
     "CacheOverflowError": "errors",
     "ConfigError": "errors",
     "GqaError": "errors",
     "InputError": "errors",
+    "OutOfPagesError": "errors",
     "flash_attn_with_kvcache": "flash_attn",
     "merge_states": "merge",
 }
@@ -50,6 +56,8 @@ __all__ = [  # noqa: F822 - provided by __getattr__
     "GqaError",
     "InputError",
     "KVCache",
+    "OutOfPagesError",
+    "PageAllocator",
     "Plan",
     "check_overflow",
     "explain",

@@ -20,6 +20,20 @@ class CacheOverflowError(InputError):
     """A sequence does not fit into its cache. Its cache rows are untouched."""
 
 
+class OutOfPagesError(CacheOverflowError):
+    """A pool has fewer free pages than are needed. None was taken, and nothing was written.
+
+    Attributes:
+        asked: Pages that were needed.
+        free: Pages that were free.
+        missing: How many more would have had to be.
+    """
+
+    def __init__(self, message: str, asked: int = 0, free: int = 0) -> None:
+        super().__init__(message)
+        self.asked, self.free, self.missing = asked, free, asked - free
+
+
 class CacheAllocationError(GqaError, MemoryError):
     """There is not enough memory for a cache, or for what a method of it needs meanwhile.
 

@@ -1,0 +1,25 @@
+"""Pages of a pool, which sequences of keys and values take and give back.
+
+Imported on first use: whoever only counts pages needs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gqa_cutlass.cache.paged.page_allocator import PageAllocator
+
+_HOMES = {
+    "PageAllocator": "page_allocator",
+}
+__all__ = [  # noqa: F822 - provided by __getattr__
+    "PageAllocator",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gqa_cutlass.cache.paged' has no attribute {name!r}")
+    return getattr(import_module(f"gqa_cutlass.cache.paged.{_HOMES[name]}"), name)

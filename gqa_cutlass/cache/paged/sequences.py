@@ -1,0 +1,259 @@
+"""Which pages hold the tokens of each sequence, and how many tokens that are. Host only.
+
+A sequence's token t is row t modulo page_size of its page number t // page_size. Pages may be held
+by several sequences, which then have these tokens in common; whoever writes into one of those takes
+a page of its own first, with a copy of what it holds. That is only ever the last page, if tokens
+fill a part of it: full pages are never written to, and pages behind the tokens have one holder.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import NoReturn
+
+from gqa_cutlass.cache.paged.page_allocator import PageAllocator
+from gqa_cutlass.codegen.schema.problem import MAX_SEQ_LEN
+from gqa_cutlass.errors import InputError, shown
+
+NOTHING = "Nothing was changed."
+
+
+class Held:
+    """What a sequence has: its pages in the order of its tokens, some perhaps ahead of them."""
+
+    __slots__ = ("length", "pages")
+
+    def __init__(self, pages: Iterable[int] = (), length: int = 0) -> None:
+        self.pages = array("i", pages)  # a row of a block table as it is
+        self.length = length
+
+
+@dataclass(frozen=True, kw_only=True)
+class Growth:
+    """Pages that were taken for one sequence, and are not yet its own.
+
+    Args:
+        held: The sequence.
+        num_pages: How many it has so far.
+        copied: Its last page, to be copied and given up because others hold it; None for none.
+        taken: The copy, if there is one, and then the pages behind what it has.
+    """
+
+    held: Held
+    num_pages: int
+    copied: int | None
+    taken: tuple[int, ...]
+
+
+class Sequences:
+    """Sequences by their numbers, which are given out once and never again.
+
+    Every method does all or nothing.
+
+    Args:
+        pages: The pool's pages, all of them free.
+        page_size: Tokens of a page.
+    """
+
+    def __init__(self, pages: PageAllocator, page_size: int) -> None:
+        self.pages = pages
+        self.page_size = page_size
+        self._held: dict[int, Held] = {}
+        self._next = 0
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def get(self, call: str, sequence: int) -> Held:
+        """What a sequence has.
+
+        Raises:
+            InputError: There is no such sequence, or no longer.
+        """
+        held = self._held.get(sequence) if type(sequence) is int else None
+        if held is None:
+            was = type(sequence) is int and 0 <= sequence < self._next
+            got = f"{shown(sequence)}, which was freed" if was else shown(sequence)
+            refuse(call, "sequence", got, "what allocate() or fork() returned, until it is freed")
+        return held
+
+    def each(self, call: str, sequences: Sequence[int]) -> list[Held]:
+        """What each of several sequences has.
+
+        Raises:
+            InputError: There is no such sequence, or one is named twice.
+        """
+        if not isinstance(sequences, Sequence) or isinstance(sequences, (str, bytes)):
+            got = f"a {type(sequences).__name__}"
+            refuse(call, "sequences", got, "a sequence of what allocate() or fork() returned")
+        given = list(sequences)
+        found = [self.get(call, sequence) for sequence in given]
+        if len(set(given)) != len(given):
+            twice = next(s for s, count in Counter(given).items() if count > 1)
+            refuse(call, "sequences", f"{twice} more than once", "each sequence once")
+        return found
+
+    def new(self, call: str, ahead: int) -> int:
+        """A sequence without tokens, and with the pages for so many.
+
+        Raises:
+            OutOfPagesError: There are too few.
+            InputError: No sequence may be so long.
+        """
+        held = Held()
+        self.give(self.take(call, [held], [ahead]))
+        return self._add(held)
+
+    def free(self, call: str, sequences: Sequence[int]) -> None:
+        """Give the pages of sequences back, and forget them.
+
+        Raises:
+            InputError: There is no such sequence, or one is named twice.
+        """
+        for held in self.each(call, sequences):
+            self.pages.release(held.pages)
+        for sequence in sequences:
+            del self._held[sequence]
+
+    def fork(self, call: str, sequence: int, tokens: int | None) -> int:
+        """A sequence that has the first tokens of another, in the same pages.
+
+        Raises:
+            InputError: There is no such sequence, or it has fewer tokens.
+        """
+        held = self.get(call, sequence)
+        if tokens is None:
+            tokens = held.length
+        self._check_tokens(call, tokens, held.length)
+        shared = held.pages[: self.pages_of(tokens)]
+        self.pages.share(shared)
+        return self._add(Held(shared, tokens))
+
+    def truncate(self, call: str, sequence: int, tokens: int) -> None:
+        """Keep at most so many tokens of a sequence, and only the pages for them.
+
+        Raises:
+            InputError: There is no such sequence, or no such number of tokens.
+        """
+        held = self.get(call, sequence)
+        self._check_tokens(call, tokens, MAX_SEQ_LEN)
+        self.cut(held, self.pages_of(min(tokens, held.length)))
+        held.length = min(tokens, held.length)
+
+    def reorder(self, call: str, sequences: Sequence[int], indices: Sequence[int]) -> None:
+        """Let sequence i of the list have what sequence indices[i] of it had; -1: nothing.
+
+        Raises:
+            InputError: There is no such sequence, or one is named twice, or no such index.
+        """
+        given = self.each(call, sequences)
+        order = self._indices(call, indices, len(given))
+        changed = [i for i, source in enumerate(order) if source != i]
+        after = []
+        for i in changed:
+            held = given[order[i]] if order[i] >= 0 else Held()
+            after.append(Held(held.pages[: self.pages_of(held.length)], held.length))
+            self.pages.share(after[-1].pages)
+        for i, new in zip(changed, after, strict=True):
+            self.pages.release(given[i].pages)
+            given[i].pages, given[i].length = new.pages, new.length
+
+    def take(self, call: str, given: Sequence[Held], tokens: Sequence[int]) -> list[Growth]:
+        """Take the pages for so many more tokens of each; `give` or `give_back` follows.
+
+        Raises:
+            OutOfPagesError: There are too few.
+            InputError: A sequence would be longer than any may be.
+        """
+        wanted = self._wanted(call, given, tokens)
+        taken = iter(self.pages.allocate(sum(n for _, n in wanted), call))
+        return [
+            Growth(
+                held=held,
+                num_pages=len(held.pages),
+                copied=held.pages[held.length // self.page_size] if copies else None,
+                taken=tuple(islice(taken, count)),
+            )
+            for held, (copies, count) in zip(given, wanted, strict=True)
+        ]
+
+    def give(self, growth: Sequence[Growth]) -> None:
+        """Let sequences have what was taken for them."""
+        for grown in growth:
+            held, behind = grown.held, list(grown.taken)
+            if grown.copied is not None:
+                held.pages[held.length // self.page_size] = behind.pop(0)
+                self.pages.release([grown.copied])
+            held.pages.extend(behind)
+
+    def give_back(self, growth: Sequence[Growth]) -> None:
+        """Free what was taken, and not given."""
+        for grown in growth:
+            self.pages.release(grown.taken)
+
+    def cut(self, held: Held, num_pages: int) -> None:
+        """Give back the pages of a sequence behind so many."""
+        self.pages.release(held.pages[num_pages:])
+        del held.pages[num_pages:]
+
+    def needed(self, call: str, given: Sequence[Held], tokens: Sequence[int]) -> int:
+        """Free pages that so many more tokens of each would take.
+
+        Raises:
+            InputError: A sequence would be longer than any may be.
+        """
+        return sum(count for _, count in self._wanted(call, given, tokens))
+
+    def pages_of(self, tokens: int) -> int:
+        """Pages that so many tokens take."""
+        return -(-tokens // self.page_size)
+
+    def _wanted(
+        self, call: str, given: Sequence[Held], tokens: Sequence[int]
+    ) -> list[tuple[bool, int]]:
+        """Whether each sequence's last page is to be copied, and pages to take, that included."""
+        given_up: Counter[int] = Counter()
+        wanted = []
+        for held, count in zip(given, tokens, strict=True):
+            if held.length + count > MAX_SEQ_LEN:
+                got = f"{held.length} tokens and {count} more"
+                refuse(call, "sequence", got, f"up to {MAX_SEQ_LEN} tokens")
+            copies = False
+            if count and held.length % self.page_size:
+                last = held.pages[held.length // self.page_size]
+                copies = self.pages.holders(last) - given_up[last] > 1
+                given_up[last] += copies
+            behind = max(0, self.pages_of(held.length + count) - len(held.pages))
+            wanted.append((copies, copies + behind))
+        return wanted
+
+    def _add(self, held: Held) -> int:
+        sequence = self._next
+        self._next += 1
+        self._held[sequence] = held
+        return sequence
+
+    def _check_tokens(self, call: str, tokens: int, most: int) -> None:
+        if type(tokens) is not int or not 0 <= tokens <= most:
+            refuse(call, "tokens", shown(tokens), f"an int from 0 to {most}")
+
+    def _indices(self, call: str, indices: Sequence[int], count: int) -> list[int]:
+        given = list(indices) if isinstance(indices, Sequence) else [indices]
+        for index in given:
+            if type(index) is not int or not -1 <= index < count:
+                refuse(call, "indices", shown(index), f"ints from -1 to {count - 1}")
+        if len(given) != count:
+            refuse(call, "indices", f"{len(given)} ints", f"{count}, one per sequence")
+        return given
+
+
+def refuse(call: str, what: str, got: str, allowed: str, after: str = NOTHING) -> NoReturn:
+    """Raise InputError in the house's words."""
+    raise InputError(f"{call}: {what}: got {got}; allowed: {allowed}. {after}")
