@@ -12,15 +12,9 @@ from torch import Tensor
 
 from gqa_cutlass.cache.inputs import surroundings_flaw
 from gqa_cutlass.cache.lengths import capturing
-from gqa_cutlass.call.layout import DTYPES
-from gqa_cutlass.codegen.config import HEAD_DIM_RULE, HEAD_DIMS
-from gqa_cutlass.codegen.schema.problem import MAX_BATCH, MAX_SEQ_LEN
+from gqa_cutlass.cache.sizes import Sizes, refuse
 from gqa_cutlass.errors import CacheAllocationError, DeviceError, InputError, shown
 
-_PAGE = 2**21  # torch's allocator, and the driver below it, hand out large blocks in such steps
-_SPARE_SHARE = 256  # one part in so many is left to the driver's tables and to workspaces
-_MOST = 2**31 - 1  # of what has no other limit; a kernel's int is no larger
-_STATE_BYTES = 8  # per sequence: two int32
 _MEMINFO = Path("/proc/meminfo")
 
 
@@ -30,106 +24,14 @@ class Memory:
 
     Args:
         layers: Keys and values of each layer, not initialised.
-        state: Int32 [2, batch], zeros: lengths, and whether sequences overflowed.
+        state: Int32, zeros: what the layers share.
     """
 
     layers: list[tuple[Tensor, Tensor]]
     state: Tensor
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """The sizes of the caches of a model's layers.
-
-    Args:
-        num_layers: Layers.
-        batch_size: Sequences.
-        max_seq_len: Tokens that a sequence's cache can hold.
-        num_kv_heads: KV heads.
-        head_dim: Dimension per head of keys.
-        dtype: Element type, torch.float16 or torch.bfloat16.
-        head_dim_v: Dimension per head of values; None: as head_dim.
-
-    Raises:
-        InputError: One of them is not allowed.
-    """
-
-    num_layers: int
-    batch_size: int
-    max_seq_len: int
-    num_kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
-    head_dim_v: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, most in (
-            ("num_layers", _MOST), ("batch_size", MAX_BATCH), ("max_seq_len", MAX_SEQ_LEN),
-            ("num_kv_heads", _MOST),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= most:
-                _fail(name, shown(value), f"an int from 1 to {most}")
-        for name, dim in (("head_dim", self.head_dim), ("head_dim_v", self._dims[1])):
-            if type(dim) is not int or dim not in HEAD_DIMS:
-                _fail(name, shown(dim), HEAD_DIM_RULE)
-        if not isinstance(self.dtype, torch.dtype) or self.dtype not in DTYPES:
-            _fail("dtype", shown(self.dtype), " or ".join(map(str, DTYPES)))
-
-    @property
-    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of one layer's keys, and of its values."""
-        rows = self.batch_size, self.max_seq_len, self.num_kv_heads
-        k, v = self._dims
-        return (*rows, k), (*rows, v)
-
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of K and V of all layers, and of the lengths that they share."""
-        return self.num_layers * self.max_seq_len * sum(self._row_bytes) + self._state_bytes
-
-    def longest(self, available: int) -> int:
-        """The largest max_seq_len whose caches are sure to fit into so many bytes; 0 for none."""
-        usable = available - available // _SPARE_SHARE - self._state_bytes
-        pages = usable // _PAGE - 1  # one for the state
-        pages = max(0, pages // self.num_layers)
-        k, v = self._row_bytes
-        of_keys = pages * k // (k + v)
-        return min(of_keys * _PAGE // k, (pages - of_keys) * _PAGE // v, MAX_SEQ_LEN)
-
-    @property
-    def _dims(self) -> tuple[int, int]:
-        """Of keys and of values."""
-        return self.head_dim, self.head_dim if self.head_dim_v is None else self.head_dim_v
-
-    @property
-    def _row_bytes(self) -> tuple[int, int]:
-        """Bytes of one token of every sequence in the keys, and in the values."""
-        k, v = (self.batch_size * self.num_kv_heads * n * self.dtype.itemsize for n in self._dims)
-        return k, v
-
-    @property
-    def _state_bytes(self) -> int:
-        return self.batch_size * _STATE_BYTES
-
-
-def sizes_of(
-    num_layers: int, batch_size: int, max_seq_len: int, num_kv_heads: int, head_dim: int,
-    dtype: torch.dtype, head_dim_v: int | None,
-) -> Sizes:  # fmt: skip
-    """The sizes, given in this order."""
-    return Sizes(
-        num_layers=num_layers,
-        batch_size=batch_size,
-        max_seq_len=max_seq_len,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        dtype=dtype,
-        head_dim_v=head_dim_v,
-    )
-
-
-def placed(device: torch.device | int | str) -> torch.device:
+def placed(device: torch.device | int | str, owner: str = "KVCache") -> torch.device:
     """The device that is meant, with its index.
 
     Raises:
@@ -140,22 +42,23 @@ def placed(device: torch.device | int | str) -> torch.device:
     try:
         meant = torch.device("cuda", device) if type(device) is int else torch.device(device)
     except (RuntimeError, TypeError, ValueError):
-        _fail("device", shown(device), allowed)
+        refuse(owner, "device", shown(device), allowed)
     if device not in (meant, meant.index, meant.type, str(meant)):  # torch keeps 8 bits of an index
-        _fail("device", shown(device), allowed)
+        refuse(owner, "device", shown(device), allowed)
     if meant.type == "cpu":
         return torch.device("cpu")
     if meant.type != "cuda":
-        _fail("device", str(meant), allowed)
+        refuse(owner, "device", str(meant), allowed)
     if not torch.cuda.is_available():
         raise DeviceError(
-            f"KVCache: device: got {meant}; no usable GPU: torch.cuda.is_available() is False. "
+            f"{owner}: device: got {meant}; no usable GPU: torch.cuda.is_available() is False. "
             "Run `gqa-cutlass doctor` to see what was found, or pass device='cpu' (simulated, "
             "slow). Nothing was allocated."
         )
     index = torch.cuda.current_device() if meant.index is None else meant.index
     if not 0 <= index < torch.cuda.device_count():
-        _fail("device", str(meant), f"cuda:0 to cuda:{torch.cuda.device_count() - 1}, or 'cpu'")
+        allowed = f"cuda:0 to cuda:{torch.cuda.device_count() - 1}, or 'cpu'"
+        refuse(owner, "device", str(meant), allowed)
     return torch.device("cuda", index)
 
 
@@ -168,14 +71,14 @@ def allocate(sizes: Sizes, device: torch.device | int | str) -> Memory:
         InputError: No such device, a CUDA graph is being captured, or what torch would make here
             is no memory.
     """
-    where = placed(device)
+    where = placed(device, sizes.owner)
     if capturing(where):
         raise InputError(
-            "KVCache: got a CUDA-graph capture; allowed: to allocate before it, since every replay "
-            "would empty the cache. Nothing was allocated."
+            f"{sizes.owner}: got a CUDA-graph capture; allowed: to allocate before it, since every "
+            "replay would empty the cache. Nothing was allocated."
         )
     if found := surroundings_flaw():
-        _fail("surroundings", *found)
+        refuse(sizes.owner, "surroundings", *found)
     available = available_bytes(where)
     memory = None
     if sizes.total_bytes <= available:
@@ -222,7 +125,7 @@ def _try_to_allocate(sizes: Sizes, device: torch.device) -> Memory | None:
     try:
         # Normal tensors, even in inference mode: outside of it nobody may write to the others.
         with torch.inference_mode(False):
-            state = torch.zeros(2, sizes.batch_size, dtype=torch.int32, device=device)
+            state = torch.zeros(sizes.state_shape, dtype=torch.int32, device=device)
             for shape in sizes.shapes * sizes.num_layers:
                 tensors.append(torch.empty(shape, dtype=sizes.dtype, device=device))
     except refusal:
@@ -234,27 +137,16 @@ def _try_to_allocate(sizes: Sizes, device: torch.device) -> Memory | None:
 
 
 def _raise_too_large(sizes: Sizes, device: torch.device, available: int) -> NoReturn:
-    longest = min(sizes.longest(available), sizes.max_seq_len - 1)
-    layers = f" in each of {sizes.num_layers} layers" * (sizes.num_layers > 1)
-    fits = f"max_seq_len up to {longest}" if longest else "no max_seq_len"
+    largest = min(sizes.largest(available), getattr(sizes, sizes.grows) - 1)
+    fits = f"{sizes.grows} up to {largest}" if largest else f"no {sizes.grows}"
     raise CacheAllocationError(
-        f"KVCache: memory: got a cache of {sizes.total_bytes} bytes ({gib(sizes.total_bytes)}): "
-        f"{_shapes_text(sizes)} (batch_size, max_seq_len, num_kv_heads, head_dim), "
-        f"{sizes.dtype}{layers}; free on {device}: {available} bytes ({gib(available)}). Nothing "
-        f"was allocated. With the other sizes as they are {fits} fits: shorten the cache, take "
-        "fewer sequences, or free memory."
+        f"{sizes.owner}: memory: got a cache of {sizes.total_bytes} bytes "
+        f"({gib(sizes.total_bytes)}): {sizes.text}; free on {device}: {available} bytes "
+        f"({gib(available)}). Nothing was allocated. With the other sizes as they are {fits} fits: "
+        f"{sizes.remedy}."
     )
-
-
-def _shapes_text(sizes: Sizes) -> str:
-    k, v = map(list, sizes.shapes)
-    return f"k and v of {k}" if k == v else f"k of {k} and v of {v}"
 
 
 def gib(count: int) -> str:
     """A number of bytes, as messages say it."""
     return f"{count / 2**30:.2f} GiB"
-
-
-def _fail(what: str, got: str, allowed: str) -> NoReturn:
-    raise InputError(f"KVCache: {what}: got {got}; allowed: {allowed}. Nothing was allocated.")

@@ -48,7 +48,9 @@ def guarded(method: Callable[Concatenate[Cache, P], R]) -> Callable[Concatenate[
             return method(self, *args, **kwargs)
         except RuntimeError as error:
             told = lack_of_memory(error)
-        raise_no_temporaries(name, self.device, told)  # where no traceback holds a tensor
+        raise_no_temporaries(
+            f"KVCache.{name}", self.device, told
+        )  # where no traceback holds a tensor
 
     return call
 
@@ -66,11 +68,24 @@ def lack_of_memory(error: RuntimeError) -> str:
     return told
 
 
-def raise_no_temporaries(method: str, device: torch.device, told: str) -> NoReturn:
+def with_memory(call: str, device: torch.device, work: Callable[[], R]) -> R:
+    """Do some work, and let a lack of memory be an error of ours.
+
+    Raises:
+        CacheAllocationError: There was no memory for something.
+    """
+    try:
+        return work()
+    except RuntimeError as error:
+        told = lack_of_memory(error)
+    raise_no_temporaries(call, device, told)  # where no traceback holds a tensor
+
+
+def raise_no_temporaries(call: str, device: torch.device, told: str) -> NoReturn:
     """Say that a method of a cache had no memory for what it needs meanwhile."""
     available = available_bytes(device)
     raise CacheAllocationError(
-        f"KVCache.{method}: memory: got none for what the call needs ({told[:200]}); free "
+        f"{call}: memory: got none for what the call needs ({told[:200]}); free "
         f"on {device}: {available} bytes ({gib(available)}). Nothing stays allocated, and all "
         "tokens that the lengths count are as they were. Free memory, and call it again."
     )

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from gqa_cutlass.api import check_overflow, gqa_decode
-from gqa_cutlass.cache.allocation import allocate, sizes_of
+from gqa_cutlass.cache.allocation import allocate
 from gqa_cutlass.cache.guard import guarded, lack_of_memory, raise_no_temporaries
 from gqa_cutlass.cache.inputs import check_apart, ints, one_token, prompt
 from gqa_cutlass.cache.lengths import ONE_TOKEN, Growth, Lengths
 from gqa_cutlass.cache.rows import buffer, extend, gather
+from gqa_cutlass.cache.sizes import batch_sizes
 from gqa_cutlass.cache.some import Rows, decode_some
 from gqa_cutlass.call.options import Options, listed
 from gqa_cutlass.call.plan import Pair, Result
@@ -87,7 +88,7 @@ class KVCache:
         device: torch.device | int | str = "cuda",
         head_dim_v: int | None = None,
     ) -> None:
-        sizes = sizes_of(1, batch_size, max_seq_len, num_kv_heads, head_dim, dtype, head_dim_v)
+        sizes = batch_sizes(1, batch_size, max_seq_len, num_kv_heads, head_dim, dtype, head_dim_v)
         memory = allocate(sizes, device)
         self._adopt(*memory.layers[0], Lengths(memory.state, max_seq_len), leads=True)
 
@@ -128,7 +129,7 @@ class KVCache:
         Raises:
             GqaError: As for `KVCache`.
         """
-        sizes = sizes_of(
+        sizes = batch_sizes(
             num_layers, batch_size, max_seq_len, num_kv_heads, head_dim, dtype, head_dim_v
         )
         memory = allocate(sizes, device)
@@ -155,7 +156,7 @@ class KVCache:
         Raises:
             InputError: A size or the type is not allowed.
         """
-        sizes = sizes_of(
+        sizes = batch_sizes(
             num_layers, batch_size, max_seq_len, num_kv_heads, head_dim, dtype, head_dim_v
         )
         return sizes.total_bytes
@@ -278,7 +279,7 @@ class KVCache:
             return result
         except RuntimeError as error:
             told = lack_of_memory(error)
-        raise_no_temporaries("decode", self.device, told)
+        raise_no_temporaries("KVCache.decode", self.device, told)
 
     @guarded
     def append(self, k: Tensor, v: Tensor) -> None:

@@ -1,0 +1,199 @@
+"""The sizes of caches: what is allowed, how many bytes that is, and what would fit instead."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, NoReturn
+
+import torch
+
+from gqa_cutlass.cache.paged.page_allocator import MAX_PAGES
+from gqa_cutlass.call.layout import DTYPES
+from gqa_cutlass.codegen.config import HEAD_DIM_RULE, HEAD_DIMS
+from gqa_cutlass.codegen.schema.problem import MAX_BATCH, MAX_SEQ_LEN
+from gqa_cutlass.errors import InputError, shown
+
+_MOST = 2**31 - 1  # of what has no other limit; a kernel's int is no larger
+_BLOCK = 2**21  # torch's allocator, and the driver below it, hand out large blocks in such steps
+_SPARE_SHARE = 256  # one part in so many is left to the driver's tables and to workspaces
+_INT_BYTES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes(ABC):
+    """The sizes of the caches of a model's layers, of which one is what grows with the memory.
+
+    Args:
+        num_layers: Layers.
+        num_kv_heads: KV heads.
+        head_dim: Dimension per head of keys.
+        dtype: Element type, torch.float16 or torch.bfloat16.
+        head_dim_v: Dimension per head of values; None: as head_dim.
+
+    Attributes:
+        owner: In whose name errors are.
+        limits: The largest values of the sizes that are counts, by their names.
+        grows: The size that grows with the memory.
+        remedy: What to do where there is too little, in words.
+
+    Raises:
+        InputError: One of them is not allowed.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    head_dim_v: int | None = None
+
+    owner: ClassVar[str]
+    limits: ClassVar[dict[str, int]]
+    grows: ClassVar[str]
+    remedy: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        for name, most in self.limits.items():
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= most:
+                refuse(self.owner, name, shown(value), f"an int from 1 to {most}")
+        for name, dim in (("head_dim", self.head_dim), ("head_dim_v", self._dims[1])):
+            if type(dim) is not int or dim not in HEAD_DIMS:
+                refuse(self.owner, name, shown(dim), HEAD_DIM_RULE)
+        if not isinstance(self.dtype, torch.dtype) or self.dtype not in DTYPES:
+            refuse(self.owner, "dtype", shown(self.dtype), " or ".join(map(str, DTYPES)))
+
+    @property
+    @abstractmethod
+    def rows(self) -> dict[str, int]:
+        """The first two dimensions of keys and values, by their names."""
+
+    @property
+    @abstractmethod
+    def state_shape(self) -> tuple[int, ...]:
+        """Of the int32 that all layers share."""
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of one layer's keys, and of its values."""
+        k, v = ((*self.rows.values(), self.num_kv_heads, dim) for dim in self._dims)
+        return k, v
+
+    @property
+    def text(self) -> str:
+        """The shapes, as messages say them."""
+        k, v = map(list, self.shapes)
+        shapes = f"k and v of {k}" if k == v else f"k of {k} and v of {v}"
+        layers = f" in each of {self.num_layers} layers" * (self.num_layers > 1)
+        names = ", ".join(self.rows)
+        return f"{shapes} ({names}, num_kv_heads, head_dim), {self.dtype}{layers}"
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of K and V of all layers, and of what they share."""
+        grown: int = getattr(self, self.grows)
+        return self.num_layers * grown * sum(self._unit_bytes) + self._state_bytes
+
+    def largest(self, available: int) -> int:
+        """The largest of what grows that is sure to fit into so many bytes; 0 for none."""
+        usable = available - available // _SPARE_SHARE - self._state_bytes
+        blocks = usable // _BLOCK - 1  # one for the state
+        blocks = max(0, blocks // self.num_layers)
+        k, v = self._unit_bytes
+        of_keys = blocks * k // (k + v)
+        of_values = blocks - of_keys
+        return min(of_keys * _BLOCK // k, of_values * _BLOCK // v, self.limits[self.grows])
+
+    @property
+    def _dims(self) -> tuple[int, int]:
+        """Of keys and of values."""
+        return self.head_dim, self.head_dim if self.head_dim_v is None else self.head_dim_v
+
+    @property
+    def _unit_bytes(self) -> tuple[int, int]:
+        """Bytes of the keys, and of the values, of one of what grows, in one layer."""
+        each = math.prod(n for name, n in self.rows.items() if name != self.grows)
+        k, v = (each * self.num_kv_heads * dim * self.dtype.itemsize for dim in self._dims)
+        return k, v
+
+    @property
+    def _state_bytes(self) -> int:
+        return math.prod(self.state_shape) * _INT_BYTES
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSizes(Sizes):
+    """Of caches with a row per sequence.
+
+    Args:
+        batch_size: Sequences.
+        max_seq_len: Tokens that a sequence's cache can hold.
+    """
+
+    batch_size: int
+    max_seq_len: int
+
+    owner = "KVCache"
+    limits = {
+        "num_layers": _MOST, "batch_size": MAX_BATCH, "max_seq_len": MAX_SEQ_LEN,
+        "num_kv_heads": _MOST,
+    }  # fmt: skip
+    grows = "max_seq_len"
+    remedy = "shorten the cache, take fewer sequences, or free memory"
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """The first two dimensions."""
+        return {"batch_size": self.batch_size, "max_seq_len": self.max_seq_len}
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """Lengths, and whether sequences overflowed."""
+        return 2, self.batch_size
+
+
+def batch_sizes(
+    num_layers: int, batch_size: int, max_seq_len: int, num_kv_heads: int, head_dim: int,
+    dtype: torch.dtype, head_dim_v: int | None,
+) -> BatchSizes:  # fmt: skip
+    """The sizes, given in this order."""
+    return BatchSizes(
+        num_layers=num_layers, batch_size=batch_size, max_seq_len=max_seq_len,
+        num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype, head_dim_v=head_dim_v,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolSizes(Sizes):
+    """Of pools of pages.
+
+    Args:
+        num_pages: Pages.
+        page_size: Tokens of a page.
+    """
+
+    num_pages: int
+    page_size: int
+
+    owner = "PagedKVCache"
+    limits = {
+        "num_layers": _MOST, "num_pages": MAX_PAGES, "page_size": MAX_SEQ_LEN, "num_kv_heads": _MOST
+    }  # fmt: skip
+    grows = "num_pages"
+    remedy = "take fewer pages, or free memory"
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """The first two dimensions."""
+        return {"num_pages": self.num_pages, "page_size": self.page_size}
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """Nothing."""
+        return (0,)
+
+
+def refuse(owner: str, what: str, got: str, allowed: str) -> NoReturn:
+    """Raise InputError for what cannot be allocated."""
+    raise InputError(f"{owner}: {what}: got {got}; allowed: {allowed}. Nothing was allocated.")
