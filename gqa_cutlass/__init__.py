@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from gqa_cutlass.cache import KVCache
     from gqa_cutlass.cache.paged import (
         PageAllocator,
+        PagedKVCache,
     )
     from gqa_cutlass.call.plan import Plan
     from gqa_cutlass.decode_config import GQADecodeConfig, gqa_attention_decode
@@ -38,6 +39,7 @@ _HOMES = {
     "warmup": "ahead",
     "KVCache": "cache.kv_cache",
     "PageAllocator": "cache.paged.page_allocator",
+    "PagedKVCache": "cache.paged.paged_kv_cache",
     "Plan": "call.plan",
     "CacheAllocationError": "errors",
     "CacheOverflowError": "errors",
@@ -58,6 +60,7 @@ __all__ = [  # noqa: F822 - provided by __getattr__
     "KVCache",
     "OutOfPagesError",
     "PageAllocator",
+    "PagedKVCache",
     "Plan",
     "check_overflow",
     "explain",

@@ -1,4 +1,4 @@
-"""Pages of a pool, which sequences of keys and values take and give back.
+"""PagedKVCache: keys and values in pages of a pool, which sequences take and give back.
 
 Imported on first use: whoever only counts pages needs no torch.
 """
@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from gqa_cutlass.cache.paged.page_allocator import PageAllocator
+    from gqa_cutlass.cache.paged.paged_kv_cache import PagedKVCache
 
 _HOMES = {
     "PageAllocator": "page_allocator",
+    "PagedKVCache": "paged_kv_cache",
 }
 __all__ = [  # noqa: F822 - provided by __getattr__
     "PageAllocator",
+    "PagedKVCache",
 ]
 
 

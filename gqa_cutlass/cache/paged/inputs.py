@@ -1,0 +1,73 @@
+"""Checks what the methods of a paged cache are given, before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gqa_cutlass.cache.paged.sequences import refuse
+from gqa_cutlass.errors import shown
+from gqa_cutlass.tensors import byte_reach, flaw, memory_flaw
+
+UNWRITTEN = "Nothing was written."
+
+
+def packed(call: str, name: str, tensor: Tensor, pools: Sequence[Tensor], count: int) -> Tensor:
+    """Tokens of several sequences, one after the other, for each of some layers.
+
+    Args:
+        call: In whose name an error is.
+        name: Of the argument.
+        tensor: [tokens, num_kv_heads, head_dim], or one of them per pool.
+        pools: Of the layers that they are for, [num_pages, page_size, num_kv_heads, head_dim].
+        count: How many tokens there must be.
+
+    Returns:
+        A plain tensor, [pools, tokens, num_kv_heads, head_dim].
+
+    Raises:
+        InputError: Something else, not like the pools, or memory of theirs.
+    """
+    if found := flaw(tensor):
+        refuse(call, name, *found, UNWRITTEN)
+    with torch._C.DisableTorchFunctionSubclass():
+        tensor = Tensor.as_subclass(tensor, Tensor)
+    if tensor.requires_grad and torch.is_grad_enabled():
+        got = "a tensor that requires grad (a cache has no backward pass)"
+        allowed = "tensors without grad; call it under torch.inference_mode() or torch.no_grad()"
+        refuse(call, name, got, allowed, UNWRITTEN)
+    like, row = pools[0], [count, *pools[0].shape[2:]]
+    shapes = [[len(pools), *row], *([row] if len(pools) == 1 else [])]
+    same = tensor.dtype == like.dtype and tensor.device == like.device
+    if not same or list(tensor.shape) not in shapes:
+        got = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+        layers = "num_layers, " if len(pools) > 1 else ""
+        form = f"{shapes[-1]} ([{layers}tokens, num_kv_heads, head_dim])"
+        refuse(call, name, got, f"{like.dtype} {form} on {like.device}", UNWRITTEN)
+    if found := memory_flaw(tensor):
+        refuse(call, name, *found, UNWRITTEN)
+    start, reach = tensor.data_ptr(), byte_reach(tensor)
+    for pool in pools:
+        if start < pool.data_ptr() + byte_reach(pool) and pool.data_ptr() < start + reach:
+            allowed = "memory of its own; pass a .clone()"
+            refuse(call, name, "memory of the cache itself", allowed, UNWRITTEN)
+    return tensor if tensor.dim() == 4 else tensor[None]
+
+
+def counts(call: str, tokens: int | Sequence[int], batch: int) -> list[int]:
+    """Tokens per sequence.
+
+    Raises:
+        InputError: Not an int for all, nor one for each.
+    """
+    given = [tokens] * batch if type(tokens) is int else tokens
+    if not isinstance(given, Sequence) or isinstance(given, (str, bytes)):
+        refuse(call, "tokens", shown(tokens), "an int for all sequences, or one for each")
+    for count in given:
+        if type(count) is not int or count < 0:
+            refuse(call, "tokens", shown(count), "ints, 0 and more")
+    if len(given) != batch:
+        refuse(call, "tokens", f"{len(given)} ints", f"{batch}, one per sequence")
+    return list(given)

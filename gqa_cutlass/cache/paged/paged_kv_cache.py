@@ -1,0 +1,359 @@
+"""A cache in pages: sequences come and go, grow, share beginnings, and are decoded in any batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal, Unpack, overload
+
+import torch
+from torch import Tensor
+
+from gqa_cutlass.api import check_overflow
+from gqa_cutlass.cache.allocation import allocate
+from gqa_cutlass.cache.guard import with_memory
+from gqa_cutlass.cache.paged.batch import PagedBatch
+from gqa_cutlass.cache.paged.inputs import counts, packed
+from gqa_cutlass.cache.paged.pools import Pools
+from gqa_cutlass.cache.paged.sequences import refuse
+from gqa_cutlass.cache.paged.step import Step
+from gqa_cutlass.cache.paged.tables import Tables
+from gqa_cutlass.cache.paged.view import PagedView
+from gqa_cutlass.cache.sizes import PoolSizes
+from gqa_cutlass.call.options import Options, listed
+from gqa_cutlass.call.plan import Pair, Result
+from gqa_cutlass.codegen.schema.problem import MAX_BATCH, MAX_SEQ_LEN
+from gqa_cutlass.errors import shown
+from gqa_cutlass.tensors import is_tensor
+
+
+class PagedKVCache(PagedView):
+    """Keys and values of sequences of a model, in pages that they take from a pool as they grow.
+
+    A sequence is an int, given out by `allocate` and `fork` and never again after `free`. The host
+    counts all tokens and pages itself: nothing but `check` waits for the GPU. All layers have the
+    same pages, and a step of the model adds its tokens to all of them at once:
+
+        with cache.step(sequences) as step:  # takes the pages, before anything is launched
+            for layer in range(cache.num_layers):
+                out = step.decode(layer, q, k, v)
+
+    The tokens count when the block ends. Where it ends in an error they do not, and what it took is
+    free again. `append`, `prefill` and `decode` are such steps in one call.
+
+    `fork` copies nothing: sequences hold pages in common, and who writes into a page that others
+    hold takes a copy of its own first. Pages are free when nobody holds them any more.
+
+    What a call cannot do it does not begin: where pages are missing, OutOfPagesError says how many,
+    none was taken, and nothing was written. The steps of a `batch` can be captured into CUDA
+    graphs.
+
+    Works in inference mode or outside; nothing is recorded for gradients. Not thread-safe: one
+    thread and one stream at a time.
+
+    Args:
+        num_pages: Pages of the pool.
+        page_size: Tokens of a page, 1 and more.
+        num_kv_heads: KV heads.
+        head_dim: Dimension per head, as `gqa_decode` allows it.
+        dtype: torch.float16 or torch.bfloat16.
+        device: A GPU, or "cpu" (simulated, slow).
+        num_layers: Layers of the model.
+        head_dim_v: Dimension per head of values; None: as head_dim.
+
+    Raises:
+        InputError: A size, the type or the device is not allowed.
+        CacheAllocationError: There is not enough memory. Nothing stays allocated.
+        DeviceError: No usable GPU.
+    """
+
+    def __init__(
+        self,
+        num_pages: int,
+        page_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype = torch.float16,
+        device: torch.device | int | str = "cuda",
+        *,
+        num_layers: int = 1,
+        head_dim_v: int | None = None,
+    ) -> None:
+        sizes = PoolSizes(
+            num_layers=num_layers, num_pages=num_pages, page_size=page_size,
+            num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype, head_dim_v=head_dim_v,
+        )  # fmt: skip
+        super().__init__(Pools(allocate(sizes, device).layers))
+        self._tables = Tables(self.device)
+
+    @staticmethod
+    def bytes_needed(
+        num_pages: int,
+        page_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype = torch.float16,
+        *,
+        num_layers: int = 1,
+        head_dim_v: int | None = None,
+    ) -> int:
+        """Bytes that such a cache would take; allocates nothing.
+
+        Raises:
+            InputError: A size or the type is not allowed.
+        """
+        sizes = PoolSizes(
+            num_layers=num_layers, num_pages=num_pages, page_size=page_size,
+            num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype, head_dim_v=head_dim_v,
+        )  # fmt: skip
+        return sizes.total_bytes
+
+    def allocate(self, tokens: int = 0) -> int:
+        """Make a sequence without tokens.
+
+        Args:
+            tokens: How many to take the pages for already.
+
+        Raises:
+            OutOfPagesError: There are too few. No sequence was made.
+            InputError: No such number of tokens, or a step is open.
+        """
+        call = "PagedKVCache.allocate"
+        self._storage.check_no_step(call)
+        (count,) = counts(call, tokens, 1)
+        return self._storage.sequences.new(call, count)
+
+    def reserve(self, sequences: Sequence[int], tokens: int | Sequence[int]) -> None:
+        """Take the pages for so many more tokens now; steps then find them.
+
+        `truncate` gives back what is not used.
+
+        Args:
+            sequences: Each once.
+            tokens: One int for all, or one for each.
+
+        Raises:
+            GqaError: As for `step`. Nothing was taken.
+        """
+        call = "PagedKVCache.reserve"
+        given = self._storage.changing(call, sequences)
+        self._storage.check_surroundings(call)
+        self._storage.grow(call, given, counts(call, tokens, len(given)))
+
+    def free(self, sequences: int | Sequence[int]) -> None:
+        """Forget one sequence or several; pages that nobody else holds are free.
+
+        Raises:
+            InputError: There is no such sequence, one is named twice, a batch holds one, or a step
+                is open. Nothing was freed.
+        """
+        call = "PagedKVCache.free"
+        named = [sequences] if isinstance(sequences, int) else sequences
+        self._storage.changing(call, named)
+        self._storage.sequences.free(call, named)
+
+    def fork(self, sequence: int, tokens: int | None = None) -> int:
+        """Make a sequence that begins as another one does, in the same pages.
+
+        Args:
+            sequence: The other one.
+            tokens: How many of its tokens to begin with; None: all.
+
+        Raises:
+            InputError: There is no such sequence, it has fewer tokens, a batch holds it, or a step
+                is open. No sequence was made.
+        """
+        call = "PagedKVCache.fork"
+        self._storage.changing(call, [sequence])
+        return self._storage.sequences.fork(call, sequence, tokens)
+
+    def truncate(self, sequence: int, tokens: int) -> None:
+        """Keep at most so many tokens of a sequence, and no page but theirs.
+
+        Raises:
+            InputError: There is no such sequence, or no such number of tokens, a batch holds the
+                sequence, or a step is open. Nothing was changed.
+        """
+        call = "PagedKVCache.truncate"
+        self._storage.changing(call, [sequence])
+        self._storage.sequences.truncate(call, sequence, tokens)
+
+    def reorder(self, sequences: Sequence[int], indices: Sequence[int]) -> None:
+        """Let sequences[i] have the tokens that sequences[indices[i]] had: beam search.
+
+        Copies nothing and takes no page: they share them.
+
+        Args:
+            sequences: Each once.
+            indices: One for each, of which any may be repeated; -1: no tokens.
+
+        Raises:
+            InputError: There is no such sequence, one is named twice, an index is out of range, a
+                batch holds a sequence, or a step is open. Nothing was changed.
+        """
+        call = "PagedKVCache.reorder"
+        self._storage.changing(call, sequences)
+        self._storage.sequences.reorder(call, sequences, indices)
+
+    @contextmanager
+    def step(self, sequences: Sequence[int], tokens: int | Sequence[int] = 1) -> Iterator[Step]:
+        """Add tokens to sequences, layer by layer, in a `with` block.
+
+        At its end every layer must have got them, by `decode` (one per sequence) or `append`. Where
+        it ends in an error, lengths are as they were, and the step can be repeated. Meanwhile
+        sequences may be looked at, and nothing else.
+
+        Args:
+            sequences: In the order of the batch, each once.
+            tokens: How many each of them gets: one int for all, or one for each. 0 for all:
+                attend only.
+
+        Raises:
+            OutOfPagesError: There are too few pages. Nothing was taken or written.
+            CacheAllocationError: There is no memory for temporaries. Nothing was taken.
+            InputError: There is no such sequence, one is named twice, a batch holds one, or it
+                would be too long; another step is open; or a CUDA graph is being captured. At the
+                end: a layer did not get the tokens.
+        """
+        with self._step("PagedKVCache.step", sequences, tokens) as step:
+            yield step
+
+    def prefill(self, sequence: int, k: Tensor, v: Tensor) -> None:
+        """Append a prompt, or a piece of one, to a sequence, in all layers.
+
+        Args:
+            sequence: Which.
+            k: Keys, [num_layers, tokens, num_kv_heads, head_dim], or without the first dimension
+                where there is one layer; of the cache's dtype and on its device.
+            v: As k.
+
+        Raises:
+            GqaError: As for `step`. The sequence is as it was.
+        """
+        tokens = k.shape[-3] if is_tensor(k) and k.dim() >= 3 else 0
+        self._append("PagedKVCache.prefill", [sequence], k, v, tokens)
+
+    def append(self, sequences: Sequence[int], k: Tensor, v: Tensor) -> None:
+        """Append one token to each of some sequences, in all layers, without attending.
+
+        Args:
+            sequences: Each once.
+            k: Keys, [num_layers, sequences, num_kv_heads, head_dim], or without the first dimension
+                where there is one layer; of the cache's dtype and on its device.
+            v: As k.
+
+        Raises:
+            GqaError: As for `step`. The sequences are as they were.
+        """
+        self._append("PagedKVCache.append", sequences, k, v, 1)
+
+    @overload
+    def decode(
+        self, sequences: Sequence[int], q: Tensor, k: Tensor | None = None,
+        v: Tensor | None = None, *, return_lse: Literal[False] = False, **options: Unpack[Options],
+    ) -> Tensor: ...  # fmt: skip
+    @overload
+    def decode(
+        self, sequences: Sequence[int], q: Tensor, k: Tensor | None = None,
+        v: Tensor | None = None, *, return_lse: Literal[True], **options: Unpack[Options],
+    ) -> Pair: ...  # fmt: skip
+    @overload
+    def decode(
+        self, sequences: Sequence[int], q: Tensor, k: Tensor | None = None,
+        v: Tensor | None = None, *, return_lse: bool, **options: Unpack[Options],
+    ) -> Result: ...  # fmt: skip
+    @listed(Options)
+    def decode(
+        self,
+        sequences: Sequence[int],
+        q: Tensor,
+        k: Tensor | None = None,
+        v: Tensor | None = None,
+        *,
+        return_lse: bool = False,
+        **options: Any,
+    ) -> Result:
+        """Append a token, if given, and attend, in a cache of one layer: `step` in one call.
+
+        Args:
+            sequences: In the order of the batch, each once.
+            q: As for `gqa_decode`.
+            k: As for `gqa_decode`.
+            v: As for `gqa_decode`.
+            return_lse: As for `gqa_decode`.
+            **options: `Options`.
+
+        Returns:
+            As `gqa_decode`.
+
+        Raises:
+            GqaError: As for `step` and `gqa_decode`. The sequences are as they were.
+        """
+        call = "PagedKVCache.decode"
+        if self.num_layers != 1:
+            allowed = "one layer; `with cache.step(sequences) as step:` decodes several"
+            refuse(call, "num_layers", str(self.num_layers), allowed)
+        with self._step(call, sequences, int(k is not None)) as step:
+            result: Result
+            result = step.decode(0, q, k, v, return_lse=return_lse, **options)
+        return result
+
+    def batch(self, batch_size: int, max_seq_len: int) -> PagedBatch:
+        """Make a batch whose steps can be captured into CUDA graphs.
+
+        Args:
+            batch_size: Rows, 1 to 65535.
+            max_seq_len: Tokens that a sequence can have there.
+
+        Raises:
+            InputError: A size is not allowed, or a CUDA graph is being captured.
+            CacheAllocationError: There is no memory for its table.
+        """
+        call = "PagedKVCache.batch"
+        self._storage.check_surroundings(call)
+        for name, value, most in (
+            ("batch_size", batch_size, MAX_BATCH), ("max_seq_len", max_seq_len, MAX_SEQ_LEN),
+        ):  # fmt: skip
+            if type(value) is not int or not 1 <= value <= most:
+                refuse(call, name, shown(value), f"an int from 1 to {most}")
+        pages = self._storage.sequences.pages_of(max_seq_len)
+        return with_memory(call, self.device, partial(PagedBatch, self._storage, batch_size, pages))
+
+    def check(self) -> None:
+        """Wait for the device, and report what kernels found there, as `check_overflow` does.
+
+        Raises:
+            CacheOverflowError: A length or a page on the device was not allowed.
+        """
+        check_overflow(self.device)
+
+    @contextmanager
+    def _step(
+        self, call: str, sequences: Sequence[int], tokens: int | Sequence[int]
+    ) -> Iterator[Step]:
+        storage, pools = self._storage, self._pools
+        given = storage.changing(call, sequences)
+        storage.check_surroundings(call)
+        if not given:
+            refuse(call, "sequences", "none", "at least one")
+        added = counts(call, tokens, len(given))
+        with storage.stepping(call, given, added):
+            fill = partial(self._tables.fill, given, added, pools.page_size)
+            table = with_memory(call, pools.device, fill)
+            with Step(call, pools, table, sequences, given, added) as step:
+                yield step
+                if any(added):
+                    step.check_complete()
+
+    def _append(
+        self, call: str, sequences: Sequence[int], k: Tensor, v: Tensor, tokens: int
+    ) -> None:
+        storage, pools = self._storage, self._pools
+        given = storage.changing(call, sequences)
+        storage.check_surroundings(call)
+        added = [tokens] * len(given)
+        k = packed(call, "k", k, pools.k, sum(added))
+        v = packed(call, "v", v, pools.v, sum(added))
+        with storage.stepping(call, given, added):
+            with_memory(call, pools.device, partial(pools.write_all, given, added, k, v))

@@ -1,0 +1,78 @@
+"""The memory that pages are of: copies within it, tokens into it and out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gqa_cutlass.cache.paged.sequences import Held
+from gqa_cutlass.cache.rows import buffer, gather
+
+
+class Pools:
+    """Keys and values of all layers; a page has the same number in each of them.
+
+    Args:
+        layers: Keys and values of each layer, [num_pages, page_size, num_kv_heads, head_dim].
+    """
+
+    def __init__(self, layers: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self.k, self.v = (tuple(tensors) for tensors in zip(*layers, strict=True))
+        self.num_pages: int = self.k[0].shape[0]
+        self.page_size: int = self.k[0].shape[1]
+        self.num_layers = len(layers)
+        self.device: torch.device = self.k[0].device
+
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy pages over others, as if all at once.
+
+        Args:
+            pairs: The page to read and the page to write, which is written once.
+        """
+        if pairs:
+            sources, targets = to_device(np.array(pairs, dtype=np.int64).T, self.device)
+            widest = max(self.k[0], self.v[0], key=lambda pool: pool.shape[-1])
+            through = buffer(widest, len(pairs), self.page_size)
+            gather((*self.k, *self.v), self.page_size, sources, targets, through)
+
+    def slots(self, given: Sequence[Held], tokens: Sequence[int]) -> Tensor:
+        """Where tokens go that follow those of each sequence: rows of a pool, int64, packed."""
+        rows = [np.empty(0, dtype=np.int64)]
+        for held, count in zip(given, tokens, strict=True):
+            page, row = np.divmod(np.arange(held.length, held.length + count), self.page_size)
+            rows.append(np.asarray(held.pages, dtype=np.int64)[page] * self.page_size + row)
+        return to_device(np.concatenate(rows), self.device)
+
+    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """Write tokens of a layer, [tokens, num_kv_heads, head_dim], where `slots` says."""
+        for pool, new in ((self.k[layer], k), (self.v[layer], v)):
+            pool.view(-1, *pool.shape[2:]).index_copy_(0, slots, new)
+
+    def write_all(self, given: Sequence[Held], tokens: Sequence[int], k: Tensor, v: Tensor) -> None:
+        """Write tokens of all layers behind those of each sequence, packed."""
+        slots = self.slots(given, tokens)
+        for layer in range(self.num_layers):
+            self.write(layer, slots, k[layer], v[layer])
+
+    def read(self, layer: int, held: Held, tokens: int) -> tuple[Tensor, Tensor]:
+        """The first tokens of a sequence, [tokens, num_kv_heads, head_dim], in new tensors."""
+        pages = np.asarray(held.pages[: -(-tokens // self.page_size)], dtype=np.int64)
+        index = to_device(pages, self.device)
+        k, v = (
+            pool.index_select(0, index).flatten(0, 1)[:tokens]
+            for pool in (self.k[layer], self.v[layer])
+        )
+        return k, v
+
+
+def to_device(values: np.ndarray, device: torch.device) -> Tensor:
+    """An array on a device, without waiting for it."""
+    host = torch.from_numpy(np.ascontiguousarray(values))
+    if device.type == "cpu":
+        return host
+    # Pinned: from other memory the driver may wait until it has a buffer of its own to copy to.
+    pinned = torch.empty(host.shape, dtype=host.dtype, pin_memory=True)
+    return pinned.copy_(host).to(device, non_blocking=True)

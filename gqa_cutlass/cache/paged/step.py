@@ -1,0 +1,214 @@
+"""One step of a model: every layer gets the same sequences' new tokens, which count once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property, partial
+from typing import Any, Literal, Self, Unpack, overload
+
+from torch import Tensor
+
+from gqa_cutlass.api import gqa_decode
+from gqa_cutlass.cache.guard import with_memory
+from gqa_cutlass.cache.paged.inputs import UNWRITTEN, packed
+from gqa_cutlass.cache.paged.pools import Pools
+from gqa_cutlass.cache.paged.sequences import Held, refuse
+from gqa_cutlass.cache.paged.tables import Table
+from gqa_cutlass.call.options import Options, listed
+from gqa_cutlass.call.plan import Pair, Result
+from gqa_cutlass.errors import shown
+
+
+class DecodeStep:
+    """A token of every sequence, layer by layer. Ends with its `with` block.
+
+    Args:
+        call: In whose name errors are.
+        pools: Keys and values of all layers.
+        table: The sequences' pages and lengths.
+    """
+
+    def __init__(self, call: str, pools: Pools, table: Table) -> None:
+        self._call, self._pools, self._table = call, pools, table
+        self._written: set[int] = set()  # layers that have their tokens
+        self._open = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open = False
+
+    @property
+    def block_table(self) -> Tensor:
+        """The sequences' pages, int32 [batch, max_pages]; valid until the next step."""
+        return self._table.block_table
+
+    @property
+    def seqlens(self) -> Tensor:
+        """Tokens before this step, int32 [batch] on the device; valid until the next step."""
+        return self._table.before
+
+    @overload
+    def decode(
+        self, layer: int, q: Tensor, k: Tensor | None = None, v: Tensor | None = None, *,
+        return_lse: Literal[False] = False, **options: Unpack[Options],
+    ) -> Tensor: ...  # fmt: skip
+    @overload
+    def decode(
+        self, layer: int, q: Tensor, k: Tensor | None = None, v: Tensor | None = None, *,
+        return_lse: Literal[True], **options: Unpack[Options],
+    ) -> Pair: ...  # fmt: skip
+    @overload
+    def decode(
+        self, layer: int, q: Tensor, k: Tensor | None = None, v: Tensor | None = None, *,
+        return_lse: bool, **options: Unpack[Options],
+    ) -> Result: ...  # fmt: skip
+    @listed(Options)
+    def decode(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor | None = None,
+        v: Tensor | None = None,
+        *,
+        return_lse: bool = False,
+        **options: Any,
+    ) -> Result:
+        """Append a token's K and V, if given, and attend over everything held: `gqa_decode`.
+
+        Args:
+            layer: Which of the cache's.
+            q: As for `gqa_decode`, a row per sequence of the step.
+            k: As for `gqa_decode`. None: append nothing, and attend to what the layer holds, which
+                includes this step's tokens if it has them.
+            v: As for `gqa_decode`.
+            return_lse: As for `gqa_decode`.
+            **options: `Options`.
+
+        Returns:
+            As `gqa_decode`.
+
+        Raises:
+            InputError: The layer has its tokens already, or the step is not of one token each.
+            CacheAllocationError: There is no memory for the output.
+            GqaError: As for `gqa_decode`. No length counts the token; call it again, or leave the
+                step by an exception, which takes it back.
+        """
+        self._check(layer, writes=k is not None)
+        if k is not None:
+            self._check_one_token()
+        if unknown := options.keys() - Options.__annotations__.keys():
+            raise TypeError(f"decode() got an unexpected keyword argument {min(unknown)!r}")
+        table = self._table
+        call = partial(
+            gqa_decode,
+            q, self._pools.k[layer], self._pools.v[layer], k, v, block_table=table.block_table,
+            cache_seqlens=table.after if k is None and layer in self._written else table.before,
+            return_lse=return_lse, **options,
+        )  # fmt: skip
+        result: Result = with_memory(self._call, self._pools.device, call)
+        if k is not None:
+            self._written.add(layer)
+        return result
+
+    def _check(self, layer: int, *, writes: bool) -> None:
+        if not self._open:
+            got = "a step that is over"
+            refuse(self._call, "step", got, "one whose `with` block is open", UNWRITTEN)
+        most = self._pools.num_layers - 1
+        if type(layer) is not int or not 0 <= layer <= most:
+            refuse(self._call, "layer", shown(layer), f"an int from 0 to {most}", UNWRITTEN)
+        if writes and layer in self._written:
+            got = f"{layer}, which has this step's tokens"
+            refuse(self._call, "layer", got, "every layer once in a step", UNWRITTEN)
+
+    def _check_one_token(self) -> None:
+        """Raise InputError unless the step adds one token to every sequence."""
+
+    def check_complete(self) -> None:
+        """Raise InputError if a layer has no tokens."""
+        missing = sorted(set(range(self._pools.num_layers)) - self._written)
+        if missing:
+            allowed = "decode() with k and v, or append(), of every layer in the `with` block"
+            after = "The lengths are as they were."
+            refuse(self._call, "layers", f"no tokens for {missing}", allowed, after)
+
+
+class Step(DecodeStep):
+    """New tokens of every sequence, one or more, layer by layer. Ends with its `with` block.
+
+    Args:
+        call: In whose name errors are.
+        pools: Keys and values of all layers.
+        table: The sequences' pages and lengths.
+        sequences: Their numbers.
+        given: What they have.
+        tokens: How many each of them gets.
+    """
+
+    def __init__(
+        self,
+        call: str,
+        pools: Pools,
+        table: Table,
+        sequences: Sequence[int],
+        given: Sequence[Held],
+        tokens: Sequence[int],
+    ) -> None:
+        super().__init__(call, pools, table)
+        self._given = dict(zip(sequences, given, strict=True))
+        self._tokens = dict(zip(sequences, tokens, strict=True))
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Write the new tokens of all sequences, without attending: prompts, for instance.
+
+        Args:
+            layer: Which of the cache's.
+            k: Keys, [tokens, num_kv_heads, head_dim], packed: those of the step's first sequence,
+                then those of the second, and so on.
+            v: As k.
+
+        Raises:
+            InputError: A tensor is not allowed, or the layer has its tokens already. Nothing was
+                written.
+            CacheAllocationError: There is no memory for temporaries. No length counts the tokens.
+        """
+        self._check(layer, writes=True)
+        count = sum(self._tokens.values())
+        (k,) = packed(self._call, "k", k, [self._pools.k[layer]], count)
+        (v,) = packed(self._call, "v", v, [self._pools.v[layer]], count)
+        write = partial(self._write, layer, k, v)
+        with_memory(self._call, self._pools.device, write)
+        self._written.add(layer)
+
+    def gather(self, layer: int, sequence: int) -> tuple[Tensor, Tensor]:
+        """Copies of the keys and values that a layer holds of a sequence of the step.
+
+        Returns:
+            Keys and values, [tokens, num_kv_heads, head_dim], with this step's if it has them.
+
+        Raises:
+            InputError: There is no such layer, or the step does not have the sequence.
+        """
+        self._check(layer, writes=False)
+        if type(sequence) is not int or sequence not in self._given:
+            got, allowed = shown(sequence), f"those of the step, {list(self._given)}"
+            refuse(self._call, "sequence", got, allowed)
+        held = self._given[sequence]
+        length = held.length + self._tokens[sequence] * (layer in self._written)
+        read = partial(self._pools.read, layer, held, length)
+        return with_memory(self._call, self._pools.device, read)
+
+    def _write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        self._pools.write(layer, self._slots, k, v)
+
+    @cached_property
+    def _slots(self) -> Tensor:
+        return self._pools.slots(list(self._given.values()), list(self._tokens.values()))
+
+    def _check_one_token(self) -> None:
+        if set(self._tokens.values()) != {1}:
+            got = f"a token of each sequence in a step of {list(self._tokens.values())} tokens"
+            allowed = "append() of them all; or a step of one token per sequence"
+            refuse(self._call, "k", got, allowed, UNWRITTEN)

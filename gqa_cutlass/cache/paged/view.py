@@ -1,0 +1,152 @@
+"""What of a paged cache can be looked at, at any time, by any of its methods and by its user."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from gqa_cutlass.cache.guard import with_memory
+from gqa_cutlass.cache.paged.inputs import counts
+from gqa_cutlass.cache.paged.pools import Pools
+from gqa_cutlass.cache.paged.sequences import refuse
+from gqa_cutlass.cache.paged.storage import Storage
+from gqa_cutlass.cache.paged.tables import Tables
+from gqa_cutlass.errors import shown
+
+
+class PagedView:
+    """Sizes, sequences, their pages and their tokens; nothing here changes any of them.
+
+    Args:
+        pools: Keys and values of all layers.
+    """
+
+    def __init__(self, pools: Pools) -> None:
+        self._pools = pools
+        self._storage = Storage(pools)
+
+    @property
+    def k(self) -> tuple[Tensor, ...]:
+        """Keys of each layer, [num_pages, page_size, num_kv_heads, head_dim], contiguous."""
+        return self._pools.k
+
+    @property
+    def v(self) -> tuple[Tensor, ...]:
+        """Values of each layer, as keys but for head_dim_v."""
+        return self._pools.v
+
+    @property
+    def num_layers(self) -> int:
+        """Layers."""
+        return self._pools.num_layers
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of the pool."""
+        return self._pools.num_pages
+
+    @property
+    def page_size(self) -> int:
+        """Tokens of a page."""
+        return self._pools.page_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the cache is."""
+        return self._pools.device
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that nobody holds."""
+        return self._storage.pages.num_free
+
+    @property
+    def sequences(self) -> list[int]:
+        """All that there are, in the order in which they were made."""
+        return list(self._storage.sequences)
+
+    def __repr__(self) -> str:
+        num_pages, page_size, num_kv_heads, head_dim = self.k[0].shape
+        head_dim_v = self.v[0].shape[-1]
+        values = f"head_dim_v={head_dim_v}, " if head_dim_v != head_dim else ""
+        size = sum(pool.nbytes for pool in (*self.k, *self.v))
+        return (
+            f"PagedKVCache(num_pages={num_pages}, page_size={page_size}, "
+            f"num_kv_heads={num_kv_heads}, head_dim={head_dim}, {values}dtype={self.k[0].dtype}, "
+            f"device='{self.device}', num_layers={self.num_layers}, bytes={size}, "
+            f"sequences={len(self._storage.sequences)}, free_pages={self.free_pages})"
+        )
+
+    def length(self, sequence: int) -> int:
+        """Tokens of a sequence, those of an open step not counted.
+
+        Raises:
+            InputError: There is no such sequence.
+        """
+        return self._storage.sequences.get("PagedKVCache.length", sequence).length
+
+    def pages(self, sequence: int) -> list[int]:
+        """Pages of a sequence in the order of its tokens, those ahead of them included.
+
+        Raises:
+            InputError: There is no such sequence.
+        """
+        return list(self._storage.sequences.get("PagedKVCache.pages", sequence).pages)
+
+    def pages_needed(self, sequences: Sequence[int], tokens: int | Sequence[int] = 1) -> int:
+        """Free pages that a step of so many tokens would take, copies of shared ones included.
+
+        Args:
+            sequences: As for `step`.
+            tokens: As for `step`.
+
+        Raises:
+            InputError: There is no such sequence, or no such number of tokens.
+        """
+        call = "PagedKVCache.pages_needed"
+        given = self._storage.sequences.each(call, sequences)
+        return self._storage.sequences.needed(call, given, counts(call, tokens, len(given)))
+
+    def gather(self, layer: int, sequence: int) -> tuple[Tensor, Tensor]:
+        """Copies of the keys and values that a layer holds of a sequence.
+
+        Returns:
+            Keys and values, [tokens, num_kv_heads, head_dim].
+
+        Raises:
+            InputError: There is no such layer or sequence.
+            CacheAllocationError: There is no memory for them.
+        """
+        call = "PagedKVCache.gather"
+        self._storage.check_surroundings(call)
+        if type(layer) is not int or not 0 <= layer < self.num_layers:
+            refuse(call, "layer", shown(layer), f"an int from 0 to {self.num_layers - 1}")
+        held = self._storage.sequences.get(call, sequence)
+        read = partial(self._pools.read, layer, held, held.length)
+        return with_memory(call, self.device, read)
+
+    def table(self, sequences: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """What other kernels need to read the pools.
+
+        Args:
+            sequences: In the order of the batch, each once.
+
+        Returns:
+            `block_table`, int32 [batch, max_pages], with -1 behind each sequence's last page, and
+            `cache_seqlens`, int32 [batch], on the device.
+
+        Raises:
+            InputError: There is no such sequence, or one is named twice.
+            CacheAllocationError: There is no memory for them.
+        """
+        call = "PagedKVCache.table"
+        self._storage.check_surroundings(call)
+        given = self._storage.sequences.each(call, sequences)
+        if not given:
+            refuse(call, "sequences", "none", "at least one")
+        fill = partial(Tables(self.device).fill, given, [0] * len(given), self.page_size)
+        table = with_memory(call, self.device, fill)
+        return table.block_table, table.before

@@ -1,0 +1,172 @@
+"""Paged caches to test with, and a model of them: a dictionary of the tokens that they should hold.
+
+A token is a number, which its keys and values spell out: so a cache's contents can be read off.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gqa_cutlass import PagedKVCache
+
+HEADS, DIM, GROUP = 1, 64, 4  # those of other tests, and so their kernel
+F16 = torch.float16
+_BASE = 2000  # float16 has all ints up to 2048
+
+
+def new_cache(
+    num_pages: int = 12, page_size: int = 4, layers: int = 1, device: str = "cpu"
+) -> PagedKVCache:
+    return PagedKVCache(num_pages, page_size, HEADS, DIM, F16, device, num_layers=layers)
+
+
+class Told:
+    """A cache, beside the tokens that each of its sequences has been told to hold."""
+
+    def __init__(self, cache: PagedKVCache) -> None:
+        self.cache = cache
+        self.held: dict[int, list[int]] = {}
+        self._next = 0
+
+    def new(self, count: int) -> list[int]:
+        """Tokens that there were not yet."""
+        self._next += count
+        return list(range(self._next - count, self._next))
+
+    def rows(self, tokens: Sequence[int], layer: int) -> tuple[Tensor, Tensor]:
+        """Their keys and values in a layer, [tokens, heads, dim]."""
+        number = torch.tensor(tokens, dtype=torch.int64, device=self.cache.device)
+        k = torch.zeros(len(tokens), HEADS, DIM, dtype=F16, device=self.cache.device)
+        k[:, :, 0], k[:, :, 1], k[:, :, 2] = (
+            number[:, None] // _BASE,
+            number[:, None] % _BASE,
+            layer,
+        )
+        v = k.clone()
+        v[:, :, 3] = 1
+        return k, v
+
+    def all_rows(self, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Those of all layers, [layers, tokens, heads, dim]."""
+        k, v = zip(*(self.rows(tokens, layer) for layer in self.layers), strict=True)
+        return torch.stack(k), torch.stack(v)
+
+    @property
+    def layers(self) -> range:
+        return range(self.cache.num_layers)
+
+    def allocate(self, count: int = 0) -> int:
+        """A sequence of so many new tokens."""
+        sequence = self.cache.allocate()
+        self.held[sequence] = []
+        if count:
+            tokens = self.new(count)
+            self.cache.prefill(sequence, *self.all_rows(tokens))
+            self.held[sequence] += tokens
+        return sequence
+
+    def fork(self, sequence: int, tokens: int | None = None) -> int:
+        child = self.cache.fork(sequence, tokens)
+        self.held[child] = self.held[sequence][:tokens]
+        return child
+
+    def append(self, *sequences: int) -> None:
+        """A new token for each."""
+        tokens = self.new(len(sequences))
+        self.cache.append(sequences, *self.all_rows(tokens))
+        self.add(sequences, tokens)
+
+    def add(self, sequences: Sequence[int], tokens: Sequence[int]) -> None:
+        for sequence, token in zip(sequences, tokens, strict=True):
+            self.held[sequence].append(token)
+
+    def wanted(self, sequences: Sequence[int], tokens: Sequence[int]) -> int:
+        """Free pages that so many more tokens take, found out by looking at all pages."""
+        size = self.cache.page_size
+        behind, writers = 0, Counter[int]()
+        for sequence, count in zip(sequences, tokens, strict=True):
+            pages, length = self.cache.pages(sequence), len(self.held[sequence])
+            behind += max(0, -(-(length + count) // size) - len(pages))
+            if count and length % size:
+                writers[pages[length // size]] += 1
+        holders = self.holders()
+        copies = sum(n if holders[page] > n else n - 1 for page, n in writers.items())
+        return behind + copies
+
+    def holders(self) -> Counter[int]:
+        """How many sequences have each page."""
+        return Counter(p for sequence in self.held for p in self.cache.pages(sequence))
+
+    def check(self, *sequences: int) -> None:
+        """The cache holds these tokens, of some sequences or of all, and no page is lost."""
+        cache = self.cache
+        assert cache.sequences == sorted(self.held)
+        for sequence in sequences or self.held:
+            tokens = self.held[sequence]
+            assert cache.length(sequence) == len(tokens)
+            assert len(cache.pages(sequence)) >= -(-len(tokens) // cache.page_size)
+            for layer in self.layers:
+                for found, expected in zip(
+                    cache.gather(layer, sequence), self.rows(tokens, layer), strict=True
+                ):
+                    assert torch.equal(found, expected), (sequence, layer)
+        self.check_pages()
+
+    def check_pages(self) -> None:
+        """Pages are held by as many as have them, and all others are free."""
+        pages, holders = self.cache._storage.pages, self.holders()
+        assert [pages.holders(page) for page in range(pages.num_pages)] == [
+            holders[page] for page in range(pages.num_pages)
+        ]
+        assert self.cache.free_pages == pages.num_pages - len(holders)
+        assert sorted(pages._free) == [p for p in range(pages.num_pages) if not holders[p]]
+
+
+class State:
+    """What can be seen of a cache: pages, lengths, and every bit of the pools."""
+
+    def __init__(self, cache: PagedKVCache, bits: bool = True) -> None:
+        self.seen = {s: (cache.length(s), cache.pages(s)) for s in cache.sequences}
+        self.free = cache.free_pages
+        self.bits = [pool.clone() for pool in (*cache.k, *cache.v)] if bits else []
+
+    def __eq__(self, other: object) -> bool:
+        assert isinstance(other, State)
+        seen = (self.seen, self.free) == (other.seen, other.free)
+        return seen and same_bits(self.bits, other.bits)
+
+
+def same_bits(some: list[Tensor], others: list[Tensor]) -> bool:
+    pairs = zip(some, others, strict=True)
+    return all(torch.equal(*(t.view(torch.int16) for t in pair)) for pair in pairs)
+
+
+@contextmanager
+def nothing_changed(cache: PagedKVCache) -> Iterator[None]:
+    """Neither a page nor a length nor a bit of the pools changes meanwhile."""
+    before = State(cache)
+    yield
+    assert State(cache) == before
+
+
+def appending(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None, *,
+    cache_seqlens: Tensor, block_table: Tensor, **options: Any,
+) -> Tensor:  # fmt: skip
+    """In place of `gqa_decode`: appends as it does, and attends to nothing."""
+    num_pages, page_size = k_cache.shape[:2]
+    assert cache_seqlens.dtype == block_table.dtype == torch.int32
+    assert cache_seqlens.shape == block_table.shape[:1] == q.shape[:1]
+    if k is not None and v is not None:
+        for b, length in enumerate(cache_seqlens.tolist()):
+            if length >= 0:
+                page = int(block_table[b, length // page_size])
+                assert 0 <= page < num_pages
+                k_cache[page, length % page_size], v_cache[page, length % page_size] = k[b], v[b]
+    return torch.zeros_like(q)

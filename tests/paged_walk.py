@@ -1,0 +1,266 @@
+"""Random operations on a paged cache, each compared with a dictionary of what it should hold.
+
+CI takes a few hundred; more by hand, without a kernel, all of them in one process:
+
+    python tests/paged_walk.py --operations 100000
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from unittest import mock
+
+import pytest
+import torch
+from paged_model import DIM, F16, GROUP, HEADS, State, Told, appending, new_cache
+
+from gqa_cutlass import InputError, OutOfPagesError
+from gqa_cutlass.cache.paged import step as step_module
+
+ROWS, ROOM = 3, 40  # of the batch
+
+
+class Broken(Exception):
+    """An error of the program that uses the cache."""
+
+
+class Walk(Told):
+    """Does anything, at random, with sequences that a batch holds and with others.
+
+    Args:
+        seed: Of what is done, and of the cache's sizes.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        page_size, layers = self.random.choice([1, 3, 4, 16]), self.random.choice([1, 2])
+        super().__init__(new_cache(self.random.randint(8, 40), page_size, layers))
+        self.batch = self.cache.batch(ROWS, ROOM)
+        self.done: Counter[str] = Counter()
+        self._operations = [name for name in dir(self) if name.startswith("do_")]
+
+    def step(self) -> None:
+        """Do something, and look at what it concerned."""
+        name = self.random.choice(self._operations)
+        self.done[name] += 1
+        self.check(*getattr(self, name)())
+
+    def close(self) -> None:
+        """All sequences hold what they should; without them, all pages are free."""
+        self.check()
+        self.batch.check()
+        self.batch.assign([])
+        self.cache.free(self.cache.sequences)
+        assert self.cache.free_pages == self.cache.num_pages
+
+    def some(self) -> list[int]:
+        """A few sequences that may be changed, in any order."""
+        there = [s for s in self.held if s not in self.batch.sequences]
+        return self.random.sample(there, min(len(there), self.random.randint(0, 4)))
+
+    def one(self) -> list[int]:
+        """A sequence that may be changed, if there is one."""
+        return self.some()[:1]
+
+    def succeeds(
+        self, sequences: Sequence[int], tokens: Sequence[int], call: Callable[[], object]
+    ) -> bool:
+        """Whether there were the pages for a call; if not, it must say so and change nothing."""
+        wanted, free = self.wanted(sequences, tokens), self.cache.free_pages
+        assert self.cache.pages_needed(sequences, tokens) == wanted
+        if wanted <= free:
+            call()
+            return True
+        before = State(self.cache, bits=False)
+        with pytest.raises(OutOfPagesError) as raised:
+            call()
+        error = raised.value
+        assert (error.asked, error.free, error.missing) == (wanted, free, wanted - free)
+        assert State(self.cache, bits=False) == before
+        self.done["out of pages"] += 1
+        return False
+
+    def do_allocate(self) -> list[int]:
+        if len(self.held) > 12:
+            return []
+        sequence = self.allocate()
+        return [sequence]
+
+    def do_prompt(self) -> list[int]:
+        sequences = self.one()
+        tokens = self.new(self.random.randint(0, 3 * self.cache.page_size))
+        for sequence in sequences:
+            call = partial(self.cache.prefill, sequence, *self.all_rows(tokens))
+            if self.succeeds([sequence], [len(tokens)], call):
+                self.held[sequence] += tokens
+        return sequences
+
+    def do_append(self) -> list[int]:
+        sequences = self.some()
+        tokens = self.new(len(sequences))
+        call = partial(self.cache.append, sequences, *self.all_rows(tokens))
+        if self.succeeds(sequences, [1] * len(sequences), call):
+            self.add(sequences, tokens)
+        return sequences
+
+    def do_prompts(self) -> list[int]:
+        """Several at once, layer by layer."""
+        sequences = self.some() or [self.allocate()]
+        counts = [self.random.randint(0, 2 * self.cache.page_size) for _ in sequences]
+        tokens = self.new(sum(counts))
+
+        def call() -> None:
+            with self.cache.step(sequences, counts) as step:
+                for layer in self.layers:
+                    step.append(layer, *self.rows(tokens, layer))
+
+        if self.succeeds(sequences, counts, call):
+            for sequence, count in zip(sequences, counts, strict=True):
+                self.held[sequence] += tokens[:count]
+                del tokens[:count]
+        return sequences
+
+    def do_decode(self) -> list[int]:
+        """A step that is finished, or left by an error, or lacks a layer."""
+        sequences = self.some() or [self.allocate()]
+        tokens = self.new(len(sequences))
+        end = self.random.choice(["finished", "finished", "error", "layer"])
+        layers = [*self.layers][: len(self.layers) - (end == "layer")]
+
+        def call() -> None:
+            with self.cache.step(sequences) as step:
+                for layer in layers:
+                    k, v = self.rows(tokens, layer)
+                    step.decode(layer, k.expand(-1, GROUP, -1), k, v)
+                if end == "error":
+                    raise Broken
+
+        if end == "finished":
+            if self.succeeds(sequences, [1] * len(sequences), call):
+                self.add(sequences, tokens)
+        else:
+            lengths = {s: self.cache.length(s) for s in self.held}
+            with pytest.raises((Broken, InputError)):  # OutOfPagesError is one of them
+                call()
+            assert {s: self.cache.length(s) for s in self.held} == lengths
+        return sequences
+
+    def do_fork(self) -> list[int]:
+        parents = self.one() if len(self.held) < 12 else []
+        children = []
+        for parent in parents:
+            most = len(self.held[parent])
+            tokens = self.random.choice([None, self.random.randint(0, most)])
+            children.append(self.fork(parent, tokens))
+        return parents + children
+
+    def do_truncate(self) -> list[int]:
+        sequences = self.one()
+        for sequence in sequences:
+            most = self.random.randint(0, len(self.held[sequence]) + 2)
+            self.cache.truncate(sequence, most)
+            del self.held[sequence][most:]
+            size = self.cache.page_size
+            assert len(self.cache.pages(sequence)) == -(-len(self.held[sequence]) // size)
+        return sequences
+
+    def do_reorder(self) -> list[int]:
+        sequences, free = self.some(), self.cache.free_pages
+        indices = [self.random.randint(-1, len(sequences) - 1) for _ in sequences]
+        self.cache.reorder(sequences, indices)
+        after = [list(self.held[sequences[i]]) if i >= 0 else [] for i in indices]
+        self.held.update(zip(sequences, after, strict=True))
+        assert self.cache.free_pages >= free
+        return sequences
+
+    def do_reserve(self) -> list[int]:
+        sequences = self.some()
+        tokens = [self.random.randint(0, 2 * self.cache.page_size) for _ in sequences]
+        if self.succeeds(sequences, tokens, partial(self.cache.reserve, sequences, tokens)):
+            assert not self.cache.pages_needed(sequences, tokens)
+        return sequences
+
+    def do_free(self) -> list[int]:
+        sequences = self.some()
+        self.cache.free(sequences)
+        for sequence in sequences:
+            del self.held[sequence]
+            with pytest.raises(InputError, match=f"got {sequence}, which was freed"):
+                self.cache.free(sequence)
+        return []
+
+    def do_assign(self) -> list[int]:
+        sequences = [s for s in (*self.some(), *self.batch.sequences) if self.random.random() < 0.7]
+        steps = self.random.randint(0, 4)
+        if len(sequences) <= ROWS and all(len(self.held[s]) + steps <= ROOM for s in sequences):
+            call = partial(self.batch.assign, sequences, steps)
+            self.succeeds(sequences, [steps] * len(sequences), call)
+        return list(self.batch.sequences)
+
+    def do_run(self) -> list[int]:
+        """As many steps as there are pages for, by replays or not; and no more."""
+        sequences, rows = self.batch.sequences, ROWS
+        if not sequences:
+            return []
+        tokens = self.new(rows)
+
+        def forward() -> None:
+            with self.batch.step() as step:
+                for layer in self.layers:
+                    k, v = self.rows(tokens, layer)
+                    q = torch.zeros(rows, GROUP * HEADS, DIM, dtype=F16)
+                    step.decode(layer, q, k, v)
+
+        way = self.random.choice([forward, lambda: self.batch.run(forward)])
+        if self.batch.steps_left:
+            way()
+            self.add(sequences, tokens[: len(sequences)])
+        else:
+            before = State(self.cache)
+            with pytest.raises(InputError, match="1 with pages for 0 more"):
+                way()
+            assert State(self.cache) == before
+        self.batch.check()
+        return list(sequences)
+
+    def do_change_what_the_batch_holds(self) -> list[int]:
+        for sequence in self.batch.sequences[:1]:
+            append = partial(self.cache.append, [sequence], *self.all_rows(self.new(1)))
+            free, fork = (partial(c, sequence) for c in (self.cache.free, self.cache.fork))
+            for call in (append, free, fork):
+                with pytest.raises(InputError, match=f"got {sequence}, which a batch holds"):
+                    call()
+        return list(self.batch.sequences)
+
+
+def walk(seed: int, operations: int) -> Counter[str]:
+    """Do so many, on several caches one after the other; returns how many of which."""
+    done: Counter[str] = Counter()
+    with mock.patch.object(step_module, "gqa_decode", appending):
+        for start in range(0, operations, 1000):
+            one = Walk(seed + start)
+            for _ in range(min(1000, operations - start)):
+                one.step()
+            one.close()
+            done += one.done
+    return done
+
+
+def main() -> int:
+    """Walk, and print what was done."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--operations", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    done = walk(given.seed, given.operations)
+    print(f"{given.operations} operations, nothing lost: {dict(done)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
