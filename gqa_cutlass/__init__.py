@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from gqa_cutlass.cache.paged import (
         PageAllocator,
         PagedKVCache,
+        block_table_from_indptr,
+        block_table_to_indptr,
     )
     from gqa_cutlass.call.plan import Plan
     from gqa_cutlass.decode_config import GQADecodeConfig, gqa_attention_decode
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "GQADecodeConfig": "decode_config",
+    "block_table_from_indptr": "cache.paged.indptr",
+    "block_table_to_indptr": "cache.paged.indptr",
     "check_overflow": "api",
     "explain": "ahead",
     "gqa_attention_decode": "decode_config",
@@ -62,6 +66,8 @@ __all__ = [  # noqa: F822 - provided by __getattr__
     "PageAllocator",
     "PagedKVCache",
     "Plan",
+    "block_table_from_indptr",
+    "block_table_to_indptr",
     "check_overflow",
     "explain",
     "flash_attn_with_kvcache",
