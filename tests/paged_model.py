@@ -119,8 +119,14 @@ class Told:
         self.check_pages()
 
     def check_pages(self) -> None:
-        """Pages are held by as many as have them, and all others are free."""
+        """Pages are held by as many as have them, and all others are free.
+
+        Those ahead of a sequence's tokens are its own.
+        """
         pages, holders = self.cache._storage.pages, self.holders()
+        for sequence, tokens in self.held.items():
+            ahead = self.cache.pages(sequence)[-(-len(tokens) // self.cache.page_size) :]
+            assert [holders[page] for page in ahead] == [1] * len(ahead)
         assert [pages.holders(page) for page in range(pages.num_pages)] == [
             holders[page] for page in range(pages.num_pages)
         ]

@@ -8,7 +8,7 @@ import pytest
 from modes import Fault, Memory
 from paged_model import GROUP, Told, appending, new_cache
 
-from gqa_cutlass import CacheAllocationError
+from gqa_cutlass import CacheAllocationError, InputError
 from gqa_cutlass.cache.paged import step as step_module
 
 
@@ -70,6 +70,11 @@ class Trial(Told):
         }
         self.held = {s: list(tokens) for s, tokens in self.before.items()}
         self.check()
+        try:
+            self.batch.check()
+        except InputError:  # the device is ahead, and so there is no step
+            with pytest.raises(InputError, match="an error left in the middle of a step"):
+                self.batch.run(lambda: None)
         self.batch.assign(self.batched, 1)
         operation(self)
         self.check(), self.batch.check()
