@@ -6,7 +6,7 @@ from typing import assert_type
 
 from torch import Tensor
 
-from gqa_cutlass import KVCache, Plan, gqa_decode, plan
+from gqa_cutlass import KVCache, PagedKVCache, Plan, gqa_decode, plan
 
 Pair = tuple[Tensor, Tensor]
 
@@ -30,6 +30,20 @@ def caches(cache: KVCache, q: Tensor, k: Tensor, v: Tensor, either: bool) -> Non
     assert_type(cache.decode(q, k, v, num_splits=2, softcap=50), Tensor)
     assert_type(cache.decode(q, return_lse=True), Pair)
     assert_type(cache.decode(q, return_lse=either), Tensor | Pair)
+
+
+def pages(cache: PagedKVCache, q: Tensor, k: Tensor, v: Tensor, either: bool) -> None:
+    """As the calls, in steps and in batches of captured steps too."""
+    sequence = cache.fork(cache.allocate())
+    cache.decode([sequence], q, k, v).flatten(1)
+    assert_type(cache.decode((sequence,), q, return_lse=True, sinks=q), Pair)
+    with cache.step([sequence]) as step:
+        assert_type(step.decode(0, q, k, v, softcap=50), Tensor)
+        assert_type(step.decode(0, q, return_lse=either), Tensor | Pair)
+    batch = cache.batch(8, 4096)
+    with batch.step() as step_of_batch:
+        assert_type(step_of_batch.decode(0, q, k, v, return_lse=True), Pair)
+    assert_type(batch.run(lambda: 3), int)
 
 
 def plans(q: Tensor, cache: Tensor, token: Tensor, either: bool) -> None:

@@ -38,13 +38,11 @@ class Growth:
 
     Args:
         held: The sequence.
-        num_pages: How many it has so far.
         copied: Its last page, to be copied and given up because others hold it; None for none.
         taken: The copy, if there is one, and then the pages behind what it has.
     """
 
     held: Held
-    num_pages: int
     copied: int | None
     taken: tuple[int, ...]
 
@@ -177,11 +175,11 @@ class Sequences:
         return [
             Growth(
                 held=held,
-                num_pages=len(held.pages),
                 copied=held.pages[held.length // self.page_size] if copies else None,
                 taken=tuple(islice(taken, count)),
             )
             for held, (copies, count) in zip(given, wanted, strict=True)
+            if count
         ]
 
     def give(self, growth: Sequence[Growth]) -> None:
@@ -226,8 +224,9 @@ class Sequences:
                 got = f"{held.length} tokens and {count} more"
                 refuse(call, "sequence", got, f"up to {MAX_SEQ_LEN} tokens")
             copies = False
-            if count and held.length % self.page_size:
-                last = held.pages[held.length // self.page_size]
+            page, filled = divmod(held.length, self.page_size)
+            if count and filled:
+                last = held.pages[page]
                 copies = self.pages.holders(last) - given_up[last] > 1
                 given_up[last] += copies
             behind = max(0, self.pages_of(held.length + count) - len(held.pages))
