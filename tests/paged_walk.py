@@ -1,8 +1,9 @@
 """Random operations on a paged cache, each compared with a dictionary of what it should hold.
 
-CI takes a few hundred; more by hand, without a kernel, all of them in one process:
+CI takes a few hundred. More by hand, without a kernel, or with it on a GPU:
 
     python tests/paged_walk.py --operations 100000
+    python tests/paged_walk.py --operations 10000 --device cuda
 """
 
 from __future__ import annotations
@@ -16,10 +17,9 @@ from functools import partial
 from unittest import mock
 
 import pytest
-import torch
-from paged_model import DIM, F16, GROUP, HEADS, State, Told, appending, new_cache
+from paged_model import GROUP, State, Told, appending, new_cache
 
-from gqa_cutlass import InputError, OutOfPagesError
+from gqa_cutlass import InputError, OutOfPagesError, gqa_decode
 from gqa_cutlass.cache.paged import step as step_module
 
 ROWS, ROOM = 3, 40  # of the batch
@@ -34,12 +34,13 @@ class Walk(Told):
 
     Args:
         seed: Of what is done, and of the cache's sizes.
+        device: Of the cache.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, device: str = "cpu") -> None:
         self.random = random.Random(seed)
         page_size, layers = self.random.choice([1, 3, 4, 16]), self.random.choice([1, 2])
-        super().__init__(new_cache(self.random.randint(8, 40), page_size, layers))
+        super().__init__(new_cache(self.random.randint(8, 40), page_size, layers, device))
         self.batch = self.cache.batch(ROWS, ROOM)
         self.done: Counter[str] = Counter()
         self._operations = [name for name in dir(self) if name.startswith("do_")]
@@ -213,8 +214,7 @@ class Walk(Told):
             with self.batch.step() as step:
                 for layer in self.layers:
                     k, v = self.rows(tokens, layer)
-                    q = torch.zeros(rows, GROUP * HEADS, DIM, dtype=F16)
-                    step.decode(layer, q, k, v)
+                    step.decode(layer, k.expand(-1, GROUP, -1), k, v)
 
         way = self.random.choice([forward, lambda: self.batch.run(forward)])
         if self.batch.steps_left:
@@ -238,12 +238,16 @@ class Walk(Told):
         return list(self.batch.sequences)
 
 
-def walk(seed: int, operations: int) -> Counter[str]:
-    """Do so many, on several caches one after the other; returns how many of which."""
+def walk(seed: int, operations: int, device: str = "cpu") -> Counter[str]:
+    """Do so many, on several caches one after the other; returns how many of which.
+
+    On the CPU without a kernel, on a GPU with it.
+    """
     done: Counter[str] = Counter()
-    with mock.patch.object(step_module, "gqa_decode", appending):
+    decode = appending if device == "cpu" else gqa_decode
+    with mock.patch.object(step_module, "gqa_decode", decode):
         for start in range(0, operations, 1000):
-            one = Walk(seed + start)
+            one = Walk(seed + start, device)
             for _ in range(min(1000, operations - start)):
                 one.step()
             one.close()
@@ -256,8 +260,9 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--operations", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="cuda: with the kernel")
     given = parser.parse_args()
-    done = walk(given.seed, given.operations)
+    done = walk(given.seed, given.operations, given.device)
     print(f"{given.operations} operations, nothing lost: {dict(done)}")
     return 0
 

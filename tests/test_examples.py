@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -22,6 +23,7 @@ def example(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"example_{name}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for it
     spec.loader.exec_module(module)
     return module
 
@@ -56,6 +58,15 @@ def test_transformers_generate() -> None:
 
 def test_shared_prefix() -> None:
     assert example("shared_prefix").main() < 2e-3
+
+
+def test_continuous_batching(capsys: pytest.CaptureFixture[str]) -> None:
+    """Requests wait for pages, and all of them get what they get alone."""
+    module = example("continuous_batching")
+    assert module.main() < 1e-2
+    served, free = capsys.readouterr().out.splitlines()[-2:]
+    assert served.startswith(f"{module.REQUESTS} requests served, ") and " 0 times" not in served
+    assert free.startswith(f"{module.PAGES} of {module.PAGES} pages are free")
 
 
 def test_offline_bundle() -> None:

@@ -64,9 +64,9 @@ def test_repr_names_sizes_and_what_is_free() -> None:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_any_sequence_of_operations_keeps_the_tokens(seed: int) -> None:
+def test_any_sequence_of_operations_keeps_the_tokens(seed: int, device: str) -> None:
     """`python tests/paged_walk.py --operations 100000` does more of them."""
-    done = walk(seed, 250)
+    done = walk(seed, 250, device)
     assert min(done.values()) > 0 and done["out of pages"] > 0
 
 
