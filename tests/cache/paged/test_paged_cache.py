@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from executors import Notes
 from paged_model import (
     DIM,
     F16,
@@ -20,7 +21,7 @@ from paged_model import (
 )
 from paged_walk import walk
 
-from gqa_cutlass import InputError, OutOfPagesError, PagedKVCache
+from gqa_cutlass import InputError, OutOfPagesError, PagedKVCache, api
 from gqa_cutlass.cache.paged import step as step_module
 
 
@@ -194,6 +195,25 @@ def test_a_step_counts_once_for_all_layers(instant_decode: None) -> None:
             assert told.cache.length(sequences[0]) == 4
     told.add(sequences, tokens)
     told.check()
+
+
+def test_steps_have_a_plan_for_every_power_of_two_of_pages(
+    notes: Notes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No other call looks for one."""
+    found: list[object] = []
+    find = api._PLANS.find
+    monkeypatch.setattr(api._PLANS, "find", lambda *a, **o: (found.append(a), find(*a, **o))[1])
+    cache = new_cache(32, 4, layers=2)
+    sequences = [cache.allocate(), cache.allocate()]
+    q = torch.zeros(2, HEADS * GROUP, DIM, dtype=F16)
+    k, v = torch.zeros(2, 2, HEADS, DIM, dtype=F16)
+    for _ in range(20):
+        with cache.step(sequences) as step:
+            for layer in range(2):
+                step.decode(layer, q, k, v, out=torch.empty_like(q))
+    assert len(notes.launches) == 40
+    assert len(found) == len(notes.loaded) == 4, "1, 2, 4 and 8 pages"
 
 
 def test_what_a_layer_attends_to_includes_the_token_that_it_has(
