@@ -108,6 +108,15 @@ static void check(gqa_status status) {
 static void steps(void) {
   size_t bytes;
   older_launch told = {sizeof told, NULL};
+  GQADecodeConfig strided = plain;
+  strided.q_head_stride = 72;
+  strided.q_batch_stride = 72 * 8;
+  strided.kv_cache_k_token_stride = strided.kv_cache_v_token_stride = 64;
+  strided.kv_cache_k_head_stride = strided.kv_cache_v_head_stride = 64 * 30;
+  strided.lse = address(9, 0);
+  strided.equal_lengths = strided.dependent = 1;
+  check(step(&strided, 0, 0));
+  check(step(&strided, 0, 1));
   check(step(&clusters, 0, 0));
   check(step(&clusters, 8, 0));
   check(step(&clusters, 0, 1));
