@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bench.data import Data, check
+from bench.pages import PagedData, check_paged
 from bench.points import Point
 from bench.record import Featured
 from bench.timing import Graph, interleaved
@@ -49,6 +50,7 @@ class Case:
         plain: What the step without the feature attends; None: the same.
         most: Target: what the feature may cost, as a multiple of the plain step.
         more: Target: microseconds that it may cost besides.
+        page_size: Tokens of a page, where the caches of the step with the feature are in pages.
     """
 
     feature: str
@@ -57,6 +59,7 @@ class Case:
     plain: Point | None = None
     most: float = 1.0
     more: float = 0.0
+    page_size: int | None = None
 
     @property
     def points(self) -> tuple[Point, Point]:
@@ -72,6 +75,14 @@ def _heads(data: Data) -> Tensor:
 _SHAPES = (
     Point("llama3-8b", 32, 8, 128, 1, 16384),
     Point("llama3-8b", 32, 8, 128, 8, 8192),
+    Point("gemma2-9b", 16, 8, 256, 16, 4096),
+    Point("gpt-oss", 64, 8, 64, 64, 2048),
+)
+_PAGED = (
+    Point("llama3-8b", 32, 8, 128, 1, 1024),
+    Point("llama3-8b", 32, 8, 128, 1, 16384),
+    Point("llama3-8b", 32, 8, 128, 8, 8192),
+    Point("llama3-8b", 32, 8, 128, 64, 1024),
     Point("gemma2-9b", 16, 8, 256, 16, 4096),
     Point("gpt-oss", 64, 8, 64, 64, 2048),
 )
@@ -96,6 +107,18 @@ CASES = (
         )
         for batch, room, window in ((1, 131072, 1024), (8, 32768, 1024), (1, 131072, 4096))
     ),
+    *(
+        Case(
+            feature=f"pages of {page_size}",
+            point=point,
+            options=lambda data: {},
+            page_size=page_size,
+            most=1.1 if page_size == 1 else 1.02,
+            more=0.2 if page_size > 1 and point.read_bytes < 32 << 20 else 0.0,
+        )
+        for point in _PAGED
+        for page_size in (1, 16, 64, 256)
+    ),
     Case(
         feature="window of 128, sinks (gpt-oss)",
         point=Windowed("gpt-oss", 64, 8, 64, 16, 16384, 128),
@@ -116,10 +139,15 @@ CASES = (
 
 def measure_feature(case: Case, pool: Tensor) -> Featured:
     """Check and time one feature beside the plain step."""
-    data = Data(case.point, pool)
-    options = case.options(data)
-    plan = data.plan(**options)  # which keeps the tensors among them
-    _, error = check(plan, data, **options)
+    if case.page_size is None:
+        data = Data(case.point, pool)
+        options = case.options(data)
+        plan = data.plan(**options)  # which keeps the tensors among them
+        _, error = check(plan, data, **options)
+    else:
+        data = paged = PagedData(case.point, pool, case.page_size)
+        plan = paged.plan(block_table=paged.table, **case.options(data))
+        _, error = check_paged(plan, paged)
     plain_data = Data(case.points[1], pool)
     plain_plan = plain_data.plan()
     check(plain_plan, plain_data)
