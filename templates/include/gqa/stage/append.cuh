@@ -14,8 +14,8 @@ struct NewToken {
   typename CacheOf<T>::NewRow row;  // where it goes
 
   CUTE_DEVICE void load(Params const& p, Work<T> const& w) {
-    row.find(p, w);
     NewTokenOf<T>::load(p, w, key, value);
+    row.find(p, w);  // behind it, for it may wait for what it reads
   }
 
   // Writes it to the cache, for which one warp per KV head calls. What this launch reads of these
