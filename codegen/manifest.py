@@ -68,6 +68,7 @@ def merge_entry(config: MergeConfig) -> dict[str, object]:
         "dtype": TAGS[config.dtype],
         "out_dtype": TAGS[config.out_dtype],
         "vec_width": config.vec_width,
+        "parts_at_once": config.parts_at_once,
         "threads": config.num_threads,
         "source_digest": source_digest(config),
     }

@@ -9,7 +9,7 @@ from itertools import product
 from typing import TypeVar
 
 from gqa_cutlass.codegen.config import KernelConfig, check_head_dim
-from gqa_cutlass.codegen.merge import Kernel, MergeConfig, widest
+from gqa_cutlass.codegen.merge import PARTS_AT_ONCE, Kernel, MergeConfig, widest
 from gqa_cutlass.codegen.models import MODELS, Model
 from gqa_cutlass.codegen.schema.kinds import DType, Math, Schedule
 from gqa_cutlass.codegen.schema.launch import NumberType
@@ -164,12 +164,13 @@ _MERGES = (
 def merges() -> tuple[MergeConfig, ...]:
     """Every kernel that merges and that the package carries as source.
 
-    Each is there for rows aligned to 16 bytes, and for any others.
+    Each is there for rows aligned to 16 bytes, and for any others; for few parts, and for many.
     """
     return tuple(
-        MergeConfig(dtype=dtype, out_dtype=out, vec_width=width)
+        MergeConfig(dtype=dtype, out_dtype=out, vec_width=width, parts_at_once=parts)
         for dtype, out in _MERGES
         for width in (widest(dtype), 1)
+        for parts in PARTS_AT_ONCE
     )
 
 

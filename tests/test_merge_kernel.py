@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -145,6 +145,7 @@ class Planted:
     old: str
     new: str
     fault: str = ""
+    num_parts: int = 20
 
 
 BUGS = (
@@ -159,6 +160,7 @@ BUGS = (
         old="has_two ? p.row_threads.number : 0",
         new="p.row_threads.number",
         fault="outside|race",
+        num_parts=4,  # of more, a thread has one vector
     ),
     Planted(
         name="empty parts counted",
@@ -191,29 +193,33 @@ BUGS = (
         new="log2f(sum)",
     ),
 )
-BUGGY = MergeConfig(dtype=NumberType.FLOAT32, out_dtype=NumberType.FLOAT32, vec_width=4)
+BUGGY = MergeConfig(
+    dtype=NumberType.FLOAT32, out_dtype=NumberType.FLOAT32, vec_width=4, parts_at_once=4
+)
 
 
-def share_with(monkeypatch: pytest.MonkeyPatch, bug: Planted | None) -> float:
+def share_with(monkeypatch: pytest.MonkeyPatch, bug: Planted | None, num_parts: int) -> float:
     """Merge in ptxsim what shows all of the bugs; returns the error over what is allowed."""
     change = (HEADER, bug.old, bug.new) if bug else ()
     monkeypatch.setattr(cpu, "program_of", lambda config: program(config, *change))
-    outs, lses = parts(20, 2, 3, 3, 20)
-    lses[:, 0, 1] = torch.linspace(-40, 40, 20).unsqueeze(-1)
+    outs, lses = parts(num_parts, 2, 3, 3, 20)
+    lses[:, 0, 1] = torch.linspace(-40, 40, num_parts).unsqueeze(-1)
     outs[1, 1], lses[1, 1] = math.nan, -math.inf
     return worst_share(merged_by_kernel("cpu", outs, lses), outs.nan_to_num(), lses)
 
 
-@pytest.mark.parametrize(
-    "bug", [None, *(pytest.param(b, id=b.name.replace(" ", "-")) for b in BUGS)]
-)
-def test_ptxsim_finds_planted_bugs(bug: Planted | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    if bug is not None and bug.fault:
+@pytest.mark.parametrize("num_parts", sorted({bug.num_parts for bug in BUGS}))
+def test_the_kernels_as_they_are_pass(num_parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert share_with(monkeypatch, None, num_parts) <= 1
+
+
+@pytest.mark.parametrize("bug", [pytest.param(b, id=b.name.replace(" ", "-")) for b in BUGS])
+def test_ptxsim_finds_planted_bugs(bug: Planted, monkeypatch: pytest.MonkeyPatch) -> None:
+    if bug.fault:
         with pytest.raises(KernelFault, match=bug.fault):
-            share_with(monkeypatch, bug)
+            share_with(monkeypatch, bug, bug.num_parts)
     else:
-        share = share_with(monkeypatch, bug)
-        assert not share <= 1 if bug else share <= 1
+        assert not share_with(monkeypatch, bug, bug.num_parts) <= 1
 
 
 def test_every_bug_has_its_place_in_the_source() -> None:
@@ -310,7 +316,9 @@ def test_the_operator_is_what_torch_expects() -> None:
     torch.library.opcheck(operator, (list(outs), list(lses), torch.float32))
 
 
-UNUSUAL = MergeConfig(dtype=NumberType.FLOAT16, out_dtype=NumberType.BFLOAT16, vec_width=2)
+UNUSUAL = MergeConfig(
+    dtype=NumberType.FLOAT16, out_dtype=NumberType.BFLOAT16, vec_width=2, parts_at_once=4
+)
 
 
 @ON
@@ -374,7 +382,9 @@ def test_names_are_parsed_back() -> None:
     with pytest.raises(ConfigError, match="MergeConfig: name: got 'gqa_merge_x'; allowed: names"):
         MergeConfig.from_name("gqa_merge_x")
     with pytest.raises(ConfigError, match=r"vec_width: got 8; allowed: one of \[1, 2, 4\] with"):
-        MergeConfig(dtype=NumberType.FLOAT32, out_dtype=NumberType.FLOAT16, vec_width=8)
+        replace(BUGGY, vec_width=8)
+    with pytest.raises(ConfigError, match=r"parts_at_once: got 2; allowed: one of \[4, 8\]"):
+        replace(BUGGY, parts_at_once=2)
 
 
 @pytest.mark.parametrize(("arch", "config"), diagonal(["sm_90a", "sm_100a"], merges()[::5]))
@@ -391,20 +401,23 @@ def test_every_kernel_compiles_without_spills(arch: str, config: MergeConfig) ->
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", by_name(merges()))
-def test_a_gpu_merges_by_every_kernel(config: MergeConfig, record: Record) -> None:
+def test_a_gpu_merges_by_every_kernel(
+    config: MergeConfig, record: Record, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "gqa_cutlass")
     shares = []
-    for number, shape in (
-        (1, (3, 5, 64)),
-        (2, (64, 32, 128)),
-        (8, (7, 4, 9, 80)),
-        (33, (5, 3, 40)),
-    ):
+    shapes = (3, 5, 64), (64, 32, 128), (7, 4, 9, 80), (5, 3, 40)
+    numbers = (1, 2, 3, 4) if config.parts_at_once == 4 else (5, 8, 16, 33)
+    for number, shape in zip(numbers, shapes, strict=True):
         outs, lses = parts(number, *shape, dtype=TYPES[config.dtype])
         lses[0, 0] = lses[:, -1, 0] = -math.inf
         given = outs if config.vec_width > 1 else shifted(outs, 1)
         found = merged_by_kernel("cuda", given, lses, out_dtype=TYPES[config.out_dtype])
         shares.append(worst_share(found, outs, lses))
     assert max(shares) <= 1
+    lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("merge ")]
+    assert len(lines) == len(shapes)
+    assert all(f" kernel={config.name} " in line for line in lines)
     record.add(config, len(shares), max(shares))
 
 

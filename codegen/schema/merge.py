@@ -41,7 +41,6 @@ def divisor(number: int) -> Divisor:
 
 
 _DIVISOR = Type(cpp=DIVISOR.cpp, c=DIVISOR.c, ctype=Divisor)
-VECTORS_PER_THREAD = 2
 MAX_PARTS = 16  # that may lie anywhere; more lie as far apart as the first of them
 
 _FIELDS = tuple(
@@ -49,7 +48,7 @@ _FIELDS = tuple(
     for name, kind, doc in (
         ("num_threads", UINT32, ""),
         ("row_vectors", UINT32, "of one head and token"),
-        ("row_threads", _DIVISOR, "which have two of them each, or the last one"),
+        ("row_threads", _DIVISOR, "which have one or two of them each"),
         ("num_heads", _DIVISOR, ""),
         ("num_tokens", _DIVISOR, ""),
         ("num_parts", INT32, ""),

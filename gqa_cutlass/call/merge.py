@@ -15,9 +15,9 @@ from torch import Tensor
 from gqa_cutlass.call.given import is_plain
 from gqa_cutlass.call.layout import NUMBER_TYPES
 from gqa_cutlass.call.record import LOG
-from gqa_cutlass.codegen.merge import MergeConfig, widest
+from gqa_cutlass.codegen.merge import PARTS_AT_ONCE, MergeConfig, widest
 from gqa_cutlass.codegen.schema.launch import LaunchShape
-from gqa_cutlass.codegen.schema.merge import MAX_PARTS, VECTORS_PER_THREAD, MergeParams, divisor
+from gqa_cutlass.codegen.schema.merge import MAX_PARTS, MergeParams, divisor
 from gqa_cutlass.codegen.schema.rounding import ceil_div
 from gqa_cutlass.gpu.torch_private import is_watching
 from gqa_cutlass.tensors import memory_flaw
@@ -180,14 +180,20 @@ def _settle(outs: _Layout, lses: _Layout, out_dtype: torch.dtype, num_parts: int
     if not rows * dim or dim > 1 and outs.strides[-1] != 1:
         return None
     vec_width = _vec_width(outs)
-    row_vectors = dim // max(1, vec_width)
-    row_threads = ceil_div(row_vectors, VECTORS_PER_THREAD)
-    num_threads = rows * row_threads
-    if not vec_width or lses.alignment < lses.dtype.itemsize or num_threads > _MOST_THREADS:
+    if not vec_width or lses.alignment < lses.dtype.itemsize:
         return None
+    few, many = PARTS_AT_ONCE
     config = MergeConfig(
-        dtype=NUMBER_TYPES[outs.dtype], out_dtype=NUMBER_TYPES[out_dtype], vec_width=vec_width
+        dtype=NUMBER_TYPES[outs.dtype],
+        out_dtype=NUMBER_TYPES[out_dtype],
+        vec_width=vec_width,
+        parts_at_once=few if num_parts <= few else many,
     )
+    row_vectors = dim // vec_width
+    row_threads = ceil_div(row_vectors, config.vectors)
+    num_threads = rows * row_threads
+    if num_threads > _MOST_THREADS:
+        return None
     argument = MergeParams(
         num_threads=num_threads,
         row_vectors=row_vectors,

@@ -17,7 +17,7 @@ struct Divisor {
 struct MergeParams {
   uint32_t num_threads;
   uint32_t row_vectors;  // of one head and token
-  Divisor row_threads;   // which have two of them each, or the last one
+  Divisor row_threads;   // which have one or two of them each
   Divisor num_heads;
   Divisor num_tokens;
   int32_t num_parts;

@@ -2,10 +2,10 @@
 //   l = log(sum of exp(l_i)), o = sum of exp(l_i - l) o_i
 // (Rabe and Staats, arXiv:2112.05682, section 2; the largest l_i is taken out of the sums).
 //
-// A thread has two vectors of kVecWidth elements, of one head and token: its share of either half
-// of the row, so that neighbours read what lies together. What does not depend on the elements is
-// done once for both. The first parts are asked for together with their log-sum-exps, which all
-// threads of a row read.
+// A thread has one or two vectors of kVecWidth elements, of one head and token: of two, its share of
+// either half of the row, so that neighbours read what lies together. What does not depend on the
+// elements is done once for both. The first parts are asked for together with their log-sum-exps,
+// which all threads of a row read.
 #pragma once
 
 #include <cuda/std/limits>
@@ -34,19 +34,16 @@ CUTE_DEVICE uint32_t quotient(uint32_t dividend, Divisor const& by) {
 
 // Which vectors of a row a thread has: one, and one so many behind it, or twice the same.
 struct Share {
-  static constexpr int kVectors = 2;
-
   uint32_t first, distance;
 };
 
 // What a thread reads: its vectors of some parts that follow each other.
 template <class V>
 struct Batch {
-  static constexpr int kParts = 4;
   using Vector = Access<V::kVecWidth* int(sizeof(typename V::Element))>;
 
-  float lse[kParts];
-  Vector out[kParts][Share::kVectors];
+  float lse[V::kParts];
+  Vector out[V::kParts][V::kVectors];
 };
 
 // One head and token of all parts.
@@ -67,11 +64,11 @@ class Parts {
   CUTE_DEVICE Batch<V> load(int first) const {
     Batch<V> batch;
     CUTE_UNROLL
-    for (int i = 0; i < Batch<V>::kParts; ++i) {
+    for (int i = 0; i < V::kParts; ++i) {
       batch.lse[i] = lse(first + i);
       auto const* source = out(first + i);
       CUTE_UNROLL
-      for (int j = 0; j < Share::kVectors; ++j) {
+      for (int j = 0; j < V::kVectors; ++j) {
         if (first + i < p_.num_parts) batch.out[i][j] = __ldcg(source + j * share_.distance);
       }
     }
@@ -123,18 +120,18 @@ struct ExpSum {
 // The merged vectors of one thread.
 template <class V>
 struct MergedVectors {
-  cutlass::Array<float, V::kVecWidth> values[Share::kVectors] = {};
+  cutlass::Array<float, V::kVecWidth> values[V::kVectors] = {};
 
   // What empty parts hold does not count, whatever it is.
   CUTE_DEVICE void add(Batch<V> const& batch, ExpSum const& all, float scale) {
     using Elements = cutlass::Array<typename V::Element, V::kVecWidth>;
     cutlass::NumericArrayConverter<float, typename V::Element, V::kVecWidth> const widen;
     CUTE_UNROLL
-    for (int i = 0; i < Batch<V>::kParts; ++i) {
+    for (int i = 0; i < V::kParts; ++i) {
       if (batch.lse[i] == kEmptyPart) continue;
       float const share = all.weight(batch.lse[i]) * scale;
       CUTE_UNROLL
-      for (int j = 0; j < Share::kVectors; ++j) {
+      for (int j = 0; j < V::kVectors; ++j) {
         auto const out = widen(reinterpret_cast<Elements const&>(batch.out[i][j]));
         CUTE_UNROLL
         for (int k = 0; k < V::kVecWidth; ++k) values[j][k] = fmaf(share, out[k], values[j][k]);
@@ -145,7 +142,7 @@ struct MergedVectors {
   // `out` is the row's first element.
   CUTE_DEVICE void write(typename V::Result* out, Share share) const {
     CUTE_UNROLL
-    for (int j = 0; j < Share::kVectors; ++j) {
+    for (int j = 0; j < V::kVectors; ++j) {
       auto const rounded =
           cutlass::NumericArrayConverter<typename V::Result, float, V::kVecWidth>{}(values[j]);
       constexpr int kBytes = cute::min(16, int(sizeof(rounded)));
@@ -168,12 +165,12 @@ CUTE_DEVICE void merge_parts(MergeParams const& p) {
   uint32_t const first = index - row * p.row_threads.number;
   uint32_t const rest = quotient(row, p.num_heads), head = row - rest * p.num_heads.number;
   uint32_t const batch = quotient(rest, p.num_tokens), token = rest - batch * p.num_tokens.number;
-  bool const has_two = first + p.row_threads.number < p.row_vectors;
+  bool const has_two = V::kVectors > 1 && first + p.row_threads.number < p.row_vectors;
   Share const share{first, has_two ? p.row_threads.number : 0};
   Parts<V> const parts(p, batch * p.out_batch + token * p.out_token + head * p.out_head,
                        batch * p.lse_batch + token * p.lse_token + head * p.lse_head, share);
 
-  constexpr int kBatch = Batch<V>::kParts;
+  constexpr int kBatch = V::kParts;
   Batch<V> const read = parts.load(0);
   ExpSum all;
   all.add(read.lse);
