@@ -47,9 +47,9 @@ gpu-test: $(READY) ## Run the GPU tests, write their records in tests/ and the t
 	$(PYTHON) -m pytest -m gpu --gpu-evidence $(ARGS)
 	$(PYTHON) tests/calibration.py
 
-SANITIZED := tests/test_numerics.py tests/test_head_dim_v.py tests/features
+SANITIZED := tests/test_numerics.py tests/test_head_dim_v.py tests/features/test_features_pages.py tests/test_merge_kernel.py
 
-sanitize: $(READY) ## Run the GPU tests of numerics and features under compute-sanitizer
+sanitize: $(READY) ## Run the GPU tests of numerics, pages and merges under compute-sanitizer
 	for tool in memcheck racecheck synccheck; do \
 	  compute-sanitizer --tool $$tool --report-api-errors no --error-exitcode 1 \
 	    $(PYTHON) -m pytest -q -m gpu $(SANITIZED) $(ARGS); done
