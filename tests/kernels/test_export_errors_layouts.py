@@ -11,7 +11,7 @@ from c_refusals import STEP, VALID, far_apart, nothing_happened, sizes_of
 from cases import Step, make_step
 
 from gqa_cutlass.codegen.schema import public
-from gqa_cutlass.codegen.schema.policies import CALL
+from gqa_cutlass.codegen.schema.policies import FEATURES
 
 STRIDES = [f"{name}_{dim}_stride" for name, dims in public.STRIDED.items() for dim in dims]
 # Of two sequences, eight and two heads of 64, caches of 30 tokens.
@@ -167,7 +167,7 @@ def test_what_is_read_may_lie_between_the_rows_of_an_output(library: Library, st
 
 
 LSE_BYTES = 4 * 2 * 8
-READ_BY_FEATURES = {row.name for row in CALL.rows if row.feature}
+READ_BY_FEATURES = {argument.name for policy in FEATURES for argument in policy.arguments}
 
 
 @pytest.mark.parametrize(
