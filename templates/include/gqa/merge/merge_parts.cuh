@@ -2,10 +2,10 @@
 //   l = log(sum of exp(l_i)), o = sum of exp(l_i - l) o_i
 // (Rabe and Staats, arXiv:2112.05682, section 2; the largest l_i is taken out of the sums).
 //
-// A thread has one or two vectors of kVecWidth elements, of one head and token: of two, its share of
-// either half of the row, so that neighbours read what lies together. What does not depend on the
-// elements is done once for both. The first parts are asked for together with their log-sum-exps,
-// which all threads of a row read.
+// A thread has one or two vectors of kVecWidth elements, of one head and token: of two, its share
+// of either half of the row, so that neighbours read what lies together. What does not depend on
+// the elements is done once for both. The first parts are asked for together with their
+// log-sum-exps, which all threads of a row read.
 #pragma once
 
 #include <cuda/std/limits>
