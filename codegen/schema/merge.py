@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
+from gqa_cutlass.codegen.schema.rounding import reciprocal
 from gqa_cutlass.codegen.schema.structs import (
     INT32,
     INT64,
@@ -30,14 +31,8 @@ class Divisor(ctypes.Structure):
 
 
 def divisor(number: int) -> Divisor:
-    """What divides numbers below 2^31 by one from 1 to 2^31, without a division.
-
-    The multiplier is 2^shift / number, rounded up. It has 32 bits, and is off by so little that no
-    such quotient shows it (Granlund and Montgomery, "Division by Invariant Integers using
-    Multiplication", theorem 4.2).
-    """
-    shift = 31 + (number - 1).bit_length()
-    return Divisor(number, -(-(1 << shift) // number), shift)
+    """What divides numbers below 2^31 by one from 1 to 2^31; see `reciprocal`."""
+    return Divisor(number, *reciprocal(number))
 
 
 _DIVISOR = Type(cpp=DIVISOR.cpp, c=DIVISOR.c, ctype=Divisor)

@@ -19,6 +19,7 @@ from gqa_cutlass.call.layout import NUMBER_TYPES
 from gqa_cutlass.codegen.config import KernelConfig
 from gqa_cutlass.codegen.schema.policies import CALL, POLICIES, Policy, special
 from gqa_cutlass.codegen.schema.problem import MAX_SCALE, MAX_SEQ_LEN, MAX_SOFTCAP, MAX_SPLITS
+from gqa_cutlass.codegen.schema.rounding import reciprocal
 from gqa_cutlass.errors import InputError, shown
 
 NO_WINDOW = -1, -1
@@ -334,11 +335,11 @@ def fields_of(asked: Asked, layout: Layout, scale: float) -> dict[str, float]:
 def _pages(table: Seen, pool: Seen) -> dict[str, float]:
     """What the kernel must know of pages; `page_of` in cache_paged.cuh divides by their size."""
     num_pages, page_size = pool.shape[:2]
-    shift = 31 + (page_size - 1).bit_length()
+    magic, shift = reciprocal(page_size)
     return {
         "num_pages": num_pages,
         "block_table_stride": table.strides[0],
         "page_size": page_size,
-        "page_magic": -(-(1 << shift) // page_size),
+        "page_magic": magic,
         "page_shift": shift,
     }
