@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from gqa_cutlass.cache import KVCache
     from gqa_cutlass.cache.paged import (
         PageAllocator,
+        PagedBatch,
         PagedKVCache,
         block_table_from_indptr,
         block_table_to_indptr,
@@ -43,6 +44,7 @@ _HOMES = {
     "warmup": "ahead",
     "KVCache": "cache.kv_cache",
     "PageAllocator": "cache.paged.page_allocator",
+    "PagedBatch": "cache.paged.batch",
     "PagedKVCache": "cache.paged.paged_kv_cache",
     "Plan": "call.plan",
     "CacheAllocationError": "errors",
@@ -64,6 +66,7 @@ __all__ = [  # noqa: F822 - provided by __getattr__
     "KVCache",
     "OutOfPagesError",
     "PageAllocator",
+    "PagedBatch",
     "PagedKVCache",
     "Plan",
     "block_table_from_indptr",

@@ -38,7 +38,7 @@ class PagedBatch:
 
     Attributes:
         batch_size: Rows.
-        sequences: Those of the first rows.
+        sequences: Those of the first rows, in their order.
         steps_left: Steps that there are pages for.
     """
 
@@ -58,6 +58,12 @@ class PagedBatch:
         self._counts_itself = True  # a step that is not captured
         self._settled = True  # host and device know the same
         storage.batches.add(self)
+
+    def __repr__(self) -> str:
+        return (
+            f"PagedBatch(batch_size={self.batch_size}, max_seq_len={self.max_seq_len}, "
+            f"sequences={list(self.sequences)}, steps_left={self.steps_left})"
+        )
 
     @property
     def max_seq_len(self) -> int:
@@ -80,7 +86,7 @@ class PagedBatch:
         Args:
             sequences: Up to batch_size of them; sequences that were assigned before and are not
                 among them are free to be changed again.
-            steps: 0 and more.
+            steps: Steps to take pages for, 0 and more; each adds a token to every sequence.
 
         Raises:
             OutOfPagesError: There are too few. The batch is as it was.
@@ -98,6 +104,9 @@ class PagedBatch:
     def reserve(self, steps: int) -> None:
         """Take the pages for so many steps from now on.
 
+        Args:
+            steps: 0 and more, those that there are pages for already included.
+
         Raises:
             GqaError: As for `assign`. The batch is as it was.
         """
@@ -112,6 +121,10 @@ class PagedBatch:
 
         At the end of the block lengths grow on the device. Captured, that is what every replay
         does; else the host counts the step as well.
+
+        Yields:
+            The step, whose `decode` takes a layer, and q, k and v with a row for each of the
+            batch's rows.
 
         Raises:
             InputError: There are no pages for another step, or a layer got no token. No length was

@@ -53,6 +53,7 @@ def test_rows_without_a_sequence_are_inactive() -> None:
     assert batch.block_table.tolist() == [[0, 1, 3], [-1] * 3, [-1] * 3]
     assert batch.seqlens.tolist() == [6, -1, -1] and stays(batch) == where
     assert (batch.sequences, batch.steps_left) == ((one,), 1)
+    assert repr(batch) == "PagedBatch(batch_size=3, max_seq_len=12, sequences=[0], steps_left=1)"
 
 
 def test_lengths_grow_on_the_device_and_pages_are_taken_ahead() -> None:
