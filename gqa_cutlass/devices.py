@@ -63,7 +63,7 @@ def gpu_index(device: torch.device) -> int:
         raise DeviceError(
             "no usable GPU: torch.cuda.is_available() is False; needed: an NVIDIA GPU of compute "
             "capability 8.0 or newer, its driver, and a torch built with CUDA. Run "
-            "`gqa-cutlass doctor` to see what was found."
+            "`gqa-cutlass doctor` to see what was found, or pass device='cpu' to simulate."
         )
     try:
         index = torch.cuda.current_device() if device.index is None else device.index

@@ -35,10 +35,11 @@ class OverflowFlag:
         if value:
             self.word.value = 0
             raise CacheOverflowError(
-                f"gqa_decode: an earlier call found a length in cache_seqlens[{value - 1}] that "
-                "the cache cannot hold, with the new token if there is one (or, in cache_batch_idx "
-                "there, a row that the cache does not have, or in that row of block_table a page "
-                "that the pools do not have). That sequence's output is NaN, and nothing was "
-                "written where it does not belong; the other sequences are right. This call was "
-                "not launched: repeat it, with cache_seqlens < max_seq_len."
+                f"gqa_decode: an earlier call could not do sequence {value - 1} of its batch: "
+                f"cache_seqlens[{value - 1}] is a length that the cache cannot hold, with the new "
+                "token if there is one; or cache_batch_idx there names a row that the cache does "
+                "not have; or its row of block_table, or its slot, a page that the pools do not "
+                "have. That sequence's output is NaN, and nothing was written where it does not "
+                "belong; the other sequences are right. This call was not launched: correct the "
+                "length (below max_seq_len to append), row or page, and repeat it."
             )

@@ -55,7 +55,7 @@ def problem_of(
     """
     q, cache = layout["q"], layout["k_cache"]
     for name, t in layout.items():
-        _check_rank(ROWS[name], t)
+        _check_rank(ROWS[name], t, paged=PAGES in layout)
     for name, t in layout.items():
         if name != LENGTHS:
             _check_placement(ROWS[name], t, q)
@@ -133,7 +133,7 @@ def check_pages(num_pages: int, page_size: int, table: Seen) -> int:
     return most * page_size
 
 
-def _check_rank(row: Argument, t: Seen) -> None:
+def _check_rank(row: Argument, t: Seen, *, paged: bool) -> None:
     """One dimension per name in the row, and perhaps one for a single token."""
     if (
         len(row.dims) - row.any_first <= len(t.shape) <= len(row.dims)
@@ -143,8 +143,12 @@ def _check_rank(row: Argument, t: Seen) -> None:
         return
     if not row.single_token:
         # Rows of a cache are those of the batch, but for `cache_batch_idx`.
-        dims = ["batch" if dim == "rows" else dim for dim in row.dims]
-        fail(row.name, shape_text(t.shape), f"[{', '.join(dims)}]")
+        names, hint = {"rows": "batch"}, ""
+        if paged and row.access is Access.APPEND:
+            names = {"rows": "num_pages", "max_seq_len": "page_size"}
+            hint = "; pages of one token are pool.unsqueeze(1)"
+        dims = [names.get(dim, dim) for dim in row.dims]
+        fail(row.name, shape_text(t.shape), f"[{', '.join(dims)}]{hint}")
     if len(t.shape) != 4 or t.shape[1] != 1:
         allowed = "[batch, heads, head_dim] or [batch, 1, heads, head_dim]"
         fail(row.name, shape_text(t.shape), allowed)
@@ -157,7 +161,8 @@ def _check_placement(row: Argument, t: Seen, q: Seen) -> None:
     if row.elements is Elements.NUMBER and t.dtype not in NUMBER_TYPES:
         fail(row.name, str(t.dtype), ", ".join(map(str, NUMBER_TYPES)))
     if row.elements in _EXACT and t.dtype != _EXACT[row.elements]:
-        fail(row.name, str(t.dtype), str(_EXACT[row.elements]))
+        wanted = _EXACT[row.elements]
+        fail(row.name, str(t.dtype), f"{wanted}; convert with .to({wanted})")
     if row.elements is Elements.ELEMENT and t.dtype != q.dtype:
         fail(row.name, str(t.dtype), f"q's dtype, {q.dtype}")
     if t.device != q.device:
@@ -207,7 +212,8 @@ def check_sizes(
         fail(
             "head counts",
             f"{shown(num_q_heads)} query heads and {shown(num_kv_heads)} KV heads",
-            "a number of query heads that is a multiple of the number of KV heads",
+            "a number of query heads that is a multiple of the number of KV heads, which is the "
+            "caches' third dimension; pass HND caches as cache.transpose(1, 2)",
         )
     if num_q_heads // num_kv_heads > MAX_GROUP_SIZE:
         fail("group size", shown(num_q_heads // num_kv_heads), f"1 to {MAX_GROUP_SIZE}")
@@ -233,9 +239,10 @@ def _check_strides(row: Argument, t: Seen, append: bool) -> None:
         rule = "a contiguous last dimension (stride 1)"
     else:
         right, rule = _is_contiguous(t), "contiguous memory"
-    if not right:
-        fail(row.name, f"strides {list(t.strides)}", f"{rule}; call .contiguous()")
     written = row.access is Access.WRITE or append and row.access is Access.APPEND
+    if not right:
+        remedy = "allocate it so, for a copy would be written" if written else "call .contiguous()"
+        fail(row.name, f"strides {list(t.strides)}", f"{rule}; {remedy}")
     if written and _overlaps_itself(t):
         fail(row.name, f"strides {list(t.strides)}", "elements that do not share memory")
 
@@ -251,10 +258,11 @@ def check_lengths(layout: Layout) -> None:
     t, batch, device = layout[LENGTHS], layout["q"].shape[0], layout["q"].device
     right = t.dtype == torch.int32 and t.device == device and _is_contiguous(t)
     if not right or t.shape != (batch,):
+        convert = "; convert with .int()" if t.dtype != torch.int32 else ""
         fail(
             LENGTHS,
             f"{t.dtype} {shape_text(t.shape)} on {t.device}",
-            f"an int, or contiguous torch.int32 [{batch}] on {device}",
+            f"an int, or contiguous torch.int32 [{batch}] on {device}{convert}",
         )
 
 

@@ -91,7 +91,7 @@ BAD: dict[str, tuple[Callable[[Step], dict[str, Any]], str]] = {
         for what, make, said in (
             ("too many", lambda t: t.new_zeros(2, 1), r"shape \[2, 1\]; allowed: \[1, 1\]"),
             ("one rank less", lambda t: t.new_zeros(1), r"shape \[1\]; allowed: \[batch, max_p"),
-            ("long", lambda t: t.new_zeros(1, 1).long(), "torch.int64; allowed: torch.int32"),
+            ("long", lambda t: t.new_zeros(1, 1).long(), "torch.int64; allowed: torch.int32; conv"),
             ("elsewhere", lambda t: t.new_zeros(1, 1).to("meta"), "a tensor on meta"),
             ("apart", lambda t: t.new_zeros(1, 4)[:, ::2], r"strides \[4, 2\]; allowed: a contig"),
             ("no pages", lambda t: t.new_zeros(1, 0), "0 pages per sequence, of 64 tokens"),
@@ -166,6 +166,10 @@ POOLS: dict[str, tuple[Callable[[Step], dict[str, Any]], str]] = {
     ),
     "a token in the pool": (
         lambda s: {"k": s.k_cache[0, :1]}, "k: got memory of k_cache, to which this call writes"
+    ),
+    "tokens without pages": (
+        lambda s: {"k_cache": s.k_cache[0]},
+        r"k_cache: got .*; allowed: \[num_pages, page_size, .*pool.unsqueeze\(1\)",
     ),
     "no tokens in a page": (lambda s: {"k_cache": s.k_cache[:, :0]}, "tokens of a page .*: got 0"),
     "no pages at all": (lambda s: {"k_cache": s.k_cache[:0]}, "pages of k_cache: got 0"),

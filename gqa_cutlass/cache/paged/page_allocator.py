@@ -65,7 +65,7 @@ class PageAllocator:
         free = len(self._free)
         if count > free:
             raise OutOfPagesError(
-                f"{asker}: pages: asked for {count}, and of {self.num_pages} are {free} free: "
+                f"{asker}: pages: got {count} to take, with {free} of {self.num_pages} free; "
                 f"{count - free} missing. None was taken, and nothing was written. Free or "
                 "truncate sequences, or make a cache of more pages.",
                 count,

@@ -35,7 +35,7 @@ def test_a_page_is_free_when_all_who_hold_it_have_released_it() -> None:
 def test_too_few_pages_are_told_in_numbers_and_none_is_taken() -> None:
     pages = PageAllocator(5)
     pages.allocate(3)
-    with pytest.raises(OutOfPagesError, match="asked for 7, and of 5 are 2 free: 5 miss") as raised:
+    with pytest.raises(OutOfPagesError, match="got 7 to take, with 2 of 5 free; 5 miss") as raised:
         pages.allocate(7)
     assert isinstance(raised.value, CacheOverflowError)
     for error in (raised.value, pickle.loads(pickle.dumps(raised.value))):

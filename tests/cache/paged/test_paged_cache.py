@@ -314,9 +314,8 @@ def test_too_few_pages_are_told_before_anything_is_written() -> None:
             call()
         error = raised.value
         assert error.free == 0 and error.missing == error.asked > 0
-        assert f"asked for {error.asked}, and of 4 are 0 free: {error.missing} missing" in str(
-            error
-        )
+        said = f"got {error.asked} to take, with 0 of 4 free; {error.missing} missing"
+        assert said in str(error)
         told.check()
         told.cache.free(ahead)
         del told.held[ahead]
