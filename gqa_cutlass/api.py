@@ -93,16 +93,18 @@ def gqa_decode(  # noqa: D417 - the decorator completes the list
     Args:
         q: Queries of the new token, float16 or bfloat16, [batch, num_q_heads, head_dim] or
             [batch, 1, num_q_heads, head_dim]. head_dim is a multiple of 8 from 32 to 256.
-        k_cache: [batch, max_seq_len, num_kv_heads, head_dim], dtype of q; any strides with a
-            contiguous last dimension (an HND cache is a transposed view). num_kv_heads divides
-            num_q_heads. Written at position cache_seqlens[b] when k is given.
+        k_cache: [batch, max_seq_len, num_kv_heads, head_dim], or pools of pages with `block_table`;
+            dtype of q; any strides with a contiguous last dimension (an HND cache is passed as
+            `cache.transpose(1, 2)`). num_kv_heads divides num_q_heads. Token cache_seqlens[b] of
+            sequence b is written when k is given.
         v_cache: As k_cache; its head_dim, and that of v and the output, may be another, head_dim_v.
         k: The new token's keys, [batch, num_kv_heads, head_dim] or
             [batch, 1, num_kv_heads, head_dim]. None: attend only, append nothing.
         v: As k. The row of a cache that is written must not hold q, k, v or cache_seqlens; with
             lengths on the device, no row of a cache that is appended to may. This is told by
             addresses: memory that is mapped twice is not seen.
-        cache_seqlens: Tokens in the cache before this call: one int for all sequences, or
+        cache_seqlens: Tokens in the cache before this call, the one in k not counted (engines that
+            count it pass `seq_lens - 1`): one int for all sequences, or
             int32 [batch] on q's device, which the host never reads. A negative one there makes its
             row inactive, as the rows that pad the batch of a CUDA graph are: nothing is read of its
             cache or written to it, and it has nothing to attend to.
@@ -220,7 +222,8 @@ def plan(
     """Resolve everything about a problem once: validate, choose, compile and load the kernel.
 
     Launches nothing. The plan is then called as `plan(q, k_cache, v_cache, k, v, cache_seqlens,
-    out)` with tensors laid out like these; others, such as sinks, it keeps for every call.
+    out)` with tensors laid out like these; others, such as sinks or block_table, it keeps for every
+    call: write into them what is to change.
 
     Args:
         q: As for `gqa_decode`, as is all that follows unless it says otherwise.
@@ -247,11 +250,11 @@ def check_overflow(device: torch.device | int | str = "cuda") -> None:
     """Wait for a GPU and report a length that a kernel found not to be allowed, if any.
 
     Args:
-        device: The GPU, or "cpu".
+        device: The GPU, or "cpu" for calls on CPU tensors.
 
     Raises:
-        CacheOverflowError: A call since the last report had a sequence in `cache_seqlens` that its
-            cache could not hold.
+        CacheOverflowError: A call since the last report had a length in `cache_seqlens` that its
+            cache could not hold, or a row or page that there is not.
         DeviceError: No usable GPU.
     """
     where = device_of(device)

@@ -131,6 +131,8 @@ def flash_attn_with_kvcache(
     Raises:
         InputError: An argument is not allowed, or not supported yet. Nothing was launched.
         GqaError: As for `gqa_decode`.
+
+    Source: the call of FlashAttention-3, Shah et al. (arXiv:2407.08608).
     """
     chunked = attention_chunk is not None and not _is_zero(attention_chunk)
     if chunked or not (

@@ -1,6 +1,6 @@
 """Attention over parts of a sequence's keys, made one: shared prefixes, chunks, other devices.
 
-Rabe and Staats (arXiv:2112.05682): each part's output counts by its share of the softmax's sum.
+Each part's output counts by its share of the softmax's sum.
 """
 
 from __future__ import annotations
@@ -47,20 +47,23 @@ def merge_states(outs: Parts, lses: Parts, *, out_dtype: torch.dtype | None = No
         outs: The parts' outputs, as `gqa_decode` returns them: [batch, heads, dim] or
             [batch, tokens, heads, dim] each, float32, float16 or bfloat16, all alike; a sequence of
             tensors, or one tensor with the parts as its first dimension.
-        lses: The parts' log-sum-exps (natural logarithms), float32, as many as outs: [batch, heads]
-            or [batch, heads, tokens]. Minus infinity marks a part without keys, whose output is
-            ignored.
+        lses: The parts' log-sum-exps, float32, as many as outs: [batch, heads], or
+            [batch, heads, tokens] as FlashAttention returns them. Natural logarithms: multiply
+            FlashInfer's, which are to base 2, by math.log(2). Minus infinity marks a part without
+            keys, whose output is ignored.
         out_dtype: Type of the merged output: float32, float16 or bfloat16; None for that of outs.
 
     Returns:
-        The output, shaped as one of outs, and the log-sum-exp, shaped as one of lses. Where all
-        parts are empty: zeros and minus infinity, and gradients of zero. NaN in a part is NaN in
-        the result, for that head alone.
+        The output, shaped as one of outs, and the log-sum-exp, float32, shaped as one of lses.
+        Where all parts are empty: zeros and minus infinity, and gradients of zero. NaN in a part is
+        NaN in the result, for that head alone.
 
     Raises:
         InputError: A tensor's shape, dtype or device is not allowed.
         DeviceError: No usable GPU, for tensors on one.
         GqaError: Compiling, storing or launching the kernel failed; see `gqa_cutlass.errors`.
+
+    Source: Rabe and Staats, "Self-attention Does Not Need O(n^2) Memory" (arXiv:2112.05682).
     """
     out, lse = _stack("outs", outs), _stack("lses", lses)
     _check(out, lse)

@@ -80,18 +80,21 @@ class CallOptions(Options, total=False):
         block_table: Paged caches: which page holds which tokens of a sequence, int32
             [batch, max_pages] on q's device, which the host never reads, with any stride between
             rows. k_cache and v_cache are then pools [num_pages, page_size, num_kv_heads, head_dim]
-            of any page_size, whose pages, tokens and heads lie as they like, in K otherwise than in
-            V if need be. Token t is token t % page_size of page block_table[b, t // page_size], and
-            max_seq_len is max_pages * page_size. What is behind the last page of a sequence may be
-            anything. With `cache_batch_idx` that names the row of the table. A page that the pools
-            do not have, of a token that is read or appended, counts like a length that does not
-            fit: NaN, nothing outside of the pools is read or written, and a later call raises
-            CacheOverflowError. A page that sequences share must not be appended to.
+            of any page_size and any strides, which may differ between K and V, with a contiguous
+            last dimension. Token t of sequence b is token t % page_size of page
+            block_table[b, t // page_size], and max_seq_len is max_pages * page_size. Entries behind
+            a sequence's last page may be anything. With `cache_batch_idx`, rows of the table are
+            those that it names. A page that the pools do not have, of a token that is read or
+            appended, counts like a length that does not fit: NaN, nothing outside of the pools is
+            read or written, and a later call raises CacheOverflowError. A page that sequences share
+            must not be appended to. None, the default: caches without pages.
         page_table: Another name of `block_table`.
-        slot_mapping: Where the new tokens go in paged caches, if the table is not to say: int64
-            [batch] on q's device, which the host never reads, page * page_size + token. A negative
-            one: nowhere. Either way the new token counts as the one behind the others, and what
-            the table says of its page does not.
+        slot_mapping: Where k and v are written in paged caches, instead of where the table says:
+            int64 [batch] on q's device, which the host never reads; page * page_size + token of the
+            page, or a negative number to write nothing. Attention is the same either way: the new
+            token is token cache_seqlens[b], and its place in the table is not looked at. A
+            slot behind the end of the pools counts like a page that they do not have. With
+            `block_table` and k only. None, the default: where the table says.
     """
 
     cache_batch_idx: Tensor | None

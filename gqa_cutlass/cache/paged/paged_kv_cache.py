@@ -100,6 +100,18 @@ class PagedKVCache(PagedView):
     ) -> int:
         """Bytes that such a cache would take; allocates nothing.
 
+        Args:
+            num_pages: As for the class, as are the others.
+            page_size: As for the class.
+            num_kv_heads: As for the class.
+            head_dim: As for the class.
+            dtype: As for the class.
+            num_layers: As for the class.
+            head_dim_v: As for the class.
+
+        Returns:
+            Bytes of the pools of all layers, keys and values.
+
         Raises:
             InputError: A size or the type is not allowed.
         """
@@ -113,7 +125,10 @@ class PagedKVCache(PagedView):
         """Make a sequence without tokens.
 
         Args:
-            tokens: How many to take the pages for already.
+            tokens: Tokens that pages are taken for already, 0 and more.
+
+        Returns:
+            The sequence, by which the other methods know it.
 
         Raises:
             OutOfPagesError: There are too few. No sequence was made.
@@ -125,13 +140,13 @@ class PagedKVCache(PagedView):
         return self._storage.sequences.new(call, count)
 
     def reserve(self, sequences: Sequence[int], tokens: int | Sequence[int]) -> None:
-        """Take the pages for so many more tokens now; steps then find them.
+        """Take the pages for more tokens now; steps then find them.
 
         `truncate` gives back what is not used.
 
         Args:
             sequences: Each once.
-            tokens: One int for all, or one for each.
+            tokens: Tokens behind those that a sequence has: one int for all, or one for each.
 
         Raises:
             GqaError: As for `step`. Nothing was taken.
@@ -143,6 +158,9 @@ class PagedKVCache(PagedView):
 
     def free(self, sequences: int | Sequence[int]) -> None:
         """Forget one sequence or several; pages that nobody else holds are free.
+
+        Args:
+            sequences: One, or each once.
 
         Raises:
             InputError: There is no such sequence, one is named twice, a batch holds one, or a step
@@ -160,6 +178,9 @@ class PagedKVCache(PagedView):
             sequence: The other one.
             tokens: How many of its tokens to begin with; None: all.
 
+        Returns:
+            The new sequence.
+
         Raises:
             InputError: There is no such sequence, it has fewer tokens, a batch holds it, or a step
                 is open. No sequence was made.
@@ -169,7 +190,11 @@ class PagedKVCache(PagedView):
         return self._storage.sequences.fork(call, sequence, tokens)
 
     def truncate(self, sequence: int, tokens: int) -> None:
-        """Keep at most so many tokens of a sequence, and no page but theirs.
+        """Keep the first tokens of a sequence, and no page but theirs.
+
+        Args:
+            sequence: Which.
+            tokens: How many to keep, 0 and more; all of them, where it has no more.
 
         Raises:
             InputError: There is no such sequence, or no such number of tokens, a batch holds the
@@ -208,6 +233,10 @@ class PagedKVCache(PagedView):
             sequences: In the order of the batch, each once.
             tokens: How many each of them gets: one int for all, or one for each. 0 for all:
                 attend only.
+
+        Yields:
+            The step, with `decode` and `append` for a layer, `gather`, and what other kernels read:
+            `block_table` and `seqlens`.
 
         Raises:
             OutOfPagesError: There are too few pages. Nothing was taken or written.
@@ -278,7 +307,7 @@ class PagedKVCache(PagedView):
 
         Args:
             sequences: In the order of the batch, each once.
-            q: As for `gqa_decode`.
+            q: As for `gqa_decode`, a row per sequence.
             k: As for `gqa_decode`.
             v: As for `gqa_decode`.
             return_lse: As for `gqa_decode`.
@@ -304,7 +333,10 @@ class PagedKVCache(PagedView):
 
         Args:
             batch_size: Rows, 1 to 65535.
-            max_seq_len: Tokens that a sequence can have there.
+            max_seq_len: Tokens that a sequence can have there, rounded up to whole pages.
+
+        Returns:
+            The batch, without sequences: `assign` gives it some.
 
         Raises:
             InputError: A size is not allowed, or a CUDA graph is being captured.

@@ -78,8 +78,8 @@ class DecodeStep:
         """Append a token's K and V, if given, and attend over everything held: `gqa_decode`.
 
         Args:
-            layer: Which of the cache's.
-            q: As for `gqa_decode`, a row per sequence of the step.
+            layer: Which of the cache's, from 0.
+            q: As for `gqa_decode`, a row per sequence of the step, or per row of the batch.
             k: As for `gqa_decode`. None: append nothing, and attend to what the layer holds, which
                 includes this step's tokens if it has them.
             v: As for `gqa_decode`.
@@ -164,7 +164,7 @@ class Step(DecodeStep):
         """Write the new tokens of all sequences, without attending: prompts, for instance.
 
         Args:
-            layer: Which of the cache's.
+            layer: Which of the cache's, from 0.
             k: Keys, [tokens, num_kv_heads, head_dim], packed: those of the step's first sequence,
                 then those of the second, and so on.
             v: As k.
@@ -185,8 +185,13 @@ class Step(DecodeStep):
     def gather(self, layer: int, sequence: int) -> tuple[Tensor, Tensor]:
         """Copies of the keys and values that a layer holds of a sequence of the step.
 
+        Args:
+            layer: Which of the cache's, from 0.
+            sequence: Which of the step's.
+
         Returns:
-            Keys and values, [tokens, num_kv_heads, head_dim], with this step's if it has them.
+            Keys, [tokens, num_kv_heads, head_dim], and values, with head_dim_v; with this step's
+            tokens if the layer has them.
 
         Raises:
             InputError: There is no such layer, or the step does not have the sequence.

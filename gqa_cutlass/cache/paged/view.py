@@ -113,8 +113,12 @@ class PagedView:
     def gather(self, layer: int, sequence: int) -> tuple[Tensor, Tensor]:
         """Copies of the keys and values that a layer holds of a sequence.
 
+        Args:
+            layer: Which, from 0.
+            sequence: Which.
+
         Returns:
-            Keys and values, [tokens, num_kv_heads, head_dim].
+            Keys, [tokens, num_kv_heads, head_dim], and values, with head_dim_v.
 
         Raises:
             InputError: There is no such layer or sequence.
@@ -129,7 +133,7 @@ class PagedView:
         return with_memory(call, self.device, read)
 
     def table(self, sequences: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """What other kernels need to read the pools.
+        """What other kernels need to read the pools, as tensors of their own.
 
         Args:
             sequences: In the order of the batch, each once.
