@@ -16,6 +16,7 @@ from bench.data import ALLOWED_ERROR, num_sets, relative_error
 from bench.record import Merged
 from bench.timing import Floor, Graph, interleaved
 from gqa_cutlass import merge_states
+from gqa_cutlass.codegen.schema.rounding import ceil_div, round_up
 from gqa_cutlass.merge import by_operators
 
 MOST = 1.2  # target: of the floor
@@ -106,8 +107,8 @@ class Data:
     @cached_property
     def flat(self) -> Tensor:
         """Per set, as many bytes as a merge reads and writes."""
-        numbers = -(-self.merge.num_bytes // _FLOAT_BYTES)
-        return torch.zeros(self.num_sets, -(-numbers // 4) * 4, device=_DEVICE)
+        numbers = round_up(ceil_div(self.merge.num_bytes, _FLOAT_BYTES), 4)
+        return torch.zeros(self.num_sets, numbers, device=_DEVICE)
 
 
 def measure_merge(merge: Merge, floor: Floor) -> Merged:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gqa_cutlass.cache.paged.sequences import Held
 from gqa_cutlass.cache.rows import buffer, gather
+from gqa_cutlass.codegen.schema.rounding import ceil_div
 
 
 class Pools:
@@ -59,7 +60,7 @@ class Pools:
 
     def read(self, layer: int, held: Held, tokens: int) -> tuple[Tensor, Tensor]:
         """The first tokens of a sequence, [tokens, num_kv_heads, head_dim], in new tensors."""
-        pages = np.asarray(held.pages[: -(-tokens // self.page_size)], dtype=np.int64)
+        pages = np.asarray(held.pages[: ceil_div(tokens, self.page_size)], dtype=np.int64)
         index = to_device(pages, self.device)
         k, v = (
             pool.index_select(0, index).flatten(0, 1)[:tokens]

@@ -17,6 +17,7 @@ from typing import NoReturn
 
 from gqa_cutlass.cache.paged.page_allocator import PageAllocator
 from gqa_cutlass.codegen.schema.problem import MAX_SEQ_LEN
+from gqa_cutlass.codegen.schema.rounding import ceil_div
 from gqa_cutlass.errors import InputError, shown
 
 NOTHING = "Nothing was changed."
@@ -211,7 +212,7 @@ class Sequences:
 
     def pages_of(self, tokens: int) -> int:
         """Pages that so many tokens take."""
-        return -(-tokens // self.page_size)
+        return ceil_div(tokens, self.page_size)
 
     def _wanted(
         self, call: str, given: Sequence[Held], tokens: Sequence[int]
