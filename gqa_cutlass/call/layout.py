@@ -212,8 +212,8 @@ def check_sizes(
         fail(
             "head counts",
             f"{shown(num_q_heads)} query heads and {shown(num_kv_heads)} KV heads",
-            "a number of query heads that is a multiple of the number of KV heads, which is the "
-            "caches' third dimension; pass HND caches as cache.transpose(1, 2)",
+            "a number of query heads that is a multiple of the number of KV heads (HND caches are "
+            "passed as cache.transpose(1, 2))",
         )
     if num_q_heads // num_kv_heads > MAX_GROUP_SIZE:
         fail("group size", shown(num_q_heads // num_kv_heads), f"1 to {MAX_GROUP_SIZE}")

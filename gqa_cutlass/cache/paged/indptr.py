@@ -39,7 +39,8 @@ def block_table_from_indptr(
             sequence without pages.
         page_size: Tokens of a page.
         new_tokens: Tokens of each sequence that the table counts already, and that the call which
-            gets the result appends: 1 for a decode step with k and v.
+            gets the result appends: 1 for a decode step with k and v; 0, the default, for one
+            that appends nothing.
         max_pages: Width of the block table; None: as many as the longest sequence has, for which
             the host waits.
 
@@ -129,7 +130,8 @@ def _check(call: str, name: str, tensor: Tensor, first: Tensor) -> None:
         _fail(call, name, *found)
     if tensor.dtype != torch.int32 or tensor.device != first.device:
         got = f"{tensor.dtype} on {tensor.device}"
-        _fail(call, name, got, f"torch.int32 on {first.device}, like the others")
+        convert = "; convert with .int()" if tensor.dtype != torch.int32 else ""
+        _fail(call, name, got, f"torch.int32 on {first.device}, like the others{convert}")
 
 
 def _check_ints(call: str, least: int, **values: int) -> None:

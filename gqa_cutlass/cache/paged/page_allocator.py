@@ -50,11 +50,14 @@ class PageAllocator:
         return self._holders[self._page(page)]
 
     def allocate(self, count: int = 1, asker: str = "PageAllocator.allocate") -> list[int]:
-        """Take so many free pages.
+        """Take free pages.
 
         Args:
-            count: 0 and more.
+            count: How many, 0 and more.
             asker: In whose name an error is.
+
+        Returns:
+            Their numbers.
 
         Raises:
             OutOfPagesError: There are fewer. None was taken.
