@@ -227,7 +227,10 @@ def _check_shape(row: Argument, t: Seen, sizes: dict[str, int]) -> None:
         del shape[1]
     expected = [sizes[dim] for dim in row.dims[len(row.dims) - len(shape) :]]
     if shape != expected:
-        fail(row.name, shape_text(shape), f"{expected}, from the shapes of q and the caches")
+        rule = "from the shapes of q and the caches"
+        if row.access is Access.APPEND and shape[1:] == expected[1:]:
+            rule += f"; pages go with {PAGES}, and other rows with cache_batch_idx"
+        fail(row.name, shape_text(shape), f"{expected}, {rule}")
 
 
 def _check_strides(row: Argument, t: Seen, append: bool) -> None:

@@ -260,7 +260,7 @@ class PagedKVCache(PagedView):
         Raises:
             GqaError: As for `step`. The sequence is as it was.
         """
-        tokens = k.shape[-3] if is_tensor(k) and k.dim() >= 3 else 0
+        tokens = k.shape[-3] if is_tensor(k) and k.dim() >= 3 else 1  # which is refused
         self._append("PagedKVCache.prefill", [sequence], k, v, tokens)
 
     def append(self, sequences: Sequence[int], k: Tensor, v: Tensor) -> None:

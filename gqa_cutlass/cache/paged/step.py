@@ -90,7 +90,8 @@ class DecodeStep:
             As `gqa_decode`.
 
         Raises:
-            InputError: The layer has its tokens already, or the step is not of one token each.
+            InputError: The layer has its tokens already, the step is not of one token each, or q
+                has not one row for each.
             CacheAllocationError: There is no memory for the output.
             GqaError: As for `gqa_decode`. No length counts the token; call it again, or leave the
                 step by an exception, which takes it back.
@@ -101,6 +102,10 @@ class DecodeStep:
         if unknown := options.keys() - Options.__annotations__.keys():
             raise TypeError(f"decode() got an unexpected keyword argument {min(unknown)!r}")
         table = self._table
+        batch = table.block_table.shape[0]
+        if isinstance(q, Tensor) and q.dim() > 2 and q.shape[0] != batch:
+            allowed = f"{batch}, one per sequence, or per row of a batch"
+            refuse(self._call, "q", f"{q.shape[0]} rows", allowed, UNWRITTEN)
         call = partial(
             gqa_decode,
             q, self._pools.k[layer], self._pools.v[layer], k, v, block_table=table.block_table,

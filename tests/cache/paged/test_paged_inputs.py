@@ -169,6 +169,10 @@ def test_what_is_refused_changes_nothing(
         (lambda s, q, k: s.decode(2, q, k, k), "layer: got 2; allowed: an int from 0 to 1"),
         (lambda s, q, k: s.decode(True, q, k, k), "layer: got True"),
         (lambda s, q, k: s.decode(0, q, k, k), "layer: got 0, which has this step's tokens"),
+        (
+            lambda s, q, k: s.decode(1, q.repeat(2, 1, 1), k, k),
+            "q: got 2 rows; allowed: 1, one per",
+        ),
         (lambda s, q, k: s.append(0, k, k), "layer: got 0, which has this step's tokens"),
         (
             lambda s, q, k: s.append(1, k, k[:0]),
