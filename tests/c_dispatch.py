@@ -16,7 +16,7 @@ import torch
 from c_build import as_dependents, build, dispatched, write_dummies
 from c_library import NUM_MERGE_COUNTERS, Config, Library
 
-from gqa_cutlass.call.given import Seen
+from gqa_cutlass.call.given import PAGES, Seen
 from gqa_cutlass.call.layout import problem_of
 from gqa_cutlass.codegen import ARCHES, DType, KernelConfig, Schedule, shipped
 from gqa_cutlass.codegen.schema import internal, public
@@ -29,7 +29,7 @@ KERNELS = dispatched(shipped())
 DEPENDENTS = as_dependents(KERNELS)
 TENSORS = "out", "q", "k", "v", "k_cache", "v_cache"  # in C's order
 CAP, SINK, WINDOW = named("SoftCapped"), named("SinkInSum"), named("SlidingWindow")
-IN_FLOAT32 = named("InFloat32")
+IN_FLOAT32, PAGED = named("InFloat32"), named("PagedCache")
 _CPU, _LAID_OUT = torch.device("cpu"), ctypes.create_string_buffer(4096)  # gqa_tensors
 MODEL, H200 = MODELS["sm_90a"], model_device(ARCHES["sm_90a"])
 
@@ -125,7 +125,7 @@ class Case:
         """As the C library does; None where it has no kernel."""
         config, width = self.config(), self.problem.vec_width
         if self.layout:
-            addresses = (ctypes.c_void_p * 6)(*(t.address for t in self.layout.values()))
+            addresses = (ctypes.c_void_p * 6)(*(self.layout[name].address for name in TENSORS))
             library.c.gqa_lay_out(ctypes.byref(config), addresses, _LAID_OUT)
             width = library.c.gqa_vector_width(_LAID_OUT)
         problem = library.c.gqa_describe(ctypes.byref(config), width, self.ragged)
@@ -147,7 +147,17 @@ class Case:
             window=p.window or 0, softcap=30 if CAP in p.policies else 0,
             sinks=1 << 40 if SINK in p.policies else None, equal_lengths=self.equal,
             head_dim_v=p.head_dim_v or 0, output_float32=IN_FLOAT32 in p.policies,
-            dependent=self.dependent, lse=1 << 41, **self.strides(),
+            dependent=self.dependent, lse=1 << 41, **self.strides(), **self.pages(),
+        )  # fmt: skip
+
+    def pages(self) -> dict[str, int]:
+        """What there is to say of pages."""
+        p = self.problem
+        if p.page_size is None:
+            return {}
+        return dict(
+            block_table=1 << 42, page_size=p.page_size, max_pages=p.max_seq_len // p.page_size,
+            num_pages=pool_pages(p),
         )  # fmt: skip
 
     def strides(self) -> dict[str, int]:
@@ -158,6 +168,11 @@ class Case:
             for (name, dims), t in tensors
             for dim, stride in zip(dims, t.strides, strict=False)
         }
+
+
+def pool_pages(problem: Problem) -> int:
+    """As many pages as sequences, so that a pool may have a single one."""
+    return problem.batch_size
 
 
 def kind_of(kernel: KernelConfig) -> Kind:
@@ -180,13 +195,18 @@ def widths_of_kinds() -> dict[Kind, list[int]]:
 def case_of(
     kind: Kind, width: int, device: Device, *, batch: int, kv_heads: int, tokens: int,
     ragged: bool, window: int = 100, equal: bool = False, dependent: bool = False,
+    page_size: int = 16,
 ) -> Case:  # fmt: skip
-    """A problem of a kind; the window counts where there is one, and hides a token or more."""
+    """A problem of a kind; the window counts where there is one, and hides a token or more. So does
+    the size of pages, of which there are as many as the tokens take."""
+    paged = PAGED in kind.policies
+    tokens = -(-tokens // page_size) * page_size if paged else tokens
     problem = Problem(
         batch_size=batch, num_q_heads=kv_heads * kind.group_size, num_kv_heads=kv_heads,
         head_dim=kind.head_dim, head_dim_v=kind.head_dim_v, max_seq_len=tokens, dtype=kind.dtype,
         vec_width=width, append=True, policies=kind.policies,
         window=min(window, tokens - 1) if WINDOW in kind.policies else None,
+        page_size=page_size if paged else None,
     )  # fmt: skip
     return Case(problem, device, ragged, equal, dependent)
 
@@ -207,7 +227,7 @@ def random_cases(count: int, seed: int) -> Iterator[Case]:
         case = case_of(
             kind, width, device, batch=size(300), kv_heads=size(64), tokens=1 + size(2**20),
             ragged=chance.random() < 0.5, window=size(2**17), equal=chance.random() < 0.3,
-            dependent=chance.random() < 0.6,
+            dependent=chance.random() < 0.6, page_size=chance.choice((size(300), 16, 64)),
         )  # fmt: skip
         yield in_layout(case, chance.getrandbits(64)) if chance.random() < 0.5 else case
 
@@ -222,6 +242,8 @@ def in_layout(case: Case, chance: int) -> Case:
     p, width = case.problem, case.problem.vec_width
     query, token = (p.batch_size, p.num_q_heads), (p.batch_size, p.num_kv_heads)
     cache = p.batch_size, p.max_seq_len, p.num_kv_heads
+    if p.page_size:
+        cache = pool_pages(p), p.page_size, p.num_kv_heads
     result = torch.float32 if IN_FLOAT32 in p.policies else None
     dtype = torch.float16 if p.dtype is DType.F16 else torch.bfloat16
     layout: dict[str, Seen] = {}
@@ -238,6 +260,10 @@ def in_layout(case: Case, chance: int) -> Case:
         size, shape = kind.itemsize, (*sizes, dim_of)
         address = address // size * size
         layout[name] = Seen(shape, (*strides, 1), kind, _CPU, False, size, address, size * step)
+    if p.page_size:
+        table = p.batch_size, p.max_seq_len // p.page_size
+        reach = 4 * math.prod(table)
+        layout[PAGES] = Seen(table, (table[1], 1), torch.int32, _CPU, False, 4, 1 << 42, reach)
     problem = problem_of(layout, p.policies, (p.window or 0) - 1, result)
     return replace(case, problem=problem, layout=layout)
 
@@ -315,6 +341,11 @@ def edge_cases() -> Iterator[Case]:
     for kind, heads, ragged in product((usual, windowed), (65, 66, 67, 132, 133), (False, True)):
         yield case_of(
             kind, 8, hopper, batch=1, kv_heads=heads, tokens=100, ragged=ragged, dependent=True
+        )
+    paged = Kind(DType.F16, 128, 4, (PAGED,))
+    for page_size, ragged in product((1, 8, 15, 16, 17, 24, 32), (False, True)):
+        yield case_of(
+            paged, 8, hopper, batch=1, kv_heads=2, tokens=700, ragged=ragged, page_size=page_size
         )
     for equal, batch in product((False, True), (2, 64)):
         yield case_of(

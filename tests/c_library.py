@@ -47,7 +47,10 @@ class Explained(ctypes.Structure):
 
 
 NUMBERS = {getattr(torch, n.name.lower()): code for n, code in public.NUMBER_CODES.items()}
-POINTERS = "sinks", "alibi_slopes", "cache_leftpad", "cache_batch_idx"  # of features
+# Of features.
+POINTERS = (
+    "sinks", "alibi_slopes", "cache_leftpad", "cache_batch_idx", "block_table", "slot_mapping",
+)  # fmt: skip
 _copies = count()
 _OnLog = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_void_p)
 _ADDRESS, _INT32, _TEXT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_char_p
@@ -208,12 +211,22 @@ def config_of(
     return Config(
         batch_size=batch, cache_len=step.lengths[0], num_q_heads=num_q_heads,
         num_kv_heads=step.k_cache.shape[2], head_dim=head_dim, scale=step.scale,
-        max_seq_len=step.k_cache.shape[1], dtype=DTYPES[step.q.dtype],
+        dtype=DTYPES[step.q.dtype],
         workspace=None if workspace is None else workspace.data_ptr(),
         workspace_size=0 if workspace is None else workspace.numel() * workspace.element_size(),
         lse=None if lse is None else lse.data_ptr(), **strides_of(step), **features_of(step),
-        **options,
+        **pages_of(step), **options,
     )  # fmt: skip
+
+
+def pages_of(step: Step) -> dict[str, int]:
+    """How long a step's sequences can be: what caches hold, or pages."""
+    outermost, room, *_ = step.k_cache.shape
+    table = step.block_table
+    if table is None:
+        return dict(max_seq_len=room)
+    pages = dict(page_size=room, num_pages=outermost, max_pages=table.shape[1])
+    return pages if table.is_contiguous() else pages | dict(block_table_stride=table.stride(0))
 
 
 def features_of(step: Step) -> dict[str, Any]:
@@ -221,6 +234,7 @@ def features_of(step: Step) -> dict[str, Any]:
     tensors = {name: getattr(step, name) for name in POINTERS}
     sinks, slopes = step.sinks, step.alibi_slopes
     value_dim = step.v_cache.shape[-1]
+    rows = step.k_cache if step.block_table is None else step.block_table
     own_slopes = slopes is not None and slopes.dim() == 2
     return {name: t.data_ptr() for name, t in tensors.items() if t is not None} | dict(
         softcap=step.softcap,
@@ -229,7 +243,7 @@ def features_of(step: Step) -> dict[str, Any]:
         alibi_batch_stride=step.q.shape[1] if own_slopes else 0,
         head_dim_v=0 if value_dim == step.q.shape[-1] else value_dim,
         output_float32=int(step.out_dtype is torch.float32),
-        cache_rows=0 if step.cache_batch_idx is None else step.k_cache.shape[0],
+        cache_rows=0 if step.cache_batch_idx is None else rows.shape[0],
     )
 
 

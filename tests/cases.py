@@ -73,6 +73,7 @@ class Step:
     cache_leftpad: Tensor | None = None
     cache_batch_idx: Tensor | None = None
     block_table: Tensor | None = None
+    slot_mapping: Tensor | None = None
     out_dtype: torch.dtype | None = None
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -109,6 +110,7 @@ class Step:
         k, v, lengths = self.attended()
         asked = self.features()
         del asked["out_dtype"]
+        asked.pop("slot_mapping", None)
         return attend(self.q, k, v, lengths, self.scale, dtype, **asked)
 
     def features(self) -> dict[str, Any]:
@@ -117,7 +119,8 @@ class Step:
             "softcap", "sinks", "window_size", "alibi_slopes", "cache_leftpad", "cache_batch_idx",
             "block_table", "out_dtype",
         )  # fmt: skip
-        return {name: getattr(self, name) for name in names}
+        slots = {} if self.slot_mapping is None else {"slot_mapping": self.slot_mapping}
+        return {name: getattr(self, name) for name in names} | slots
 
     def asking_for(self, policies: tuple[Policy, ...]) -> Step:
         """The same with the features that a kernel has: a cap that bends scores, heavy sinks,

@@ -125,6 +125,7 @@ MODEL = _struct(
     ("tma_large_cluster", INT64, ""),
     ("tma_few_heads", INT64, ""),
     ("box_dims", INT64, ""),
+    ("page_tokens", INT64, ""),
     ("max_cluster", INT64, ""),
     ("prefetch_mib", DOUBLE, ""),
     ("pdl_whole_mib", DOUBLE, ""),
@@ -161,6 +162,7 @@ PROBLEM = _struct(
     ("ragged", INT32, "whether lengths, which the host does not know, may differ much"),
     ("features", INT32, "bits of what the kernel must have, and must not have beyond"),
     ("window", INT64, "tokens that are seen; 0 for all"),
+    ("page_size", INT64, "tokens of a page; 0 without pages"),
     ("dependent", INT64, "whether it may start before the kernel before it is done"),
 )
 TARGET = _struct(

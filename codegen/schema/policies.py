@@ -298,7 +298,6 @@ POLICIES = (
             ),
         ),
         prefetches_first_tile=False,
-        in_library=False,
     ),
 )
 check_distinct("policies", "policies", (policy.cpp for policy in POLICIES))

@@ -139,7 +139,16 @@ CONFIG = Struct(
             ("dependent", INT32, "1: programmatic dependent launch"),
             ("head_dim_v", INT32, "the same of values and output; 0: as `head_dim`"),
             ("output_float32", INT32, "1: the output is of float32, not rounded"),
-            ("reserved", INT32, "must be 0"),
+            ("page_size", INT32, "tokens of a page, with `block_table`"),
+            ("block_table", _INTS, "rows of `max_pages` pages, of each sequence; or null"),
+            ("block_table_stride", INT64, "elements between its rows; 0: packed"),
+            (
+                "slot_mapping",
+                pointer("int64_t", const=True, rust="i64"),
+                "`batch_size` places of new tokens; or null",
+            ),
+            ("max_pages", INT32, "pages that a sequence can have"),
+            ("num_pages", INT32, "pages of the caches"),
         )
     ),
 )
@@ -152,6 +161,7 @@ ASKED_BY = {
     "alibi_slopes": "alibi_slopes",
     "sinks": "sinks",
     "out_dtype": "output_float32",
+    "block_table": "block_table",
 }
 check_asked(ASKED_BY, CONFIG)
 LAUNCH = Struct(

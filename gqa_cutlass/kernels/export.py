@@ -17,7 +17,7 @@ from gqa_cutlass.codegen.files import is_vacant, update, writing
 from gqa_cutlass.codegen.schema.kinds import Math
 from gqa_cutlass.codegen.schema.params import Params, TmaParams
 from gqa_cutlass.codegen.schema.problem import MAX_BATCH, MAX_SCALE, MAX_SEQ_LEN, MAX_SOFTCAP
-from gqa_cutlass.codegen.schema.storage import BOX_DIMS, MAX_CLUSTER
+from gqa_cutlass.codegen.schema.storage import BOX_DIMS, MAX_CLUSTER, PAGE_TOKENS
 from gqa_cutlass.dispatch import MIN_CAPABILITY, MODELS, MOST_TILES
 from gqa_cutlass.errors import ConfigError, ExportError
 from gqa_cutlass.kernels.store import Store, build_all
@@ -165,6 +165,7 @@ def facts() -> Facts:
         model={
             **{name: getattr(model, name) for name in _COSTS_AND_CLUSTERS},
             "box_dims": BOX_DIMS,
+            "page_tokens": PAGE_TOKENS,
             "max_cluster": MAX_CLUSTER,
             **{name: getattr(model, name) for name in _LAUNCHES_AND_BALANCED},
             "most_tiles": MOST_TILES,

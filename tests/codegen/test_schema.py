@@ -256,14 +256,15 @@ def test_what_programs_were_built_with_stays_where_it_is() -> None:
         ("cache_batch_idx", 96), ("cache_rows", 104), ("equal_lengths", 108),
         ("lse", 112),
     ]  # fmt: skip
-    assert offsets(public.CONFIG)[22:40] == [
+    assert offsets(public.CONFIG)[22:45] == [
         ("output_batch_stride", 120), ("output_head_stride", 128), ("q_batch_stride", 136),
         ("q_head_stride", 144), ("k_batch_stride", 152), ("k_head_stride", 160),
         ("v_batch_stride", 168), ("v_head_stride", 176), ("kv_cache_k_batch_stride", 184),
         ("kv_cache_k_token_stride", 192), ("kv_cache_k_head_stride", 200),
         ("kv_cache_v_batch_stride", 208), ("kv_cache_v_token_stride", 216),
         ("kv_cache_v_head_stride", 224), ("dependent", 232), ("head_dim_v", 236),
-        ("output_float32", 240), ("reserved", 244),
+        ("output_float32", 240), ("page_size", 244), ("block_table", 248),
+        ("block_table_stride", 256), ("slot_mapping", 264), ("max_pages", 272), ("num_pages", 276),
     ]  # fmt: skip
     assert offsets(public.LAUNCH)[:9] == [
         ("struct_size", 0), ("kernel", 8), ("grid", 16), ("cluster", 28), ("block", 32),

@@ -25,6 +25,7 @@ from cases import Step, make_step
 
 import gqa_cutlass
 
+PAGED: dict[str, Any] = dict(block_table=0x10000, page_size=15, max_pages=2, num_pages=4)
 BAD_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "batch_size 0": (dict(batch_size=0), "batch_size: got 0; allowed: 1 to 65535"),
     "batch_size -1": (dict(batch_size=-1), "batch_size: got -1; allowed: 1 to 65535"),
@@ -120,6 +121,57 @@ BAD_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "rows of 2^50 bytes": (
         dict(cache_batch_idx=0x10000, cache_rows=2**31 - 1, max_seq_len=2**12),
         "sizes: got caches of 2.252e+15 bytes; allowed: up to 1.407e+14",
+    ),
+    "pages of no token": (
+        dict(PAGED, page_size=0), "page_size: got 0; allowed: 1 to 1073741824",
+    ),
+    "pages of -1 tokens": (dict(PAGED, page_size=-1), "page_size: got -1; allowed: 1 to 1073"),
+    "no pages": (dict(PAGED, num_pages=0), "num_pages: got 0; allowed: 1 to 2147483647"),
+    "a table of no columns": (
+        dict(PAGED, max_pages=0),
+        "max_pages: got 0 pages per sequence, of 15 tokens; allowed: 1 to 1073741824 tokens per s",
+    ),
+    "a table of more tokens than fit into an int32": (
+        dict(PAGED, max_pages=2**30, page_size=2**30),
+        "max_pages: got 1073741824 pages per sequence, of 1073741824 tokens; allowed: 1 to 1073741",
+    ),
+    "a table of more tokens than a sequence may have": (
+        dict(PAGED, max_pages=2**26 + 1, page_size=16, max_seq_len=0),
+        "max_pages: got 67108865 pages per sequence, of 16 tokens; allowed: 1 to 1073741824 token",
+    ),
+    "another length than that of all pages": (
+        dict(PAGED, max_seq_len=29),
+        "max_seq_len: got 29 with block_table; allowed: 0, or max_pages * page_size, 30. Nothing",
+    ),
+    "a table's negative stride": (
+        dict(PAGED, block_table_stride=-2), "block_table_stride: got -2; allowed: 0 to 35184372088",
+    ),
+    "a table of 2^63 bytes": (
+        dict(PAGED, block_table_stride=2**61),
+        "block_table: got 9.223e+18 bytes from its first entry to its last; allowed: up to 1.407e",
+    ),
+    "pools of 2^50 bytes": (
+        dict(PAGED, num_pages=2**31 - 1, page_size=2**12, max_pages=1, max_seq_len=0),
+        "sizes: got caches of 2.252e+15 bytes; allowed: up to 1.407e+14",
+    ),
+    "a table between elements": (
+        dict(PAGED, block_table=0x10002), "block_table: got address 0x10002; allowed: multiples ",
+    ),
+    "slots between elements": (
+        dict(PAGED, slot_mapping=0x10004), "slot_mapping: got address 0x10004; allowed: multiple",
+    ),
+    "slots without a table": (
+        dict(slot_mapping=0x10000),
+        "slot_mapping: got 0x10000 without block_table; allowed: null. Nothing was launched. Pass ",
+    ),
+    **{
+        f"{name} without a table": (
+            {name: 3}, f"{name}: got 3 without block_table; allowed: 0. Nothing was launched. Pass",
+        )
+        for name in ("page_size", "max_pages", "num_pages", "block_table_stride")
+    },
+    "pages with one length for all": (
+        PAGED, "block_table: got 0x10000 with one length for all; allowed: null, or lengths on the",
     ),
     "an index with one length for all": (
         dict(cache_batch_idx=0x10000),
@@ -354,12 +406,6 @@ def test_what_was_not_exported_is_unsupported(
         assert nothing_happened(library, *fragments, "rows aligned to 16 bytes, on sm_90a")
         assert f"exported with {len(library.kernels)} kernels" in library.error
         assert "Export one that has it: gqa-cutlass export --kernels" in library.error
-
-
-def test_a_reserved_field_is_for_a_newer_library(library: Library, step: Step) -> None:
-    config = Config(**VALID | dict(reserved=5))
-    assert library.decode(step, config) == "GQA_ERROR_UNSUPPORTED_FEATURE"
-    assert nothing_happened(library, "config: reserved: got 5; allowed: 0.")
 
 
 def test_more_merges_than_there_are_counters_are_unsupported(library: Library) -> None:

@@ -23,6 +23,7 @@ FEATURES: dict[str, dict[str, Any]] = {  # that the library has no kernels for
     "cache_leftpad": dict(cache_leftpad=0x10000),
     "cache_batch_idx": dict(cache_batch_idx=0x10000, cache_rows=9),
     "output_float32": dict(output_float32=1),
+    "block_table": dict(block_table=0x10000, page_size=15, max_pages=2, num_pages=4),
     "window, softcap, sinks": dict(softcap=30, sinks=0x10000, window=1),
 }
 
@@ -74,11 +75,16 @@ def test_what_asks_for_nothing_is_launched(library: Library, step: Step) -> None
         assert library.decode(step, Config(**VALID | changes)) == "GQA_SUCCESS", library.error
 
 
-SHARING = {  # bytes that features read, for two sequences of eight heads
+PAGES: dict[str, Any] = dict(page_size=15, max_pages=2, num_pages=4)  # as large as the caches
+SHARING: dict[
+    str, tuple[dict[str, Any], int]
+] = {  # bytes that features read, for two sequences of eight heads
     "sinks": (dict(sinks_type=2), 32),
     "alibi_slopes": (dict(alibi_batch_stride=8), 64),
     "cache_leftpad": ({}, 8),
     "cache_batch_idx": ({}, 8),
+    "block_table": (PAGES, 16),
+    "slot_mapping": (PAGES | dict(block_table=1 << 52), 16),
 }
 
 
@@ -93,7 +99,8 @@ def test_what_features_read_may_not_be_written_to(
     message = f"{target}: got memory that {name} also" if target == "output" else (
         f"{name}: got memory of {target}, to which"
     )  # fmt: skip
-    for shared in (start, end - 4, start - size + 4):
+    one = 8 if name == "slot_mapping" else 4
+    for shared in (start, end - one, start - size + one):
         config = Config(**VALID | changes | {name: shared})
         status = library.decode_ragged(step, overflow, config, **given)
         assert status == "GQA_ERROR_INVALID_VALUE"
@@ -102,6 +109,34 @@ def test_what_features_read_may_not_be_written_to(
         config = Config(**VALID | changes | {name: beside})
         # Checked, and then not found: this library has plain kernels.
         assert library.decode_ragged(step, overflow, config, **given) == "GQA_ERROR_UNSUPPORTED"
+
+
+def test_the_rows_of_a_table_reach_as_far_as_their_stride(
+    library: Library, step: Step, overflow: torch.Tensor
+) -> None:
+    """Of three rows, by an index; and all pages are written to."""
+    given = far_apart(step)
+    asked = PAGES | dict(
+        block_table_stride=10, cache_batch_idx=1 << 50, cache_rows=3, max_seq_len=0
+    )
+    reach = 4 * (2 * 10 + 2)
+    for shared, found in ((reach - 4, "INVALID_VALUE"), (reach, "UNSUPPORTED")):
+        table = given["output"] - shared
+        status = library.decode_ragged(
+            step, overflow, Config(**VALID | asked | dict(block_table=table)), **given
+        )
+        assert status == f"GQA_ERROR_{found}"
+    longest = asked | dict(block_table=1 << 52, page_size=16, max_pages=2**26)
+    status = library.decode_ragged(step, overflow, Config(**VALID | longest), **given)
+    assert status == "GQA_ERROR_UNSUPPORTED"  # as many tokens as are allowed
+    size = 5 * 15 * 2 * 64 * 2
+    config = Config(**VALID | asked | dict(block_table=1 << 52, num_pages=5))
+    given["q"] = given["kv_cache_k"] + size - 2
+    assert library.decode_ragged(step, overflow, config, **given) == "GQA_ERROR_INVALID_VALUE"
+    assert nothing_happened(library, "q: got memory of kv_cache_k, to which the new token")
+    given["q"] += 2
+    assert library.decode_ragged(step, overflow, config, **given) == "GQA_ERROR_UNSUPPORTED"
+    assert nothing_happened(library, "no kernel with cache_batch_idx, block_table for float16")
 
 
 def test_the_rows_of_an_index_are_all_written_to(

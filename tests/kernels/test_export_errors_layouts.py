@@ -14,6 +14,7 @@ from gqa_cutlass.codegen.schema import public
 from gqa_cutlass.codegen.schema.policies import FEATURES
 
 STRIDES = [f"{name}_{dim}_stride" for name, dims in public.STRIDED.items() for dim in dims]
+PAGED = dict(block_table=0x10000, page_size=30, max_pages=1, num_pages=1)
 # Of two sequences, eight and two heads of 64, caches of 30 tokens.
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     **{f"negative {name}": ({name: -1}, f"{name}: got -1; allowed: 0 to 70368744177664")
@@ -44,6 +45,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "strides whose sums overflow": (
         dict(q_batch_stride=2**63 - 1, q_head_stride=2**63 - 1),
         "strides: got q with 1.476e+20 bytes from its first element to its last; allowed: up to 1",
+    ),
+    "pages of a pool": (
+        dict(PAGED, kv_cache_v_batch_stride=3839, num_pages=2),
+        "strides: got kv_cache_v with 3839 elements between pages, 128 between tokens and 64 betw",
     ),
     "an lse between elements": (dict(lse=0x10002), "lse: got address 0x10002; allowed: multiples "),
 }  # fmt: skip
@@ -179,12 +184,14 @@ def test_an_lse_that_shares_memory_is_refused(
 ) -> None:
     given = far_apart(step) | dict(cache_seqlens=1 << 50)
     sizes = sizes_of(step) | dict(cache_seqlens=8, alibi_slopes=32, cache_leftpad=8, sinks=32,
-                                  cache_batch_idx=8)  # fmt: skip
+                                  cache_batch_idx=8, block_table=16, slot_mapping=16)  # fmt: skip
     asked = {name: 1 << 51} if name in READ_BY_FEATURES else {}
     start = (given | asked)[name]
     end = start + sizes[name]
     if name == "sinks":
         asked["sinks_type"] = 2
+    if name in ("block_table", "slot_mapping"):
+        asked = dict(block_table=1 << 52, page_size=15, max_pages=2, num_pages=4) | asked
     for shared in (start, end - 4, start - LSE_BYTES + 4):
         config = Config(**VALID | asked | dict(lse=shared))
         assert library.decode_ragged(step, overflow, config, **given) == "GQA_ERROR_INVALID_VALUE"

@@ -98,7 +98,12 @@ typedef struct GQADecodeConfig {
   int32_t dependent GQA_ZERO;                // 1: programmatic dependent launch
   int32_t head_dim_v GQA_ZERO;               // the same of values and output; 0: as `head_dim`
   int32_t output_float32 GQA_ZERO;           // 1: the output is of float32, not rounded
-  int32_t reserved GQA_ZERO;                 // must be 0
+  int32_t page_size GQA_ZERO;                // tokens of a page, with `block_table`
+  int32_t const* block_table GQA_ZERO;       // rows of `max_pages` pages, of each sequence; or null
+  int64_t block_table_stride GQA_ZERO;       // elements between its rows; 0: packed
+  int64_t const* slot_mapping GQA_ZERO;      // `batch_size` places of new tokens; or null
+  int32_t max_pages GQA_ZERO;                // pages that a sequence can have
+  int32_t num_pages GQA_ZERO;                // pages of the caches
 } GQADecodeConfig;
 
 #define GQA_DECODE_CONFIG_INIT \
@@ -141,6 +146,11 @@ typedef struct GQADecodeConfig {
    0,                          \
    0,                          \
    0,                          \
+   0,                          \
+   NULL,                       \
+   0,                          \
+   NULL,                       \
+   0,                          \
    0}
 
 // What would be launched. As much of it is written as the caller's version has; a newer caller's
@@ -180,12 +190,24 @@ typedef struct gqa_launch {
 //                    none counts like one that the new token does not fit into. No two sequences
 //                    may have the same row
 //   head_dim_v       elements per head of v, kv_cache_v and output, where they are others than
-//   those
-//                    of q, k and kv_cache_k, as in DeepSeek: 192 and 128. What is allowed is the
-//                    same
+//                    those of q, k and kv_cache_k, as in DeepSeek: 192 and 128. What is allowed is
+//                    the same
 //   output_float32   1 for an output of float32, aligned to 4 bytes, as it was computed, before it
-//   is
-//                    rounded: a part to be merged with others. Its strides are in floats
+//                    is rounded: a part to be merged with others. Its strides are in floats
+//   block_table      caches in pages: which page holds which tokens of a sequence. Token t is token
+//                    t % page_size of page block_table[row * block_table_stride + t / page_size];
+//                    the row is the sequence's number, or what cache_batch_idx says: the table then
+//                    has cache_rows rows. By gqa_attention_decode_ragged alone. The caches are
+//                    [num_pages, page_size, num_kv_heads, head_dim] of any page_size, and a batch
+//                    stride of theirs is from a page to the next. max_seq_len is 0, or max_pages *
+//                    page_size, which it becomes. What lies behind a sequence's last page may be
+//                    anything. A page that the caches do not have, of a token that is read or
+//                    appended, counts like a token that does not fit. Sequences do not append to
+//                    the same page. Pages of a multiple of 16 tokens can have kernels of tensor
+//                    copies
+//   slot_mapping     with block_table: where new tokens go if the table is not to say, page *
+//                    page_size + token; a negative one: nowhere. Either way the new token counts
+//                    as the one behind the others, and what the table says of its page does not
 //   dependent        1 for programmatic dependent launch, where it pays (Hopper and newer, caches
 //                    of up to 32 MiB): the kernel may start while the kernel before it in the
 //                    stream finishes. It reads nothing before that one is done, but may fetch its
@@ -210,7 +232,8 @@ typedef struct gqa_launch {
 //                    16 bytes, a kernel of narrower accesses is wanted, and none of tensor copies
 
 // One decode step. Tensors are in device memory, contiguous unless config has strides, and do not
-// share memory. Where config has a head_dim_v, it is that of output, v and kv_cache_v.
+// share memory. Where config has a head_dim_v, it is that of output, v and kv_cache_v; where it has
+// pages, they are what the caches are made of.
 //
 //   output      [batch_size, 1, num_q_heads * head_dim], written
 //   q           [batch_size, 1, num_q_heads, head_dim]

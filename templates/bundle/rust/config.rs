@@ -47,7 +47,7 @@ pub struct Config<'a> {
     pub head_dim: usize,
     /// Factor on the scores, usually `1 / sqrt(head_dim)`.
     pub scale: f32,
-    /// Tokens that the cache can hold per sequence.
+    /// Tokens that the cache can hold per sequence. With `block_table`, 0 or `max_pages * page_size`.
     pub max_seq_len: usize,
     /// Bound of the scores, `softcap * tanh(scaled score / softcap)`, as in Gemma 2; 0: none.
     pub softcap: f32,
@@ -62,10 +62,10 @@ pub struct Config<'a> {
     /// Tokens of padding at the start of each sequence's cache, `[batch_size]`. They count in the
     /// length, and are not attended to.
     pub cache_leftpad: Option<DeviceSlice<'a, i32>>,
-    /// Which row of the caches each sequence has, `[batch_size]`; with
+    /// Which row of the caches, or of `block_table`, each sequence has, `[batch_size]`; with
     /// [`decode_ragged`](crate::decode_ragged) alone. Sequences do not share one.
     pub cache_batch_idx: Option<DeviceSlice<'a, i32>>,
-    /// Rows of the caches, with `cache_batch_idx`; 0: `batch_size`.
+    /// How many there are, with `cache_batch_idx`; 0: `batch_size`.
     pub cache_rows: usize,
     /// Elements per head of values and output, where they are others than those of queries and keys, as
     /// in DeepSeek: 192 and 128. What is allowed is the same; 0: as `head_dim`.
@@ -73,6 +73,23 @@ pub struct Config<'a> {
     /// Whether the output is of `f32`, as it was computed, before it is rounded: a part to be merged
     /// with others.
     pub output_float32: bool,
+    /// Caches in pages: which page holds which tokens of a sequence, `[batch_size, max_pages]`, or
+    /// `cache_rows` rows; with [`decode_ragged`](crate::decode_ragged) alone. The caches are then
+    /// `[num_pages, page_size, num_kv_heads, head_dim]`, and the `batch` of their strides is from a page
+    /// to the next. What lies behind a sequence's last page may be anything. A page that the caches do
+    /// not have counts like a length that does not fit. Sequences do not append to the same page.
+    pub block_table: Option<DeviceSlice<'a, i32>>,
+    /// Elements from a row of `block_table` to the next; 0: `max_pages`.
+    pub block_table_stride: usize,
+    /// Pages that a sequence can have: columns of `block_table`.
+    pub max_pages: usize,
+    /// Tokens of a page, any number.
+    pub page_size: usize,
+    /// Pages of the caches.
+    pub num_pages: usize,
+    /// Where new tokens go, if `block_table` is not to say: `page * page_size + token`, `[batch_size]`.
+    /// A negative one: nowhere.
+    pub slot_mapping: Option<DeviceSlice<'a, i64>>,
     /// Programmatic dependent launch, where it pays (Hopper and newer, caches of up to 32 MiB): the
     /// kernel may start while the kernel before it in the stream finishes. It reads nothing before
     /// that one is done, but may fetch its first tiles to L2. Worth having where that kernel lets
@@ -149,6 +166,12 @@ impl Default for Config<'_> {
             cache_rows: 0,
             head_dim_v: 0,
             output_float32: false,
+            block_table: None,
+            block_table_stride: 0,
+            max_pages: 0,
+            page_size: 0,
+            num_pages: 0,
+            slot_mapping: None,
             dependent: false,
             equal_lengths: false,
             lse: None,
@@ -211,7 +234,12 @@ impl Config<'_> {
             dependent: i32::from(self.dependent),
             head_dim_v: to_int("config: head_dim_v", self.head_dim_v)?,
             output_float32: i32::from(self.output_float32),
-            reserved: 0,
+            page_size: to_int("config: page_size", self.page_size)?,
+            block_table: self.block_table.map_or(null(), |it| it.as_ptr()),
+            block_table_stride: to_long("block_table_stride", self.block_table_stride)?,
+            slot_mapping: self.slot_mapping.map_or(null(), |it| it.as_ptr()),
+            max_pages: to_int("config: max_pages", self.max_pages)?,
+            num_pages: to_int("config: num_pages", self.num_pages)?,
         })
     }
 
@@ -238,6 +266,14 @@ impl Config<'_> {
                 batch_size,
                 "batch_size",
             )?;
+        }
+        if let Some(it) = self.block_table {
+            let sizes = [or(self.cache_rows, batch_size), 1, 1, self.max_pages];
+            let strides = [self.block_table_stride, 0, 0];
+            check_reach("config: block_table", it.len(), sizes, strides)?;
+        }
+        if let Some(it) = self.slot_mapping {
+            check_len("config: slot_mapping", it.len(), batch_size, "batch_size")?;
         }
         if let Some(it) = self.lse {
             let needed = self.elements(&[batch_size, heads])?;
@@ -270,14 +306,19 @@ impl Config<'_> {
         const CACHE_V: &str =
             "batch_size * max_seq_len * num_kv_heads * head_dim_v, or with cache_rows";
         let names = ["output", "q", "k", "v", "kv_cache_k", "kv_cache_v"];
-        let rules = match self.head_dim_v {
-            0 => [QUERY, QUERY, TOKEN, TOKEN, CACHE, CACHE],
-            _ => [QUERY_V, QUERY, TOKEN, TOKEN_V, CACHE, CACHE_V],
+        const POOL: &str = "num_pages * page_size * num_kv_heads * head_dim";
+        const POOL_V: &str = "num_pages * page_size * num_kv_heads * head_dim_v";
+        let batch = self.batch_size;
+        let (rows, tokens, cache, cache_v) = match self.block_table {
+            None => (or(self.cache_rows, batch), self.max_seq_len, CACHE, CACHE_V),
+            Some(_) => (self.num_pages, self.page_size, POOL, POOL_V),
         };
-        let (batch, tokens) = (self.batch_size, self.max_seq_len);
+        let rules = match self.head_dim_v {
+            0 => [QUERY, QUERY, TOKEN, TOKEN, cache, cache],
+            _ => [QUERY_V, QUERY, TOKEN, TOKEN_V, cache, cache_v],
+        };
         let (q_heads, kv_heads, dim) = (self.num_q_heads, self.num_kv_heads, self.head_dim);
         let value_dim = or(self.head_dim_v, dim);
-        let rows = or(self.cache_rows, batch);
         let sizes = [
             [batch, 1, q_heads, value_dim],
             [batch, 1, q_heads, dim],

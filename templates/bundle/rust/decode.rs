@@ -17,7 +17,8 @@ use crate::layout::check_len;
 /// | `k`, `v` | `[batch_size, num_kv_heads, head_dim]` |
 /// | `kv_cache_k`, `kv_cache_v` | `[batch_size, max_seq_len, num_kv_heads, head_dim]`, one row written |
 ///
-/// Where there is a `head_dim_v`, it is that of `output`, `v` and `kv_cache_v`.
+/// Where there is a `head_dim_v`, it is that of `output`, `v` and `kv_cache_v`. Caches in pages are
+/// `[num_pages, page_size, num_kv_heads, head_dim]`.
 ///
 /// Launches one kernel and returns without waiting for it. The stream's context is current, or none
 /// is: then the primary context of device 0 becomes current, as in the CUDA runtime. Can be captured

@@ -60,7 +60,7 @@ pub struct RowStrides {
 /// Strides of a cache, in elements.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CacheStrides {
-    /// From a sequence to the next.
+    /// From a sequence to the next, or from a page to the next.
     pub batch: usize,
     /// From a token to the next.
     pub token: usize,

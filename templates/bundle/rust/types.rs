@@ -124,8 +124,18 @@ pub struct GQADecodeConfig {
     pub head_dim_v: i32,
     /// 1: the output is of float32, not rounded.
     pub output_float32: i32,
-    /// Must be 0.
-    pub reserved: i32,
+    /// Tokens of a page, with `block_table`.
+    pub page_size: i32,
+    /// Rows of `max_pages` pages, of each sequence; or null.
+    pub block_table: *const i32,
+    /// Elements between its rows; 0: packed.
+    pub block_table_stride: i64,
+    /// `batch_size` places of new tokens; or null.
+    pub slot_mapping: *const i64,
+    /// Pages that a sequence can have.
+    pub max_pages: i32,
+    /// Pages of the caches.
+    pub num_pages: i32,
 }
 
 impl Default for GQADecodeConfig {
@@ -171,7 +181,12 @@ impl Default for GQADecodeConfig {
             dependent: 0,
             head_dim_v: 0,
             output_float32: 0,
-            reserved: 0,
+            page_size: 0,
+            block_table: null(),
+            block_table_stride: 0,
+            slot_mapping: null(),
+            max_pages: 0,
+            num_pages: 0,
         }
     }
 }

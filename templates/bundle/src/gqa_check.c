@@ -48,10 +48,11 @@ static gqa_status check_head_dim(char const* field, int32_t got) {
                   field, got, limits->head_dim_step, limits->min_head_dim, limits->max_head_dim);
 }
 
-// The sizes and the scale.
-static gqa_status check_config(GQADecodeConfig const* config) {
+// The sizes and the scale. Where there are pages, they say how long a sequence can be.
+static gqa_status check_config(GQADecodeConfig* config) {
   gqa_limits const* limits = &gqa_config_limits;
-  gqa_status status;
+  gqa_status status = gqa_settle_pages(config);
+  if (status != GQA_SUCCESS) return status;
   if (config->batch_size < 1 || config->batch_size > limits->max_batch) {
     return gqa_fail_range("batch_size", config->batch_size, 1, limits->max_batch);
   }
@@ -87,7 +88,8 @@ static gqa_status check_config(GQADecodeConfig const* config) {
   }
   status = gqa_check_features(config);
   if (status != GQA_SUCCESS) return status;
-  double const rows = (double)gqa_cache_rows(config) * config->max_seq_len * config->num_kv_heads;
+  double const tokens = (double)gqa_pool_rows(config) * gqa_pool_tokens(config);
+  double const rows = tokens * config->num_kv_heads;
   int32_t const value_dim = gqa_value_dim(config);
   double const bytes =
       rows * (config->head_dim > value_dim ? config->head_dim : value_dim) * kElementBytes;
@@ -128,13 +130,16 @@ gqa_status gqa_check_launch(gqa_launch const* launched) {
 }
 
 gqa_status gqa_check_length(GQADecodeConfig const* config) {
-  if (config->cache_batch_idx != NULL) {
+  int32_t const* const table = config->block_table;
+  if (config->cache_batch_idx != NULL || table != NULL) {
     return gqa_fail(GQA_ERROR_INVALID_VALUE,
-                    "config: cache_batch_idx: got %p with one length for all; allowed: null, or "
+                    "config: %s: got %p with one length for all; allowed: null, or "
                     "lengths on the device. Nothing was launched. Call "
                     "gqa_attention_decode_ragged, which is told where to report an index that "
-                    "names no row.",
-                    (void const*)config->cache_batch_idx);
+                    "names no %s.",
+                    table == NULL ? "cache_batch_idx" : "block_table",
+                    (void const*)(table == NULL ? config->cache_batch_idx : table),
+                    table == NULL ? "row" : "page");
   }
   if (config->cache_len < 0) {
     return gqa_fail_range("cache_len", config->cache_len, 0, config->max_seq_len - 1);

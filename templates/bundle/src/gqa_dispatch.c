@@ -92,7 +92,8 @@ static int prefers_tma(gqa_problem const* problem, gqa_kernel const* tma) {
 
 static gqa_kernel const* choose_kernel(gqa_problem const* problem, int32_t arch, int32_t pdl) {
   gqa_kernel const* tma = find_kernel(problem, arch, 1, pdl);
-  if (tma != NULL && prefers_tma(problem, tma)) return tma;
+  int const whole_pages = problem->page_size % gqa_dispatch_model.page_tokens == 0;
+  if (tma != NULL && whole_pages && prefers_tma(problem, tma)) return tma;
   return find_kernel(problem, arch, 0, pdl);
 }
 
@@ -270,6 +271,7 @@ gqa_problem gqa_describe(GQADecodeConfig const* config, int32_t vec_width, int r
   problem.ragged = ragged && !config->equal_lengths;
   problem.features = gqa_features_of(config);
   problem.dependent = config->dependent;
+  problem.page_size = config->page_size;
   if (config->window < config->max_seq_len) {
     problem.window = config->window;
   } else {

@@ -42,6 +42,8 @@ void gqa_feature_tensors(GQADecodeConfig const* config, gqa_memory tensors[kGqaF
       {"alibi_slopes", config->alibi_slopes, 4 * slopes, 4},
       {"cache_leftpad", config->cache_leftpad, 4 * batch, 4},
       {"cache_batch_idx", config->cache_batch_idx, 4 * batch, 4},
+      {"block_table", config->block_table, gqa_table_bytes(config), 4},
+      {"slot_mapping", config->slot_mapping, 8 * batch, 8},
   };
   memcpy(tensors, found, sizeof found);
 }
@@ -89,12 +91,6 @@ static gqa_status check_types_and_strides(GQADecodeConfig const* config) {
                     "config: cache_rows: got %d without cache_batch_idx; allowed: 0, or "
                     "batch_size, %d. Nothing was launched.",
                     config->cache_rows, config->batch_size);
-  }
-  if (config->reserved != 0) {
-    return gqa_fail(GQA_ERROR_UNSUPPORTED_FEATURE,
-                    "config: reserved: got %d; allowed: 0. Nothing was launched. The program asks "
-                    "for a feature that is newer than the library.",
-                    config->reserved);
   }
   return GQA_SUCCESS;
 }
@@ -145,4 +141,5 @@ void gqa_bind_features(GQADecodeConfig const* config, gqa_params* params) {
   params->cache_leftpad = config->cache_leftpad;
   params->cache_batch_idx = config->cache_batch_idx;
   params->cache_rows = (int32_t)gqa_cache_rows(config);
+  gqa_bind_pages(config, params);
 }

@@ -117,7 +117,7 @@ typedef struct gqa_memory {
   int32_t alignment;
 } gqa_memory;
 
-enum { kGqaFeatureTensors = 4 };
+enum { kGqaFeatureTensors = 6 };
 
 // The features that a configuration asks for, as bits.
 GQA_INTERNAL int32_t gqa_features_of(GQADecodeConfig const* config);
@@ -132,11 +132,27 @@ GQA_INTERNAL void gqa_feature_tensors(GQADecodeConfig const* config,
 // Their values, and how addresses are aligned.
 GQA_INTERNAL gqa_status gqa_check_features(GQADecodeConfig const* config);
 
-// Rows of the caches.
+// Rows of the caches, or of the table of pages.
 GQA_INTERNAL int64_t gqa_cache_rows(GQADecodeConfig const* config);
 
 // What they put into a kernel's argument.
 GQA_INTERNAL void gqa_bind_features(GQADecodeConfig const* config, struct gqa_params* params);
+
+// -- gqa_pages.c
+
+// Checks what is said of pages, and sets max_seq_len where they say it.
+GQA_INTERNAL gqa_status gqa_settle_pages(GQADecodeConfig* config);
+
+// What the caches have in their first dimension, and in their second: sequences and their tokens,
+// or pages and theirs.
+GQA_INTERNAL int64_t gqa_pool_rows(GQADecodeConfig const* config);
+GQA_INTERNAL int32_t gqa_pool_tokens(GQADecodeConfig const* config);
+
+// Of the table, from its first entry to the end of its last.
+GQA_INTERNAL int64_t gqa_table_bytes(GQADecodeConfig const* config);
+
+// What pages put into a kernel's argument.
+GQA_INTERNAL void gqa_bind_pages(GQADecodeConfig const* config, struct gqa_params* params);
 
 // -- gqa_device.c
 

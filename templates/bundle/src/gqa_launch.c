@@ -71,7 +71,7 @@ static uint64_t step_bytes(gqa_view const* cache, int dim) {
 
 // The tensor map of a cache: boxes of 64 dims; where head_dim is a multiple of that, it is two
 // dimensions of the map, so that one copy brings whole rows.
-static gqa_cu_result encode(gqa_driver const* driver, gqa_view const* cache, int32_t block_n,
+static gqa_cu_result encode(gqa_driver const* driver, gqa_view const* cache, int32_t box_tokens,
                             gqa_tensor_map* map) {
   uint32_t const columns = (uint32_t)gqa_dispatch_model.box_dims;
   uint64_t const dim = (uint64_t)cache->sizes[kGqaElement];
@@ -86,13 +86,13 @@ static gqa_cu_result encode(gqa_driver const* driver, gqa_view const* cache, int
     uint32_t const boxes = (uint32_t)(dim / columns);
     uint64_t const sizes[5] = {columns, tokens, boxes, heads, batch};
     uint64_t const strides[4] = {token, (uint64_t)columns * kElementBytes, head, sequence};
-    uint32_t const box[5] = {columns, (uint32_t)block_n, boxes, 1, 1};
+    uint32_t const box[5] = {columns, (uint32_t)box_tokens, boxes, 1, 1};
     return driver->encode(map, kCuTensorMapUint16, 5, address, sizes, strides, box, ones, 0,
                           kCuTensorMapSwizzle128, 0, 0);
   }
   uint64_t const sizes[4] = {dim, tokens, heads, batch};
   uint64_t const strides[3] = {token, head, sequence};
-  uint32_t const box[4] = {columns, (uint32_t)block_n, 1, 1};
+  uint32_t const box[4] = {columns, (uint32_t)box_tokens, 1, 1};
   return driver->encode(map, kCuTensorMapUint16, 4, address, sizes, strides, box, ones, 0,
                         kCuTensorMapSwizzle128, 0, 0);
 }
@@ -124,10 +124,12 @@ gqa_status gqa_launch_kernel(gqa_driver const* driver, GQADecodeConfig const* co
   gqa_cu_result error = kCuSuccess;
   argument.decode = bind(config, t, chosen);
   if (chosen->kernel->tma) {
-    int32_t const block_n = chosen->kernel->block_n;
-    error = encode(driver, &t->views[kGqaKCache], block_n, &argument.keys);
+    int32_t const box_tokens = config->block_table == NULL
+                                   ? chosen->kernel->block_n
+                                   : (int32_t)gqa_dispatch_model.page_tokens;
+    error = encode(driver, &t->views[kGqaKCache], box_tokens, &argument.keys);
     if (error == kCuSuccess) {
-      error = encode(driver, &t->views[kGqaVCache], block_n, &argument.values);
+      error = encode(driver, &t->views[kGqaVCache], box_tokens, &argument.values);
     }
     if (error != kCuSuccess) {
       return gqa_fail_in_driver(driver, error, GQA_ERROR_LAUNCH, "describing", "the caches");
@@ -171,7 +173,7 @@ void gqa_log_launch(GQADecodeConfig const* config, gqa_tensors const* t, gqa_dis
       "num_stages=%d dependent=%s batch_size=%d num_q_heads=%d num_kv_heads=%d "
       "group_size=%d head_dim=%d head_dim_v=%d max_seq_len=%d dtype=%s out_dtype=%s append=True "
       "cache_seqlens=%s softmax_scale=%.9g return_lse=%s softcap=%s sinks=%s "
-      "window_size=%d,-1 alibi=%s leftpad=%s batch_idx=%s page_size=0 "
+      "window_size=%d,-1 alibi=%s leftpad=%s batch_idx=%s page_size=%d "
       "workspace_bytes=%zu device=%d stream=0x%llx",
       chosen->kernel->name, chosen->grid[0], chosen->grid[1], chosen->grid[2], chosen->cluster,
       chosen->block, chosen->shared_bytes, chosen->num_splits, chosen->num_stages,
@@ -180,7 +182,7 @@ void gqa_log_launch(GQADecodeConfig const* config, gqa_tensors const* t, gqa_dis
       gqa_value_dim(config), config->max_seq_len, dtype, config->output_float32 ? "f32" : dtype,
       length, (double)config->scale, text_of(config->lse), cap, text_of(config->sinks),
       config->window - 1, text_of(config->alibi_slopes), text_of(config->cache_leftpad),
-      text_of(config->cache_batch_idx), gqa_workspace_of(chosen), device,
+      text_of(config->cache_batch_idx), config->page_size, gqa_workspace_of(chosen), device,
       (unsigned long long)(uintptr_t)stream);
   callback(line, user);
 }

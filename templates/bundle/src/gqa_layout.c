@@ -36,7 +36,7 @@ int32_t gqa_value_dim(GQADecodeConfig const* config) {
 void gqa_lay_out(GQADecodeConfig const* config, void const* const addresses[kGqaTensors],
                  gqa_tensors* t) {
   GQADecodeConfig const* c = config;
-  int64_t const batch = c->batch_size, rows = gqa_cache_rows(c), tokens = c->max_seq_len;
+  int64_t const batch = c->batch_size, rows = gqa_pool_rows(c), tokens = gqa_pool_tokens(c);
   int64_t const q_heads = c->num_q_heads, kv_heads = c->num_kv_heads;
   int64_t const dim = c->head_dim, value_dim = gqa_value_dim(c);
   int64_t const sizes[kGqaTensors][kGqaDims] = {
@@ -100,7 +100,8 @@ static double reach_at_most(gqa_view const* view) {
   return (last + 1) * view->element_bytes;
 }
 
-static gqa_status check_view(gqa_view const* view) {
+// Of what there is one behind the other: sequences, or pages.
+static gqa_status check_view(gqa_view const* view, char const* outermost) {
   int64_t const* strides = view->strides;
   for (int dim = 0; dim < kGqaElement; ++dim) {
     if (strides[dim] < 0) {
@@ -121,11 +122,11 @@ static gqa_status check_view(gqa_view const* view) {
       snprintf(tokens, sizeof tokens, ", %lld between tokens", (long long)strides[kGqaToken]);
     }
     return gqa_fail(GQA_ERROR_INVALID_VALUE,
-                    "config: strides: got %s with %lld elements between sequences%s and %lld "
+                    "config: strides: got %s with %lld elements between %s%s and %lld "
                     "between heads of %lld; allowed: elements that do not share memory, and 0 for "
                     "strides of contiguous memory. Nothing was launched.",
-                    view->name, (long long)strides[kGqaBatch], tokens, (long long)strides[kGqaHead],
-                    (long long)view->sizes[kGqaElement]);
+                    view->name, (long long)strides[kGqaBatch], outermost, tokens,
+                    (long long)strides[kGqaHead], (long long)view->sizes[kGqaElement]);
   }
   return GQA_SUCCESS;
 }
@@ -143,7 +144,10 @@ gqa_status gqa_check_strides(GQADecodeConfig const* config) {
   gqa_tensors t;
   if (any_stride(config) == 0) return GQA_SUCCESS;
   gqa_lay_out(config, nowhere, &t);
-  for (int i = 0; status == GQA_SUCCESS && i < kGqaTensors; ++i) status = check_view(&t.views[i]);
+  for (int i = 0; status == GQA_SUCCESS && i < kGqaTensors; ++i) {
+    int const is_pool = i >= kGqaKCache && config->block_table != NULL;
+    status = check_view(&t.views[i], is_pool ? "pages" : "sequences");
+  }
   return status;
 }
 

@@ -27,7 +27,8 @@ enum {
   kGqaAlibi = 16,         // alibi_slopes
   kGqaSinkInSum = 32,     // sinks
   kGqaInFloat32 = 64,     // out_dtype
-  kGqaNoPrefetch = 7,     // those that wait for lengths
+  kGqaPagedCache = 128,   // block_table
+  kGqaNoPrefetch = 135,   // those that wait for lengths
 };
 
 // Each, and the field of GQADecodeConfig that asks for it when it is not zero.
@@ -38,7 +39,8 @@ enum {
   X(kGqaSoftCapped, softcap)         \
   X(kGqaAlibi, alibi_slopes)         \
   X(kGqaSinkInSum, sinks)            \
-  X(kGqaInFloat32, output_float32)
+  X(kGqaInFloat32, output_float32)   \
+  X(kGqaPagedCache, block_table)
 
 // What the kernels call types of numbers.
 enum {
@@ -101,6 +103,7 @@ typedef struct gqa_model {
   int64_t tma_large_cluster;
   int64_t tma_few_heads;
   int64_t box_dims;
+  int64_t page_tokens;
   int64_t max_cluster;
   double prefetch_mib;
   double pdl_whole_mib;
@@ -137,6 +140,7 @@ typedef struct gqa_problem {
   int32_t ragged;     // whether lengths, which the host does not know, may differ much
   int32_t features;   // bits of what the kernel must have, and must not have beyond
   int64_t window;     // tokens that are seen; 0 for all
+  int64_t page_size;  // tokens of a page; 0 without pages
   int64_t dependent;  // whether it may start before the kernel before it is done
 } gqa_problem;
 

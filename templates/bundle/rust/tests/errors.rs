@@ -41,6 +41,12 @@ const CONFIG: Config = Config {
     cache_rows: 0,
     head_dim_v: 0,
     output_float32: false,
+    block_table: None,
+    block_table_stride: 0,
+    max_pages: 0,
+    page_size: 0,
+    num_pages: 0,
+    slot_mapping: None,
     dependent: false,
     equal_lengths: false,
     lse: None,
@@ -87,7 +93,12 @@ const C_CONFIG: GQADecodeConfig = GQADecodeConfig {
     dependent: 0,
     head_dim_v: 0,
     output_float32: 0,
-    reserved: 0,
+    page_size: 0,
+    block_table: null(),
+    block_table_stride: 0,
+    slot_mapping: null(),
+    max_pages: 0,
+    num_pages: 0,
 };
 
 /// Arguments of a step as C takes them, each tensor at an address of its own.
@@ -737,8 +748,20 @@ fn unused<T>(address: usize, len: usize) -> DeviceSlice<'static, T> {
     unsafe { DeviceSlice::from_raw_parts(address as *const T, len) }
 }
 
+/// The same in pages: eight of four tokens each, of which a sequence can have four.
+fn paged(config: Config<'static>) -> Config<'static> {
+    Config {
+        block_table: Some(unused(0x90004, 2 * 4)),
+        max_pages: 4,
+        page_size: 4,
+        num_pages: 8,
+        slot_mapping: Some(unused(0x98008, 2)),
+        ..config
+    }
+}
+
 /// What is asked for beyond plain attention, of no library's kernels.
-fn featured() -> [(&'static str, Config<'static>); 8] {
+fn featured() -> [(&'static str, Config<'static>); 9] {
     let odd = Config {
         head_dim: 40,
         num_q_heads: 22,
@@ -789,6 +812,7 @@ fn featured() -> [(&'static str, Config<'static>); 8] {
                 ..odd
             },
         ),
+        ("block_table", paged(odd)),
     ]
 }
 
@@ -804,6 +828,102 @@ fn features_without_a_kernel_are_unsupported_and_named() {
         assert_eq!(config, { config });
     }
     assert_ne!(featured()[1].1, featured()[2].1);
+}
+
+#[test]
+fn pages_that_are_not_allowed_are_refused() {
+    let config = paged(CONFIG);
+    let with_table = |len| Config {
+        block_table: Some(unused(0x90004, len)),
+        ..config
+    };
+    let cases = [
+        (
+            with_table(7),
+            "config: block_table: got 7 elements; needed: 8 or more",
+        ),
+        (
+            Config {
+                block_table_stride: 5,
+                ..config
+            },
+            "config: block_table: got 8 elements; needed: 9 or more",
+        ),
+        (
+            Config {
+                cache_batch_idx: Some(unused(0xA0004, 2)),
+                cache_rows: 3,
+                ..config
+            },
+            "config: block_table: got 8 elements; needed: 12 or more",
+        ),
+        (
+            Config {
+                slot_mapping: Some(unused(0x98008, 1)),
+                ..config
+            },
+            "config: slot_mapping: got 1 elements; needed: 2, batch_size",
+        ),
+        (
+            Config {
+                slot_mapping: Some(unused(0x98004, 2)),
+                ..config
+            },
+            "config: slot_mapping: got address 0x98004; allowed: multiples of 8",
+        ),
+        (
+            Config {
+                block_table: None,
+                ..config
+            },
+            "config: page_size: got 4 without block_table; allowed: 0",
+        ),
+        (
+            Config {
+                page_size: 0,
+                ..config
+            },
+            "config: page_size: got 0; allowed: 1 to ",
+        ),
+        (
+            Config {
+                num_pages: 1 << 31,
+                ..config
+            },
+            "config: num_pages: got 2147483648; allowed: at most 2147483647",
+        ),
+        (
+            Config {
+                max_seq_len: 17,
+                ..config
+            },
+            "config: max_seq_len: got 17 with block_table; allowed: 0, or max_pages * page_size, 16",
+        ),
+    ];
+    for (config, says) in cases {
+        assert_error!(
+            explain::<f16>(&config, "sm_90a", 132, true),
+            InvalidValue,
+            says
+        );
+        assert_error!(workspace_size::<f16>(&config), InvalidValue, says);
+    }
+    // SAFETY: one length for all is refused.
+    let result = unsafe { step::<f16>(&config, ARGUMENTS, LENS, None) };
+    assert_error!(
+        result,
+        InvalidValue,
+        "config: block_table: got 0x90004 with one length for all"
+    );
+    let mut lens = LENS;
+    lens[5] = 4097;
+    // SAFETY: a view is of the wrong length.
+    let result = unsafe { step::<f16>(&config, ARGUMENTS, lens, Some((2, 1))) };
+    assert_error!(
+        result,
+        InvalidValue,
+        "kv_cache_v: got 4097 elements; needed: 4096, num_pages * page_size * num_kv_heads * head_dim"
+    );
 }
 
 #[test]

@@ -44,7 +44,12 @@ fn rust_facts() -> Vec<Fact> {
         dependent,
         head_dim_v,
         output_float32,
-        reserved
+        page_size,
+        block_table,
+        block_table_stride,
+        slot_mapping,
+        max_pages,
+        num_pages
     );
     layout!(
         facts,
