@@ -78,7 +78,7 @@ def plan_export(kernels: str | None, archs: Sequence[str], dependent: bool = Fal
         raise ConfigError(
             f"--kernels: got {kernels!r} for {', '.join(archs)}; allowed: kernels for these "
             "architectures that dispatch chooses: tensorop, or simt with align1, in the tile "
-            "shape that `codegen.variants` gives them; paged caches and merges are in Python alone"
+            "shape that `codegen.variants` gives them; merges are in Python alone"
         )
     used = [ARCHES[a] for a in ARCHES if a in archs and any(a in k.archs for k in found)]
     return Export(kernels=tuple(found), archs=tuple(used))
