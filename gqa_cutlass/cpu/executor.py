@@ -25,6 +25,7 @@ from gqa_cutlass.codegen.schema.launch import LaunchShape
 from gqa_cutlass.codegen.schema.params import Params
 from gqa_cutlass.codegen.schema.policies import CALL
 from gqa_cutlass.codegen.schema.problem import Problem
+from gqa_cutlass.cpu.pages import by_page
 from gqa_cutlass.dispatch import Dispatch, model_device
 from gqa_cutlass.gpu.torch_private import allocator
 from gqa_cutlass.kernels.store import Store
@@ -272,4 +273,4 @@ def run(
         shared_bytes=shape.shared_bytes,
     )  # fmt: skip
     simulate(program, launch, ctypes.string_at(ctypes.addressof(params), ctypes.sizeof(params)),
-             regions, checks, stats)  # fmt: skip
+             by_page(regions, params, shape.grid[-1]), checks, stats)  # fmt: skip

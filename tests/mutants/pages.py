@@ -5,13 +5,15 @@ from __future__ import annotations
 from mutants.cases import PAGED, PAGED_CLUSTER, PAGED_CLUSTERS, PAGED_LONG
 from mutants.mutant import Mutant
 
+NOT_OF_THE_LAUNCH = "in no row of its pages that this launch may"
+
 PAGES = (
     Mutant(
         name="tokens of a page counted from the sequence's first",
         header="cache_paged.cuh",
         old="return token - page_of(p, token) * p.page_size;",
         new="return token;",
-        fault="outside all tensors; .* past the end of v_cache .* at load.cuh",
+        fault=f"{NOT_OF_THE_LAUNCH} read; .* at load.cuh",
         case=PAGED,
     ),
     Mutant(
@@ -19,7 +21,7 @@ PAGES = (
         header="cache_paged.cuh",
         old="uint64_t(uint32_t(token)) * p.page_magic",
         new="uint64_t(uint32_t(token)) * (p.page_magic - 1)",
-        fault="outside all tensors; .* past the end of v_cache .* at load.cuh",
+        fault=f"{NOT_OF_THE_LAUNCH} read; .* at load.cuh",
         case=PAGED,
     ),
     Mutant(
@@ -27,7 +29,7 @@ PAGES = (
         header="cache_paged.cuh",
         old="p.block_table + row * p.block_table_stride",
         new="p.block_table + (row ^ 1) * p.block_table_stride",
-        wrong="output",
+        fault=f"{NOT_OF_THE_LAUNCH} read; .* at load.cuh",
         case=PAGED,
     ),
     Mutant(
@@ -55,11 +57,35 @@ PAGES = (
         case=PAGED,
     ),
     Mutant(
+        name="rows behind a sequence's last token",
+        header="cache_paged.cuh",
+        old="is_row(i) && token < w.num_cached && ",
+        new="is_row(i) && token < w.num_cached + 3 && ",
+        fault=f"{NOT_OF_THE_LAUNCH} read; .* at load.cuh",
+        case=PAGED,
+    ),
+    Mutant(
+        name="the page beside in the pool",
+        header="cache_paged.cuh",
+        old="pages.page[i] * stride.batch",
+        new="(pages.page[i] + 1) * stride.batch",
+        fault=f"{NOT_OF_THE_LAUNCH} read; .* at load.cuh",
+        case=PAGED,
+    ),
+    Mutant(
+        name="boxes further on in their page",
+        header="cache_paged.cuh",
+        old="return {place_in_page(params_, token), kv",
+        new="return {place_in_page(params_, token + kTokens), kv",
+        fault=f"{NOT_OF_THE_LAUNCH} read; .*, in row 16 of page ",
+        case=PAGED_CLUSTER,
+    ),
+    Mutant(
         name="appended to the page of the token before",
         header="cache_paged.cuh",
         old="[page_of(p, w.num_cached)];",
         new="[page_of(p, w.num_cached - 1)];",
-        wrong="caches",
+        fault=f"{NOT_OF_THE_LAUNCH} write; .* at row.cuh",
         case=PAGED,
     ),
     Mutant(

@@ -7,7 +7,7 @@ Shared and local memory and the parameters lie in windows that no host address f
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +24,9 @@ WINDOW_BYTES = 1 << 32
 CLUSTER_SHIFT = 24  # a shared::cluster address: 1 + the block's rank, and the address in the block
 _ALIGN = 16  # widest access
 
-_READ, _WRITE = 1, 2
+READ, WRITE = 1, 2
 _FRESH = 4  # can be read once it has been written
+OVERREAD = 8  # asynchronous copies may read what another thread writes meanwhile
 Indices = NDArray[np.int64]
 
 
@@ -53,6 +54,8 @@ class Region:
         fresh: Its contents are not defined before the kernel writes them.
         overread: Asynchronous copies may read what another thread writes meanwhile: they bring
             whole tiles, of which the kernel discards what it has no business with.
+        rows: Where only some rows may be touched: READ, WRITE and OVERREAD, and the rows that they
+            are for, numbered through the first two dimensions.
     """
 
     name: str
@@ -64,6 +67,7 @@ class Region:
     writable: bool = False
     fresh: bool = False
     overread: bool = False
+    rows: Mapping[int, Indices] | None = None
 
     @property
     def span(self) -> int:
@@ -88,6 +92,17 @@ class Region:
         """Name, size and place."""
         return f"{self.name} ({self.span} bytes at {self.address:#x})"
 
+    def place(self, offset: int) -> str:
+        """Where a byte lies that is not behind the end, in words."""
+        found = f"at byte {offset} of {self.describe()}"
+        if self.rows is None:
+            return found
+        index = [0] * len(self.shape)
+        for i in sorted(range(len(index)), key=lambda i: -self.strides[i]):
+            if self.shape[i] > 1:
+                index[i], offset = divmod(offset, max(self.strides[i], 1))
+        return f"{found}, in row {index[1]} of page {index[0]}"
+
 
 class _Segment:
     """Regions that share memory, or one alone: a view of bytes, and who may touch which."""
@@ -105,19 +120,24 @@ class _Segment:
     def _allowed(self) -> NDArray[np.uint8] | int:
         """What is allowed: one answer for all bytes, or one for each."""
         first = self.regions[0]
-        if len(self.regions) == 1 and first.dense and not first.fresh:
-            return _READ * first.readable | _WRITE * first.writable
+        if len(self.regions) == 1 and first.dense and not first.fresh and first.rows is None:
+            return READ * first.readable | WRITE * first.writable
         allowed = np.zeros(len(self.bytes), dtype=np.uint8)
         for r in self.regions:
-            flags = _WRITE * r.writable
+            flags = WRITE * r.writable
             if r.readable:
-                flags |= _FRESH if r.fresh else _READ
+                flags |= _FRESH if r.fresh else READ
             # Once where a dimension is expanded: there may be very many copies.
             shape = [n if s else 1 for n, s in zip(r.shape, r.strides, strict=True)]
             cells = np.lib.stride_tricks.as_strided(
                 allowed[r.address - self.base :], (*shape, r.itemsize), (*r.strides, 1)
             )
-            cells |= flags
+            if r.rows is None:
+                cells |= flags
+                continue
+            for some, rows in r.rows.items():  # pools are large, and few of their pages in use
+                i, j = np.divmod(rows, r.shape[1])
+                cells[np.minimum(i, shape[0] - 1), np.minimum(j, shape[1] - 1)] |= some
         return allowed
 
     def view(self, width: int, count: int) -> NDArray[Any]:
@@ -129,9 +149,10 @@ class _Segment:
         """Position of the first access that is not allowed."""
         if isinstance(self.allowed, int):
             return None if self.allowed & wanted == wanted else 0
-        at = addresses - self.base
-        cells = self.allowed[at[:, None] + np.arange(size)]
-        wrong = ~((cells & wanted) == wanted).all(axis=1)
+        width, count = min(size, 8), max(1, size // 8)
+        cells = self.allowed.view(UNSIGNED[8 * width]).reshape(-1, count)
+        asked = np.frombuffer(bytes([wanted]) * width, dtype=cells.dtype)
+        wrong = ((cells[(addresses - self.base) // size] & asked) != asked).any(axis=1)
         return int(wrong.argmax()) if wrong.any() else None
 
     def written(self, addresses: Indices, size: int) -> None:
@@ -139,7 +160,7 @@ class _Segment:
         if not isinstance(self.allowed, int):
             at = addresses - self.base
             cells = at[:, None] + np.arange(size)
-            self.allowed[cells] |= (self.allowed[cells] & _FRESH) // _FRESH * _READ
+            self.allowed[cells] |= (self.allowed[cells] & _FRESH) // _FRESH * READ
 
 
 class GlobalMemory:
@@ -165,7 +186,7 @@ class GlobalMemory:
         """
         size = width * count // 8
         shape = (len(addresses), count) if count > 1 else (len(addresses),)
-        parts = self._split(addresses, size, _READ)
+        parts = self._split(addresses, size, READ)
         if len(parts) == 1:
             segment, _ = parts[0]
             return _gather(segment, addresses, width, count)
@@ -183,7 +204,7 @@ class GlobalMemory:
         count = values.shape[1] if values.ndim > 1 else 1
         width = values.dtype.itemsize * 8
         size = width * count // 8
-        for segment, at in self._split(addresses, size, _WRITE):
+        for segment, at in self._split(addresses, size, WRITE):
             some, data = addresses[at], values[at]
             segment.view(width, count)[(some - segment.base) // size] = data
             segment.written(some, size)
@@ -198,7 +219,7 @@ class GlobalMemory:
             AccessError: Outside all tensors, or not both readable and writable.
         """
         size = int(kind[1:])
-        self._split(addresses, size, _READ | _WRITE)
+        self._split(addresses, size, READ | WRITE)
 
         def cell(i: int) -> tuple[NDArray[Any], int]:
             address = int(addresses[i])
@@ -213,14 +234,24 @@ class GlobalMemory:
         Raises:
             AccessError: Outside all tensors, or not readable.
         """
-        self._split(addresses, size, _READ)
+        self._split(addresses, size, READ)
 
     def overread(self, addresses: Indices) -> NDArray[np.bool_]:
         """Which addresses tensor copies may read while they are written."""
         found = np.zeros(len(addresses), dtype=bool)
         for r in self.regions:
             if r.overread:
-                found |= (addresses >= r.address) & (addresses < r.address + r.span)
+                inside = (addresses >= r.address) & (addresses < r.address + r.span)
+                found |= inside if r.rows is None else self._marked(addresses, inside)
+        return found
+
+    def _marked(self, addresses: Indices, inside: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Which of some addresses are of rows marked OVERREAD, where all that are inside is one."""
+        found = np.zeros(len(addresses), dtype=bool)
+        some = addresses[inside]
+        if len(some):
+            segment = self.segments[int(np.searchsorted(self._starts, some[0], "right")) - 1]
+            found[inside] = (np.asarray(segment.allowed)[some - segment.base] & OVERREAD) > 0
         return found
 
     def locate(self, address: int) -> str:
@@ -234,7 +265,7 @@ class GlobalMemory:
             return f"{r.address - address} bytes before {r.describe()}"
         if address >= r.address + r.span:
             return f"{address - r.address - r.span} bytes past the end of {r.describe()}"
-        return f"at byte {address - r.address} of {r.describe()}"
+        return r.place(address - r.address)
 
     def _split(
         self, addresses: Indices, size: int, wanted: int
@@ -277,12 +308,15 @@ class GlobalMemory:
         address = int(addresses[wrong])
         inside = [r for r in segment.regions if r.address <= address < r.address + r.span]
         why = "outside all tensors"
-        if inside and wanted & _WRITE and not any(r.writable for r in inside):
+        if inside and wanted & WRITE and not any(r.writable for r in inside):
             why = "not to be written"
-        elif inside and wanted & _READ and not any(r.readable for r in inside):
+        elif inside and wanted & READ and not any(r.readable for r in inside):
             why = "not to be read"
-        elif any(r.fresh for r in inside) and wanted & _READ:
+        elif any(r.fresh for r in inside) and wanted & READ:
             why = "never written before"
+        elif any(r.rows is not None for r in inside):
+            does = "write" if wanted & WRITE else "read"
+            why = f"in no row of its pages that this launch may {does}"
         raise AccessError(wrong if at is None else int(at[wrong]), address, why)
 
 
