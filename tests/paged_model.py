@@ -21,9 +21,12 @@ _BASE = 2000  # float16 has all ints up to 2048
 
 
 def new_cache(
-    num_pages: int = 12, page_size: int = 4, layers: int = 1, device: str = "cpu"
-) -> PagedKVCache:
-    return PagedKVCache(num_pages, page_size, HEADS, DIM, F16, device, num_layers=layers)
+    num_pages: int = 12, page_size: int = 4, layers: int = 1, device: str = "cpu",
+    window: int | None = None,
+) -> PagedKVCache:  # fmt: skip
+    return PagedKVCache(
+        num_pages, page_size, HEADS, DIM, F16, device, num_layers=layers, window=window
+    )
 
 
 class Told:
@@ -32,6 +35,7 @@ class Told:
     def __init__(self, cache: PagedKVCache) -> None:
         self.cache = cache
         self.held: dict[int, list[int]] = {}
+        self.gone = Counter[int]()  # pages that each had before its window
         self._next = 0
 
     def new(self, count: int) -> list[int]:
@@ -74,6 +78,7 @@ class Told:
     def fork(self, sequence: int, tokens: int | None = None) -> int:
         child = self.cache.fork(sequence, tokens)
         self.held[child] = self.held[sequence][:tokens]
+        self.gone[child] = self.gone[sequence]
         return child
 
     def append(self, *sequences: int) -> None:
@@ -101,7 +106,22 @@ class Told:
 
     def holders(self) -> Counter[int]:
         """How many sequences have each page."""
-        return Counter(p for sequence in self.held for p in self.cache.pages(sequence))
+        return Counter(p for sequence in self.held for p in self.cache.pages(sequence) if p >= 0)
+
+    def first(self, sequence: int) -> int:
+        """The first token that it has: pages have gone with the window, and do not come back."""
+        size, window, length = self.cache.page_size, self.cache.window, len(self.held[sequence])
+        before = max(0, length - window) // size if window else 0
+        self.gone[sequence] = max(self.gone[sequence], before) if length else 0
+        return self.gone[sequence] * size
+
+    def reach(self, sequences: Sequence[int]) -> int:
+        """Newest tokens that they all have and may attend to."""
+        window = self.cache.window
+        assert window is not None
+        return min(
+            [window, *(len(self.held[s]) - self.first(s) for s in sequences if self.first(s))]
+        )
 
     def check(self, *sequences: int) -> None:
         """The cache holds these tokens, of some sequences or of all, and no page is lost."""
@@ -110,10 +130,14 @@ class Told:
         for sequence in sequences or self.held:
             tokens = self.held[sequence]
             assert cache.length(sequence) == len(tokens)
-            assert len(cache.pages(sequence)) >= -(-len(tokens) // cache.page_size)
+            pages, first = cache.pages(sequence), self.first(sequence)
+            assert len(pages) >= -(-len(tokens) // cache.page_size)
+            assert cache.freed(sequence) == first
+            assert [page < 0 for page in pages].count(True) == first // cache.page_size
+            assert all(page < 0 for page in pages[: first // cache.page_size])
             for layer in self.layers:
                 for found, expected in zip(
-                    cache.gather(layer, sequence), self.rows(tokens, layer), strict=True
+                    cache.gather(layer, sequence), self.rows(tokens[first:], layer), strict=True
                 ):
                     assert torch.equal(found, expected), (sequence, layer)
         self.check_pages()

@@ -33,23 +33,33 @@ class Walk(Told):
     """Does anything, at random, with sequences that a batch holds and with others.
 
     Args:
-        seed: Of what is done, and of the cache's sizes.
+        seed: Of what is done, and of the cache's sizes; odd: it has a window.
         device: Of the cache.
     """
 
     def __init__(self, seed: int, device: str = "cpu") -> None:
         self.random = random.Random(seed)
         page_size, layers = self.random.choice([1, 3, 4, 16]), self.random.choice([1, 2])
-        super().__init__(new_cache(self.random.randint(8, 40), page_size, layers, device))
+        most, window = self.random.randint(8, 40), None
+        if seed % 2:  # so that there is less to hold
+            most, window = max(8, most // 2), self.random.choice([1, 3, page_size + 1])
+        super().__init__(new_cache(most, page_size, layers, device, window))
         self.batch = self.cache.batch(ROWS, ROOM)
         self.done: Counter[str] = Counter()
         self._operations = [name for name in dir(self) if name.startswith("do_")]
+
+    def seen(self, sequences: Sequence[int]) -> dict[str, tuple[int, int]]:
+        """A window that sequences have all tokens of; one that is wider is refused."""
+        if self.cache.window is None:
+            return {}
+        return {"window_size": (self.random.randint(1, self.reach(sequences)) - 1, 0)}
 
     def step(self) -> None:
         """Do something, and look at what it concerned."""
         name = self.random.choice(self._operations)
         self.done[name] += 1
         self.check(*getattr(self, name)())
+        self.done["steps with pages freed"] += any(self.cache.freed(s) for s in self.held)
 
     def close(self) -> None:
         """All sequences hold what they should; without them, all pages are free."""
@@ -132,12 +142,17 @@ class Walk(Told):
         tokens = self.new(len(sequences))
         end = self.random.choice(["finished", "finished", "error", "layer"])
         layers = [*self.layers][: len(self.layers) - (end == "layer")]
+        seen = self.seen(sequences)
 
         def call() -> None:
             with self.cache.step(sequences) as step:
                 for layer in layers:
                     k, v = self.rows(tokens, layer)
-                    step.decode(layer, k.expand(-1, GROUP, -1), k, v)
+                    q = k.expand(-1, GROUP, -1)
+                    if seen:
+                        with pytest.raises(InputError, match="window_size: got"):
+                            step.decode(layer, q, k, v, window_size=(self.reach(sequences), 0))
+                    step.decode(layer, q, k, v, **seen)
                 if end == "error":
                     raise Broken
 
@@ -157,13 +172,25 @@ class Walk(Told):
         for parent in parents:
             most = len(self.held[parent])
             tokens = self.random.choice([None, self.random.randint(0, most)])
-            children.append(self.fork(parent, tokens))
+            if not self.are_gone(parent, tokens, self.cache.fork):
+                children.append(self.fork(parent, tokens))
         return parents + children
+
+    def are_gone(self, sequence: int, tokens: int | None, call: Callable[..., object]) -> bool:
+        """Whether none of its first tokens is there any more; then the call must say so."""
+        if not 0 < (len(self.held[sequence]) if tokens is None else tokens) <= self.first(sequence):
+            return False
+        with pytest.raises(InputError, match=f"whose first {self.first(sequence)} were freed"):
+            call(sequence, tokens)
+        self.done["gone"] += 1
+        return True
 
     def do_truncate(self) -> list[int]:
         sequences = self.one()
         for sequence in sequences:
             most = self.random.randint(0, len(self.held[sequence]) + 2)
+            if self.are_gone(sequence, most, self.cache.truncate):
+                continue
             self.cache.truncate(sequence, most)
             del self.held[sequence][most:]
             size = self.cache.page_size
@@ -175,7 +202,9 @@ class Walk(Told):
         indices = [self.random.randint(-1, len(sequences) - 1) for _ in sequences]
         self.cache.reorder(sequences, indices)
         after = [list(self.held[sequences[i]]) if i >= 0 else [] for i in indices]
+        gone = [self.gone[sequences[i]] if i >= 0 else 0 for i in indices]
         self.held.update(zip(sequences, after, strict=True))
+        self.gone.update({s: n - self.gone[s] for s, n in zip(sequences, gone, strict=True)})
         assert self.cache.free_pages >= free
         return sequences
 
@@ -209,12 +238,13 @@ class Walk(Told):
         if not sequences:
             return []
         tokens = self.new(rows)
+        seen = {"window_size": (0, 0)} if self.cache.window else {}  # any sequence has so many
 
         def forward() -> None:
             with self.batch.step() as step:
                 for layer in self.layers:
                     k, v = self.rows(tokens, layer)
-                    step.decode(layer, k.expand(-1, GROUP, -1), k, v)
+                    step.decode(layer, k.expand(-1, GROUP, -1), k, v, **seen)
 
         way = self.random.choice([forward, lambda: self.batch.run(forward)])
         if self.batch.steps_left:
@@ -247,7 +277,7 @@ def walk(seed: int, operations: int, device: str = "cpu") -> Counter[str]:
     decode = appending if device == "cpu" else gqa_decode
     with mock.patch.object(step_module, "gqa_decode", decode):
         for start in range(0, operations, 1000):
-            one = Walk(seed + start, device)
+            one = Walk(seed + start // 1000, device)
             for _ in range(min(1000, operations - start)):
                 one.step()
             one.close()

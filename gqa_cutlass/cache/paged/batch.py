@@ -11,10 +11,10 @@ from torch import Tensor
 
 from gqa_cutlass.cache.guard import with_memory
 from gqa_cutlass.cache.lengths import capturing
-from gqa_cutlass.cache.paged.sequences import Held, refuse
+from gqa_cutlass.cache.paged.sequences import NONE, Held, refuse
 from gqa_cutlass.cache.paged.step import DecodeStep
 from gqa_cutlass.cache.paged.storage import Storage
-from gqa_cutlass.cache.paged.tables import NONE, Table, fill_rows
+from gqa_cutlass.cache.paged.tables import Table, fill_rows
 from gqa_cutlass.errors import InputError, shown
 from gqa_cutlass.tracing import mark_static
 
@@ -54,6 +54,7 @@ class PagedBatch:
         mark_static(table, *self._lengths)
         self.sequences: tuple[int, ...] = ()
         self.steps_left = 0
+        self._widest = 0  # window of all steps so far, captured ones included
         self._given: list[Held] = []
         self._counts_itself = True  # a step that is not captured
         self._settled = True  # host and device know the same
@@ -92,7 +93,8 @@ class PagedBatch:
             OutOfPagesError: There are too few. The batch is as it was.
             CacheAllocationError: There is no memory for temporaries. The batch is as it was.
             InputError: There is no such sequence, one is named twice or held by another batch, they
-                are too many or would be too long, a step is open, or a graph is being captured.
+                are too many or would be too long, tokens that its steps attend to are gone, a step
+                is open, or a graph is being captured.
         """
         call = "PagedBatch.assign"
         given = self._storage.changing(call, sequences, self)
@@ -135,9 +137,11 @@ class PagedBatch:
         counts = self._counts_itself and not capturing(storage.device)
         if counts:
             self._check_left(call, 1)
-        with storage.in_step(), DecodeStep(call, storage.pools, self._table) as step:
+        reach = storage.sequences.reach(self._given)
+        with storage.in_step(), DecodeStep(call, storage.pools, self._table, reach) as step:
             yield step
             step.check_complete()
+        self._widest = max(self._widest, step.widest)
         self._settled &= not counts
         with_memory(call, storage.device, self._advance)
         if counts:
@@ -201,6 +205,10 @@ class PagedBatch:
             if held.length + steps > self.max_seq_len:
                 got = f"a sequence of {held.length} tokens and {steps} steps"
                 refuse(call, "sequences", got, f"up to {self.max_seq_len} tokens, max_seq_len")
+        reach = storage.sequences.reach(given)
+        if reach is not None and reach < self._widest:
+            got = f"one that has its tokens in a window of {reach} (others were freed before)"
+            refuse(call, "sequences", got, f"those that have {self._widest}, as its steps ask for")
         host = with_memory(call, storage.device, self._on_the_host)
         storage.grow(call, given, [steps] * len(given))
         table, (before, after) = (part.numpy() for part in self._parts(host))
@@ -240,7 +248,7 @@ class PagedBatch:
 
     def _count(self, steps: int) -> None:
         for held in self._given:
-            held.length += steps
+            self._storage.sequences.count(held, steps)
         if self._given:
             self.steps_left -= steps
         self._settled = True

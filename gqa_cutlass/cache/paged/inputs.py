@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from gqa_cutlass.cache.paged.sequences import refuse
+from gqa_cutlass.call.options import check_window
+from gqa_cutlass.codegen.schema.problem import MAX_SEQ_LEN
 from gqa_cutlass.errors import shown
 from gqa_cutlass.tensors import byte_reach, flaw, memory_flaw
 
@@ -54,6 +56,34 @@ def packed(call: str, name: str, tensor: Tensor, pools: Sequence[Tensor], count:
             allowed = "memory of its own; pass a .clone()"
             refuse(call, name, "memory of the cache itself", allowed, UNWRITTEN)
     return tensor if tensor.dim() == 4 else tensor[None]
+
+
+def check_reach(owner: str, window: int | None) -> None:
+    """Raise InputError for what is no number of newest tokens."""
+    if window is not None and (type(window) is not int or not 1 <= window <= MAX_SEQ_LEN):
+        allowed = f"an int from 1 to {MAX_SEQ_LEN}, the tokens that a step may attend to; or None"
+        refuse(owner, "window", shown(window), allowed, "Nothing was allocated.")
+
+
+def check_seen(call: str, window_size: object, reach: int | None) -> int:
+    """Tokens that a call attends to, if the cache has so many; 0 where it has all.
+
+    Args:
+        call: In whose name an error is.
+        window_size: The option.
+        reach: Newest tokens that the cache has of every sequence; None: all.
+
+    Raises:
+        InputError: No such window, or a wider one.
+    """
+    if reach is None:
+        return 0
+    left, _ = check_window(window_size)
+    if not 0 <= left < reach:
+        got = f"{window_size}" + (", no window" if left < 0 else f", a window of {left + 1} tokens")
+        allowed = f"({reach - 1}, 0) and less: older tokens may be freed, or are, as `window` says"
+        refuse(call, "window_size", got, allowed, UNWRITTEN)
+    return left + 1
 
 
 def counts(call: str, tokens: int | Sequence[int], batch: int) -> list[int]:

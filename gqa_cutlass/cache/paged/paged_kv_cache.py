@@ -14,7 +14,7 @@ from gqa_cutlass.api import check_overflow
 from gqa_cutlass.cache.allocation import allocate
 from gqa_cutlass.cache.guard import with_memory
 from gqa_cutlass.cache.paged.batch import PagedBatch
-from gqa_cutlass.cache.paged.inputs import counts, packed
+from gqa_cutlass.cache.paged.inputs import check_reach, counts, packed
 from gqa_cutlass.cache.paged.pools import Pools
 from gqa_cutlass.cache.paged.sequences import refuse
 from gqa_cutlass.cache.paged.step import Step
@@ -61,6 +61,8 @@ class PagedKVCache(PagedView):
         device: A GPU, or "cpu" (simulated, slow).
         num_layers: Layers of the model.
         head_dim_v: Dimension per head of values; None: as head_dim.
+        window: Newest tokens of a sequence that a step may attend to, the new one included; pages
+            wholly before them are freed when a step is over. None: all, and no page is freed.
 
     Raises:
         InputError: A size, the type or the device is not allowed.
@@ -79,12 +81,14 @@ class PagedKVCache(PagedView):
         *,
         num_layers: int = 1,
         head_dim_v: int | None = None,
+        window: int | None = None,
     ) -> None:
+        check_reach("PagedKVCache", window)
         sizes = PoolSizes(
             num_layers=num_layers, num_pages=num_pages, page_size=page_size,
             num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype, head_dim_v=head_dim_v,
         )  # fmt: skip
-        super().__init__(Pools(allocate(sizes, device).layers))
+        super().__init__(Pools(allocate(sizes, device).layers), window)
         self._tables = Tables(self.device)
 
     @staticmethod
@@ -97,8 +101,9 @@ class PagedKVCache(PagedView):
         *,
         num_layers: int = 1,
         head_dim_v: int | None = None,
+        window: int | None = None,
     ) -> int:
-        """Bytes that such a cache would take; allocates nothing.
+        """Bytes that such a cache would take, whatever its window; allocates nothing.
 
         Args:
             num_pages: As for the class, as are the others.
@@ -115,6 +120,7 @@ class PagedKVCache(PagedView):
         Raises:
             InputError: A size or the type is not allowed.
         """
+        check_reach("PagedKVCache", window)
         sizes = PoolSizes(
             num_layers=num_layers, num_pages=num_pages, page_size=page_size,
             num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype, head_dim_v=head_dim_v,
@@ -182,8 +188,8 @@ class PagedKVCache(PagedView):
             The new sequence.
 
         Raises:
-            InputError: There is no such sequence, it has fewer tokens, a batch holds it, or a step
-                is open. No sequence was made.
+            InputError: There is no such sequence, it has fewer tokens, or none of them any more, a
+                batch holds it, or a step is open. No sequence was made.
         """
         call = "PagedKVCache.fork"
         self._storage.changing(call, [sequence])
@@ -197,8 +203,8 @@ class PagedKVCache(PagedView):
             tokens: How many to keep, 0 and more; all of them, where it has no more.
 
         Raises:
-            InputError: There is no such sequence, or no such number of tokens, a batch holds the
-                sequence, or a step is open. Nothing was changed.
+            InputError: There is no such sequence, or no such number of tokens, or all of so many
+                were freed, a batch holds the sequence, or a step is open. Nothing was changed.
         """
         call = "PagedKVCache.truncate"
         self._storage.changing(call, [sequence])
@@ -373,7 +379,8 @@ class PagedKVCache(PagedView):
         with storage.stepping(call, given, added):
             fill = partial(self._tables.fill, given, added, pools.page_size)
             table = with_memory(call, pools.device, fill)
-            with Step(call, pools, table, sequences, given, added) as step:
+            reach = storage.sequences.reach(given)
+            with Step(call, pools, table, sequences, given, added, reach) as step:
                 yield step
                 if any(added):
                     step.check_complete()

@@ -59,8 +59,9 @@ class Pools:
             self.write(layer, slots, k[layer], v[layer])
 
     def read(self, layer: int, held: Held, tokens: int) -> tuple[Tensor, Tensor]:
-        """The first tokens of a sequence, [tokens, num_kv_heads, head_dim], in new tensors."""
-        pages = np.asarray(held.pages[: ceil_div(tokens, self.page_size)], dtype=np.int64)
+        """The first tokens of a sequence, but those that are gone, in new tensors: [tokens, ...]."""
+        pages = np.asarray(held.pages[held.gone : ceil_div(tokens, self.page_size)], dtype=np.int64)
+        tokens -= held.gone * self.page_size
         index = to_device(pages, self.device)
         k, v = (
             pool.index_select(0, index).flatten(0, 1)[:tokens]

@@ -4,6 +4,9 @@ A sequence's token t is row t modulo page_size of its page number t // page_size
 by several sequences, which then have these tokens in common; whoever writes into one of those takes
 a page of its own first, with a copy of what it holds. That is only ever the last page, if tokens
 fill a part of it: full pages are never written to, and pages behind the tokens have one holder.
+
+Where nobody looks further back than a window, pages wholly before it are given back when a step is
+over. NONE has their place, so that a token's page has the same number for good.
 """
 
 from __future__ import annotations
@@ -21,16 +24,21 @@ from gqa_cutlass.codegen.schema.rounding import ceil_div
 from gqa_cutlass.errors import InputError, shown
 
 NOTHING = "Nothing was changed."
+NONE = -1  # in place of a page: there is none
 
 
 class Held:
-    """What a sequence has: its pages in the order of its tokens, some perhaps ahead of them."""
+    """What a sequence has: its pages in the order of its tokens, some perhaps ahead of them.
 
-    __slots__ = ("length", "pages")
+    The first `gone` of them it has no more.
+    """
 
-    def __init__(self, pages: Iterable[int] = (), length: int = 0) -> None:
+    __slots__ = ("gone", "length", "pages")
+
+    def __init__(self, pages: Iterable[int] = (), length: int = 0, gone: int = 0) -> None:
         self.pages = array("i", pages)  # a row of a block table as it is
         self.length = length
+        self.gone = gone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +64,13 @@ class Sequences:
     Args:
         pages: The pool's pages, all of them free.
         page_size: Tokens of a page.
+        window: Newest tokens of a sequence that keep their pages; None: all.
     """
 
-    def __init__(self, pages: PageAllocator, page_size: int) -> None:
+    def __init__(self, pages: PageAllocator, page_size: int, window: int | None = None) -> None:
         self.pages = pages
         self.page_size = page_size
+        self.window = window
         self._held: dict[int, Held] = {}
         self._next = 0
 
@@ -117,7 +127,7 @@ class Sequences:
             InputError: There is no such sequence, or one is named twice.
         """
         for held in self.each(call, sequences):
-            self.pages.release(held.pages)
+            self.pages.release(held.pages[held.gone :])
         for sequence in sequences:
             del self._held[sequence]
 
@@ -125,24 +135,25 @@ class Sequences:
         """A sequence that has the first tokens of another, in the same pages.
 
         Raises:
-            InputError: There is no such sequence, or it has fewer tokens.
+            InputError: There is no such sequence, or it has fewer tokens, or none of them any more.
         """
         held = self.get(call, sequence)
         if tokens is None:
             tokens = held.length
         self._check_tokens(call, tokens, held.length)
-        shared = held.pages[: self.pages_of(tokens)]
-        self.pages.share(shared)
-        return self._add(Held(shared, tokens))
+        self._check_there(call, held, tokens)
+        return self._add(self._shared(held, tokens))
 
     def truncate(self, call: str, sequence: int, tokens: int) -> None:
         """Keep at most so many tokens of a sequence, and only the pages for them.
 
         Raises:
-            InputError: There is no such sequence, or no such number of tokens.
+            InputError: There is no such sequence, or no such number of tokens, or none of so many
+                is there any more.
         """
         held = self.get(call, sequence)
         self._check_tokens(call, tokens, MAX_SEQ_LEN)
+        self._check_there(call, held, tokens)
         self.cut(held, self.pages_of(min(tokens, held.length)))
         held.length = min(tokens, held.length)
 
@@ -158,11 +169,11 @@ class Sequences:
         after = []
         for i in changed:
             held = given[order[i]] if order[i] >= 0 else Held()
-            after.append(Held(held.pages[: self.pages_of(held.length)], held.length))
-            self.pages.share(after[-1].pages)
+            after.append(self._shared(held, held.length))
         for i, new in zip(changed, after, strict=True):
-            self.pages.release(given[i].pages)
-            given[i].pages, given[i].length = new.pages, new.length
+            held = given[i]
+            self.pages.release(held.pages[held.gone :])
+            held.pages, held.length, held.gone = new.pages, new.length, new.gone
 
     def take(self, call: str, given: Sequence[Held], tokens: Sequence[int]) -> list[Growth]:
         """Take the pages for so many more tokens of each; `give` or `give_back` follows.
@@ -199,8 +210,28 @@ class Sequences:
 
     def cut(self, held: Held, num_pages: int) -> None:
         """Give back the pages of a sequence behind so many."""
-        self.pages.release(held.pages[num_pages:])
+        self.pages.release(held.pages[max(num_pages, held.gone) :])
         del held.pages[num_pages:]
+        held.gone = min(held.gone, num_pages)
+
+    def count(self, held: Held, tokens: int) -> None:
+        """Let a sequence have so many more tokens, and give back its pages before the window."""
+        held.length += tokens
+        if self.window is not None:
+            gone = max(held.gone, (held.length - self.window) // self.page_size)
+            self.pages.release(held.pages[held.gone : gone])
+            for i in range(held.gone, gone):
+                held.pages[i] = NONE
+            held.gone = gone
+
+    def freed(self, held: Held) -> int:
+        """A sequence's first tokens whose pages were given back."""
+        return held.gone * self.page_size
+
+    def reach(self, given: Sequence[Held]) -> int | None:
+        """The widest window in which all these sequences have their tokens; None: any."""
+        found = [held.length - self.freed(held) for held in given if held.gone]
+        return self.window if self.window is None else min([self.window, *found])
 
     def needed(self, call: str, given: Sequence[Held], tokens: Sequence[int]) -> int:
         """Free pages that so many more tokens of each would take.
@@ -239,6 +270,19 @@ class Sequences:
         self._next += 1
         self._held[sequence] = held
         return sequence
+
+    def _shared(self, held: Held, tokens: int) -> Held:
+        """The first tokens of a sequence, in the same pages."""
+        num_pages = self.pages_of(tokens)
+        gone = min(held.gone, num_pages)
+        self.pages.share(held.pages[gone:num_pages])
+        return Held(held.pages[:num_pages], tokens, gone)
+
+    def _check_there(self, call: str, held: Held, tokens: int) -> None:
+        freed = self.freed(held)
+        if 0 < tokens <= freed:
+            got = f"{tokens} of a sequence whose first {freed} were freed, before the window"
+            refuse(call, "tokens", got, f"0, or more than {freed}")
 
     def _check_tokens(self, call: str, tokens: int, most: int) -> None:
         if type(tokens) is not int or not 0 <= tokens <= most:

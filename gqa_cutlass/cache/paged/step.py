@@ -10,11 +10,11 @@ from torch import Tensor
 
 from gqa_cutlass.api import gqa_decode
 from gqa_cutlass.cache.guard import with_memory
-from gqa_cutlass.cache.paged.inputs import UNWRITTEN, packed
+from gqa_cutlass.cache.paged.inputs import UNWRITTEN, check_seen, packed
 from gqa_cutlass.cache.paged.pools import Pools
 from gqa_cutlass.cache.paged.sequences import Held, refuse
 from gqa_cutlass.cache.paged.tables import Table
-from gqa_cutlass.call.options import Options, listed
+from gqa_cutlass.call.options import NO_WINDOW, Options, listed
 from gqa_cutlass.call.plan import Pair, Result
 from gqa_cutlass.errors import shown
 
@@ -26,10 +26,16 @@ class DecodeStep:
         call: In whose name errors are.
         pools: Keys and values of all layers.
         table: The sequences' pages and lengths.
+        reach: Newest tokens of every sequence that the cache has; None: all.
+
+    Attributes:
+        widest: Tokens that the widest window had in which it attended, if there must be one.
     """
 
-    def __init__(self, call: str, pools: Pools, table: Table) -> None:
+    def __init__(self, call: str, pools: Pools, table: Table, reach: int | None) -> None:
         self._call, self._pools, self._table = call, pools, table
+        self._reach = reach
+        self.widest = 0
         self._written: set[int] = set()  # layers that have their tokens
         self._open = True
 
@@ -91,7 +97,8 @@ class DecodeStep:
 
         Raises:
             InputError: The layer has its tokens already, the step is not of one token each, or q
-                has not one row for each.
+                has not one row for each; or `window_size` asks for more tokens than the cache's
+                window keeps.
             CacheAllocationError: There is no memory for the output.
             GqaError: As for `gqa_decode`. No length counts the token; call it again, or leave the
                 step by an exception, which takes it back.
@@ -101,6 +108,7 @@ class DecodeStep:
             self._check_one_token()
         if unknown := options.keys() - Options.__annotations__.keys():
             raise TypeError(f"decode() got an unexpected keyword argument {min(unknown)!r}")
+        seen = check_seen(self._call, options.get("window_size", NO_WINDOW), self._reach)
         table = self._table
         batch = table.block_table.shape[0]
         if isinstance(q, Tensor) and q.dim() > 2 and q.shape[0] != batch:
@@ -115,6 +123,7 @@ class DecodeStep:
         result: Result = with_memory(self._call, self._pools.device, call)
         if k is not None:
             self._written.add(layer)
+        self.widest = max(self.widest, seen)
         return result
 
     def _check(self, layer: int, *, writes: bool) -> None:
@@ -150,6 +159,7 @@ class Step(DecodeStep):
         sequences: Their numbers.
         given: What they have.
         tokens: How many each of them gets.
+        reach: As for `DecodeStep`.
     """
 
     def __init__(
@@ -160,8 +170,9 @@ class Step(DecodeStep):
         sequences: Sequence[int],
         given: Sequence[Held],
         tokens: Sequence[int],
+        reach: int | None,
     ) -> None:
-        super().__init__(call, pools, table)
+        super().__init__(call, pools, table, reach)
         self._given = dict(zip(sequences, given, strict=True))
         self._tokens = dict(zip(sequences, tokens, strict=True))
 
@@ -196,7 +207,7 @@ class Step(DecodeStep):
 
         Returns:
             Keys, [tokens, num_kv_heads, head_dim], and values, with head_dim_v; with this step's
-            tokens if the layer has them.
+            tokens if the layer has them, and without the first ones that were freed before it.
 
         Raises:
             InputError: There is no such layer, or the step does not have the sequence.

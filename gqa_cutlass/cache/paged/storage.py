@@ -37,12 +37,13 @@ class Storage:
 
     Args:
         pools: The memory.
+        window: Newest tokens of a sequence that keep their pages; None: all.
     """
 
-    def __init__(self, pools: Pools) -> None:
+    def __init__(self, pools: Pools, window: int | None = None) -> None:
         self.pools = pools
         self.pages = PageAllocator(pools.num_pages)
-        self.sequences = Sequences(self.pages, pools.page_size)
+        self.sequences = Sequences(self.pages, pools.page_size, window)
         self.batches: WeakSet[Holder] = WeakSet()
         self._in_step = False
 
@@ -120,7 +121,7 @@ class Storage:
                 self.sequences.cut(held, num_pages)
             raise
         for held, count in zip(given, tokens, strict=True):
-            held.length += count
+            self.sequences.count(held, count)
 
     @contextmanager
     def in_step(self) -> Iterator[None]:

@@ -9,10 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gqa_cutlass.cache.paged.sequences import Held
+from gqa_cutlass.cache.paged.sequences import NONE, Held
 from gqa_cutlass.codegen.schema.problem import MAX_SEQ_LEN
-
-NONE = -1  # in a table: no page; as a length: no sequence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +18,8 @@ class Table:
     """What a kernel must know of a batch of sequences.
 
     Args:
-        block_table: Their pages, int32 [batch, max_pages], -1 behind each sequence's last one.
+        block_table: Their pages, int32 [batch, max_pages], -1 behind each sequence's last one
+            and for those that it has no more.
         before: Their tokens before the step, int32 [batch].
         after: Their tokens after it.
     """

@@ -22,11 +22,12 @@ class PagedView:
 
     Args:
         pools: Keys and values of all layers.
+        window: Newest tokens of a sequence that keep their pages; None: all.
     """
 
-    def __init__(self, pools: Pools) -> None:
+    def __init__(self, pools: Pools, window: int | None = None) -> None:
         self._pools = pools
-        self._storage = Storage(pools)
+        self._storage = Storage(pools, window)
 
     @property
     def k(self) -> tuple[Tensor, ...]:
@@ -54,6 +55,11 @@ class PagedView:
         return self._pools.page_size
 
     @property
+    def window(self) -> int | None:
+        """Newest tokens of every sequence that keep their pages; None: all."""
+        return self._storage.sequences.window
+
+    @property
     def device(self) -> torch.device:
         """Where the cache is."""
         return self._pools.device
@@ -72,11 +78,12 @@ class PagedView:
         num_pages, page_size, num_kv_heads, head_dim = self.k[0].shape
         head_dim_v = self.v[0].shape[-1]
         values = f"head_dim_v={head_dim_v}, " if head_dim_v != head_dim else ""
+        window = f"window={self.window}, " if self.window is not None else ""
         size = sum(pool.nbytes for pool in (*self.k, *self.v))
         return (
             f"PagedKVCache(num_pages={num_pages}, page_size={page_size}, "
             f"num_kv_heads={num_kv_heads}, head_dim={head_dim}, {values}dtype={self.k[0].dtype}, "
-            f"device='{self.device}', num_layers={self.num_layers}, bytes={size}, "
+            f"device='{self.device}', num_layers={self.num_layers}, {window}bytes={size}, "
             f"sequences={len(self._storage.sequences)}, free_pages={self.free_pages})"
         )
 
@@ -91,13 +98,26 @@ class PagedView:
     def pages(self, sequence: int) -> list[int]:
         """Pages of a sequence in the order of its tokens, those ahead of them included.
 
+        Those that were freed, before the window, are -1.
+
         Raises:
             InputError: There is no such sequence.
         """
         return list(self._storage.sequences.get("PagedKVCache.pages", sequence).pages)
 
+    def freed(self, sequence: int) -> int:
+        """A sequence's first tokens that it has no more, for their pages were before the window.
+
+        Raises:
+            InputError: There is no such sequence.
+        """
+        sequences = self._storage.sequences
+        return sequences.freed(sequences.get("PagedKVCache.freed", sequence))
+
     def pages_needed(self, sequences: Sequence[int], tokens: int | Sequence[int] = 1) -> int:
         """Free pages that a step of so many tokens would take, copies of shared ones included.
+
+        What the window frees is free when the step is over, and so not counted against it.
 
         Args:
             sequences: As for `step`.
@@ -118,7 +138,8 @@ class PagedView:
             sequence: Which.
 
         Returns:
-            Keys, [tokens, num_kv_heads, head_dim], and values, with head_dim_v.
+            Keys, [tokens, num_kv_heads, head_dim], and values, with head_dim_v: all tokens, but the
+            first `freed(sequence)`, which are gone.
 
         Raises:
             InputError: There is no such layer or sequence.
@@ -139,8 +160,8 @@ class PagedView:
             sequences: In the order of the batch, each once.
 
         Returns:
-            `block_table`, int32 [batch, max_pages], with -1 behind each sequence's last page, and
-            `cache_seqlens`, int32 [batch], on the device.
+            `block_table`, int32 [batch, max_pages], with -1 behind each sequence's last page
+            and for those that were freed, and `cache_seqlens`, int32 [batch], on the device.
 
         Raises:
             InputError: There is no such sequence, or one is named twice.
