@@ -91,14 +91,18 @@ class Told:
         for sequence, token in zip(sequences, tokens, strict=True):
             self.held[sequence].append(token)
 
-    def wanted(self, sequences: Sequence[int], tokens: Sequence[int]) -> int:
-        """Free pages that so many more tokens take, found out by looking at all pages."""
-        size = self.cache.page_size
+    def wanted(self, sequences: Sequence[int], tokens: Sequence[int], prompt: bool = False) -> int:
+        """Free pages that so many more tokens take, found out by looking at all pages.
+
+        A prompt takes none for what is then before the window.
+        """
+        size, window = self.cache.page_size, self.cache.window
         behind, writers = 0, Counter[int]()
         for sequence, count in zip(sequences, tokens, strict=True):
             pages, length = self.cache.pages(sequence), len(self.held[sequence])
-            behind += max(0, -(-(length + count) // size) - len(pages))
-            if count and length % size:
+            kept = max(0, length + count - window) // size if prompt and window else 0
+            behind += len([i for i in range(len(pages), -(-(length + count) // size)) if i >= kept])
+            if count and length % size and length >= kept * size:
                 writers[pages[length // size]] += 1
         holders = self.holders()
         copies = sum(n if holders[page] > n else n - 1 for page, n in writers.items())

@@ -79,11 +79,17 @@ class Walk(Told):
         return self.some()[:1]
 
     def succeeds(
-        self, sequences: Sequence[int], tokens: Sequence[int], call: Callable[[], object]
+        self,
+        sequences: Sequence[int],
+        tokens: Sequence[int],
+        call: Callable[[], object],
+        prompt: bool = False,
     ) -> bool:
         """Whether there were the pages for a call; if not, it must say so and change nothing."""
         wanted, free = self.wanted(sequences, tokens), self.cache.free_pages
         assert self.cache.pages_needed(sequences, tokens) == wanted
+        if prompt:
+            wanted = self.wanted(sequences, tokens, prompt)
         if wanted <= free:
             call()
             return True
@@ -107,7 +113,7 @@ class Walk(Told):
         tokens = self.new(self.random.randint(0, 3 * self.cache.page_size))
         for sequence in sequences:
             call = partial(self.cache.prefill, sequence, *self.all_rows(tokens))
-            if self.succeeds([sequence], [len(tokens)], call):
+            if self.succeeds([sequence], [len(tokens)], call, prompt=True):
                 self.held[sequence] += tokens
         return sequences
 

@@ -257,6 +257,8 @@ class PagedKVCache(PagedView):
     def prefill(self, sequence: int, k: Tensor, v: Tensor) -> None:
         """Append a prompt, or a piece of one, to a sequence, in all layers.
 
+        What is before the window when all of it is there takes no page.
+
         Args:
             sequence: Which.
             k: Keys, [num_layers, tokens, num_kv_heads, head_dim], or without the first dimension
@@ -394,5 +396,9 @@ class PagedKVCache(PagedView):
         added = [tokens] * len(given)
         k = packed(call, "k", k, pools.k, sum(added))
         v = packed(call, "v", v, pools.v, sum(added))
-        with storage.stepping(call, given, added):
-            with_memory(call, pools.device, partial(pools.write_all, given, added, k, v))
+        skipped = [storage.sequences.skipped(held, tokens) for held in given]  # of prompts alone
+        first = sum(skipped)
+        with storage.stepping(call, given, added, skipped):
+            slots = with_memory(call, pools.device, partial(pools.slots, given, added, skipped))
+            write = partial(pools.write_all, slots, k[:, first:], v[:, first:])
+            with_memory(call, pools.device, write)

@@ -39,11 +39,17 @@ class Pools:
             through = buffer(widest, len(pairs), self.page_size)
             gather((*self.k, *self.v), self.page_size, sources, targets, through)
 
-    def slots(self, given: Sequence[Held], tokens: Sequence[int]) -> Tensor:
-        """Where tokens go that follow those of each sequence: rows of a pool, int64, packed."""
+    def slots(
+        self, given: Sequence[Held], tokens: Sequence[int], skipped: Sequence[int] | None = None
+    ) -> Tensor:
+        """Where tokens go that follow those of each sequence: rows of a pool, int64, packed.
+
+        Not of the first ones of them, if some are skipped.
+        """
         rows = [np.empty(0, dtype=np.int64)]
-        for held, count in zip(given, tokens, strict=True):
-            page, row = np.divmod(np.arange(held.length, held.length + count), self.page_size)
+        for held, count, skip in zip(given, tokens, skipped or [0] * len(given), strict=True):
+            new = np.arange(held.length + skip, held.length + count)
+            page, row = np.divmod(new, self.page_size)
             rows.append(np.asarray(held.pages, dtype=np.int64)[page] * self.page_size + row)
         return to_device(np.concatenate(rows), self.device)
 
@@ -52,9 +58,8 @@ class Pools:
         for pool, new in ((self.k[layer], k), (self.v[layer], v)):
             pool.view(-1, *pool.shape[2:]).index_copy_(0, slots, new)
 
-    def write_all(self, given: Sequence[Held], tokens: Sequence[int], k: Tensor, v: Tensor) -> None:
-        """Write tokens of all layers behind those of each sequence, packed."""
-        slots = self.slots(given, tokens)
+    def write_all(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """Write tokens of all layers, [layers, tokens, num_kv_heads, head_dim], likewise."""
         for layer in range(self.num_layers):
             self.write(layer, slots, k[layer], v[layer])
 

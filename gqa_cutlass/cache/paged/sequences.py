@@ -48,11 +48,13 @@ class Growth:
     Args:
         held: The sequence.
         copied: Its last page, to be copied and given up because others hold it; None for none.
+        left_out: Pages behind what it has that it does not need.
         taken: The copy, if there is one, and then the pages behind what it has.
     """
 
     held: Held
     copied: int | None
+    left_out: int
     taken: tuple[int, ...]
 
 
@@ -175,22 +177,36 @@ class Sequences:
             self.pages.release(held.pages[held.gone :])
             held.pages, held.length, held.gone = new.pages, new.length, new.gone
 
-    def take(self, call: str, given: Sequence[Held], tokens: Sequence[int]) -> list[Growth]:
+    def take(
+        self,
+        call: str,
+        given: Sequence[Held],
+        tokens: Sequence[int],
+        skipped: Sequence[int] | None = None,
+    ) -> list[Growth]:
         """Take the pages for so many more tokens of each; `give` or `give_back` follows.
+
+        Args:
+            call: In whose name errors are.
+            given: The sequences.
+            tokens: How many each of them gets.
+            skipped: How many of them, as `skipped` says, no page need hold; None: none.
 
         Raises:
             OutOfPagesError: There are too few.
             InputError: A sequence would be longer than any may be.
         """
-        wanted = self._wanted(call, given, tokens)
+        skipped = skipped or [0] * len(given)
+        wanted = self._wanted(call, given, tokens, skipped)
         taken = iter(self.pages.allocate(sum(n for _, n in wanted), call))
         return [
             Growth(
                 held=held,
                 copied=held.pages[held.length // self.page_size] if copies else None,
+                left_out=self._left_out(held, skip),
                 taken=tuple(islice(taken, count)),
             )
-            for held, (copies, count) in zip(given, wanted, strict=True)
+            for held, skip, (copies, count) in zip(given, skipped, wanted, strict=True)
             if count
         ]
 
@@ -201,7 +217,7 @@ class Sequences:
             if grown.copied is not None:
                 held.pages[held.length // self.page_size] = behind.pop(0)
                 self.pages.release([grown.copied])
-            held.pages.extend(behind)
+            held.pages.extend([NONE] * grown.left_out + behind)
 
     def give_back(self, growth: Sequence[Growth]) -> None:
         """Free what was taken, and not given."""
@@ -210,7 +226,7 @@ class Sequences:
 
     def cut(self, held: Held, num_pages: int) -> None:
         """Give back the pages of a sequence behind so many."""
-        self.pages.release(held.pages[max(num_pages, held.gone) :])
+        self._release(held.pages[num_pages:])
         del held.pages[num_pages:]
         held.gone = min(held.gone, num_pages)
 
@@ -219,10 +235,20 @@ class Sequences:
         held.length += tokens
         if self.window is not None:
             gone = max(held.gone, (held.length - self.window) // self.page_size)
-            self.pages.release(held.pages[held.gone : gone])
+            self._release(held.pages[held.gone : gone])
             for i in range(held.gone, gone):
                 held.pages[i] = NONE
             held.gone = gone
+
+    def skipped(self, held: Held, tokens: int) -> int:
+        """Of so many new tokens the first ones, whose pages would go as soon as all of them count.
+
+        Then the pages before them go, too.
+        """
+        if self.window is None:
+            return 0
+        gone = (held.length + tokens - self.window) // self.page_size
+        return max(0, gone * self.page_size - held.length)
 
     def freed(self, held: Held) -> int:
         """A sequence's first tokens whose pages were given back."""
@@ -239,29 +265,30 @@ class Sequences:
         Raises:
             InputError: A sequence would be longer than any may be.
         """
-        return sum(count for _, count in self._wanted(call, given, tokens))
+        return sum(count for _, count in self._wanted(call, given, tokens, [0] * len(given)))
 
     def pages_of(self, tokens: int) -> int:
         """Pages that so many tokens take."""
         return ceil_div(tokens, self.page_size)
 
     def _wanted(
-        self, call: str, given: Sequence[Held], tokens: Sequence[int]
+        self, call: str, given: Sequence[Held], tokens: Sequence[int], skipped: Sequence[int]
     ) -> list[tuple[bool, int]]:
         """Whether each sequence's last page is to be copied, and pages to take, that included."""
         given_up: Counter[int] = Counter()
         wanted = []
-        for held, count in zip(given, tokens, strict=True):
+        for held, count, skip in zip(given, tokens, skipped, strict=True):
             if held.length + count > MAX_SEQ_LEN:
                 got = f"{held.length} tokens and {count} more"
                 refuse(call, "sequence", got, f"up to {MAX_SEQ_LEN} tokens")
             copies = False
             page, filled = divmod(held.length, self.page_size)
-            if count and filled:
+            if count and filled and not skip:
                 last = held.pages[page]
                 copies = self.pages.holders(last) - given_up[last] > 1
                 given_up[last] += copies
-            behind = max(0, self.pages_of(held.length + count) - len(held.pages))
+            there = len(held.pages) + self._left_out(held, skip)
+            behind = max(0, self.pages_of(held.length + count) - there)
             wanted.append((copies, copies + behind))
         return wanted
 
@@ -270,6 +297,14 @@ class Sequences:
         self._next += 1
         self._held[sequence] = held
         return sequence
+
+    def _left_out(self, held: Held, skipped: int) -> int:
+        """Pages behind what a sequence has that only tokens would need that are skipped."""
+        first = (held.length + skipped) // self.page_size if skipped else 0
+        return max(0, first - len(held.pages))
+
+    def _release(self, pages: Sequence[int]) -> None:
+        self.pages.release([page for page in pages if page != NONE])
 
     def _shared(self, held: Held, tokens: int) -> Held:
         """The first tokens of a sequence, in the same pages."""

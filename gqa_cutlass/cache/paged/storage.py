@@ -87,15 +87,23 @@ class Storage:
                 if found := memory_flaw(pool):
                     refuse(call, f"the cache's {name}", *found)
 
-    def grow(self, call: str, given: Sequence[Held], tokens: Sequence[int]) -> None:
+    def grow(
+        self,
+        call: str,
+        given: Sequence[Held],
+        tokens: Sequence[int],
+        skipped: Sequence[int] | None = None,
+    ) -> None:
         """Let sequences have the pages for so many more tokens each, all of them their own.
+
+        With `skipped` not for the first ones of those.
 
         Raises:
             OutOfPagesError: There are too few. Nothing was taken.
             CacheAllocationError: There is no memory for temporaries. Nothing was taken.
             InputError: A sequence would be too long.
         """
-        growth = self.sequences.take(call, given, tokens)
+        growth = self.sequences.take(call, given, tokens, skipped)
         pairs = [(grown.copied, grown.taken[0]) for grown in growth if grown.copied is not None]
         try:
             with_memory(call, self.device, partial(self.pools.copy, pairs))
@@ -105,14 +113,20 @@ class Storage:
         self.sequences.give(growth)
 
     @contextmanager
-    def stepping(self, call: str, given: Sequence[Held], tokens: Sequence[int]) -> Iterator[None]:
+    def stepping(
+        self,
+        call: str,
+        given: Sequence[Held],
+        tokens: Sequence[int],
+        skipped: Sequence[int] | None = None,
+    ) -> Iterator[None]:
         """Let sequences have so many tokens more, if nothing fails meanwhile.
 
         Raises:
             GqaError: As for `grow`.
         """
         kept = [len(held.pages) for held in given]
-        self.grow(call, given, tokens)
+        self.grow(call, given, tokens, skipped)
         try:
             with self.in_step():
                 yield

@@ -117,7 +117,8 @@ class PagedView:
     def pages_needed(self, sequences: Sequence[int], tokens: int | Sequence[int] = 1) -> int:
         """Free pages that a step of so many tokens would take, copies of shared ones included.
 
-        What the window frees is free when the step is over, and so not counted against it.
+        What the window frees is free when the step is over, and so not counted against it. A
+        `prefill` of more tokens than the window has takes fewer pages than a step.
 
         Args:
             sequences: As for `step`.

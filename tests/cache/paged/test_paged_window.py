@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from paged_model import GROUP, Told, appending, new_cache, nothing_changed
 
 from gqa_cutlass import InputError, OutOfPagesError
 from gqa_cutlass.cache.paged import step as step_module
+from gqa_cutlass.cache.paged.pools import Pools
 
 
 @pytest.fixture
@@ -34,19 +37,31 @@ def test_a_sequence_of_any_length_needs_the_pages_of_its_window(window: int, siz
     less.check()
 
 
-def test_a_prompt_in_pieces_needs_a_piece_more() -> None:
-    """At once it takes all its pages, and gives back what is before the window."""
-    told = Told(new_cache(12, 4, layers=2, window=8))
-    sequence = told.allocate(40)
-    assert told.cache.freed(sequence) == 32 and told.cache.free_pages == 10
-    assert told.cache.pages(sequence)[:8] == [-1] * 8
-    for _ in range(5):
-        tokens = told.new(40)
-        told.cache.prefill(sequence, *told.all_rows(tokens))
-        told.held[sequence] += tokens
-        told.check()
-    with nothing_changed(told.cache), pytest.raises(OutOfPagesError, match="asked for 11"):
-        told.cache.prefill(sequence, *told.all_rows(told.new(44)))
+def test_a_prompt_of_any_length_needs_the_pages_of_its_window(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A step, whose layers may attend to all of it, takes them all until it is over."""
+    told = Told(new_cache(6, 4, layers=2, window=8))
+    cache, sequence = told.cache, told.allocate(42)
+    assert cache.freed(sequence) == 32 and cache.free_pages == 3
+    assert cache.pages(sequence)[:8] == [-1] * 8
+    child, tokens = told.fork(sequence), told.new(20)
+    prefill = partial(cache.prefill, sequence, *told.all_rows(tokens))
+    with nothing_changed(cache), monkeypatch.context() as patch:
+        patch.setattr(Pools, "write", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prefill()
+    prefill()
+    told.held[sequence] += tokens
+    told.check()
+    assert cache.free_pages == 0 and cache.pages(sequence)[:13] == [-1] * 13
+    with nothing_changed(cache), pytest.raises(OutOfPagesError, match="asked for 3, .* 3 missing"):
+        prefill()
+    cache.free(child)
+    del told.held[child]
+    with pytest.raises(OutOfPagesError, match="asked for 5"), cache.step([sequence], 20):
+        pass
+    told.append(sequence)
     told.check()
 
 
