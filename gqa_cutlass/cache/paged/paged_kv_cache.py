@@ -113,6 +113,7 @@ class PagedKVCache(PagedView):
             dtype: As for the class.
             num_layers: As for the class.
             head_dim_v: As for the class.
+            window: As for the class; the pools are as large without.
 
         Returns:
             Bytes of the pools of all layers, keys and values.

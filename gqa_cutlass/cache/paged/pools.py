@@ -64,7 +64,7 @@ class Pools:
             self.write(layer, slots, k[layer], v[layer])
 
     def read(self, layer: int, held: Held, tokens: int) -> tuple[Tensor, Tensor]:
-        """The first tokens of a sequence, but those that are gone, in new tensors: [tokens, ...]."""
+        """The first tokens of a sequence, but those that are gone: [tokens, ...], new tensors."""
         pages = np.asarray(held.pages[held.gone : ceil_div(tokens, self.page_size)], dtype=np.int64)
         tokens -= held.gone * self.page_size
         index = to_device(pages, self.device)

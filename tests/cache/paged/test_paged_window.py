@@ -55,7 +55,7 @@ def test_a_prompt_of_any_length_needs_the_pages_of_its_window(
     told.held[sequence] += tokens
     told.check()
     assert cache.free_pages == 0 and cache.pages(sequence)[:13] == [-1] * 13
-    with nothing_changed(cache), pytest.raises(OutOfPagesError, match="asked for 3, .* 3 missing"):
+    with nothing_changed(cache), pytest.raises(OutOfPagesError, match="got 3 to .* 3 missing"):
         prefill()
     cache.free(child)
     del told.held[child]
