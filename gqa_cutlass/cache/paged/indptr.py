@@ -7,14 +7,19 @@ token, if one was appended; `cache_seqlens` of a call that appends it does not.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+from gqa_cutlass.cache.guard import with_memory
+from gqa_cutlass.cache.inputs import surroundings_flaw
 from gqa_cutlass.errors import InputError, shown
-from gqa_cutlass.tensors import flaw
+from gqa_cutlass.tensors import flaw, is_tensor, memory_flaw
+from gqa_cutlass.tracing import is_traced
 
+_MOST = 2**31 - 1
 _FROM, _TO = "block_table_from_indptr", "block_table_to_indptr"
 
 
@@ -29,8 +34,8 @@ def block_table_from_indptr(
 ) -> tuple[Tensor, Tensor]:
     """Convert FlashInfer's page table to a block table and lengths.
 
-    Does not wait for the device if `max_pages` is given. What the tensors hold is not checked; no
-    memory outside of `indices` is read, whatever that is.
+    Does not wait for the device if `max_pages` is given. What the tensors hold is not checked, but
+    for that width; no memory outside of `indices` is read, whatever that is.
 
     Args:
         indptr: Where each sequence's pages begin and end in `indices`, int32 [batch + 1].
@@ -51,6 +56,7 @@ def block_table_from_indptr(
 
     Raises:
         InputError: A tensor is of another type or shape, or elsewhere; or a number is not allowed.
+        CacheAllocationError: There is no memory for the table.
     """
     batch = _length(_FROM, "indptr", indptr, indptr) - 1
     if batch < 0:
@@ -61,18 +67,37 @@ def block_table_from_indptr(
         _fail(_FROM, "last_page_len", got, f"[{batch}], for indptr is {list(indptr.shape)}")
     _check_ints(_FROM, 1, page_size=page_size)
     _check_ints(_FROM, 0, new_tokens=new_tokens)
-    counts = indptr[1:] - indptr[:-1]
-    if max_pages is None:
-        max_pages = int(counts.max()) if batch else 0
-    else:
+    if max_pages is not None:
         _check_ints(_FROM, 0, max_pages=max_pages)
+    elif indptr.is_meta:
+        _fail(_FROM, "max_pages", "None", "an int for tensors on the meta device, without values")
+    convert = partial(_table, indptr, indices, last_page_len, page_size, new_tokens, max_pages)
+    return convert() if is_traced() else with_memory(_FROM, indptr.device, convert)
+
+
+def _table(
+    indptr: Tensor,
+    indices: Tensor,
+    last_page_len: Tensor,
+    page_size: int,
+    new_tokens: int,
+    max_pages: int | None,
+) -> tuple[Tensor, Tensor]:
+    batch, ends = len(last_page_len), indptr.long()  # whose differences int32 need not hold
+    counts = ends[1:] - ends[:-1]
+    if max_pages is None:
+        max_pages = max(0, int(counts.max())) if batch else 0
+        if max_pages > len(indices):
+            got = f"a sequence of {max_pages} pages"
+            _fail(_FROM, "indptr", got, f"up to {len(indices)}, as many as are in indices")
     column = torch.arange(max_pages, dtype=torch.int32, device=indptr.device)
-    places = (indptr[:-1, None] + column).clamp_(0, max(0, len(indices) - 1)).long()
+    places = (ends[:-1, None] + column).clamp_(0, max(0, len(indices) - 1))
     table = indices.new_full((batch, max_pages), -1)
     if len(indices):
         table = torch.where(column < counts[:, None], indices[places], table)
-    tokens = torch.where(counts > 0, (counts - 1) * page_size + last_page_len, 0) - new_tokens
-    return table, tokens.clamp_(min=-1).int()
+    tokens = (counts - 1) * page_size + last_page_len
+    tokens = torch.where(counts > 0, tokens, 0) - new_tokens
+    return table, tokens.clamp_(-1, _MOST).int()  # too many for int32 are too many for any cache
 
 
 def block_table_to_indptr(
@@ -95,6 +120,7 @@ def block_table_to_indptr(
     Raises:
         InputError: A tensor is of another type or shape, or elsewhere; a number is not allowed; or
             a sequence has more tokens than its row has pages for.
+        CacheAllocationError: There is no memory for the lists.
     """
     batch = _length(_TO, "cache_seqlens", cache_seqlens, cache_seqlens)
     _check(_TO, "block_table", block_table, cache_seqlens)
@@ -102,7 +128,16 @@ def block_table_to_indptr(
         _fail(_TO, "block_table", f"{list(block_table.shape)}", f"[{batch}, max_pages]")
     _check_ints(_TO, 1, page_size=page_size)
     _check_ints(_TO, 0, new_tokens=new_tokens)
-    active = cache_seqlens >= 0
+    if cache_seqlens.is_meta:
+        _fail(_TO, "cache_seqlens", "a tensor on the meta device", "lengths that have values")
+    convert = partial(_lists, block_table, cache_seqlens, page_size, new_tokens)
+    return convert() if is_traced() else with_memory(_TO, block_table.device, convert)
+
+
+def _lists(
+    block_table: Tensor, cache_seqlens: Tensor, page_size: int, new_tokens: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, active = len(cache_seqlens), cache_seqlens >= 0
     tokens = torch.where(active, cache_seqlens.long() + new_tokens, 0)
     counts = (tokens + page_size - 1) // page_size
     max_pages = block_table.shape[1]
@@ -126,8 +161,11 @@ def _length(call: str, name: str, tensor: Tensor, first: Tensor) -> int:
 
 
 def _check(call: str, name: str, tensor: Tensor, first: Tensor) -> None:
-    if found := flaw(tensor):
-        _fail(call, name, *found)
+    if not (is_traced() and is_tensor(tensor)):  # which knows kinds by other means
+        if found := surroundings_flaw():
+            _fail(call, "surroundings", *found)
+        if found := flaw(tensor) or (None if tensor.is_meta else memory_flaw(tensor)):
+            _fail(call, name, *found)
     if tensor.dtype != torch.int32 or tensor.device != first.device:
         got = f"{tensor.dtype} on {tensor.device}"
         convert = "; convert with .int()" if tensor.dtype != torch.int32 else ""
@@ -136,8 +174,8 @@ def _check(call: str, name: str, tensor: Tensor, first: Tensor) -> None:
 
 def _check_ints(call: str, least: int, **values: int) -> None:
     for name, value in values.items():
-        if type(value) is not int or not least <= value < 2**31:
-            _fail(call, name, shown(value), f"an int, {least} and more")
+        if type(value) is not int or not least <= value <= _MOST:
+            _fail(call, name, shown(value), f"an int from {least} to {_MOST}")
 
 
 def _fail(call: str, what: str, got: str, allowed: str) -> NoReturn:
