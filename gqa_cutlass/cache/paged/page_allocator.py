@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 from typing import NoReturn
@@ -28,18 +29,19 @@ class PageAllocator:
     def __init__(self, num_pages: int) -> None:
         if type(num_pages) is not int or not 1 <= num_pages <= MAX_PAGES:
             _refuse("num_pages", shown(num_pages), f"an int from 1 to {MAX_PAGES}")
-        self._holders = [0] * num_pages
-        self._free = list(range(num_pages))[::-1]  # the last one is the next
+        self._num_pages = num_pages
+        self._holders: list[int] = []  # of the pages that were given out at some time
+        self._free: list[int] = []  # of those; the last one is the next
 
     @property
     def num_pages(self) -> int:
         """Pages of the pool."""
-        return len(self._holders)
+        return self._num_pages
 
     @property
     def num_free(self) -> int:
         """Pages that nobody holds."""
-        return len(self._free)
+        return len(self._free) + self._num_pages - len(self._holders)
 
     def holders(self, page: int) -> int:
         """How many hold a page.
@@ -47,7 +49,7 @@ class PageAllocator:
         Raises:
             InputError: There is no such page.
         """
-        return self._holders[self._page(page)]
+        return self._held(self._page(page))
 
     def allocate(self, count: int = 1, asker: str = "PageAllocator.allocate") -> list[int]:
         """Take free pages.
@@ -65,20 +67,24 @@ class PageAllocator:
         """
         if type(count) is not int or count < 0:
             _refuse("count", shown(count), "an int, 0 and more")
-        free = len(self._free)
+        free = self.num_free
         if count > free:
             raise OutOfPagesError(
-                f"{asker}: pages: got {count} to take, with {free} of {self.num_pages} free; "
-                f"{count - free} missing. None was taken, and nothing was written. Free or "
+                f"{asker}: pages: got {shown(count)} to take, with {free} of {self.num_pages} free; "
+                f"{shown(count - free)} missing. None was taken, and nothing was written. Free or "
                 "truncate sequences, or make a cache of more pages.",
                 count,
                 free,
             )
-        taken = self._free[free - count :]
-        del self._free[free - count :]
+        kept = max(0, len(self._free) - count)
+        taken = self._free[kept:][::-1]
+        first = len(self._holders)
+        new = range(first, first + count - len(taken))
+        self._holders += [1] * len(new)
+        del self._free[kept:]
         for page in taken:
             self._holders[page] = 1
-        return taken[::-1]
+        return [*taken, *new]
 
     def share(self, pages: Sequence[int]) -> None:
         """Add a holder to each of these pages; to one that is named twice, two.
@@ -86,7 +92,7 @@ class PageAllocator:
         Raises:
             InputError: There is no such page, or nobody holds it. Nothing was changed.
         """
-        for page in pages:
+        for page in _listed(pages):
             if not self.holders(page):
                 _refuse(f"share of page {page}", "a page that is free", "a page that is held")
         for page in pages:
@@ -98,8 +104,8 @@ class PageAllocator:
         Raises:
             InputError: There is no such page, or not so many hold it. Nothing was changed.
         """
-        for page, times in Counter(map(self._page, pages)).items():
-            held = self._holders[page]
+        for page, times in Counter(map(self._page, _listed(pages))).items():
+            held = self._held(page)
             if held < times:
                 got = f"{times} releases of a page that {held} hold"
                 got = got if held else "a page that is free: it was released before"
@@ -109,10 +115,19 @@ class PageAllocator:
             if not self._holders[page]:
                 self._free.append(page)
 
+    def _held(self, page: int) -> int:
+        return self._holders[page] if page < len(self._holders) else 0
+
     def _page(self, page: int) -> int:
         if type(page) is not int or not 0 <= page < self.num_pages:
             _refuse("page", shown(page), f"an int from 0 to {self.num_pages - 1}")
         return page
+
+
+def _listed(pages: Sequence[int]) -> Sequence[int]:
+    if not isinstance(pages, (Sequence, array)):
+        _refuse("pages", shown(pages), "a sequence of ints")
+    return pages
 
 
 def _refuse(what: str, got: str, allowed: str) -> NoReturn:

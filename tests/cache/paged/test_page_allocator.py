@@ -60,6 +60,8 @@ def test_too_few_pages_are_told_in_numbers_and_none_is_taken() -> None:
         (lambda p: PageAllocator(0), "num_pages: got 0; allowed: an int from 1 to 2147483647"),
         (lambda p: PageAllocator(True), "num_pages: got True"),
         (lambda p: PageAllocator(2**31), "num_pages: got 2147483648"),
+        (lambda p: p.share(1), "pages: got 1; allowed: a sequence of ints"),
+        (lambda p: p.release(None), "pages: got None; allowed: a sequence of ints"),
     ],
 )
 def test_what_is_refused_changes_nothing(call: Any, message: str) -> None:
@@ -70,6 +72,19 @@ def test_what_is_refused_changes_nothing(call: Any, message: str) -> None:
     assert f"PageAllocator: {message}" in str(raised.value)
     assert "Nothing was changed." in str(raised.value)
     assert [pages.holders(page) for page in range(3)] == [1, 1, 0] and pages.num_free == 1
+
+
+def test_the_largest_pool_is_counted_in_no_time_and_memory() -> None:
+    pages = PageAllocator(2**31 - 1)
+    assert pages.allocate(3) == [0, 1, 2]
+    pages.release([1])
+    assert pages.allocate(2) == [1, 3] and pages.num_free == 2**31 - 5
+    assert (pages.holders(3), pages.holders(2**31 - 2)) == (1, 0)
+    with pytest.raises(InputError, match="release of page 2147483646: got a page that is free"):
+        pages.release([2**31 - 2])
+    with pytest.raises(OutOfPagesError, match="asked for an? int that cannot be shown, and of"):
+        pages.allocate(10**5000)
+    assert pages.num_free == 2**31 - 5
 
 
 def test_no_page_is_lost_or_held_by_too_many() -> None:
