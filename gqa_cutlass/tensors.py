@@ -76,6 +76,14 @@ def _flaw_of_kind(tensor: Tensor, keys: str | None) -> Flaw | None:
     return None
 
 
+def plain_shape(value: object) -> tuple[int, ...]:
+    """Sizes of a plain tensor, whatever its class says of them; of anything else, none."""
+    if flaw(value):
+        return ()
+    with torch._C.DisableTorchFunctionSubclass():
+        return tuple(value.shape)  # type: ignore[attr-defined]
+
+
 def memory_flaw(tensor: Tensor, reach: int | None = None) -> Flaw | None:
     """Why a plain tensor's memory does not hold all of its elements; None when it does.
 

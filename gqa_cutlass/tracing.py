@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -16,16 +17,27 @@ _Result = TypeVar("_Result")
 is_traced = torch.compiler.is_dynamo_compiling
 
 
-def untraced(function: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
-    """Decorate what only the host can do: compiled code breaks its graph for it."""
+def untraced(
+    function: Callable[_Given, _Result], why: str | None = None
+) -> Callable[_Given, _Result]:
+    """Decorate what only the host can do: compiled code breaks its graph for it, and says why."""
 
     @wraps(function)
     def call(*args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
         if is_traced():
-            return break_graph(function, HOST_ONLY)(*args, **kwargs)
+            return break_graph(function, why or HOST_ONLY)(*args, **kwargs)
+        if "torch._dynamo" in sys.modules:  # which may take up what a frame calls that it skips
+            disabled: Callable[_Given, _Result] = _disabled(function)
+            return disabled(*args, **kwargs)
         return function(*args, **kwargs)
 
     return call
+
+
+@cache
+def _disabled(function: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
+    disabled: Callable[_Given, _Result] = torch.compiler.disable(function)
+    return disabled
 
 
 HOST_ONLY = (

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from gqa_cutlass.cache.guard import with_memory
+from gqa_cutlass.cache.inputs import surroundings_flaw
 from gqa_cutlass.cache.lengths import capturing
+from gqa_cutlass.cache.paged.host import on_host
 from gqa_cutlass.cache.paged.sequences import NONE, Held, refuse
 from gqa_cutlass.cache.paged.step import DecodeStep
 from gqa_cutlass.cache.paged.storage import Storage
 from gqa_cutlass.cache.paged.tables import Table, fill_rows
 from gqa_cutlass.errors import InputError, shown
-from gqa_cutlass.tracing import mark_static
+from gqa_cutlass.tracing import is_traced, mark_static
 
 R = TypeVar("R")
 
@@ -81,6 +83,7 @@ class PagedBatch:
         """Tokens of every row, int32 [batch_size]; -1 for no sequence. It stays where it is."""
         return self._table.before
 
+    @on_host
     def assign(self, sequences: Sequence[int], steps: int = 1) -> None:
         """Let the first rows have these sequences, with pages for so many steps, and others none.
 
@@ -103,6 +106,7 @@ class PagedBatch:
         upload = self._grown(call, given, steps)
         self._settle(upload, tuple(sequences), given, steps)
 
+    @on_host
     def reserve(self, steps: int) -> None:
         """Take the pages for so many steps from now on.
 
@@ -134,6 +138,8 @@ class PagedBatch:
         """
         call, storage = "PagedBatch.step", self._storage
         storage.check_no_step(call)
+        if not is_traced() and (found := surroundings_flaw()):
+            refuse(call, "surroundings", *found)
         counts = self._counts_itself and not capturing(storage.device)
         if counts:
             self._check_left(call, 1)
@@ -167,6 +173,8 @@ class PagedBatch:
         self._storage.check_no_step(call)
         if type(steps) is not int or steps < 1:
             refuse(call, "steps", shown(steps), "an int, 1 and more")
+        if not callable(replay):
+            refuse(call, "replay", shown(replay), "graph.replay, or another function")
         self._check_left(call, steps)
         self._counts_itself = self._settled = False
         try:
@@ -176,6 +184,7 @@ class PagedBatch:
         self._count(steps)
         return result
 
+    @on_host
     def check(self) -> None:
         """Wait for the device, and raise InputError if its lengths are not those that were counted.
 
@@ -199,11 +208,13 @@ class PagedBatch:
         """
         storage = self._storage
         storage.check_surroundings(call)
+        if not self._counts_itself:
+            refuse(call, "call", "one from what run() replays", "calls before and after run()")
         if type(steps) is not int or steps < 0:
             refuse(call, "steps", shown(steps), "an int, 0 and more")
         for held in given:
             if held.length + steps > self.max_seq_len:
-                got = f"a sequence of {held.length} tokens and {steps} steps"
+                got = f"a sequence of {held.length} tokens and {shown(steps)} steps"
                 refuse(call, "sequences", got, f"up to {self.max_seq_len} tokens, max_seq_len")
         reach = storage.sequences.reach(given)
         if reach is not None and reach < self._widest:
@@ -243,7 +254,7 @@ class PagedBatch:
             got = "one that an error left in the middle of a step"
             refuse(call, "batch", got, "one whose sequences were assigned or reserved for since")
         if self._given and steps > self.steps_left:
-            got = f"{steps} with pages for {self.steps_left} more"
+            got = f"{shown(steps)} with pages for {self.steps_left} more"
             refuse(call, "steps", got, "as many as there are pages for; reserve() more first")
 
     def _count(self, steps: int) -> None:

@@ -16,7 +16,14 @@ from gqa_cutlass.tensors import byte_reach, flaw, memory_flaw
 UNWRITTEN = "Nothing was written."
 
 
-def packed(call: str, name: str, tensor: Tensor, pools: Sequence[Tensor], count: int) -> Tensor:
+def packed(
+    call: str,
+    name: str,
+    tensor: Tensor,
+    pools: Sequence[Tensor],
+    count: int,
+    others: Sequence[Tensor],
+) -> Tensor:
     """Tokens of several sequences, one after the other, for each of some layers.
 
     Args:
@@ -25,6 +32,7 @@ def packed(call: str, name: str, tensor: Tensor, pools: Sequence[Tensor], count:
         tensor: [tokens, num_kv_heads, head_dim], or one of them per pool.
         pools: Of the layers that they are for, [num_pages, page_size, num_kv_heads, head_dim].
         count: How many tokens there must be.
+        others: Pools that are written in the same call.
 
     Returns:
         A plain tensor, [pools, tokens, num_kv_heads, head_dim].
@@ -51,7 +59,7 @@ def packed(call: str, name: str, tensor: Tensor, pools: Sequence[Tensor], count:
     if found := memory_flaw(tensor):
         refuse(call, name, *found, UNWRITTEN)
     start, reach = tensor.data_ptr(), byte_reach(tensor)
-    for pool in pools:
+    for pool in (*pools, *others):
         if start < pool.data_ptr() + byte_reach(pool) and pool.data_ptr() < start + reach:
             allowed = "memory of its own; pass a .clone()"
             refuse(call, name, "memory of the cache itself", allowed, UNWRITTEN)

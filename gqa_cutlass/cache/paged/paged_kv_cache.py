@@ -14,6 +14,7 @@ from gqa_cutlass.api import check_overflow
 from gqa_cutlass.cache.allocation import allocate
 from gqa_cutlass.cache.guard import with_memory
 from gqa_cutlass.cache.paged.batch import PagedBatch
+from gqa_cutlass.cache.paged.host import on_host
 from gqa_cutlass.cache.paged.inputs import check_reach, counts, packed
 from gqa_cutlass.cache.paged.pools import Pools
 from gqa_cutlass.cache.paged.sequences import refuse
@@ -25,7 +26,7 @@ from gqa_cutlass.call.options import Options, listed
 from gqa_cutlass.call.plan import Pair, Result
 from gqa_cutlass.codegen.schema.problem import MAX_BATCH, MAX_SEQ_LEN
 from gqa_cutlass.errors import shown
-from gqa_cutlass.tensors import is_tensor
+from gqa_cutlass.tensors import plain_shape
 
 
 class PagedKVCache(PagedView):
@@ -128,6 +129,7 @@ class PagedKVCache(PagedView):
         )  # fmt: skip
         return sizes.total_bytes
 
+    @on_host
     def allocate(self, tokens: int = 0) -> int:
         """Make a sequence without tokens.
 
@@ -146,6 +148,7 @@ class PagedKVCache(PagedView):
         (count,) = counts(call, tokens, 1)
         return self._storage.sequences.new(call, count)
 
+    @on_host
     def reserve(self, sequences: Sequence[int], tokens: int | Sequence[int]) -> None:
         """Take the pages for more tokens now; steps then find them.
 
@@ -163,6 +166,7 @@ class PagedKVCache(PagedView):
         self._storage.check_surroundings(call)
         self._storage.grow(call, given, counts(call, tokens, len(given)))
 
+    @on_host
     def free(self, sequences: int | Sequence[int]) -> None:
         """Forget one sequence or several; pages that nobody else holds are free.
 
@@ -178,6 +182,7 @@ class PagedKVCache(PagedView):
         self._storage.changing(call, named)
         self._storage.sequences.free(call, named)
 
+    @on_host
     def fork(self, sequence: int, tokens: int | None = None) -> int:
         """Make a sequence that begins as another one does, in the same pages.
 
@@ -196,6 +201,7 @@ class PagedKVCache(PagedView):
         self._storage.changing(call, [sequence])
         return self._storage.sequences.fork(call, sequence, tokens)
 
+    @on_host
     def truncate(self, sequence: int, tokens: int) -> None:
         """Keep the first tokens of a sequence, and no page but theirs.
 
@@ -211,6 +217,7 @@ class PagedKVCache(PagedView):
         self._storage.changing(call, [sequence])
         self._storage.sequences.truncate(call, sequence, tokens)
 
+    @on_host
     def reorder(self, sequences: Sequence[int], indices: Sequence[int]) -> None:
         """Let sequences[i] have the tokens that sequences[indices[i]] had: beam search.
 
@@ -228,6 +235,7 @@ class PagedKVCache(PagedView):
         self._storage.changing(call, sequences)
         self._storage.sequences.reorder(call, sequences, indices)
 
+    @on_host
     @contextmanager
     def step(self, sequences: Sequence[int], tokens: int | Sequence[int] = 1) -> Iterator[Step]:
         """Add tokens to sequences, layer by layer, in a `with` block.
@@ -255,6 +263,7 @@ class PagedKVCache(PagedView):
         with self._step("PagedKVCache.step", sequences, tokens) as step:
             yield step
 
+    @on_host
     def prefill(self, sequence: int, k: Tensor, v: Tensor) -> None:
         """Append a prompt, or a piece of one, to a sequence, in all layers.
 
@@ -269,9 +278,10 @@ class PagedKVCache(PagedView):
         Raises:
             GqaError: As for `step`. The sequence is as it was.
         """
-        tokens = k.shape[-3] if is_tensor(k) and k.dim() >= 3 else 1  # which is refused
+        *_, tokens, _, _ = 0, 0, 0, *plain_shape(k)  # what is no prompt, `packed` refuses
         self._append("PagedKVCache.prefill", [sequence], k, v, tokens)
 
+    @on_host
     def append(self, sequences: Sequence[int], k: Tensor, v: Tensor) -> None:
         """Append one token to each of some sequences, in all layers, without attending.
 
@@ -301,6 +311,7 @@ class PagedKVCache(PagedView):
         self, sequences: Sequence[int], q: Tensor, k: Tensor | None = None,
         v: Tensor | None = None, *, return_lse: bool, **options: Unpack[Options],
     ) -> Result: ...  # fmt: skip
+    @on_host
     @listed(Options)
     def decode(
         self,
@@ -337,6 +348,7 @@ class PagedKVCache(PagedView):
             result = step.decode(0, q, k, v, return_lse=return_lse, **options)
         return result
 
+    @on_host
     def batch(self, batch_size: int, max_seq_len: int) -> PagedBatch:
         """Make a batch whose steps can be captured into CUDA graphs.
 
@@ -361,6 +373,7 @@ class PagedKVCache(PagedView):
         pages = self._storage.sequences.pages_of(max_seq_len)
         return with_memory(call, self.device, partial(PagedBatch, self._storage, batch_size, pages))
 
+    @on_host
     def check(self) -> None:
         """Wait for the device, and report what kernels found there, as `check_overflow` does.
 
@@ -395,8 +408,8 @@ class PagedKVCache(PagedView):
         given = storage.changing(call, sequences)
         storage.check_surroundings(call)
         added = [tokens] * len(given)
-        k = packed(call, "k", k, pools.k, sum(added))
-        v = packed(call, "v", v, pools.v, sum(added))
+        k = packed(call, "k", k, pools.k, sum(added), pools.v)
+        v = packed(call, "v", v, pools.v, sum(added), pools.k)
         skipped = [storage.sequences.skipped(held, tokens) for held in given]  # of prompts alone
         first = sum(skipped)
         with storage.stepping(call, given, added, skipped):

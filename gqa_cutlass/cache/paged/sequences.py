@@ -279,7 +279,7 @@ class Sequences:
         wanted = []
         for held, count, skip in zip(given, tokens, skipped, strict=True):
             if held.length + count > MAX_SEQ_LEN:
-                got = f"{held.length} tokens and {count} more"
+                got = f"{held.length} tokens and {shown(count)} more"
                 refuse(call, "sequence", got, f"up to {MAX_SEQ_LEN} tokens")
             copies = False
             page, filled = divmod(held.length, self.page_size)

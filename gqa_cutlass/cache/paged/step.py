@@ -10,6 +10,8 @@ from torch import Tensor
 
 from gqa_cutlass.api import gqa_decode
 from gqa_cutlass.cache.guard import with_memory
+from gqa_cutlass.cache.inputs import surroundings_flaw
+from gqa_cutlass.cache.paged.host import on_host
 from gqa_cutlass.cache.paged.inputs import UNWRITTEN, check_seen, packed
 from gqa_cutlass.cache.paged.pools import Pools
 from gqa_cutlass.cache.paged.sequences import Held, refuse
@@ -176,6 +178,7 @@ class Step(DecodeStep):
         self._given = dict(zip(sequences, given, strict=True))
         self._tokens = dict(zip(sequences, tokens, strict=True))
 
+    @on_host
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Write the new tokens of all sequences, without attending: prompts, for instance.
 
@@ -191,13 +194,16 @@ class Step(DecodeStep):
             CacheAllocationError: There is no memory for temporaries. No length counts the tokens.
         """
         self._check(layer, writes=True)
+        self._check_surroundings()
         count = sum(self._tokens.values())
-        (k,) = packed(self._call, "k", k, [self._pools.k[layer]], count)
-        (v,) = packed(self._call, "v", v, [self._pools.v[layer]], count)
+        keys, values = [self._pools.k[layer]], [self._pools.v[layer]]
+        (k,) = packed(self._call, "k", k, keys, count, values)
+        (v,) = packed(self._call, "v", v, values, count, keys)
         write = partial(self._write, layer, k, v)
         with_memory(self._call, self._pools.device, write)
         self._written.add(layer)
 
+    @on_host
     def gather(self, layer: int, sequence: int) -> tuple[Tensor, Tensor]:
         """Copies of the keys and values that a layer holds of a sequence of the step.
 
@@ -213,6 +219,7 @@ class Step(DecodeStep):
             InputError: There is no such layer, or the step does not have the sequence.
         """
         self._check(layer, writes=False)
+        self._check_surroundings()
         if type(sequence) is not int or sequence not in self._given:
             got, allowed = shown(sequence), f"those of the step, {list(self._given)}"
             refuse(self._call, "sequence", got, allowed)
@@ -220,6 +227,10 @@ class Step(DecodeStep):
         length = held.length + self._tokens[sequence] * (layer in self._written)
         read = partial(self._pools.read, layer, held, length)
         return with_memory(self._call, self._pools.device, read)
+
+    def _check_surroundings(self) -> None:
+        if found := surroundings_flaw():
+            refuse(self._call, "surroundings", *found, UNWRITTEN)
 
     def _write(self, layer: int, k: Tensor, v: Tensor) -> None:
         self._pools.write(layer, self._slots, k, v)

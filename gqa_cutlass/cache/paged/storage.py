@@ -18,6 +18,7 @@ import torch
 from gqa_cutlass.cache.guard import with_memory
 from gqa_cutlass.cache.inputs import surroundings_flaw
 from gqa_cutlass.cache.lengths import capturing
+from gqa_cutlass.cache.paged.host import on_host
 from gqa_cutlass.cache.paged.page_allocator import PageAllocator
 from gqa_cutlass.cache.paged.pools import Pools
 from gqa_cutlass.cache.paged.sequences import Held, Sequences, refuse
@@ -75,6 +76,7 @@ class Storage:
             allowed = "calls before and after; leave the `with` block of the step first"
             refuse(call, "call", "one while a step is open", allowed)
 
+    @on_host
     def check_surroundings(self, call: str) -> None:
         """Raise InputError where tensors are not what they seem, and in a capture."""
         if found := surroundings_flaw():
@@ -87,6 +89,7 @@ class Storage:
                 if found := memory_flaw(pool):
                     refuse(call, f"the cache's {name}", *found)
 
+    @on_host
     def grow(
         self,
         call: str,

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gqa_cutlass.cache.paged.host import on_host
 from gqa_cutlass.cache.paged.sequences import NONE, Held
 from gqa_cutlass.codegen.schema.problem import MAX_SEQ_LEN
 
@@ -43,6 +44,7 @@ class Tables:
         self._device = device
         self._memory = _integers(0, device)
 
+    @on_host
     def fill(self, given: Sequence[Held], tokens: Sequence[int], page_size: int) -> Table:
         """The table of a step, without waiting for the device.
 

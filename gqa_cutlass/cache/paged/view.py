@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gqa_cutlass.cache.guard import with_memory
+from gqa_cutlass.cache.paged.host import on_host
 from gqa_cutlass.cache.paged.inputs import counts
 from gqa_cutlass.cache.paged.pools import Pools
 from gqa_cutlass.cache.paged.sequences import refuse
@@ -131,6 +132,7 @@ class PagedView:
         given = self._storage.sequences.each(call, sequences)
         return self._storage.sequences.needed(call, given, counts(call, tokens, len(given)))
 
+    @on_host
     def gather(self, layer: int, sequence: int) -> tuple[Tensor, Tensor]:
         """Copies of the keys and values that a layer holds of a sequence.
 
@@ -154,6 +156,7 @@ class PagedView:
         read = partial(self._pools.read, layer, held, held.length)
         return with_memory(call, self.device, read)
 
+    @on_host
     def table(self, sequences: Sequence[int]) -> tuple[Tensor, Tensor]:
         """What other kernels need to read the pools, as tensors of their own.
 
