@@ -14,8 +14,8 @@ from gqa_cutlass.cache.inputs import ints, per_sequence, refuse
 from gqa_cutlass.cache.lengths import Lengths
 from gqa_cutlass.call.plan import Result
 from gqa_cutlass.errors import shown
-from gqa_cutlass.tensors import is_tensor
-from gqa_cutlass.tracing import is_traced
+from gqa_cutlass.tensors import is_tensor, plain_shape
+from gqa_cutlass.tracing import break_graph, is_traced
 
 Rows = Sequence[int] | Tensor | None  # None: all of them
 _LEAST = torch.iinfo(torch.int32).min
@@ -46,7 +46,7 @@ def decode_some(
         refuse("decode", "cache_batch_idx", "an index", "rows=, which finds the lengths by it too")
     q, k, v = tensors
     try:
-        some = _traced(lengths, rows) if is_traced() else _some(lengths, q, rows, k is not None)
+        some = (_traced if is_traced() else _some)(lengths, q, rows, k is not None)
         result: Result = gqa_decode(
             q, cache.k, cache.v, k, v, cache_seqlens=some.held, cache_batch_idx=some.rows, **options
         )
@@ -93,9 +93,27 @@ class Some:
         return lengths.seqlens.scatter_reduce(0, self._nearest.long(), grown, "amax")
 
 
-def _traced(lengths: Lengths, rows: Sequence[int] | Tensor) -> Some:
-    """The same in code that torch traces, where only the device knows what is there."""
+def _traced(lengths: Lengths, q: Tensor, rows: Sequence[int] | Tensor, appends: bool) -> Some:
+    """As `_some` in code that torch traces, where only the device knows what is there.
+
+    What is not allowed breaks the graph, so that the host says what is wrong with it.
+    """
+    if not _may_be_traced(lengths, q, rows, appends):
+        why = "KVCache.decode: rows: ints, or int32 on the device, one for each row of q"
+        return break_graph(_some, why)(lengths, q, rows, appends)
     return Some(lengths, torch.as_tensor(rows, dtype=torch.int32, device=lengths.device))
+
+
+def _may_be_traced(lengths: Lengths, q: object, rows: object, appends: bool) -> bool:
+    if not isinstance(q, Tensor) or not q.dim():
+        return False
+    if isinstance(rows, Tensor):
+        where = rows.dtype, rows.device, rows.shape
+        return where == (torch.int32, lengths.device, q.shape[:1])
+    if not isinstance(rows, (list, tuple, range)) or len(rows) != q.shape[0]:
+        return False
+    known = all([type(row) is int and 0 <= row < lengths.batch_size for row in rows])
+    return known and not (appends and len(set(rows)) < len(rows))
 
 
 def _some(lengths: Lengths, q: Tensor, rows: Sequence[int] | Tensor, appends: bool) -> Some:
@@ -105,7 +123,7 @@ def _some(lengths: Lengths, q: Tensor, rows: Sequence[int] | Tensor, appends: bo
         InputError: No such rows, or not as many as q has; or ints that name one twice, to append.
         CacheOverflowError: One that gets a token is known to be full.
     """
-    count = len(q) if is_tensor(q) and q.dim() else 0
+    count, *_ = *plain_shape(q), 0  # what has none, `gqa_decode` refuses
     if is_tensor(rows):
         like = lengths.seqlens.new_empty(1).expand(count)
         return Some(lengths, per_sequence("decode", "rows", rows, like, torch.int32))

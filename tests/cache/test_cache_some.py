@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
 import torch
 from cache_model import DIM, F16, HEADS, filled, new_cache, nothing_written, on_device
 from compiling import GROUP
+from tensor_kinds import kinds_for
 from torch import Tensor
 
 from gqa_cutlass import CacheOverflowError, InputError, KVCache, check_overflow
@@ -131,6 +133,36 @@ def test_bad_rows_are_refused(kind: str) -> None:
     with nothing_written(cache), pytest.raises(InputError, match=f"KVCache.decode: {message}"):
         cache.decode(*step(cache, 2), rows=rows(cache))
     assert cache.lengths == HELD
+
+
+@pytest.mark.xdist_group(GROUP)
+@pytest.mark.parametrize("kind", ["one twice", "a float", "int64"])
+def test_compiled_code_refuses_bad_rows_as_others_do(kind: str) -> None:
+    cache = new_cache(4, 12)
+    make, message = BAD[kind]
+    rows = make(cache)
+    torch._dynamo.reset()
+    q, k, v = step(cache, 2)
+    with nothing_written(cache), pytest.raises(InputError, match=f"KVCache.decode: {message}"):
+        torch.compile(cache.decode, backend="eager")(q, k, v, rows=rows)
+    torch._dynamo.reset()
+
+
+def test_queries_of_every_kind_that_is_no_plain_one_are_refused() -> None:
+    cache = new_cache(4, 12)
+    q, k, v = step(cache, 2)
+    seen: list[str] = []
+
+    def use(tensor: Tensor) -> None:
+        with nothing_written(cache), pytest.raises(InputError) as raised:
+            cache.decode(tensor, k, v, rows=[0, 1])
+        seen.append(str(raised.value))
+
+    kinds = kinds_for(F16, slow=True)
+    for kind in kinds.values():
+        with suppress(RuntimeError):  # of functions that get no result
+            kind(q, use)
+    assert len(seen) == len(kinds)
 
 
 def test_the_index_of_other_calls_is_refused_for_it_would_miss_the_lengths() -> None:
