@@ -19,6 +19,8 @@ from gqa_cutlass.call.plan import Pair
 from gqa_cutlass.codegen.schema.merge import MAX_PARTS
 from gqa_cutlass.devices import executor_of
 from gqa_cutlass.errors import InputError, shown
+from gqa_cutlass.gpu.torch_private import foreign_keys
+from gqa_cutlass.tensors import memory_flaw
 from gqa_cutlass.tracing import is_traced
 
 _WITHOUT_VALUES = UninitializedParameter, UninitializedBuffer
@@ -76,6 +78,9 @@ def merge_states(outs: Parts, lses: Parts, *, out_dtype: torch.dtype | None = No
         merged = merge(_executor_of, outs, lses, dtype)
         if merged is not None:
             return merged
+    if not is_traced():
+        _check_memory("outs", outs)
+        _check_memory("lses", lses)
     return by_operators(outs, lses, dtype)
 
 
@@ -139,6 +144,14 @@ def _check_dense(name: str, part: object) -> None:
         _fail(name, "a parameter that is not initialised", "dense tensors")
     if part.is_nested or part.layout is not torch.strided:
         _fail(name, "a nested or sparse tensor", "dense tensors")
+
+
+def _check_memory(name: str, parts: Parts) -> None:
+    """Raise InputError for a plain tensor whose memory is gone, which operators would read."""
+    for part in [parts] if isinstance(parts, Tensor) else parts:
+        plain = foreign_keys(part) == "" and not part.is_meta
+        if plain and (found := memory_flaw(part)):
+            _fail(name, *found)
 
 
 def _kind(part: Tensor) -> tuple[object, ...]:

@@ -18,6 +18,7 @@ from merging import DTYPES, merged_by_kernel
 from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 
+import gqa_cutlass.merge as module
 from gqa_cutlass import gqa_decode, merge_states
 from gqa_cutlass.errors import InputError
 from gqa_cutlass.proof.reference import attend
@@ -229,3 +230,18 @@ def test_bad_parts_are_refused(name: str) -> None:
     changes, message = BAD[name]
     with pytest.raises(InputError, match=f"merge_states: {message}"):
         merge_states(**({"outs": OUTS, "lses": LSES} | changes))
+
+
+@pytest.mark.parametrize("held", [0, 8])
+@pytest.mark.parametrize("name", ["outs", "lses"])
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("by", ["operators", "kernel"])
+def test_parts_whose_storage_was_freed_are_refused(
+    monkeypatch: pytest.MonkeyPatch, by: str, listed: bool, name: str, held: int
+) -> None:
+    monkeypatch.setattr(module, "_BY_KERNEL", frozenset({"cpu"} if by == "kernel" else ()))
+    given = {"outs": OUTS.clone(), "lses": LSES.clone()}
+    made = {n: list(t) if listed else t for n, t in given.items()}
+    given[name].untyped_storage().resize_(held)
+    with pytest.raises(InputError, match=f"merge_states: {name}: got a tensor .* storage"):
+        merge_states(**made)
