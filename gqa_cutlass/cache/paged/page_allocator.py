@@ -71,8 +71,8 @@ class PageAllocator:
         if count > free:
             raise OutOfPagesError(
                 f"{asker}: pages: got {shown(count)} to take, with {free} of {self.num_pages} "
-                f"free; {shown(count - free)} missing. None was taken, and nothing was written. Free or "
-                "truncate sequences, or make a cache of more pages.",
+                f"free; {shown(count - free)} missing. None was taken, and nothing was written. "
+                "Free or truncate sequences, or make a cache of more pages.",
                 count,
                 free,
             )

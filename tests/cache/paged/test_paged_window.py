@@ -59,7 +59,7 @@ def test_a_prompt_of_any_length_needs_the_pages_of_its_window(
         prefill()
     cache.free(child)
     del told.held[child]
-    with pytest.raises(OutOfPagesError, match="asked for 5"), cache.step([sequence], 20):
+    with pytest.raises(OutOfPagesError, match="got 5"), cache.step([sequence], 20):
         pass
     told.append(sequence)
     told.check()
