@@ -61,7 +61,8 @@ class Growth:
 class Sequences:
     """Sequences by their numbers, which are given out once and never again.
 
-    Every method does all or nothing.
+    Every method does all or nothing. An interrupt within one may lose pages for good, but gives
+    none of them to two: what gives pages up forgets them first.
 
     Args:
         pages: The pool's pages, all of them free.
@@ -128,10 +129,9 @@ class Sequences:
         Raises:
             InputError: There is no such sequence, or one is named twice.
         """
-        for held in self.each(call, sequences):
-            self.pages.release(held.pages[held.gone :])
-        for sequence in sequences:
+        for sequence, held in zip(list(sequences), self.each(call, sequences), strict=True):
             del self._held[sequence]
+            self.pages.release(held.pages[held.gone :])
 
     def fork(self, call: str, sequence: int, tokens: int | None) -> int:
         """A sequence that has the first tokens of another, in the same pages.
@@ -156,8 +156,8 @@ class Sequences:
         held = self.get(call, sequence)
         self._check_tokens(call, tokens, MAX_SEQ_LEN)
         self._check_there(call, held, tokens)
-        self.cut(held, self.pages_of(min(tokens, held.length)))
         held.length = min(tokens, held.length)
+        self.cut(held, self.pages_of(held.length))
 
     def reorder(self, call: str, sequences: Sequence[int], indices: Sequence[int]) -> None:
         """Let sequence i of the list have what sequence indices[i] of it had; -1: nothing.
@@ -174,8 +174,11 @@ class Sequences:
             after.append(self._shared(held, held.length))
         for i, new in zip(changed, after, strict=True):
             held = given[i]
-            self.pages.release(held.pages[held.gone :])
-            held.pages, held.length, held.gone = new.pages, new.length, new.gone
+            before, held.length = held.pages[held.gone :], 0
+            held.pages = []  # so that an interrupt finds no pages that go with another `gone`
+            held.gone = new.gone
+            held.pages, held.length = new.pages, new.length
+            self.pages.release(before)
 
     def take(
         self,
@@ -226,19 +229,21 @@ class Sequences:
 
     def cut(self, held: Held, num_pages: int) -> None:
         """Give back the pages of a sequence behind so many."""
-        self._release(held.pages[num_pages:])
+        behind = held.pages[num_pages:]
         del held.pages[num_pages:]
         held.gone = min(held.gone, num_pages)
+        self._release(behind)
 
     def count(self, held: Held, tokens: int) -> None:
         """Let a sequence have so many more tokens, and give back its pages before the window."""
         held.length += tokens
         if self.window is not None:
             gone = max(held.gone, (held.length - self.window) // self.page_size)
-            self._release(held.pages[held.gone : gone])
+            before = held.pages[held.gone : gone]
             for i in range(held.gone, gone):
                 held.pages[i] = NONE
             held.gone = gone
+            self._release(before)
 
     def skipped(self, held: Held, tokens: int) -> int:
         """Of so many new tokens the first ones, whose pages would go as soon as all of them count.

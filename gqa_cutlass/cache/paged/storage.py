@@ -143,8 +143,8 @@ class Storage:
     @contextmanager
     def in_step(self) -> Iterator[None]:
         """Refuse meanwhile whatever changes sequences."""
-        self._in_step = True
         try:
+            self._in_step = True
             yield
         finally:
             self._in_step = False
