@@ -21,6 +21,7 @@ from gqa_cutlass.errors import InputError, shown
 from gqa_cutlass.tracing import is_traced, mark_static
 
 R = TypeVar("R")
+_INT_BYTES = 4
 
 
 class PagedBatch:
@@ -48,7 +49,7 @@ class PagedBatch:
         self._storage = storage
         # Normal tensors, even in inference mode: outside of it nobody may write to the others.
         with torch.inference_mode(False):
-            size = batch_size * (max_pages + 2)
+            size = self.bytes_needed(batch_size, max_pages) // _INT_BYTES
             self._memory = torch.full((size,), NONE, dtype=torch.int32, device=storage.device)
         self.batch_size, self._max_pages = batch_size, max_pages
         table, self._lengths = self._parts(self._memory)
@@ -61,6 +62,11 @@ class PagedBatch:
         self._counts_itself = True  # a step that is not captured
         self._settled = True  # host and device know the same
         storage.batches.add(self)
+
+    @staticmethod
+    def bytes_needed(batch_size: int, max_pages: int) -> int:
+        """Bytes of a table and of the lengths before and after a step."""
+        return batch_size * (max_pages + 2) * _INT_BYTES
 
     def __repr__(self) -> str:
         return (

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from gqa_cutlass.api import check_overflow
-from gqa_cutlass.cache.allocation import allocate
-from gqa_cutlass.cache.guard import with_memory
+from gqa_cutlass.cache.allocation import allocate, available_bytes
+from gqa_cutlass.cache.guard import raise_no_temporaries, with_memory
 from gqa_cutlass.cache.paged.batch import PagedBatch
 from gqa_cutlass.cache.paged.host import on_host
 from gqa_cutlass.cache.paged.inputs import check_reach, counts, packed
@@ -371,6 +371,9 @@ class PagedKVCache(PagedView):
             if type(value) is not int or not 1 <= value <= most:
                 refuse(call, name, shown(value), f"an int from 1 to {most}")
         pages = self._storage.sequences.pages_of(max_seq_len)
+        needed = 2 * PagedBatch.bytes_needed(batch_size, pages)  # assign() has a copy
+        if needed > available_bytes(self.device):
+            raise_no_temporaries(call, self.device, f"{needed} bytes, for a table and its copy")
         return with_memory(call, self.device, partial(PagedBatch, self._storage, batch_size, pages))
 
     @on_host

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch._dynamo.exc import Unsupported
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gqa_cutlass import GqaError, InputError
+from gqa_cutlass import CacheAllocationError, GqaError, InputError
+from gqa_cutlass.cache.paged import paged_kv_cache
 from gqa_cutlass.cache.paged import step as step_module
 
 pytestmark = pytest.mark.xdist_group(GROUP)
@@ -92,6 +93,13 @@ def test_numbers_that_cannot_be_printed_are_refused(told: Told) -> None:
     for call in calls:
         with nothing_changed(told.cache), pytest.raises(GqaError, match="got|asked for"):
             call()
+
+
+def test_a_table_that_does_not_fit_is_not_begun(told: Told, monkeypatch: Any) -> None:
+    monkeypatch.setattr(paged_kv_cache, "available_bytes", lambda device: 100)
+    assert told.cache.batch(2, 16).max_seq_len == 16  # 48 bytes, twice
+    with pytest.raises(CacheAllocationError, match=r"batch: memory: got none .*112 bytes, for a t"):
+        told.cache.batch(2, 20)
 
 
 def test_nothing_changes_a_batch_from_within_its_run(told: Told) -> None:
