@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gqa_cutlass.api import gqa_decode, plan
+from gqa_cutlass.call.given import fail
 from gqa_cutlass.call.options import TENSORS
 from gqa_cutlass.merge import merge_states
 from gqa_cutlass.tracing import break_graph
@@ -86,6 +87,8 @@ def traced(
             wrong = "a tensor requires grad, and decode has no backward pass; use torch.no_grad()"
         elif len(given) == 4:
             wrong = "k and v: one of them came without the other"
+        elif len(given) == 5 and (_repeats(k_cache) or _repeats(v_cache)):
+            wrong = "the caches: elements to which tokens are appended share memory"
         elif out is not None:
             wrong = _flaw_of_out(out, q, v_cache, options.get("out_dtype"))
     if wrong is not None:
@@ -130,9 +133,14 @@ def _flaw_of_out(out: Tensor, q: Tensor, v_cache: Tensor, out_dtype: object) -> 
         return "out: it is not on q's device"
     if torch.is_grad_enabled() and out.requires_grad:
         return "out: it requires grad"
-    if any(n > 1 and not s for n, s in zip(out.shape, out.stride(), strict=True)):
+    if _repeats(out):
         return "out: its elements share memory"
     return None
+
+
+def _repeats(tensor: Tensor) -> bool:
+    """Whether a tensor was expanded, so that nothing can be written to it."""
+    return any(n > 1 and not s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _decode(
@@ -172,6 +180,7 @@ def _shapes_of_decode(
     **named: Any,
 ) -> _Pair:
     """Results without their values, for tracing."""
+    _check_without_values(q)
     given = _by_name(options, named)
     out = q.new_empty((*q.shape[:-1], v_cache.shape[-1]), dtype=given.get("out_dtype"))
     return out, _lse(q, wanted=given.get("return_lse", False))
@@ -191,7 +200,14 @@ def _merge(outs: list[Tensor], lses: list[Tensor], out_dtype: torch.dtype) -> _P
 def _shapes_of_merge(outs: list[Tensor], lses: list[Tensor], out_dtype: torch.dtype) -> _Pair:
     """Results without their values, for tracing."""
     out, lse = outs[0], lses[0]
+    _check_without_values(out)
     return out.new_empty(out.shape, dtype=out_dtype), lse.new_empty(lse.shape)
+
+
+def _check_without_values(first: Tensor) -> None:
+    """Raise InputError where torch takes a call for one without values, and it has some."""
+    if type(first) is Tensor and not first.is_meta:
+        fail("tensors", f"some on meta and some on {first.device}", "all on one device")
 
 
 def _by_name(options: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
