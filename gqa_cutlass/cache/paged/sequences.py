@@ -175,7 +175,7 @@ class Sequences:
         for i, new in zip(changed, after, strict=True):
             held = given[i]
             before, held.length = held.pages[held.gone :], 0
-            held.pages = []  # so that an interrupt finds no pages that go with another `gone`
+            held.pages = array("i")  # an interrupt finds none that go with another `gone`
             held.gone = new.gone
             held.pages, held.length = new.pages, new.length
             self.pages.release(before)
