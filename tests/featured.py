@@ -32,10 +32,9 @@ FEW = {
     "splits": Edge(lengths=(300, 37, 0), capacity=512, splits=2),
     "attend only": Edge(lengths=(37, 0), capacity=64, append=False),
 }
-# Where CI has the general test of a single feature; that of all together it has on every kind.
-HOME = dict.fromkeys(POLICIES, "tma") | {
-    "window": "simt", "leftpad": "tensorop", "paged": "tensorop"
-}  # fmt: skip
+# The feature that CI has alone on a kind of kernels: each has tests of its own, and all of them
+# together are on every kind.
+OWN = {"tma": "softcap", "simt": "window", "tensorop": "paged"}
 # Multistage is the same for CUDA cores but for its arithmetic, so that CI leaves those out.
 every_schedule = pytest.mark.parametrize(
     "kind", [pytest.param(k, marks=THOROUGH if k == "simt" else ()) for k in KINDS]

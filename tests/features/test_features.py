@@ -12,8 +12,8 @@ from cases import edges_of, make_step
 from featured import (
     ALL,
     FEW,
-    HOME,
     KINDS,
+    OWN,
     PAIRS,
     POLICIES,
     kernel_of,
@@ -35,7 +35,7 @@ PROCESS = "features"  # has all tests of this folder, for they have kernels in c
 @pytest.mark.parametrize(
     ("feature", "kind"),
     [
-        pytest.param(*pair, marks=() if HOME.get(pair[0], pair[1]) == pair[1] else THOROUGH)
+        pytest.param(*pair, marks=() if pair[0] in (ALL, OWN.get(pair[1])) else THOROUGH)
         for pair in product((*POLICIES, ALL), KINDS)
     ],
 )
