@@ -55,7 +55,7 @@ def decode_some(
         return result
     except RuntimeError as error:
         told = lack_of_memory(error)
-    raise_no_temporaries("decode", cache.device, told)
+    raise_no_temporaries("KVCache.decode", cache.device, told)
 
 
 class Some:

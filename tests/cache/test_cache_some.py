@@ -14,6 +14,8 @@ from tensor_kinds import kinds_for
 from torch import Tensor
 
 from gqa_cutlass import CacheOverflowError, InputError, KVCache, check_overflow
+from gqa_cutlass.cache import some
+from gqa_cutlass.errors import CacheAllocationError
 from gqa_cutlass.proof.reference import attend
 
 HELD = [3, 0, 7, 12]  # of 12
@@ -172,3 +174,14 @@ def test_the_index_of_other_calls_is_refused_for_it_would_miss_the_lengths() -> 
         pytest.raises(InputError, match="cache_batch_idx: .* rows=, which"),
     ):
         cache.decode(*step(cache, 4), cache_batch_idx=on_device(cache, 3, 2, 1, 0))  # type: ignore[call-overload]
+
+
+def test_a_lack_of_memory_is_told_in_the_name_of_the_call(
+    cache: KVCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(some, "gqa_decode", fail)
+    with pytest.raises(CacheAllocationError, match=r"^KVCache\.decode: memory: got none"):
+        cache.decode(*step(cache, 2), rows=[0, 2])
