@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Concatenate, NoReturn, ParamSpec, Protocol, TypeVar
 
 import torch
@@ -44,13 +44,8 @@ def guarded(method: Callable[Concatenate[Cache, P], R]) -> Callable[Concatenate[
             refuse(name, "surroundings", *found)
         for what, tensor in (("k", self.k), ("v", self.v), ("seqlens", self.seqlens)):
             check_memory(name, f"the cache's {what}", tensor)
-        try:
-            return method(self, *args, **kwargs)
-        except RuntimeError as error:
-            told = lack_of_memory(error)
-        raise_no_temporaries(
-            f"KVCache.{name}", self.device, told
-        )  # where no traceback holds a tensor
+        work = partial(method, self, *args, **kwargs)
+        return with_memory(f"KVCache.{name}", self.device, work)
 
     return call
 

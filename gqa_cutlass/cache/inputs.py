@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 import torch
@@ -24,7 +24,7 @@ def one_token(method: str, name: str, tensor: Tensor, caches: Caches) -> Tensor:
         InputError: Something else, or not like the cache.
     """
     batch, _, *row = _own(name, caches).shape
-    tensor = _plain(method, name, tensor)
+    tensor = plain(f"KVCache.{method}", name, tensor)
     _check_new(method, name, tensor, caches, _TOKEN, [batch, *row], [batch, 1, *row])
     return tensor.unsqueeze(1) if tensor.dim() == 3 else tensor
 
@@ -35,7 +35,7 @@ def prompt(method: str, k: Tensor, v: Tensor, caches: Caches) -> tuple[Tensor, T
     Raises:
         InputError: Something else, or not like the cache.
     """
-    k, v = _plain(method, "k", k), _plain(method, "v", v)
+    k, v = plain(f"KVCache.{method}", "k", k), plain(f"KVCache.{method}", "v", v)
     for name, tensor in (("k", k), ("v", v)):
         batch, _, *row = _own(name, caches).shape
         _check_new(method, name, tensor, caches, _TOKENS, [batch, *tensor.shape[1:2], *row])
@@ -52,7 +52,7 @@ def per_sequence(
     Raises:
         InputError: Something else.
     """
-    tensor = _plain(method, what, tensor)
+    tensor = plain(f"KVCache.{method}", what, tensor)
     same = tensor.shape == lengths.shape and tensor.device == lengths.device
     if not same or tensor.dtype not in dtypes:
         types = " or ".join(map(str, dtypes))
@@ -62,13 +62,13 @@ def per_sequence(
     return tensor
 
 
-def check_apart(method: str, name: str, tensor: Tensor, caches: Caches) -> None:
+def check_apart(call: str, name: str, tensor: Tensor, caches: Iterable[Tensor]) -> None:
     """Raise InputError for a tensor that shares memory with the caches."""
     start, reach = tensor.data_ptr(), byte_reach(tensor)
     for cache in caches:
         if start < cache.data_ptr() + byte_reach(cache) and cache.data_ptr() < start + reach:
             allowed = "memory of its own; pass a .clone()"
-            refuse(method, name, "memory of the cache itself", allowed)
+            refuse_in(call, name, "memory of the cache itself", allowed)
 
 
 def check_memory(method: str, what: str, tensor: Tensor) -> None:
@@ -106,10 +106,13 @@ def ints(
 
 
 def refuse(method: str, what: str, got: str, allowed: str) -> NoReturn:
-    """Raise InputError in the house's words."""
-    raise InputError(
-        f"KVCache.{method}: {what}: got {got}; allowed: {allowed}. Nothing was written."
-    )
+    """Raise InputError in the house's words, in the name of a method of KVCache."""
+    refuse_in(f"KVCache.{method}", what, got, allowed)
+
+
+def refuse_in(call: str, what: str, got: str, allowed: str) -> NoReturn:
+    """The same in the name of any call."""
+    raise InputError(f"{call}: {what}: got {got}; allowed: {allowed}. Nothing was written.")
 
 
 def _own(name: str, caches: Caches) -> Tensor:
@@ -117,29 +120,34 @@ def _own(name: str, caches: Caches) -> Tensor:
     return caches[name == "v"]
 
 
-def _plain(method: str, name: str, tensor: Tensor) -> Tensor:
+def plain(call: str, name: str, tensor: Tensor) -> Tensor:
     """A plain, dense tensor, without what a subclass makes of it.
 
     Raises:
         InputError: It is something else.
     """
     if found := flaw(tensor):
-        refuse(method, name, *found)
+        refuse_in(call, name, *found)
     with torch._C.DisableTorchFunctionSubclass():
         return Tensor.as_subclass(tensor, Tensor)
+
+
+def check_no_grad(call: str, name: str, tensor: Tensor) -> None:
+    """Raise InputError for a tensor whose gradient a cache would have to pass on."""
+    if tensor.requires_grad and torch.is_grad_enabled():
+        refuse_in(
+            call,
+            name,
+            "a tensor that requires grad (a cache has no backward pass)",
+            "tensors without grad; call it under torch.inference_mode() or torch.no_grad()",
+        )
 
 
 def _check_new(
     method: str, name: str, tensor: Tensor, caches: Caches, form: str, *shapes: list[int]
 ) -> None:
     """Raise InputError unless a tensor is of one of the shapes, and can be copied to the caches."""
-    if tensor.requires_grad and torch.is_grad_enabled():
-        refuse(
-            method,
-            name,
-            "a tensor that requires grad (a cache has no backward pass)",
-            "tensors without grad; call it under torch.inference_mode() or torch.no_grad()",
-        )
+    check_no_grad(f"KVCache.{method}", name, tensor)
     cache = _own(name, caches)
     like = tensor.dtype == cache.dtype and tensor.device == cache.device
     if not like or list(tensor.shape) not in shapes:
@@ -148,7 +156,7 @@ def _check_new(
         allowed = f"{form} with {sizes}; {cache.dtype} on {cache.device}"
         refuse(method, name, _describe(tensor), allowed)
     check_memory(method, name, tensor)
-    check_apart(method, name, tensor, caches)
+    check_apart(f"KVCache.{method}", name, tensor, caches)
 
 
 def _describe(tensor: Tensor) -> str:

@@ -321,7 +321,7 @@ class KVCache:
         k, v = prompt("prefill", k, v, (self.k, self.v))
         growth = self._lengths.growth(k.shape[1], lengths)
         if isinstance(growth.device, Tensor):
-            check_apart("prefill", "lengths", growth.device, (self.k, self.v))
+            check_apart("KVCache.prefill", "lengths", growth.device, (self.k, self.v))
         self._extend("prefill", k, v, growth)
 
     @guarded

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gqa_cutlass.codegen.schema.params import Params
+from gqa_cutlass.codegen.schema.rounding import round_up
 from gqa_cutlass.ptxsim.memory.spaces import OVERREAD, READ, WRITE, Region
 from gqa_cutlass.tensormap import TensorMap
 
@@ -78,7 +79,7 @@ class _Rows:
         for b in np.flatnonzero(active).tolist():
             first, end = int(self._first[b]), int(lengths[b])
             read.append(self._tokens(b, first, end))
-            reached.append(self._tokens(b, first // box * box, -(-end // box) * box))
+            reached.append(self._tokens(b, first // box * box, round_up(end, box)))
             if self._append:
                 written.append(self._tokens(b, end, end + 1) if self._slots is None
                                else self._slots[b : b + 1])  # fmt: skip

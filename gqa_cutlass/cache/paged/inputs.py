@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
+from gqa_cutlass.cache.inputs import check_apart, check_no_grad, plain
 from gqa_cutlass.cache.paged.sequences import refuse
 from gqa_cutlass.call.options import check_window
 from gqa_cutlass.codegen.schema.problem import MAX_SEQ_LEN
 from gqa_cutlass.errors import shown
-from gqa_cutlass.tensors import byte_reach, flaw, memory_flaw
+from gqa_cutlass.tensors import memory_flaw
 
 UNWRITTEN = "Nothing was written."
 
@@ -40,14 +40,8 @@ def packed(
     Raises:
         InputError: Something else, not like the pools, or memory of theirs.
     """
-    if found := flaw(tensor):
-        refuse(call, name, *found, UNWRITTEN)
-    with torch._C.DisableTorchFunctionSubclass():
-        tensor = Tensor.as_subclass(tensor, Tensor)
-    if tensor.requires_grad and torch.is_grad_enabled():
-        got = "a tensor that requires grad (a cache has no backward pass)"
-        allowed = "tensors without grad; call it under torch.inference_mode() or torch.no_grad()"
-        refuse(call, name, got, allowed, UNWRITTEN)
+    tensor = plain(call, name, tensor)
+    check_no_grad(call, name, tensor)
     like, row = pools[0], [count, *pools[0].shape[2:]]
     shapes = [[len(pools), *row], *([row] if len(pools) == 1 else [])]
     same = tensor.dtype == like.dtype and tensor.device == like.device
@@ -58,11 +52,7 @@ def packed(
         refuse(call, name, got, f"{like.dtype} {form} on {like.device}", UNWRITTEN)
     if found := memory_flaw(tensor):
         refuse(call, name, *found, UNWRITTEN)
-    start, reach = tensor.data_ptr(), byte_reach(tensor)
-    for pool in (*pools, *others):
-        if start < pool.data_ptr() + byte_reach(pool) and pool.data_ptr() < start + reach:
-            allowed = "memory of its own; pass a .clone()"
-            refuse(call, name, "memory of the cache itself", allowed, UNWRITTEN)
+    check_apart(call, name, tensor, (*pools, *others))
     return tensor if tensor.dim() == 4 else tensor[None]
 
 
