@@ -316,9 +316,7 @@ def test_the_operator_is_what_torch_expects() -> None:
     torch.library.opcheck(operator, (list(outs), list(lses), torch.float32))
 
 
-UNUSUAL = MergeConfig(
-    dtype=NumberType.FLOAT16, out_dtype=NumberType.BFLOAT16, vec_width=2, parts_at_once=4
-)
+UNUSUAL = replace(BUGGY, dtype=NumberType.FLOAT16, out_dtype=NumberType.BFLOAT16, vec_width=2)
 
 
 @ON
