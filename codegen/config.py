@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from gqa_cutlass.codegen.schema import storage
 from gqa_cutlass.codegen.schema.kinds import DType, Math, Schedule
-from gqa_cutlass.codegen.schema.policies import Policy, special, tagged
+from gqa_cutlass.codegen.schema.policies import QUERIES, Policy, special, tagged
 from gqa_cutlass.codegen.schema.rounding import ceil_div, round_up
 from gqa_cutlass.codegen.schema.storage import (
     BOX_DIMS,
@@ -132,7 +132,8 @@ class KernelConfig:
         group_size: Query heads per KV head, at least 1.
         vec_width: Elements per global memory access: 8, 4 or 2, and 1 for simt. Every address must
             be a multiple of it.
-        block_h: Query heads that one block handles; larger groups take several blocks.
+        block_h: Query heads that one block handles, or pairs of a head and a token; larger groups
+            take several blocks.
         block_n: KV tokens per tile.
         num_warps: Warps per block.
         num_stages: K tiles (and V tiles) that a warp keeps in flight; with tma, up to so many.
@@ -282,8 +283,17 @@ class KernelConfig:
 
     @property
     def head_blocks(self) -> int:
-        """Blocks that share one KV head."""
-        return ceil_div(self.group_size, self.block_h)
+        """Blocks that share one KV head, for one query token."""
+        return self.row_blocks(1)
+
+    def row_blocks(self, num_tokens: int) -> int:
+        """Blocks that share one KV head, for so many query tokens of a sequence."""
+        return ceil_div(self.group_size * num_tokens, self.block_h)
+
+    @property
+    def several_queries(self) -> bool:
+        """Whether sequences may have several query tokens."""
+        return any(policy.slot is QUERIES for policy in self.policies)
 
     @property
     def shared_bytes(self) -> int:

@@ -59,6 +59,7 @@ def default_config(
     schedule: Schedule = Schedule.MULTISTAGE,
     policies: tuple[Policy, ...] = (),
     head_dim_v: int | None = None,
+    num_tokens: int = 1,
 ) -> KernelConfig:
     """Choose the tile shape for what a problem fixes.
 
@@ -71,6 +72,7 @@ def default_config(
         schedule: How it loads and merges.
         policies: Features.
         head_dim_v: Dimension per head of values and outputs; None: as head_dim.
+        num_tokens: Query tokens of a sequence.
 
     Raises:
         ConfigError: head_dim, group_size or vec_width is out of range.
@@ -92,7 +94,7 @@ def default_config(
         head_dim=head_dim,
         group_size=group_size,
         vec_width=vec_width,
-        block_h=_block_h(math, largest, group_size, room),
+        block_h=_block_h(math, largest, group_size * num_tokens, room),
         block_n=block_n,
         num_warps=num_warps,
         num_stages=num_stages,
@@ -102,16 +104,16 @@ def default_config(
     )
 
 
-def _block_h(math: Math, head_dim: int, group_size: int, room: int | None) -> int:
-    """Heads per block: what registers and `room` hold, and no more blocks than that needs."""
+def _block_h(math: Math, head_dim: int, rows: int, room: int | None) -> int:
+    """Heads (of all tokens) per block: what registers and `room` hold, in as few blocks."""
     if math is Math.SIMT:
         limit = 8 if head_dim <= 64 else 4 if head_dim <= 128 else 2
-        return ceil_div(group_size, ceil_div(group_size, limit))
+        return ceil_div(rows, ceil_div(rows, limit))
     # 16 heads of 232 to 248 dims spill, where those of 256 just fit: the shape is the compiler's.
     limit = 32 if head_dim <= 64 else 8 if 224 < head_dim < 256 else 16
     if room is not None:
         limit = min(limit, room // 8 * 8)
-    tiles = ceil_div(group_size, 8)
+    tiles = ceil_div(rows, 8)
     blocks = ceil_div(tiles * 8, limit)
     return min(limit, 8 * ceil_div(tiles, blocks))
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         block_table_to_indptr,
     )
     from gqa_cutlass.call.plan import Plan
+    from gqa_cutlass.call.tokens import pack_tree_mask
     from gqa_cutlass.decode_config import GQADecodeConfig, gqa_attention_decode
     from gqa_cutlass.errors import (
         CacheAllocationError,
@@ -55,6 +56,7 @@ _HOMES = {
     "OutOfPagesError": "errors",
     "flash_attn_with_kvcache": "flash_attn",
     "merge_states": "merge",
+    "pack_tree_mask": "call.tokens",
 }
 __all__ = [  # noqa: F822 - provided by __getattr__
     "CacheAllocationError",
@@ -77,6 +79,7 @@ __all__ = [  # noqa: F822 - provided by __getattr__
     "gqa_attention_decode",
     "gqa_decode",
     "merge_states",
+    "pack_tree_mask",
     "plan",
     "warmup",
 ]

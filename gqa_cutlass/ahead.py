@@ -11,9 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gqa_cutlass.call.given import see
+from gqa_cutlass.call.given import see, tokens_of
 from gqa_cutlass.call.layout import DTYPES, problem_of
-from gqa_cutlass.call.options import PlanOptions, check, check_softcap, features_of, listed, rename
+from gqa_cutlass.call.options import (
+    PlanOptions,
+    check,
+    check_softcap,
+    features_of,
+    listed,
+    rename,
+)
+from gqa_cutlass.call.tokens import check_tree, packed_tree, with_tokens
+from gqa_cutlass.call.turning import check_turning
 from gqa_cutlass.codegen.config import ARCHES
 from gqa_cutlass.codegen.merge import Kernel
 from gqa_cutlass.codegen.schema.problem import WIDEST, Problem
@@ -174,9 +183,17 @@ def explain(
         InputError: An argument is not allowed.
     """
     rename(options)
+    if "tree_mask" in options:
+        options["tree_mask"] = packed_tree(options["tree_mask"])
     given = q, k_cache, v_cache, k, v, out, 0, *features_of(options)
     asked, policies = check("explain", options, given)
-    problem = problem_of(see(given), policies, asked.window_size[0], asked.out_dtype)
+    layout = see(given)
+    tokens = tokens_of(layout, asked.max_seqlen_q)
+    if tokens.several:
+        policies = with_tokens(policies)
+    check_tree(tokens, layout)
+    check_turning(layout)
+    problem = problem_of(layout, policies, asked.window_size[0], asked.out_dtype, tokens)
     check_softcap(asked.softcap, problem.head_dim**-0.5)
     if not (arch is None or type(arch) is str and arch in ARCHES):
         raise InputError(f"explain: arch: got {shown(arch)}; allowed: {', '.join(ARCHES)}.")

@@ -8,6 +8,7 @@ from typing import Any, Literal, Unpack, overload
 import torch
 from torch import Tensor
 
+from gqa_cutlass.call.given import fail
 from gqa_cutlass.call.options import (
     TENSORS,
     CallOptions,
@@ -18,6 +19,7 @@ from gqa_cutlass.call.options import (
 )
 from gqa_cutlass.call.plan import Pair, Plan, Result
 from gqa_cutlass.call.plans import Plans
+from gqa_cutlass.call.tokens import is_tree, packed_tree
 from gqa_cutlass.codegen.schema.arguments import ARGUMENTS
 from gqa_cutlass.devices import device_of, executor_of, gpu_index
 from gqa_cutlass.tracing import is_traced, untraced
@@ -80,7 +82,7 @@ def gqa_decode(  # noqa: D417 - the decorator completes the list
     out: Tensor | None = None,
     **features: Any,
 ) -> Result:
-    """Run one decode step: append the new token's K and V, then attend over everything cached.
+    """Run one decode step: append the new tokens' K and V, then attend over everything cached.
 
     One kernel launch on the current stream; no synchronisation. Can be captured into a CUDA graph,
     with lengths that change between replays when `cache_seqlens` is a tensor. The caller advances
@@ -91,20 +93,22 @@ def gqa_decode(  # noqa: D417 - the decorator completes the list
     views (call `.resolve_neg()`) or subclasses with `__torch_dispatch__`.
 
     Args:
-        q: Queries of the new token, float16 or bfloat16, [batch, num_q_heads, head_dim] or
-            [batch, 1, num_q_heads, head_dim]. head_dim is a multiple of 8 from 32 to 256.
+        q: Queries of the new token, float16 or bfloat16, [batch, num_q_heads, head_dim], or of
+            several, 1 to 256, [batch, tokens, num_q_heads, head_dim]. head_dim is a multiple of 8
+            from 32 to 256.
         k_cache: [batch, max_seq_len, num_kv_heads, head_dim], or pools of pages with `block_table`;
             dtype of q; any strides with a contiguous last dimension (an HND cache is passed as
             `cache.transpose(1, 2)`). num_kv_heads divides num_q_heads. Token cache_seqlens[b] of
-            sequence b is written when k is given.
+            sequence b, and as many behind it as are new, are written when k is given.
         v_cache: As k_cache; its head_dim, and that of v and the output, may be another, head_dim_v.
-        k: The new token's keys, [batch, num_kv_heads, head_dim] or
-            [batch, 1, num_kv_heads, head_dim]. None: attend only, append nothing.
+        k: The new token's keys, [batch, num_kv_heads, head_dim], or those of several,
+            [batch, tokens, num_kv_heads, head_dim]. None: attend only, append nothing. If not all
+            new tokens of a sequence fit, none of them is written.
         v: As k. The row of a cache that is written must not hold q, k, v or cache_seqlens; with
             lengths on the device, no row of a cache that is appended to may. This is told by
             addresses: memory that is mapped twice is not seen.
-        cache_seqlens: Tokens in the cache before this call, the one in k not counted (engines that
-            count it pass `seq_lens - 1`): one int for all sequences, or
+        cache_seqlens: Tokens in the cache before this call, those in k not counted (engines that
+            count them pass `seq_lens - tokens`): one int for all sequences, or
             int32 [batch] on q's device, which the host never reads. A negative one there makes its
             row inactive, as the rows that pad the batch of a CUDA graph are: nothing is read of its
             cache or written to it, and it has nothing to attend to.
@@ -113,7 +117,9 @@ def gqa_decode(  # noqa: D417 - the decorator completes the list
 
     Returns:
         The output, q's shape (with head_dim_v), of its dtype or `out_dtype`; with return_lse also
-        the log-sum-exp, float32 [batch, num_q_heads]: the natural logarithm of the sum of the
+        the log-sum-exp, float32 [batch, num_q_heads], of several tokens
+        [batch, num_q_heads, tokens], with cu_seqlens_q [num_q_heads, all tokens]: the natural
+        logarithm of the sum of the
         exponentials of the scaled (and capped) scores, and of the sinks. A sequence with nothing to
         attend to gives zeros and minus infinity, or the sink.
 
@@ -129,6 +135,8 @@ def gqa_decode(  # noqa: D417 - the decorator completes the list
     """
     if features:
         rename(features)
+        if "tree_mask" in features:
+            features["tree_mask"] = packed_tree(features["tree_mask"])
     given: tuple[Any, ...] = q, k_cache, v_cache, k, v, out, cache_seqlens
     quick: tuple[object, ...] | None = None
     known: Sequence[Plan] = ()
@@ -240,6 +248,12 @@ def plan(
         GqaError: As for `gqa_decode`.
     """
     rename(options)
+    if is_tree(options.get("tree_mask")):
+        fail(
+            "tree_mask",
+            "torch.bool, of which a plan would keep a copy",
+            "what pack_tree_mask makes of it, into which the next trees can be written",
+        )
     given = q, k_cache, v_cache, k, v, out, cache_seqlens, *features_of(options)
     made, _ = _PLANS.find("plan", given, options | {"return_lse": return_lse}, own=True)
     return made

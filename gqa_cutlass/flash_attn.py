@@ -16,17 +16,10 @@ from gqa_cutlass.errors import InputError, shown
 
 _NO_WINDOW = -1, -1
 _NUMBERS = int, float
-_ROTATE = "None; rotate q and k before the call"
-_VARLEN = "None: one query token per sequence, q of [batch, 1, heads, head_dim]"
 _SCALED = "None; 16-bit q, k and v, with their scales multiplied in (k's into softmax_scale)"
 # What FlashAttention does and no kernel here: what to pass instead.
 _NOT_YET = {
     "qv": "None, the attention of models without qv",
-    "rotary_cos": _ROTATE,
-    "rotary_sin": _ROTATE,
-    "rotary_seqlens": _ROTATE,
-    "cu_seqlens_q": _VARLEN,
-    "cu_seqlens_k_new": _VARLEN,
     "q_descale": _SCALED,
     "k_descale": _SCALED,
     "v_descale": _SCALED,
@@ -76,20 +69,22 @@ def flash_attn_with_kvcache(
 ) -> Any:
     """Append a token's K and V to the cache, if given, and attend: FlashAttention's call.
 
-    What it does is `gqa_decode`, for one query token per sequence: dtypes, sizes, strides,
+    What it does is `gqa_decode`: dtypes, sizes, strides,
     inactive rows, overflow, CUDA graphs and `torch.compile` are as there. A call with what is not
     supported yet is refused before anything is written.
 
     Args:
-        q: The queries, [batch, 1, num_q_heads, head_dim].
+        q: The queries, [batch, tokens, num_q_heads, head_dim], 1 to 256 tokens.
         k_cache: [batch, max_seq_len, num_kv_heads, head_dim], or more rows with `cache_batch_idx`,
             or with `page_table` [num_pages, page_size, num_kv_heads, head_dim].
         v_cache: As k_cache; its head_dim, and that of v and the output, may be another.
-        k: The new token's keys, [batch, 1, num_kv_heads, head_dim], written at `cache_seqlens`.
+        k: The new tokens' keys, [batch, tokens, num_kv_heads, head_dim], written from
+            `cache_seqlens` on.
         v: As k.
         qv: Not supported yet: None.
-        rotary_cos: Not supported yet: None.
-        rotary_sin: Not supported yet: None.
+        rotary_cos: Cosines, [positions, rotary_dim / 2]: q and k are rotated, then k is cached. Of
+            q's dtype or float32; rotary_dim is a multiple of 16.
+        rotary_sin: Sines, likewise.
         cache_seqlens: Tokens in the cache before this call: an int, or int32 [batch] on q's
             device. None is all of the cache, where nothing is appended.
         cache_batch_idx: The row of the caches, or of the table, that each sequence has, int32
@@ -97,20 +92,24 @@ def flash_attn_with_kvcache(
         cache_leftpad: Where each sequence begins in its row, int32 [batch].
         page_table: The pages of each sequence, int32 [batch, max_pages]; see `block_table` of
             `gqa_decode`. Pages are of any size.
-        cu_seqlens_q: Not supported yet: None.
-        cu_seqlens_k_new: Not supported yet: None.
-        max_seqlen_q: Without effect: it belongs to `cu_seqlens_q`.
-        rotary_seqlens: Not supported yet: None.
+        cu_seqlens_q: Where each sequence's tokens begin in q, [all tokens, num_q_heads, head_dim]:
+            int32 [batch + 1].
+        cu_seqlens_k_new: The same of k and v.
+        max_seqlen_q: With `cu_seqlens_q`, query tokens of a sequence at most.
+        rotary_seqlens: Positions of each sequence's first new token, int32 [batch]; None for
+            `cache_seqlens`.
         q_descale: Not supported yet: None.
         k_descale: Not supported yet: None.
         v_descale: Not supported yet: None.
         softmax_scale: Factor on the scores; None for head_dim ** -0.5.
-        causal: Without effect: one query token is the last, and sees every key either way.
-        window_size: (left, right): the newest token attends to itself and `left` before it; -1
-            for all. `right` has no effect.
+        causal: Whether each of several query tokens sees the keys up to its own alone. One sees
+            every key either way.
+        window_size: (left, right): a query's token attends to itself, to `left` before it, and
+            unless `causal` to `right` behind it; -1 for all.
         attention_chunk: Not supported yet: 0.
         softcap: Bound of the scores; 0 for none.
-        rotary_interleaved: Without effect: it belongs to `rotary_cos`.
+        rotary_interleaved: Whether neighbouring dims turn together (GPT-J, the default here), or
+            those half of rotary_dim apart (GPT-NeoX, Llama: pass False).
         scheduler_metadata: A hint, without effect.
         num_splits: Parts that each sequence is cut into; 0 leaves the choice to the dispatcher.
         pack_gqa: A hint, without effect: the heads of a group are always packed.
@@ -125,8 +124,9 @@ def flash_attn_with_kvcache(
         fa_version: A hint, without effect.
 
     Returns:
-        The output, [batch, 1, num_q_heads, head_dim of v], of q's dtype or `out_dtype`; with
-        return_softmax_lse also the log-sum-exp, float32 [batch, num_q_heads, 1].
+        The output, q's shape with the head_dim of v, of q's dtype or `out_dtype`; with
+        return_softmax_lse also the log-sum-exp, float32 [batch, num_q_heads, tokens], or with
+        `cu_seqlens_q` [num_q_heads, all tokens].
 
     Raises:
         InputError: An argument is not allowed, or not supported yet. Nothing was launched.
@@ -135,22 +135,16 @@ def flash_attn_with_kvcache(
     Source: the call of FlashAttention-3, Shah et al. (arXiv:2407.08608).
     """
     chunked = attention_chunk is not None and not _is_zero(attention_chunk)
-    if chunked or not (
-        qv is rotary_cos is rotary_sin is rotary_seqlens is cu_seqlens_q is cu_seqlens_k_new
-        is q_descale is k_descale is v_descale is None
-    ):  # fmt: skip
+    if chunked or not (qv is q_descale is k_descale is v_descale is None):
         _refuse(
-            qv=qv, rotary_cos=rotary_cos, rotary_sin=rotary_sin, rotary_seqlens=rotary_seqlens,
-            cu_seqlens_q=cu_seqlens_q, cu_seqlens_k_new=cu_seqlens_k_new, q_descale=q_descale,
-            k_descale=k_descale, v_descale=v_descale,
+            qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale,
             attention_chunk=attention_chunk if chunked else None,
         )  # fmt: skip
-    try:
-        _, tokens, _, _ = q.shape
-    except Exception:  # of another rank, or no tensor
-        tokens = 0
-    if tokens != 1:
-        _check_one_token(q)
+    shape = _shape(q)
+    ragged = cu_seqlens_q is not None
+    if shape is not None and len(shape) != (3 if ragged else 4):
+        dims = "[all tokens" if ragged else "[batch, tokens"
+        _fail("q", f"shape {shape}", f"{dims}, num_q_heads, head_dim]")
     if block_table is not None:
         if page_table is not None:
             _fail("block_table and page_table", "both", "one of them: they are the same")
@@ -178,13 +172,23 @@ def flash_attn_with_kvcache(
         features["block_table"] = page_table
     if out_dtype is not None:
         features["out_dtype"] = out_dtype
+    if ragged or shape is not None and shape[1] != 1:
+        features["causal"] = causal  # which one query is in any case
+    if ragged or cu_seqlens_k_new is not None:
+        features["cu_seqlens_q"] = cu_seqlens_q
+        features["cu_seqlens_k_new"] = cu_seqlens_k_new
+        features["max_seqlen_q"] = max_seqlen_q
+    if rotary_cos is not None or rotary_sin is not None or rotary_seqlens is not None:
+        features["rotary_cos"], features["rotary_sin"] = rotary_cos, rotary_sin
+        features["rotary_seqlens"] = rotary_seqlens
+        features["rotary_interleaved"] = rotary_interleaved
     result = gqa_decode(
         q, k_cache, v_cache, k, v, cache_seqlens=cache_seqlens, softmax_scale=softmax_scale,
         num_splits=num_splits, return_lse=return_softmax_lse, out=out, **features,
     )  # fmt: skip
     if return_softmax_lse:
         attended, lse = result
-        return attended, lse.unsqueeze(-1)
+        return attended, lse if ragged or lse.dim() == 3 else lse.unsqueeze(-1)
     return result
 
 
@@ -198,17 +202,6 @@ def _is_no_window(value: object) -> bool:
     if not isinstance(value, tuple | list):
         return False
     return [type(end) is int and end == -1 for end in value] == [True, True]
-
-
-def _check_one_token(q: Tensor) -> None:
-    """Raise InputError for several tokens; what has no shape, `gqa_decode` refuses."""
-    if (shape := _shape(q)) is not None:
-        _fail(
-            "q",
-            f"shape {shape}",
-            "[batch, 1, num_q_heads, head_dim], one token per sequence; prompts, and several "
-            "tokens at once, go to FlashAttention or SDPA",
-        )
 
 
 def _whole_cache(k_cache: Tensor, k: Tensor | None, page_table: Tensor | None) -> int:

@@ -36,6 +36,19 @@ _OPTIONS = {  # of the calls, in the order of the operators' arguments
     "block_table": "Tensor? block_table=None",
     "slot_mapping": "Tensor? slot_mapping=None",
     "out_dtype": "ScalarType? out_dtype=None",
+    "causal": "bool causal=True",
+    "cu_seqlens_q": "Tensor? cu_seqlens_q=None",
+    "cu_seqlens_k_new": "Tensor? cu_seqlens_k_new=None",
+    "max_seqlen_q": "SymInt? max_seqlen_q=None",
+    "tree_mask": "Tensor? tree_mask=None",
+    "q_norm_weight": "Tensor? q_norm_weight=None",
+    "k_norm_weight": "Tensor? k_norm_weight=None",
+    "norm_eps": "float norm_eps=1e-6",
+    "norm_plus_one": "bool norm_plus_one=False",
+    "rotary_cos": "Tensor? rotary_cos=None",
+    "rotary_sin": "Tensor? rotary_sin=None",
+    "rotary_seqlens": "Tensor? rotary_seqlens=None",
+    "rotary_interleaved": "bool rotary_interleaved=False",
 }
 # Other types torch would complain of in its own words, or convert: 3 to (3, 3), 2 to True.
 _NUMBER = int, float, torch.SymInt, torch.SymFloat
@@ -47,6 +60,11 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "softcap": _NUMBER,
     "window_size": (tuple, list),
     "out_dtype": (torch.dtype, type(None)),
+    "causal": (bool,),
+    "max_seqlen_q": (int, torch.SymInt, type(None)),
+    "norm_eps": _NUMBER,
+    "norm_plus_one": (bool,),
+    "rotary_interleaved": (bool,),
     "cache_seqlens": (int, torch.SymInt, Tensor),
     **dict.fromkeys(TENSORS, (Tensor, type(None))),
 }
@@ -160,7 +178,7 @@ def _decode(
         cache_seqlens=cache_len if cache_seqlens is None else cache_seqlens,
         **_by_name(options, named),
     )  # fmt: skip
-    return result if isinstance(result, tuple) else (result, _lse(q, wanted=False))
+    return result if isinstance(result, tuple) else (result, q.new_empty((0,), dtype=torch.float32))
 
 
 def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any, **named: Any) -> _Pair:
@@ -183,7 +201,7 @@ def _shapes_of_decode(
     _check_without_values(q)
     given = _by_name(options, named)
     out = q.new_empty((*q.shape[:-1], v_cache.shape[-1]), dtype=given.get("out_dtype"))
-    return out, _lse(q, wanted=given.get("return_lse", False))
+    return out, q.new_empty(_lse_shape(q, given), dtype=torch.float32)
 
 
 def _shapes_of_attend(
@@ -215,9 +233,14 @@ def _by_name(options: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
     return dict(zip(_OPTIONS, options, strict=False)) | named
 
 
-def _lse(q: Tensor, *, wanted: bool) -> Tensor:
-    shape = (q.shape[0], q.shape[-2]) if wanted else (0,)
-    return q.new_empty(shape, dtype=torch.float32)
+def _lse_shape(q: Tensor, given: dict[str, Any]) -> tuple[int, ...]:
+    """Sizes of the log-sum-exp; none without."""
+    if not given.get("return_lse", False):
+        return (0,)
+    batch, *tokens, heads, _ = q.shape
+    if given.get("cu_seqlens_q") is not None:
+        return heads, batch
+    return (batch, heads) if not tokens or tokens[0] == 1 else (batch, heads, tokens[0])
 
 
 LIBRARY = torch.library.Library("gqa_cutlass", "DEF")  # the operators live as long as this does

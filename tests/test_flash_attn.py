@@ -268,27 +268,28 @@ def rotary(step: Step) -> Tensor:
 
 REFUSED: dict[str, tuple[Callable[[Step], dict[str, Any]], str]] = {
     "qv": (lambda s: {"qv": s.q}, r"qv: got shape \[1, 8, 64\], which is not supported yet; allow"),
-    "cosines": (lambda s: {"rotary_cos": rotary(s)}, "rotary_cos: got .*; allowed: None; rotate"),
-    "sines": (lambda s: {"rotary_sin": rotary(s)}, "rotary_sin: got .*; allowed: None; rotate"),
-    "places": (lambda s: {"rotary_seqlens": s.seqlens}, "rotary_seqlens: got .*; allowed: None"),
+    "cosines": (lambda s: {"rotary_cos": rotary(s)}, "rotary_cos: got one without rotary_sin"),
+    "sines": (lambda s: {"rotary_sin": rotary(s)}, "rotary_sin: got one without rotary_cos"),
+    "places": (lambda s: {"rotary_seqlens": s.seqlens}, "rotary_seqlens: got one without"),
     "long pages": (lambda s: {"page_table": table(s).long()}, "block_table: got torch.int64"),
     "pages twice": (
         lambda s: {"page_table": table(s), "block_table": table(s)},
         "block_table and page_table: got both; allowed: one of them",
     ),
-    "packed": (lambda s: {"cu_seqlens_q": s.seqlens}, "cu_seqlens_q: got .*; allowed: None: one"),
-    "new": (lambda s: {"cu_seqlens_k_new": s.seqlens}, "cu_seqlens_k_new: got .*; allowed: None"),
+    "packed": (lambda s: {"cu_seqlens_q": s.seqlens}, r"q: got shape .*; allowed: \[all tokens"),
+    "new": (lambda s: {"cu_seqlens_k_new": s.seqlens}, r"k: got shape .*; allowed: \[all tokens"),
     "q's scale": (lambda s: {"q_descale": s.q}, "q_descale: got .*; allowed: None; 16-bit"),
     "k's scale": (lambda s: {"k_descale": 2.0}, "k_descale: got 2.0, which is not supp.*; allow"),
     "v's scale": (lambda s: {"v_descale": s.q}, "v_descale: got .*; allowed: None; 16-bit"),
     "chunks": (lambda s: {"attention_chunk": 8}, "attention_chunk: got 8, .*; allowed: 0; for"),
-    "several queries": (
-        lambda s: {"q": s.q.expand(3, 8, 64).unsqueeze(0)},
-        r"q: got shape \[1, 3, 8, 64\]; allowed: \[batch, 1, num_q_heads, head_dim\], one",
+    "too many queries": (
+        lambda s: {"q": s.q.expand(300, 8, 64).unsqueeze(0)},
+        r"tokens of q: got 300; allowed: 1 to 256 per sequence; longer prompts go to",
     ),
     "queries of no token": (lambda s: {"q": s.q}, r"q: got shape \[1, 8, 64\]; allowed: \[batch"),
     "several keys": (
-        lambda s: {"k": s.q[:, :6].reshape(1, 3, 2, 64)}, r"k: got shape \[1, 3, 2, 64\]; allowed:"
+        lambda s: {"k": s.q[:, :6].reshape(1, 3, 2, 64)},
+        r"v: got shape \[1, 1, 2, 64\]; allowed: \[1, 3, 2, 64\]",
     ),
     "no lengths": (lambda s: {"cache_seqlens": None}, "cache_seqlens: got None, with k; allowed"),
     "sinks twice": (

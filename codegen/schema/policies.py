@@ -48,11 +48,16 @@ START = Slot(alias="Start", contract=("padding", "none"))
 MASK = Slot(alias="Mask", contract=("sees", "first_token", "from_start"))
 LOGIT = Slot(alias="Logit", contract=("operator()",))
 BIAS = Slot(alias="Bias", contract=("operator()",))
-NEW_TOKEN = Slot(alias="NewToken", contract=("load",))
+NEW_TOKEN = Slot(alias="NewToken", contract=("load_key", "load_value"))
 ELEMENT = Slot(alias="Operands", contract=("key_fragment", "value_fragment", "number"))
 OUTPUT = Slot(alias="Output", contract=("finish",))
 RESULT = Slot(alias="Result", contract=("rounded",))
-SLOTS = (ROW, CACHE, START, MASK, LOGIT, BIAS, NEW_TOKEN, ELEMENT, OUTPUT, RESULT)
+QUERIES = Slot(alias="Queries", contract=("is_one",))
+NORM = Slot(alias="Norm", contract=("none", "Factors"))
+ROTARY = Slot(alias="Rotary", contract=("none", "fits", "turned"))
+SLOTS = (
+    ROW, CACHE, START, MASK, LOGIT, BIAS, NEW_TOKEN, ELEMENT, OUTPUT, RESULT, QUERIES, NORM, ROTARY,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -98,6 +103,7 @@ class Policy:
         return self.cpp
 
 
+_NUMBER_TYPE = Type(cpp=NumberType.__name__, c="int32_t", ctype=ctypes.c_int32)
 POLICIES = (
     Policy(slot=ROW, cpp="OwnRow", header="policy/row_own.cuh"),
     Policy(
@@ -230,7 +236,7 @@ POLICIES = (
             ),
             Field(
                 name="sinks_type",
-                type=Type(cpp=NumberType.__name__, c="int32_t", ctype=ctypes.c_int32),
+                type=_NUMBER_TYPE,
                 doc="what they are",
             ),
         ),
@@ -253,7 +259,7 @@ POLICIES = (
         header="policy/result_float32.cuh",
         feature="out_dtype",
     ),
-    Policy(  # the youngest: its fields come behind those that others read
+    Policy(
         slot=CACHE,
         tag="paged",
         cpp="PagedCache",
@@ -298,6 +304,171 @@ POLICIES = (
             ),
         ),
         prefetches_first_tile=False,
+    ),
+    Policy(slot=QUERIES, cpp="OneQuery", header="policy/queries_one.cuh"),
+    Policy(
+        slot=QUERIES,
+        tag="multi",
+        cpp="SeveralQueries",
+        header="policy/queries_several.cuh",
+        feature="num_tokens",
+        fields=(
+            Field(name="row_blocks", type=INT32, doc="blocks that share a KV head"),
+            Field(name="num_query_tokens", type=INT32, doc="of a sequence, at most"),
+            Field(name="num_new_tokens", type=INT32, doc="likewise"),
+            Field(name="all_query_tokens", type=INT32, doc="of all sequences"),
+            Field(name="all_new_tokens", type=INT32, doc="likewise"),
+            Field(name="new_token_step", type=INT32, doc="slots between sequences, or 0"),
+            Field(name="window_right", type=INT32, doc="tokens seen behind a query's own"),
+            Field(name="q_token_stride", type=INT64, doc="as of RowStrides"),
+            Field(name="k_new_token_stride", type=INT64, doc="likewise"),
+            Field(name="v_new_token_stride", type=INT64, doc="likewise"),
+            Field(name="out_token_stride", type=INT64, doc="likewise"),
+            Field(name="lse_batch_stride", type=INT64, doc="between sequences, or 0"),
+            Field(name="lse_head_stride", type=INT64, doc="between heads"),
+            Field(
+                name="cu_seqlens_q",
+                type=pointer("int32_t", const=True),
+                doc="[batch + 1], where each begins in q, or null",
+            ),
+            Field(
+                name="cu_seqlens_k_new",
+                type=pointer("int32_t", const=True),
+                doc="[batch + 1], and in k and v, or null",
+            ),
+        ),
+        arguments=(
+            Argument(
+                name="cu_seqlens_q",
+                dims=("batch_ends",),
+                elements=Elements.INT32,
+                field="cu_seqlens_q",
+                optional=True,
+            ),
+            Argument(
+                name="cu_seqlens_k_new",
+                dims=("batch_ends",),
+                elements=Elements.INT32,
+                field="cu_seqlens_k_new",
+                optional=True,
+            ),
+        ),
+        in_library=False,
+    ),
+    Policy(
+        slot=QUERIES,
+        tag="tree",
+        cpp="TreeOfQueries",
+        header="policy/queries_tree.cuh",
+        feature="tree_mask",
+        fields=(
+            Field(
+                name="tree_mask",
+                type=pointer("uint32_t", const=True),
+                doc="[batch, tokens, words], bits of drafts",
+            ),
+        ),
+        arguments=(
+            Argument(
+                name="tree_mask",
+                dims=("batch", "num_tokens", "tree_words"),
+                elements=Elements.UINT32,
+                field="tree_mask",
+                optional=True,
+            ),
+        ),
+        in_library=False,
+    ),
+    Policy(slot=NORM, cpp="Unnormed", header="policy/norm_none.cuh"),
+    Policy(
+        slot=NORM,
+        tag="norm",
+        cpp="RmsNormed",
+        header="policy/norm_rms.cuh",
+        feature="q_norm_weight",
+        fields=(
+            Field(
+                name="q_norm_weight",
+                type=pointer("void", const=True),
+                doc="[head_dim], or null",
+            ),
+            Field(
+                name="k_norm_weight",
+                type=pointer("void", const=True),
+                doc="likewise",
+            ),
+            Field(name="q_norm_type", type=_NUMBER_TYPE, doc="what they are"),
+            Field(name="k_norm_type", type=_NUMBER_TYPE, doc="likewise"),
+            Field(name="norm_eps", type=FLOAT, doc="added to mean squares"),
+            Field(name="norm_offset", type=FLOAT, doc="added to weights"),
+        ),
+        arguments=tuple(
+            Argument(
+                name=name,
+                dims=("head_dim",),
+                elements=Elements.NUMBER,
+                field=name,
+                optional=True,
+                type_field=f"{name[0]}_norm_type",
+            )
+            for name in ("q_norm_weight", "k_norm_weight")
+        ),
+        in_library=False,
+    ),
+    Policy(slot=ROTARY, cpp="Unrotated", header="policy/rotary_none.cuh"),
+    Policy(
+        slot=ROTARY,
+        tag="rope",
+        cpp="RotatedByTables",
+        header="policy/rotary_tables.cuh",
+        feature="rotary_cos",
+        fields=(
+            Field(
+                name="rotary_cos",
+                type=pointer("void", const=True),
+                doc="[positions, rotary_dim / 2]",
+            ),
+            Field(name="rotary_sin", type=pointer("void", const=True), doc="likewise"),
+            Field(
+                name="rotary_seqlens",
+                type=pointer("int32_t", const=True),
+                doc="[batch], first positions, or null: the lengths",
+            ),
+            Field(name="rotary_cos_stride", type=INT64, doc="between positions"),
+            Field(name="rotary_sin_stride", type=INT64, doc="likewise"),
+            Field(name="rotary_type", type=_NUMBER_TYPE, doc="what they are"),
+            Field(name="rotary_positions", type=INT32, doc="how many there are"),
+            Field(name="rotary_dim", type=INT32, doc="dims that are turned"),
+            Field(name="rotary_interleaved", type=INT32, doc="whether neighbours are"),
+            Field(name="rotary_step", type=INT32, doc="from a sequence's query to its next"),
+        ),
+        arguments=(
+            Argument(
+                name="rotary_cos",
+                dims=("rotary_positions", "rotary_half"),
+                elements=Elements.NUMBER,
+                field="rotary_cos",
+                optional=True,
+                rows_apart=True,
+                type_field="rotary_type",
+            ),
+            Argument(
+                name="rotary_sin",
+                dims=("rotary_positions", "rotary_half"),
+                elements=Elements.NUMBER,
+                field="rotary_sin",
+                optional=True,
+                rows_apart=True,
+            ),
+            Argument(
+                name="rotary_seqlens",
+                dims=("batch",),
+                elements=Elements.INT32,
+                field="rotary_seqlens",
+                optional=True,
+            ),
+        ),
+        in_library=False,
     ),
 )
 check_distinct("policies", "policies", (policy.cpp for policy in POLICIES))

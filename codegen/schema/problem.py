@@ -12,6 +12,7 @@ from gqa_cutlass.codegen.schema.storage import ELEMENT_BYTES
 MAX_BATCH = 65535  # grid z
 MAX_SEQ_LEN = 2**30  # tile arithmetic is 32-bit
 MAX_SPLITS = 1024
+MAX_TOKENS = 256  # query tokens of a sequence
 MAX_ROWS = 2**31 - 1  # of caches whose rows are named by an index
 MAX_HEADS = 2**31 - 1  # grid x
 MAX_SCALE = 1e38  # times log2(e) it is still a float32
@@ -37,6 +38,8 @@ class Problem:
         head_dim_v: Dimension per head of values and outputs; None: as head_dim.
         page_size: Tokens of a page; None: every sequence's are in one piece.
         window: Tokens that a query sees, its own the last of them; None for all.
+        num_tokens: Query tokens of a sequence, at most.
+        num_new_tokens: Tokens that come with the call for a sequence; at least, if they may differ.
     """
 
     batch_size: int
@@ -51,6 +54,8 @@ class Problem:
     window: int | None = None
     head_dim_v: int | None = None
     page_size: int | None = None
+    num_tokens: int = 1
+    num_new_tokens: int = 1
 
     @property
     def value_dim(self) -> int:
@@ -63,9 +68,16 @@ class Problem:
         return self.num_q_heads // self.num_kv_heads
 
     @property
+    def appended(self) -> int:
+        """Tokens that every sequence must have room for."""
+        return self.num_new_tokens if self.append else 0
+
+    @property
     def reach(self) -> int:
         """Tokens that are attended to in a full cache."""
-        return self.max_seq_len if self.window is None else min(self.window, self.max_seq_len)
+        if self.window is None:
+            return self.max_seq_len
+        return min(self.window + self.num_tokens - 1, self.max_seq_len)
 
     def tiles(self, block_n: int) -> int:
         """Tiles of `block_n` tokens that hold them: a window may begin and end within one."""

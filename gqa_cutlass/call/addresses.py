@@ -42,7 +42,8 @@ class Addresses:
     def __init__(self, task: Task, executor: Executor) -> None:
         layout, problem = task.layout, task.problem
         self.known: dict[tuple[int, ...], bytes] = {}
-        self._append, self._max_seq_len = problem.append, problem.max_seq_len
+        self._appended, self._max_seq_len = problem.appended, problem.max_seq_len
+        self._positions = task.positions
         self._paged = PAGES in layout
         self._names = tuple(layout)
         self._sizes = [(t.itemsize, t.reach) for t in layout.values()]
@@ -79,7 +80,14 @@ class Addresses:
             CacheOverflowError: The new token does not fit.
         """
         if type(lengths) is int:
-            check_length(lengths, self._max_seq_len, self._append, self._paged)
+            check_length(lengths, self._max_seq_len, self._appended, self._paged)
+            if self._positions is not None and lengths > self._positions:
+                fail(
+                    LENGTHS,
+                    shown(lengths),
+                    f"at most {self._positions}, for which rotary_cos and rotary_sin have the "
+                    "positions of all tokens of the call; pass longer tables",
+                )
         argument = self.known.get(addresses)
         if argument is None:
             lasting = self._check(tensors, lengths, addresses)
@@ -106,7 +114,7 @@ class Addresses:
             check_alignments(self._named(tensors))
         for a, a_reach, b, b_reach in self._may_meet:  # spans first, which is cheap
             if addresses[a] < addresses[b] + b_reach and addresses[b] < addresses[a] + a_reach:
-                return check_aliases(self._named(tensors), lengths)
+                return check_aliases(self._named(tensors), lengths, self._appended)
         return True
 
     def _named(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -167,13 +175,13 @@ class Maps:
         self._lock = threading.Lock()
 
 
-def check_length(length: int, max_seq_len: int, append: bool, paged: bool = False) -> None:
+def check_length(length: int, max_seq_len: int, appended: int, paged: bool = False) -> None:
     """Check one length for all sequences.
 
     Args:
         length: Tokens that are there.
         max_seq_len: Tokens for which there is room.
-        append: Whether one more is to come.
+        appended: How many more are to come.
         paged: Whether there is a table of pages, whose width says so.
 
     Raises:
@@ -181,12 +189,13 @@ def check_length(length: int, max_seq_len: int, append: bool, paged: bool = Fals
         InputError: It is negative.
     """
     if length < 0:
-        fail(LENGTHS, shown(length), f"0 to {max_seq_len - append}")
-    if length > max_seq_len - append:
+        fail(LENGTHS, shown(length), f"0 to {max_seq_len - appended}")
+    if length > max_seq_len - appended:
+        are = "one is" if appended == 1 else f"{appended} are"
         remedy = "pass a wider table" if paged else "allocate a larger cache"
         raise CacheOverflowError(
             f"gqa_decode: cache overflow: the cache holds {shown(length)} tokens"
-            f"{' and one is to be appended' * append}; max_seq_len is "
+            f"{f' and {are} to be appended' * bool(appended)}; max_seq_len is "
             f"{max_seq_len}{', of all pages in a row of block_table' * paged}. Nothing was "
             f"written. Evict tokens, or {remedy}."
         )
@@ -213,12 +222,13 @@ def check_alignments(given: Mapping[str, Tensor]) -> None:
             fail(name, f"address {tensor.data_ptr():#x}", allowed)
 
 
-def check_aliases(given: Mapping[str, Tensor], lengths: object) -> bool:
+def check_aliases(given: Mapping[str, Tensor], lengths: object, appended: int = 1) -> bool:
     """Raise InputError when what is written shares memory with what it must not.
 
     Args:
         given: The tensors of a call, by name.
         lengths: `cache_seqlens`.
+        appended: Tokens that are appended; 0 where sequences differ in them.
 
     Returns:
         Whether all is well for every length; see `Addresses`.
@@ -236,7 +246,8 @@ def check_aliases(given: Mapping[str, Tensor], lengths: object) -> bool:
         if (
             type(lengths) is not int
             or PAGES in given
-            or _overlap(given[target][:, lengths], given[other])
+            or not appended
+            or _overlap(given[target][:, lengths : lengths + appended], given[other])
         ):
             fail(
                 other,
@@ -303,16 +314,21 @@ def constants(task: Task, overflow_flag: int) -> Params:
         num_splits=chosen.num_splits,
         num_stages=chosen.num_stages,
         pdl=chosen.pdl,
+        row_blocks=chosen.config.row_blocks(problem.num_tokens),
         scale_log2=task.softmax_scale * math.log2(math.e),
         overflow_flag=overflow_flag,
         **task.fields,
     )
-    params.out_stride.batch = problem.num_q_heads * problem.value_dim  # of the out that calls make
-    params.out_stride.head = problem.value_dim
+    tokens, row = task.tokens, problem.num_q_heads * problem.value_dim
+    if "out" not in task.layout:  # of the out that calls make
+        params.out_stride.batch = 0 if tokens.ragged_q else tokens.queries * row
+        params.out_stride.head = problem.value_dim
+        params.out_token_stride = row
     for name, t in task.layout.items():
         if field := ROWS[name].stride:
             strides = getattr(params, field)
-            strides.batch, strides.head = t.strides[0], t.strides[-2]
+            strides.batch = 0 if name in tokens.flat else t.strides[0]
+            strides.head = t.strides[-2]
             if isinstance(strides, CacheStrides):
                 strides.token = t.strides[1]
     return params

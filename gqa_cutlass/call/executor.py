@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gqa_cutlass.call.flag import OverflowFlag
-from gqa_cutlass.call.given import Layout
+from gqa_cutlass.call.given import Layout, Tokens
 from gqa_cutlass.call.merge import MergeCall
 from gqa_cutlass.call.options import Asked
 from gqa_cutlass.codegen.schema.problem import Problem
@@ -32,6 +32,8 @@ class Task:
         softmax_scale: Factor on the scores.
         out_dtype: Of the output.
         fields: What features put into the kernel's argument, but addresses.
+        tokens: Of the sequences.
+        positions: The longest length that rotations have tables for; None: any.
     """
 
     layout: Layout
@@ -41,6 +43,8 @@ class Task:
     softmax_scale: float
     out_dtype: torch.dtype
     fields: dict[str, float]
+    tokens: Tokens
+    positions: int | None = None
 
 
 class Executor(Protocol):

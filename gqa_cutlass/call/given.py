@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from gqa_cutlass.codegen.schema.policies import CALL
-from gqa_cutlass.errors import InputError
+from gqa_cutlass.codegen.schema.problem import MAX_TOKENS
+from gqa_cutlass.errors import InputError, shown
 from gqa_cutlass.gpu import torch_private
 from gqa_cutlass.gpu.torch_private import FORWARD_AD
 from gqa_cutlass.tensors import flaw, is_tensor, memory_flaw
@@ -18,6 +20,11 @@ ALIGNMENT = 16  # of the widest access
 LENGTHS = "cache_seqlens"  # the one argument that may be an int instead
 PAGES = "block_table"  # the one argument that makes pools of the caches
 SLOTS = "slot_mapping"  # which goes with it
+Q_ENDS, NEW_ENDS = "cu_seqlens_q", "cu_seqlens_k_new"  # of sequences with unlike many tokens
+_LATER = (
+    "longer prompts go to torch's scaled_dot_product_attention or to FlashAttention, and their "
+    "keys and values to KVCache.prefill"
+)
 ROWS = {row.name: row for row in CALL.rows}
 Given = Sequence[Any]  # by the rows of the table; those that are left out at its end are absent
 
@@ -129,6 +136,96 @@ def key_of(layout: Layout) -> tuple[object, ...]:
             if name != LENGTHS
         ]
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """The tokens of a call.
+
+    Args:
+        batch: Sequences.
+        queries: Query tokens of a sequence; at most, where they differ.
+        all_queries: Those of all sequences.
+        new: New tokens of a sequence; at least, where they differ.
+        all_new: Those of all sequences.
+        ragged_q: Whether sequences differ in query tokens, which then lie one behind the other.
+        ragged_new: The same of new tokens.
+        lse_shape: The sizes of the log-sum-exp.
+        flat: The arguments that have one sequence's tokens behind those of another.
+        several: Whether one query and one new token per sequence are not all.
+    """
+
+    batch: int
+    queries: int = 1
+    all_queries: int
+    new: int = 1
+    all_new: int
+    ragged_q: bool = False
+    ragged_new: bool = False
+    lse_shape: tuple[int, ...]
+    flat: frozenset[str] = frozenset()
+    several: bool = False
+
+
+def tokens_of(layout: Layout, max_seqlen_q: int | None = None) -> Tokens:
+    """Look at the sizes of queries and new tokens.
+
+    Args:
+        layout: What `see` saw.
+        max_seqlen_q: Query tokens of a sequence at most, where they differ.
+
+    Raises:
+        InputError: A tensor has not so many dimensions, or there are too many tokens or none.
+    """
+    q, k = layout["q"], layout.get("k")
+    ends = layout.get(Q_ENDS, layout.get(NEW_ENDS))
+    ragged_q, ragged_new = Q_ENDS in layout, NEW_ENDS in layout
+    if ragged_new and k is None:
+        fail(NEW_ENDS, "one without k", "one with k and v: it says whose their tokens are")
+    sides = ("q", ragged_q), ("out", ragged_q), ("k", ragged_new), ("v", ragged_new)
+    for name, side in sides:
+        if name in layout:
+            _check_rank(name, layout[name], ragged=side)
+    if ragged_q and ends is not None:
+        if len(ends.shape) != 1 or ends.shape[0] < 2:
+            fail(Q_ENDS, shape_text(ends.shape), "[batch + 1]")
+        batch, queries = ends.shape[0] - 1, q.shape[0]
+        if max_seqlen_q is not None:
+            queries = min(max_seqlen_q, queries)
+        all_queries = q.shape[0]
+        what = "max_seqlen_q" if max_seqlen_q is not None else "tokens of q, without max_seqlen_q"
+    else:
+        batch, queries = q.shape[0], q.shape[1] if len(q.shape) == 4 else 1
+        all_queries = batch * queries
+        what = "tokens of q"
+    if not 1 <= queries <= MAX_TOKENS:
+        fail(what, shown(queries), f"1 to {MAX_TOKENS} per sequence; {_LATER}")
+    new = 0 if k is None or ragged_new else k.shape[1] if len(k.shape) == 4 else 1
+    if k is not None and not ragged_new and not 1 <= new <= MAX_TOKENS:
+        fail("tokens of k", shown(new), f"1 to {MAX_TOKENS} per sequence; {_LATER}")
+    heads, flat = q.shape[-2], [name for name, s in sides if s]
+    one = batch, heads
+    return Tokens(
+        batch=batch,
+        queries=queries,
+        all_queries=all_queries,
+        new=new,
+        all_new=0 if k is None else k.shape[0] if ragged_new else batch * new,
+        ragged_q=ragged_q,
+        ragged_new=ragged_new,
+        lse_shape=(heads, all_queries) if ragged_q else one if queries == 1 else (*one, queries),
+        flat=frozenset(flat),
+        several=queries > 1 or new > 1 or ragged_q or ragged_new,
+    )
+
+
+def _check_rank(name: str, t: Seen, *, ragged: bool) -> None:
+    if ragged and len(t.shape) != 3:
+        which = NEW_ENDS if name in ("k", "v") else Q_ENDS
+        fail(name, shape_text(t.shape), f"[all tokens, heads, head_dim], with {which}")
+    if len(t.shape) not in (3, 4):
+        allowed = "[batch, heads, head_dim] or [batch, tokens, heads, head_dim]"
+        fail(name, shape_text(t.shape), allowed)
 
 
 def check_mode() -> None:

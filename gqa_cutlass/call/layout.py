@@ -8,7 +8,19 @@ from __future__ import annotations
 
 import torch
 
-from gqa_cutlass.call.given import LENGTHS, PAGES, ROWS, SLOTS, Layout, Seen, fail, shape_text
+from gqa_cutlass.call.given import (
+    LENGTHS,
+    PAGES,
+    ROWS,
+    SLOTS,
+    Layout,
+    Seen,
+    Tokens,
+    fail,
+    shape_text,
+    tokens_of,
+)
+from gqa_cutlass.call.tokens import TREE
 from gqa_cutlass.codegen.config import HEAD_DIM_RULE, HEAD_DIMS, MAX_GROUP_SIZE
 from gqa_cutlass.codegen.schema.arguments import Access, Argument, Elements
 from gqa_cutlass.codegen.schema.kinds import DType
@@ -28,7 +40,10 @@ from gqa_cutlass.errors import shown
 DTYPES = {torch.float16: DType.F16, torch.bfloat16: DType.BF16}
 _EXACT = {
     Elements.FLOAT32: torch.float32, Elements.INT32: torch.int32, Elements.INT64: torch.int64,
+    Elements.UINT32: torch.uint32,
 }  # fmt: skip
+# Whose sizes are looked at where it is known what they mean.
+_SEVERAL_FORMS = (SLOTS, TREE, "rotary_cos", "rotary_sin")
 NUMBER_TYPES = {
     torch.float32: NumberType.FLOAT32,
     torch.float16: NumberType.FLOAT16,
@@ -41,6 +56,7 @@ def problem_of(
     policies: tuple[Policy, ...] = (),
     window_left: int = -1,
     out_dtype: torch.dtype | None = None,
+    tokens: Tokens | None = None,
 ) -> Problem:
     """Check a layout, and name the problem that it poses.
 
@@ -49,10 +65,12 @@ def problem_of(
         policies: What the kernel must have in its slots, which tensors do not say.
         window_left: Tokens before the newest that are seen; -1 for all.
         out_dtype: Of the output; None for that of q.
+        tokens: What `tokens_of` says of the layout; None: to be asked.
 
     Raises:
         InputError: A rule is broken; the message says which, what was given and what to do.
     """
+    tokens = tokens or tokens_of(layout)
     q, cache = layout["q"], layout["k_cache"]
     for name, t in layout.items():
         _check_rank(ROWS[name], t, paged=PAGES in layout)
@@ -60,7 +78,8 @@ def problem_of(
         if name != LENGTHS:
             _check_placement(ROWS[name], t, q)
     check_result(layout, out_dtype)
-    batch, *_, num_q_heads, head_dim = q.shape
+    batch = tokens.batch
+    *_, num_q_heads, head_dim = q.shape
     rows, room, num_kv_heads, _ = cache.shape
     table = layout.get(PAGES)
     max_seq_len = room if table is None else check_pages(rows, room, table)
@@ -72,7 +91,7 @@ def problem_of(
     sizes = {
         "batch": batch, "num_q_heads": num_q_heads, "num_kv_heads": num_kv_heads,
         "head_dim": head_dim, "head_dim_v": head_dim_v, "max_seq_len": max_seq_len,
-        "rows": batch,
+        "rows": batch, "batch_ends": batch + 1,
     }  # fmt: skip
     pool = sizes
     if table is not None:
@@ -85,12 +104,18 @@ def problem_of(
             fail(f"rows of {what}", shown(rows), f"1 to {MAX_ROWS}")
     for name, t in layout.items():
         if name != LENGTHS:
-            _check_shape(ROWS[name], t, pool if ROWS[name].access is Access.APPEND else sizes)
+            _check_shape(
+                ROWS[name], t, pool if ROWS[name].access is Access.APPEND else sizes, tokens
+            )
     append = "k" in layout
+    if SLOTS in layout:
+        _check_slots(layout[SLOTS], tokens)
+    if append and tokens.new > max_seq_len:
+        fail("tokens of k", shown(tokens.new), f"at most max_seq_len, {max_seq_len}")
     for name, t in layout.items():
         if name != LENGTHS:
             _check_strides(ROWS[name], t, append)
-    check_lengths(layout)
+    check_lengths(layout, batch)
     hides = 0 <= window_left < max_seq_len - 1  # a window that hides no token is none
     return Problem(
         batch_size=batch,
@@ -103,6 +128,8 @@ def problem_of(
         dtype=DTYPES[q.dtype],
         vec_width=min([_vector_width(t) for name, t in layout.items() if ROWS[name].stride]),
         append=append,
+        num_tokens=tokens.queries,
+        num_new_tokens=tokens.new if append else 1,
         policies=policies if hides else tuple([p for p in policies if p.feature != "window_size"]),
         window=window_left + 1 if hides else None,
     )
@@ -134,24 +161,22 @@ def check_pages(num_pages: int, page_size: int, table: Seen) -> int:
 
 
 def _check_rank(row: Argument, t: Seen, *, paged: bool) -> None:
-    """One dimension per name in the row, and perhaps one for a single token."""
+    """One dimension per name in the row; those of tokens were looked at with them."""
+    if row.single_token or row.name in _SEVERAL_FORMS:
+        return
     if (
         len(row.dims) - row.any_first <= len(t.shape) <= len(row.dims)
         or row.name == LENGTHS
         or row.elements is Elements.NUMBER
     ):
         return
-    if not row.single_token:
-        # Rows of a cache are those of the batch, but for `cache_batch_idx`.
-        names, hint = {"rows": "batch"}, ""
-        if paged and row.access is Access.APPEND:
-            names = {"rows": "num_pages", "max_seq_len": "page_size"}
-            hint = "; pages of one token are pool.unsqueeze(1)"
-        dims = [names.get(dim, dim) for dim in row.dims]
-        fail(row.name, shape_text(t.shape), f"[{', '.join(dims)}]{hint}")
-    if len(t.shape) != 4 or t.shape[1] != 1:
-        allowed = "[batch, heads, head_dim] or [batch, 1, heads, head_dim]"
-        fail(row.name, shape_text(t.shape), allowed)
+    # Rows of a cache are those of the batch, but for `cache_batch_idx`.
+    names, hint = {"rows": "batch", "batch_ends": "batch + 1"}, ""
+    if paged and row.access is Access.APPEND:
+        names = {"rows": "num_pages", "max_seq_len": "page_size"}
+        hint = "; pages of one token are pool.unsqueeze(1)"
+    dims = [names.get(dim, dim) for dim in row.dims]
+    fail(row.name, shape_text(t.shape), f"[{', '.join(dims)}]{hint}")
 
 
 def _check_placement(row: Argument, t: Seen, q: Seen) -> None:
@@ -221,16 +246,35 @@ def check_sizes(
         fail("number of query heads", shown(num_q_heads), f"1 to {MAX_HEADS}")
 
 
-def _check_shape(row: Argument, t: Seen, sizes: dict[str, int]) -> None:
+def _check_shape(row: Argument, t: Seen, sizes: dict[str, int], tokens: Tokens) -> None:
     shape = list(t.shape)
-    if row.single_token and len(shape) > len(row.dims):
-        del shape[1]
-    expected = [sizes[dim] for dim in row.dims[len(row.dims) - len(shape) :]]
+    if row.name in _SEVERAL_FORMS:
+        return
+    if row.single_token:
+        expected = [sizes[dim] for dim in row.dims]
+        is_new = row.name in ("k", "v")
+        count = tokens.new if is_new else tokens.queries
+        if row.name in tokens.flat:
+            expected[0] = tokens.all_new if is_new else tokens.all_queries
+        elif count > 1 or len(shape) == 4:
+            expected.insert(1, count)
+    else:
+        expected = [sizes[dim] for dim in row.dims[len(row.dims) - len(shape) :]]
     if shape != expected:
         rule = "from the shapes of q and the caches"
         if row.access is Access.APPEND and shape[1:] == expected[1:]:
             rule += f"; pages go with {PAGES}, and other rows with cache_batch_idx"
         fail(row.name, shape_text(shape), f"{expected}, {rule}")
+
+
+def _check_slots(t: Seen, tokens: Tokens) -> None:
+    """A slot per new token."""
+    if tokens.ragged_new:
+        expected: tuple[int, ...] = (tokens.all_new,)
+    else:
+        expected = (tokens.batch, tokens.new) if tokens.new > 1 else (tokens.batch,)
+    if t.shape != expected and t.shape != (tokens.batch, tokens.new):
+        fail(SLOTS, shape_text(t.shape), f"{list(expected)}, one per new token")
 
 
 def _check_strides(row: Argument, t: Seen, append: bool) -> None:
@@ -250,15 +294,19 @@ def _check_strides(row: Argument, t: Seen, append: bool) -> None:
         fail(row.name, f"strides {list(t.strides)}", "elements that do not share memory")
 
 
-def check_lengths(layout: Layout) -> None:
+def check_lengths(layout: Layout, batch: int) -> None:
     """Check lengths on the device, if there are, but for their values.
+
+    Args:
+        layout: The tensors.
+        batch: Sequences.
 
     Raises:
         InputError: They are of another type or shape, or elsewhere.
     """
     if LENGTHS not in layout:
         return
-    t, batch, device = layout[LENGTHS], layout["q"].shape[0], layout["q"].device
+    t, device = layout[LENGTHS], layout["q"].device
     right = t.dtype == torch.int32 and t.device == device and _is_contiguous(t)
     if not right or t.shape != (batch,):
         convert = "; convert with .int()" if t.dtype != torch.int32 else ""

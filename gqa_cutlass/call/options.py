@@ -14,11 +14,19 @@ from typing import Any, TypedDict, TypeVar
 import torch
 from torch import Tensor
 
-from gqa_cutlass.call.given import PAGES, Given, Layout, Seen, fail
+from gqa_cutlass.call.given import PAGES, Given, Layout, Seen, Tokens, fail
 from gqa_cutlass.call.layout import NUMBER_TYPES
+from gqa_cutlass.call.tokens import SEVERAL, TREE, stride_fields
+from gqa_cutlass.call.turning import turning_fields
 from gqa_cutlass.codegen.config import KernelConfig
 from gqa_cutlass.codegen.schema.policies import CALL, POLICIES, Policy, special
-from gqa_cutlass.codegen.schema.problem import MAX_SCALE, MAX_SEQ_LEN, MAX_SOFTCAP, MAX_SPLITS
+from gqa_cutlass.codegen.schema.problem import (
+    MAX_SCALE,
+    MAX_SEQ_LEN,
+    MAX_SOFTCAP,
+    MAX_SPLITS,
+    MAX_TOKENS,
+)
 from gqa_cutlass.codegen.schema.rounding import reciprocal
 from gqa_cutlass.errors import InputError, shown
 
@@ -41,15 +49,43 @@ class Options(TypedDict, total=False):
         sinks: One more logit per query head, as in gpt-oss: [num_q_heads], float32, float16 or
             bfloat16, contiguous, on q's device. In natural units, neither scaled nor capped; it
             is part of the softmax's denominator, and has no value. None, the default: without.
-        window_size: A sliding window, (left, right): the newest token attends to itself and to
-            `left` tokens before it, and older ones are not read; -1, the default, for all. `right`
-            has no effect, for nothing is there. Hugging Face's `sliding_window=W` is (W - 1, 0).
+        window_size: A sliding window, (left, right): a query's token attends to itself and to
+            `left` tokens before it, and older ones are not read; -1, the default, for all. `right`,
+            of tokens behind it, counts for several queries that are not causal. Hugging Face's
+            `sliding_window=W` is (W - 1, 0).
         alibi_slopes: ALiBi: slope * distance is subtracted from the scaled (and capped) scores, the
             distance in tokens from the newest. Slopes of query heads: float32, [num_q_heads] or
             [batch, num_q_heads], contiguous, on q's device. None, the default: without.
         cache_leftpad: Tokens of padding at the start of each sequence's cache, int32 [batch] on q's
             device, which the host never reads. They are counted in `cache_seqlens`, and not
             attended to; where there are more of them than tokens, nothing is. Negative counts as 0.
+        causal: With several query tokens: whether each sees the keys up to its own and no more, the
+            last query's being the newest of all (query i of T sees key j where j <= i + S - T, of S
+            tokens in all). True by default; False: all see all. One token sees all either way.
+        tree_mask: With several query tokens, which are drafts and the last of their sequence: which
+            of them each sees, instead of `causal`; all that comes before them is seen by all. bool
+            [batch, tokens, tokens], whether a row's token sees that of the column, or what
+            `pack_tree_mask` makes of it once, uint32 [batch, tokens, ceil(tokens / 32)], contiguous
+            (calls pack the former every time, in launches of their own). Distances and positions
+            are those of the order in which drafts come. None, the default: without.
+        rotary_cos: Rotary embedding of q and k, before the keys are cached: cosines by position,
+            [positions, rotary_dim / 2] with a contiguous last dimension, of q's dtype or float32 on
+            q's device. The first rotary_dim dims turn, a multiple of 16. New token i of a sequence
+            has position cache_seqlens + i, and so has query i; all queries have that of the first
+            where they are neither causal nor in a window. Sequences whose positions the tables do
+            not have count like those whose length does not fit. None, the default: without.
+        rotary_sin: Sines, as rotary_cos.
+        rotary_seqlens: Positions of each sequence's first new token and first query, instead of
+            cache_seqlens: int32 [batch] on q's device, which the host never reads. None, the
+            default: without.
+        rotary_interleaved: Whether neighbours turn together (GPT-J); False, the default: dim i and
+            i + rotary_dim / 2 do (GPT-NeoX, Llama, Qwen, Gemma).
+        q_norm_weight: RMS norm of q over each head, before it is rotated, in float32: what heads
+            divided by the root of their mean square are multiplied by. [head_dim], float32, float16
+            or bfloat16, contiguous, on q's device. None, the default: without.
+        k_norm_weight: The same of k.
+        norm_eps: What is added to mean squares; 1e-6 by default.
+        norm_plus_one: Whether 1 is added to weights, as in Gemma; False by default.
         out_dtype: torch.float32: the output as it was computed, before it is rounded, as a part to
             be merged with others by `merge_states`. None, the default, or q's dtype: that of q.
         out: Where to write; q's shape (with head_dim_v), and its dtype or `out_dtype`, sharing no
@@ -64,6 +100,16 @@ class Options(TypedDict, total=False):
     window_size: tuple[int, int]
     alibi_slopes: Tensor | None
     cache_leftpad: Tensor | None
+    causal: bool
+    tree_mask: Tensor | None
+    rotary_cos: Tensor | None
+    rotary_sin: Tensor | None
+    rotary_seqlens: Tensor | None
+    rotary_interleaved: bool
+    q_norm_weight: Tensor | None
+    k_norm_weight: Tensor | None
+    norm_eps: float
+    norm_plus_one: bool
     out_dtype: torch.dtype | None
     out: Tensor | None
 
@@ -89,18 +135,31 @@ class CallOptions(Options, total=False):
             read or written, and a later call raises CacheOverflowError. A page that sequences share
             must not be appended to. None, the default: caches without pages.
         page_table: Another name of `block_table`.
+        cu_seqlens_q: Sequences with unlike numbers of query tokens: q is [tokens of all,
+            num_q_heads, head_dim], and those of sequence b are from cu_seqlens_q[b] to
+            cu_seqlens_q[b + 1], excluded: int32 [batch + 1] on q's device, which the host never
+            reads. Where it is out of order, or has more tokens than q or max_seqlen_q, that
+            sequence counts like one whose length does not fit, and its rows of the output are what
+            they were. None, the default: as many tokens in each.
+        cu_seqlens_k_new: The same of k and v, [tokens of all, num_kv_heads, head_dim].
+        max_seqlen_q: With `cu_seqlens_q`, query tokens of a sequence at most, up to 256, by which
+            the launch is sized. None, the default: all tokens of q may be of one.
         slot_mapping: Where k and v are written in paged caches, instead of where the table says:
-            int64 [batch] on q's device, which the host never reads; page * page_size + token of the
-            page, or a negative number to write nothing. Attention is the same either way: the new
-            token is token cache_seqlens[b], and its place in the table is not looked at. A
-            slot behind the end of the pools counts like a page that they do not have. With
-            `block_table` and k only. None, the default: where the table says.
+            int64 [batch] on q's device ([batch, tokens] or [tokens of all], as k has them), which
+            the host never reads; page * page_size + token of the page, or a negative number to
+            write nothing. Attention is the same either way: the new tokens are those from
+            cache_seqlens[b] on, and their places in the table are not looked at. A slot behind the
+            end of the pools counts like a page that they do not have. With `block_table` and k
+            only. None, the default: where the table says.
     """
 
     cache_batch_idx: Tensor | None
     block_table: Tensor | None
     page_table: Tensor | None
     slot_mapping: Tensor | None
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k_new: Tensor | None
+    max_seqlen_q: int | None
 
 
 class PlanOptions(CallOptions, total=False):
@@ -130,6 +189,11 @@ class Asked:
     ragged: bool = True
     softcap: float = 0  # an int, for torch traces a float as one that may vary
     window_size: tuple[int, int] = NO_WINDOW
+    causal: bool = True
+    rotary_interleaved: bool = False
+    norm_eps: float = 1e-6
+    norm_plus_one: bool = False
+    max_seqlen_q: int | None = None
     out_dtype: torch.dtype | None = None
     kernel: KernelConfig | None = None
     dependent: bool = False
@@ -242,11 +306,17 @@ def check(call: str, options: Mapping[str, Any], given: Given) -> tuple[Asked, t
             raise TypeError(f"{call}() got an unexpected keyword argument {name!r}")
     asked = Asked(**options)
     if asked.window_size is not NO_WINDOW:
-        asked = replace(asked, window_size=check_window(asked.window_size))
+        asked = replace(asked, window_size=check_window(asked.window_size, asked.causal))
     check_options(
         asked.num_splits, asked.softmax_scale, return_lse=asked.return_lse, ragged=asked.ragged,
-        dependent=asked.dependent,
+        dependent=asked.dependent, causal=asked.causal,
+        rotary_interleaved=asked.rotary_interleaved, norm_plus_one=asked.norm_plus_one,
     )  # fmt: skip
+    if not _is_number(asked.norm_eps) or not 0 <= asked.norm_eps < math.inf:
+        fail("norm_eps", shown(asked.norm_eps), "a finite number, 0 or more")
+    most = asked.max_seqlen_q
+    if most is not None and (type(most) is not int or not 1 <= most < 2**31):
+        fail("max_seqlen_q", shown(most), f"an int, 1 to {MAX_TOKENS}, or None")
     if asked.kernel is not None and not isinstance(asked.kernel, KernelConfig):
         raise InputError(
             f"plan: kernel: got {shown(asked.kernel)}; allowed: a KernelConfig (another plan's "
@@ -257,10 +327,12 @@ def check(call: str, options: Mapping[str, Any], given: Given) -> tuple[Asked, t
     wanted = [row.feature for row, t in zip(CALL.rows, given, strict=False) if t is not None]
     if check_softcap(asked.softcap, 0):
         wanted.append("softcap")
-    if asked.window_size != NO_WINDOW:
+    if asked.window_size[0] >= 0:
         wanted.append("window_size")
     if asked.out_dtype is torch.float32:
         wanted.append("out_dtype")
+    if "tree_mask" in wanted:  # which goes with no tokens of its own
+        wanted = [feature for feature in wanted if feature != SEVERAL.feature]
     return asked, special(tuple([policy for policy in POLICIES if policy.feature in wanted]))
 
 
@@ -275,14 +347,17 @@ def check_options(num_splits: int = 0, softmax_scale: float | None = None, **fla
     if type(num_splits) is not int or not 0 <= num_splits <= MAX_SPLITS:
         fail("num_splits", shown(num_splits), f"0 (the dispatcher decides) to {MAX_SPLITS}")
     if softmax_scale is not None:
-        number = isinstance(softmax_scale, (int, float)) and not isinstance(softmax_scale, bool)
         # Compared before it is converted: an int may be too large for a float.
-        if not number or not -MAX_SCALE <= softmax_scale <= MAX_SCALE:
+        if not _is_number(softmax_scale) or not -MAX_SCALE <= softmax_scale <= MAX_SCALE:
             allowed = f"a number from {-MAX_SCALE:g} to {MAX_SCALE:g}, or None for head_dim ** -0.5"
             fail("softmax_scale", shown(softmax_scale), allowed)
     for name, value in flags.items():
         if type(value) is not bool:
             fail(name, shown(value), "True or False")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def check_softcap(softcap: float, softmax_scale: float) -> float:
@@ -291,8 +366,7 @@ def check_softcap(softcap: float, softmax_scale: float) -> float:
     Raises:
         InputError: No number, negative, not finite, or too small for the scale.
     """
-    number = isinstance(softcap, (int, float)) and not isinstance(softcap, bool)
-    if not number or not 0 <= softcap <= MAX_SOFTCAP:
+    if not _is_number(softcap) or not 0 <= softcap <= MAX_SOFTCAP:
         fail("softcap", shown(softcap), f"0 (none), or a number up to {MAX_SOFTCAP:g}")
     cap = float(softcap)
     least = abs(softmax_scale) / MAX_SOFTCAP
@@ -302,8 +376,8 @@ def check_softcap(softcap: float, softmax_scale: float) -> float:
     return cap
 
 
-def check_window(window_size: object) -> tuple[int, int]:
-    """A sliding window. There is nothing to the right of the newest token: that side is -1.
+def check_window(window_size: object, causal: bool = True) -> tuple[int, int]:
+    """A sliding window. Where nothing is seen to the right of a query, that side is -1.
 
     Raises:
         InputError: Not two ints, or one below -1.
@@ -314,10 +388,10 @@ def check_window(window_size: object) -> tuple[int, int]:
     left, right = window_size
     if type(left) is not int or type(right) is not int or min(left, right) < -1:
         fail("window_size", shown(window_size), allowed)
-    return (left, -1)
+    return (left, -1 if causal else right)
 
 
-def fields_of(asked: Asked, layout: Layout, scale: float) -> dict[str, float]:
+def fields_of(asked: Asked, layout: Layout, scale: float, tokens: Tokens) -> dict[str, float]:
     """What features put into the kernel's argument, but addresses, by the names of its fields."""
     found: dict[str, float] = {}
     if cap := check_softcap(asked.softcap, scale):
@@ -326,6 +400,11 @@ def fields_of(asked: Asked, layout: Layout, scale: float) -> dict[str, float]:
     found["window_left"] = min(asked.window_size[0], MAX_SEQ_LEN)
     if slopes := layout.get("alibi_slopes"):
         found["alibi_batch_stride"] = slopes.shape[-1] if len(slopes.shape) == 2 else 0
+    if tokens.several or TREE in layout:
+        found |= stride_fields(tokens, layout, layout["q"].shape[-2])
+        right = asked.window_size[1]
+        found["window_right"] = 0 if asked.causal else MAX_SEQ_LEN if right < 0 else right
+    found |= turning_fields(layout, asked)
     found["cache_rows"] = layout.get(PAGES, layout["k_cache"]).shape[0]
     if table := layout.get(PAGES):
         found |= _pages(table, layout["k_cache"])

@@ -76,11 +76,13 @@ class Plan(Generic[R_co]):
         self._overflowed = executor.flag.word
         shape = *q.shape[:-1], problem.value_dim
         self._new_out = executor.allocator(shape, task.out_dtype, q.device)
-        lse_shape = problem.batch_size, problem.num_q_heads
+        lse_shape = task.tokens.lse_shape
         self._new_lse = executor.allocator(lse_shape, torch.float32, q.device)
         self._floats, self._merge_counters = chosen.partial_floats, chosen.num_merge_counters
         self._makes_out, self._device_lengths = "out" not in layout, LENGTHS in layout
-        self._longest = problem.max_seq_len - problem.append
+        self._longest = problem.max_seq_len - problem.appended
+        if task.positions is not None:
+            self._longest = min(self._longest, task.positions)
         self._pick = itemgetter(*map(_NAMES.index, layout))
         self._addresses_of = _spelled_out(tuple([name in layout for name in _NAMES[: len(given)]]))
         self._keeps = tuple(given[_LENGTHS + 1 :]) if keeps else ()
@@ -241,7 +243,7 @@ class Plan(Generic[R_co]):
         if (LENGTHS in layout) != self._device_lengths:
             kind = "an int32 tensor" if self._device_lengths else "an int"
             raise InputError(f"plan: cache_seqlens: the plan was made for {kind}; make a new plan.")
-        check_lengths(layout)
+        check_lengths(layout, self.problem.batch_size)
 
 
 @cache

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 
 from gqa_cutlass.call.executor import Executor, Task
-from gqa_cutlass.call.given import LENGTHS, Given, check_mode, key_of, see
+from gqa_cutlass.call.given import LENGTHS, Given, check_mode, key_of, see, tokens_of
 from gqa_cutlass.call.layout import check_lengths, problem_of
 from gqa_cutlass.call.options import check, fields_of
 from gqa_cutlass.call.plan import Plan
+from gqa_cutlass.call.tokens import check_tree, with_tokens
+from gqa_cutlass.call.turning import check_turning, longest_to_turn
 from gqa_cutlass.dispatch import dispatch
 
 _MAX_PLANS, _LATEST = 4096, 4
@@ -60,11 +62,17 @@ class Plans:
         key = key_of(layout), on_device, asked, torch.is_grad_enabled()
         plan = None if own else self.known.get(key)
         if plan is not None:
-            check_lengths(layout)
+            check_lengths(layout, plan.problem.batch_size)
             argument = plan.bind(given)
         else:
             check_mode()
-            problem = problem_of(layout, policies, asked.window_size[0], asked.out_dtype)
+            tokens = tokens_of(layout, asked.max_seqlen_q)
+            if tokens.several:
+                policies = with_tokens(policies)
+            if policies:
+                check_tree(tokens, layout)
+                check_turning(layout)
+            problem = problem_of(layout, policies, asked.window_size[0], asked.out_dtype, tokens)
             executor = self._executor_of(layout["q"].device)
             scale = asked.softmax_scale
             scale = problem.head_dim**-0.5 if scale is None else float(scale)
@@ -74,7 +82,9 @@ class Plans:
                 asked=asked,
                 softmax_scale=scale,
                 out_dtype=asked.out_dtype or layout["q"].dtype,
-                fields=fields_of(asked, layout, scale) if policies else {},
+                fields=fields_of(asked, layout, scale, tokens) if policies else {},
+                tokens=tokens,
+                positions=longest_to_turn(layout, tokens) if policies else None,
                 dispatch=dispatch(
                     problem, executor.device, asked.num_splits, asked.kernel,
                     on_device and asked.ragged, asked.dependent,

@@ -152,7 +152,7 @@ def _regions_of(task: Task) -> list[Region]:
     forms.setdefault("out", (out, _packed(out), task.out_dtype.itemsize))
     words: dict[str, tuple[int, ...]] = {"overflow_flag": (1,)}
     if task.asked.return_lse:
-        words["lse"] = problem.batch_size, problem.num_q_heads
+        words["lse"] = task.tokens.lse_shape
     if chosen.num_merge_counters:
         words |= {
             "split_workspace": (chosen.partial_floats,),
@@ -237,7 +237,9 @@ def overreads(chosen: Dispatch) -> bool:
     for before the length is known, but the warp that asks for it is the one that appends, unless
     several blocks share a KV head.
     """
-    return chosen.config.tma or (chosen.prefetch_first_tile and chosen.config.head_blocks > 1)
+    config = chosen.config
+    shared = config.head_blocks > 1 or config.several_queries
+    return config.tma or (chosen.prefetch_first_tile and shared)
 
 
 def regions_of(tensors: Mapping[str, Tensor | None], append: bool, overread: bool) -> list[Region]:

@@ -60,29 +60,35 @@ class _Rows:
     def __init__(self, params: Params, tensors: Mapping[str, Region], batch: int) -> None:
         self._params = params
         self._tensors = tensors
-        self._append = bool(params.k_new)
         self._table = self._values("block_table", np.int32)
         self._lengths = self._of_each("seqlens", np.full(batch, params.seqlen))
         self._row = self._of_each("cache_batch_idx", np.arange(batch))
+        new = params.num_new_tokens or int(bool(params.k_new))
+        self._new = self._counts("cu_seqlens_k_new", new if params.k_new else 0, batch)
+        self._begins = np.concatenate([[0], np.cumsum(self._new)])  # of slots
+        self._queries = self._counts("cu_seqlens_q", params.num_query_tokens or 1, batch)
         self._first = np.maximum(self._of_each("cache_leftpad", np.zeros(batch, dtype=np.int64)), 0)
         if params.window_left >= 0:
-            newest = self._lengths + self._append - 1
-            self._first = np.maximum(self._first, newest - params.window_left)
-        self._slots = self._values("slot_mapping", np.int64) if params.slot_mapping else None
+            oldest = self._lengths + self._new - self._queries
+            self._first = np.maximum(self._first, oldest - params.window_left)
+        self._slots = None
+        if params.slot_mapping:
+            self._slots = self._values("slot_mapping", np.int64).reshape(-1)
 
     def found(self, box: int) -> Mapping[int, Ints]:
         """What may be done with which rows, where copies bring so many at a time."""
         read, reached, written = [], [], []
         params, lengths = self._params, self._lengths
-        active = (lengths >= 0) & (lengths <= params.max_seq_len - self._append)
+        active = (lengths >= 0) & (lengths <= params.max_seq_len - self._new)
         active &= (self._row >= 0) & (self._row < len(self._table))
         for b in np.flatnonzero(active).tolist():
             first, end = int(self._first[b]), int(lengths[b])
             read.append(self._tokens(b, first, end))
             reached.append(self._tokens(b, first // box * box, round_up(end, box)))
-            if self._append:
-                written.append(self._tokens(b, end, end + 1) if self._slots is None
-                               else self._slots[b : b + 1])  # fmt: skip
+            if self._slots is None:
+                written.append(self._tokens(b, end, end + int(self._new[b])))
+            else:
+                written.append(self._slots[self._begins[b] : self._begins[b + 1]])
         used, boxes, new = (
             np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *rows]))
             for rows in (read, reached, written)
@@ -98,6 +104,12 @@ class _Rows:
         exists = (pages >= 0) & (pages < self._params.num_pages)
         rows: Ints = (pages * size + tokens % size)[exists]
         return rows
+
+    def _counts(self, name: str, each: int, batch: int) -> Ints:
+        """Tokens of the sequences: as many in each, or what an index says."""
+        if not getattr(self._params, name):
+            return np.full(batch, each)
+        return np.maximum(np.diff(self._values(name, np.int32).astype(np.int64)), 0)
 
     def _of_each(self, name: str, default: Ints) -> Ints:
         """Numbers of the sequences, if the launch is given them."""

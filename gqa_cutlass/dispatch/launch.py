@@ -121,7 +121,8 @@ def dispatch(
         count, why = choose_splits(problem, config, device)
         splits = Splits(cluster=1, splits=count, num_stages=config.num_stages, why=why)
     spare = spare_splits(problem, config, device) if ragged and not num_splits else 0
-    grid = (problem.num_kv_heads * config.head_blocks, splits.splits + spare, problem.batch_size)
+    columns = problem.num_kv_heads * config.row_blocks(problem.num_tokens)
+    grid = (columns, splits.splits + spare, problem.batch_size)
     shared_bytes = config.shared_bytes_with(splits.num_stages)
     if next_starts:
         shared_bytes = max(shared_bytes, _shared_bytes_alone(prod(grid), device))
@@ -218,7 +219,7 @@ def choose_config(
     schedule, why = _choose_schedule(problem, device, ragged)
     config = default_config(
         math, problem.dtype, problem.head_dim, problem.group_size, problem.vec_width, schedule,
-        problem.policies, problem.head_dim_v,
+        problem.policies, problem.head_dim_v, problem.num_tokens,
     )  # fmt: skip
     aligned = f"every row is aligned to {2 * problem.vec_width} bytes"
     origin = "shipped" if config in shipped() else "compiled on first use"
@@ -238,7 +239,7 @@ def _choose_schedule(problem: Problem, device: Device, ragged: bool) -> tuple[Sc
             return Schedule.MULTISTAGE, f"{Schedule.TMA} does not have {policy.feature}"
     tma = default_config(
         Math.TENSOROP, problem.dtype, problem.head_dim, problem.group_size, WIDEST, Schedule.TMA,
-        head_dim_v=problem.head_dim_v,
+        head_dim_v=problem.head_dim_v, num_tokens=problem.num_tokens,
     )  # fmt: skip
     if device.arch.name not in tma.archs:
         return Schedule.MULTISTAGE, f"{device.arch.name} is not among {', '.join(tma.archs)}"
@@ -246,7 +247,8 @@ def _choose_schedule(problem: Problem, device: Device, ragged: bool) -> tuple[Sc
     whole_boxes = problem.head_dim % BOX_DIMS == 0 == problem.value_dim % BOX_DIMS
     limit = model.tma_mib if whole_boxes else model.tma_mib_partial_boxes
     mib = problem.cache_mib
-    heads = problem.num_kv_heads * problem.batch_size
+    columns = 1 if problem.num_tokens == 1 else tma.row_blocks(problem.num_tokens)
+    heads = problem.num_kv_heads * problem.batch_size * columns
     alone = problem.tiles(tma.block_n) <= tma.num_warps  # one block's warps at once
     if mib <= limit and heads <= model.tma_heads and not alone:
         return Schedule.TMA, f"{mib:.1f} MiB, at most {limit}; few heads"

@@ -39,7 +39,7 @@ def choose_clusters(problem: Problem, config: KernelConfig, device: Device) -> S
     several tiles, and takes the room of a second block.
     """
     model = MODELS[device.arch.name]
-    heads = problem.num_kv_heads * config.head_blocks * problem.batch_size
+    heads = problem.num_kv_heads * config.row_blocks(problem.num_tokens) * problem.batch_size
     tiles = problem.tiles(config.block_n)
     if problem.cache_mib > model.tma_mib:
         return _fill_with_clusters(heads, tiles, config, device)
@@ -83,7 +83,7 @@ def choose_splits(problem: Problem, config: KernelConfig, device: Device) -> tup
     No more than let all blocks be resident at once, or than leave every warp a tile. (The kernel
     itself uses fewer for sequences that are too short for so many.)
     """
-    blocks = problem.num_kv_heads * config.head_blocks * problem.batch_size
+    blocks = problem.num_kv_heads * config.row_blocks(problem.num_tokens) * problem.batch_size
     tiles = problem.tiles(config.block_n)
     slots = device.num_sms * config.blocks_per_sm(device.arch)
     most = max(1, min(ceil_div(tiles, config.num_warps), slots // blocks))
@@ -134,7 +134,7 @@ def spare_splits(problem: Problem, config: KernelConfig, device: Device) -> int:
     """
     model = MODELS[device.arch.name]
     rounds = ceil_div(
-        problem.num_kv_heads * config.head_blocks * problem.batch_size,
+        problem.num_kv_heads * config.row_blocks(problem.num_tokens) * problem.batch_size,
         device.num_sms * config.blocks_per_sm(device.arch),
     )
     worth_it = (

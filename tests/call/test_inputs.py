@@ -49,7 +49,7 @@ def _at_odd_address(tensor: Tensor) -> Tensor:
     return flat.view(tensor.shape)
 
 
-RANKS = "[batch, heads, head_dim] or [batch, 1, heads, head_dim]"
+RANKS = "[batch, heads, head_dim] or [batch, tokens, heads, head_dim]"
 BROKEN_RULES = [
     *(bad(n, "a list", "a torch.Tensor", **{n: lambda t: [1.0]}) for n in NAMES),
     *(bad(n, "a NoneType", "a torch.Tensor", **{n: lambda t: None}) for n in NAMES[:3]),
@@ -62,9 +62,11 @@ BROKEN_RULES = [
     bad("k and v", "no v", "both (append the token) or neither", v=lambda t: None),
     bad("k and v", "no k", "both (append the token) or neither", k=lambda t: None),
     bad("q", "shape [8, 64]", RANKS, q=lambda t: t["q"][0]),
-    bad("q", "shape [2, 2, 8, 64]", RANKS, q=lambda t: torch.stack([t["q"]] * 2, dim=1)),
+    bad("q", "shape [2, 1, 1, 8, 64]", RANKS, q=lambda t: t["q"][:, None, None]),
+    bad("tokens of q", "0", "1 to 256 per sequence", q=lambda t: t["q"][:, None][:, :0]),
+    bad("tokens of q", "257", "1 to 256 per sequence", q=lambda t: torch.stack([t["q"]] * 257, 1)),
     bad("k", "shape [2, 64]", RANKS, k=lambda t: t["k"][:, 0]),
-    bad("v", "shape [2, 2, 2, 64]", RANKS, v=lambda t: torch.stack([t["v"]] * 2, dim=1)),
+    bad("v", "shape [2, 2, 2, 64]", "[2, 1, 2, 64]", v=lambda t: torch.stack([t["v"]] * 2, dim=1)),
     bad("out", "shape [2, 512]", RANKS, out=lambda t: t["out"].flatten(1)),
     *(
         bad(n, "shape [16, 2, 64]", "[batch, max_seq_len, num_kv_heads, head_dim",
@@ -207,16 +209,16 @@ def test_queries_may_carry_a_dimension_of_one_token() -> None:
 
 @pytest.mark.parametrize("length", [0, 15])
 def test_lengths_that_leave_room_for_the_token_are_accepted(length: int) -> None:
-    check_length(length, 16, append=True)
+    check_length(length, 16, 1)
 
 
 def test_full_cache_may_be_attended_to_when_nothing_is_appended() -> None:
-    check_length(16, 16, append=False)
+    check_length(16, 16, 0)
 
 
 def test_lengths_on_the_device_are_accepted_without_being_read() -> None:
     lengths = torch.full((2,), 10**6, dtype=torch.int32)  # too long, which the kernel will find
-    check_lengths(see([*call_tensors().values(), lengths]))
+    check_lengths(see([*call_tensors().values(), lengths]), 2)
 
 
 @pytest.mark.parametrize("scale", [None, 2, -0.5, 0, 1e38])

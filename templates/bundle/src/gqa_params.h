@@ -44,28 +44,60 @@ typedef struct gqa_params {
   gqa_cache_strides k_cache_stride;
   gqa_cache_strides v_cache_stride;
   gqa_row_strides out_stride;
-  float* lse;                      // [batch, num_q_heads] contiguous, or null
-  float* split_workspace;          // partial O of all splits, then (m, l); null for one split
-  uint32_t* merge_counters;        // one zero per merge; zero again afterwards
-  int32_t* overflow_flag;          // receives 1 + index of a sequence whose length is not allowed
-  int32_t const* cache_batch_idx;  // cache_batch_idx: [batch], rows of the caches
-  int32_t cache_rows;              // cache_batch_idx: how many there are
-  int32_t const* cache_leftpad;    // cache_leftpad: [batch], tokens of padding
-  int32_t window_left;             // window_size: tokens seen before the newest
-  float softcap_in;                // softcap: softmax_scale / cap
-  float softcap_out;               // softcap: cap * log2(e)
-  float const* alibi_slopes;       // alibi_slopes: [num_q_heads], or of each sequence
-  int32_t alibi_batch_stride;      // alibi_slopes: between sequences, or 0
-  void const* sinks;               // sinks: [num_q_heads] contiguous
-  int32_t sinks_type;              // sinks: what they are
-  int32_t num_pages;               // block_table: of the pools, a batch stride apart
-  int32_t const* block_table;      // block_table: [rows, max_pages], pages of each sequence
-  int64_t block_table_stride;      // block_table: between rows
-  int64_t const* slot_mapping;     // block_table: [batch], where new tokens go, or null
-  int32_t page_size;               // block_table: in tokens
-  uint32_t page_magic;             // block_table: which a token is multiplied by,
-  int32_t page_shift;              // block_table: and shifted, to divide it by page_size
-  unsigned char reserved[40];
+  float* lse;                       // [batch, num_q_heads] contiguous, or null
+  float* split_workspace;           // partial O of all splits, then (m, l); null for one split
+  uint32_t* merge_counters;         // one zero per merge; zero again afterwards
+  int32_t* overflow_flag;           // receives 1 + index of a sequence whose length is not allowed
+  int32_t const* cache_batch_idx;   // cache_batch_idx: [batch], rows of the caches
+  int32_t cache_rows;               // cache_batch_idx: how many there are
+  int32_t const* cache_leftpad;     // cache_leftpad: [batch], tokens of padding
+  int32_t window_left;              // window_size: tokens seen before the newest
+  float softcap_in;                 // softcap: softmax_scale / cap
+  float softcap_out;                // softcap: cap * log2(e)
+  float const* alibi_slopes;        // alibi_slopes: [num_q_heads], or of each sequence
+  int32_t alibi_batch_stride;       // alibi_slopes: between sequences, or 0
+  void const* sinks;                // sinks: [num_q_heads] contiguous
+  int32_t sinks_type;               // sinks: what they are
+  int32_t num_pages;                // block_table: of the pools, a batch stride apart
+  int32_t const* block_table;       // block_table: [rows, max_pages], pages of each sequence
+  int64_t block_table_stride;       // block_table: between rows
+  int64_t const* slot_mapping;      // block_table: [batch], where new tokens go, or null
+  int32_t page_size;                // block_table: in tokens
+  uint32_t page_magic;              // block_table: which a token is multiplied by,
+  int32_t page_shift;               // block_table: and shifted, to divide it by page_size
+  int32_t row_blocks;               // num_tokens: blocks that share a KV head
+  int32_t num_query_tokens;         // num_tokens: of a sequence, at most
+  int32_t num_new_tokens;           // num_tokens: likewise
+  int32_t all_query_tokens;         // num_tokens: of all sequences
+  int32_t all_new_tokens;           // num_tokens: likewise
+  int32_t new_token_step;           // num_tokens: slots between sequences, or 0
+  int32_t window_right;             // num_tokens: tokens seen behind a query's own
+  int64_t q_token_stride;           // num_tokens: as of RowStrides
+  int64_t k_new_token_stride;       // num_tokens: likewise
+  int64_t v_new_token_stride;       // num_tokens: likewise
+  int64_t out_token_stride;         // num_tokens: likewise
+  int64_t lse_batch_stride;         // num_tokens: between sequences, or 0
+  int64_t lse_head_stride;          // num_tokens: between heads
+  int32_t const* cu_seqlens_q;      // num_tokens: [batch + 1], where each begins in q, or null
+  int32_t const* cu_seqlens_k_new;  // num_tokens: [batch + 1], and in k and v, or null
+  uint32_t const* tree_mask;        // tree_mask: [batch, tokens, words], bits of drafts
+  void const* q_norm_weight;        // q_norm_weight: [head_dim], or null
+  void const* k_norm_weight;        // q_norm_weight: likewise
+  int32_t q_norm_type;              // q_norm_weight: what they are
+  int32_t k_norm_type;              // q_norm_weight: likewise
+  float norm_eps;                   // q_norm_weight: added to mean squares
+  float norm_offset;                // q_norm_weight: added to weights
+  void const* rotary_cos;           // rotary_cos: [positions, rotary_dim / 2]
+  void const* rotary_sin;           // rotary_cos: likewise
+  int32_t const* rotary_seqlens;    // rotary_cos: [batch], first positions, or null: the lengths
+  int64_t rotary_cos_stride;        // rotary_cos: between positions
+  int64_t rotary_sin_stride;        // rotary_cos: likewise
+  int32_t rotary_type;              // rotary_cos: what they are
+  int32_t rotary_positions;         // rotary_cos: how many there are
+  int32_t rotary_dim;               // rotary_cos: dims that are turned
+  int32_t rotary_interleaved;       // rotary_cos: whether neighbours are
+  int32_t rotary_step;              // rotary_cos: from a sequence's query to its next
+  unsigned char reserved[104];
 } gqa_params;
 
 // What a kernel of the TMA schedule is told. The maps are those of K and V, swizzled by 128 bytes.

@@ -26,9 +26,9 @@ struct DenseCache {
     Element* first;
     int64_t stride;
 
-    CUTE_DEVICE Rows(void* base, CacheStrides const& strides, int row)
+    CUTE_DEVICE Rows(Params const& p, void* base, CacheStrides const& strides, int row)
         : first(static_cast<Element*>(base) + row * strides.batch +
-                kv_head_of_block<T>() * strides.head),
+                kv_head_of_block<T>(p) * strides.head),
           stride(strides.token) {}
 
     CUTE_DEVICE Element* operator()(int token) const { return first + token * stride; }
@@ -42,15 +42,17 @@ struct DenseCache {
   };
 
   CUTE_DEVICE static Rows keys(Params const& p, int row) {
-    return Rows(p.k_cache, p.k_cache_stride, row);
+    return Rows(p, p.k_cache, p.k_cache_stride, row);
   }
   CUTE_DEVICE static Rows values(Params const& p, int row) {
-    return Rows(p.v_cache, p.v_cache_stride, row);
+    return Rows(p, p.v_cache, p.v_cache_stride, row);
   }
 
   // The row that a token takes which is appended.
   struct NewRow {
-    CUTE_DEVICE void find(Params const&, Work<T> const&) {}
+    int number;  // of the new tokens
+
+    CUTE_DEVICE void find(Params const&, Work<T> const&, int token) { number = token; }
     CUTE_DEVICE static constexpr bool lost(Params const&) { return false; }
     CUTE_DEVICE static constexpr bool exists(Params const&) { return true; }
     CUTE_DEVICE Element* key(Params const& p, Work<T> const& w) const {
@@ -61,9 +63,9 @@ struct DenseCache {
     }
 
    private:
-    CUTE_DEVICE static Element* of(void* base, CacheStrides const& stride, Work<T> const& w) {
+    CUTE_DEVICE Element* of(void* base, CacheStrides const& stride, Work<T> const& w) const {
       return static_cast<Element*>(base) + w.cache_row() * stride.batch +
-             w.num_cached * stride.token + w.kv_head * stride.head;
+             (w.num_cached + number) * stride.token + w.kv_head * stride.head;
     }
   };
 
@@ -71,12 +73,14 @@ struct DenseCache {
   struct Boxes {
     static constexpr int kTokens = T::kBlockN;
 
-    CUTE_DEVICE explicit Boxes(Params const&) {}
+    Params const& params;
+
+    CUTE_DEVICE explicit Boxes(Params const& p) : params(p) {}
     CUTE_DEVICE void ask(int) {}
     CUTE_DEVICE void open(Work<T> const&, int) {}
     CUTE_DEVICE void turn_to(Work<T> const&, int) {}
-    CUTE_DEVICE static Box at(int tile, int) {
-      return {tile * T::kBlockN, kv_head_of_block<T>(), int(blockIdx.z)};
+    CUTE_DEVICE Box at(int tile, int) const {
+      return {tile * T::kBlockN, kv_head_of_block<T>(params), int(blockIdx.z)};
     }
     CUTE_DEVICE static constexpr bool lost() { return false; }
     CUTE_DEVICE void lose() {}

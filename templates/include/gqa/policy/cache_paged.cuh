@@ -114,8 +114,8 @@ struct PagedCache {
     Element* first;
     CacheStrides const& stride;
 
-    CUTE_DEVICE Rows(void* base, CacheStrides const& strides, int)
-        : first(static_cast<Element*>(base) + kv_head_of_block<T>() * strides.head),
+    CUTE_DEVICE Rows(Params const& p, void* base, CacheStrides const& strides, int)
+        : first(static_cast<Element*>(base) + kv_head_of_block<T>(p) * strides.head),
           stride(strides) {}
 
     CUTE_DEVICE Rows& operator=(Rows const&) { return *this; }  // they are all the same
@@ -147,10 +147,10 @@ struct PagedCache {
   };
 
   CUTE_DEVICE static Rows keys(Params const& p, int row) {
-    return Rows(p.k_cache, p.k_cache_stride, row);
+    return Rows(p, p.k_cache, p.k_cache_stride, row);
   }
   CUTE_DEVICE static Rows values(Params const& p, int row) {
-    return Rows(p.v_cache, p.v_cache_stride, row);
+    return Rows(p, p.v_cache, p.v_cache_stride, row);
   }
 
   // The row that a token takes which is appended: that of its number, or another that the caller
@@ -159,12 +159,13 @@ struct PagedCache {
     int page, place;
     bool is_wanted = true;
 
-    CUTE_DEVICE void find(Params const& p, Work<T> const& w) {
+    CUTE_DEVICE void find(Params const& p, Work<T> const& w, int number) {
       if (p.slot_mapping == nullptr) {
-        page = table_row(p, w.cache_row())[page_of(p, w.num_cached)];
-        place = place_in_page(p, w.num_cached);
+        int const token = w.num_cached + number;
+        page = table_row(p, w.cache_row())[page_of(p, token)];
+        place = place_in_page(p, token);
       } else {
-        int64_t const slot = p.slot_mapping[w.batch];
+        int64_t const slot = p.slot_mapping[w.new_token(p, number)];
         is_wanted = slot >= 0;
         bool const fits = is_wanted && slot < int64_t(p.num_pages) * p.page_size;
         page = fits ? int(uint64_t(slot) / uint32_t(p.page_size)) : -1;
@@ -242,7 +243,7 @@ struct PagedCache {
     // A part of that tile: zeros where there is no page.
     CUTE_DEVICE Box at(int tile, int part) const {
       int const token = tile * T::kBlockN + part * kTokens;
-      return {place_in_page(params_, token), kv_head_of_block<T>(), page_[part]};
+      return {place_in_page(params_, token), kv_head_of_block<T>(params_), page_[part]};
     }
 
     CUTE_DEVICE bool lost() const { return lost_; }

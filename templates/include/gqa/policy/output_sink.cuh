@@ -3,8 +3,7 @@
 // nothing of it.
 #pragma once
 
-#include <cutlass/numeric_types.h>
-
+#include <gqa/arch/number.cuh>
 #include <gqa/policy/slots.cuh>
 #include <gqa/stage/combine.cuh>
 
@@ -15,22 +14,10 @@ struct SinkInSum {
   template <int kWidth>
   CUTE_DEVICE static void finish(Params const& p, Work<T> const& w, Slice s, Merged<kWidth>& r) {
     constexpr float kLog2E = 1.44269504088896341f;
-    float const sink = load(p, w.first_head() + s.head) * kLog2E;
+    float const sink = number_at(p.sinks, p.sinks_type, w.head_of(s.head)) * kLog2E;
     float2 const max_sum[1] = {make_float2(sink, 1.f)};
     float const nothing[1][kWidth] = {};
     r.add_all(max_sum, nothing);
-  }
-
- private:
-  CUTE_DEVICE static float load(Params const& p, int head) {
-    switch (p.sinks_type) {
-      case NumberType::kFloat16:
-        return float(static_cast<cutlass::half_t const*>(p.sinks)[head]);
-      case NumberType::kBfloat16:
-        return float(static_cast<cutlass::bfloat16_t const*>(p.sinks)[head]);
-      default:
-        return static_cast<float const*>(p.sinks)[head];
-    }
   }
 };
 

@@ -15,6 +15,20 @@
 //                                    at(tile, part), of kTokens. NewRow: find(p, work), key and
 //                                    value: where the token goes that is appended, if it exists().
 //                                    lost(): whether there was no such place.
+//   Queries   how many tokens of     bool is_one(): whether every sequence has one, the newest. If
+//   not:
+//             a sequence ask, and    int row_blocks(p), Span queries(p, batch), new_tokens(p,
+//             batch), what each may see.     and Sight, made of p and work: at(Position, head) is
+//             that of the
+//                                    row's own token, which sees(Position, head).
+//   Norm      what queries and       bool none(). Factors, made of p, whose they are, and the sum
+//   of
+//             keys are divided by.   squares of a row: (float2, dim) is what becomes of two dims.
+//   Rotary    how they turn with     bool none(). turned(p, position, dim, pair_at): two dims,
+//   where
+//             their position.        pair_at gives any two. fits(p, batch, length, count): whether
+//             the
+//                                    tables have so many positions from there on.
 //   Start     where a sequence       int padding(p, batch): tokens before it, which are none of it
 //             begins.                and are not read. bool none(): whether it is always 0.
 //   Mask      what is attended to.   bool sees(Position). int first_token(p, batch, num_tokens):
@@ -25,7 +39,9 @@
 //                                    head is counted among those of the lane.
 //   Bias      what is added to it.   float operator()(logit, head, Position), likewise. Made once,
 //                                    of p and work: it may load what it needs.
-//   NewToken  what is appended.      load(p, work, key, value): the rows of this block's KV head.
+//   NewToken  what is appended.      load_key(p, work, token, row), load_value likewise: the rows
+//   of
+//                                    this block's KV head.
 //   Operands  what is multiplied.    key_fragment, value_fragment: 16 bytes per lane of a tile, as
 //                                    the MMA takes them. number: an element on CUDA cores.
 //   Output    what else is divided   finish(p, work, head, merged): called once per output, when
@@ -58,11 +74,13 @@ struct Place {
   bool exists;
 };
 
-// The KV head that this block serves.
-template <class T>
-CUTE_DEVICE int kv_head_of_block() {
-  return blockIdx.x / T::kHeadBlocks;
-}
+// Some tokens of a tensor that holds those of all sequences.
+struct Span {
+  int first, count;
+};
+
+// Whose a row is that is normed and turned.
+enum class Side { kQuery, kKey };
 
 template <class T>
 struct Work;
@@ -71,6 +89,12 @@ template <class T>
 using RowOf = typename T::template Row<T>;
 template <class T>
 using CacheOf = typename T::template Cache<T>;
+template <class T>
+using QueriesOf = typename T::template Queries<T>;
+template <class T>
+using NormOf = typename T::template Norm<T>;
+template <class T>
+using RotaryOf = typename T::template Rotary<T>;
 template <class T>
 using StartOf = typename T::template Start<T>;
 template <class T>
@@ -88,6 +112,20 @@ using OutputOf = typename T::template Output<T>;
 template <class T>
 using ResultOf = typename T::template Result<T>;
 
+// Whether every sequence has one query, that of its newest token.
+template <class T>
+constexpr bool kOneQuery = QueriesOf<T>::is_one();
+
+// The KV head that this block serves. Blocks that share it have a part each of the group's heads,
+// or of heads and tokens.
+template <class T>
+CUTE_DEVICE int kv_head_of_block(Params const& p) {
+  if constexpr (kOneQuery<T>) {
+    return blockIdx.x / T::kHeadBlocks;
+  } else {
+    return blockIdx.x / QueriesOf<T>::row_blocks(p);
+  }
+}
 // Whether every token that a sequence has before the newest is seen.
 template <class T>
 constexpr bool kSeesFirstToken = MaskOf<T>::from_start() && StartOf<T>::none();

@@ -1,7 +1,8 @@
-// New token: k and v as they are given.
+// New token: k as it is given, or normed and rotated; v as it is given.
 #pragma once
 
 #include <gqa/policy/slots.cuh>
+#include <gqa/stage/prepare.cuh>
 #include <gqa/stage/row.cuh>
 
 namespace gqa {
@@ -10,10 +11,18 @@ template <class T>
 struct CopiedToken {
   using Element = typename T::Element;
 
-  CUTE_DEVICE static void load(Params const& p, Work<T> const& w, KeyRow<T>& key,
-                               ValueRow<T>& value) {
-    key.load(w.template row<Element>(p.k_new, p.k_new_stride));
-    value.load(w.template row<Element>(p.v_new, p.v_new_stride));
+  CUTE_DEVICE static void load_key(Params const& p, Work<T> const& w, int token, KeyRow<T>& key) {
+    auto const* row = w.template row<Element>(p.k_new, p.k_new_stride, p.k_new_token_stride, token);
+    if constexpr (kPreparesRows<T>) {
+      PreparedRow<T, kWarpSize> const prepared(p, Side::kKey, row, key_position(p, w, token));
+      key.make([&](int dim) { return prepared.rounded(dim / 2 * 2)[dim % 2]; });
+    } else {
+      key.load(row);
+    }
+  }
+  CUTE_DEVICE static void load_value(Params const& p, Work<T> const& w, int token,
+                                     ValueRow<T>& value) {
+    value.load(w.template row<Element>(p.v_new, p.v_new_stride, p.v_new_token_stride, token));
   }
 };
 

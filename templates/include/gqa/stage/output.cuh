@@ -9,6 +9,17 @@
 
 namespace gqa {
 
+template <class T>
+CUTE_DEVICE int64_t place_of_lse(Params const& p, Work<T> const& w, int row) {
+  if constexpr (kOneQuery<T>) {
+    int64_t const num_q_heads = int64_t(p.num_kv_heads) * T::kGroupSize;
+    return w.batch * num_q_heads + w.head_of(row);
+  } else {
+    return w.batch * p.lse_batch_stride + w.head_of(row) * p.lse_head_stride + w.queries.first +
+           w.token_of(row);
+  }
+}
+
 template <class T, int kWidth>
 CUTE_DEVICE void write_output(Params const& p, Work<T> const& w, Slice s, Merged<kWidth>&& r) {
   OutputOf<T>::finish(p, w, s, r);
@@ -19,9 +30,8 @@ CUTE_DEVICE void write_output(Params const& p, Work<T> const& w, Slice s, Merged
   for (int i = 0; i < kWidth; ++i) values[i] = r.out[i] * scale;
   auto const rounded = ResultOf<T>::rounded(values);
   using Stored = typename decltype(rounded)::Element;
-  int const head = w.first_head() + s.head;
   auto* target =
-      static_cast<Stored*>(p.out) + w.batch * p.out_stride.batch + head * p.out_stride.head + s.dim;
+      static_cast<Stored*>(p.out) + w.place_of(s.head, p.out_stride, p.out_token_stride) + s.dim;
   // Addresses are aligned to kVecWidth times 16 bits, and to what is stored.
   constexpr int kAligned = cute::max(T::kVecWidth * 2 / int(sizeof(Stored)), 1);
   constexpr int kVec = cute::min(kAligned, kWidth);
@@ -33,9 +43,8 @@ CUTE_DEVICE void write_output(Params const& p, Work<T> const& w, Slice s, Merged
   }
   if (p.lse != nullptr && s.dim == 0) {
     constexpr float kLn2 = 0.693147180559945309f;
-    int64_t const num_q_heads = int64_t(p.num_kv_heads) * T::kGroupSize;
     float const lse = empty ? -kInfinity : (r.max + log2f(r.sum)) * kLn2;
-    p.lse[w.batch * num_q_heads + head] = w.valid ? lse : kNan;
+    p.lse[place_of_lse(p, w, s.head)] = w.valid ? lse : kNan;
   }
 }
 

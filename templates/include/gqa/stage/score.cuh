@@ -8,12 +8,35 @@
 #include <gqa/arch/mma.cuh>
 #include <gqa/arch/tile.cuh>
 #include <gqa/stage/logits.cuh>
+#include <gqa/stage/prepare.cuh>
 #include <gqa/stage/tile_scheduler.cuh>
 
 namespace gqa {
 
 template <class T>
 struct SharedStorage;
+
+// The rows of this block's queries in global memory.
+template <class T>
+struct QueryRows {
+  Params const& p;
+  Work<T> const& w;
+  typename T::Element const* first;
+
+  CUTE_DEVICE QueryRows(Params const& params, Work<T> const& work)
+      : p(params), w(work), first(static_cast<typename T::Element const*>(p.q)) {
+    if constexpr (kOneQuery<T>) {
+      first += w.batch * p.q_stride.batch + w.head_of(0) * p.q_stride.head;
+    }
+  }
+  CUTE_DEVICE typename T::Element const* operator()(int row, int dim = 0) const {
+    if constexpr (kOneQuery<T>) {
+      return first + (row * p.q_stride.head + dim);
+    } else {
+      return first + (w.place_of(row, p.q_stride, p.q_token_stride) + dim);
+    }
+  }
+};
 
 template <class T, Math = T::kMath>
 struct Scorer;
@@ -32,18 +55,24 @@ struct Scorer<T, Math::kTensorOp> {
 
   CUTE_DEVICE Scorer(Params const& p, Work<T> const& w) {
     int const lane = threadIdx.x % kWarpSize;
-    auto const* q = static_cast<Element const*>(p.q) + w.batch * p.q_stride.batch +
-                    w.first_head() * p.q_stride.head;
+    if (!kOneQuery<T> && w.num_rows() == 0) {
+      clear_query();
+      return;
+    }
+    QueryRows<T> const query_row(p, w);
     CUTE_UNROLL
     for (int n = 0; n < kHeadTiles; ++n) {
       // Lanes of heads that do not exist compute the last one again; nobody stores it.
-      int const last = w.num_heads() - 1;
+      int const last = w.last_row();
       int const head = n * 8 + lane / 4 < last ? n * 8 + lane / 4 : last;
-      auto const* row = q + head * p.q_stride.head + lane % 4 * 2;
-      CUTE_UNROLL
-      for (int i = 0; i < kSteps * 2; ++i) {
-        bool const padding = i * 8 >= T::kHeadDim;
-        query[i / 2][n][i % 2] = padding ? 0u : *reinterpret_cast<uint32_t const*>(row + i * 8);
+      auto const* row = query_row(head);
+      int const first = lane % 4 * 2;
+      if constexpr (kPreparesRows<T>) {
+        PreparedRow<T, 4> const prepared(p, Side::kQuery, row, query_position(p, w, head));
+        load_query(n, [&](int dim) { return prepared.packed(dim + first); });
+      } else {
+        row += first;
+        load_query(n, [&](int dim) { return *reinterpret_cast<uint32_t const*>(row + dim); });
       }
     }
   }
@@ -100,6 +129,19 @@ struct Scorer<T, Math::kTensorOp> {
   }
 
  private:
+  template <class PairAt>
+  CUTE_DEVICE void load_query(int n, PairAt&& pair_at) {
+    CUTE_UNROLL
+    for (int i = 0; i < kSteps * 2; ++i) {
+      bool const padding = i * 8 >= T::kHeadDim;
+      query[i / 2][n][i % 2] = padding ? 0u : pair_at(i * 8);
+    }
+  }
+  CUTE_DEVICE void clear_query() {
+    CUTE_UNROLL
+    for (int n = 0; n < kHeadTiles; ++n) load_query(n, [](int) { return 0u; });
+  }
+
   // 16 dims of 8 rows in shared memory; `row` is this lane's, counted modulo 8.
   CUTE_DEVICE static void load_step(Element const* row, int step, uint32_t (&part)[2]) {
     bool const padded = (2 * step + 1) * kChunk >= T::kHeadDim;
@@ -119,12 +161,18 @@ struct Scorer<T, Math::kSimt> {
 
   CUTE_DEVICE Scorer(Params const& p, Work<T> const& w, SharedStorage<T>& storage)
       : shared(storage) {
-    auto const* q = static_cast<typename T::Element const*>(p.q) + w.batch * p.q_stride.batch +
-                    w.first_head() * p.q_stride.head;
-    for (int i = threadIdx.x; i < T::kBlockH * T::kHeadDim; i += T::kNumThreads) {
-      int const head = i / T::kHeadDim;
-      int const dim = i % T::kHeadDim;
-      shared.query[head][dim] = head < w.num_heads() ? float(q[head * p.q_stride.head + dim]) : 0.f;
+    if constexpr (kPreparesRows<T>) {
+      for (int head = threadIdx.x / kWarpSize; head < T::kBlockH; head += T::kNumWarps) {
+        prepare_row(p, w, head);
+      }
+    } else {
+      QueryRows<T> const query_row(p, w);
+      for (int i = threadIdx.x; i < T::kBlockH * T::kHeadDim; i += T::kNumThreads) {
+        int const head = i / T::kHeadDim;
+        int const dim = i % T::kHeadDim;
+        auto const* element = query_row(head, dim);
+        shared.query[head][dim] = head < w.num_rows() ? float(*element) : 0.f;
+      }
     }
     __syncthreads();
   }
@@ -151,6 +199,20 @@ struct Scorer<T, Math::kSimt> {
   }
 
  private:
+  // Rounded as the tensor cores have it. A warp calls.
+  CUTE_DEVICE void prepare_row(Params const& p, Work<T> const& w, int head) {
+    bool const exists = head < w.num_rows();
+    int const at = exists ? head : w.last_row();
+    if (!kOneQuery<T> && w.num_rows() == 0) return;
+    PreparedRow<T, kWarpSize> const prepared(p, Side::kQuery, QueryRows<T>(p, w)(at),
+                                             query_position(p, w, at));
+    for (int dim = int(threadIdx.x) % kWarpSize * 2; dim < T::kHeadDim; dim += 2 * kWarpSize) {
+      auto const pair = prepared.rounded(dim);
+      shared.query[head][dim] = exists ? float(pair[0]) : 0.f;
+      shared.query[head][dim + 1] = exists ? float(pair[1]) : 0.f;
+    }
+  }
+
   CUTE_DEVICE void accumulate(typename T::Element const* keys, int chunk,
                               float (&sum)[T::kBlockH]) const {
     alignas(16) typename T::Element k[kChunk];

@@ -1,9 +1,10 @@
 // The tile scheduler: which part of the problem a block computes.
 //
 // blockIdx -> sequence, heads, range of tiles. blockIdx.x counts the KV heads (and, for groups
-// larger than a block holds, head blocks), y the splits of the sequence, z the sequences. Tiles are
-// dealt to splits and warps in turn, so all blocks walk the cache from its start at once and
-// neighbouring blocks read neighbouring heads of the same tokens: DRAM pages are opened once.
+// larger than a block holds, head blocks; rows of several tokens likewise), y the splits of the
+// sequence, z the sequences. Tiles are dealt to splits and warps in turn, so all blocks walk the
+// cache from its start at once and neighbouring blocks read neighbouring heads of the same tokens:
+// DRAM pages are opened once.
 //
 // Where lengths may be ragged, the launch has more rows of blocks than splits, and y and z only
 // number the blocks: sequences get as many splits as their lengths ask for.
@@ -18,9 +19,9 @@ namespace gqa {
 template <class T>
 struct Work {
   int batch, kv_head, head_block, split;
-  int num_cached;  // tokens in the cache before the call
-  int num_tokens;  // tokens attended: cached ones and the new one
-  int num_tiles;   // the new token is in the last one; not so with TMA, which reads the cache alone
+  int num_cached;   // tokens in the cache before the call
+  int num_tokens;   // tokens attended: cached ones and the new ones
+  int num_tiles;    // the new token is in the last one; see tokens_in_tiles
   int indexed_row;  // row of the cache, if it is not that of the sequence's number
   int padding;      // tokens before the sequence, if it may have any
   int first_token;  // of those that may be seen: none before it is read
@@ -30,6 +31,7 @@ struct Work {
   bool valid;    // the cache can hold the length; if not, or if there is no such row, it counts as
                  // zero. Below zero, too: then the row is inactive
   bool appends;  // there is a new token, and room for it
+  Span queries, new_tokens;  // of the sequence, if they may be several
 
   // threadIdx.y is zero, but the compiler does not know: it would move a value that is the same in
   // all threads to a uniform register as soon as it is loaded, and wait for it there.
@@ -39,10 +41,11 @@ struct Work {
 
   CUTE_DEVICE Work(Params const& p, int length)
       : batch(blockIdx.z),
-        kv_head(kv_head_of_block<T>()),
+        kv_head(kv_head_of_block<T>(p)),
         head_block(blockIdx.x % T::kHeadBlocks),
         split(blockIdx.y),
         first_part(blockIdx.z * gridDim.y) {
+    if constexpr (!kOneQuery<T>) head_block = blockIdx.x % QueriesOf<T>::row_blocks(p);
     set_length(p, batch, length);
     num_splits = useful_splits(p.num_splits);
     if (!T::kTma && int(gridDim.y) > p.num_splits) balance_varlen(p);
@@ -56,17 +59,70 @@ struct Work {
   CUTE_DEVICE int num_walked_tiles() const { return num_tiles - start_tile; }
   CUTE_DEVICE int tile_step() const { return num_splits * T::kNumWarps; }
 
-  // Heads of this block: the group's heads first_head() .. first_head() + num_heads() - 1.
-  CUTE_DEVICE int num_heads() const {
-    int const left = T::kGroupSize - head_block * T::kBlockH;
+  // Tokens that are in tiles. A single new one is not with TMA, which reads the cache alone.
+  CUTE_DEVICE int tokens_in_tiles() const {
+    return T::kTma && kOneQuery<T> ? num_cached : num_tokens;
+  }
+
+  CUTE_DEVICE int behind_tiles() const { return T::kTma && kOneQuery<T> ? int(appends) : 0; }
+
+  // Rows of this block: the group's heads, of one token behind those of another.
+  CUTE_DEVICE int num_rows() const {
+    int const all = kOneQuery<T> ? T::kGroupSize : T::kGroupSize * queries.count;
+    int const left = all - head_block * T::kBlockH;
+    if (!kOneQuery<T> && left < 0) return 0;
     return left < T::kBlockH ? left : T::kBlockH;
   }
-  CUTE_DEVICE int first_head() const { return kv_head * T::kGroupSize + head_block * T::kBlockH; }
+  CUTE_DEVICE int last_row() const {
+    return kOneQuery<T> ? num_rows() - 1 : max(num_rows() - 1, 0);
+  }
+  // Whether this block has nothing to do: there are fewer splits, or the sequence has fewer tokens
+  // than others. The first block of rows has, for it is the one that appends.
+  CUTE_DEVICE bool is_idle() const {
+    if constexpr (kOneQuery<T>) {
+      return split >= num_splits;
+    } else {
+      return split >= num_splits || (head_block > 0 && num_rows() == 0);
+    }
+  }
+
+  // The query head of a row, and the token, counted from the sequence's first query.
+  CUTE_DEVICE int head_of(int row) const {
+    if constexpr (kOneQuery<T>) {
+      return kv_head * T::kGroupSize + head_block * T::kBlockH + row;
+    } else {
+      return kv_head * T::kGroupSize + (head_block * T::kBlockH + row) % T::kGroupSize;
+    }
+  }
+  CUTE_DEVICE int token_of(int row) const {
+    return kOneQuery<T> ? 0 : (head_block * T::kBlockH + row) / T::kGroupSize;
+  }
+
+  // Where a row lies in a tensor of queries or outputs.
+  CUTE_DEVICE int64_t place_of(int row, RowStrides const& stride, int64_t token_stride) const {
+    int64_t const place = batch * stride.batch + head_of(row) * stride.head;
+    if constexpr (kOneQuery<T>) {
+      return place;
+    } else {
+      return place + (queries.first + token_of(row)) * token_stride;
+    }
+  }
 
   // The row of this block's KV head in a tensor of new tokens.
   template <class Element>
-  CUTE_DEVICE Element const* row(void const* base, RowStrides const& stride) const {
-    return static_cast<Element const*>(base) + batch * stride.batch + kv_head * stride.head;
+  CUTE_DEVICE Element const* row(void const* base, RowStrides const& stride, int64_t token_stride,
+                                 int token) const {
+    auto const* first =
+        static_cast<Element const*>(base) + batch * stride.batch + kv_head * stride.head;
+    return kOneQuery<T> ? first : first + (new_tokens.first + token) * token_stride;
+  }
+  // The number of a new token among those of all sequences.
+  CUTE_DEVICE int64_t new_token(Params const& p, int token) const {
+    if constexpr (kOneQuery<T>) {
+      return batch;
+    } else {
+      return int64_t(batch) * p.new_token_step + new_tokens.first + token;
+    }
   }
 
   // Number of this block's heads and sequence among those of the launch: its merge's number.
@@ -80,19 +136,36 @@ struct Work {
   CUTE_DEVICE static int64_t num_partials() { return int64_t(gridDim.x) * gridDim.y * gridDim.z; }
 
  private:
+  // The sequence's tokens that ask, and that are new. Returns how many are to be appended.
+  CUTE_DEVICE auto find_tokens(Params const& p, int sequence) {
+    if constexpr (kOneQuery<T>) {
+      return p.k_new != nullptr;
+    } else {
+      queries = QueriesOf<T>::queries(p, sequence);
+      new_tokens = QueriesOf<T>::new_tokens(p, sequence);
+      return max(new_tokens.count, 0);
+    }
+  }
+
   CUTE_DEVICE void set_length(Params const& p, int sequence, int length) {
-    bool const append = p.k_new != nullptr;
-    valid = length <= p.max_seq_len - append;
+    auto const appended = find_tokens(p, sequence);  // a flag, if it can be but one
+    valid = length <= p.max_seq_len - appended;
+    if constexpr (!kOneQuery<T>) valid = valid && queries.count >= 0 && new_tokens.count >= 0;
     if constexpr (!RowOf<T>::is_own()) {
       indexed_row = RowOf<T>::row(p, sequence);
       valid = valid && (indexed_row >= 0 || length < 0);
     }
+    if constexpr (!RotaryOf<T>::none()) {
+      int const turned = kOneQuery<T> ? 1 : max(queries.count, new_tokens.count);
+      valid = valid && (length < 0 || RotaryOf<T>::fits(p, sequence, length, turned));
+    }
     bool const active = valid && length >= 0;
-    appends = active && append;
+    appends = active && appended > 0;
     num_cached = active ? length : 0;
-    num_tokens = num_cached + appends;
-    num_tiles = ceil_div(T::kTma ? num_cached : num_tokens, T::kBlockN);
-    first_token = MaskOf<T>::first_token(p, sequence, num_tokens);
+    num_tokens = num_cached + (kOneQuery<T> ? appends : appends ? appended : 0);
+    num_tiles = ceil_div(tokens_in_tiles(), T::kBlockN);
+    int const older = kOneQuery<T> ? 0 : queries.count - 1;  // queries than the newest
+    first_token = MaskOf<T>::first_token(p, sequence, num_tokens - older);
     start_tile = first_token / T::kBlockN;
     if constexpr (!StartOf<T>::none()) {  // the last tile is walked even if nothing in it is seen
       padding = StartOf<T>::padding(p, sequence);

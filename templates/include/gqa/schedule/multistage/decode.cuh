@@ -43,9 +43,11 @@ CUTE_DEVICE void attend(Params const& p, Work<T> const& w, SharedStorage<T>& sha
     bool const last = tile == w.num_tiles - 1;
     float scores[T::kLaneHeads][T::kLaneTokens];
     NewToken<T> token;
-    if (last && w.appends) token.load(p, w);
+    if (kOneQuery<T> && last && w.appends) token.load(p, w);
     auto* keys = ring.wait_keys();
-    if (last && w.appends) {
+    NewTokensOfTile<T> const new_tokens(p, w, tile, ring);
+    new_tokens.put_keys(keys);
+    if (kOneQuery<T> && last && w.appends) {
       put_new_row<typename T::KeyTile>(token.key, left, keys);
       if (kMayLoseTokens<T> && token.row.lost(p)) ring.lose();
       if (w.head_block == 0) token.append(p, w);
@@ -57,9 +59,10 @@ CUTE_DEVICE void attend(Params const& p, Work<T> const& w, SharedStorage<T>& sha
     auto* values = ring.wait_values();
     if (last) {  // behind the sequence's end may be what the cache holds there
       clear_value_rows<T>(values, left);
-      if (w.appends) put_new_row<typename T::ValueTile>(token.value, left, values);
+      if (kOneQuery<T> && w.appends) put_new_row<typename T::ValueTile>(token.value, left, values);
       __syncwarp();
     }
+    new_tokens.put_values(values);
     acc.add(values, scores);
     ring.refill_values(w, tile);
   }
@@ -86,7 +89,7 @@ CUTE_DEVICE void decode(Params const& p) {
   int const length = Work<T>::read_length(p);
   ring.start(p, first_tile);
   Work<T> const w(p, length);
-  if (w.split >= w.num_splits) return ring.drain();
+  if (w.is_idle()) return ring.drain();
   attend(p, w, shared, ring);
   if (T::kPdl && p.pdl == Pdl::kEnd) start_next_kernel();
   __syncthreads();

@@ -33,7 +33,7 @@ CUTE_DEVICE void merge(Params const& p, Work<T> const& w, SharedStorage<T>& shar
   constexpr int kWidth = 4;
   constexpr int kPerHead = T::kHeadDimV / kWidth;
   auto const for_slices = [&](auto&& visit) {
-    for (int i = threadIdx.x; i < w.num_heads() * kPerHead; i += T::kNumThreads) {
+    for (int i = threadIdx.x; i < w.num_rows() * kPerHead; i += T::kNumThreads) {
       visit(Slice{i / kPerHead, i % kPerHead * kWidth});
     }
   };

@@ -36,7 +36,7 @@ struct ClusterWork : Work<T> {
   // The first cluster brings in the new token: all its blocks, each for the dims that it owns.
   CUTE_DEVICE bool brings_new_token() const {
     bool const is_token = StartOf<T>::none() || this->padding <= this->num_cached;
-    return this->appends && cluster == 0 && is_token;
+    return kOneQuery<T> && this->appends && cluster == 0 && is_token;
   }
 
  private:
@@ -47,7 +47,7 @@ template <class T>
 class ClusterCombine {
  public:
   CUTE_DEVICE ClusterCombine(ClusterStorage<T>& shared, ClusterWork<T> const& w)
-      : shared_(shared), work_(w), num_pairs_(ceil_div(w.num_heads(), 2)) {
+      : shared_(shared), work_(w), num_pairs_(ceil_div(w.num_rows(), 2)) {
     // By selection instead of division: there are only four cases.
     num_dims_ = own_dims(0);
     CUTE_UNROLL
@@ -59,7 +59,7 @@ class ClusterCombine {
   // Tells this block's barrier how much will come. Called by one thread.
   CUTE_DEVICE void expect() const {
     if (alone() || num_own_dims() == 0) return;
-    int const items = num_own_dims() * num_pairs_ + work_.num_heads();
+    int const items = num_own_dims() * num_pairs_ + work_.num_rows();
     barrier_arrive_expect(shared_.combine_barrier, items * int(sizeof(float2))
                                                        << work_.log_num_ranks);
   }
@@ -100,7 +100,7 @@ class ClusterCombine {
     for (int h = 0; h < T::kLaneHeads; ++h) {
       int const head = T::head_of(lane, h);
       Target const target = {in_block(shared_.max_sum[work_.rank][head], owner),
-                             in_block(shared_.combine_barrier, owner), head < work_.num_heads()};
+                             in_block(shared_.combine_barrier, owner), head < work_.num_rows()};
       target.send(make_float2(max[h], sum[h]), alone());
     }
   }
@@ -154,7 +154,7 @@ class ClusterCombine {
     CUTE_NO_UNROLL
     for (int i = threadIdx.x; i < num_slices(); i += T::kNumThreads) {
       Slice const s = {i % T::kBlockH, first_own_dim() + i / T::kBlockH * kWidth};
-      if (s.head < work_.num_heads()) visit(s);
+      if (s.head < work_.num_rows()) visit(s);
     }
   }
 

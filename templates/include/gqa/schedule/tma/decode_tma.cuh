@@ -25,13 +25,17 @@ CUTE_DEVICE void attend_multi_tile(TmaParams const& p, ClusterWork<T> const& w,
                                    ClusterCombine<T> const& cluster_combine) {
   int const warp = threadIdx.x / kWarpSize;
   BiasOf<T> const bias(p.decode, w);
+  SightOf<T> const sight(p.decode, w);
   OnlineSoftmax<T> softmax;
   Accumulator<T> acc;
   CUTE_NO_UNROLL
   for (int tile = w.first_tile(warp); tile < w.num_tiles; tile += w.tile_step()) {
-    int const left = w.num_cached - tile * T::kBlockN;
+    int const left = w.tokens_in_tiles() - tile * T::kBlockN;
     float scores[T::kLaneHeads][T::kLaneTokens];
-    score(ring.wait_keys(), {left, left - 1 + w.appends}, Logits<T>(p.decode, bias), scores);
+    auto* keys = ring.wait_keys();
+    NewTokensOfTile<T> const new_tokens(p.decode, w, tile, ring);
+    new_tokens.put_keys(keys);
+    score(keys, {left, left - 1 + w.behind_tiles()}, Logits<T>(p.decode, bias, sight), scores);
     hide_padding<T>(w, tile, scores);
     ring.refill_keys(w, tile);
     softmax.update(scores, [&](auto const& factor) { acc.rescale(factor); });
@@ -40,6 +44,7 @@ CUTE_DEVICE void attend_multi_tile(TmaParams const& p, ClusterWork<T> const& w,
       clear_rows<T>(values, left);
       __syncwarp();
     }
+    new_tokens.put_values(values);
     clear_hidden_rows<T>(w, tile, values);
     acc.add(values, scores);
     ring.refill_values(w, tile);
@@ -106,7 +111,7 @@ CUTE_DEVICE void decode_tma(TmaParams const& p) {
   constexpr bool kLate = !kKnowsTiles<T>;
   if (kLate && w.split < w.num_splits) ring.fill(w, w.first_tile(warp));
   Scorer<T> const score(p.decode, w);
-  if (w.split >= w.num_splits) return ring.drain();
+  if (w.is_idle()) return ring.drain();
   if (!kLate) ring.fill(w, w.first_tile(warp));
   ClusterCombine<T> const cluster_combine(shared, w);
   if (threadIdx.x == T::kNumThreads - kWarpSize) {
@@ -115,7 +120,7 @@ CUTE_DEVICE void decode_tma(TmaParams const& p) {
     cluster_combine.expect();
   }
   if (w.log_cluster_size > 0) cute::cluster_arrive_relaxed();
-  if (w.appends && warp == T::kNumWarps - 1) {
+  if (kOneQuery<T> && w.appends && warp == T::kNumWarps - 1) {
     NewToken<T> token;
     token.load(p.decode, w);
     token.key.store(shared.new_key);

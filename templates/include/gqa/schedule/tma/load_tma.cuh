@@ -83,7 +83,7 @@ class TmaRing {
   }
 
   // The K tile (then the V tile) at the head of the ring, complete and visible to the whole warp.
-  CUTE_DEVICE Element const* wait_keys() {
+  CUTE_DEVICE Element* wait_keys() {
     barrier_wait(keys_barrier(stage_), parity_);
     return shared_.key_slot(stage_, warp_);
   }
@@ -202,7 +202,7 @@ CUTE_DEVICE void clear_rows(typename T::Element* values, int first, int end = T:
 template <class T>
 CUTE_DEVICE void clear_hidden_rows(Work<T> const& w, int tile, typename T::Element* values) {
   if constexpr (!kSeesFirstToken<T>) {
-    int const first = min(w.first_token, w.num_cached) - tile * T::kBlockN;
+    int const first = min(w.first_token, w.tokens_in_tiles()) - tile * T::kBlockN;
     if (first <= 0) return;
     clear_rows<T>(values, 0, min(first, T::kBlockN));
     cute::tma_store_fence();

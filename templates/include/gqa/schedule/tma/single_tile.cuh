@@ -7,6 +7,7 @@
 #include <gqa/schedule/tma/block_reduce.cuh>
 #include <gqa/schedule/tma/cluster_combine.cuh>
 #include <gqa/schedule/tma/load_tma.cuh>
+#include <gqa/stage/append.cuh>
 #include <gqa/stage/score.cuh>
 
 namespace gqa {
@@ -101,7 +102,7 @@ CUTE_DEVICE void attend_single_tile(TmaParams const& p, ClusterWork<T> const& w,
   int const warp = threadIdx.x / kWarpSize;
   int const lane = threadIdx.x % kWarpSize;
   int const tiles = w.num_tiles - w.first_tile(0);  // of this block; may be more than it has warps
-  int const left = w.num_cached - w.first_tile(warp) * T::kBlockN;
+  int const left = w.tokens_in_tiles() - w.first_tile(warp) * T::kBlockN;
 
   // Where the results will go is known before the data are there.
   constexpr int kHeadTiles = T::kBlockH / 8;
@@ -124,8 +125,11 @@ CUTE_DEVICE void attend_single_tile(TmaParams const& p, ClusterWork<T> const& w,
     CUTE_UNROLL
     for (int t = 0; t < T::kLaneTokens; ++t) scores[h][t] = -kInfinity;
   }
+  NewTokensOfTile<T> const new_tokens(p.decode, w, w.first_tile(warp), ring);
   if (left > 0) {
-    score(ring.wait_keys(), {left, left - 1 + w.appends}, Logits<T>(p.decode, w), scores);
+    auto* keys = ring.wait_keys();
+    new_tokens.put_keys(keys);
+    score(keys, {left, left - 1 + w.behind_tiles()}, Logits<T>(p.decode, w), scores);
     hide_padding<T>(w, w.first_tile(warp), scores);
   }
   softmax_over_block<T>(scores, max, sum, shared);
@@ -140,6 +144,7 @@ CUTE_DEVICE void attend_single_tile(TmaParams const& p, ClusterWork<T> const& w,
   if (left > 0) {
     typename T::Element* values = ring.wait_values();
     if (left < T::kBlockN) clear_rows<T>(values, left);
+    new_tokens.put_values(values);
     clear_hidden_rows<T>(w, w.first_tile(warp), values);
   } else {
     ring.drain();
