@@ -12,6 +12,9 @@
 #include <gqa/policy/element_native.cuh>
 #include <gqa/policy/output_plain.cuh>
 #include <gqa/policy/result_native.cuh>
+#include <gqa/policy/queries_one.cuh>
+#include <gqa/policy/norm_none.cuh>
+#include <gqa/policy/rotary_none.cuh>
 
 struct Variant {
   using Element = cutlass::half_t;
@@ -36,6 +39,9 @@ struct Variant {
   template <class T> using Operands = gqa::NativeOperands<T>;
   template <class T> using Output = gqa::KeysAlone<T>;
   template <class T> using Result = gqa::AsQueries<T>;
+  template <class T> using Queries = gqa::OneQuery<T>;
+  template <class T> using Norm = gqa::Unnormed<T>;
+  template <class T> using Rotary = gqa::Unrotated<T>;
 };
 
 static_assert(sizeof(gqa::SharedStorage<gqa::Traits<Variant>>) == 70192);
