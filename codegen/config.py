@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from gqa_cutlass.codegen.schema import storage
 from gqa_cutlass.codegen.schema.kinds import DType, Math, Schedule
-from gqa_cutlass.codegen.schema.policies import QUERIES, Policy, special, tagged
+from gqa_cutlass.codegen.schema.policies import NORM, QUERIES, ROTARY, Policy, special, tagged
 from gqa_cutlass.codegen.schema.rounding import ceil_div, round_up
 from gqa_cutlass.codegen.schema.storage import (
     BOX_DIMS,
@@ -310,6 +310,7 @@ class KernelConfig:
             num_warps=self.num_warps,
             num_stages=self.num_stages if self.tma else num_stages,
             simt=self.math is Math.SIMT,
+            prepares_rows=any(policy.slot in (NORM, ROTARY) for policy in self.policies),
         )
         parts = storage.cluster(shape, num_stages) if self.tma else storage.multistage(shape)
         return storage.total(parts)
@@ -358,7 +359,8 @@ class KernelConfig:
         if self.math is Math.TENSOROP:
             accumulators = self.block_h // 8 * ceil_div(self.value_dim, 16) * 4
             queries = self.block_h // 8 * ceil_div(self.head_dim, 16) * 2
-            held = accumulators + queries + self.block_n // 2 + 72
+            masks = 16 if any(policy.feature == "tree_mask" for policy in self.policies) else 0
+            held = accumulators + queries + self.block_n // 2 + masks + 72
         else:
             held = ceil_div(self.value_dim, 64) * self.block_h * 2 + 104
         return min(255, round_up(held, 8))

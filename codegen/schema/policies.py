@@ -53,8 +53,8 @@ ELEMENT = Slot(alias="Operands", contract=("key_fragment", "value_fragment", "nu
 OUTPUT = Slot(alias="Output", contract=("finish",))
 RESULT = Slot(alias="Result", contract=("rounded",))
 QUERIES = Slot(alias="Queries", contract=("is_one",))
-NORM = Slot(alias="Norm", contract=("none", "Factors"))
-ROTARY = Slot(alias="Rotary", contract=("none", "fits", "turned"))
+NORM = Slot(alias="Norm", contract=("none", "Weights"))
+ROTARY = Slot(alias="Rotary", contract=("none",))
 SLOTS = (
     ROW, CACHE, START, MASK, LOGIT, BIAS, NEW_TOKEN, ELEMENT, OUTPUT, RESULT, QUERIES, NORM, ROTARY,
 )  # fmt: skip

@@ -43,6 +43,7 @@ class Shape:
     num_warps: int
     num_stages: int
     simt: bool = False
+    prepares_rows: bool = False
 
 
 def total(parts: tuple[Shared, ...]) -> int:
@@ -60,6 +61,7 @@ def multistage(s: Shape) -> tuple[Shared, ...]:
     rows = s.num_warps * s.block_h * _FLOAT
     nothing = 4 * _FLOAT
     return (
+        *_prepared(s),
         Shared(name="warp", bytes=s.num_warps * round_up(max(ring, partial), 16), align=16),
         Shared(name="row_max", bytes=rows),
         Shared(name="row_sum", bytes=rows),
@@ -84,6 +86,7 @@ def cluster(s: Shape, launched_stages: int) -> tuple[Shared, ...]:
     """
     rows = s.num_warps * s.block_h * _FLOAT
     return (
+        *_prepared(s),
         Shared(name="row_max", bytes=rows, align=16),
         Shared(name="row_sum", bytes=rows, align=16),
         Shared(
@@ -111,6 +114,13 @@ def cluster(s: Shape, launched_stages: int) -> tuple[Shared, ...]:
             align=_RING_ALIGN,
         ),
     )
+
+
+def _prepared(s: Shape) -> tuple[Shared, ...]:
+    """`PreparedQueries` in stage/prepared_queries.cuh."""
+    if not s.prepares_rows:
+        return ()
+    return (Shared(name="prepared_query", bytes=s.block_h * row_bytes(s.head_dim), align=16),)
 
 
 def row_bytes(head_dim: int) -> int:

@@ -247,8 +247,9 @@ def _choose_schedule(problem: Problem, device: Device, ragged: bool) -> tuple[Sc
     whole_boxes = problem.head_dim % BOX_DIMS == 0 == problem.value_dim % BOX_DIMS
     limit = model.tma_mib if whole_boxes else model.tma_mib_partial_boxes
     mib = problem.cache_mib
-    columns = 1 if problem.num_tokens == 1 else tma.row_blocks(problem.num_tokens)
-    heads = problem.num_kv_heads * problem.batch_size * columns
+    if problem.num_tokens > 1 and tma.row_blocks(problem.num_tokens) > 1:
+        return Schedule.MULTISTAGE, f"several blocks for the rows of {problem.num_tokens} tokens"
+    heads = problem.num_kv_heads * problem.batch_size
     alone = problem.tiles(tma.block_n) <= tma.num_warps  # one block's warps at once
     if mib <= limit and heads <= model.tma_heads and not alone:
         return Schedule.TMA, f"{mib:.1f} MiB, at most {limit}; few heads"

@@ -8,30 +8,37 @@
 
 namespace gqa {
 
-CUTE_DEVICE float number_at(void const* numbers, NumberType type, int64_t i) {
-  switch (type) {
-    case NumberType::kFloat16:
-      return float(static_cast<cutlass::half_t const*>(numbers)[i]);
-    case NumberType::kBfloat16:
-      return float(static_cast<cutlass::bfloat16_t const*>(numbers)[i]);
-    default:
-      return static_cast<float const*>(numbers)[i];
+// Without branches, so that many are asked for before one is waited for.
+struct Number {
+  uint32_t bits;
+
+  CUTE_DEVICE void load(void const* numbers, NumberType type, int64_t i) {
+    bool const is_wide = type == NumberType::kFloat32;
+    bits = 0;
+    if (is_wide) bits = static_cast<uint32_t const*>(numbers)[i];
+    if (!is_wide) bits = static_cast<uint16_t const*>(numbers)[i];
   }
+  CUTE_DEVICE float value(NumberType type) const {
+    float const half = float(cutlass::half_t::bitcast(uint16_t(bits)));
+    uint32_t const wide = type == NumberType::kBfloat16 ? bits << 16 : bits;
+    return type == NumberType::kFloat16 ? half : __uint_as_float(wide);
+  }
+};
+
+CUTE_DEVICE float number_at(void const* numbers, NumberType type, int64_t i) {
+  Number number;
+  number.load(numbers, type, i);
+  return number.value(type);
 }
 
-// Two that follow one another, from an even index on. They are aligned to two elements.
-CUTE_DEVICE float2 pair_of_numbers(void const* numbers, NumberType type, int64_t i) {
-  if (type == NumberType::kFloat32) {
-    return *reinterpret_cast<float2 const*>(static_cast<float const*>(numbers) + i);
+struct NumberPair {
+  Number x, y;
+
+  CUTE_DEVICE void load(void const* numbers, NumberType type, int64_t first, int64_t second) {
+    x.load(numbers, type, first);
+    y.load(numbers, type, second);
   }
-  uint32_t const both =
-      *reinterpret_cast<uint32_t const*>(static_cast<uint16_t const*>(numbers) + i);
-  if (type == NumberType::kFloat16) {
-    auto const& pair = reinterpret_cast<cutlass::half_t const(&)[2]>(both);
-    return {float(pair[0]), float(pair[1])};
-  }
-  auto const& pair = reinterpret_cast<cutlass::bfloat16_t const(&)[2]>(both);
-  return {float(pair[0]), float(pair[1])};
-}
+  CUTE_DEVICE float2 value(NumberType type) const { return {x.value(type), y.value(type)}; }
+};
 
 }  // namespace gqa

@@ -9,9 +9,11 @@ template <class T>
 struct Unnormed {
   CUTE_DEVICE static constexpr bool none() { return true; }
 
-  struct Factors {
-    CUTE_DEVICE Factors(Params const&, Side, float) {}
-    CUTE_DEVICE float2 operator()(float2 x, int) const { return x; }
+  template <int kCount>
+  struct Weights {
+    CUTE_DEVICE Weights(Params const&, Side, int const (&)[kCount]) {}
+    CUTE_DEVICE static float factor(Params const&, float) { return 1.f; }
+    CUTE_DEVICE static float2 normed(Params const&, float2 x, float, int) { return x; }
   };
 };
 

@@ -21,26 +21,42 @@ struct RotatedByTables {
     return first >= 0 && first <= p.rotary_positions - count;
   }
 
-  template <class PairAt>
-  CUTE_DEVICE static float2 turned(Params const& p, int position, int dim, PairAt&& pair_at) {
-    float2 const x = pair_at(dim);
-    if (dim >= p.rotary_dim) return x;
-    int64_t const cos_row = position * p.rotary_cos_stride;
-    int64_t const sin_row = position * p.rotary_sin_stride;
-    if (p.rotary_interleaved) {
-      float const cos = number_at(p.rotary_cos, p.rotary_type, cos_row + dim / 2);
-      float const sin = number_at(p.rotary_sin, p.rotary_type, sin_row + dim / 2);
-      return {x.x * cos - x.y * sin, x.y * cos + x.x * sin};
-    }
+  // The first of the two dims with which a pair of neighbours turns; its own if it does not.
+  CUTE_DEVICE static int other(Params const& p, int dim) {
     int const half = p.rotary_dim / 2;
-    bool const is_lower = dim < half;
-    float2 const other = pair_at(is_lower ? dim + half : dim - half);
-    int const angle = is_lower ? dim : dim - half;
-    float2 const cos = pair_of_numbers(p.rotary_cos, p.rotary_type, cos_row + angle);
-    float2 const sin = pair_of_numbers(p.rotary_sin, p.rotary_type, sin_row + angle);
-    float const sign = is_lower ? -1.f : 1.f;
-    return {fmaf(sign * other.x, sin.x, x.x * cos.x), fmaf(sign * other.y, sin.y, x.y * cos.y)};
+    if (p.rotary_interleaved || dim >= p.rotary_dim) return dim;
+    return dim < half ? dim + half : dim - half;
   }
+
+  // Of pairs of neighbours, at a position that the tables have.
+  template <int kCount>
+  struct Angles {
+    NumberPair cos[kCount], sin[kCount];
+
+    CUTE_DEVICE Angles(Params const& p, int position, int const (&dims)[kCount]) {
+      int64_t const cos_row = position * p.rotary_cos_stride;
+      int64_t const sin_row = position * p.rotary_sin_stride;
+      int const half = p.rotary_dim / 2;
+      CUTE_UNROLL
+      for (int i = 0; i < kCount; ++i) {
+        int const dim = dims[i] < p.rotary_dim ? dims[i] : 0;
+        int const first = p.rotary_interleaved ? dim / 2 : dim < half ? dim : dim - half;
+        int const second = p.rotary_interleaved ? first : first + 1;
+        cos[i].load(p.rotary_cos, p.rotary_type, cos_row + first, cos_row + second);
+        sin[i].load(p.rotary_sin, p.rotary_type, sin_row + first, sin_row + second);
+      }
+    }
+    CUTE_DEVICE float2 turned(Params const& p, float2 x, float2 other, int dim, int i) const {
+      bool const is_lower = dim < p.rotary_dim / 2;
+      float2 const with = p.rotary_interleaved ? float2{-x.y, x.x}
+                          : is_lower           ? float2{-other.x, -other.y}
+                                               : other;
+      float2 const c = cos[i].value(p.rotary_type);
+      float2 const s = sin[i].value(p.rotary_type);
+      float2 const turned = {fmaf(with.x, s.x, x.x * c.x), fmaf(with.y, s.y, x.y * c.y)};
+      return dim < p.rotary_dim ? turned : x;
+    }
+  };
 };
 
 }  // namespace gqa

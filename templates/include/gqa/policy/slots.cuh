@@ -12,23 +12,22 @@
 //                                    cp.async, and Boxes, for the copy engine, are what a warp
 //                                    knows of its tiles: ask(tile) before the length is known,
 //                                    open(work, tile), then turn_to(work, tile) before each; Box
-//                                    at(tile, part), of kTokens. NewRow: find(p, work), key and
-//                                    value: where the token goes that is appended, if it exists().
-//                                    lost(): whether there was no such place.
-//   Queries   how many tokens of     bool is_one(): whether every sequence has one, the newest. If
-//   not:
-//             a sequence ask, and    int row_blocks(p), Span queries(p, batch), new_tokens(p,
-//             batch), what each may see.     and Sight, made of p and work: at(Position, head) is
-//             that of the
-//                                    row's own token, which sees(Position, head).
-//   Norm      what queries and       bool none(). Factors, made of p, whose they are, and the sum
-//   of
-//             keys are divided by.   squares of a row: (float2, dim) is what becomes of two dims.
-//   Rotary    how they turn with     bool none(). turned(p, position, dim, pair_at): two dims,
-//   where
-//             their position.        pair_at gives any two. fits(p, batch, length, count): whether
-//             the
-//                                    tables have so many positions from there on.
+//                                    at(tile, part), of kTokens. NewRow: find(p, work, token),
+//                                    key and value: where a token goes that is appended, if it
+//                                    exists(). lost(): whether there was no such place.
+//   Queries   how many tokens of     bool is_one(): whether every sequence has one, the newest.
+//             a sequence ask, and    If not: int row_blocks(p), Span queries(p, batch),
+//             what each may see.     new_tokens(p, batch), and Sight, made of p and work:
+//                                    at(Position, head) is that of the row's own token, which
+//                                    sees(Position, head).
+//   Norm      what queries and       bool none(). Weights<count>, made of p, whose they are, and
+//             keys are divided by.   the first of two dims each: factor(p, sum of squares) of a
+//                                    row, and normed(p, float2, factor, i).
+//   Rotary    how they turn with     bool none(). If not: first_position(p, batch, length);
+//             their position.        fits(p, batch, length, count): whether the tables have so
+//                                    many from there on; other(p, dim): with which dims two
+//                                    neighbours turn; Angles<count>: turned(p, float2, other,
+//                                    dim, i).
 //   Start     where a sequence       int padding(p, batch): tokens before it, which are none of it
 //             begins.                and are not read. bool none(): whether it is always 0.
 //   Mask      what is attended to.   bool sees(Position). int first_token(p, batch, num_tokens):
@@ -40,8 +39,7 @@
 //   Bias      what is added to it.   float operator()(logit, head, Position), likewise. Made once,
 //                                    of p and work: it may load what it needs.
 //   NewToken  what is appended.      load_key(p, work, token, row), load_value likewise: the rows
-//   of
-//                                    this block's KV head.
+//                                    of this block's KV head.
 //   Operands  what is multiplied.    key_fragment, value_fragment: 16 bytes per lane of a tile, as
 //                                    the MMA takes them. number: an element on CUDA cores.
 //   Output    what else is divided   finish(p, work, head, merged): called once per output, when
@@ -111,6 +109,10 @@ template <class T>
 using OutputOf = typename T::template Output<T>;
 template <class T>
 using ResultOf = typename T::template Result<T>;
+
+// Whether queries and new keys enter the product otherwise than they are given.
+template <class T>
+constexpr bool kPreparesRows = !NormOf<T>::none() || !RotaryOf<T>::none();
 
 // Whether every sequence has one query, that of its newest token.
 template <class T>

@@ -3,7 +3,6 @@
 
 #include <gqa/policy/slots.cuh>
 #include <gqa/stage/prepare.cuh>
-#include <gqa/stage/row.cuh>
 
 namespace gqa {
 
@@ -13,11 +12,12 @@ struct CopiedToken {
 
   CUTE_DEVICE static void load_key(Params const& p, Work<T> const& w, int token, KeyRow<T>& key) {
     auto const* row = w.template row<Element>(p.k_new, p.k_new_stride, p.k_new_token_stride, token);
-    if constexpr (kPreparesRows<T>) {
-      PreparedRow<T, kWarpSize> const prepared(p, Side::kKey, row, key_position(p, w, token));
-      key.make([&](int dim) { return prepared.rounded(dim / 2 * 2)[dim % 2]; });
-    } else {
+    if constexpr (!kPreparesRows<T>) {
       key.load(row);
+    } else if constexpr (RotaryOf<T>::none()) {
+      key.prepare(p, Side::kKey, row, 0);
+    } else {
+      key.prepare(p, Side::kKey, row, position_of(p, w, token));
     }
   }
   CUTE_DEVICE static void load_value(Params const& p, Work<T> const& w, int token,

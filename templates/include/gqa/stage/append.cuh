@@ -3,7 +3,7 @@
 
 #include <cute/arch/copy_sm90_tma.hpp>
 
-#include <gqa/stage/row.cuh>
+#include <gqa/stage/prepare.cuh>
 #include <gqa/stage/tile_scheduler.cuh>
 
 namespace gqa {
@@ -28,6 +28,26 @@ struct NewToken {
     key.store(row.key(p, w));
     value.store(row.value(p, w));
   }
+};
+
+// A single one whose key is prepared, which is waited for: by the warp that has a sequence's last
+// tile before it walks.
+template <class T, bool ahead = kOneQuery<T> && kPreparesRows<T>>
+class TokenAhead {
+ public:
+  CUTE_DEVICE TokenAhead(Params const& p, Work<T> const& w, int warp) {
+    bool const has_last = (w.num_tiles - 1 - w.first_tile(warp)) % w.tile_step() == 0;
+    if (w.appends && has_last) token_.load(p, w);
+  }
+  CUTE_DEVICE NewToken<T> const& token() const { return token_; }
+
+ private:
+  NewToken<T> token_ = {};
+};
+template <class T>
+class TokenAhead<T, false> {
+ public:
+  CUTE_DEVICE TokenAhead(Params const&, Work<T> const&, int) {}
 };
 
 // Several new tokens, which are in the last tiles of a sequence: a tile's go into it when the
@@ -55,53 +75,10 @@ struct NewTokens {
       return false;
     }
   }
-
-  // A tile's keys, then its values, and into the cache if `appends`. All lanes take part.
-  CUTE_DEVICE static void put_keys(Params const& p, Work<T> const& w, int tile, Element* keys,
-                                   bool appends) {
-    put<typename T::KeyTile, KeyRow<T>>(
-        p, w, tile, keys, appends,
-        [&](int token, KeyRow<T>& row) { NewTokenOf<T>::load_key(p, w, token, row); },
-        [&](auto const& place) { return place.key(p, w); });
-  }
-  CUTE_DEVICE static void put_values(Params const& p, Work<T> const& w, int tile, Element* values,
-                                     bool appends) {
-    put<typename T::ValueTile, ValueRow<T>>(
-        p, w, tile, values, appends,
-        [&](int token, ValueRow<T>& row) { NewTokenOf<T>::load_value(p, w, token, row); },
-        [&](auto const& place) { return place.value(p, w); });
-  }
-
- private:
-  template <class Tile, class Row, class Load, class PlaceOf>
-  CUTE_DEVICE static void put(Params const& p, Work<T> const& w, int tile, Element* target,
-                              bool appends, Load&& load, PlaceOf&& place_of) {
-    constexpr int kBatch = 4;                            // rows on the way at a time
-    int const first = tile * T::kBlockN - w.num_cached;  // new token in the tile's first row
-    int const end = min(w.new_tokens.count, first + T::kBlockN);
-    CUTE_NO_UNROLL
-    for (int token = max(first, 0); token < end; token += kBatch) {
-      Row row[kBatch];
-      CUTE_UNROLL
-      for (int i = 0; i < kBatch; ++i) {
-        if (token + i < end) load(token + i, row[i]);
-      }
-      CUTE_UNROLL
-      for (int i = 0; i < kBatch; ++i) {
-        if (token + i >= end) break;
-        row[i].template store_to<Tile>(target, token + i - first);
-        if (!appends) continue;
-        typename CacheOf<T>::NewRow place;
-        place.find(p, w, token + i);
-        if (place.exists(p)) row[i].store(place_of(place));
-      }
-    }
-    if constexpr (T::kTma) cute::tma_store_fence();  // the copy engine may write there again
-    __syncwarp();
-  }
 };
 
-// What a tile of the cache lacks: several new tokens. All lanes take part.
+// What a tile of the cache lacks: several new tokens. They are asked for before the tile is waited
+// for, the first ones at least. All lanes take part.
 template <class T, bool one = kOneQuery<T>>
 class NewTokensOfTile {
  public:
@@ -109,26 +86,74 @@ class NewTokensOfTile {
 
   template <class Ring>
   CUTE_DEVICE NewTokensOfTile(Params const& p, Work<T> const& w, int tile, Ring& ring)
-      : params_(p), work_(w), tile_(tile), are_there_(NewTokens<T>::are_in(w, tile)) {
-    if (!are_there_) return;
+      : params_(p),
+        work_(w),
+        first_(tile * T::kBlockN - w.num_cached),
+        end_(NewTokens<T>::are_in(w, tile) ? min(w.new_tokens.count, first_ + T::kBlockN) : 0) {
+    if (end_ == 0) return;
+    load_keys(max(first_, 0), keys_);
+    load_values(max(first_, 0), values_);
     bool const lost = NewTokens<T>::any_lost(p, w);
     if (lost) ring.lose();
     appends_ = !lost && w.head_block == 0;
   }
 
-  CUTE_DEVICE void put_keys(Element* keys) const {
-    if (are_there_) NewTokens<T>::put_keys(params_, work_, tile_, keys, appends_);
+  // Into the tile's keys, then into its values, and into the cache where this block appends.
+  CUTE_DEVICE void put_keys(Element* tile) {
+    put<typename T::KeyTile>(
+        tile, keys_, [&](int token, auto& rows) { load_keys(token, rows); },
+        [&](auto const& place) { return place.key(params_, work_); });
   }
-  CUTE_DEVICE void put_values(Element* values) const {
-    if (are_there_) NewTokens<T>::put_values(params_, work_, tile_, values, appends_);
+  CUTE_DEVICE void put_values(Element* tile) {
+    put<typename T::ValueTile>(
+        tile, values_, [&](int token, auto& rows) { load_values(token, rows); },
+        [&](auto const& place) { return place.value(params_, work_); });
   }
 
  private:
+  // Rows on the way at a time, as registers allow.
+  static constexpr int kBatch = T::kHeadDim > 192 ? 1 : T::kBlockH > 8 && !kPreparesRows<T> ? 4 : 2;
+
+  CUTE_DEVICE void load_keys(int token, KeyRow<T> (&rows)[kBatch]) const {
+    CUTE_UNROLL
+    for (int i = 0; i < kBatch; ++i) {
+      if (token + i < end_) NewTokenOf<T>::load_key(params_, work_, token + i, rows[i]);
+    }
+  }
+  CUTE_DEVICE void load_values(int token, ValueRow<T> (&rows)[kBatch]) const {
+    CUTE_UNROLL
+    for (int i = 0; i < kBatch; ++i) {
+      if (token + i < end_) NewTokenOf<T>::load_value(params_, work_, token + i, rows[i]);
+    }
+  }
+
+  template <class Tile, class Row, class Load, class PlaceOf>
+  CUTE_DEVICE void put(Element* tile, Row (&rows)[kBatch], Load&& load, PlaceOf&& place_of) {
+    if (end_ == 0) return;
+    CUTE_NO_UNROLL
+    for (int token = max(first_, 0); token < end_; token += kBatch) {
+      if (token != max(first_, 0)) load(token, rows);
+      CUTE_UNROLL
+      for (int i = 0; i < kBatch; ++i) {
+        if (token + i >= end_) break;
+        rows[i].template store_to<Tile>(tile, token + i - first_);
+        if (!appends_) continue;
+        typename CacheOf<T>::NewRow place;
+        place.find(params_, work_, token + i);
+        if (place.exists(params_)) rows[i].store(place_of(place));
+      }
+    }
+    if constexpr (T::kTma) cute::tma_store_fence();  // the copy engine may write there again
+    __syncwarp();
+  }
+
   Params const& params_;
   Work<T> const& work_;
-  int tile_;
-  bool are_there_;
+  int first_;  // new token in the tile's first row
+  int end_;    // one past the last in the tile; 0: there are none
   bool appends_ = false;
+  KeyRow<T> keys_[kBatch];
+  ValueRow<T> values_[kBatch];
 };
 
 // A single one goes another way.

@@ -6,6 +6,19 @@
 
 namespace gqa {
 
+// Where a dim of a tile's row is.
+template <class T, class Tile>
+CUTE_DEVICE typename T::Element* place_in_tile(typename T::Element* tile, int row, int dim) {
+  if constexpr (T::kTma) {
+    int const chunk = dim / kChunk;
+    TileRow<T, Tile> const chunks(tile, row, chunk % 2);
+    auto const* found = reinterpret_cast<typename T::Element const*>(&chunks[chunk / 2]);
+    return const_cast<typename T::Element*>(found) + dim % kChunk;
+  } else {
+    return tile + typename Tile::Layout{}(row, dim);
+  }
+}
+
 // Lanes take vectors in turn.
 template <class T, int kDims>
 struct WarpRow {
@@ -17,30 +30,16 @@ struct WarpRow {
   CUTE_DEVICE void load(typename T::Element const* row) {
     for_each([&](int i, int at) { vec[i] = reinterpret_cast<Vector<T> const*>(row)[at]; });
   }
-  // Of what `element_at` makes of a dim.
-  template <class ElementAt>
-  CUTE_DEVICE void make(ElementAt&& element_at) {
-    for_each([&](int i, int at) {
-      alignas(16) typename T::Element elements[T::kVecWidth];
-      CUTE_UNROLL
-      for (int e = 0; e < T::kVecWidth; ++e) elements[e] = element_at(at * T::kVecWidth + e);
-      vec[i] = reinterpret_cast<Vector<T> const&>(elements);
-    });
-  }
   CUTE_DEVICE void store(typename T::Element* row) const {
     for_each([&](int i, int at) { reinterpret_cast<Vector<T>*>(row)[at] = vec[i]; });
   }
   // Into the row of a tile.
   template <class Tile>
   CUTE_DEVICE void store_to(typename T::Element* tile, int row) const {
-    if constexpr (T::kTma) {  // vectors are chunks
-      for_each([&](int i, int at) {
-        TileRow<T, Tile> const chunks(tile, row, at % 2);
-        const_cast<cute::uint128_t&>(chunks[at / 2]) = vec[i];
-      });
-    } else {
-      store(tile + typename Tile::Layout{}(row, 0));
-    }
+    for_each([&](int i, int at) {
+      auto* place = place_in_tile<T, Tile>(tile, row, at * T::kVecWidth);
+      *reinterpret_cast<Vector<T>*>(place) = vec[i];
+    });
   }
 
  private:
@@ -53,10 +52,5 @@ struct WarpRow {
     }
   }
 };
-
-template <class T>
-using KeyRow = WarpRow<T, T::kHeadDim>;
-template <class T>
-using ValueRow = WarpRow<T, T::kHeadDimV>;
 
 }  // namespace gqa

@@ -38,6 +38,20 @@ struct QueryRows {
   }
 };
 
+// Prepares the rows of this block, a warp each in turn: `put` is called with the row, the first of
+// two dims and these, zeros where there is no row. All threads of the block call; holds a barrier.
+template <class T, class Put>
+CUTE_DEVICE void prepare_queries(Params const& p, Work<T> const& w, Put&& put) {
+  QueryRows<T> const query_row(p, w);
+  CUTE_NO_UNROLL
+  for (int row = threadIdx.x / kWarpSize; row < T::kBlockH; row += T::kNumWarps) {
+    PreparedRow<T> prepared = {};
+    if (row < w.num_rows()) prepare_query(p, w, row, query_row(row), prepared);
+    prepared.for_each([&](int dim, auto const& pair) { put(row, dim, pair); });
+  }
+  __syncthreads();
+}
+
 template <class T, Math = T::kMath>
 struct Scorer;
 
@@ -51,28 +65,31 @@ struct Scorer<T, Math::kTensorOp> {
 
   uint32_t query[kSteps][kHeadTiles][2];  // Q^T, the B operand
 
-  CUTE_DEVICE Scorer(Params const& p, Work<T> const& w, SharedStorage<T>&) : Scorer(p, w) {}
-
-  CUTE_DEVICE Scorer(Params const& p, Work<T> const& w) {
+  // Holds a barrier where queries are prepared.
+  template <class Storage>
+  CUTE_DEVICE Scorer(Params const& p, Work<T> const& w, Storage& shared) {
     int const lane = threadIdx.x % kWarpSize;
-    if (!kOneQuery<T> && w.num_rows() == 0) {
-      clear_query();
-      return;
-    }
-    QueryRows<T> const query_row(p, w);
-    CUTE_UNROLL
-    for (int n = 0; n < kHeadTiles; ++n) {
-      // Lanes of heads that do not exist compute the last one again; nobody stores it.
-      int const last = w.last_row();
-      int const head = n * 8 + lane / 4 < last ? n * 8 + lane / 4 : last;
-      auto const* row = query_row(head);
-      int const first = lane % 4 * 2;
-      if constexpr (kPreparesRows<T>) {
-        PreparedRow<T, 4> const prepared(p, Side::kQuery, row, query_position(p, w, head));
-        load_query(n, [&](int dim) { return prepared.packed(dim + first); });
-      } else {
-        row += first;
-        load_query(n, [&](int dim) { return *reinterpret_cast<uint32_t const*>(row + dim); });
+    if constexpr (kPreparesRows<T>) {
+      prepare_queries(p, w, [&](int row, int dim, auto const& pair) {
+        *reinterpret_cast<uint32_t*>(&shared.prepared_query[row][dim]) =
+            reinterpret_cast<uint32_t const&>(pair);
+      });
+      CUTE_UNROLL
+      for (int n = 0; n < kHeadTiles; ++n) {
+        load_query(n, &shared.prepared_query[n * 8 + lane / 4][lane % 4 * 2]);
+      }
+    } else {
+      if (!kOneQuery<T> && w.num_rows() == 0) {
+        clear_query();
+        return;
+      }
+      QueryRows<T> const query_row(p, w);
+      CUTE_UNROLL
+      for (int n = 0; n < kHeadTiles; ++n) {
+        // Lanes of heads that do not exist compute the last one again; nobody stores it.
+        int const last = w.last_row();
+        int const head = n * 8 + lane / 4 < last ? n * 8 + lane / 4 : last;
+        load_query(n, query_row(head) + lane % 4 * 2);
       }
     }
   }
@@ -129,17 +146,19 @@ struct Scorer<T, Math::kTensorOp> {
   }
 
  private:
-  template <class PairAt>
-  CUTE_DEVICE void load_query(int n, PairAt&& pair_at) {
+  // Eight rows of queries; `row` is this lane's, from its first pair of dims on.
+  CUTE_DEVICE void load_query(int n, Element const* row) {
     CUTE_UNROLL
     for (int i = 0; i < kSteps * 2; ++i) {
       bool const padding = i * 8 >= T::kHeadDim;
-      query[i / 2][n][i % 2] = padding ? 0u : pair_at(i * 8);
+      query[i / 2][n][i % 2] = padding ? 0u : *reinterpret_cast<uint32_t const*>(row + i * 8);
     }
   }
   CUTE_DEVICE void clear_query() {
     CUTE_UNROLL
-    for (int n = 0; n < kHeadTiles; ++n) load_query(n, [](int) { return 0u; });
+    for (int i = 0; i < kSteps * 2 * kHeadTiles; ++i) {
+      query[i / 2 / kHeadTiles][i / 2 % kHeadTiles][i % 2] = 0u;
+    }
   }
 
   // 16 dims of 8 rows in shared memory; `row` is this lane's, counted modulo 8.
@@ -161,10 +180,12 @@ struct Scorer<T, Math::kSimt> {
 
   CUTE_DEVICE Scorer(Params const& p, Work<T> const& w, SharedStorage<T>& storage)
       : shared(storage) {
-    if constexpr (kPreparesRows<T>) {
-      for (int head = threadIdx.x / kWarpSize; head < T::kBlockH; head += T::kNumWarps) {
-        prepare_row(p, w, head);
-      }
+    if constexpr (kPreparesRows<T>) {  // and rounded, as the tensor cores have it
+      prepare_queries(p, w, [&](int row, int dim, auto const& pair) {
+        shared.query[row][dim] = float(pair[0]);
+        shared.query[row][dim + 1] = float(pair[1]);
+      });
+      return;
     } else {
       QueryRows<T> const query_row(p, w);
       for (int i = threadIdx.x; i < T::kBlockH * T::kHeadDim; i += T::kNumThreads) {
@@ -199,20 +220,6 @@ struct Scorer<T, Math::kSimt> {
   }
 
  private:
-  // Rounded as the tensor cores have it. A warp calls.
-  CUTE_DEVICE void prepare_row(Params const& p, Work<T> const& w, int head) {
-    bool const exists = head < w.num_rows();
-    int const at = exists ? head : w.last_row();
-    if (!kOneQuery<T> && w.num_rows() == 0) return;
-    PreparedRow<T, kWarpSize> const prepared(p, Side::kQuery, QueryRows<T>(p, w)(at),
-                                             query_position(p, w, at));
-    for (int dim = int(threadIdx.x) % kWarpSize * 2; dim < T::kHeadDim; dim += 2 * kWarpSize) {
-      auto const pair = prepared.rounded(dim);
-      shared.query[head][dim] = exists ? float(pair[0]) : 0.f;
-      shared.query[head][dim + 1] = exists ? float(pair[1]) : 0.f;
-    }
-  }
-
   CUTE_DEVICE void accumulate(typename T::Element const* keys, int chunk,
                               float (&sum)[T::kBlockH]) const {
     alignas(16) typename T::Element k[kChunk];

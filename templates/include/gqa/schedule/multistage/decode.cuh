@@ -33,6 +33,7 @@ CUTE_DEVICE void attend(Params const& p, Work<T> const& w, SharedStorage<T>& sha
                         TileRing<T>& ring) {
   int const warp = threadIdx.x / kWarpSize;
   ring.fill(p, w, w.first_tile(warp));
+  TokenAhead<T> const ahead(p, w, warp);
   Scorer<T> const score(p, w, shared);
   Logits<T> const logits(p, w);
   OnlineSoftmax<T> softmax;
@@ -43,9 +44,13 @@ CUTE_DEVICE void attend(Params const& p, Work<T> const& w, SharedStorage<T>& sha
     bool const last = tile == w.num_tiles - 1;
     float scores[T::kLaneHeads][T::kLaneTokens];
     NewToken<T> token;
-    if (kOneQuery<T> && last && w.appends) token.load(p, w);
+    if constexpr (kOneQuery<T> && kPreparesRows<T>) {
+      token = ahead.token();
+    } else {
+      if (kOneQuery<T> && last && w.appends) token.load(p, w);
+    }
+    NewTokensOfTile<T> new_tokens(p, w, tile, ring);
     auto* keys = ring.wait_keys();
-    NewTokensOfTile<T> const new_tokens(p, w, tile, ring);
     new_tokens.put_keys(keys);
     if (kOneQuery<T> && last && w.appends) {
       put_new_row<typename T::KeyTile>(token.key, left, keys);

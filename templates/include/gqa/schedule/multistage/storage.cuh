@@ -1,13 +1,14 @@
 // Shared memory of one block of the multistage schedule.
 #pragma once
 
+#include <gqa/stage/prepared_queries.cuh>
 #include <gqa/traits.cuh>
 
 namespace gqa {
 
 // The launcher asks for sizeof(SharedStorage<T>) bytes.
 template <class T>
-struct SharedStorage {
+struct SharedStorage : PreparedQueries<T> {
   // A warp's K and V stages; when its tiles are done, its partial output.
   alignas(16) unsigned char warp[T::kNumWarps][T::kWarpBytes];
   float row_max[T::kNumWarps][T::kBlockH];

@@ -32,8 +32,8 @@ CUTE_DEVICE void attend_multi_tile(TmaParams const& p, ClusterWork<T> const& w,
   for (int tile = w.first_tile(warp); tile < w.num_tiles; tile += w.tile_step()) {
     int const left = w.tokens_in_tiles() - tile * T::kBlockN;
     float scores[T::kLaneHeads][T::kLaneTokens];
+    NewTokensOfTile<T> new_tokens(p.decode, w, tile, ring);
     auto* keys = ring.wait_keys();
-    NewTokensOfTile<T> const new_tokens(p.decode, w, tile, ring);
     new_tokens.put_keys(keys);
     score(keys, {left, left - 1 + w.behind_tiles()}, Logits<T>(p.decode, bias, sight), scores);
     hide_padding<T>(w, tile, scores);
@@ -110,7 +110,12 @@ CUTE_DEVICE void decode_tma(TmaParams const& p) {
   // Tiles that were not known before, which everybody waits for, are asked for before the queries.
   constexpr bool kLate = !kKnowsTiles<T>;
   if (kLate && w.split < w.num_splits) ring.fill(w, w.first_tile(warp));
-  Scorer<T> const score(p.decode, w);
+  // Rows that are prepared are waited for, those of the new token by another warp than those of
+  // most queries.
+  NewToken<T> token;
+  bool const brings_token = kOneQuery<T> && w.appends && warp == T::kNumWarps - 1;
+  if (kPreparesRows<T> && brings_token) token.load(p.decode, w);
+  Scorer<T> const score(p.decode, w, shared);
   if (w.is_idle()) return ring.drain();
   if (!kLate) ring.fill(w, w.first_tile(warp));
   ClusterCombine<T> const cluster_combine(shared, w);
@@ -120,9 +125,8 @@ CUTE_DEVICE void decode_tma(TmaParams const& p) {
     cluster_combine.expect();
   }
   if (w.log_cluster_size > 0) cute::cluster_arrive_relaxed();
-  if (kOneQuery<T> && w.appends && warp == T::kNumWarps - 1) {
-    NewToken<T> token;
-    token.load(p.decode, w);
+  if (brings_token) {
+    if (!kPreparesRows<T>) token.load(p.decode, w);
     token.key.store(shared.new_key);
     token.value.store(shared.new_value);
     if (kMayLoseTokens<T> && w.split == 0 && token.row.lost(p.decode)) ring.lose();

@@ -125,7 +125,7 @@ CUTE_DEVICE void attend_single_tile(TmaParams const& p, ClusterWork<T> const& w,
     CUTE_UNROLL
     for (int t = 0; t < T::kLaneTokens; ++t) scores[h][t] = -kInfinity;
   }
-  NewTokensOfTile<T> const new_tokens(p.decode, w, w.first_tile(warp), ring);
+  NewTokensOfTile<T> new_tokens(p.decode, w, w.first_tile(warp), ring);
   if (left > 0) {
     auto* keys = ring.wait_keys();
     new_tokens.put_keys(keys);

@@ -1,6 +1,7 @@
 // Shared memory of one block of the TMA schedule.
 #pragma once
 
+#include <gqa/stage/prepared_queries.cuh>
 #include <gqa/traits.cuh>
 
 namespace gqa {
@@ -10,7 +11,7 @@ constexpr int kMaxCluster = 8;
 // The ring of tiles follows it, num_stages * kStageBytes: as many stages as the launch asks for, at
 // most kNumStages.
 template <class T>
-struct alignas(1024) ClusterStorage {
+struct alignas(1024) ClusterStorage : PreparedQueries<T> {
   using Element = typename T::Element;
   static constexpr int kStageBytes = T::kNumWarps * T::kPairElements * int(sizeof(Element));
 
