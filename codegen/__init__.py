@@ -5,14 +5,8 @@ from gqa_cutlass.codegen.merge import Kernel, MergeConfig
 from gqa_cutlass.codegen.render import render, source_digest
 from gqa_cutlass.codegen.schema.kinds import DType, Math, Schedule
 from gqa_cutlass.codegen.schema.launch import NumberType
-from gqa_cutlass.codegen.variants import (
-    carried,
-    default_config,
-    merges,
-    select,
-    select_any,
-    shipped,
-)
+from gqa_cutlass.codegen.selection import select, select_any
+from gqa_cutlass.codegen.variants import carried, default_config, merges, shipped
 
 __all__ = [
     "ARCHES",

@@ -33,6 +33,16 @@ def unfit(name: str | Path) -> str:
     return reason and f"got {str(name)!r}{reason}; allowed: a folder, or the name of a new one."
 
 
+def unreadable(path: Path) -> bool:
+    """Whether a path is such that not even its absence can be told: too long, say."""
+    try:
+        path.exists()
+        path.is_dir()
+    except (OSError, ValueError):
+        return True
+    return False
+
+
 @contextmanager
 def writing(what: str, out: Path) -> Iterator[None]:
     """Turn what the file system refuses meanwhile into an error of ours.

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from fnmatch import fnmatchcase
+from collections.abc import Collection
 from functools import cache
 from itertools import product
-from typing import TypeVar
 
 from gqa_cutlass.codegen.config import KernelConfig, check_head_dim
 from gqa_cutlass.codegen.merge import PARTS_AT_ONCE, Kernel, MergeConfig, widest
@@ -16,9 +14,6 @@ from gqa_cutlass.codegen.schema.launch import NumberType
 from gqa_cutlass.codegen.schema.policies import POLICIES, Policy, named
 from gqa_cutlass.codegen.schema.rounding import ceil_div
 from gqa_cutlass.codegen.schema.storage import box_tile_bytes
-from gqa_cutlass.errors import ConfigError
-
-_K = TypeVar("_K", bound=Kernel)
 
 # (why, head_dim, that of values if it is another, group_size, vec_widths, policies) of what ships
 # for no model's sake.
@@ -118,22 +113,6 @@ def _block_h(math: Math, head_dim: int, rows: int, room: int | None) -> int:
     return min(limit, 8 * ceil_div(tiles, blocks))
 
 
-def _named(name: str) -> KernelConfig | None:
-    """The kernel of this name, if it is one."""
-    try:
-        return KernelConfig.from_name(name)
-    except ConfigError:
-        return None
-
-
-def _merge_named(name: str) -> MergeConfig | None:
-    """The same of kernels that merge."""
-    try:
-        return MergeConfig.from_name(name)
-    except ConfigError:
-        return None
-
-
 @cache
 def shipped() -> tuple[KernelConfig, ...]:
     """Every kernel that the package carries as source: those of `MODELS`, and a few for proof.
@@ -186,44 +165,10 @@ def policies_of(model: Model) -> tuple[tuple[Policy, ...], ...]:
     """What the kernels of a model's layers have in their slots: those with a window, if there are
     any, and those without.
     """
-    asked = tuple(policy for policy in POLICIES if policy.feature in model.needs)
-    return tuple({asked: 0, tuple(p for p in asked if p.feature != "window_size"): 0})
+    full = [feature for feature in model.needs if feature != "window_size"]
+    return tuple({policies_for(model.needs): 0, policies_for(full): 0})
 
 
-def select(
-    filters: str | None, configs: Iterable[KernelConfig] | None = None
-) -> list[KernelConfig]:
-    """Pick kernels that decode by name, in CUTLASS' `--kernels` syntax.
-
-    Args:
-        filters: Comma-separated entries; each is a `*`-separated list of substrings that must occur
-            in the name in this order, or a kernel's whole name, which need not be shipped. None or
-            empty picks everything.
-        configs: What to pick from; the shipped kernels by default.
-
-    Raises:
-        ConfigError: Nothing matches.
-    """
-    return _pick(filters, shipped() if configs is None else configs, _named)
-
-
-def select_any(filters: str | None) -> list[Kernel]:
-    """The same of all kernels, those that merge among them."""
-    return _pick(filters, carried(), lambda name: _named(name) or _merge_named(name))
-
-
-def _pick(
-    filters: str | None, configs: Iterable[_K], named: Callable[[str], _K | None]
-) -> list[_K]:
-    pool = list(configs)
-    if not filters:
-        return pool
-    entries = [entry.strip() for entry in filters.split(",") if entry.strip()]
-    pool += [config for config in map(named, entries) if config and config not in pool]
-    picked = [c for c in pool if any(fnmatchcase(c.name, f"*{e}*") for e in entries)]
-    if not picked:
-        raise ConfigError(
-            f"--kernels: got {filters!r}, which matches none of {len(pool)} kernels; "
-            "`gqa-cutlass list` prints the names"
-        )
-    return picked
+def policies_for(features: Collection[str]) -> tuple[Policy, ...]:
+    """The policies of options that a call asks for, in their order."""
+    return tuple(policy for policy in POLICIES if policy.feature and policy.feature in features)

@@ -9,17 +9,14 @@ import pytest
 from gqa_cutlass.codegen import (
     ARCHES,
     DType,
-    KernelConfig,
     Math,
     Schedule,
     default_config,
-    select,
     shipped,
 )
 from gqa_cutlass.codegen.models import MODELS, Model
 from gqa_cutlass.codegen.schema.policies import named
 from gqa_cutlass.codegen.variants import PROOFS, policies_of
-from gqa_cutlass.errors import ConfigError
 
 SHIPPED = set(shipped())
 
@@ -117,59 +114,3 @@ def test_with_one_stage_two_blocks_of_tensor_copies_share_a_multiprocessor() -> 
     ]  # fmt: skip
     assert {c.min_blocks for c in small} == {2}
     assert {c.blocks_per_sm(hopper) for c in small} == {1}
-
-
-@pytest.mark.parametrize("filters", [None, ""])
-def test_no_filter_selects_everything_in_order(filters: str | None) -> None:
-    assert select(filters) == list(shipped())
-
-
-@pytest.mark.parametrize(
-    ("filters", "expected"),
-    [
-        ("simt", lambda c: c.math is Math.SIMT),
-        ("_bf16", lambda c: c.dtype is DType.BF16),
-        ("tensorop*d128*align4", lambda c: (c.math, c.head_dim, c.vec_width)
-         == (Math.TENSOROP, 128, 4)),
-        ("simt*d64, tensorop*d80", lambda c: (c.math, c.head_dim)
-         in ((Math.SIMT, 64), (Math.TENSOROP, 80))),
-        ("_d64_,_d64_g", lambda c: c.head_dim == c.value_dim == 64),
-        ("*_d256_*", lambda c: c.head_dim == 256),
-        ("simt,", lambda c: c.math is Math.SIMT),
-    ],
-)  # fmt: skip
-def test_filters_are_comma_separated_lists_of_ordered_substrings(
-    filters: str, expected: object
-) -> None:
-    assert select(filters) == [c for c in shipped() if expected(c)]  # type: ignore[operator]
-
-
-def test_substrings_must_occur_in_order() -> None:
-    assert select("d128*align4")
-    with pytest.raises(ConfigError):
-        select("align4*d128")
-
-
-def test_full_name_selects_one_kernel() -> None:
-    config = shipped()[-1]
-    assert select(config.name) == [config]
-
-
-def test_full_name_selects_a_kernel_that_is_not_shipped() -> None:
-    config = default_config(Math.TENSOROP, DType.F16, 72, 3, 8)
-    assert config not in shipped()
-    assert select(config.name) == [config]
-    assert select(f"{shipped()[0].name}, {config.name}") == [shipped()[0], config]
-
-
-def test_filter_that_matches_nothing_says_so() -> None:
-    with pytest.raises(ConfigError, match=r"--kernels: got 'fp8'.* none of \d+ kernels.*list"):
-        select("fp8")
-
-
-def test_filter_applies_to_what_it_is_given() -> None:
-    pool = [
-        KernelConfig.from_name(shipped()[0].name),
-        default_config(Math.SIMT, DType.F16, 40, 3, 1),
-    ]
-    assert select("d40", pool) == [pool[1]]
