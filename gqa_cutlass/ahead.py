@@ -130,6 +130,26 @@ class Explanation:
     cubin: Path | None
     kv_bytes: int
 
+    def facts(self) -> dict[str, Any]:
+        """The same for programs: what JSON has."""
+        shape, config = self.dispatch.shape, self.dispatch.config
+        return {
+            "kernel": config.name,
+            "reasons": list(self.dispatch.reasons),
+            "features": [policy.feature for policy in config.policies],
+            "arch": self.device.arch.name,
+            "num_sms": self.device.num_sms,
+            "grid": list(shape.grid),
+            "cluster": shape.cluster,
+            "block": shape.block,
+            "shared_bytes": shape.shared_bytes,
+            "num_stages": self.dispatch.num_stages,
+            "num_splits": self.dispatch.num_splits,
+            "workspace_bytes": self.dispatch.workspace_bytes,
+            "kv_bytes": self.kv_bytes,
+            "cubin": None if self.cubin is None else str(self.cubin),
+        }
+
     def __str__(self) -> str:
         shape = self.dispatch.shape
         lines = {

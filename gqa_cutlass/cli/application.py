@@ -7,20 +7,23 @@ from functools import partial
 
 import typer
 
-from gqa_cutlass.cli import benchmark, generation, inspection
+from gqa_cutlass.cli import benchmark, building, explaining, generation, inspection
 from gqa_cutlass.cli.failures import status_of
 
 _COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generation.generate,
     "list": generation.list_,
-    "build": generation.build,
-    "export": generation.export,
+    "models": generation.models,
+    "build": building.build,
+    "warmup": building.warmup,
+    "export": building.export,
     "check": generation.check,
     "clean": generation.clean,
-    "explain": inspection.explain,
+    "explain": explaining.explain,
     "verify": inspection.verify,
     "sim": inspection.sim,
     "bench": benchmark.bench,
+    "inspect": inspection.inspect,
     "doctor": inspection.doctor,
 }
 app = typer.Typer(

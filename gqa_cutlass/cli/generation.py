@@ -1,110 +1,159 @@
-"""Commands that make, compile and pack kernels, and look after what they made."""
+"""Commands that make sources, list what there is, and look after it."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from gqa_cutlass.checkout import need_checkout
-from gqa_cutlass.cli.options import Archs, Jobs, Kernels, folder
-from gqa_cutlass.cli.output import print_wide, progress, say
+from gqa_cutlass.cli.options import (
+    DryRun,
+    DTypes,
+    Exclude,
+    Json,
+    Kernels,
+    Model,
+    Paged,
+    Tp,
+    folder,
+)
+from gqa_cutlass.cli.output import print_table, say, say_json
+from gqa_cutlass.cli.picking import archs_of, asked_by, choose, for_archs, pick
+from gqa_cutlass.cli.table import Column
 
-if TYPE_CHECKING:
-    from gqa_cutlass.kernels.store import StoredKernel
+_DEFAULT = Path("generated")
+_LISTED = (
+    Column(head="kernel"),
+    Column(head="threads", number=True),
+    Column(head="shared", unit="B", number=True),
+    Column(head="blocks/KV head", number=True, keep=0),
+    Column(head="GPU evidence"),
+)
+_MODELS = (
+    Column(head="preset"),
+    Column(head="query", unit="heads", number=True),
+    Column(head="KV", unit="heads", number=True),
+    Column(head="head_dim", number=True),
+    Column(head="dtype", keep=1),
+    Column(head="source"),
+    Column(head="layers", keep=0),
+)
 
 
 def generate(
-    out: Annotated[Path, folder("Folder to bring up to date.")] = Path("generated"),
+    out: Annotated[Path | None, folder("Folder to bring up to date. Default: generated.")] = None,
+    kernels: Kernels = None,
+    exclude: Exclude = None,
+    model: Model = None,
+    tp: Tp = None,
+    dtype: DTypes = None,
+    paged: Paged = False,
+    arch: Annotated[
+        str | None,
+        typer.Option("--arch", help="Only kernels for these targets. Default: all."),
+    ] = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
 ) -> None:
-    """Render every shipped kernel and the manifest, and the headers that the schema gives.
+    """Render kernels and a manifest: every shipped one, and the headers that the schema gives.
 
-    Needs no GPU and no torch.
+    Those of a model, or of a filter, go to a folder of their own. Needs no GPU and no torch.
     """
+    from gqa_cutlass.codegen import Kernel
     from gqa_cutlass.codegen.manifest import emit, generated_files
     from gqa_cutlass.codegen.manifest import generate as write
+    from gqa_cutlass.errors import InputError
 
-    for header in emit():
+    chosen = choose("generate", model, tp, dtype)
+    picked: list[Kernel] | None = None
+    headers: list[str] = []
+    if chosen or kernels or exclude or arch or dtype or paged:
+        if out is None and not dry_run:
+            raise InputError(
+                "generate: --out: got none, for some kernels; allowed: a folder of their own, for "
+                f"{_DEFAULT} is that of all which are shipped."
+            )
+        picked = pick(
+            "generate", model=chosen, dtype=dtype, kernels=kernels, exclude=exclude, paged=paged
+        )
+        if arch:
+            wanted = for_archs(picked, archs_of(arch), arch)
+            picked = list(dict.fromkeys(config for config, _ in wanted))
+    folder_ = out or _DEFAULT
+    if chosen and not as_json:
+        chosen.show()
+    if picked is None and not dry_run:
+        headers = emit()
+    files = sorted(generated_files(picked))
+    changed = [] if dry_run else write(folder_, picked)
+    if as_json:
+        say_json({"out": str(folder_), "dry_run": dry_run, "headers": headers, "files": files,
+                  "changed": changed})  # fmt: skip
+        return
+    for header in headers:
         say(f"templates/{header} changed")
-    changed = write(out)
-    say(f"{len(generated_files())} files in {out}, {len(changed)} changed")
+    if dry_run:
+        say("\n".join(files))
+        say(f"{len(files)} files for {folder_}; nothing was written")
+    else:
+        say(f"{len(files)} files in {folder_}, {len(changed)} changed")
 
 
-def list_(kernels: Kernels = None) -> None:
+def list_(kernels: Kernels = None, exclude: Exclude = None, as_json: Json = False) -> None:
     """List the shipped kernels with their launch bounds and their GPU evidence."""
     from gqa_cutlass.codegen import MergeConfig, select_any
     from gqa_cutlass.proof.evidence import Evidence
 
     evidence = Evidence.shipped()
-    table = Table("kernel", "threads", "shared", "blocks/KV head", "GPU evidence")
-    for config in select_any(kernels):
-        blocks = "" if isinstance(config, MergeConfig) else str(config.head_blocks)
-        table.add_row(
-            config.name, str(config.num_threads), str(config.shared_bytes), blocks,
-            evidence.describe(config),
-        )  # fmt: skip
-    print_wide(table)
+    rows = [
+        {
+            "name": config.name, "archs": list(config.archs), "threads": config.num_threads,
+            "shared_bytes": config.shared_bytes,
+            "blocks_per_kv_head": None if isinstance(config, MergeConfig) else config.head_blocks,
+            "evidence": evidence.describe(config),
+        }
+        for config in select_any(kernels, exclude)
+    ]  # fmt: skip
+    if as_json:
+        say_json({"kernels": rows})
+        return
+    shown = ("name", "threads", "shared_bytes", "blocks_per_kv_head", "evidence")
+    cells = [["" if row[key] is None else str(row[key]) for key in shown] for row in rows]
+    print_table(_LISTED, cells)
 
 
-def build(
-    kernels: Kernels = None,
-    arch: Archs = "sm_90a",
-    out: Annotated[
-        Path | None, folder("Folder for GQA_CUTLASS_KERNEL_DIR. Default: this user's store.")
-    ] = None,
-    jobs: Jobs = 0,
-) -> None:
-    """Compile kernels ahead of time, to cubins or (compute_80, compute_90) to PTX. Needs no GPU.
+def models(as_json: Json = False) -> None:
+    """List the presets of --model, with the repositories that they were read from."""
+    from gqa_cutlass.codegen.models import MODELS
 
-    Those whose schedule needs another architecture are left out.
-    """
-    from gqa_cutlass.codegen import select_any
-    from gqa_cutlass.codegen.compile import compiles_for
-    from gqa_cutlass.errors import ConfigError
-    from gqa_cutlass.kernels.store import Store, build_all
-
-    store = Store(root=out, private=False) if out else Store.default()
-    archs = _archs(arch)
-    picked = select_any(kernels)
-    wanted = [(config, a) for a in archs for config in picked if compiles_for(config, a)]
-    if not wanted:
-        raise ConfigError(
-            f"--arch: got {arch!r}, which none of these kernels is for; allowed: "
-            f"{', '.join(dict.fromkeys(a for config in picked for a in config.archs))}"
-        )
-    built = []
-    with progress() as bar:
-        for stored in bar.track(build_all(store, wanted, jobs), total=len(wanted)):
-            built.append(stored)
-    print_wide(built_table(built))
-    say(f"{sum(s.was_built for s in built)} of {len(built)} compiled, in {store.root}")
+    if as_json:
+        rows = [
+            {
+                "name": m.name, "source": m.source, "num_q_heads": m.num_q_heads,
+                "num_kv_heads": m.num_kv_heads, "head_dim": m.head_dim, "dtype": m.dtype,
+                "window": m.window or None, "softcap": m.softcap or None, "sinks": m.sinks,
+                "layer_types": [layers.name for layers in m.attention.layer_types],
+            }
+            for m in MODELS
+        ]  # fmt: skip
+        say_json({"models": rows})
+        return
+    cells = [
+        [
+            m.name, str(m.num_q_heads), str(m.num_kv_heads), str(m.head_dim), m.dtype, m.source,
+            "; ".join(
+                ", ".join((layers.name.removesuffix("_attention"), *asked_by(layers)))
+                for layers in m.attention.layer_types
+            ),
+        ]
+        for m in MODELS
+    ]  # fmt: skip
+    print_table(_MODELS, cells)
 
 
-def export(
-    out: Annotated[Path, folder("Folder to write.")],
-    kernels: Kernels = None,
-    arch: Archs = "sm_90a",
-    jobs: Jobs = 0,
-    dependent: Annotated[
-        bool, typer.Option("--dependent", help="With a kernel of dependent launches for each.")
-    ] = False,
-) -> None:
-    """Write a C library and a Rust crate with the kernels in them. Needs no GPU."""
-    from gqa_cutlass.kernels.export import compiled, plan_export, write_bundle
-    from gqa_cutlass.kernels.store import Store
-
-    wanted = plan_export(kernels, _archs(arch), dependent)
-    cubins = compiled(wanted, Store.default(), jobs)
-    with progress() as bar:
-        tracked = bar.track(cubins, total=len(wanted.wanted))
-        files = write_bundle(out, wanted, tracked)
-    names = ", ".join(a.name for a in wanted.archs)
-    say(f"{len(files)} files in {out}: {len(wanted.kernels)} kernels for {names}")
-
-
-def check() -> None:
+def check(as_json: Json = False) -> None:
     """Fail when what is generated has drifted from its source, or a kernel lacks GPU evidence."""
     from gqa_cutlass.codegen import carried
     from gqa_cutlass.codegen.manifest import drift, emitted_drift
@@ -113,44 +162,31 @@ def check() -> None:
     root = need_checkout("check", "generated/ and the GPU evidence")
     evidence = Evidence.shipped()
     headers = emitted_drift()
-    for name in headers:
-        say(f"drift: templates/{name}; run `gqa-cutlass generate`")
-    if headers:  # kernels are compared once what they include is right
-        raise typer.Exit(1)
-    wrong = drift(root / "generated")
-    for name in wrong:
-        say(f"drift: generated/{name}; run `gqa-cutlass generate`")
-    unproven = evidence.missing(carried())
-    for config in unproven:
-        say(f"no current GPU evidence: {config.name}; run `make gpu-test` on a GPU")
-    say(f"{len(wrong)} files drifted, {len(unproven)} kernels without GPU evidence")
-    if wrong or unproven:
+    # Kernels are compared once what they include is right.
+    wrong = [] if headers else drift(root / "generated")
+    unproven = [] if headers else [config.name for config in evidence.missing(carried())]
+    if as_json:
+        say_json({"headers": headers, "drifted": wrong, "without_evidence": unproven})
+    else:
+        for name in headers:
+            say(f"drift: templates/{name}; run `gqa-cutlass generate`")
+        for name in wrong:
+            say(f"drift: generated/{name}; run `gqa-cutlass generate`")
+        for name in unproven:
+            say(f"no current GPU evidence: {name}; run `make gpu-test` on a GPU")
+        if not headers:
+            say(f"{len(wrong)} files drifted, {len(unproven)} kernels without GPU evidence")
+    if headers or wrong or unproven:
         raise typer.Exit(1)
 
 
-def clean() -> None:
+def clean(as_json: Json = False) -> None:
     """Remove this user's compiled kernels."""
     from gqa_cutlass.kernels.store import Store
 
     store = Store.default()
-    say(f"{store.clean()} files removed from {store.root}")
-
-
-def _archs(given: str) -> list[str]:
-    """The targets that --arch names, each once."""
-    from gqa_cutlass.codegen import ARCHES
-
-    names = ARCHES if given == "all" else [entry.strip() for entry in given.split(",")]
-    return list(dict.fromkeys(names))
-
-
-def built_table(built: list[StoredKernel]) -> Table:
-    """Compiled kernels: registers, shared memory, spills, seconds, cubin size."""
-    table = Table("kernel", "arch", "registers", "shared", "spills", "seconds", "cubin")
-    for stored in built:
-        c, config = stored.compiled, stored.config
-        table.add_row(
-            config.name, stored.arch, str(c.registers), str(config.shared_bytes),
-            str(c.spill_bytes), f"{c.seconds:.2f}", f"{len(c.code)}",
-        )  # fmt: skip
-    return table
+    removed = store.clean()
+    if as_json:
+        say_json({"folder": str(store.root), "removed": removed})
+    else:
+        say(f"{removed} files removed from {store.root}")

@@ -1,15 +1,17 @@
-"""Commands that look at a decode step, at a kernel, and at this machine."""
+"""Commands that run a decode step, and look at a kernel and at this machine."""
 
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
-from gqa_cutlass.cli.options import fraction, number
-from gqa_cutlass.cli.output import print_wide, say
+from gqa_cutlass.cli.options import Json, number
+from gqa_cutlass.cli.output import print_table, say, say_json
+from gqa_cutlass.cli.table import Column
 
 if TYPE_CHECKING:
     import torch
@@ -17,53 +19,20 @@ if TYPE_CHECKING:
     from gqa_cutlass.proof.sim import SimRun
     from gqa_cutlass.ptxsim.prepare import Program
 
-_ADDRESSES = 2**63 - 1  # bytes, more than which no tensor has
-
-
-def explain(
-    q_heads: Annotated[int, number("Query heads.")],
-    kv_heads: Annotated[int, number("KV heads.")],
-    head_dim: Annotated[int, number("Dimension per head.")],
-    batch: Annotated[int, number("Sequences.")] = 1,
-    max_seq_len: Annotated[int, number("Tokens that the cache holds.")] = 4096,
-    dtype: Annotated[str, typer.Option(help="float16 or bfloat16.")] = "float16",
-    arch: Annotated[str, typer.Option(help="Target.")] = "sm_90a",
-    ragged: Annotated[bool, typer.Option(help="Whether lengths may differ much.")] = True,
-    dependent: Annotated[
-        bool, typer.Option(help="Start while the kernel before finishes, where it pays.")
-    ] = False,
-    window: Annotated[int, number("Tokens attended to, the new one included. 0: all.")] = 0,
-    softcap: Annotated[float, fraction("Bound of the scores. 0: none.")] = 0,
-    sinks: Annotated[bool, typer.Option("--sinks", help="One more logit per query head.")] = False,
-    alibi: Annotated[bool, typer.Option("--alibi", help="A bias by distance.")] = False,
-) -> None:
-    """Say which kernel a decode step would run, why, and how it is launched."""
-    import torch
-
-    from gqa_cutlass.ahead import explain as explain_call
-    from gqa_cutlass.sizes import check_room, check_sizes
-
-    check_sizes("explain", batch=batch, max_seq_len=max_seq_len, q_heads=q_heads,
-                kv_heads=kv_heads, head_dim=head_dim, window=window)  # fmt: skip
-    check_room(
-        "explain", "max_seq_len", max_seq_len, least=1, each=4 * batch * kv_heads * head_dim,
-        fixed=0, room=_ADDRESSES, where="what can be addressed",
-    )  # fmt: skip
-    kind = _element_type("explain", dtype)
-
-    def empty(*shape: int) -> torch.Tensor:
-        return torch.empty(*shape, dtype=kind, device="meta")
-
-    cache = empty(batch, max_seq_len, kv_heads, head_dim)
-    token = empty(batch, kv_heads, head_dim)
-    q = empty(batch, q_heads, head_dim)
-    per_head = torch.empty(q_heads, dtype=torch.float32, device="meta")
-    found = explain_call(
-        q, cache, cache, token, token, ragged=ragged, dependent=dependent, arch=arch,
-        window_size=(window - 1, 0), softcap=softcap, sinks=per_head if sinks else None,
-        alibi_slopes=per_head if alibi else None,
-    )  # fmt: skip
-    say(str(found))
+_MIX = (
+    Column(head="instruction"),
+    Column(head="count", number=True),
+    Column(head="share", unit="%", number=True),
+)
+_ACCESSES = (
+    Column(head="instruction"),
+    Column(head="source", keep=0),
+    Column(head="requests", number=True),
+    Column(head="passes", number=True),
+    Column(head="least", number=True),
+    Column(head="excess", unit="x", number=True),
+)
+_MOST_NAMES = 24
 
 
 def verify(
@@ -81,6 +50,7 @@ def verify(
         str | None,
         typer.Option(help="cuda, cuda:1, ... or cpu (in ptxsim). Default: a GPU if there is one."),
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Run a decode step and show what it did: output, cache, log, and that overflow is refused."""
     from gqa_cutlass.proof.verify import choose_device, provenance
@@ -92,12 +62,16 @@ def verify(
         head_dim=head_dim, max_seq_len=max_seq_len, dtype=_element_type("verify", dtype),
         device=where,
     )  # fmt: skip
-    say(provenance(where))
-    for position, step in enumerate(steps, 1):
-        say(f"{position}. {step.name}: {'passed' if step.passed else 'FAILED'}")
-        say(textwrap.indent("\n".join(step.evidence), "   "))
     passed = sum(step.passed for step in steps)
-    say(f"{passed} of {len(steps)} passed")
+    if as_json:
+        say_json({"where": provenance(where), "passed": passed,
+                  "steps": [asdict(step) for step in steps]})  # fmt: skip
+    else:
+        say(provenance(where))
+        for position, step in enumerate(steps, 1):
+            say(f"{position}. {step.name}: {'passed' if step.passed else 'FAILED'}")
+            say(textwrap.indent("\n".join(step.evidence), "   "))
+        say(f"{passed} of {len(steps)} passed")
     if passed < len(steps):
         raise typer.Exit(1)
 
@@ -110,25 +84,79 @@ def sim(
     splits: Annotated[int, number("Parts per sequence. 0: as dispatched.")] = 0,
     trace: Annotated[bool, typer.Option("--trace", help="Print every instruction.")] = False,
     no_races: Annotated[bool, typer.Option("--no-races", help="Do not look for races.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Run one kernel without a GPU: check it, and count what it does."""
     from gqa_cutlass.codegen import KernelConfig
+    from gqa_cutlass.errors import InputError
     from gqa_cutlass.proof.sim import run_sim
 
+    if trace and as_json:
+        raise InputError("sim: --json: got --trace as well, which prints lines; leave one out.")
+    config = KernelConfig.from_name(kernel)
     run = run_sim(
-        KernelConfig.from_name(kernel), cache_len=cache_len, batch=batch, kv_heads=kv_heads,
-        num_splits=splits, races=not no_races, trace=_print_step if trace else None,
+        config, cache_len=cache_len, batch=batch, kv_heads=kv_heads, num_splits=splits,
+        races=not no_races, trace=_print_step if trace else None,
     )  # fmt: skip
-    _print_sim(run)
+    if as_json:
+        say_json(_sim_facts(run))
+    else:
+        _print_sim(run)
 
 
-def doctor() -> None:
+def inspect(
+    name: Annotated[str, typer.Argument(help="A kernel's name, as `list` prints it.")],
+    arch: Annotated[
+        str | None, typer.Option("--arch", help="Target. Default: sm_90a, or the kernel's first.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Disassemble one kernel and count: instructions, wide loads, spills, tensor cores."""
+    from gqa_cutlass.codegen import ARCHES
+    from gqa_cutlass.codegen.sass import disassemble, statistics
+    from gqa_cutlass.codegen.selection import kernel_named
+    from gqa_cutlass.errors import ConfigError
+    from gqa_cutlass.kernels.facts import of_result
+    from gqa_cutlass.kernels.store import Store
+
+    config = kernel_named(name)
+    target = arch or ("sm_90a" if "sm_90a" in config.archs else config.archs[0])
+    if target not in config.archs:
+        raise ConfigError(
+            f"inspect: --arch: got {target!r}; allowed for {config.name}: {', '.join(config.archs)}"
+        )
+    stored = Store.default().get(config, target, jit=True)
+    facts, found = of_result(stored), statistics(disassemble(stored.compiled.code))
+    if as_json:
+        say_json({**asdict(facts), "sass": asdict(found)})
+        return
+    share = f"{100 * (facts.occupancy or 0):.0f}% of {ARCHES[target].max_threads_per_sm} threads"
+    for what, value in (
+        ("kernel", config.name),
+        ("arch", target),
+        ("registers", f"{facts.registers} per thread"),
+        ("shared", f"{facts.shared_bytes} bytes per block"),
+        ("occupancy", f"{share} of a multiprocessor"),
+        ("spills", f"{facts.spill_bytes} bytes, {found.spills} accesses to local memory"),
+        ("wide loads", f"{found.wide_loads} of 128 bits"),
+        ("tensor cores", f"{found.tensor_core} instructions"),
+        ("instructions", str(found.instructions)),
+        ("cubin", f"{stored.path} ({facts.code_bytes} bytes)"),
+    ):
+        say(f"{what:<13} {value}")
+    _print_mix("instruction mix", found.mix, found.instructions)
+
+
+def doctor(as_json: Json = False) -> None:
     """Report what the package finds on this machine: compiler, headers, GPU, store."""
     from gqa_cutlass.doctor import findings
 
     found = findings()
-    for finding in found:
-        say(str(finding))
+    if as_json:
+        say_json({"findings": [asdict(finding) for finding in found]})
+    else:
+        for finding in found:
+            say(str(finding))
     if any(finding.missing for finding in found):
         raise typer.Exit(1)
 
@@ -155,6 +183,20 @@ def _print_step(program: Program, pc: int, warps: int, lanes: int) -> None:
     print(f"{pc:5} {warps:4} warps {lanes:6} lanes  {instruction.name:40} {instruction.where}")
 
 
+def _sim_facts(run: SimRun) -> dict[str, object]:
+    """A run for programs."""
+    from gqa_cutlass.ptxsim import report
+
+    moved, stored = report.global_bytes(run.stats)
+    return {
+        "grid": run.shape.grid, "cluster": run.shape.cluster, "block": run.shape.block,
+        "shared_bytes": run.shape.shared_bytes, "seconds": run.seconds, "error": run.error,
+        "error_torch": run.error_torch, "lse_error": run.lse_error, "appended": run.appended,
+        "bytes_read": moved, "least_bytes": run.least_bytes, "bytes_written": stored,
+        "instructions": dict(report.instruction_mix(run.program, run.stats).most_common()),
+    }  # fmt: skip
+
+
 def _print_sim(run: SimRun) -> None:
     """The result against the reference, then what was executed and moved."""
     from gqa_cutlass.ptxsim import report
@@ -174,21 +216,23 @@ def _print_sim(run: SimRun) -> None:
         ("reads", f"{moved} bytes, {moved / run.least_bytes:.2f}x the least possible"),
         ("writes", f"{stored} bytes"),
     ):
-        print(f"{what:<8} {value}")
+        say(f"{what:<8} {value}")
     mix = report.instruction_mix(run.program, stats)
-    table = Table("instruction", "warps", "share", title="instruction mix")
-    for name, count in mix.most_common(24):
-        table.add_row(name, str(count), f"{count / mix.total():.1%}")
-    print_wide(table)
-    for title, unit, accesses in (
-        ("shared memory", "passes", report.shared_accesses(run.program, stats)),
-        ("global memory", "sectors", report.global_accesses(run.program, stats)),
+    _print_mix("instruction mix, by warps", dict(mix.most_common(_MOST_NAMES)), mix.total())
+    for title, accesses in (
+        ("shared memory, in passes", report.shared_accesses(run.program, stats)),
+        ("global memory, in sectors", report.global_accesses(run.program, stats)),
     ):
-        table = Table("instruction", "source", "requests", unit, "least", "excess", title=title)
-        for access in accesses:
-            a = access.stats
-            table.add_row(
-                access.instruction, access.source, str(a.requests), str(a.passes), str(a.ideal),
-                f"{access.excess:.2f}x",
-            )  # fmt: skip
-        print_wide(table)
+        rows = [
+            [
+                a.instruction, a.source, str(a.stats.requests), str(a.stats.passes),
+                str(a.stats.ideal), f"{a.excess:.2f}",
+            ]
+            for a in accesses
+        ]  # fmt: skip
+        print_table(_ACCESSES, rows, title)
+
+
+def _print_mix(title: str, mix: Mapping[str, int], total: int) -> None:
+    rows = [[name, str(count), f"{100 * count / total:.1f}"] for name, count in mix.items()]
+    print_table(_MIX, rows, title)

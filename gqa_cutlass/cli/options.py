@@ -58,9 +58,42 @@ Kernels = Annotated[
     str | None,
     typer.Option(
         "--kernels",
-        help="Comma-separated; each entry is `*`-separated substrings of a name. Default: all.",
+        help="Comma-separated; each entry is `*`-separated whole parts of a name: 'f16*d128_g4'. "
+        "Default: all.",
     ),
 ]
+Exclude = Annotated[
+    str | None,
+    typer.Option("--exclude-kernels", help="The same of what to leave out again."),
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="Kernels of this model, shipped or not: a config.json of Hugging Face, a folder with "
+        "one, or a preset (`gqa-cutlass models`).",
+    ),
+]
+Tp = Annotated[
+    str | None,
+    typer.Option(
+        "--tp",
+        metavar="INTEGERS",
+        help="Ranks that the model's heads are divided by: 1,2,4,8. Default: 1.",
+    ),
+]
+DTypes = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        help="float16, bfloat16 or both, with a comma. Default: the model's; without a model all.",
+    ),
+]
+Paged = Annotated[bool, typer.Option("--paged", help="With --model: kernels for caches in pages.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Archs = Annotated[
     str, typer.Option("--arch", help="Comma-separated targets, or `all`. Default: sm_90a.")
 ]

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
 
-console = Console(markup=False, emoji=False, highlight=False)
+from gqa_cutlass.cli.table import Column, lay_out
+
+
+class Step(Protocol):
+    """Told of everything that is done."""
+
+    def __call__(self, name: str, outcome: str = "") -> None:
+        """What was done, and what came of it."""
 
 
 def say(text: str) -> None:
@@ -14,16 +24,81 @@ def say(text: str) -> None:
     print(printable(text))
 
 
-def print_wide(table: Table) -> None:
-    """Print without folding kernel names, however narrow the terminal."""
-    wide = Console(width=max(console.width, 160), markup=False, emoji=False, highlight=False)
-    wide.print(table)
+def note(text: str) -> None:
+    """Print a line about the work, beside the output."""
+    if sys.stderr is not None:
+        print(printable(text), file=sys.stderr, flush=True)
 
 
-def progress() -> Progress:
-    """A bar on a terminal, out of the way of what is printed; elsewhere nothing."""
-    terminal = Console(stderr=True)
-    return Progress(console=terminal, transient=True, disable=not terminal.is_terminal)
+def say_json(facts: object) -> None:
+    """Print facts for programs."""
+    print(json.dumps(facts, indent=1))
+
+
+def print_table(columns: Sequence[Column], rows: Sequence[Sequence[str]], title: str = "") -> None:
+    """Print a table as wide as the terminal at most; as wide as it is where there is none."""
+    if title:
+        say(f"\n{title}")
+    cells = [[printable(cell) for cell in row] for row in rows]
+    for line in lay_out(columns, cells, width()):
+        print(line)
+
+
+def width() -> int | None:
+    """Characters of a line: what COLUMNS says, or the terminal; None where neither does."""
+    given = os.environ.get("COLUMNS", "")
+    if given.isascii() and given.isdigit() and 0 < len(given) < 7:
+        return max(int(given), 20)
+    try:
+        return max(os.get_terminal_size(sys.stdout.fileno()).columns, 20)
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Step]:
+    """Say how far the work is: on a terminal by a bar with the time left, elsewhere in lines.
+
+    Args:
+        total: How many steps there are.
+
+    Yields:
+        What to call after each.
+    """
+    if sys.stderr is None or not sys.stderr.isatty():
+        yield _lines(total)
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        MofNCompleteColumn(), BarColumn(20), TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total)
+
+        def advance(name: str, outcome: str = "") -> None:
+            bar.update(task, advance=1, description=printable(name))
+
+        yield advance
+
+
+def _lines(total: int) -> Step:
+    done = 0
+
+    def advance(name: str, outcome: str = "") -> None:
+        nonlocal done
+        done += 1
+        note(f"[{done}/{total}] {name}{f': {outcome}' if outcome else ''}")
+
+    return advance
 
 
 def printable(text: str) -> str:

@@ -55,14 +55,22 @@ class Export:
         return [(k, a.name) for k in self.kernels for a in self.archs if compiles_for(k, a.name)]
 
 
-def plan_export(kernels: str | None, archs: Sequence[str], dependent: bool = False) -> Export:
+def plan_export(
+    kernels: str | None,
+    archs: Sequence[str],
+    dependent: bool = False,
+    exclude: str | None = None,
+    pool: Sequence[KernelConfig] | None = None,
+) -> Export:
     """Settle what to export.
 
     Args:
-        kernels: A filter as `select` takes it; None for all that are shipped. Kernels that dispatch
-            never chooses are left out.
+        kernels: A filter as `select` takes it; None for all. Kernels that dispatch never chooses
+            are left out.
         archs: Names from `codegen.ARCHES`.
         dependent: Whether to take the kernels of dependent launches too, one for each.
+        exclude: The same filter for what to leave out again.
+        pool: What to choose from; None: what is shipped.
 
     Raises:
         ConfigError: Nothing to export, or an architecture is unknown.
@@ -70,7 +78,7 @@ def plan_export(kernels: str | None, archs: Sequence[str], dependent: bool = Fal
     for arch in archs:
         if arch not in ARCHES:
             raise ConfigError(f"--arch: got {arch!r}; allowed: all, or {', '.join(ARCHES)}")
-    chosen = [k for k in select(kernels) if _is_dispatched(k)]
+    chosen = [k for k in select(kernels, pool, exclude) if _is_dispatched(k)]
     if dependent:
         chosen = list(dict.fromkeys((*chosen, *(replace(k, pdl=True) for k in chosen))))
     found = [k for k in chosen if set(k.archs) & set(archs)]

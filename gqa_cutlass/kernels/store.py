@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
@@ -65,6 +65,21 @@ class StoredKernel:
     path: Path
     compiled: Compiled
     was_built: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class FailedKernel:
+    """A kernel that the compiler rejected.
+
+    Args:
+        config: The kernel.
+        arch: What it was compiled for.
+        error: What the compiler said.
+    """
+
+    config: Kernel
+    arch: str
+    error: CompileError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,9 +192,12 @@ class Store:
             with self._writing(root):
                 for left in root.glob(f"{stem}.*.tmp"):  # by a process that was killed
                     entries.remove(left)
+            LOG.info("compiling %s for %s, which takes a second or two, once", config.name, arch)
             compiled, compiler = compile_kernel(config, arch), compiler_version()
             name, mode = f"{stem}.{_digest(compiler)}", 0o600 if self.private else 0o644
-            path = self._insist(root, lambda: entries.write(root, name, compiled, compiler, mode))
+            # A folder for others is the same to the byte whenever and wherever it is built.
+            kept = compiled if self.private else replace(compiled, seconds=0.0)
+            path = self._insist(root, lambda: entries.write(root, name, kept, compiler, mode))
         return StoredKernel(config=config, arch=arch, path=path, compiled=compiled, was_built=True)
 
     def _insist(self, root: Path, act: Callable[[], Result]) -> Result:
@@ -226,9 +244,24 @@ class Store:
 def build_all(
     store: Store, wanted: Sequence[tuple[Kernel, str]], jobs: int = 0
 ) -> Iterator[StoredKernel]:
+    """As `build_each`, but that one which the compiler rejects is an error.
+
+    Raises:
+        StoreError, CompileError, CompilerMissingError: As `Store.get`.
+    """
+    for result in build_each(store, wanted, jobs):
+        if isinstance(result, FailedKernel):
+            raise result.error
+        yield result
+
+
+def build_each(
+    store: Store, wanted: Sequence[tuple[Kernel, str]], jobs: int = 0
+) -> Iterator[StoredKernel | FailedKernel]:
     """Bring kernels into a store, several at a time, and yield each as it is done, in order.
 
-    Uses processes: within one, NVRTC compiles one program at a time.
+    Uses processes: within one, NVRTC compiles one program at a time. One that the compiler rejects
+    does not keep the others from being built.
 
     Args:
         store: Where to.
@@ -236,7 +269,8 @@ def build_all(
         jobs: Processes; 0 for one per CPU.
 
     Raises:
-        StoreError, CompileError, CompilerMissingError: As `Store.get`.
+        StoreError, CompilerMissingError: As `Store.get`.
+        CompileError: A process ended abruptly.
     """
     jobs = min(jobs or len(os.sched_getaffinity(0)), len(wanted))
     build_one = partial(_build_one, store)
@@ -253,8 +287,12 @@ def build_all(
         ) from error
 
 
-def _build_one(store: Store, item: tuple[Kernel, str]) -> StoredKernel:
-    return store.get(*item, jit=True)
+def _build_one(store: Store, item: tuple[Kernel, str]) -> StoredKernel | FailedKernel:
+    config, arch = item
+    try:
+        return store.get(config, arch, jit=True)
+    except CompileError as error:
+        return FailedKernel(config=config, arch=arch, error=error)
 
 
 def entry_stem(config: Kernel, arch: str) -> str:

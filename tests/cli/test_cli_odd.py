@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -32,12 +33,14 @@ SIZES = {"--q-heads": "1", "--kv-heads": "1", "--head-dim": "64"}
 # With which every command runs, and is cheap. A new command that needs options needs them here.
 PLAIN: dict[str, dict[str, str]] = {
     "build": {"--kernels": KERNEL.name},
+    "warmup": {"--kernels": KERNEL.name},
     "export": {"--kernels": KERNEL.name, "--out": "exported"},
     "explain": SIZES,
     "verify": {**SIZES, "--batch": "1", "--device": "cpu"},
     "sim": {"--kernel": KERNEL.name, "--cache-len": "3"},
     "bench": {"--from": "record.json"},
 }
+ARGUMENTS = {"inspect": (KERNEL.name,)}  # which are no options
 ODD = {
     "minus one": "-1",
     "zero": "0",
@@ -66,6 +69,8 @@ ODD = {
 def _options(command: str) -> Iterator[tuple[str, bool]]:
     """Options of a command, and whether they take no value."""
     for parameter in COMMANDS[command].params:
+        if parameter.param_type_name == "argument":
+            continue
         for name in (*parameter.opts, *parameter.secondary_opts):
             yield name, parameter.is_flag
 
@@ -93,8 +98,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("GQA_CUTLASS_KERNEL_DIR", str(Store.default().root))
     monkeypatch.setenv("GQA_CUTLASS_CACHE_DIR", str(tmp_path / "store"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for module in (store_module, export_module):
-        monkeypatch.setattr(module, "build_all", _build_all)
+    monkeypatch.setattr(store_module, "build_each", _build_all)
+    monkeypatch.setattr(export_module, "build_all", _build_all)
     monkeypatch.setattr(export_module, "pack", lambda name, found: name.encode())
     monkeypatch.setattr(manifest, "shipped", lambda: [KERNEL])
     found = importlib.util.find_spec
@@ -115,7 +120,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def run(command: str, changes: dict[str, str], *more: str) -> Outcome:
     """Run a command, plainly but for some options."""
     given = PLAIN.get(command, {}) | changes
-    return console_script(command, *(word for pair in given.items() for word in pair), *more)
+    words = [word for pair in given.items() for word in pair]
+    return console_script(command, *ARGUMENTS.get(command, ()), *words, *more)
 
 
 def _wrong(outcomes: dict[str, Outcome]) -> dict[str, Outcome]:
@@ -152,10 +158,16 @@ def test_what_no_command_takes_is_refused(command: str, word: str) -> None:
     assert run(command, {}, word).is_refusal
 
 
-@pytest.mark.parametrize("command", ["export", "explain", "sim"])
+@pytest.mark.parametrize("command", ["export", "explain", "sim", "inspect"])
 def test_what_a_command_needs_is_asked_for(command: str) -> None:
     outcome = console_script(command)
-    assert outcome.is_refusal and "Missing option" in outcome.err
+    assert outcome.is_refusal and re.search("Missing (option|argument)", outcome.err)
+
+
+@pytest.mark.parametrize("name", ODD.values(), ids=ODD)
+def test_no_such_kernel(name: str) -> None:
+    """What looks like an option is behind `--`."""
+    assert console_script("inspect", "--", name).is_refusal
 
 
 @pytest.mark.parametrize("word", ODD.values(), ids=ODD)
