@@ -44,6 +44,7 @@ from gqa_cutlass.kernels.workers import map_in_order
 
 LOG = logging.getLogger("gqa_cutlass")
 _OURS = re.compile(r"gqa_(?:decode|merge)_.*\.(json|cubin|ptx|lock|tmp)")
+_LEFT = re.compile(r"gqa_(?:decode|merge)_.*\.(lock|tmp)")
 _TRIES = 10  # at writing into a folder that somebody removes
 Result = TypeVar("Result")
 
@@ -168,6 +169,17 @@ class Store:
                             removed += entries.remove(root / name)
         return removed
 
+    def sweep(self) -> None:
+        """Remove what processes left in the writable folder that were ended while they built."""
+        root = self._root()
+        with suppress(OSError):
+            left = [name for name in os.listdir(root) if _LEFT.fullmatch(name)]
+            for stem, names in groupby(sorted(left, key=_stem), key=_stem):
+                with locked_if_free(root / f"{stem}.lock") as free:
+                    for name in names:
+                        if free and name.endswith(".tmp"):
+                            entries.remove(root / name)
+
     def _search(self, config: Kernel, arch: str) -> tuple[StoredKernel | None, list[str]]:
         """A kernel that can be used, if any; and why others, that are there, cannot."""
         refused: list[str] = []
@@ -274,17 +286,17 @@ def build_each(
     """
     jobs = min(jobs or len(os.sched_getaffinity(0)), len(wanted))
     build_one = partial(_build_one, store)
-    if jobs <= 1:
-        yield from map(build_one, wanted)
-        return
     try:
-        yield from map_in_order(build_one, wanted, jobs)
+        yield from map(build_one, wanted) if jobs <= 1 else map_in_order(build_one, wanted, jobs)
     except BrokenProcessPool as error:
         raise CompileError(
             f"build: one of {jobs} processes that compiled ended abruptly: it was killed, or there "
             "is too little memory; needed: 250 MB for each. What is done is kept: go on with fewer "
             "jobs."
         ) from error
+    finally:
+        if not store.private:  # a folder for others has kernels in it, and nothing else
+            store.sweep()
 
 
 def _build_one(store: Store, item: tuple[Kernel, str]) -> StoredKernel | FailedKernel:

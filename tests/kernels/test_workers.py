@@ -127,3 +127,15 @@ def test_a_killed_build_leaves_no_process_and_holds_up_no_other(tmp_path: Path) 
     for config in (CONFIG, OTHER):
         assert Store(root=out).get(config, ARCH).was_built
     assert {file.suffix for file in out.iterdir()} == {".cubin", ".json"}
+
+
+@pytest.mark.usefixtures("compiler")
+def test_an_interrupted_build_leaves_whole_kernels_and_nothing_else(tmp_path: Path) -> None:
+    out, kernels = tmp_path / "built", f"{CONFIG.name},{OTHER.name}"
+    parent = _start(tmp_path, _BUILD, "build", "--jobs", 2, "--out", out, "--kernels", kernels)
+    _wait_for(lambda: out.is_dir() and len(list(out.glob("*.lock"))) == 2)  # both compile
+    os.killpg(parent.pid, signal.SIGINT)
+    said = parent.communicate()
+    assert parent.returncode == 130 and "Traceback" not in "".join(said)
+    assert {file.suffix for file in out.iterdir()} <= {".cubin", ".json"}
+    assert not _running(parent.pid)
