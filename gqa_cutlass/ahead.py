@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from gqa_cutlass.codegen.schema.problem import WIDEST, Problem
 from gqa_cutlass.decode_config import GQADecodeConfig, check_config
 from gqa_cutlass.devices import device_of, gpu
 from gqa_cutlass.dispatch import Device, Dispatch, choose_config, dispatch, model_device
+from gqa_cutlass.dispatch.compare import Term, runner_up, terms
 from gqa_cutlass.errors import InputError, shown
 from gqa_cutlass.gpu.driver import load
 from gqa_cutlass.kernels.store import Store
@@ -122,6 +123,9 @@ class Explanation:
         dispatch: The kernel, its launch shape and the reasons.
         cubin: Where the compiled kernel is, or None when the first call would compile it.
         kv_bytes: Bytes of cache that a call with a full cache reads.
+        terms: The model's figures for it.
+        runner_up: What would have been next, if there is anything.
+        runner_up_terms: The figures for that.
     """
 
     problem: Problem
@@ -129,10 +133,13 @@ class Explanation:
     dispatch: Dispatch
     cubin: Path | None
     kv_bytes: int
+    terms: tuple[Term, ...] = ()
+    runner_up: Dispatch | None = None
+    runner_up_terms: tuple[Term, ...] = ()
 
     def facts(self) -> dict[str, Any]:
         """The same for programs: what JSON has."""
-        shape, config = self.dispatch.shape, self.dispatch.config
+        shape, config, other = self.dispatch.shape, self.dispatch.config, self.runner_up
         return {
             "kernel": config.name,
             "reasons": list(self.dispatch.reasons),
@@ -148,13 +155,24 @@ class Explanation:
             "workspace_bytes": self.dispatch.workspace_bytes,
             "kv_bytes": self.kv_bytes,
             "cubin": None if self.cubin is None else str(self.cubin),
-        }
+            "terms": [asdict(term) for term in self.terms],
+            "runner_up": None if other is None else {
+                "kernel": other.config.name,
+                "grid": list(other.shape.grid),
+                "cluster": other.shape.cluster,
+                "num_splits": other.num_splits,
+                "terms": [asdict(term) for term in self.runner_up_terms],
+            },
+        }  # fmt: skip
 
     def __str__(self) -> str:
-        shape = self.dispatch.shape
+        shape, policies = self.dispatch.shape, self.dispatch.config.policies
         lines = {
             "kernel": self.dispatch.config.name,
             "why": "; ".join(self.dispatch.reasons),
+            "model": "; ".join(map(str, self.terms)) or "nothing was weighed",
+            "runner-up": self._next(),
+            "features": ", ".join(policy.feature for policy in policies) or "none",
             "arch": f"{self.device.arch.name}, {self.device.num_sms} SMs",
             "grid": f"{shape.grid} (KV heads x head blocks, splits, batch)",
             "cluster": f"{shape.cluster} blocks, along the splits",
@@ -165,6 +183,14 @@ class Explanation:
             "cubin": str(self.cubin or "not built yet; the first call compiles it"),
         }
         return "\n".join(f"{key:<10} {value}" for key, value in lines.items())
+
+    def _next(self) -> str:
+        """The runner-up, in a line."""
+        if self.runner_up is None:
+            return "none: nothing else can do this"
+        figures = "; ".join(map(str, self.runner_up_terms))
+        grid = f"grid {self.runner_up.shape.grid}, {self.runner_up.num_splits} splits"
+        return f"{self.runner_up.config.name}; {grid}; {figures}"
 
 
 @untraced
@@ -197,7 +223,7 @@ def explain(
 
     Returns:
         What can be printed, or asked for its `dispatch` (kernel and launch), `problem`, `device`,
-        `cubin` (None: not compiled yet) and `kv_bytes`.
+        `cubin` (None: not compiled yet), `kv_bytes`, the model's `terms`, and the `runner_up`.
 
     Raises:
         InputError: An argument is not allowed.
@@ -223,10 +249,14 @@ def explain(
         device = model_device(ARCHES[arch or "sm_90a"])
     chosen = dispatch(problem, device, asked.num_splits, ragged=asked.ragged, pdl=asked.dependent)
     stored = Store.default().find(chosen.config, device.arch.name)
+    other = runner_up(problem, device, chosen, ragged=asked.ragged)
     return Explanation(
         problem=problem,
         device=device,
         dispatch=chosen,
         cubin=None if stored is None else stored.path,
         kv_bytes=problem.cache_bytes,
+        terms=terms(problem, device, chosen),
+        runner_up=other,
+        runner_up_terms=() if other is None else terms(problem, device, other),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from gqa_cutlass.codegen.config import KernelConfig
 from gqa_cutlass.codegen.schema.problem import Problem
@@ -85,8 +86,7 @@ def choose_splits(problem: Problem, config: KernelConfig, device: Device) -> tup
     """
     blocks = problem.num_kv_heads * config.row_blocks(problem.num_tokens) * problem.batch_size
     tiles = problem.tiles(config.block_n)
-    slots = device.num_sms * config.blocks_per_sm(device.arch)
-    most = max(1, min(ceil_div(tiles, config.num_warps), slots // blocks))
+    most = most_splits(problem, config, device)
     costs = {
         splits: read_cost(blocks, tiles, splits, config, device) for splits in range(1, most + 1)
     }
@@ -96,6 +96,36 @@ def choose_splits(problem: Problem, config: KernelConfig, device: Device) -> tup
         f"for {blocks * tiles} tiles on {device.num_sms} SMs; modelled reading and merging "
         f"{costs[splits]:.1f} us"
     )
+
+
+def most_splits(problem: Problem, config: KernelConfig, device: Device) -> int:
+    """As many as let all blocks be resident at once, and leave every warp a tile."""
+    blocks = problem.num_kv_heads * config.head_blocks * problem.batch_size
+    slots = device.num_sms * config.blocks_per_sm(device.arch)
+    return max(1, min(ceil_div(problem.tiles(config.block_n), config.num_warps), slots // blocks))
+
+
+class ReadTerms(NamedTuple):
+    """What the modelled microseconds are made of.
+
+    Args:
+        ideal: Microseconds to read the cache at a GPU's full rate.
+        busy_warps: Share of the warps' time that is used.
+        busy_sms: The same of the multiprocessors'.
+        fed: Share of the bytes in flight that the full rate needs.
+        merging: Microseconds to merge the splits.
+    """
+
+    ideal: float
+    busy_warps: float
+    busy_sms: float
+    fed: float
+    merging: float
+
+    @property
+    def micros(self) -> float:
+        """Their sum."""
+        return self.ideal / (self.busy_warps * self.busy_sms * self.fed) + self.merging
 
 
 def read_cost(blocks: int, tiles: int, splits: int, config: KernelConfig, device: Device) -> float:
@@ -108,6 +138,13 @@ def read_cost(blocks: int, tiles: int, splits: int, config: KernelConfig, device
         config: The kernel.
         device: The GPU.
     """
+    return read_terms(blocks, tiles, splits, config, device).micros
+
+
+def read_terms(
+    blocks: int, tiles: int, splits: int, config: KernelConfig, device: Device
+) -> ReadTerms:
+    """The same, term by term."""
     model = MODELS[device.arch.name]
     ideal = (
         blocks * tiles * config.tile_bytes / (device.num_sms * model.bytes_per_sm_and_microsecond)
@@ -116,7 +153,7 @@ def read_cost(blocks: int, tiles: int, splits: int, config: KernelConfig, device
     busy_sms = _share_used(blocks * splits, device.num_sms)
     resident = min(ceil_div(blocks * splits, device.num_sms), config.blocks_per_sm(device.arch))
     fed = min(1.0, resident * config.bytes_in_flight / model.bytes_in_flight)
-    return ideal / (busy_warps * busy_sms * fed) + model.microseconds_per_split * (splits - 1)
+    return ReadTerms(ideal, busy_warps, busy_sms, fed, model.microseconds_per_split * (splits - 1))
 
 
 def _share_used(work: int, workers: int) -> float:

@@ -391,3 +391,21 @@ def test_sim_refuses_what_it_cannot_run(
         main()
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_explain_fits_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = ("--q-heads", "32", "--kv-heads", "8", "--head-dim", "128")
+    whole = run("explain", *sizes).stdout
+    monkeypatch.setenv("COLUMNS", "80")
+    narrow = run("explain", *sizes).stdout
+    assert max(map(len, narrow.splitlines())) <= 80 < max(map(len, whole.splitlines()))
+    assert narrow.split() == whole.split()
+
+
+def test_explain_knows_pages() -> None:
+    sizes = ["explain", "--q-heads", "32", "--kv-heads", "8", "--head-dim", "128", "--page-size"]
+    said = run(*sizes, "16").output
+    assert "pages of 16 tokens, at most 4096 of a sequence" in said and "block_table" in said
+    assert "the copy engine wants pages of multiples of 16" in run(*sizes, "10").output
+    for wrong in ("-1", "4097"):
+        assert f"explain: page_size: got {wrong}; allowed: 0" in str(run(*sizes, wrong).exception)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from typing import Any
 
 import pytest
@@ -97,3 +99,44 @@ def test_explaining_bad_input_raises_as_the_call_does() -> None:
         _explain(30, 8, 128)
     with pytest.raises(InputError, match="num_splits: got -1"):
         _explain(*MODELS["llama-3-8b"], num_splits=-1)
+
+
+def test_explanation_shows_the_terms_of_the_model() -> None:
+    """Of the multistage schedule those of its cost, which multiply to what dispatch compared."""
+    found = _explain(*MODELS["llama-3-8b"], arch="sm_80", ragged=False)
+    terms = {term.name: term.value for term in found.terms}
+    shares = [
+        terms[name] / 100 for name in ("warps busy", "multiprocessors busy", "bytes in flight")
+    ]
+    expected = terms["reading at full rate"] / math.prod(shares) + terms["merging"]
+    assert terms["modelled"] == pytest.approx(expected)
+    assert f"modelled reading and merging {terms['modelled']:.1f} us" in str(found)
+    tma = {term.name: term for term in _explain(*MODELS["llama-3-8b"]).terms}
+    assert tma["caches"].value <= tma["caches"].limit
+
+
+def test_explanation_names_the_runner_up() -> None:
+    hopper = _explain(*MODELS["llama-3-8b"])
+    assert hopper.dispatch.config.tma and not hopper.runner_up.config.tma
+    assert f"runner-up  {hopper.runner_up.config.name}; grid" in str(hopper)
+    ampere = _explain(*MODELS["llama-3-8b"], arch="sm_80", ragged=False)
+    assert ampere.runner_up.config == ampere.dispatch.config
+    assert ampere.runner_up.num_splits != ampere.dispatch.num_splits
+    modelled = [next(t for t in each if t.name == "modelled").value
+                for each in (ampere.terms, ampere.runner_up_terms)]  # fmt: skip
+    assert modelled[0] <= modelled[1]
+    assert "none: nothing else" in str(explain_alone())
+
+
+def explain_alone() -> Any:
+    """One token, one head: there is nothing to choose on Ampere."""
+    tensors = call_tensors(batch=1, q_heads=1, kv_heads=1, max_seq_len=1, device="meta")
+    return explain(**tensors, arch="sm_80")
+
+
+def test_explanation_is_the_same_for_programs() -> None:
+    found = _explain(*MODELS["llama-3-8b"])
+    facts = json.loads(json.dumps(found.facts()))
+    assert facts["kernel"] == found.dispatch.config.name and facts["cubin"] is None
+    assert facts["runner_up"]["kernel"] == found.runner_up.config.name
+    assert facts["grid"] == list(found.dispatch.shape.grid)
