@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
+import platform
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+
+from gqa_cutlass.errors import GqaError
+
+_LEAST_FREE = 16 << 20  # bytes, for a few hundred kernels
+_CONTROL = Path("/dev/nvidiactl")  # there where NVIDIA's driver is loaded
+_COLUMN = 22
+_TRIAL = 'extern "C" __global__ void doctor() {}'
+_DRIVER = "install or upgrade the NVIDIA driver; `nvidia-smi` shows what it finds"
+_NEEDED = re.compile(r"(?P<name>[A-Za-z0-9._-]+)\s*(?P<bounds>[^;]*)")
+_BOUND = re.compile(r"(>=|<)([0-9.]+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,47 +29,129 @@ class Finding:
         what: It.
         found: What was found, or why it was not.
         missing: Whether something that the package needs is not there.
+        remedy: What to do about it then.
     """
 
     what: str
     found: str
     missing: bool = False
+    remedy: str = ""
 
     def __str__(self) -> str:
-        return f"{self.what:<22} {'MISSING: ' * self.missing}{self.found}"
+        line = f"{self.what:<{_COLUMN}} {'MISSING: ' * self.missing}{self.found}"
+        told = not self.missing or not self.remedy or "remedy:" in self.found
+        return line if told else f"{line}\n{'':<{_COLUMN}} remedy: {self.remedy}"
+
+
+class _Fault(Exception):
+    """Something is there, and not as it must be."""
+
+    def __init__(self, *, found: str, remedy: str) -> None:
+        super().__init__(found)
+        self.remedy = remedy
 
 
 def findings() -> list[Finding]:
     """Look for everything; never raises, whatever is missing or broken."""
-    checks: dict[str, Callable[[], str]] = {
-        "compiler and headers": _compiler,
-        "torch": _torch,
-        "GPU": _gpu,
-        "store": _store,
-        "kernel folders": _kernel_folders,
-        "compiling at run time": _compiling,
+    checks: dict[str, tuple[Callable[[], str], str]] = {
+        "package": (_package, "pip install gqa-cutlass"),
+        "dependencies": (_dependencies, "pip install gqa-cutlass"),
+        "compiler and headers": (_compiler, "pip install gqa-cutlass"),
+        "disassembler": (_disassembler, "pip install nvidia-cuda-nvdisasm"),
+        "torch": (_torch, "pip install torch, as https://pytorch.org says for this machine"),
+        "driver": (_driver, _DRIVER),
+        "GPU": (_gpu, _DRIVER),
+        "store": (_store, "set GQA_CUTLASS_CACHE_DIR to a folder that this user can write to"),
+        "kernel folders": (_kernel_folders, "`gqa-cutlass build --out` makes one"),
+        "compiling at run time": (_compiling, "unset GQA_CUTLASS_DISABLE_JIT"),
     }
-    return [_look(what, check) for what, check in checks.items()]
+    return [_look(what, check, remedy) for what, (check, remedy) in checks.items()]
 
 
-def _look(what: str, check: Callable[[], str]) -> Finding:
+def _look(what: str, check: Callable[[], str], remedy: str) -> Finding:
     try:
         return Finding(what=what, found=check())
+    except _Fault as fault:
+        return Finding(what=what, found=str(fault), missing=True, remedy=fault.remedy)
     except Exception as error:  # anything may be broken here; to say so is what this is for
         text = " ".join(str(error).split()) or type(error).__name__
-        return Finding(what=what, found=text, missing=True)
+        told = isinstance(error, GqaError) and "needed:" in text  # and then what to do
+        return Finding(what=what, found=text, missing=True, remedy="" if told else remedy)
+
+
+def _package() -> str:
+    from gqa_cutlass.version import __version__
+
+    return f"gqa-cutlass {__version__}, Python {platform.python_version()}, {platform.machine()}"
+
+
+def _dependencies() -> str:
+    """Versions of what the package declares. Parts that are built on site have odd ones: only the
+    numbers count.
+    """
+    found = []
+    for text in importlib.metadata.requires("gqa-cutlass") or []:
+        needed = _NEEDED.match(text)
+        if needed is None or "extra ==" in text:
+            continue
+        name, bounds = needed["name"], needed["bounds"]
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            raise _Fault(found=f"{name} is not there", remedy=f"pip install '{text}'") from None
+        for sign, bound in _BOUND.findall(bounds):
+            if (_numbers(version) >= _numbers(bound)) != (sign == ">="):
+                raise _Fault(
+                    found=f"{name} {version}, where {sign}{bound} is needed",
+                    remedy=f"pip install '{text}'",
+                )
+        found.append(f"{name} {version}")
+    return ", ".join(found)
+
+
+def _numbers(version: str) -> list[int]:
+    leading = re.match(r"[0-9]+(\.[0-9]+)*", version)
+    numbers = [int(part) for part in leading[0].split(".")] if leading else [0]
+    return (numbers + [0, 0, 0])[:3]
 
 
 def _compiler() -> str:
-    from gqa_cutlass.codegen.compile import compiler_version
+    """Their versions, once the compiler has shown that it compiles."""
+    from gqa_cutlass.codegen.compile import compile_source, compiler_version
 
-    return compiler_version()
+    found = compiler_version()
+    compile_source(_TRIAL, "doctor", "sm_90a")
+    return found
+
+
+def _disassembler() -> str:
+    """What `inspect` needs. To have none is no fault."""
+    from gqa_cutlass.codegen.sass import disassembler
+
+    found = disassembler()
+    return str(found) if found else "none, for `inspect`; pip install nvidia-cuda-nvdisasm"
 
 
 def _torch() -> str:
     import torch
 
     return f"{torch.__version__}, CUDA {torch.version.cuda or 'not built in'}"
+
+
+def _driver() -> str:
+    """The driver's version. To have none is no fault; to have one that does not work is."""
+    from gqa_cutlass.errors import DeviceError
+    from gqa_cutlass.gpu.driver import driver_version
+
+    try:
+        return f"supports CUDA {driver_version()}"
+    except DeviceError as error:
+        if not _CONTROL.exists():
+            return "none"
+        raise _Fault(
+            found=f"loaded, but of no use ({str(error).split(';')[0]})",
+            remedy=f"{_DRIVER}; CUDA_VISIBLE_DEVICES may hide every GPU",
+        ) from error
 
 
 def _gpu() -> str:
@@ -81,15 +178,45 @@ def _name_in_torch() -> str:
 
 
 def _store() -> str:
+    """Where kernels are kept: whether they can be, and whether what is there is trusted."""
     from gqa_cutlass import env
+    from gqa_cutlass.kernels import entries
 
-    return str(env.cache_dir())
+    root = env.cache_dir()
+    if root.exists():
+        with entries.opened(root):
+            pass
+    if env.jit_disabled():
+        return str(root)
+    there = next(path for path in (root, *root.parents) if path.exists())
+    remedy = "set GQA_CUTLASS_CACHE_DIR to a folder that this user can write to, or chmod this one"
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise _Fault(found=f"{root}, where {there} cannot be written to", remedy=remedy)
+    space = os.statvfs(there)
+    free = space.f_bavail * space.f_frsize
+    if free < _LEAST_FREE:
+        raise _Fault(
+            found=f"{root}, on a disk with {free >> 10} KiB free",
+            remedy="make room, `gqa-cutlass clean` for instance, or set GQA_CUTLASS_CACHE_DIR",
+        )
+    return str(root)
 
 
 def _kernel_folders() -> str:
     from gqa_cutlass import env
+    from gqa_cutlass.kernels import entries
 
-    return ", ".join(map(str, env.kernel_dirs())) or "none"
+    folders = env.kernel_dirs()
+    for path in folders:
+        try:
+            with entries.opened(path):
+                pass
+        except FileNotFoundError:
+            raise _Fault(
+                found=f"{path}, which is not there",
+                remedy=f"`gqa-cutlass build --out {path}`, or set GQA_CUTLASS_KERNEL_DIR aright",
+            ) from None
+    return ", ".join(map(str, folders)) or "none"
 
 
 def _compiling() -> str:

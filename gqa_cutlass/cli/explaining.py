@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import textwrap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gqa_cutlass.cli.options import DTypes, Json, Model, Tp, fraction, number
-from gqa_cutlass.cli.output import say, say_json, width
+from gqa_cutlass.cli.output import say, say_json, say_labelled
 from gqa_cutlass.cli.picking import archs_of, choose, dtypes_of
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from gqa_cutlass.codegen.models import LayerType
     from gqa_cutlass.codegen.schema.kinds import DType
 
-_INDENT = 11  # of what goes on below
+_INDENT = 11  # of the text behind the labels
 _ADDRESSES = 2**63 - 1  # bytes, more than which no tensor has
 
 
@@ -103,28 +102,7 @@ def explain(
     for position, ((what, target), each) in enumerate(found.items()):
         if len(found) > 1:
             say("\n" * (position > 0) + f"{what}, {target}")
-        _say_report(str(each))
-
-
-def _say_report(report: str) -> None:
-    """Print lines `what  text`, and go on below the text where the terminal is narrow.
-
-    Names are never broken: those that are too long for their place get a line of their own.
-    """
-    room = width()
-    for line in report.splitlines():
-        what, text = line[:_INDENT], line[_INDENT:]
-        if room is None:
-            say(line)
-            continue
-        for part in textwrap.wrap(
-            text, max(room - _INDENT, _INDENT), break_long_words=False, break_on_hyphens=False
-        ):
-            if _INDENT + len(part) > room:
-                say(f"{what.rstrip()}\n  {part}" if what.strip() else f"  {part}")
-            else:
-                say(f"{what}{part}")
-            what = " " * _INDENT
+        say_labelled(str(each), _INDENT)
 
 
 def _explain(layers: LayerType, dtype: DType, call: _Call, arch: str) -> Explanation:

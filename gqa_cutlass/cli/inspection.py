@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gqa_cutlass.cli.options import Json, number
-from gqa_cutlass.cli.output import print_table, say, say_json
+from gqa_cutlass.cli.output import print_table, say, say_json, say_labelled
 from gqa_cutlass.cli.table import Column
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ _ACCESSES = (
     Column(head="excess", unit="x", number=True),
 )
 _MOST_NAMES = 24
+_INDENT = 23  # of the text behind the doctor's labels
 
 
 def verify(
@@ -148,7 +149,11 @@ def inspect(
 
 
 def doctor(as_json: Json = False) -> None:
-    """Report what the package finds on this machine: compiler, headers, GPU, store."""
+    """Report what the package finds on this machine, and the remedy for what is missing.
+
+    Versions, compiler and headers, driver, GPU, store and its permissions. The status is 1 when
+    something is missing.
+    """
     from gqa_cutlass.doctor import findings
 
     found = findings()
@@ -156,7 +161,7 @@ def doctor(as_json: Json = False) -> None:
         say_json({"findings": [asdict(finding) for finding in found]})
     else:
         for finding in found:
-            say(str(finding))
+            say_labelled(str(finding), _INDENT)
     if any(finding.missing for finding in found):
         raise typer.Exit(1)
 

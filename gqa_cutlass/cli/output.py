@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
@@ -42,6 +43,31 @@ def print_table(columns: Sequence[Column], rows: Sequence[Sequence[str]], title:
     cells = [[printable(cell) for cell in row] for row in rows]
     for line in lay_out(columns, cells, width()):
         print(line)
+
+
+def say_labelled(report: str, indent: int) -> None:
+    """Print lines of a label and a text, which goes on below itself where the terminal is narrow.
+
+    Names are never broken: those that are too long for their place get a line of their own.
+
+    Args:
+        report: The lines.
+        indent: Where the text begins.
+    """
+    room = width()
+    for line in report.splitlines():
+        label, text = line[:indent], line[indent:]
+        if room is None:
+            say(line)
+            continue
+        for part in textwrap.wrap(
+            text, max(room - indent, indent), break_long_words=False, break_on_hyphens=False
+        ):
+            if indent + len(part) > room:
+                say(f"{label.rstrip()}\n  {part}" if label.strip() else f"  {part}")
+            else:
+                say(f"{label}{part}")
+            label = " " * indent
 
 
 def width() -> int | None:
