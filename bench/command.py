@@ -18,8 +18,9 @@ SHIPPED = "nvidia-h200.json"
 
 
 def bench(
-    *, points: str, out: Path | None, source: Path | None, markdown: bool, commit: str | None
-) -> None:
+    *, points: str, out: Path | None, source: Path | None, markdown: bool, commit: str | None,
+    as_json: bool = False,
+) -> None:  # fmt: skip
     """Measure, or read what was measured; print tables and write files.
 
     Args:
@@ -29,12 +30,15 @@ def bench(
         source: A record to read instead of measuring.
         markdown: Print the tables of docs/benchmark.md instead of a terminal's.
         commit: What is measured; None: what git says of the checkout.
+        as_json: Print the record instead of tables.
 
     Raises:
         InputError: Options that do not go together, no such point, or no record.
         DeviceError: There is no GPU to measure on.
         OutputError: The file system refuses.
     """
+    if markdown and as_json:
+        raise InputError("bench: --json: got --markdown as well; leave one of them out.")
     if source is None:
         record, path = _measured(points, out, commit)
     elif points or commit:
@@ -44,7 +48,9 @@ def bench(
         )
     else:
         record, path = Record.load(source), (out or Path()) / source.name
-    if markdown:
+    if as_json:
+        print(record.as_json(), end="")
+    elif markdown:
         print(report.markdown(record))
     else:
         report.show(record)

@@ -18,10 +18,11 @@ roofline.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -29,17 +30,20 @@ from torch import Tensor
 import gqa_cutlass
 from bench import baselines
 from bench.data import Data, check, pool_bytes, random_pool, relative_error
-from bench.features import CASES, measure_feature
+from bench.features import CASES, Case, measure_feature
 from bench.host import host_costs
 from bench.merges import MERGES, measure_merge
 from bench.points import GRID, PREFILL, RAGGED, Point, Ragged
 from bench.prefill import measure_prefill
 from bench.record import Record, Row
 from bench.timing import Floor, Graph, agreeing, interleaved
+from gqa_cutlass.cli.output import progress
 from gqa_cutlass.codegen import source_digest
 from gqa_cutlass.errors import InputError
 from gqa_cutlass.proof.evidence import ask_gpu, provenance
 
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 POOL_SHARE = 0.8  # of the GPU's free memory
 OURS, BALANCED, DEPENDENT = "ours", "ours, balanced", "ours, dependent"
 
@@ -131,23 +135,35 @@ def run(wanted: str, folder: Path, commit: str) -> tuple[Record, Path]:
         if wanted in str(case.point) and len(fitting(case.points, free)) == len(case.points)
     ]  # fmt: skip
     attended = [*points, *(point for case in cases for point in case.points)]
-    pool, floor = random_pool(attended), Floor()
-    rows = [measure(p, pool, floor) for p in points if not isinstance(p, Ragged)]
-    clocks = ask_gpu("clocks.sm,clocks.mem")
-    record = Record(run={**provenance(), "clocks": clocks, "commit": commit}, rows=rows)
-    path = folder / f"{record.run['gpu'].lower().replace(' ', '-')}.json"
-    record.save(path)
-    ragged = [measure(p, pool, floor) for p in points if isinstance(p, Ragged)]
-    record = replace(record, ragged=ragged)
-    record.save(path)
-    prompts = [measure_prefill(p, pool) for p in points if p in PREFILL]
-    record = replace(record, prefill=[found for found in prompts if found is not None])
-    record.save(path)
-    record = replace(record, features=[measure_feature(case, pool) for case in cases])
-    record.save(path)
-    merges = [measure_merge(merge, floor) for merge in MERGES if wanted in str(merge)]
-    record = replace(record, merges=merges)
-    record.save(path)
-    record = replace(record, host=host_costs())
-    record.save(path)
+    prompts = [point for point in points if point in PREFILL]
+    merges = [merge for merge in MERGES if wanted in str(merge)]
+    with progress(len(points) + len(prompts) + len(cases) + len(merges) + 1) as step:
+        pool, floor = random_pool(attended), Floor()
+
+        def each(items: Iterable[_Item], measured: Callable[[_Item], _Result]) -> list[_Result]:
+            found = []
+            for item in items:
+                found.append(measured(item))
+                step(f"{item.feature} {item.point}" if isinstance(item, Case) else str(item))
+            return found
+
+        grid = [point for point in points if not isinstance(point, Ragged)]
+        rows = each(grid, lambda point: measure(point, pool, floor))
+        clocks = ask_gpu("clocks.sm,clocks.mem")
+        record = Record(run={**provenance(), "clocks": clocks, "commit": commit}, rows=rows)
+        path = folder / f"{record.run['gpu'].lower().replace(' ', '-')}.json"
+        record.save(path)
+        uneven = [point for point in points if isinstance(point, Ragged)]
+        record = replace(record, ragged=each(uneven, lambda point: measure(point, pool, floor)))
+        record.save(path)
+        filled = each(prompts, lambda point: measure_prefill(point, pool))
+        record = replace(record, prefill=[found for found in filled if found is not None])
+        record.save(path)
+        record = replace(record, features=each(cases, lambda case: measure_feature(case, pool)))
+        record.save(path)
+        record = replace(record, merges=each(merges, lambda merge: measure_merge(merge, floor)))
+        record.save(path)
+        record = replace(record, host=host_costs())
+        record.save(path)
+        step("host")
     return record, path

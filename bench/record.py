@@ -289,13 +289,17 @@ class Record:
         Raises:
             OutputError: The file system refuses.
         """
+        with writing("bench: --out", path.parent):
+            update(path.parent, {path.name: self.as_json()})
+
+    def as_json(self) -> str:
+        """What `save` writes."""
         file = _File(
             run=self.run, recorded_scaled=baselines.SOURCE, host_microseconds=self.host,
             microseconds=self.rows, ragged=self.ragged, prefill=self.prefill,
             features=self.features, merges=self.merges,
         )  # fmt: skip
-        with writing("bench: --out", path.parent):
-            update(path.parent, {path.name: json.dumps(asdict(file), indent=1) + "\n"})
+        return json.dumps(asdict(file), indent=1) + "\n"
 
 
 @dataclass(frozen=True, kw_only=True)

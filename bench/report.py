@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping
-
-from rich.console import Console
-from rich.table import Table
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from bench.baselines import SDPA
 from bench.points import Label
 from bench.record import Baseline, Featured, Merged, Prefill, Record, Row
+from gqa_cutlass.cli.output import print_table, say, say_labelled
+from gqa_cutlass.cli.table import Column
 
 HOST_TARGETS = {"plan, out given": 8.0, "plan": 8.0, "gqa_decode": 14.0}
 ABSENT = "-"
+_NAMES = ("point", "feature", "parts", "call", "met", "which is")  # heads of columns
 
 _GRID_HEADER = (
     "model, heads (q/kv/dim)", "sequences × tokens", "KV MiB", "roofline", "ours", "as dependents",
@@ -40,108 +40,136 @@ _MERGES_HEADER = (
 
 
 def show(record: Record) -> None:
-    """Print everything."""
-    console = Console(width=220, markup=False, emoji=False, highlight=False)
-    console.print(", ".join(f"{key}: {value}" for key, value in record.run.items()))
+    """Print everything, as wide as the terminal."""
+    say_labelled(", ".join(f"{key}: {value}" for key, value in record.run.items()), 0)
     if record.rows:
-        console.print(_grid_table(record.rows))
-    for line in summary(record.rows):
-        console.print(line)
+        _show_grid(record.rows)
+        say("")
+    say_labelled("\n".join(summary(record.rows)), 0)
     if record.ragged:
-        console.print(_ragged_table(record.ragged))
+        _show_ragged(record.ragged)
     if record.prefill:
-        console.print(_prefill_table(record.prefill))
+        _show_prefill(record.prefill)
     if record.features:
-        console.print(_features_table(record.features))
+        _show_features(record.features)
     if record.merges:
-        console.print(_merges_table(record.merges))
+        _show_merges(record.merges)
     if record.host:
-        console.print(_host_table(record.host))
+        _show_host(record.host)
 
 
-def _grid_table(rows: list[Row]) -> Table:
+def _columns(
+    *heads: str, first_to_go: Collection[str] = (), then: Collection[str] = ()
+) -> list[Column]:
+    """Columns of numbers, but for those that have names in them."""
+    return [
+        Column(
+            head=head,
+            number=head not in _NAMES,
+            keep=0 if head in first_to_go else 1 if head in then else None,
+        )
+        for head in heads
+    ]
+
+
+def _show_grid(rows: list[Row]) -> None:
     names = list(dict.fromkeys((*SDPA, *(name for row in rows for name in row.measured))))
-    table = Table(
+    columns = _columns(
         "point", "MiB", "roofline", "ours", "balanced", "dependent", "per token", "GB/s", *names,
         "of roofline", "to flash", "to best SDPA", "to best of all", "which is",
-        title="us per call on the grid; GB/s of K and V read",
+        first_to_go=("which is", "balanced", "per token", *names),
+        then=("MiB", "dependent", "to flash", "to best of all"),
     )  # fmt: skip
-    for row in rows:
-        flash = _baseline(row, "SDPA flash")
-        table.add_row(
+    cells = [
+        [
             row.point, f"{row.mib:.1f}", f"{row.floor:.2f}", f"{row.ours:.2f}",
             _micro(row.balanced), _micro(row.dependent), f"{row.per_token:.2f}", _bandwidth(row),
-            *_micros(row.measured, names), _share(row), _times(row, flash),
+            *_micros(row.measured, names), _share(row), _times(row, _baseline(row, "SDPA flash")),
             _times(row, row.best_sdpa), _times(row, row.best_baseline),
             str(row.best_baseline or ABSENT),
-        )  # fmt: skip
-    return table
+        ]
+        for row in rows
+    ]  # fmt: skip
+    print_table(columns, cells, "us per call on the grid; GB/s of K and V read")
 
 
-def _ragged_table(rows: list[Row]) -> Table:
+def _show_ragged(rows: list[Row]) -> None:
     names = list(dict.fromkeys(name for row in rows for name in row.measured))
-    table = Table(
+    columns = _columns(
         "point", "MiB read", "roofline", "ours", "per token", "GB/s", *names, "over roofline",
-        "target", "met", title="us per call, sequences of different lengths",
+        "target", "met", first_to_go=("MiB read", "per token", *names), then=("GB/s", "roofline"),
     )  # fmt: skip
-    for row in rows:
-        met = row.limit is None or row.ours <= row.limit * row.floor
-        table.add_row(
+    cells = [
+        [
             row.point, f"{row.mib:.1f}", f"{row.floor:.2f}", f"{row.ours:.2f}",
             f"{row.per_token:.2f}", _bandwidth(row), *_micros(row.measured, names),
-            f"{row.ours / row.floor:.2f}x", _limit(row), _met(met),
-        )  # fmt: skip
-    return table
+            f"{row.ours / row.floor:.2f}x", _limit(row),
+            _met(row.limit is None or row.ours <= row.limit * row.floor),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    print_table(columns, cells, "us per call, sequences of different lengths")
 
 
-def _prefill_table(rows: list[Prefill]) -> Table:
+def _show_prefill(rows: list[Prefill]) -> None:
     names = list(dict.fromkeys(name for row in rows for name in row.measured))
-    table = Table(
+    columns = _columns(
         "point", "decode", "per new token", *(f"prefill, {name}" for name in names),
-        "per prompt token", "prefill over decode",
-        title="us per call of a decode step, and of attending whole prompts",
+        "per prompt token", "prefill over decode", first_to_go=("per new token",),
+        then=("per prompt token",),
     )  # fmt: skip
-    for row in rows:
-        table.add_row(
+    cells = [
+        [
             row.point, f"{row.decode:.2f}", f"{row.per_token:.2f}", *_micros(row.measured, names),
             f"{row.per_prompt_token:.4f}", f"{row.ratio:.1f}x",
-        )  # fmt: skip
-    return table
+        ]
+        for row in rows
+    ]  # fmt: skip
+    print_table(columns, cells, "us per call of a decode step, and of attending whole prompts")
 
 
-def _features_table(rows: list[Featured]) -> Table:
-    table = Table(
+def _show_features(rows: list[Featured]) -> None:
+    columns = _columns(
         "point", "feature", "MiB read", "plain", "with it", "over plain", "target", "met",
-        title="us per call of steps with features, and of the plain step over what they see",
+        first_to_go=("MiB read",), then=("plain", "target"),
     )  # fmt: skip
-    for row in rows:
-        table.add_row(
+    cells = [
+        [
             row.point, row.feature, f"{row.mib:.1f}", f"{row.plain:.2f}", f"{row.ours:.2f}",
             f"{row.ours / row.plain:.2f}x", f"{row.limit:.2f}", _met(row.ours <= row.limit),
-        )  # fmt: skip
-    return table
+        ]
+        for row in rows
+    ]  # fmt: skip
+    title = "us per call of steps with features, and of the plain step over what they see"
+    print_table(columns, cells, title)
 
 
-def _merges_table(rows: list[Merged]) -> Table:
-    table = Table(
+def _show_merges(rows: list[Merged]) -> None:
+    columns = _columns(
         "parts", "MiB", "floor", "ours", "over floor", "target", "met", "PyTorch's operators",
-        title="us per call of merge_states, and of reading as many bytes as it reads and writes",
+        first_to_go=("MiB",), then=("PyTorch's operators",),
     )  # fmt: skip
-    for row in rows:
-        table.add_row(
+    cells = [
+        [
             row.merge, f"{row.mib:.1f}", f"{row.floor:.2f}", f"{row.ours:.2f}",
             f"{row.over_floor:.2f}x", f"{row.limit:.2f}x", _met(row.over_floor <= row.limit),
             f"{row.operators:.2f}",
-        )  # fmt: skip
-    return table
+        ]
+        for row in rows
+    ]  # fmt: skip
+    title = "us per call of merge_states, and of reading as many bytes as it reads and writes"
+    print_table(columns, cells, title)
 
 
-def _host_table(costs: dict[str, float]) -> Table:
-    table = Table("call", "us", "target", "met", title="us of host time per call")
-    for name, micros in costs.items():
-        met = ABSENT if name not in HOST_TARGETS else _met(micros <= HOST_TARGETS[name])
-        table.add_row(name, f"{micros:.2f}", _host_target(name), met)
-    return table
+def _show_host(costs: dict[str, float]) -> None:
+    cells = [
+        [
+            name, f"{micros:.2f}", _host_target(name),
+            ABSENT if name not in HOST_TARGETS else _met(micros <= HOST_TARGETS[name]),
+        ]
+        for name, micros in costs.items()
+    ]  # fmt: skip
+    print_table(_columns("call", "us", "target", "met"), cells, "us of host time per call")
 
 
 def _host_target(name: str) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from gqa_cutlass.checkout import need_checkout
-from gqa_cutlass.cli.options import folder
+from gqa_cutlass.cli.options import Json, folder
 
 
 def bench(
@@ -33,6 +33,7 @@ def bench(
     commit: Annotated[
         str | None, typer.Option(help="Commit measured. Default: the checkout's, asked of git.")
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Time decode steps on the GPU against PyTorch and a kernel that only reads the same bytes."""
     folder_of_bench = str(need_checkout("bench", "its folder bench/"))
@@ -40,4 +41,5 @@ def bench(
         sys.path.insert(0, folder_of_bench)
     from bench.command import bench as run
 
-    run(points=points, out=out, source=source, markdown=markdown, commit=commit)
+    run(points=points, out=out, source=source, markdown=markdown, commit=commit,
+        as_json=as_json)  # fmt: skip

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gqa_cutlass.cli.options import Json, number
-from gqa_cutlass.cli.output import print_table, say, say_json, say_labelled
+from gqa_cutlass.cli.options import Json, kernel_names, number
+from gqa_cutlass.cli.output import print_table, progress, say, say_json, say_labelled
 from gqa_cutlass.cli.table import Column
 
 if TYPE_CHECKING:
@@ -78,7 +78,10 @@ def verify(
 
 
 def sim(
-    kernel: Annotated[str, typer.Option(help="A kernel's name, as `list` prints it.")],
+    kernel: Annotated[
+        str,
+        typer.Option(help="A kernel's name, as `list` prints it.", autocompletion=kernel_names),
+    ],
     cache_len: Annotated[int, number("Tokens in the cache before the step.")],
     batch: Annotated[int, number("Sequences.")] = 1,
     kv_heads: Annotated[int, number("KV heads.")] = 1,
@@ -90,15 +93,17 @@ def sim(
     """Run one kernel without a GPU: check it, and count what it does."""
     from gqa_cutlass.codegen import KernelConfig
     from gqa_cutlass.errors import InputError
-    from gqa_cutlass.proof.sim import run_sim
+    from gqa_cutlass.proof.sim import STEPS, run_sim
 
     if trace and as_json:
         raise InputError("sim: --json: got --trace as well, which prints lines; leave one out.")
     config = KernelConfig.from_name(kernel)
-    run = run_sim(
-        config, cache_len=cache_len, batch=batch, kv_heads=kv_heads, num_splits=splits,
-        races=not no_races, trace=_print_step if trace else None,
-    )  # fmt: skip
+    with progress(0 if trace else STEPS) as step:  # a bar would stand in the trace's way
+        run = run_sim(
+            config, cache_len=cache_len, batch=batch, kv_heads=kv_heads, num_splits=splits,
+            races=not no_races, trace=_print_step if trace else None,
+            told=lambda outcome: step(config.name, outcome),
+        )  # fmt: skip
     if as_json:
         say_json(_sim_facts(run))
     else:
@@ -106,7 +111,10 @@ def sim(
 
 
 def inspect(
-    name: Annotated[str, typer.Argument(help="A kernel's name, as `list` prints it.")],
+    name: Annotated[
+        str,
+        typer.Argument(help="A kernel's name, as `list` prints it.", autocompletion=kernel_names),
+    ],
     arch: Annotated[
         str | None, typer.Option("--arch", help="Target. Default: sm_90a, or the kernel's first.")
     ] = None,

@@ -54,10 +54,25 @@ def _jobs(text: str | int) -> int:
     return jobs
 
 
+def presets(incomplete: str) -> list[str]:
+    """Presets that begin so, for a shell that completes what is typed."""
+    from gqa_cutlass.codegen.models import MODELS
+
+    return [model.name for model in MODELS if model.name.startswith(incomplete)]
+
+
+def kernel_names(incomplete: str) -> list[str]:
+    """The same of kernels that are shipped."""
+    from gqa_cutlass.codegen import carried
+
+    return [config.name for config in carried() if config.name.startswith(incomplete)]
+
+
 Kernels = Annotated[
     str | None,
     typer.Option(
         "--kernels",
+        autocompletion=kernel_names,
         help="Comma-separated; each entry is `*`-separated whole parts of a name: 'f16*d128_g4'. "
         "Default: all.",
     ),
@@ -70,6 +85,7 @@ Model = Annotated[
     str | None,
     typer.Option(
         "--model",
+        autocompletion=presets,
         help="Kernels of this model, shipped or not: a config.json of Hugging Face, a folder with "
         "one, or a preset (`gqa-cutlass models`).",
     ),

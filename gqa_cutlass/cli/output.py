@@ -86,11 +86,14 @@ def progress(total: int) -> Iterator[Step]:
     """Say how far the work is: on a terminal by a bar with the time left, elsewhere in lines.
 
     Args:
-        total: How many steps there are.
+        total: How many steps there are; 0: say nothing.
 
     Yields:
         What to call after each.
     """
+    if total == 0:
+        yield lambda name, outcome="": None
+        return
     if sys.stderr is None or not sys.stderr.isatty():
         yield _lines(total)
         return

@@ -31,6 +31,11 @@ _PAGE_SIZE = PAGE_TOKENS  # of paged caches: the least that every schedule takes
 BYTES_PER_ELEMENT = 64
 _TORCH = {kind: dtype for dtype, kind in DTYPES.items()}
 _CPU = torch.device("cpu")
+STEPS = 3  # of a run: compiled, run, compared
+
+
+def _quiet(_: str) -> None:
+    """Tell nobody."""
 
 
 class _Asked(TypedDict, total=False):
@@ -81,6 +86,7 @@ def run_sim(
     num_splits: int = 0,
     races: bool = True,
     trace: Trace | None = None,
+    told: Callable[[str], None] = _quiet,
 ) -> SimRun:
     """Run one decode step.
 
@@ -93,6 +99,7 @@ def run_sim(
         races: Whether to look for races.
         trace: Called for every instruction with the kernel, the instruction's position, and how
             many warps and lanes execute it.
+        told: Called with what was done, `STEPS` times.
 
     Raises:
         InputError: A size is not allowed.
@@ -106,7 +113,9 @@ def run_sim(
     )  # fmt: skip
     check_sizes("sim", cache_len=cache_len)
     with enough_memory("sim"):
-        return _run(config, cache_len, batch, kv_heads, num_splits, Checks(races=races), trace)
+        return _run(
+            config, cache_len, batch, kv_heads, num_splits, Checks(races=races), trace, told
+        )
 
 
 def _run(
@@ -117,6 +126,7 @@ def _run(
     num_splits: int,
     checks: Checks,
     trace: Trace | None,
+    told: Callable[[str], None],
 ) -> SimRun:
     """Run it; sizes are checked."""
     q, k_cache, v_cache, k, v = _step(config, cache_len + 1, batch, kv_heads)
@@ -130,15 +140,18 @@ def _run(
     kernel = made.kernel
     assert isinstance(kernel, CpuKernel)
     program = kernel.program
+    told("compiled")
     kernel.checks = checks
     kernel.stats = Stats(len(program.code), None if trace is None else partial(trace, program))
     start = time.perf_counter()
     out, lse = made(q, k_cache, v_cache, k, v, cache_len)
     seconds = time.perf_counter() - start
+    told("run")
     step = q, k_cache, v_cache, [cache_len + 1] * batch, config.head_dim**-0.5
     exact, exact_lse = attend(*step, torch.float64, **asked)
     typed, _ = attend(*step, q.dtype, **asked)
     found = errors(out, exact, typed)
+    told("compared")
     return SimRun(
         program=program,
         shape=made.dispatch.shape,

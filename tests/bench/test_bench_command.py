@@ -180,7 +180,7 @@ def test_names_of_a_record_are_no_markup(saved: Path) -> None:
     row = replace(record.rows[0], kernel="[/]", measured={"[red]": 1.0, "[/y]": 2.0})
     replace(record, run=odd, rows=[row], host={"[/z]": 1.0}).save(saved)
     output = _bench("--from", saved).output
-    for name in ("gpu: [red]GPU[/x], date: :warning:", "[/y]", " [/z] "):
+    for name in ("gpu: [red]GPU[/x], date: :warning:", "[/y]", "\n[/z] "):
         assert name in output
 
 

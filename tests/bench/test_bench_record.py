@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -176,7 +177,7 @@ def test_a_terminal_shows_every_part(full: Record, capsys: pytest.CaptureFixture
     report.show(full)
     said = capsys.readouterr().out
     for point in (*GRID, *RAGGED):
-        assert f" {point} " in said
+        assert f"\n{point} " in said
     for title in (
         "window of 1024",
         "per token",
@@ -186,10 +187,23 @@ def test_a_terminal_shows_every_part(full: Record, capsys: pytest.CaptureFixture
         "8 parts of 64x32x128 in bfloat16",
     ):
         assert title in said
-    rows = [line.split("│") for line in said.splitlines() if " 8x1024 " in line]
-    of_step, of_prompts = ([cell.strip() for cell in row[1:-1]] for row in rows)
+    rows = [line for line in said.splitlines() if " 8x1024 " in line]
+    of_step, of_prompts = (re.split("  +", row) for row in rows)
     assert of_step[1:8] == ["32.0", "10.00", "12.50", "-", "10.00", "1.56", "2684"]
     assert of_prompts[1:] == ["12.50", "1.56", "500.00", "400.00", "0.0488", "32.0x"]
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_tables_fit_the_terminal(
+    width: int, full: Record, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    report.show(full)
+    lines = capsys.readouterr().out.splitlines()
+    tables = [line for line in lines if "  " in line]
+    assert len(tables) > len(GRID) and max(map(len, tables)) <= width
+    (head,) = {line for line in tables if "of roofline" in line}
+    assert {"point", "ours"} <= set(head.split()) and ("to flash" in head) == (width > 80)
 
 
 def test_a_search_over_kernels_is_no_shipped_baseline() -> None:

@@ -40,7 +40,8 @@ def test_a_plan_says_once_what_runs_and_how_long_it_may_take(
     with caplog.at_level(logging.INFO, logger="gqa_cutlass"):
         for _ in range(2):
             gqa_cutlass.gqa_decode(**call_tensors(max_seq_len=8192), cache_seqlens=3)
-    (line,) = [r.getMessage() for r in caplog.records if r.name == "gqa_cutlass"]
+    said = [r.getMessage() for r in caplog.records if r.name == "gqa_cutlass"]
+    (line,) = [each for each in said if not each.startswith("compiling ")]  # where it was not yet
     assert "CPU tensors" in line and "ptxsim" in line and "gqa_decode_sm90" in line
     assert "may take 0.8 s" in line  # 8 MiB of cache
 
