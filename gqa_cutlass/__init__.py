@@ -25,13 +25,24 @@ if TYPE_CHECKING:
     from gqa_cutlass.errors import (
         CacheAllocationError,
         CacheOverflowError,
+        CompileError,
+        CompilerMissingError,
         ConfigError,
+        DeviceError,
+        ExportError,
         GqaError,
         InputError,
+        KernelFault,
+        KernelMissingError,
+        LaunchError,
         OutOfPagesError,
+        OutputError,
+        PtxError,
+        StoreError,
     )
     from gqa_cutlass.flash_attn import flash_attn_with_kvcache
     from gqa_cutlass.merge import merge_states
+    from gqa_cutlass.version import __version__
 
 _HOMES = {
     "GQADecodeConfig": "decode_config",
@@ -50,10 +61,21 @@ _HOMES = {
     "Plan": "call.plan",
     "CacheAllocationError": "errors",
     "CacheOverflowError": "errors",
+    "CompileError": "errors",
+    "CompilerMissingError": "errors",
     "ConfigError": "errors",
+    "DeviceError": "errors",
+    "ExportError": "errors",
     "GqaError": "errors",
     "InputError": "errors",
+    "KernelFault": "errors",
+    "KernelMissingError": "errors",
+    "LaunchError": "errors",
     "OutOfPagesError": "errors",
+    "OutputError": "errors",
+    "PtxError": "errors",
+    "StoreError": "errors",
+    "__version__": "version",
     "flash_attn_with_kvcache": "flash_attn",
     "merge_states": "merge",
     "pack_tree_mask": "call.tokens",
@@ -61,16 +83,27 @@ _HOMES = {
 __all__ = [  # noqa: F822 - provided by __getattr__
     "CacheAllocationError",
     "CacheOverflowError",
+    "CompileError",
+    "CompilerMissingError",
     "ConfigError",
+    "DeviceError",
+    "ExportError",
     "GQADecodeConfig",
     "GqaError",
     "InputError",
     "KVCache",
+    "KernelFault",
+    "KernelMissingError",
+    "LaunchError",
     "OutOfPagesError",
+    "OutputError",
     "PageAllocator",
     "PagedBatch",
     "PagedKVCache",
     "Plan",
+    "PtxError",
+    "StoreError",
+    "__version__",
     "block_table_from_indptr",
     "block_table_to_indptr",
     "check_overflow",
@@ -89,3 +122,8 @@ def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'gqa_cutlass' has no attribute {name!r}")
     return getattr(import_module(f"gqa_cutlass.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """The public names, whether or not they were imported."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import email
 import os
 import re
 import shutil
@@ -113,8 +114,63 @@ def test_wheel_declares_its_command(built: Path) -> None:
 def test_sdist_holds_what_the_wheel_is_made_from(sdist: set[PurePosixPath]) -> None:
     expected = _repository_files("gqa_cutlass", "*.py") | _repository_files("codegen", "*.py")
     expected |= _repository_files("templates", "*.py", "*.jinja", "*.cuh")
-    expected |= {"pyproject.toml", "README.md"}
+    expected |= {"pyproject.toml", "README.md", "LICENSE", "templates/bundle/LICENSE"}
+    expected |= {"CHANGELOG.md", "CITATION.cff", "SECURITY.md"}
     assert expected - {str(name) for name in sdist} == set()
+
+
+def test_wheel_has_its_license_and_says_what_it_is(built: Path) -> None:
+    with zipfile.ZipFile(next(built.glob("*.whl"))) as archive:
+        names = archive.namelist()
+        info = next(name for name in names if name.endswith(".dist-info/METADATA"))
+        metadata = email.message_from_bytes(archive.read(info))
+        text = archive.read(info.replace("METADATA", "licenses/LICENSE")).decode()
+    assert {"gqa_cutlass/py.typed", "gqa_cutlass/templates/bundle/LICENSE"} <= set(names)
+    assert "BSD 3-Clause License" in text and "The gqa_cutlass authors" in text
+    assert (metadata["License-Expression"], metadata["Author"]) == (
+        "BSD-3-Clause", "The gqa_cutlass authors",
+    )  # fmt: skip
+    assert "Typing :: Typed" in metadata.get_all("Classifier")
+    assert metadata["Requires-Python"] == ">=3.11" and metadata["Project-URL"] is None
+
+
+def test_what_is_written_of_the_release_agrees() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    version = project["version"]
+    cited = (REPOSITORY / "CITATION.cff").read_text()
+    assert f"\nversion: {version}\n" in cited and "\nlicense: BSD-3-Clause\n" in cited
+    assert f"\n## [{version}] - " in (REPOSITORY / "CHANGELOG.md").read_text()
+    build = (REPOSITORY / "templates" / "bundle" / "CMakeLists.txt").read_text()
+    assert f"project(gqa_attention_decode VERSION {version} LANGUAGES C)" in build
+    bundled = REPOSITORY / "templates" / "bundle" / "LICENSE"
+    assert bundled.read_text() == (REPOSITORY / "LICENSE").read_text()
+
+
+_TYPED = """
+from torch import Tensor
+from gqa_cutlass import GqaError, StoreError, __version__, gqa_decode, plan
+
+def step(q: Tensor, cache: Tensor, token: Tensor) -> Tensor:
+    try:
+        out: Tensor = plan(q, cache, cache, token, token, cache_seqlens=3)(
+            q, cache, cache, token, token, 3
+        )
+    except StoreError as error:
+        raise GqaError(__version__) from error
+    return out + gqa_decode(q, cache, cache, cache_seqlens=3)
+
+reveal_type(gqa_decode(step, 1, 2, cache_seqlens=3))
+"""
+
+
+@pytest.mark.thorough
+def test_a_users_program_is_checked_by_the_packages_types(installed: Path, tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
+    (tmp_path / "program.py").write_text(_TYPED)
+    mypy = (sys.executable, "-m", "mypy", "--strict", "--python-executable", installed / "python")
+    done = subprocess.run([*mypy, "program.py"], cwd=tmp_path, capture_output=True, text=True)
+    wrong = [line for line in done.stdout.splitlines() if ": error: " in line]
+    assert wrong and all(line.startswith("program.py:14: ") for line in wrong), done.stdout
 
 
 def test_installed_package_is_the_wheels(installed: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib.metadata
 import struct
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -426,7 +427,18 @@ def test_every_error_of_the_package_is_a_gqa_error() -> None:
     assert all(issubclass(error, GqaError) for error in own)
 
 
+def test_every_error_is_in_the_package() -> None:
+    names = {name for name, e in vars(errors).items() if isinstance(e, type)}
+    assert names <= set(gqa_cutlass.__all__)
+    assert all(getattr(gqa_cutlass, name) is getattr(errors, name) for name in names)
+
+
 def test_everything_public_is_there() -> None:
     assert all(getattr(gqa_cutlass, name) is not None for name in gqa_cutlass.__all__)
+    assert set(gqa_cutlass.__all__) <= set(dir(gqa_cutlass))
+    assert [n for n in dir(gqa_cutlass) if not n.startswith("_")] == [
+        n for n in sorted(gqa_cutlass.__all__) if not n.startswith("_")
+    ]
+    assert gqa_cutlass.__version__ == importlib.metadata.version("gqa-cutlass")
     with pytest.raises(AttributeError, match="has no attribute 'gqa_prefill'"):
         gqa_cutlass.gqa_prefill  # noqa: B018

@@ -4,6 +4,7 @@ as CUDA has it, and with no names but its own."""
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
 import os
 import re
 import shutil
@@ -365,7 +366,11 @@ def test_functions_have_the_signatures_of_cuda_h_under_the_names_that_it_links(
 CONSUMER = """
 cmake_minimum_required(VERSION 3.16)
 project(consumer LANGUAGES C CXX)
-find_package(gqa_attention_decode REQUIRED)
+find_package(gqa_attention_decode 9.0 QUIET)
+if(gqa_attention_decode_FOUND)
+  message(FATAL_ERROR "another version was taken")
+endif()
+find_package(gqa_attention_decode 0.1 REQUIRED)
 add_executable(in_c program.c)
 target_link_libraries(in_c PRIVATE gqa::gqa_attention_decode)
 add_executable(in_cpp program.cpp)
@@ -402,6 +407,27 @@ def test_cmake_builds_installs_and_finds_the_library(
     for program in ("in_c", "in_cpp"):
         printed = run(consumer / "build" / program, LD_LIBRARY_PATH=fake.parent)
         assert printed == f"{len(kernels())} kernels, GQA_SUCCESS, \n"
+    licenses = prefix / "share" / "licenses" / "gqa_attention_decode"
+    assert (licenses / "LICENSE").read_text() == (bundle / "LICENSE").read_text()
+    check_pkg_config(prefix, consumer / "program.c", shared == "OFF", tmp_path / "by_pkg_config")
+    assert run(tmp_path / "by_pkg_config", LD_LIBRARY_PATH=fake.parent) == printed
+
+
+def check_pkg_config(prefix: Path, program: Path, static: bool, out: Path) -> None:
+    """Build a program by what pkg-config says; skipped where there is none."""
+    if shutil.which("pkg-config") is None:
+        pytest.skip("needs pkg-config")
+    (file,) = prefix.rglob("gqa_attention_decode.pc")
+
+    def asked(*options: str) -> list[str]:
+        name = "gqa_attention_decode"
+        return run("pkg-config", *options, name, PKG_CONFIG_PATH=file.parent).split()
+
+    assert asked("--modversion") == [importlib.metadata.version("gqa-cutlass")]
+    asked("--atleast-version=0.1")
+    flags = asked("--cflags", "--libs", *(["--static"] if static else []))
+    where = "" if static else f"-Wl,-rpath,{file.parent.parent}"
+    run("gcc", program, "-o", out, *flags, *filter(None, [where]))
 
 
 @pytest.mark.parametrize("compiler", COMPILERS)

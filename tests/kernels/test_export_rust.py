@@ -142,4 +142,5 @@ class TestCrate:
 def test_the_crate_has_the_packages_version() -> None:
     manifest = tomllib.loads((REPOSITORY / "templates" / "bundle" / "Cargo.toml").read_text())
     assert manifest["package"]["version"] == importlib.metadata.version("gqa-cutlass")
+    assert manifest["package"]["license"] == "BSD-3-Clause"
     assert "dependencies" not in manifest
