@@ -71,7 +71,7 @@ def verify(
         say(provenance(where))
         for position, step in enumerate(steps, 1):
             say(f"{position}. {step.name}: {'passed' if step.passed else 'FAILED'}")
-            say(textwrap.indent("\n".join(step.evidence), "   "))
+            say_labelled(textwrap.indent("\n".join(step.evidence), "   "), 3)
         say(f"{passed} of {len(steps)} passed")
     if passed < len(steps):
         raise typer.Exit(1)
@@ -152,7 +152,7 @@ def inspect(
         ("instructions", str(found.instructions)),
         ("cubin", f"{stored.path} ({facts.code_bytes} bytes)"),
     ):
-        say(f"{what:<13} {value}")
+        say_labelled(f"{what:<13} {value}", 14)
     _print_mix("instruction mix", found.mix, found.instructions)
 
 
