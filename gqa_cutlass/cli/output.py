@@ -10,7 +10,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
-from gqa_cutlass.cli.table import Column, lay_out
+from gqa_cutlass.cli.table import Column, cut, lay_out
+
+_BAR, _TIME = 10, 12  # characters of a bar; of the time left, with what is between the columns
+_COMMON = "gqa_decode_"  # of nearly all names
 
 
 class Step(Protocol):
@@ -106,15 +109,19 @@ def progress(total: int) -> Iterator[Step]:
         TimeRemainingColumn,
     )
 
+    console = Console(stderr=True)
     columns = (
-        MofNCompleteColumn(), BarColumn(20), TimeRemainingColumn(),
+        MofNCompleteColumn(), BarColumn(_BAR), TimeRemainingColumn(),
         TextColumn("{task.description}", markup=False),
     )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    # Where a line is too short for all, rich would cut the count and the time as well.
+    room = max(console.width - 2 * len(str(total)) - _BAR - _TIME, 1)
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=total)
 
         def advance(name: str, outcome: str = "") -> None:
-            bar.update(task, advance=1, description=printable(name))
+            short = printable(name).removeprefix(_COMMON)
+            bar.update(task, advance=1, description=cut(short, room))
 
         yield advance
 

@@ -49,9 +49,9 @@ def lay_out(
     room = width - len(_GAP)
     rest = _fitted(columns, rows, list(range(1, len(columns))), room)
     head, *body = _blocks(_lines(columns, rows, rest, room), len(rows))
-    lines = [_cut(columns[0].head, width), *(f"{_GAP}{line}" for line in head)]
+    lines = [cut(columns[0].head, width), *(f"{_GAP}{line}" for line in head)]
     for row, block in zip(rows, body, strict=True):
-        lines += [_cut(row[0], width), *(f"{_GAP}{line}" for line in block)]
+        lines += [cut(row[0], width), *(f"{_GAP}{line}" for line in block)]
     return lines
 
 
@@ -108,7 +108,7 @@ def _lines(
         heads.append([columns[i].unit for i in kept])
     return [
         _GAP.join(
-            _cut(cell, size).rjust(size) if columns[i].number else _cut(cell, size).ljust(size)
+            cut(cell, size).rjust(size) if columns[i].number else cut(cell, size).ljust(size)
             for i, cell, size in zip(kept, cells, widths, strict=True)
         ).rstrip()
         for cells in (*heads, *([row[i] for i in kept] for row in rows))
@@ -121,5 +121,6 @@ def _blocks(lines: list[str], rows: int) -> list[list[str]]:
     return [lines[:split], *([line] for line in lines[split:])]
 
 
-def _cut(text: str, width: int | None) -> str:
+def cut(text: str, width: int | None) -> str:
+    """A text of so many characters at most."""
     return text if width is None or len(text) <= width else text[: max(width - 1, 0)] + _CUT

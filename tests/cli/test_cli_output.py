@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -112,12 +113,15 @@ def test_on_a_terminal_progress_is_a_bar_with_count_name_and_time_left(
 
     monkeypatch.setattr(sys, "stderr", Terminal())
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("COLUMNS", "80")
     with output.progress(2) as step:
         step("first [kernel]", "compiled")
-        step("second", "compiled")
+        step(f"{KERNEL.name} sm_90a", "compiled")
     said = sys.stderr.getvalue()  # type: ignore[attr-defined]
-    assert "2/2" in said and "second" in said and ":" in said
+    lines = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line) for line in re.split(r"[\r\n]", said)]
+    last = next(line for line in reversed(lines) if "2/2" in line)
+    assert "0:00:00" in last and "sm80_tensorop_f16_f16_d64_g4" in last
+    assert max(map(len, lines)) <= 80
 
 
 def test_a_first_call_that_compiles_says_so(fake: None, caplog: pytest.LogCaptureFixture) -> None:
