@@ -58,16 +58,18 @@ _WITH_SINKS, _WITH_ALIBI = ("gpt_oss",), ("bloom",)
 # Kinds of layers that keep no keys and values.
 _OTHERS = ("linear_attention", "mamba", "mamba2", "conv", "short_conv", "recurrent")
 # Fields by which a model attends in ways that are not read here.
+_UNREAD = "layers that differ in a way that is not read"
 _REFUSED = {
     "kv_lora_rank": "multi-head latent attention (MLA), whose cache holds one latent vector per "
     "token and no KV heads",
     "attention_chunk_size": "chunked attention",
-    "hybrid_layer_pattern": "layers that differ in a way that is not read",
-    "block_configs": "layers that differ in a way that is not read",
-    "swa_head_dim": "layers that differ in a way that is not read",
-    "global_head_dim": "layers that differ in a way that is not read",
-    "attn_config": "attention in a way that is not read",
-}
+    "blocksparse_block_size": "block-sparse attention",
+    **dict.fromkeys(
+        ("hybrid_layer_pattern", "block_configs", "block_types", "attn_type_list",
+         "attention_types", "swa_head_dim", "global_head_dim", "attn_config"),
+        _UNREAD,
+    ),
+}  # fmt: skip
 
 
 def find_model(given: str) -> Attention:

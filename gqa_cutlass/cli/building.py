@@ -193,14 +193,14 @@ def _bring(
             facts.append(known.of_result(result))
             step(f"{facts[-1].name} {facts[-1].arch}", facts[-1].state)
     failed = [each for each in facts if each.state == known.FAILED]
-    if out:
-        _write_report(out, facts)
     if as_json:
         say_json({"folder": str(store.root), "failed": len(failed), "kernels": _rows(facts)})
     else:
         print_kernels(facts)
         count = sum(each.state == known.COMPILED for each in facts)
         say(f"{count} of {len(facts)} compiled, in {store.root}")
+    if out:
+        _write_report(out, facts)
     for each in failed:
         note(f"gqa-cutlass: {each.name} for {each.arch} failed: {_first_error(each.error or '')}")
     if failed:

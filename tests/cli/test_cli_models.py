@@ -20,8 +20,9 @@ from gqa_cutlass.codegen.compile import Compiled
 from gqa_cutlass.codegen.model_config import find_model
 from gqa_cutlass.codegen.model_kernels import kernels_of, ranked
 from gqa_cutlass.codegen.sass import disassembler
-from gqa_cutlass.errors import CompileError
+from gqa_cutlass.errors import CompileError, KernelMissingError
 from gqa_cutlass.kernels import store as store_module
+from gqa_cutlass.kernels.store import Store
 
 NAMES = [k.name for k in kernels_of(ranked(find_model("gpt-oss-20b"), (1,), ()))]
 SELECTED = ("--model", "gpt-oss-20b")
@@ -107,6 +108,46 @@ def test_a_kernel_that_fails_does_not_lose_the_others(fake: set[str], place: Pat
     }  # fmt: skip
     failed = json.loads((place / "out" / building.REPORT).read_text())["kernels"][1]
     assert failed["state"] == "failed" and "no such thing" in failed["error"]
+
+
+def test_a_full_disk_is_one_line_and_keeps_what_is_done(
+    fake: set[str], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, written = store_module.entries.write, []
+
+    def full(folder: Path, name: str, *rest: Any) -> Path:
+        if written:
+            raise OSError(28, "No space left on device", str(folder / name))
+        written.append(name)
+        return write(folder, name, *rest)
+
+    monkeypatch.setattr(store_module.entries, "write", full)
+    outcome = console_script("build", *SELECTED, "--out", "out", "--jobs", "1")
+    assert outcome.status == 2 and "cannot write to out (No space left" in outcome.err
+    assert outcome.err.count("gqa-cutlass: ") == 1
+    assert [path.name for path in (place / "out").iterdir() if path.suffix == ".cubin"] == [
+        f"{written[0]}.cubin"
+    ]
+    assert {path.suffix for path in (place / "out").iterdir()} == {".cubin", ".json"}
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "another version"])
+def test_a_damaged_kernel_is_not_used(
+    damage: str, fake: set[str], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a compiler it is missing, and the error says why; with one it is built anew."""
+    one = ("build", "--kernels", NAMES[0], "--jobs", "1")
+    console_script(*one, "--out", "out")
+    code, entry = (next((place / "out").glob(f"*.{kind}")) for kind in ("cubin", "sm_90a*json"))
+    if damage == "another version":
+        entry.write_text(json.dumps(json.loads(entry.read_text()) | {"format": 2}))
+    else:
+        code.write_bytes(b"cod" if damage == "cut" else b"CODE")
+    monkeypatch.setenv("GQA_CUTLASS_KERNEL_DIR", str(place / "out"))
+    config = KernelConfig.from_name(NAMES[0])
+    with pytest.raises(KernelMissingError, match="Found, but not used: .*damaged"):
+        Store.default().get(config, "sm_90a", jit=False)
+    assert _json(*one)["kernels"][0]["state"] == "compiled"
 
 
 def test_two_builds_are_the_same_to_the_byte_and_run_without_a_compiler(

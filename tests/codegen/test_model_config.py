@@ -109,6 +109,8 @@ BAD = {
     "no heads": ({"hidden_size": 64}, "has no num_attention_heads"),
     "mla": (LLAMA | {"kv_lora_rank": 512}, "multi-head latent attention"),
     "chunks": (LLAMA | {"attention_chunk_size": 8192}, "chunked attention"),
+    "blocks": (LLAMA | {"blocksparse_block_size": 64}, "block-sparse attention"),
+    "unread": (LLAMA | {"block_types": ["recurrent", "attention"]}, "a way that is not read"),
     "uneven": (LLAMA | {"num_key_value_heads": 7}, "divisors of 32 query heads"),
     "text": (LLAMA | {"num_attention_heads": "32"}, "a whole number from 1"),
     "huge": (LLAMA | {"num_attention_heads": 10**30}, "a whole number from 1"),
