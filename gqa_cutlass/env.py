@@ -5,12 +5,14 @@ GQA_CUTLASS_KERNEL_DIR    folders with kernels that `gqa-cutlass build --out` wr
                           cache and never written; separated like PATH
 GQA_CUTLASS_DISABLE_JIT   1: never compile at run time; a missing kernel is an error
 HOME, XDG_CACHE_HOME      where the user's cache directory is, and what `~` stands for
+COLUMNS                   how wide the command line's tables may be, where no terminal says so
 """
 
 from __future__ import annotations
 
 import os
 import pwd
+import re
 from pathlib import Path
 
 from gqa_cutlass.errors import StoreError
@@ -45,6 +47,12 @@ def kernel_dirs() -> tuple[Path, ...]:
 def jit_disabled() -> bool:
     """Whether compiling at run time is forbidden."""
     return os.environ.get("GQA_CUTLASS_DISABLE_JIT", "0") not in ("", "0")
+
+
+def columns() -> int | None:
+    """Characters of a line, if the user says so; at least 20."""
+    given = os.environ.get("COLUMNS", "")
+    return max(int(given), 20) if re.fullmatch("[1-9][0-9]{0,5}", given) else None
 
 
 def _place(variable: str, given: str) -> Path:

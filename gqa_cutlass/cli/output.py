@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
+from gqa_cutlass import env
 from gqa_cutlass.cli.table import Column, cut, lay_out
 
 _BAR, _TIME = 10, 12  # characters of a bar; of the time left, with what is between the columns
@@ -75,9 +76,8 @@ def say_labelled(report: str, indent: int) -> None:
 
 def width() -> int | None:
     """Characters of a line: what COLUMNS says, or the terminal; None where neither does."""
-    given = os.environ.get("COLUMNS", "")
-    if given.isascii() and given.isdigit() and 0 < len(given) < 7:
-        return max(int(given), 20)
+    if given := env.columns():
+        return given
     try:
         return max(os.get_terminal_size(sys.stdout.fileno()).columns, 20)
     except (OSError, ValueError, AttributeError):
