@@ -14,6 +14,7 @@ from torch import Tensor
 from gqa_cutlass.call.given import see
 from gqa_cutlass.call.layout import DTYPES, problem_of
 from gqa_cutlass.call.options import PlanOptions, check, check_softcap, features_of, listed, rename
+from gqa_cutlass.call.stored import scale_fields
 from gqa_cutlass.codegen.config import ARCHES
 from gqa_cutlass.codegen.merge import Kernel
 from gqa_cutlass.codegen.schema.problem import WIDEST, Problem
@@ -176,8 +177,10 @@ def explain(
     rename(options)
     given = q, k_cache, v_cache, k, v, out, 0, *features_of(options)
     asked, policies = check("explain", options, given)
-    problem = problem_of(see(given), policies, asked.window_size[0], asked.out_dtype)
+    layout = see(given)
+    problem = problem_of(layout, policies, asked.window_size[0], asked.out_dtype)
     check_softcap(asked.softcap, problem.head_dim**-0.5)
+    scale_fields(asked, layout)
     if not (arch is None or type(arch) is str and arch in ARCHES):
         raise InputError(f"explain: arch: got {shown(arch)}; allowed: {', '.join(ARCHES)}.")
     if q.device.type == "cuda" and arch is None:

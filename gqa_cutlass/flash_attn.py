@@ -18,7 +18,7 @@ _NO_WINDOW = -1, -1
 _NUMBERS = int, float
 _ROTATE = "None; rotate q and k before the call"
 _VARLEN = "None: one query token per sequence, q of [batch, 1, heads, head_dim]"
-_SCALED = "None; 16-bit q, k and v, with their scales multiplied in (k's into softmax_scale)"
+_SCALED = "None; queries of 16 bits, with their scale multiplied into softmax_scale"
 # What FlashAttention does and no kernel here: what to pass instead.
 _NOT_YET = {
     "qv": "None, the attention of models without qv",
@@ -28,8 +28,6 @@ _NOT_YET = {
     "cu_seqlens_q": _VARLEN,
     "cu_seqlens_k_new": _VARLEN,
     "q_descale": _SCALED,
-    "k_descale": _SCALED,
-    "v_descale": _SCALED,
     "attention_chunk": "0; for chunks, pass cache_leftpad, where the newest token's begins",
 }
 
@@ -52,8 +50,8 @@ def flash_attn_with_kvcache(
     max_seqlen_q: int | None = None,
     rotary_seqlens: Tensor | None = None,
     q_descale: Tensor | None = None,
-    k_descale: Tensor | None = None,
-    v_descale: Tensor | None = None,
+    k_descale: float | Tensor | None = None,
+    v_descale: float | Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
     window_size: tuple[int, int] = _NO_WINDOW,
@@ -101,9 +99,11 @@ def flash_attn_with_kvcache(
         cu_seqlens_k_new: Not supported yet: None.
         max_seqlen_q: Without effect: it belongs to `cu_seqlens_q`.
         rotary_seqlens: Not supported yet: None.
-        q_descale: Not supported yet: None.
-        k_descale: Not supported yet: None.
-        v_descale: Not supported yet: None.
+        q_descale: Not supported yet: None. Queries are of 16 bits, also with caches of 8.
+        k_descale: Of a cache of float8_e4m3fn or float8_e5m2: what its keys are multiplied by, and
+            what a new one is divided by; float32, [], [num_kv_heads] or [batch, num_kv_heads], or a
+            number: `k_scale` of `gqa_decode`. None for 1.
+        v_descale: The same of values.
         softmax_scale: Factor on the scores; None for head_dim ** -0.5.
         causal: Without effect: one query token is the last, and sees every key either way.
         window_size: (left, right): the newest token attends to itself and `left` before it; -1
@@ -137,12 +137,11 @@ def flash_attn_with_kvcache(
     chunked = attention_chunk is not None and not _is_zero(attention_chunk)
     if chunked or not (
         qv is rotary_cos is rotary_sin is rotary_seqlens is cu_seqlens_q is cu_seqlens_k_new
-        is q_descale is k_descale is v_descale is None
+        is q_descale is None
     ):  # fmt: skip
         _refuse(
             qv=qv, rotary_cos=rotary_cos, rotary_sin=rotary_sin, rotary_seqlens=rotary_seqlens,
             cu_seqlens_q=cu_seqlens_q, cu_seqlens_k_new=cu_seqlens_k_new, q_descale=q_descale,
-            k_descale=k_descale, v_descale=v_descale,
             attention_chunk=attention_chunk if chunked else None,
         )  # fmt: skip
     try:
@@ -176,6 +175,10 @@ def flash_attn_with_kvcache(
         features["cache_batch_idx"] = cache_batch_idx
     if page_table is not None:
         features["block_table"] = page_table
+    if k_descale is not None:
+        features["k_scale"] = k_descale
+    if v_descale is not None:
+        features["v_scale"] = v_descale
     if out_dtype is not None:
         features["out_dtype"] = out_dtype
     result = gqa_decode(

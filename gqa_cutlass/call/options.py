@@ -16,8 +16,9 @@ from torch import Tensor
 
 from gqa_cutlass.call.given import PAGES, Given, Layout, Seen, fail
 from gqa_cutlass.call.layout import NUMBER_TYPES
+from gqa_cutlass.call.stored import SCALES, is_number, scale_fields
 from gqa_cutlass.codegen.config import KernelConfig
-from gqa_cutlass.codegen.schema.policies import CALL, POLICIES, Policy, special
+from gqa_cutlass.codegen.schema.policies import CALL, FP8, POLICIES, Policy, special
 from gqa_cutlass.codegen.schema.problem import MAX_SCALE, MAX_SEQ_LEN, MAX_SOFTCAP, MAX_SPLITS
 from gqa_cutlass.codegen.schema.rounding import reciprocal
 from gqa_cutlass.errors import InputError, shown
@@ -50,6 +51,13 @@ class Options(TypedDict, total=False):
         cache_leftpad: Tokens of padding at the start of each sequence's cache, int32 [batch] on q's
             device, which the host never reads. They are counted in `cache_seqlens`, and not
             attended to; where there are more of them than tokens, nothing is. Negative counts as 0.
+        k_scale: Of caches of float8_e4m3fn or float8_e5m2: what stored keys are multiplied by, and
+            what a new one is divided by before it is rounded to the nearest of them, or to the
+            last. A positive number; or float32 on q's device, which the host never reads: [],
+            [num_kv_heads] or [batch, num_kv_heads], with any strides. Zeros, negative numbers and
+            NaN there are no error: zero stores the last numbers and NaN, and forgets every key;
+            NaN makes the output NaN. None, the default: 1.
+        v_scale: The same of values.
         out_dtype: torch.float32: the output as it was computed, before it is rounded, as a part to
             be merged with others by `merge_states`. None, the default, or q's dtype: that of q.
         out: Where to write; q's shape (with head_dim_v), and its dtype or `out_dtype`, sharing no
@@ -64,6 +72,8 @@ class Options(TypedDict, total=False):
     window_size: tuple[int, int]
     alibi_slopes: Tensor | None
     cache_leftpad: Tensor | None
+    k_scale: float | Tensor | None
+    v_scale: float | Tensor | None
     out_dtype: torch.dtype | None
     out: Tensor | None
 
@@ -130,6 +140,8 @@ class Asked:
     ragged: bool = True
     softcap: float = 0  # an int, for torch traces a float as one that may vary
     window_size: tuple[int, int] = NO_WINDOW
+    k_scale: float | None = None
+    v_scale: float | None = None
     out_dtype: torch.dtype | None = None
     kernel: KernelConfig | None = None
     dependent: bool = False
@@ -199,7 +211,9 @@ def features_of(options: dict[str, Any]) -> tuple[Tensor | None, ...]:
     Returns:
         Them in the order of the table; nothing if there are none.
     """
+    numbers = {name: options.pop(name) for name in SCALES if is_number(options.get(name))}
     tensors = tuple(map(options.pop, TENSORS, _NONES))
+    options |= numbers
     for tensor in tensors:
         if tensor is not None:
             return tensors
@@ -261,7 +275,9 @@ def check(call: str, options: Mapping[str, Any], given: Given) -> tuple[Asked, t
         wanted.append("window_size")
     if asked.out_dtype is torch.float32:
         wanted.append("out_dtype")
-    return asked, special(tuple([policy for policy in POLICIES if policy.feature in wanted]))
+    # What caches hold, their type says.
+    features = [p for p in POLICIES if p.feature in wanted and p not in FP8]
+    return asked, special(tuple(features))
 
 
 def check_options(num_splits: int = 0, softmax_scale: float | None = None, **flags: bool) -> None:
@@ -317,9 +333,23 @@ def check_window(window_size: object) -> tuple[int, int]:
     return (left, -1)
 
 
-def fields_of(asked: Asked, layout: Layout, scale: float) -> dict[str, float]:
-    """What features put into the kernel's argument, but addresses, by the names of its fields."""
-    found: dict[str, float] = {}
+def fields_of(
+    asked: Asked, layout: Layout, scale: float, policies: tuple[Policy, ...]
+) -> dict[str, float]:
+    """What features put into the kernel's argument, but addresses, by the names of its fields.
+
+    Args:
+        asked: The options.
+        layout: The tensors.
+        scale: Factor on the scores.
+        policies: The kernel's.
+
+    Raises:
+        InputError: An option is not allowed with these tensors.
+    """
+    found = scale_fields(asked, layout)
+    if not policies:
+        return found
     if cap := check_softcap(asked.softcap, scale):
         found["softcap_in"] = scale / cap
         found["softcap_out"] = cap * math.log2(math.e)

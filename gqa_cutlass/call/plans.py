@@ -74,7 +74,7 @@ class Plans:
                 asked=asked,
                 softmax_scale=scale,
                 out_dtype=asked.out_dtype or layout["q"].dtype,
-                fields=fields_of(asked, layout, scale) if policies else {},
+                fields=fields_of(asked, layout, scale, problem.policies),
                 dispatch=dispatch(
                     problem, executor.device, asked.num_splits, asked.kernel,
                     on_device and asked.ragged, asked.dependent,

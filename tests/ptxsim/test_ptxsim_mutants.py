@@ -59,7 +59,8 @@ def launch(case: Case, program: Program) -> set[str]:
     }
     task = Task(
         layout=layout, problem=problem, dispatch=chosen, asked=asked, softmax_scale=step.scale,
-        out_dtype=asked.out_dtype or step.q.dtype, fields=fields_of(asked, layout, step.scale),
+        out_dtype=asked.out_dtype or step.q.dtype,
+        fields=fields_of(asked, layout, step.scale, problem.policies),
     )  # fmt: skip
     params = constants(task, 0)
     for field, tensor in tensors.items():

@@ -78,7 +78,14 @@ struct Params {
   int32_t page_size;               // block_table: in tokens
   uint32_t page_magic;             // block_table: which a token is multiplied by,
   int32_t page_shift;              // block_table: and shifted, to divide it by page_size
-  unsigned char reserved[40];
+  float const* k_scales;           // float8_e4m3fn: [batch, num_kv_heads], or null: k_scale
+  float const* v_scales;           // float8_e4m3fn: likewise
+  float k_scale;                   // float8_e4m3fn: what stored keys are multiplied by
+  float v_scale;                   // float8_e4m3fn: likewise
+  int32_t k_scale_batch;           // float8_e4m3fn: between sequences, or 0
+  int32_t k_scale_head;            // float8_e4m3fn: between KV heads, or 0
+  int32_t v_scale_batch;           // float8_e4m3fn: likewise
+  int32_t v_scale_head;            // float8_e4m3fn: likewise
 };
 
 // CUtensorMap: a tensor in global memory, as the copy engine sees it and the driver encodes it.

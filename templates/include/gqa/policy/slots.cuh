@@ -26,8 +26,15 @@
 //   Bias      what is added to it.   float operator()(logit, head, Position), likewise. Made once,
 //                                    of p and work: it may load what it needs.
 //   NewToken  what is appended.      load(p, work, key, value): the rows of this block's KV head.
-//   Operands  what is multiplied.    key_fragment, value_fragment: 16 bytes per lane of a tile, as
-//                                    the MMA takes them. number: an element on CUDA cores.
+//   Operands  what is stored, and    Stored: what caches and tiles consist of, kPacked elements in
+//             what is multiplied.    16 bits; Multiplied: what the MMA takes. TokenRow: of a token
+//                                    that is stored; set_scales. KeyScale: what a product counts,
+//                                    scaled(), set() once queries are there; scale_values: of an
+//                                    output. query_dim, is_padding, kHalfStep, kRowStep: which dims
+//                                    a lane's operands have. add_keys, add_values: products of a
+//                                    tile; value_row, value_fragment: an operand of 16 dims;
+//                                    load_step: one of a single key. number, Numbers: elements on
+//                                    CUDA cores.
 //   Output    what else is divided   finish(p, work, head, merged): called once per output, when
 //             by.                    everything has been merged.
 //   Result    what outputs are       rounded(values): a cutlass array of as many, made of one of
@@ -54,7 +61,7 @@ struct Box {
 // A row of K or V, and whether it is to be read.
 template <class T>
 struct Place {
-  typename T::Element const* row;
+  typename T::Stored const* row;
   bool exists;
 };
 

@@ -1,4 +1,5 @@
-// Stage 5, append: the new token's K and V into the cache, bit for bit, once per KV head.
+// Stage 5, append: the new token's K and V into the cache, bit for bit or as the cache stores
+// them, once per KV head.
 #pragma once
 
 #include <gqa/stage/row.cuh>
@@ -15,6 +16,7 @@ struct NewToken {
 
   CUTE_DEVICE void load(Params const& p, Work<T> const& w) {
     NewTokenOf<T>::load(p, w, key, value);
+    OperandsOf<T>::set_scales(p, w, key, value);
     row.find(p, w);  // behind it, for it may wait for what it reads
   }
 

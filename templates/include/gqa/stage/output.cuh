@@ -12,6 +12,7 @@ namespace gqa {
 template <class T, int kWidth>
 CUTE_DEVICE void write_output(Params const& p, Work<T> const& w, Slice s, Merged<kWidth>&& r) {
   OutputOf<T>::finish(p, w, s, r);
+  OperandsOf<T>::scale_values(p, w, r);
   bool const empty = r.sum == 0.f;  // nothing attended: the output is zero and lse minus infinity
   float const scale = !w.valid ? kNan : empty ? 0.f : reciprocal_approx(r.sum);
   cutlass::Array<float, kWidth> values;

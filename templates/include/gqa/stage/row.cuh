@@ -1,7 +1,7 @@
 // A row of one KV head in the registers of a warp.
 #pragma once
 
-#include <gqa/traits.cuh>
+#include <gqa/policy/slots.cuh>
 
 namespace gqa {
 
@@ -20,7 +20,7 @@ struct WarpRow {
     for_each([&](int i, int at) { reinterpret_cast<Vector<T>*>(row)[at] = vec[i]; });
   }
 
- private:
+ protected:
   template <class Visit>
   CUTE_DEVICE static void for_each(Visit&& visit) {
     CUTE_UNROLL
@@ -32,8 +32,8 @@ struct WarpRow {
 };
 
 template <class T>
-using KeyRow = WarpRow<T, T::kHeadDim>;
+using KeyRow = typename OperandsOf<T>::template TokenRow<T::kHeadDim>;
 template <class T>
-using ValueRow = WarpRow<T, T::kHeadDimV>;
+using ValueRow = typename OperandsOf<T>::template TokenRow<T::kHeadDimV>;
 
 }  // namespace gqa
