@@ -7,8 +7,8 @@
 namespace gqa {
 
 // Rounds to the nearest number of `Format`, ties to even, and numbers beyond its last to that one;
-// NaN stays NaN. The value of a subnormal is a multiple of the least one, to which adding a power
-// of two rounds it; that of others loses bits of the fraction.
+// NaN stays NaN: what cvt does where there is one. The value of a subnormal is a multiple of the
+// least one, to which adding a power of two rounds it; that of others loses bits of the fraction.
 template <class Format>
 CUTE_DEVICE uint32_t rounded_to(float x) {
   constexpr uint32_t kExponentOne = 127;  // of 1.0f, in its bits
@@ -53,6 +53,17 @@ struct E4m3 {
 #endif
   }
 
+  // Two floats, rounded.
+  CUTE_DEVICE static uint16_t rounded(float low, float high) {
+#if __CUDA_ARCH__ >= 890
+    uint16_t pair;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+    return pair;
+#else
+    return rounded_to<E4m3>(low) | rounded_to<E4m3>(high) << 8;
+#endif
+  }
+
  private:
   // Two, in the upper halves of 16 bits each.
   CUTE_DEVICE static uint32_t scaled(uint32_t two) {
@@ -75,6 +86,16 @@ struct E5m2 {
   CUTE_DEVICE static void halves(uint32_t four, uint32_t& low, uint32_t& high) {
     low = __byte_perm(four, 0, 0x1404);
     high = __byte_perm(four, 0, 0x3424);
+  }
+
+  CUTE_DEVICE static uint16_t rounded(float low, float high) {
+#if __CUDA_ARCH__ >= 890
+    uint16_t pair;
+    asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+    return pair;
+#else
+    return rounded_to<E5m2>(low) | rounded_to<E5m2>(high) << 8;
+#endif
   }
 };
 

@@ -21,7 +21,7 @@ struct NativeOperands {
   template <int kDims>
   using TokenRow = WarpRow<T, kDims>;
   template <class Key, class Value>
-  CUTE_DEVICE static void set_scales(Params const&, Work<T> const&, Key&, Value&) {}
+  CUTE_DEVICE static void quantise(Params const&, Work<T> const&, Key&, Value&) {}
 
   // Products are what they are, and so are outputs.
   struct KeyScale {

@@ -36,22 +36,32 @@ CUTE_DEVICE float value_scale(Params const& p, Work<T> const& w) {
   return p.v_scales[int64_t(w.batch) * p.v_scale_batch + int64_t(w.kv_head) * p.v_scale_head];
 }
 
-// A new token's row, as it was given: divided by its scale and rounded when it is stored.
+// A new token's row: as it was given, and divided by its scale and rounded.
 template <class T, int kDims, class Format>
 struct QuantisedRow : WarpRow<T, kDims> {
-  float scale;
+  using Base = WarpRow<T, kDims>;
+  using Bytes = cute::uint_bit_t<T::kVecWidth * 8>;
 
-  CUTE_DEVICE void store(uint16_t* row) const {
-    using Bytes = cute::uint_bit_t<T::kVecWidth * 8>;
-    this->for_each([&](int i, int at) {
+  Bytes bytes[Base::kPerLane];
+
+  CUTE_DEVICE void quantise(float scale) {
+    this->for_each([&](int i, int) {
       auto const* given = reinterpret_cast<typename T::Element const*>(&this->vec[i]);
-      alignas(8) unsigned char bytes[T::kVecWidth];
+      float quotient[ceil_div(T::kVecWidth, 2) * 2] = {};
       CUTE_UNROLL
       for (int j = 0; j < T::kVecWidth; ++j) {
-        bytes[j] = rounded_to<Format>(__fdiv_rn(float(given[j]), scale));
+        quotient[j] = scale == 1.f ? float(given[j]) : __fdiv_rn(float(given[j]), scale);
       }
-      reinterpret_cast<Bytes*>(row)[at] = reinterpret_cast<Bytes const&>(bytes);
+      uint64_t packed = 0;
+      CUTE_UNROLL
+      for (int j = 0; j < T::kVecWidth; j += 2) {
+        packed |= uint64_t(Format::rounded(quotient[j], quotient[j + 1])) << 8 * j;
+      }
+      bytes[i] = Bytes(packed);
     });
+  }
+  CUTE_DEVICE void store(uint16_t* row) const {
+    this->for_each([&](int i, int at) { reinterpret_cast<Bytes*>(row)[at] = bytes[i]; });
   }
 };
 
@@ -129,9 +139,9 @@ struct Fp8Operands {
   template <int kDims>
   using TokenRow = QuantisedRow<T, kDims, Format>;
   template <class Key, class Value>
-  CUTE_DEVICE static void set_scales(Params const& p, Work<T> const& w, Key& key, Value& value) {
-    key.scale = key_scale(p, w);
-    value.scale = value_scale(p, w);
+  CUTE_DEVICE static void quantise(Params const& p, Work<T> const& w, Key& key, Value& value) {
+    key.quantise(key_scale(p, w));
+    value.quantise(value_scale(p, w));
   }
 
   using KeyScale = Fp8KeyScale<T>;

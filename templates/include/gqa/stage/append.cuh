@@ -16,7 +16,7 @@ struct NewToken {
 
   CUTE_DEVICE void load(Params const& p, Work<T> const& w) {
     NewTokenOf<T>::load(p, w, key, value);
-    OperandsOf<T>::set_scales(p, w, key, value);
+    OperandsOf<T>::quantise(p, w, key, value);
     row.find(p, w);  // behind it, for it may wait for what it reads
   }
 
