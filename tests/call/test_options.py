@@ -19,7 +19,7 @@ from gqa_cutlass.codegen.schema.policies import CALL, FP8, POLICIES
 
 CALLS: dict[str, tuple[Callable[..., Any], set[str]]] = {
     "gqa_decode": (gqa_decode, set(Options.__annotations__)),
-    "KVCache.decode": (KVCache.decode, set(Options.__annotations__)),
+    "KVCache.decode": (KVCache.decode, set(Options.__annotations__) - {"k_scale", "v_scale"}),
     "plan": (plan, set(PlanOptions.__annotations__)),
     "explain": (explain, set(PlanOptions.__annotations__) - {"kernel"}),
 }
