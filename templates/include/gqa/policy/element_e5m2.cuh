@@ -1,7 +1,7 @@
 // Operands: caches of float8_e5m2, which the MMA multiplies as float16.
 #pragma once
 
-#include <gqa/policy/fp8.cuh>
+#include <gqa/policy/element_fp8.cuh>
 
 namespace gqa {
 
