@@ -10,7 +10,16 @@ from typing import TypeVar
 
 from gqa_cutlass.codegen.schema import storage
 from gqa_cutlass.codegen.schema.kinds import DType, Math, Schedule
-from gqa_cutlass.codegen.schema.policies import NORM, QUERIES, ROTARY, Policy, special, tagged
+from gqa_cutlass.codegen.schema.policies import (
+    ELEMENT,
+    NORM,
+    QUERIES,
+    ROTARY,
+    Policy,
+    packed,
+    special,
+    tagged,
+)
 from gqa_cutlass.codegen.schema.rounding import ceil_div, round_up
 from gqa_cutlass.codegen.schema.storage import (
     BOX_DIMS,
@@ -83,7 +92,7 @@ _REGISTERS_PER_SM = 65536
 _LARGEST_SHARED_PER_SM = max(arch.shared_per_sm for arch in ARCHES.values())
 _INT = r"[1-9]\d{0,8}"  # Python refuses to read numbers of thousands of digits
 _NAME = re.compile(
-    r"gqa_decode_(?P<arch>sm\d+)_(?P<math>tensorop|simt)_(?P<dtype>f16|bf16)_(?P=dtype)"
+    r"gqa_decode_(?P<arch>sm\d+)_(?P<math>tensorop|simt)_(?P<dtype>f16|bf16)_(?P<stored>(?P=dtype)|[a-z]\d[a-z]\d)"
     rf"_d(?P<head_dim>{_INT})(?:v(?P<head_dim_v>{_INT}))?_g(?P<group_size>{_INT})_align(?P<vec_width>{_INT})"
     r"_(?P<schedule>multistage|tma)"
     rf"_h(?P<block_h>{_INT})n(?P<block_n>{_INT})w(?P<num_warps>{_INT})s(?P<num_stages>{_INT})"
@@ -127,7 +136,7 @@ class KernelConfig:
 
     Args:
         math: Tensor cores or CUDA cores.
-        dtype: Element type of all tensors.
+        dtype: Element type of all tensors, of caches unless a policy says another.
         head_dim: Dimension per head of queries and keys; a multiple of 8 from 32 to 256.
         group_size: Query heads per KV head, at least 1.
         vec_width: Elements per global memory access: 8, 4 or 2, and 1 for simt. Every address must
@@ -190,6 +199,13 @@ class KernelConfig:
             *(_TMA_RULES if self.tma else ()),
         ):
             _check(field, getattr(self, field), getattr(self, field) in allowed, text)
+        rows = [dim // self.packed for dim in (self.head_dim, self.value_dim)]
+        _check(
+            "vec_width",
+            self.vec_width,
+            all(row % self.vec_width == 0 for row in rows),
+            f"what divides rows of {rows[0]} and {rows[1]} times 16 bits",
+        )
         limit = min(ARCHES[arch].shared_per_block for arch in self.archs)
         _check(
             "shared memory",
@@ -203,26 +219,26 @@ class KernelConfig:
                 "block_n",
                 self.block_n,
                 self.block_h * self.value_dim * 4
-                <= box_tile_bytes(self.head_dim, self.block_n)
-                + box_tile_bytes(self.value_dim, self.block_n),
+                <= sum(box_tile_bytes(row, self.block_n) for row in rows),
                 "with tma, tiles of K and V in which a warp's partial output has room",
             )
             _check(
                 "block_n",
                 self.block_n,
-                self.box_tokens == self.block_n or max(self.head_dim, self.value_dim) <= BOX_DIMS,
-                f"{PAGE_TOKENS} with tma, pages and more than {BOX_DIMS} dims",
+                self.box_tokens == self.block_n or max(rows) <= BOX_DIMS,
+                f"{PAGE_TOKENS} with tma, pages and more than {BOX_DIMS * self.packed} dims",
             )
 
     @property
     def name(self) -> str:
         """The kernel's name: file, symbol, manifest key and log entry."""
+        stored = [policy.tag for policy in self.policies if policy.slot is ELEMENT]
         return (
-            f"gqa_decode_{self._target[0]}_{self.math}_{self.dtype}_{self.dtype}"
+            f"gqa_decode_{self._target[0]}_{self.math}_{self.dtype}_{(*stored, self.dtype)[0]}"
             f"_d{self.head_dim}{f'v{self.head_dim_v}' if self.head_dim_v else ''}"
             f"_g{self.group_size}_align{self.vec_width}"
             f"_{self.schedule}_h{self.block_h}n{self.block_n}w{self.num_warps}s{self.num_stages}"
-            f"{''.join(f'_{policy.tag}' for policy in self.policies)}"
+            f"{''.join(f'_{p.tag}' for p in self.policies if p.slot is not ELEMENT)}"
             f"{'_pdl' if self.pdl else ''}"
         )
 
@@ -239,12 +255,13 @@ class KernelConfig:
                 f"kernel name: got {name!r}; allowed: names as `gqa-cutlass list` prints them"
             )
         text = match.groupdict()
-        words = ("arch", "math", "dtype", "schedule", "policies", "pdl")
+        words = ("arch", "math", "dtype", "stored", "schedule", "policies", "pdl")
+        stored = "" if text["stored"] == text["dtype"] else text["stored"]
         found = cls(
             math=Math(text["math"]),
             dtype=DType(text["dtype"]),
             schedule=Schedule(text["schedule"]),
-            policies=tagged(text["policies"]),
+            policies=tagged(f"{text['policies']}_{stored}"),
             pdl=text["pdl"] is not None,
             **{k: int(v) for k, v in text.items() if k not in words and v is not None},
         )
@@ -256,6 +273,11 @@ class KernelConfig:
     def value_dim(self) -> int:
         """Dimension per head of values and outputs."""
         return self.head_dim_v or self.head_dim
+
+    @property
+    def packed(self) -> int:
+        """Elements of a cache in 16 bits."""
+        return packed(self.policies)
 
     @property
     def tma(self) -> bool:
@@ -311,6 +333,7 @@ class KernelConfig:
             num_stages=self.num_stages if self.tma else num_stages,
             simt=self.math is Math.SIMT,
             prepares_rows=any(policy.slot in (NORM, ROTARY) for policy in self.policies),
+            packed=self.packed,
         )
         parts = storage.cluster(shape, num_stages) if self.tma else storage.multistage(shape)
         return storage.total(parts)
@@ -323,7 +346,7 @@ class KernelConfig:
     @property
     def tile_bytes(self) -> int:
         """Bytes of a tile of K and one of V, as they lie in the cache."""
-        return self.block_n * (self.head_dim + self.value_dim) * ELEMENT_BYTES
+        return self.block_n * (self.head_dim + self.value_dim) * ELEMENT_BYTES // self.packed
 
     @property
     def box_tokens(self) -> int:
@@ -360,7 +383,9 @@ class KernelConfig:
             accumulators = self.block_h // 8 * ceil_div(self.value_dim, 16) * 4
             queries = self.block_h // 8 * ceil_div(self.head_dim, 16) * 2
             masks = 16 if any(policy.feature == "tree_mask" for policy in self.policies) else 0
-            held = accumulators + queries + self.block_n // 2 + masks + 72
+            # With tma and 8 bits no more than that was needed, and two blocks have room.
+            rest = 64 if self.tma and self.packed > 1 else 72
+            held = accumulators + queries + self.block_n // 2 + masks + rest
         else:
             held = ceil_div(self.value_dim, 64) * self.block_h * 2 + 104
         return min(255, round_up(held, 8))

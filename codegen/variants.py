@@ -11,9 +11,9 @@ from gqa_cutlass.codegen.merge import PARTS_AT_ONCE, Kernel, MergeConfig, widest
 from gqa_cutlass.codegen.models import MODELS, Model
 from gqa_cutlass.codegen.schema.kinds import DType, Math, Schedule
 from gqa_cutlass.codegen.schema.launch import NumberType
-from gqa_cutlass.codegen.schema.policies import POLICIES, Policy, named
+from gqa_cutlass.codegen.schema.policies import E4M3, E5M2, POLICIES, Policy, named, packed
 from gqa_cutlass.codegen.schema.rounding import ceil_div
-from gqa_cutlass.codegen.schema.storage import box_tile_bytes
+from gqa_cutlass.codegen.schema.storage import BOX_DIMS, PAGE_TOKENS, box_tile_bytes
 
 # (why, head_dim, that of values if it is another, group_size, vec_widths, policies) of what ships
 # for no model's sake.
@@ -31,6 +31,9 @@ PROOFS: tuple[tuple[str, int, int | None, int, tuple[int, ...], tuple[Policy, ..
     ("parts, to be merged", 128, None, 4, (8,), (named("InFloat32"),)),
     ("pages", 128, None, 4, (8,), (named("PagedCache"),)),
     ("a tile of two pages", 64, None, 8, (8,), (named("PagedCache"),)),
+    ("a cache of float8_e4m3fn", 128, None, 4, (8,), (E4M3,)),
+    ("a cache of float8_e5m2, and half a box of a tensor copy", 64, None, 8, (8,), (E5M2,)),
+    ("pages of float8_e4m3fn", 128, None, 4, (8,), (named("PagedCache"), E4M3)),
 )
 
 # (largest head_dim served, block_n, num_warps, num_stages), chosen by measurement on an H200. The
@@ -42,6 +45,14 @@ _TMA_TILES: tuple[tuple[int, int, int, int], ...] = (
     (192, 16, 8, 2),
     (256, 16, 8, 1),
 )
+# The same of caches with elements of 8 bits, whose tiles have more tokens for as many bytes.
+_FP8_TILES: tuple[tuple[int, int, int, int], ...] = (
+    (80, 32, 8, 1),
+    (160, 16, 8, 2),
+    (176, 16, 8, 1),
+    (256, 16, 4, 2),
+)
+_FP8_TMA_TILES: tuple[tuple[int, int, int, int], ...] = ((128, 32, 8, 2), (256, 32, 8, 1))
 
 
 @cache
@@ -76,13 +87,20 @@ def default_config(
     value_dim = head_dim if head_dim_v is None else head_dim_v
     check_head_dim(value_dim, "head_dim_v")
     largest = max(head_dim, value_dim)
-    tiles = _TMA_TILES if schedule is Schedule.TMA else _TILES
+    each = packed(policies)
+    paged = any(p.feature == "block_table" for p in policies)
+    if each == 1:
+        tiles = _TMA_TILES if schedule is Schedule.TMA else _TILES
+    else:
+        tiles = _FP8_TMA_TILES if schedule is Schedule.TMA else _FP8_TILES
     block_n, num_warps, num_stages = next(tile for limit, *tile in tiles if largest <= limit)
+    if schedule is Schedule.TMA and paged and largest > BOX_DIMS * each:
+        block_n = PAGE_TOKENS
     # With tma, a warp's partial output takes the place of its tiles.
-    tiles_bytes = sum(box_tile_bytes(dim, block_n) for dim in (head_dim, value_dim))
+    tiles_bytes = sum(box_tile_bytes(dim // each, block_n) for dim in (head_dim, value_dim))
     room = tiles_bytes // (4 * value_dim) if schedule is Schedule.TMA else None
-    if largest > 224 and room is None and any(p.feature == "block_table" for p in policies):
-        room = 8  # more heads of 256 dims spill, with addresses of pages beside them
+    if largest > 224 and room is None and (paged or each > 1):
+        room = 8  # more heads of 256 dims spill, with addresses of pages or conversions beside them
     return KernelConfig(
         math=math,
         dtype=dtype,

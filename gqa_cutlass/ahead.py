@@ -21,6 +21,7 @@ from gqa_cutlass.call.options import (
     listed,
     rename,
 )
+from gqa_cutlass.call.stored import scale_fields
 from gqa_cutlass.call.tokens import check_tree, packed_tree, with_tokens
 from gqa_cutlass.call.turning import check_turning
 from gqa_cutlass.codegen.config import ARCHES
@@ -241,6 +242,7 @@ def explain(
     check_turning(layout)
     problem = problem_of(layout, policies, asked.window_size[0], asked.out_dtype, tokens)
     check_softcap(asked.softcap, problem.head_dim**-0.5)
+    scale_fields(asked, layout)
     if not (arch is None or type(arch) is str and arch in ARCHES):
         raise InputError(f"explain: arch: got {shown(arch)}; allowed: {', '.join(ARCHES)}.")
     if q.device.type == "cuda" and arch is None:

@@ -174,6 +174,8 @@ def _traced(given: tuple[Any, ...], options: dict[str, Any]) -> Result:
 
     *tensors, cache_seqlens = given[:_FIRST_FEATURE]
     features = dict(zip(TENSORS, given[_FIRST_FEATURE:], strict=False))
+    for name in options.keys() & features.keys():  # a number in place of a tensor
+        del features[name]
     return ops.traced(tuple(tensors), cache_seqlens, **options, **features)
 
 

@@ -16,13 +16,11 @@ from gqa_cutlass.errors import InputError, shown
 
 _NO_WINDOW = -1, -1
 _NUMBERS = int, float
-_SCALED = "None; 16-bit q, k and v, with their scales multiplied in (k's into softmax_scale)"
+_SCALED = "None; queries of 16 bits, with their scale multiplied into softmax_scale"
 # What FlashAttention does and no kernel here: what to pass instead.
 _NOT_YET = {
     "qv": "None, the attention of models without qv",
     "q_descale": _SCALED,
-    "k_descale": _SCALED,
-    "v_descale": _SCALED,
     "attention_chunk": "0; for chunks, pass cache_leftpad, where the newest token's begins",
 }
 
@@ -45,8 +43,8 @@ def flash_attn_with_kvcache(
     max_seqlen_q: int | None = None,
     rotary_seqlens: Tensor | None = None,
     q_descale: Tensor | None = None,
-    k_descale: Tensor | None = None,
-    v_descale: Tensor | None = None,
+    k_descale: float | Tensor | None = None,
+    v_descale: float | Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
     window_size: tuple[int, int] = _NO_WINDOW,
@@ -98,9 +96,11 @@ def flash_attn_with_kvcache(
         max_seqlen_q: With `cu_seqlens_q`, query tokens of a sequence at most.
         rotary_seqlens: Positions of each sequence's first new token, int32 [batch]; None for
             `cache_seqlens`.
-        q_descale: Not supported yet: None.
-        k_descale: Not supported yet: None.
-        v_descale: Not supported yet: None.
+        q_descale: Not supported yet: None. Queries are of 16 bits, also with caches of 8.
+        k_descale: Of a cache of float8_e4m3fn or float8_e5m2: what its keys are multiplied by, and
+            what a new one is divided by; float32, [], [num_kv_heads] or [batch, num_kv_heads], or a
+            number: `k_scale` of `gqa_decode`. None for 1.
+        v_descale: The same of values.
         softmax_scale: Factor on the scores; None for head_dim ** -0.5.
         causal: Whether each of several query tokens sees the keys up to its own alone. One sees
             every key either way.
@@ -135,9 +135,9 @@ def flash_attn_with_kvcache(
     Source: the call of FlashAttention-3, Shah et al. (arXiv:2407.08608).
     """
     chunked = attention_chunk is not None and not _is_zero(attention_chunk)
-    if chunked or not (qv is q_descale is k_descale is v_descale is None):
+    if chunked or not (qv is q_descale is None):
         _refuse(
-            qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale,
+            qv=qv, q_descale=q_descale,
             attention_chunk=attention_chunk if chunked else None,
         )  # fmt: skip
     shape = _shape(q)
@@ -170,6 +170,10 @@ def flash_attn_with_kvcache(
         features["cache_batch_idx"] = cache_batch_idx
     if page_table is not None:
         features["block_table"] = page_table
+    if k_descale is not None:
+        features["k_scale"] = k_descale
+    if v_descale is not None:
+        features["v_scale"] = v_descale
     if out_dtype is not None:
         features["out_dtype"] = out_dtype
     if ragged or shape is not None and shape[1] != 1:

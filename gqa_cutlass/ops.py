@@ -18,10 +18,12 @@ from torch import Tensor
 from gqa_cutlass.api import gqa_decode, plan
 from gqa_cutlass.call.given import fail
 from gqa_cutlass.call.options import TENSORS
+from gqa_cutlass.call.stored import SCALES
 from gqa_cutlass.merge import merge_states
 from gqa_cutlass.tracing import break_graph
 
 _LENGTHS = "Tensor? cache_seqlens, SymInt cache_len"  # on the device, or else one for all
+_NUMBERS_OF_SCALES = {f"{name}_number": name for name in SCALES}  # which come as tensors, or so
 _OPTIONS = {  # of the calls, in the order of the operators' arguments
     "softmax_scale": "float? softmax_scale=None",
     "num_splits": "int num_splits=0",
@@ -49,6 +51,9 @@ _OPTIONS = {  # of the calls, in the order of the operators' arguments
     "rotary_sin": "Tensor? rotary_sin=None",
     "rotary_seqlens": "Tensor? rotary_seqlens=None",
     "rotary_interleaved": "bool rotary_interleaved=False",
+    "k_scale": "Tensor? k_scale=None",
+    "v_scale": "Tensor? v_scale=None",
+    **{name: f"float? {name}=None" for name in _NUMBERS_OF_SCALES},
 }
 # Other types torch would complain of in its own words, or convert: 3 to (3, 3), 2 to True.
 _NUMBER = int, float, torch.SymInt, torch.SymFloat
@@ -67,6 +72,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "rotary_interleaved": (bool,),
     "cache_seqlens": (int, torch.SymInt, Tensor),
     **dict.fromkeys(TENSORS, (Tensor, type(None))),
+    **dict.fromkeys(SCALES, (*_NUMBER, Tensor, type(None))),
 }
 _SAID = ", ".join(_OPTIONS.values())
 _SCHEMAS = (
@@ -100,7 +106,7 @@ def traced(
     asked = {"return_lse": return_lse, "softcap": softcap, **options}
     wrong = _flaw_of_types((*given, out), {"cache_seqlens": cache_seqlens, **asked})
     if wrong is None:
-        read = [*given, *(options[n] for n in TENSORS if options.get(n) is not None)]
+        read = [*given, *(options[n] for n in TENSORS if isinstance(options.get(n), Tensor))]
         if torch.is_grad_enabled() and any(t.requires_grad for t in read):
             wrong = "a tensor requires grad, and decode has no backward pass; use torch.no_grad()"
         elif len(given) == 4:
@@ -121,6 +127,9 @@ def traced(
     # none on.
     if softcap:
         options["softcap"] = softcap
+    for number, name in _NUMBERS_OF_SCALES.items():
+        if not isinstance(options.get(name), Tensor):
+            options[number] = options.pop(name, None)
     result, lse = call(*given, *lengths, return_lse=return_lse, **options)
     if out is not None:
         result = out.copy_(result)
@@ -230,7 +239,11 @@ def _check_without_values(first: Tensor) -> None:
 
 def _by_name(options: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
     """Options that came by position, and the others."""
-    return dict(zip(_OPTIONS, options, strict=False)) | named
+    given = dict(zip(_OPTIONS, options, strict=False)) | named
+    for number, name in _NUMBERS_OF_SCALES.items():
+        if (value := given.pop(number, None)) is not None:
+            given[name] = value
+    return given
 
 
 def _lse_shape(q: Tensor, given: dict[str, Any]) -> tuple[int, ...]:

@@ -8,9 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from gqa_cutlass.call.stored import FP8
 from gqa_cutlass.codegen import DType, KernelConfig
 from gqa_cutlass.codegen.schema.policies import Policy
-from gqa_cutlass.proof.reference import Errors, attend, errors
+from gqa_cutlass.proof.reference import Errors, attend, errors, scales_of, stored
 
 TORCH_DTYPE = {DType.F16: torch.float16, DType.BF16: torch.bfloat16}
 Layout = Literal["NHD", "HND", "padded"]
@@ -75,6 +76,8 @@ class Step:
     block_table: Tensor | None = None
     slot_mapping: Tensor | None = None
     out_dtype: torch.dtype | None = None
+    k_scale: float | Tensor | None = None
+    v_scale: float | Tensor | None = None
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """Positional arguments of `gqa_decode`."""
@@ -102,8 +105,16 @@ class Step:
         if self.k is None or self.v is None:
             return k, v, self.lengths
         for b, length in enumerate(self.lengths):
-            k[self.place(b, length)], v[self.place(b, length)] = self.k[b], self.v[b]
+            k[self.place(b, length)] = self.stored("k", b)
+            v[self.place(b, length)] = self.stored("v", b)
         return k, v, [length + 1 for length in self.lengths]
+
+    def stored(self, name: str, b: int) -> Tensor:
+        """What a cache holds of a sequence's new token."""
+        token, dtype = getattr(self, name)[b], self.k_cache.dtype
+        if dtype not in FP8:
+            return token
+        return stored(token, scales_of(getattr(self, f"{name}_scale"), b), dtype)
 
     def reference(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
         """Expected output and lse."""
@@ -117,7 +128,7 @@ class Step:
         """The options of a call that ask for features."""
         names = (
             "softcap", "sinks", "window_size", "alibi_slopes", "cache_leftpad", "cache_batch_idx",
-            "block_table", "out_dtype",
+            "block_table", "out_dtype", "k_scale", "v_scale",
         )  # fmt: skip
         slots = {} if self.slot_mapping is None else {"slot_mapping": self.slot_mapping}
         return {name: getattr(self, name) for name in names} | slots
@@ -143,7 +154,29 @@ class Step:
             self.in_float32()
         if "block_table" in wanted:
             self.into_pages()
+        for dtype, policy in FP8.items():
+            if policy.feature in wanted:
+                self.into_fp8(dtype)
         return self
+
+    def into_fp8(self, dtype: torch.dtype) -> None:
+        """Have the caches in 8 bits, with scales that fill their range: of each sequence and head,
+        and of heads, or one for all. Rows are where they were, and half as long."""
+        if self.k_cache.dtype == dtype:
+            return
+        batch, heads = len(self.lengths), self.k_cache.shape[2]
+        steps = torch.linspace(0.5, 2, 2 * batch * heads, device=self.q.device)
+        self.k_scale = steps.view(batch, 2 * heads)[:, ::2] * 4 / torch.finfo(dtype).max
+        self.v_scale = steps[: 2 * heads : 2] if batch % 2 else 0.375
+        for name in ("k_cache", "v_cache"):
+            cache = getattr(self, name)
+            count, half = cache.untyped_storage().nbytes() // 2, cache.shape[-1] // 2
+            raw = torch.full((count,), _CANARY, dtype=torch.int16, device=cache.device)
+            rows = raw.as_strided((*cache.shape[:-1], half), cache.stride(), cache.storage_offset())
+            self.buffers.append(Buffer(raw, rows))
+            scale = 4 / torch.finfo(dtype).max if name == "k_cache" else None
+            setattr(self, name, rows.view(dtype).copy_(stored(cache, scale, dtype)))
+        snapshot(self)
 
     def into_pages(self, page_size: int = 16, layout: Layout = "HND", packed: bool = True) -> None:
         """Have the caches in pages, one after the other no more.
@@ -237,7 +270,7 @@ class Step:
             if new is not None:
                 for b, length in enumerate(self.lengths):
                     if b not in rejected:
-                        expected[self.place(b, length)] = new[b]
+                        expected[self.place(b, length)] = self.stored(name[0], b)
             assert _same_bits(getattr(self, name), expected), f"{name} differs"
         for name in ("q", "k", "v"):
             if getattr(self, name) is not None:
@@ -399,4 +432,4 @@ def snapshot(step: Step) -> None:
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.contiguous().view(torch.int16), b.contiguous().view(torch.int16))
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))

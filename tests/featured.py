@@ -13,16 +13,19 @@ from cases import Edge, Step, make_step, snapshot
 from helpers import THOROUGH
 
 from gqa_cutlass.codegen import DType, KernelConfig, Math, Schedule, default_config
-from gqa_cutlass.codegen.schema.policies import Policy, named, special
+from gqa_cutlass.codegen.schema.policies import E4M3, E5M2, FP8, Policy, named, special
 
 CAP, SINK, WINDOW = named("SoftCapped"), named("SinkInSum"), named("SlidingWindow")
 POLICIES = {
     "softcap": CAP, "sinks": SINK, "window": WINDOW, "alibi": named("Alibi"),
     "leftpad": named("LeftPadded"), "index": named("IndexedRow"), "float32": named("InFloat32"),
-    "paged": named("PagedCache"),
+    "paged": named("PagedCache"), "e4m3": E4M3, "e5m2": E5M2,
 }  # fmt: skip
-PAIRS = [" and ".join(pair) for pair in combinations(POLICIES, 2)]
-ALL = " and ".join(POLICIES)
+PAIRS = [
+    f"{a} and {b}" for a, b in combinations(POLICIES, 2) if POLICIES[a].slot != POLICIES[b].slot
+]
+ALL = " and ".join(name for name, policy in POLICIES.items() if policy not in FP8)
+ALL_IN_8_BITS = f"{ALL} and e4m3"
 KINDS = {
     "tensorop": (Math.TENSOROP, DType.F16, 8, Schedule.MULTISTAGE),
     "simt": (Math.SIMT, DType.F16, 1, Schedule.MULTISTAGE),
@@ -34,7 +37,7 @@ FEW = {
 }
 # The feature that CI has alone on a kind of kernels: each has tests of its own, and all of them
 # together are on every kind.
-OWN = {"tma": "softcap", "simt": "window", "tensorop": "paged"}
+OWN = {"tma": ["softcap", "e4m3"], "simt": ["window"], "tensorop": ["paged", "e5m2"]}
 # Multistage is the same for CUDA cores but for its arithmetic, so that CI leaves those out.
 every_schedule = pytest.mark.parametrize(
     "kind", [pytest.param(k, marks=THOROUGH if k == "simt" else ()) for k in KINDS]
@@ -115,6 +118,8 @@ FEATURES: dict[str, Callable[[Step], None]] = {
     "index": add_index,
     "float32": Step.in_float32,
     "paged": add_pages,
+    "e4m3": lambda step: step.into_fp8(torch.float8_e4m3fn),
+    "e5m2": lambda step: step.into_fp8(torch.float8_e5m2),
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Iterable
 from fractions import Fraction
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import ptxsim_oracle as oracle
@@ -89,6 +90,17 @@ def conversion_edges(kind: str) -> list[int]:
     return sorted(near | {each | 1 << oracle.WIDTH[kind] - 1 for each in near})
 
 
+@cache
+def byte_edges(kind: str) -> list[int]:
+    """The f32 of every number of 8 bits, and those about the halves between neighbours."""
+    sizes = [oracle.size_of_byte(code, kind) for code in range(0x7F)]
+    numbers = [size for size in sizes if size is not None]
+    numbers += [(a + b) / 2 for a, b in pairwise(numbers)] + [2 * numbers[-1] - numbers[-2]]
+    bits = [oracle.encode(number, "f32", "rn", negative_zero=False) for number in numbers]
+    near = {abs(each + step) for each in bits for step in (-1, 0, 1)}
+    return sorted(near | {each | 1 << 31 for each in near})
+
+
 def edges(opcode: Opcode, place: int, width: int) -> list[int]:
     """Return the interesting values of a source."""
     form = oracle.Form.of(opcode)
@@ -102,6 +114,8 @@ def edges(opcode: Opcode, place: int, width: int) -> list[int]:
     else:
         kind = form.types[-1]
     lane = kind.removesuffix("x2")
+    if kind in oracle.BYTES:
+        return [byte | (byte * 37 + 11 & 0xFF) << 8 for byte in range(256)]
     if lane not in oracle.FORMATS:
         return (
             [pair(value) for value in integer_edges(16)] if "x2" in kind else integer_edges(width)
@@ -109,6 +123,8 @@ def edges(opcode: Opcode, place: int, width: int) -> list[int]:
     values = float_edges(lane)
     if opcode[0] == "cvt":
         values = values + conversion_edges(lane)
+        if form.types[0] in oracle.BYTES:
+            values = values + byte_edges(form.types[0])
     return [pair(value) for value in values] if "x2" in kind else values
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import partial
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch
 from cases import Step, make_step
 from compiling import GROUP, copies, random_step, same
 from executors import Notes, running_on
-from featured import POLICIES, step_of
+from featured import PAIRS, POLICIES, step_of
 from helpers import THOROUGH, check
 from torch import Tensor
 
@@ -41,7 +40,6 @@ FA2: dict[str, Any] = {
     "alibi_slopes": None, "num_splits": 0, "return_softmax_lse": False,
 }  # fmt: skip
 VLLM = {"out": None, "s_aux": None}  # what vLLM's build adds
-PAIRS = [" and ".join(pair) for pair in combinations(POLICIES, 2)]
 
 
 def test_parameters_are_those_of_flash_attention_3_in_its_order() -> None:
@@ -67,9 +65,10 @@ def tokens(step: Step) -> dict[str, Tensor | None]:
 
 
 def call(step: Step, **options: Any) -> Any:
+    asked = {name.replace("_scale", "_descale"): t for name, t in step.features().items()}
     return flash_attn_with_kvcache(
         step.q.unsqueeze(1), step.k_cache, step.v_cache, **tokens(step),
-        cache_seqlens=step.seqlens, causal=True, **step.features(), **options,
+        cache_seqlens=step.seqlens, causal=True, **asked, **options,
     )  # fmt: skip
 
 
@@ -278,9 +277,11 @@ REFUSED: dict[str, tuple[Callable[[Step], dict[str, Any]], str]] = {
     ),
     "packed": (lambda s: {"cu_seqlens_q": s.seqlens}, r"q: got shape .*; allowed: \[all tokens"),
     "new": (lambda s: {"cu_seqlens_k_new": s.seqlens}, r"k: got shape .*; allowed: \[all tokens"),
-    "q's scale": (lambda s: {"q_descale": s.q}, "q_descale: got .*; allowed: None; 16-bit"),
-    "k's scale": (lambda s: {"k_descale": 2.0}, "k_descale: got 2.0, which is not supp.*; allow"),
-    "v's scale": (lambda s: {"v_descale": s.q}, "v_descale: got .*; allowed: None; 16-bit"),
+    "q's scale": (lambda s: {"q_descale": s.q}, "q_descale: got .*; allowed: None; queries of 16"),
+    "k's scale": (lambda s: {"k_descale": 2.0}, "k_scale: got 2.0, with caches of .*; allowed: No"),
+    "v's scale": (
+        lambda s: {"v_descale": s.q.float()[0, 0, :2]}, "v_scale: got .*; allowed: None, or caches"
+    ),
     "chunks": (lambda s: {"attention_chunk": 8}, "attention_chunk: got 8, .*; allowed: 0; for"),
     "too many queries": (
         lambda s: {"q": s.q.expand(300, 8, 64).unsqueeze(0)},

@@ -22,6 +22,7 @@ class Elements(StrEnum):
     """What memory holds."""
 
     ELEMENT = "element"  # of the kernel's type
+    STORED = "stored"  # of that type, or what a policy of the slot Operands makes of it
     RESULT = "result"  # of that type, or what a policy of the slot Result makes of outputs
     FLOAT32 = "float32"
     INT32 = "int32"
@@ -45,6 +46,8 @@ class Argument:
             allocates it.
         single_token: Whether calls may pass it with a dimension of size 1 behind the first.
         any_first: Whether calls may pass it without its first dimension, equal for all.
+        spread: Whether calls may leave out dimensions at its beginning, or say one number for all,
+            with any strides.
         rows_apart: Whether there may be gaps between its rows, of memory that is contiguous else.
         type_field: The field of `Params` that says which `NumberType` it holds.
         feature: The policy that it belongs to.
@@ -59,6 +62,7 @@ class Argument:
     optional: bool = False
     single_token: bool = False
     any_first: bool = False
+    spread: bool = False
     rows_apart: bool = False
     type_field: str | None = None
     feature: str | None = None
@@ -91,12 +95,12 @@ ARGUMENTS = Table(
     rows=(
         Argument(name="q", dims=_QUERY, field="q", stride="q_stride", single_token=True),
         Argument(
-            name="k_cache", dims=_CACHE, field="k_cache", stride="k_cache_stride",
-            access=Access.APPEND,
+            name="k_cache", dims=_CACHE, elements=Elements.STORED, field="k_cache",
+            stride="k_cache_stride", access=Access.APPEND,
         ),
         Argument(
-            name="v_cache", dims=_CACHE_V, field="v_cache", stride="v_cache_stride",
-            access=Access.APPEND,
+            name="v_cache", dims=_CACHE_V, elements=Elements.STORED, field="v_cache",
+            stride="v_cache_stride", access=Access.APPEND,
         ),
         Argument(
             name="k", dims=_TOKEN, field="k_new", stride="k_new_stride", optional=True,

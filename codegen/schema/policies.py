@@ -49,7 +49,7 @@ MASK = Slot(alias="Mask", contract=("sees", "first_token", "from_start"))
 LOGIT = Slot(alias="Logit", contract=("operator()",))
 BIAS = Slot(alias="Bias", contract=("operator()",))
 NEW_TOKEN = Slot(alias="NewToken", contract=("load_key", "load_value"))
-ELEMENT = Slot(alias="Operands", contract=("key_fragment", "value_fragment", "number"))
+ELEMENT = Slot(alias="Operands", contract=("Stored", "Multiplied"))
 OUTPUT = Slot(alias="Output", contract=("finish",))
 RESULT = Slot(alias="Result", contract=("rounded",))
 QUERIES = Slot(alias="Queries", contract=("is_one",))
@@ -104,7 +104,7 @@ class Policy:
 
 
 _NUMBER_TYPE = Type(cpp=NumberType.__name__, c="int32_t", ctype=ctypes.c_int32)
-POLICIES = (
+POLICIES: tuple[Policy, ...] = (
     Policy(slot=ROW, cpp="OwnRow", header="policy/row_own.cuh"),
     Policy(
         slot=ROW,
@@ -471,6 +471,51 @@ POLICIES = (
         in_library=False,
     ),
 )
+# Caches whose elements are not of the queries' type, which asks for it. Both read the scales.
+E4M3, E5M2 = FP8 = (
+    Policy(
+        slot=ELEMENT,
+        tag="e4m3",
+        cpp="E4m3Operands",
+        header="policy/element_e4m3.cuh",
+        feature="float8_e4m3fn",
+        fields=(
+            Field(
+                name="k_scales",
+                type=pointer("float", const=True),
+                doc="[batch, num_kv_heads], or null: k_scale",
+            ),
+            Field(name="v_scales", type=pointer("float", const=True), doc="likewise"),
+            Field(name="k_scale", type=FLOAT, doc="what stored keys are multiplied by"),
+            Field(name="v_scale", type=FLOAT, doc="likewise"),
+            Field(name="k_scale_batch", type=INT32, doc="between sequences, or 0"),
+            Field(name="k_scale_head", type=INT32, doc="between KV heads, or 0"),
+            Field(name="v_scale_batch", type=INT32, doc="likewise"),
+            Field(name="v_scale_head", type=INT32, doc="likewise"),
+        ),
+        arguments=tuple(
+            Argument(
+                name=f"{part}_scale",
+                dims=("batch", "num_kv_heads"),
+                elements=Elements.FLOAT32,
+                field=f"{part}_scales",
+                optional=True,
+                spread=True,
+            )
+            for part in ("k", "v")
+        ),
+        in_library=False,
+    ),
+    Policy(
+        slot=ELEMENT,
+        tag="e5m2",
+        cpp="E5m2Operands",
+        header="policy/element_e5m2.cuh",
+        feature="float8_e5m2",
+        in_library=False,
+    ),
+)
+POLICIES += FP8
 check_distinct("policies", "policies", (policy.cpp for policy in POLICIES))
 check_distinct("policies", "tags", (policy.tag for policy in POLICIES if policy.tag))
 # All tensors that a call may pass, in the order in which they are looked at.
@@ -478,6 +523,11 @@ CALL = Table(rows=ARGUMENTS.rows + tuple(row for policy in POLICIES for row in p
 DEFAULTS = {policy.slot: policy for policy in POLICIES if not policy.tag}
 # What C and Rust have, bit by bit.
 FEATURES = tuple(policy for policy in POLICIES if policy.feature and policy.in_library)
+
+
+def packed(policies: tuple[Policy, ...]) -> int:
+    """Elements of a cache in 16 bits: 2 of a type of 8 bits."""
+    return 2 if any(policy.slot is ELEMENT for policy in special(policies)) else 1
 
 
 def named(cpp: str) -> Policy:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gqa_cutlass.codegen.schema.kinds import DType
-from gqa_cutlass.codegen.schema.policies import Policy
+from gqa_cutlass.codegen.schema.policies import Policy, packed
 from gqa_cutlass.codegen.schema.rounding import ceil_div
 from gqa_cutlass.codegen.schema.storage import ELEMENT_BYTES
 
@@ -31,7 +31,7 @@ class Problem:
         num_kv_heads: KV heads; divides num_q_heads.
         head_dim: Dimension per head of queries and keys.
         max_seq_len: Tokens that a sequence's cache can hold.
-        dtype: Element type of every tensor.
+        dtype: Element type of every tensor, of caches unless a policy says another.
         vec_width: Widest access, in elements, that every address allows.
         append: Whether a new token comes with the call.
         policies: What the kernel must have in its slots in place of their defaults.
@@ -88,7 +88,7 @@ class Problem:
     def cache_bytes(self) -> int:
         """Bytes of K and V that are read of full caches."""
         rows = self.batch_size * self.reach * self.num_kv_heads
-        return rows * (self.head_dim + self.value_dim) * ELEMENT_BYTES
+        return rows * (self.head_dim + self.value_dim) * ELEMENT_BYTES // packed(self.policies)
 
     @property
     def cache_mib(self) -> float:

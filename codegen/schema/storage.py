@@ -34,7 +34,10 @@ class Shared:
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What shared memory depends on; as in `KernelConfig`."""
+    """What shared memory depends on; as in `KernelConfig`.
+
+    `packed` elements of a cache are as large as one of the queries.
+    """
 
     head_dim: int
     value_dim: int
@@ -44,6 +47,12 @@ class Shape:
     num_stages: int
     simt: bool = False
     prepares_rows: bool = False
+    packed: int = 1
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        """What a row of K and one of V count in tiles: elements, or so many packed ones as one."""
+        return self.head_dim // self.packed, self.value_dim // self.packed
 
 
 def total(parts: tuple[Shared, ...]) -> int:
@@ -56,7 +65,7 @@ def total(parts: tuple[Shared, ...]) -> int:
 
 def multistage(s: Shape) -> tuple[Shared, ...]:
     """`SharedStorage` in schedule/multistage/storage.cuh."""
-    ring = s.num_stages * s.block_n * (row_bytes(s.head_dim) + row_bytes(s.value_dim))
+    ring = s.num_stages * s.block_n * sum(map(row_bytes, s.dims))
     partial = s.block_h * (s.value_dim + 4) * _FLOAT
     rows = s.num_warps * s.block_h * _FLOAT
     nothing = 4 * _FLOAT
@@ -92,8 +101,8 @@ def cluster(s: Shape, launched_stages: int) -> tuple[Shared, ...]:
         Shared(
             name="probability", bytes=s.num_warps * s.block_n * s.block_h * ELEMENT_BYTES, align=8
         ),
-        Shared(name="new_key", bytes=row_bytes(s.head_dim), align=16),
-        Shared(name="new_value", bytes=row_bytes(s.value_dim), align=16),
+        Shared(name="new_key", bytes=row_bytes(s.dims[0]), align=16),
+        Shared(name="new_value", bytes=row_bytes(s.dims[1]), align=16),
         Shared(name="new_score", bytes=rows),
         Shared(name="max_sum", bytes=MAX_CLUSTER * s.block_h * _PAIR, align=_PAIR),
         Shared(
@@ -110,7 +119,7 @@ def cluster(s: Shape, launched_stages: int) -> tuple[Shared, ...]:
             name="ring",
             bytes=launched_stages
             * s.num_warps
-            * (box_tile_bytes(s.head_dim, s.block_n) + box_tile_bytes(s.value_dim, s.block_n)),
+            * sum(box_tile_bytes(dim, s.block_n) for dim in s.dims),
             align=_RING_ALIGN,
         ),
     )

@@ -8,6 +8,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from gqa_cutlass.call.layout import DTYPES
+from gqa_cutlass.call.stored import FP8
 from gqa_cutlass.errors import InputError, shown
 from gqa_cutlass.tensors import Flaw, byte_reach, flaw, memory_flaw
 
@@ -115,6 +117,11 @@ def refuse_in(call: str, what: str, got: str, allowed: str) -> NoReturn:
     raise InputError(f"{call}: {what}: got {got}; allowed: {allowed}. Nothing was written.")
 
 
+def types_of_tokens(cache: Tensor) -> tuple[torch.dtype, ...]:
+    """What new tokens may be of: the cache's type, or 16 bits, of which it makes 8."""
+    return tuple(DTYPES) if cache.dtype in FP8 else (cache.dtype,)
+
+
 def _own(name: str, caches: Caches) -> Tensor:
     """The cache that k or v belongs to."""
     return caches[name == "v"]
@@ -149,11 +156,12 @@ def _check_new(
     """Raise InputError unless a tensor is of one of the shapes, and can be copied to the caches."""
     check_no_grad(f"KVCache.{method}", name, tensor)
     cache = _own(name, caches)
-    like = tensor.dtype == cache.dtype and tensor.device == cache.device
+    like = tensor.dtype in types_of_tokens(cache) and tensor.device == cache.device
     if not like or list(tensor.shape) not in shapes:
         batch, _, num_kv_heads, head_dim = cache.shape
         sizes = f"batch {batch}, num_kv_heads {num_kv_heads}, head_dim {head_dim}"
-        allowed = f"{form} with {sizes}; {cache.dtype} on {cache.device}"
+        types = " or ".join(map(str, types_of_tokens(cache)))
+        allowed = f"{form} with {sizes}; {types} on {cache.device}"
         refuse(method, name, _describe(tensor), allowed)
     check_memory(method, name, tensor)
     check_apart(f"KVCache.{method}", name, tensor, caches)

@@ -14,10 +14,12 @@ from gqa_cutlass.cache.guard import guarded, lack_of_memory, raise_no_temporarie
 from gqa_cutlass.cache.inputs import check_apart, ints, one_token, prompt
 from gqa_cutlass.cache.lengths import ONE_TOKEN, Growth, Lengths
 from gqa_cutlass.cache.rows import buffer, extend, gather
-from gqa_cutlass.cache.sizes import batch_sizes
+from gqa_cutlass.cache.scales import LayerScales, Scale, Scales, raw, scales_of_layers
+from gqa_cutlass.cache.sizes import batch_sizes, rows_text
 from gqa_cutlass.cache.some import Rows, decode_some
 from gqa_cutlass.call.options import Options, listed
 from gqa_cutlass.call.plan import Pair, Result
+from gqa_cutlass.call.stored import SCALES
 from gqa_cutlass.errors import CacheOverflowError
 from gqa_cutlass.tensors import is_tensor
 from gqa_cutlass.tracing import is_traced, mark_static
@@ -50,7 +52,8 @@ class KVCache:
 
     A call that an error or an interrupt ends in its middle leaves a cache that works: every
     sequence is as it was, or as it was to become, or (`reorder`) empty, and `lengths` says which,
-    or nothing. What lies behind the lengths may have been written. Temporaries take up to 64 MiB.
+    or nothing. What lies behind the lengths may have been written. Temporaries take up to 64 MiB,
+    and as much as a call's tokens become in 8 bits.
 
     Works in inference mode or outside; nothing is recorded for gradients. Not thread-safe: one
     thread and one stream at a time.
@@ -60,9 +63,13 @@ class KVCache:
         max_seq_len: Tokens that a sequence can hold.
         num_kv_heads: KV heads.
         head_dim: Dimension per head, as `gqa_decode` allows it.
-        dtype: torch.float16 or torch.bfloat16.
+        dtype: torch.float16 or torch.bfloat16; or torch.float8_e4m3fn or torch.float8_e5m2, of
+            which `append`, `prefill` and `decode` make what they are given in 16 bits.
         device: A GPU, or "cpu" (simulated, slow).
         head_dim_v: Dimension per head of values; None: as head_dim.
+        k_scale: Of a cache of 8 bits, for all calls: a number, or float32 [] or [num_kv_heads] on
+            the device; see `gqa_decode`. None: 1.
+        v_scale: The same of values.
 
     Attributes:
         k: Keys, [batch_size, max_seq_len, num_kv_heads, head_dim], contiguous. What lies behind a
@@ -87,10 +94,14 @@ class KVCache:
         dtype: torch.dtype = torch.float16,
         device: torch.device | int | str = "cuda",
         head_dim_v: int | None = None,
+        *,
+        k_scale: Scale = None,
+        v_scale: Scale = None,
     ) -> None:
         sizes = batch_sizes(1, batch_size, max_seq_len, num_kv_heads, head_dim, dtype, head_dim_v)
+        (scales,) = scales_of_layers(sizes, device, k_scale, v_scale)
         memory = allocate(sizes, device)
-        self._adopt(*memory.layers[0], Lengths(memory.state, max_seq_len), leads=True)
+        self._adopt(*memory.layers[0], Lengths(memory.state, max_seq_len), scales, leads=True)
 
     @classmethod
     def for_layers(
@@ -103,6 +114,9 @@ class KVCache:
         dtype: torch.dtype = torch.float16,
         device: torch.device | int | str = "cuda",
         head_dim_v: int | None = None,
+        *,
+        k_scale: LayerScales = None,
+        v_scale: LayerScales = None,
     ) -> list[KVCache]:
         """Allocate the caches of a model's layers, which share their lengths.
 
@@ -125,6 +139,8 @@ class KVCache:
             dtype: As for `KVCache`.
             device: As for `KVCache`.
             head_dim_v: As for `KVCache`.
+            k_scale: As for `KVCache`; or a list, with one for each layer.
+            v_scale: As k_scale.
 
         Raises:
             GqaError: As for `KVCache`.
@@ -132,13 +148,12 @@ class KVCache:
         sizes = batch_sizes(
             num_layers, batch_size, max_seq_len, num_kv_heads, head_dim, dtype, head_dim_v
         )
+        scales = scales_of_layers(sizes, device, k_scale, v_scale)
         memory = allocate(sizes, device)
         lengths = Lengths(memory.state, max_seq_len)
-        caches = []
-        for layer, (k, v) in enumerate(memory.layers, start=1):
-            cache = cls.__new__(cls)
-            cache._adopt(k, v, lengths, leads=layer == num_layers)
-            caches.append(cache)
+        caches = [cls.__new__(cls) for _ in memory.layers]
+        for i, cache in enumerate(caches):
+            cache._adopt(*memory.layers[i], lengths, scales[i % len(scales)], i == num_layers - 1)
         return caches
 
     @staticmethod
@@ -156,14 +171,12 @@ class KVCache:
         Raises:
             InputError: A size or the type is not allowed.
         """
-        sizes = batch_sizes(
+        return batch_sizes(
             num_layers, batch_size, max_seq_len, num_kv_heads, head_dim, dtype, head_dim_v
-        )
-        return sizes.total_bytes
+        ).total_bytes
 
-    def _adopt(self, k: Tensor, v: Tensor, lengths: Lengths, *, leads: bool) -> None:
-        self.k, self.v = k, v
-        self._lengths = lengths
+    def _adopt(self, k: Tensor, v: Tensor, lengths: Lengths, scales: Scales, leads: bool) -> None:
+        self.k, self.v, self._lengths, self._scales = k, v, lengths, scales
         mark_static(k, v, lengths.seqlens)
         self._leads = leads  # of the caches that share the lengths, the one that moves them
 
@@ -197,20 +210,12 @@ class KVCache:
         """Where the cache is."""
         return self.k.device
 
-    @property
-    def _widest(self) -> Tensor:
-        """Keys or values: whose rows take more memory."""
-        return max(self.k, self.v, key=lambda cache: cache.shape[-1])
-
     def __repr__(self) -> str:
-        batch_size, max_seq_len, num_kv_heads, head_dim = self.k.shape
         size = self.k.nbytes + self.v.nbytes
-        head_dim_v = self.v.shape[-1]
-        values = f"head_dim_v={head_dim_v}, " if head_dim_v != head_dim else ""
         return (
-            f"KVCache(batch_size={batch_size}, max_seq_len={max_seq_len}, "
-            f"num_kv_heads={num_kv_heads}, head_dim={head_dim}, {values}dtype={self.k.dtype}, "
-            f"device='{self.device}', bytes={size}, bound={self.bound})"
+            f"KVCache(batch_size={self.batch_size}, max_seq_len={self.max_seq_len}, "
+            f"{rows_text(self.k, self.v)}, device='{self.device}', bytes={size}, "
+            f"bound={self.bound})"
         )
 
     @overload
@@ -228,7 +233,7 @@ class KVCache:
         self, q: Tensor, k: Tensor | None = None, v: Tensor | None = None, *,
         return_lse: bool, rows: Rows = None, **options: Unpack[Options],
     ) -> Result: ...  # fmt: skip
-    @listed(Options)
+    @listed(Options, without=SCALES)
     def decode(
         self,
         q: Tensor,
@@ -262,6 +267,7 @@ class KVCache:
             GqaError: As for `gqa_decode`. The lengths are as they were, though the token may have
                 been written behind them.
         """
+        options = self._scales.asked("KVCache.decode", options)
         if rows is not None or "cache_batch_idx" in options:
             given = (q, k, v), rows, self._leads
             return decode_some(self, self._lengths, *given, return_lse=return_lse, **options)
@@ -287,7 +293,7 @@ class KVCache:
 
         Args:
             k: Keys, [batch, num_kv_heads, head_dim] or [batch, 1, num_kv_heads, head_dim], of the
-                cache's dtype and on its device; no part of the cache itself.
+                cache's dtype (16 bits, if it is of 8) and on its device; no part of it.
             v: As k.
 
         Raises:
@@ -306,8 +312,7 @@ class KVCache:
         A sequence whose tokens do not all fit gets none of them.
 
         Args:
-            k: Keys, [batch, tokens, num_kv_heads, head_dim], of the cache's dtype and on its
-                device; no part of the cache itself.
+            k: Keys, [batch, tokens, num_kv_heads, head_dim], as for `append`.
             v: As k.
             lengths: How many of each sequence's tokens are real, the first ones: all (None), ints,
                 or int32 [batch] on the device, which the host never reads. There a number that is
@@ -368,10 +373,11 @@ class KVCache:
                 for rows in (host, *lengths.moves(host))
             )
         reach = lengths.reach
-        through = buffer(self._widest, len(sources), reach)
+        caches = raw(self.k), raw(self.v)
+        through = buffer(max(caches, key=lambda c: c.shape[-1]), len(sources), reach)
         with lengths.reordering(order, host, self._leads):
             if len(sources):
-                gather((self.k, self.v), reach, sources, targets, through)
+                gather(caches, reach, sources, targets, through)
 
     @guarded
     def reset(self, sequences: Sequence[int] | None = None) -> None:
@@ -437,12 +443,8 @@ class KVCache:
 
     def _extend(self, method: str, k: Tensor, v: Tensor, growth: Growth) -> None:
         """Write tokens behind every sequence's, where there is room, and count them."""
-        lengths = self._lengths
-        lengths.check_room(method, growth)
-        room = lengths.room(growth)
-        pairs = (self.k, k[:, : growth.most]), (self.v, v[:, : growth.most])
-        extend(pairs, lengths, growth, room)
-        if room is not None:
-            lengths.note_overflow(room)
-        if self._leads:
-            lengths.advance(growth, room)
+        self._lengths.check_room(method, growth)
+        k = self._scales.stored(self.k, "k", k[:, : growth.most])
+        v = self._scales.stored(self.v, "v", v[:, : growth.most])
+        pairs = (raw(self.k), raw(k)), (raw(self.v), raw(v))
+        extend(pairs, self._lengths, growth, leads=self._leads)

@@ -36,16 +36,28 @@ def buffer(cache: Tensor, sequences: int, tokens: int) -> Tensor:
 
 
 def extend(
-    pairs: Sequence[tuple[Tensor, Tensor]], lengths: Lengths, growth: Growth, room: Tensor | None
+    pairs: Sequence[tuple[Tensor, Tensor]], lengths: Lengths, growth: Growth, *, leads: bool
 ) -> None:
-    """Write tokens behind every sequence's, where there is room; `scatter`, or one copy.
+    """Write tokens behind every sequence's, where there is room, and count them.
 
     Args:
         pairs: As for `scatter`.
         lengths: Of the sequences.
         growth: How many of the tokens each gets.
-        room: As for `scatter`.
+        leads: Whether the lengths go on with them.
     """
+    room = lengths.room(growth)
+    _write(pairs, lengths, growth, room)
+    if room is not None:
+        lengths.note_overflow(room)
+    if leads:
+        lengths.advance(growth, room)
+
+
+def _write(
+    pairs: Sequence[tuple[Tensor, Tensor]], lengths: Lengths, growth: Growth, room: Tensor | None
+) -> None:
+    """As `extend`, but counting none: `scatter`, or one copy."""
     settled = lengths.settled
     if room is None and settled is not None and len(set(settled)) == 1:
         start, stop = settled[0], settled[0] + growth.most

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import ClassVar, NoReturn
 
 import torch
+from torch import Tensor
 
 from gqa_cutlass.cache.paged.page_allocator import MAX_PAGES
 from gqa_cutlass.call.layout import DTYPES
+from gqa_cutlass.call.stored import FP8
 from gqa_cutlass.codegen.config import HEAD_DIM_RULE, HEAD_DIMS
 from gqa_cutlass.codegen.schema.problem import MAX_BATCH, MAX_SEQ_LEN
 from gqa_cutlass.errors import InputError, shown
@@ -29,7 +31,7 @@ class Sizes(ABC):
         num_layers: Layers.
         num_kv_heads: KV heads.
         head_dim: Dimension per head of keys.
-        dtype: Element type, torch.float16 or torch.bfloat16.
+        dtype: Element type: torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2.
         head_dim_v: Dimension per head of values; None: as head_dim.
 
     Attributes:
@@ -61,8 +63,9 @@ class Sizes(ABC):
         for name, dim in (("head_dim", self.head_dim), ("head_dim_v", self._dims[1])):
             if type(dim) is not int or dim not in HEAD_DIMS:
                 refuse(self.owner, name, shown(dim), HEAD_DIM_RULE)
-        if not isinstance(self.dtype, torch.dtype) or self.dtype not in DTYPES:
-            refuse(self.owner, "dtype", shown(self.dtype), " or ".join(map(str, DTYPES)))
+        types = *DTYPES, *FP8
+        if not isinstance(self.dtype, torch.dtype) or self.dtype not in types:
+            refuse(self.owner, "dtype", shown(self.dtype), " or ".join(map(str, types)))
 
     @property
     @abstractmethod
@@ -192,6 +195,14 @@ class PoolSizes(Sizes):
     def state_shape(self) -> tuple[int, ...]:
         """Nothing."""
         return (0,)
+
+
+def rows_text(k: Tensor, v: Tensor) -> str:
+    """What rows of a cache are, as its representation says it."""
+    num_kv_heads, head_dim = k.shape[2:]
+    head_dim_v = v.shape[-1]
+    values = f"head_dim_v={head_dim_v}, " if head_dim_v != head_dim else ""
+    return f"num_kv_heads={num_kv_heads}, head_dim={head_dim}, {values}dtype={k.dtype}"
 
 
 def refuse(owner: str, what: str, got: str, allowed: str) -> NoReturn:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gqa_cutlass.call.executor import Executor, Task
 from gqa_cutlass.call.given import ALIGNMENT, LENGTHS, PAGES, ROWS, Layout, fail
+from gqa_cutlass.call.stored import in_pairs, is_stored
 from gqa_cutlass.codegen.schema.arguments import Access
 from gqa_cutlass.codegen.schema.params import CacheStrides, Params
 from gqa_cutlass.errors import CacheOverflowError, shown
@@ -146,7 +147,7 @@ class Maps:
 
     def __init__(self, task: Task, executor: Executor) -> None:
         self.known: dict[tuple[int, ...], bytes] = {}
-        self._caches = [task.layout[name] for name in _MAPPED]
+        self._caches = [in_pairs(task.layout[name]) for name in _MAPPED]
         names = list(task.layout)
         self._pick = itemgetter(*map(names.index, _MAPPED))
         self._tokens = task.dispatch.config.box_tokens
@@ -161,8 +162,8 @@ class Maps:
             if maps is None:
                 maps = b"".join(
                     [
-                        self._encode(map_of(at, t.shape, t.strides, t.itemsize, self._tokens))
-                        for at, t in zip(picked, self._caches, strict=True)
+                        self._encode(map_of(at, *cache, self._tokens))
+                        for at, cache in zip(picked, self._caches, strict=True)
                     ]
                 )
                 if len(self.known) >= MAX_KNOWN:
@@ -327,8 +328,9 @@ def constants(task: Task, overflow_flag: int) -> Params:
     for name, t in task.layout.items():
         if field := ROWS[name].stride:
             strides = getattr(params, field)
-            strides.batch = 0 if name in tokens.flat else t.strides[0]
-            strides.head = t.strides[-2]
+            steps = in_pairs(t)[1] if is_stored(name) else t.strides
+            strides.batch = 0 if name in tokens.flat else steps[0]
+            strides.head = steps[-2]
             if isinstance(strides, CacheStrides):
-                strides.token = t.strides[1]
+                strides.token = steps[1]
     return params

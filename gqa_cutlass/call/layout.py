@@ -20,12 +20,19 @@ from gqa_cutlass.call.given import (
     shape_text,
     tokens_of,
 )
+from gqa_cutlass.call.stored import (
+    check_pairs,
+    check_scale_shape,
+    in_pairs,
+    is_stored,
+    stored_policy,
+)
 from gqa_cutlass.call.tokens import TREE
 from gqa_cutlass.codegen.config import HEAD_DIM_RULE, HEAD_DIMS, MAX_GROUP_SIZE
 from gqa_cutlass.codegen.schema.arguments import Access, Argument, Elements
 from gqa_cutlass.codegen.schema.kinds import DType
 from gqa_cutlass.codegen.schema.launch import NumberType
-from gqa_cutlass.codegen.schema.policies import Policy
+from gqa_cutlass.codegen.schema.policies import Policy, special
 from gqa_cutlass.codegen.schema.problem import (
     MAX_BATCH,
     MAX_HEADS,
@@ -77,6 +84,7 @@ def problem_of(
     for name, t in layout.items():
         if name != LENGTHS:
             _check_placement(ROWS[name], t, q)
+    policies = special((*policies, *stored_policy(layout)))
     check_result(layout, out_dtype)
     batch = tokens.batch
     *_, num_q_heads, head_dim = q.shape
@@ -166,6 +174,7 @@ def _check_rank(row: Argument, t: Seen, *, paged: bool) -> None:
         return
     if (
         len(row.dims) - row.any_first <= len(t.shape) <= len(row.dims)
+        or row.spread
         or row.name == LENGTHS
         or row.elements is Elements.NUMBER
     ):
@@ -247,6 +256,8 @@ def check_sizes(
 
 
 def _check_shape(row: Argument, t: Seen, sizes: dict[str, int], tokens: Tokens) -> None:
+    if row.spread:
+        return check_scale_shape(row.name, t, [sizes[dim] for dim in row.dims])
     shape = list(t.shape)
     if row.name in _SEVERAL_FORMS:
         return
@@ -281,6 +292,8 @@ def _check_strides(row: Argument, t: Seen, append: bool) -> None:
     """Alignment to elements, a contiguous last dimension or all of them, and no overlap."""
     if row.stride and t.address % t.itemsize:
         fail(row.name, f"address {t.address:#x}", f"an address that is a multiple of {t.itemsize}")
+    if row.spread:
+        return
     if row.stride or row.rows_apart:
         right = t.strides[-1] == 1 or (row.rows_apart and t.shape[-1] == 1)
         rule = "a contiguous last dimension (stride 1)"
@@ -290,6 +303,8 @@ def _check_strides(row: Argument, t: Seen, append: bool) -> None:
     if not right:
         remedy = "allocate it so, for a copy would be written" if written else "call .contiguous()"
         fail(row.name, f"strides {list(t.strides)}", f"{rule}; {remedy}")
+    if is_stored(row.name):
+        check_pairs(row.name, t)
     if written and _overlaps_itself(t):
         fail(row.name, f"strides {list(t.strides)}", "elements that do not share memory")
 
@@ -320,6 +335,8 @@ def check_lengths(layout: Layout, batch: int) -> None:
 def _vector_width(t: Seen) -> int:
     """Widest access (8, 4, 2 or 1 times 16 bits) to which every row of a tensor is aligned."""
     bits = t.address // ELEMENT_BYTES
+    if t.itemsize < ELEMENT_BYTES:  # rows of pairs may be no multiple of the widest
+        bits |= in_pairs(t)[0][-1]
     for size, stride in zip(t.shape[:-1], t.strides[:-1], strict=True):
         bits |= stride * t.itemsize // ELEMENT_BYTES if size > 1 else 0
     return next(width for width in VECTOR_WIDTHS if bits % width == 0)

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from gqa_cutlass.call.given import PAGES, Given, Layout, Seen, Tokens, fail
 from gqa_cutlass.call.layout import NUMBER_TYPES
+from gqa_cutlass.call.stored import SCALES, is_number, scale_fields
 from gqa_cutlass.call.tokens import SEVERAL, TREE, stride_fields
 from gqa_cutlass.call.turning import turning_fields
 from gqa_cutlass.codegen.config import KernelConfig
-from gqa_cutlass.codegen.schema.policies import CALL, POLICIES, Policy, special
+from gqa_cutlass.codegen.schema.policies import CALL, FP8, POLICIES, Policy, special
 from gqa_cutlass.codegen.schema.problem import (
     MAX_SCALE,
     MAX_SEQ_LEN,
@@ -86,6 +87,13 @@ class Options(TypedDict, total=False):
         k_norm_weight: The same of k.
         norm_eps: What is added to mean squares; 1e-6 by default.
         norm_plus_one: Whether 1 is added to weights, as in Gemma; False by default.
+        k_scale: Of caches of float8_e4m3fn or float8_e5m2: what stored keys are multiplied by, and
+            what a new one is divided by before it is rounded to the nearest of them, or to the
+            last. A positive number; or float32 on q's device, which the host never reads: [],
+            [num_kv_heads] or [batch, num_kv_heads], with any strides. Zeros, negative numbers and
+            NaN there are no error: zero stores the last numbers and NaN, and forgets every key;
+            NaN makes the output NaN. None, the default: 1.
+        v_scale: The same of values.
         out_dtype: torch.float32: the output as it was computed, before it is rounded, as a part to
             be merged with others by `merge_states`. None, the default, or q's dtype: that of q.
         out: Where to write; q's shape (with head_dim_v), and its dtype or `out_dtype`, sharing no
@@ -110,6 +118,8 @@ class Options(TypedDict, total=False):
     k_norm_weight: Tensor | None
     norm_eps: float
     norm_plus_one: bool
+    k_scale: float | Tensor | None
+    v_scale: float | Tensor | None
     out_dtype: torch.dtype | None
     out: Tensor | None
 
@@ -194,6 +204,8 @@ class Asked:
     norm_eps: float = 1e-6
     norm_plus_one: bool = False
     max_seqlen_q: int | None = None
+    k_scale: float | None = None
+    v_scale: float | None = None
     out_dtype: torch.dtype | None = None
     kernel: KernelConfig | None = None
     dependent: bool = False
@@ -263,7 +275,9 @@ def features_of(options: dict[str, Any]) -> tuple[Tensor | None, ...]:
     Returns:
         Them in the order of the table; nothing if there are none.
     """
+    numbers = {name: options.pop(name) for name in SCALES if is_number(options.get(name))}
     tensors = tuple(map(options.pop, TENSORS, _NONES))
+    options |= numbers
     for tensor in tensors:
         if tensor is not None:
             return tensors
@@ -333,7 +347,9 @@ def check(call: str, options: Mapping[str, Any], given: Given) -> tuple[Asked, t
         wanted.append("out_dtype")
     if "tree_mask" in wanted:  # which goes with no tokens of its own
         wanted = [feature for feature in wanted if feature != SEVERAL.feature]
-    return asked, special(tuple([policy for policy in POLICIES if policy.feature in wanted]))
+    # What caches hold, their type says.
+    features = [p for p in POLICIES if p.feature in wanted and p not in FP8]
+    return asked, special(tuple(features))
 
 
 def check_options(num_splits: int = 0, softmax_scale: float | None = None, **flags: bool) -> None:
@@ -391,9 +407,24 @@ def check_window(window_size: object, causal: bool = True) -> tuple[int, int]:
     return (left, -1 if causal else right)
 
 
-def fields_of(asked: Asked, layout: Layout, scale: float, tokens: Tokens) -> dict[str, float]:
-    """What features put into the kernel's argument, but addresses, by the names of its fields."""
-    found: dict[str, float] = {}
+def fields_of(
+    asked: Asked, layout: Layout, scale: float, policies: tuple[Policy, ...], tokens: Tokens
+) -> dict[str, float]:
+    """What features put into the kernel's argument, but addresses, by the names of its fields.
+
+    Args:
+        asked: The options.
+        layout: The tensors.
+        scale: Factor on the scores.
+        policies: The kernel's.
+        tokens: Of the sequences.
+
+    Raises:
+        InputError: An option is not allowed with these tensors.
+    """
+    found = scale_fields(asked, layout)
+    if not policies:
+        return found
     if cap := check_softcap(asked.softcap, scale):
         found["softcap_in"] = scale / cap
         found["softcap_out"] = cap * math.log2(math.e)

@@ -82,7 +82,7 @@ class Plans:
                 asked=asked,
                 softmax_scale=scale,
                 out_dtype=asked.out_dtype or layout["q"].dtype,
-                fields=fields_of(asked, layout, scale, tokens) if policies else {},
+                fields=fields_of(asked, layout, scale, problem.policies, tokens),
                 tokens=tokens,
                 positions=longest_to_turn(layout, tokens) if policies else None,
                 dispatch=dispatch(

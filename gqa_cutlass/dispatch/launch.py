@@ -239,12 +239,13 @@ def _choose_schedule(problem: Problem, device: Device, ragged: bool) -> tuple[Sc
             return Schedule.MULTISTAGE, f"{Schedule.TMA} does not have {policy.feature}"
     tma = default_config(
         Math.TENSOROP, problem.dtype, problem.head_dim, problem.group_size, WIDEST, Schedule.TMA,
-        head_dim_v=problem.head_dim_v, num_tokens=problem.num_tokens,
+        problem.policies, problem.head_dim_v, problem.num_tokens,
     )  # fmt: skip
     if device.arch.name not in tma.archs:
         return Schedule.MULTISTAGE, f"{device.arch.name} is not among {', '.join(tma.archs)}"
     model = MODELS[device.arch.name]
-    whole_boxes = problem.head_dim % BOX_DIMS == 0 == problem.value_dim % BOX_DIMS
+    box = BOX_DIMS * tma.packed
+    whole_boxes = problem.head_dim % box == 0 == problem.value_dim % box
     limit = model.tma_mib if whole_boxes else model.tma_mib_partial_boxes
     mib = problem.cache_mib
     if problem.num_tokens > 1 and tma.row_blocks(problem.num_tokens) > 1:

@@ -55,6 +55,8 @@ def attend(
     cache_leftpad: Tensor | None = None,
     cache_batch_idx: Tensor | None = None,
     block_table: Tensor | None = None,
+    k_scale: float | Tensor | None = None,
+    v_scale: float | Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Textbook attention, every step in `dtype`: softmax(scale q k^T) v and its log-sum-exp.
 
@@ -76,6 +78,9 @@ def attend(
         cache_leftpad: Tokens that each sequence begins with and that are none of it, [batch].
         cache_batch_idx: The row of k and v, or of block_table, that each sequence has, [batch].
         block_table: The pages that each sequence has, one behind the other, [batch, max_pages].
+        k_scale: What k is multiplied by before all else: a number for all, or of KV heads, or of
+            each sequence; None for 1.
+        v_scale: The same of v.
 
     Returns:
         The output, [batch, num_q_heads, head_dim of v], and the log-sum-exp, [batch, num_q_heads].
@@ -90,8 +95,10 @@ def attend(
         row = b if cache_batch_idx is None else int(cache_batch_idx[b])
         grouped = q[b].to(dtype).view(num_kv_heads, -1, head_dim)
         pages = None if block_table is None else block_table[row]
-        keys = _tokens(k, row, pages, first, lengths[b]).to(dtype).permute(1, 2, 0)
-        values = _tokens(v, row, pages, first, lengths[b]).to(dtype).permute(1, 0, 2)
+        keys = _tokens(k, row, pages, first, lengths[b])
+        values = _tokens(v, row, pages, first, lengths[b])
+        keys = scaled(keys, scales_of(k_scale, b)).to(dtype).permute(1, 2, 0)
+        values = scaled(values, scales_of(v_scale, b)).to(dtype).permute(1, 0, 2)
         scores = (grouped @ keys) * scale
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
@@ -106,6 +113,25 @@ def attend(
         outs.append((weights @ values).view(num_q_heads, -1))
         lses.append(torch.logsumexp(scores, dim=-1).view(num_q_heads))
     return torch.stack(outs), torch.stack(lses)
+
+
+def scales_of(scale: float | Tensor | None, b: int) -> float | Tensor | None:
+    """A sequence's scale, or those of its KV heads: [num_kv_heads, 1]."""
+    if not isinstance(scale, Tensor) or scale.dim() == 0:
+        return scale
+    return (scale[b] if scale.dim() == 2 else scale).unsqueeze(-1)
+
+
+def scaled(tokens: Tensor, scale: float | Tensor | None) -> Tensor:
+    """What is stored, [..., num_kv_heads, head_dim], as it counts."""
+    return tokens if scale is None else tokens.double() * scale
+
+
+def stored(token: Tensor, scale: float | Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What a cache of 8 bits holds of a token: the nearest of x / scale, or the last."""
+    most = torch.finfo(dtype).max
+    quotient = token.float() if scale is None else token.float() / scale
+    return quotient.clamp(-most, most).to(dtype)
 
 
 def _tokens(cache: Tensor, row: int, pages: Tensor | None, first: int, end: int) -> Tensor:
@@ -185,5 +211,5 @@ def _largest(values: Iterable[float]) -> float:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of 16-bit elements are equal to the bit, NaN included."""
-    return torch.equal(a.contiguous().view(torch.int16), b.contiguous().view(torch.int16))
+    """Whether two tensors are equal to the bit, NaN included."""
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))

@@ -14,12 +14,13 @@ from torch import Tensor
 from gqa_cutlass.api import plan
 from gqa_cutlass.cache.allocation import available_bytes
 from gqa_cutlass.call.layout import DTYPES
+from gqa_cutlass.call.stored import FP8
 from gqa_cutlass.codegen.config import KernelConfig
 from gqa_cutlass.codegen.schema.launch import LaunchShape
 from gqa_cutlass.codegen.schema.rounding import ceil_div
 from gqa_cutlass.codegen.schema.storage import PAGE_TOKENS
 from gqa_cutlass.cpu.executor import CpuKernel
-from gqa_cutlass.proof.reference import attend, errors, same_bits
+from gqa_cutlass.proof.reference import attend, errors, same_bits, stored
 from gqa_cutlass.ptxsim.prepare import Program
 from gqa_cutlass.ptxsim.simulate import Checks
 from gqa_cutlass.ptxsim.stats import Stats
@@ -48,6 +49,8 @@ class _Asked(TypedDict, total=False):
     cache_leftpad: Tensor
     cache_batch_idx: Tensor
     block_table: Tensor
+    k_scale: float
+    v_scale: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +65,8 @@ class SimRun:
         error: Largest difference of the output from attention in float64.
         error_torch: The same of PyTorch's attention in the input type.
         lse_error: Largest difference of the lse.
-        appended: Whether the new token's K and V are in the caches bit for bit.
+        appended: Whether the new token's K and V are in the caches bit for bit, or rounded as they
+            are stored.
         least_bytes: Bytes that a step must at least read: the caches' tokens, q, and the new token.
     """
 
@@ -131,6 +135,10 @@ def _run(
     """Run it; sizes are checked."""
     q, k_cache, v_cache, k, v = _step(config, cache_len + 1, batch, kv_heads)
     asked = _features(config, batch, q.shape[1], cache_len + 1)
+    for dtype, policy in FP8.items():
+        if policy in config.policies:
+            k_cache = stored(k_cache, asked["k_scale"], dtype)
+            v_cache = stored(v_cache, asked["v_scale"], dtype)
     if (table := asked.get("block_table")) is not None:
         k_cache, v_cache = (_in_pages(cache, table) for cache in (k_cache, v_cache))
     made = plan(
@@ -160,8 +168,8 @@ def _run(
         error=found.max,
         error_torch=found.max_torch,
         lse_error=(lse.double() - exact_lse).abs().max().item(),
-        appended=_appended(k_cache, k, cache_len, table)
-        and _appended(v_cache, v, cache_len, table),
+        appended=_appended(k_cache, k, cache_len, table, asked.get("k_scale"))
+        and _appended(v_cache, v, cache_len, table, asked.get("v_scale")),
         least_bytes=made.problem.cache_bytes + q.nbytes,
     )
 
@@ -204,11 +212,17 @@ def _features(config: KernelConfig, batch: int, heads: int, tokens: int) -> _Ask
     if "block_table" in wanted:
         pages = torch.arange(batch * ceil_div(tokens, _PAGE_SIZE), dtype=torch.int32)
         asked["block_table"] = pages.flip(0).view(batch, -1)
+    if config.packed > 1:
+        asked["k_scale"], asked["v_scale"] = 0.01, 0.02  # some numbers are beyond the last
     return asked
 
 
-def _appended(cache: Tensor, new: Tensor, at: int, table: Tensor | None) -> bool:
-    """Whether a cache has the new token there."""
+def _appended(
+    cache: Tensor, new: Tensor, at: int, table: Tensor | None, scale: float | None
+) -> bool:
+    """Whether a cache has the new token there, as it stores it."""
+    if cache.dtype in FP8:
+        new = stored(new, scale, cache.dtype)
     if table is None:
         return same_bits(cache[:, at], new)
     page, place = divmod(at, _PAGE_SIZE)

@@ -15,11 +15,11 @@ from helpers import call_tensors
 import gqa_cutlass.ops  # noqa: F401 - registers the operators
 from gqa_cutlass import KVCache, explain, flash_attn_with_kvcache, gqa_decode, plan
 from gqa_cutlass.call.options import TENSORS, CallOptions, Options, PlanOptions
-from gqa_cutlass.codegen.schema.policies import CALL, POLICIES
+from gqa_cutlass.codegen.schema.policies import CALL, FP8, POLICIES
 
 CALLS: dict[str, tuple[Callable[..., Any], set[str]]] = {
     "gqa_decode": (gqa_decode, set(Options.__annotations__)),
-    "KVCache.decode": (KVCache.decode, set(Options.__annotations__)),
+    "KVCache.decode": (KVCache.decode, set(Options.__annotations__) - {"k_scale", "v_scale"}),
     "plan": (plan, set(PlanOptions.__annotations__)),
     "explain": (explain, set(PlanOptions.__annotations__) - {"kernel"}),
 }
@@ -59,12 +59,15 @@ def test_options_that_a_call_does_not_take_are_refused(name: str, wrong: str) ->
 
 
 def test_every_feature_is_an_option_of_every_call() -> None:
-    """Its tensors are rows of the table of arguments."""
+    """But what caches hold, which their type says. Tensors are rows of the table of arguments."""
     # Several tokens are asked for by the sizes of q and k, too; FlashAttention has no norm or tree.
-    features = {policy.feature for policy in POLICIES if policy.feature} - {"num_tokens"}
+    features = {policy.feature for policy in POLICIES if policy.feature and policy not in FP8}
+    features |= {row.name for policy in FP8 for row in policy.arguments}
+    features -= {"num_tokens"}
     assert features <= set(CallOptions.__annotations__)
-    theirs = features - {"tree_mask", "q_norm_weight"}
-    assert theirs <= set(inspect.signature(flash_attn_with_kvcache).parameters)
+    theirs = {name.replace("_descale", "_scale") for name in
+              inspect.signature(flash_attn_with_kvcache).parameters}  # fmt: skip
+    assert features - {"tree_mask", "q_norm_weight"} <= theirs
     for operator in (torch.ops.gqa_cutlass.gqa_decode, torch.ops.gqa_cutlass.gqa_attend):
         assert features <= {argument.name for argument in operator.default._schema.arguments}
     assert set(TENSORS) == {row.name for p in POLICIES for row in p.arguments}

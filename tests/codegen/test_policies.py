@@ -54,7 +54,7 @@ def test_headers_keep_their_contracts(policy: Policy) -> None:
 @pytest.mark.parametrize(("slot", "name"), PROMISES, ids=[f"{s.alias}-{n}" for s, n in PROMISES])
 def test_a_header_without_part_of_its_contract_is_named(slot: Slot, name: str) -> None:
     policy = DEFAULTS[slot]
-    text = re.sub(rf"(?<!\w){re.escape(name)}(?=\(| \{{)", "other", header_of(policy))
+    text = re.sub(rf"(?<!\w){re.escape(name)}(?=\(| \{{| =)", "other", header_of(policy))
     wanted = rf"{policy.header}: got {policy.cpp} without {re.escape(name)}; the slot {slot.alias}"
     with pytest.raises(ConfigError, match=wanted):
         check_contract(policy, text)

@@ -42,6 +42,7 @@ class Case:
     index: tuple[int, ...] = ()  # as many rows as sequences
     float32: bool = False  # the output
     pages: int = 0  # tokens of each
+    e4m3: bool = False  # the caches
 
     @property
     def policies(self) -> tuple[Policy, ...]:
@@ -49,7 +50,7 @@ class Case:
             "softcap": self.softcap, "sinks": self.sinks, "window_size": self.window,
             "alibi_slopes": self.alibi, "cache_leftpad": self.leftpad,
             "cache_batch_idx": self.index, "out_dtype": self.float32,
-            "block_table": self.pages,
+            "block_table": self.pages, "float8_e4m3fn": self.e4m3,
         }  # fmt: skip
         return tuple(policy for policy in POLICIES if asked.get(policy.feature))
 
@@ -101,6 +102,8 @@ class Case:
             step.in_float32()
         if self.pages:
             step.into_pages(self.pages)
+        if self.e4m3:
+            step.into_fp8(torch.float8_e4m3fn)
         return step
 
 
@@ -155,6 +158,8 @@ SINK_SPLIT = Case(sinks=True, splits=3)
 SINK_HEAD_BLOCKS = Case(sinks=True, group_size=16)
 SINK_CLUSTER = tma(sinks=True, lengths=(200,), splits=4)
 SINK_OF_CLUSTERS = tma(sinks=True, lengths=(250,), splits=6)
+IN_8_BITS = Case(e4m3=True, heads=2, lengths=(20,))
+IN_8_BITS_CLUSTER = tma(e4m3=True, lengths=(90,), splits=2, append=False)
 FLOAT32 = Case(float32=True, lengths=(20,))
 FLOAT32_CLUSTER = tma(float32=True, lengths=(90,), splits=2)
 WINDOWED = Case(window=39)

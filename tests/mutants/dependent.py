@@ -112,7 +112,7 @@ DEPENDENT = (
     Mutant(
         name="bytes taken for elements",
         header="load.cuh",
-        old="Tile::kDims * int(sizeof(typename T::Element));",
+        old="Tile::kDims * int(sizeof(typename T::Stored));",
         new="Tile::kDims;",
         fault="cp.async.bulk: 40 bytes; allowed: positive multiples of 16",
         case=PADDED_PDL,

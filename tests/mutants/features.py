@@ -56,7 +56,7 @@ FEATURES = (
     Mutant(
         name="a new token in a cluster without the cap",
         header="score.cuh",
-        old="logit(sum[0][h / 2][h % 2] + sum[1][h / 2][h % 2], h, {0, 1, 0});",
+        old="logit(this->scaled(sum[0][h / 2][h % 2] + sum[1][h / 2][h % 2], h), h, {0, 1, 0});",
         new="(sum[0][h / 2][h % 2] + sum[1][h / 2][h % 2]) * logit.logit.in * logit.logit.out;",
         wrong="output",
         case=CAPPED_CLUSTER,

@@ -168,7 +168,7 @@ MULTISTAGE = (
     Mutant(
         name="queries read past the head_dim",
         header="score.cuh",
-        old="bool const padding = i * 8 >= T::kHeadDim;",
+        old="bool const padding = OperandsOf<T>::is_padding(i, lane % 4);",
         new="bool const padding = false;",
         fault="outside all tensors.* past the end of q .* at score.cuh",
         case=ODD_DIM,

@@ -10,7 +10,18 @@ from fractions import Fraction
 import numpy as np
 import ptxsim_oracle as oracle
 import pytest
-from ptxsim_cases import FEW, MANY, Opcode, arrays, cases, compare, execute, found, name
+from ptxsim_cases import (
+    FEW,
+    MANY,
+    Opcode,
+    arrays,
+    byte_edges,
+    cases,
+    compare,
+    execute,
+    found,
+    name,
+)
 
 from gqa_cutlass.ptxsim.element.arith import APPROXIMATE, forms, lookup
 
@@ -102,6 +113,14 @@ def test_comparison(group: list[Opcode]) -> None:
 def test_conversion(group: list[Opcode]) -> None:
     for opcode in group:
         compare(opcode, cases(opcode, (40, 60)))
+
+
+@pytest.mark.parametrize("kind", oracle.BYTES)
+def test_every_number_of_8_bits_becomes_float16_and_back(kind: str) -> None:
+    """And all that lies halfway between two of them, or next to that, goes to the right one."""
+    compare(("cvt", "rn", "f16x2", kind), [(byte | byte << 8,) for byte in range(256)])
+    near = byte_edges(kind)
+    compare(("cvt", "rn", "satfinite", kind, "f32"), list(zip(near, reversed(near), strict=True)))
 
 
 LOP3 = [("lop3", "b32"), ("lop3", "and", "b32"), ("lop3", "or", "b32")]
@@ -261,7 +280,7 @@ lop3.u32 lop3.xor.b32 shl.s32 shr.pred shf.l.b32 prmt.b64 prmt.f4e.b32 popc.u32 
 setp.s32 setp.lt.b32 setp.lo.s32 setp.equ.u32 setp.lt.ftz.f64 setp.lt.not.s32 set.lt.s32 selp.pred
 slct.ftz.s32.s32 mov mov.v2.b32 mov.f16 mov.b128 cvt.s32 cvt.f32.s32 cvt.rni.s32.s32 cvt.rn.f64.f32
 cvt.sat.u64.u32 cvt.rzi.f32.f64 cvt.f16.f32 cvt.rn.f16x2.f16x2 cvt.rm.f16x2.f32 cvt.rn.f32.f32
-cvt.rn.satfinite.e4m3x2.f32 cvt.rna.f16.f32 cvt.pack.sat.u16.s32.b32 cvta.to.global.u64
+cvt.rn.e4m3x2.f32 cvt.rn.f16.e4m3x2 cvt.rna.f16.f32 cvt.pack.sat.u16.s32.b32 cvta.to.global.u64
 ld.global.f32 st.shared.b32 bra.uni bar.sync shfl.sync.bfly.b32 mma.sync atom.global.add.u32 ret
 """
 

@@ -26,6 +26,7 @@ from gqa_cutlass.call.executor import Task
 from gqa_cutlass.call.given import Seen, see
 from gqa_cutlass.call.layout import problem_of
 from gqa_cutlass.call.options import TENSORS, check, fields_of
+from gqa_cutlass.call.stored import in_pairs
 from gqa_cutlass.codegen import KernelConfig, render
 from gqa_cutlass.codegen.schema.params import Params, TmaParams
 from gqa_cutlass.codegen.schema.policies import CALL
@@ -59,7 +60,8 @@ def launch(case: Case, program: Program) -> set[str]:
     }
     task = Task(
         layout=layout, problem=problem, dispatch=chosen, asked=asked, softmax_scale=step.scale,
-        out_dtype=asked.out_dtype or step.q.dtype, fields=fields_of(asked, layout, step.scale),
+        out_dtype=asked.out_dtype or step.q.dtype,
+        fields=fields_of(asked, layout, step.scale, problem.policies),
     )  # fmt: skip
     params = constants(task, 0)
     for field, tensor in tensors.items():
@@ -75,10 +77,7 @@ def launch(case: Case, program: Program) -> set[str]:
 def _with_maps(params: Params, layout: dict[str, Seen], config: KernelConfig) -> TmaParams:
     """The argument of a kernel that copies by tensor maps."""
     caches = layout["k_cache"], layout["v_cache"]
-    maps = [
-        map_of(t.address, t.shape, t.strides, t.itemsize, config.box_tokens).to_bytes()
-        for t in caches
-    ]
+    maps = [map_of(t.address, *in_pairs(t), config.box_tokens).to_bytes() for t in caches]
     return TmaParams.from_buffer_copy(bytes(params) + b"".join(maps))
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 from ptxsim_oracle.arithmetic import ARITHMETIC
 from ptxsim_oracle.bits import BITS, PRMT
 from ptxsim_oracle.comparison import COMPARISONS
-from ptxsim_oracle.conversion import CONVERSIONS
+from ptxsim_oracle.conversion import CONVERSIONS, size_of_byte
 from ptxsim_oracle.form import Form
-from ptxsim_oracle.number import FORMATS, PACKED, WIDTH, decode, encode, infinity
+from ptxsim_oracle.number import BYTES, FORMATS, PACKED, WIDTH, decode, encode, infinity
 
 __all__ = [
-    "FORMATS", "ORACLES", "PRMT", "WIDTH", "Form", "decode", "encode", "infinity", "run",
+    "BYTES", "FORMATS", "ORACLES", "PRMT", "WIDTH", "Form", "decode", "encode", "infinity", "run",
+    "size_of_byte",
 ]  # fmt: skip
 
 ORACLES = ARITHMETIC | BITS | COMPARISONS | CONVERSIONS

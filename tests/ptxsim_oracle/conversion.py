@@ -8,6 +8,7 @@ from fractions import Fraction
 from ptxsim_oracle.arithmetic import finish
 from ptxsim_oracle.form import Form, Oracle
 from ptxsim_oracle.number import (
+    BYTES,
     FORMATS,
     NAN,
     PACKED,
@@ -21,6 +22,11 @@ from ptxsim_oracle.number import (
 
 def _cvt(form: Form, *sources: int) -> int:
     target, source = form.types[0], form.types[-1]
+    if source in BYTES:
+        return sum(_from_byte(form, sources[0] >> 8 * i & 0xFF) << 16 * i for i in range(2))
+    if target in BYTES:
+        upper, lower = (_to_byte(form, each) for each in sources)
+        return upper << 8 | lower
     if target in PACKED:
         upper, lower = (
             _float_to_float(form, each, target.removesuffix("x2"), source) for each in sources
@@ -49,6 +55,45 @@ def _cvt(form: Form, *sources: int) -> int:
     if form.has("sat"):
         value = max(least, min(most, value))
     return form.wrap(value, WIDTH[target])
+
+
+def size_of_byte(code: int, kind: str) -> Fraction | None:
+    """What 7 bits of a type mean; None for an infinity or NaN."""
+    exponent_bits, fraction_bits = BYTES[kind]
+    exponent, fraction = divmod(code, 1 << fraction_bits)
+    # e5m2 is as IEEE's types are; e4m3 has numbers in place of infinities, but for its last.
+    if code == 0x7F or kind == "e5m2x2" and exponent == (1 << exponent_bits) - 1:
+        return None
+    least = 2 - (1 << exponent_bits - 1)
+    if exponent:
+        fraction, least = fraction + (1 << fraction_bits), least + exponent - 1
+    return Fraction(fraction, 1 << fraction_bits) * Fraction(2) ** least
+
+
+def _from_byte(form: Form, byte: int) -> int:
+    kind, negative = form.types[-1], byte >> 7 == 1
+    size = size_of_byte(byte & 0x7F, kind)
+    if size is None:
+        infinite = kind == "e5m2x2" and byte & 3 == 0
+        bits = infinity("f16", negative) if infinite else NAN["f16"]
+    else:
+        bits = encode(-size if negative else size, "f16", "rn", negative_zero=negative)
+    return finish(form, bits, "f16")
+
+
+def _to_byte(form: Form, bits: int) -> int:
+    kind, number = form.types[0], decode(bits, "f32")
+    if number.nan:
+        return 0x7F
+    if number.negative and form.has("relu"):
+        return 0
+    codes = [code for code in range(0x7F) if size_of_byte(code, kind) is not None]
+    if number.infinite:
+        nearest = codes[-1]
+    else:
+        sizes = {code: size_of_byte(code, kind) for code in codes}
+        nearest = min(codes, key=lambda code: (abs(sizes[code] - number.size), code % 2))
+    return number.negative << 7 | nearest
 
 
 def _range(name: str) -> tuple[int, int]:

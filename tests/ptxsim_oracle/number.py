@@ -12,6 +12,8 @@ NAN = {"f16": 0x7FFF, "bf16": 0x7FFF, "f32": 0x7FFFFFFF, "f64": 0xFFF8 << 48}
 WIDTH = {"pred": 1, "tf32": 32} | {name: 1 + sum(shape) for name, shape in FORMATS.items()}
 WIDTH |= {f"{sort}{width}": width for sort in "bus" for width in (8, 16, 32, 64)}
 PACKED = ("u16x2", "s16x2", "f16x2", "bf16x2")
+BYTES = {"e4m3x2": (4, 3), "e5m2x2": (5, 2)}  # pairs of 8 bits: exponent and fraction bits of each
+WIDTH |= dict.fromkeys(BYTES, 16)
 ROUNDINGS = ("rn", "rz", "rm", "rp", "rna", "rni", "rzi", "rmi", "rpi")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from gqa_cutlass.cache.inputs import check_apart, check_no_grad, plain
+from gqa_cutlass.cache.inputs import check_apart, check_no_grad, plain, types_of_tokens
 from gqa_cutlass.cache.paged.sequences import refuse
 from gqa_cutlass.call.options import check_window
 from gqa_cutlass.codegen.schema.problem import MAX_SEQ_LEN
@@ -44,12 +44,14 @@ def packed(
     check_no_grad(call, name, tensor)
     like, row = pools[0], [count, *pools[0].shape[2:]]
     shapes = [[len(pools), *row], *([row] if len(pools) == 1 else [])]
-    same = tensor.dtype == like.dtype and tensor.device == like.device
+    types = types_of_tokens(like)
+    same = tensor.dtype in types and tensor.device == like.device
     if not same or list(tensor.shape) not in shapes:
         got = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
         layers = "num_layers, " if len(pools) > 1 else ""
         form = f"{shapes[-1]} ([{layers}tokens, num_kv_heads, head_dim])"
-        refuse(call, name, got, f"{like.dtype} {form} on {like.device}", UNWRITTEN)
+        allowed = f"{' or '.join(map(str, types))} {form} on {like.device}"
+        refuse(call, name, got, allowed, UNWRITTEN)
     if found := memory_flaw(tensor):
         refuse(call, name, *found, UNWRITTEN)
     check_apart(call, name, tensor, (*pools, *others))

@@ -21,9 +21,11 @@ from gqa_cutlass.cache.paged.sequences import refuse
 from gqa_cutlass.cache.paged.step import Step
 from gqa_cutlass.cache.paged.tables import Tables
 from gqa_cutlass.cache.paged.view import PagedView
+from gqa_cutlass.cache.scales import LayerScales, scales_of_layers
 from gqa_cutlass.cache.sizes import PoolSizes
 from gqa_cutlass.call.options import Options, listed
 from gqa_cutlass.call.plan import Pair, Result
+from gqa_cutlass.call.stored import SCALES
 from gqa_cutlass.codegen.schema.problem import MAX_BATCH, MAX_SEQ_LEN
 from gqa_cutlass.errors import shown
 from gqa_cutlass.tensors import plain_shape
@@ -58,12 +60,17 @@ class PagedKVCache(PagedView):
         page_size: Tokens of a page, 1 and more.
         num_kv_heads: KV heads.
         head_dim: Dimension per head, as `gqa_decode` allows it.
-        dtype: torch.float16 or torch.bfloat16.
+        dtype: torch.float16 or torch.bfloat16; or torch.float8_e4m3fn or torch.float8_e5m2, of
+            which what is given in 16 bits is made.
         device: A GPU, or "cpu" (simulated, slow).
         num_layers: Layers of the model.
         head_dim_v: Dimension per head of values; None: as head_dim.
         window: Newest tokens of a sequence that a step may attend to, the new one included; pages
             wholly before them are freed when a step is over. None: all, and no page is freed.
+        k_scale: Of a cache of 8 bits: what its keys are multiplied by, and new ones divided by. A
+            number, or float32 [] or [num_kv_heads] on the device; or a list, with one for each
+            layer; see `gqa_decode`. None: 1.
+        v_scale: The same of values.
 
     Raises:
         InputError: A size, the type or the device is not allowed.
@@ -83,13 +90,16 @@ class PagedKVCache(PagedView):
         num_layers: int = 1,
         head_dim_v: int | None = None,
         window: int | None = None,
+        k_scale: LayerScales = None,
+        v_scale: LayerScales = None,
     ) -> None:
         check_reach("PagedKVCache", window)
         sizes = PoolSizes(
             num_layers=num_layers, num_pages=num_pages, page_size=page_size,
             num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype, head_dim_v=head_dim_v,
         )  # fmt: skip
-        super().__init__(Pools(allocate(sizes, device).layers), window)
+        scales = scales_of_layers(sizes, device, k_scale, v_scale)
+        super().__init__(Pools(allocate(sizes, device).layers, scales), window)
         self._tables = Tables(self.device)
 
     @staticmethod
@@ -272,7 +282,8 @@ class PagedKVCache(PagedView):
         Args:
             sequence: Which.
             k: Keys, [num_layers, tokens, num_kv_heads, head_dim], or without the first dimension
-                where there is one layer; of the cache's dtype and on its device.
+                where there is one layer; of the cache's dtype (or 16 bits, where that is of 8) and
+                on its device.
             v: As k.
 
         Raises:
@@ -288,7 +299,8 @@ class PagedKVCache(PagedView):
         Args:
             sequences: Each once.
             k: Keys, [num_layers, sequences, num_kv_heads, head_dim], or without the first dimension
-                where there is one layer; of the cache's dtype and on its device.
+                where there is one layer; of the cache's dtype (or 16 bits, where that is of 8) and
+                on its device.
             v: As k.
 
         Raises:
@@ -312,7 +324,7 @@ class PagedKVCache(PagedView):
         v: Tensor | None = None, *, return_lse: bool, **options: Unpack[Options],
     ) -> Result: ...  # fmt: skip
     @on_host
-    @listed(Options)
+    @listed(Options, without=SCALES)
     def decode(
         self,
         sequences: Sequence[int],

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gqa_cutlass.cache.paged.sequences import Held
 from gqa_cutlass.cache.rows import buffer, gather
+from gqa_cutlass.cache.scales import Scales, raw
 from gqa_cutlass.codegen.schema.rounding import ceil_div
 
 
@@ -18,9 +19,13 @@ class Pools:
 
     Args:
         layers: Keys and values of each layer, [num_pages, page_size, num_kv_heads, head_dim].
+        scales: Of each layer's elements, or one for all.
     """
 
-    def __init__(self, layers: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def __init__(
+        self, layers: Sequence[tuple[Tensor, Tensor]], scales: Sequence[Scales] = (Scales(),)
+    ) -> None:
+        self.scales = [scales[i % len(scales)] for i in range(len(layers))]
         self.k, self.v = (tuple(tensors) for tensors in zip(*layers, strict=True))
         self.num_pages: int = self.k[0].shape[0]
         self.page_size: int = self.k[0].shape[1]
@@ -35,9 +40,10 @@ class Pools:
         """
         if pairs:
             sources, targets = to_device(np.array(pairs, dtype=np.int64).T, self.device)
-            widest = max(self.k[0], self.v[0], key=lambda pool: pool.shape[-1])
+            pools = [raw(pool) for pool in (*self.k, *self.v)]
+            widest = max(pools[0], pools[-1], key=lambda pool: pool.shape[-1])
             through = buffer(widest, len(pairs), self.page_size)
-            gather((*self.k, *self.v), self.page_size, sources, targets, through)
+            gather(pools, self.page_size, sources, targets, through)
 
     def slots(
         self, given: Sequence[Held], tokens: Sequence[int], skipped: Sequence[int] | None = None
@@ -55,8 +61,9 @@ class Pools:
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Write tokens of a layer, [tokens, num_kv_heads, head_dim], where `slots` says."""
-        for pool, new in ((self.k[layer], k), (self.v[layer], v)):
-            pool.view(-1, *pool.shape[2:]).index_copy_(0, slots, new)
+        for name, pool, new in (("k", self.k[layer], k), ("v", self.v[layer], v)):
+            new = self.scales[layer].stored(pool, name, new[None])[0]
+            raw(pool).view(-1, *pool.shape[2:]).index_copy_(0, slots, raw(new))
 
     def write_all(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Write tokens of all layers, [layers, tokens, num_kv_heads, head_dim], likewise."""
@@ -69,7 +76,7 @@ class Pools:
         tokens -= held.gone * self.page_size
         index = to_device(pages, self.device)
         k, v = (
-            pool.index_select(0, index).flatten(0, 1)[:tokens]
+            raw(pool).index_select(0, index).flatten(0, 1)[:tokens].view(pool.dtype)
             for pool in (self.k[layer], self.v[layer])
         )
         return k, v

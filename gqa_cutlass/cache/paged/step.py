@@ -18,6 +18,7 @@ from gqa_cutlass.cache.paged.sequences import Held, refuse
 from gqa_cutlass.cache.paged.tables import Table
 from gqa_cutlass.call.options import NO_WINDOW, Options, listed
 from gqa_cutlass.call.plan import Pair, Result
+from gqa_cutlass.call.stored import SCALES
 from gqa_cutlass.errors import shown
 
 
@@ -72,7 +73,7 @@ class DecodeStep:
         self, layer: int, q: Tensor, k: Tensor | None = None, v: Tensor | None = None, *,
         return_lse: bool, **options: Unpack[Options],
     ) -> Result: ...  # fmt: skip
-    @listed(Options)
+    @listed(Options, without=SCALES)
     def decode(
         self,
         layer: int,
@@ -111,6 +112,7 @@ class DecodeStep:
         if unknown := options.keys() - Options.__annotations__.keys():
             raise TypeError(f"decode() got an unexpected keyword argument {min(unknown)!r}")
         seen = check_seen(self._call, options.get("window_size", NO_WINDOW), self._reach)
+        options = self._pools.scales[layer].asked(self._call, options)
         table = self._table
         batch = table.block_table.shape[0]
         if isinstance(q, Tensor) and q.dim() > 2 and q.shape[0] != batch:

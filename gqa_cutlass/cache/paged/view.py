@@ -15,6 +15,7 @@ from gqa_cutlass.cache.paged.pools import Pools
 from gqa_cutlass.cache.paged.sequences import refuse
 from gqa_cutlass.cache.paged.storage import Storage
 from gqa_cutlass.cache.paged.tables import Tables
+from gqa_cutlass.cache.sizes import rows_text
 from gqa_cutlass.errors import shown
 
 
@@ -76,14 +77,11 @@ class PagedView:
         return list(self._storage.sequences)
 
     def __repr__(self) -> str:
-        num_pages, page_size, num_kv_heads, head_dim = self.k[0].shape
-        head_dim_v = self.v[0].shape[-1]
-        values = f"head_dim_v={head_dim_v}, " if head_dim_v != head_dim else ""
         window = f"window={self.window}, " if self.window is not None else ""
         size = sum(pool.nbytes for pool in (*self.k, *self.v))
         return (
-            f"PagedKVCache(num_pages={num_pages}, page_size={page_size}, "
-            f"num_kv_heads={num_kv_heads}, head_dim={head_dim}, {values}dtype={self.k[0].dtype}, "
+            f"PagedKVCache(num_pages={self.num_pages}, page_size={self.page_size}, "
+            f"{rows_text(self.k[0], self.v[0])}, "
             f"device='{self.device}', num_layers={self.num_layers}, {window}bytes={size}, "
             f"sequences={len(self._storage.sequences)}, free_pages={self.free_pages})"
         )

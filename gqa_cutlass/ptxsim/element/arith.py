@@ -9,13 +9,21 @@ from __future__ import annotations
 import functools
 import itertools
 
-from gqa_cutlass.ptxsim.element import approximate, compare, convert, floats, integers, logic
+from gqa_cutlass.ptxsim.element import (
+    approximate,
+    compare,
+    convert,
+    floats,
+    fp8,
+    integers,
+    logic,
+)
 from gqa_cutlass.ptxsim.element.approximate import APPROXIMATE
 from gqa_cutlass.ptxsim.element.bits import Arithmetic, Bits, Builder, Opcode
 
 __all__ = ["APPROXIMATE", "Arithmetic", "Bits", "forms", "lookup"]
 
-_TABLES = (integers, logic, floats, approximate, compare, convert)
+_TABLES = (integers, logic, floats, approximate, compare, convert, fp8)
 
 
 @functools.cache

@@ -113,6 +113,8 @@ KINDS: dict[str, Kind] = {
         Kind(name="bf16", sort=Sort.FLOAT, width=16),
         Kind(name="f16x2", sort=Sort.FLOAT, width=32, lanes=2),
         Kind(name="bf16x2", sort=Sort.FLOAT, width=32, lanes=2),
+        Kind(name="e4m3x2", sort=Sort.FLOAT, width=16, lanes=2),
+        Kind(name="e5m2x2", sort=Sort.FLOAT, width=16, lanes=2),
         Kind(name="tf32", sort=Sort.FLOAT, width=32),
         Kind(name="f32", sort=Sort.FLOAT, width=32),
         Kind(name="f64", sort=Sort.FLOAT, width=64),

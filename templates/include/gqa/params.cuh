@@ -110,7 +110,15 @@ struct Params {
   int32_t rotary_dim;               // rotary_cos: dims that are turned
   int32_t rotary_interleaved;       // rotary_cos: whether neighbours are
   int32_t rotary_step;              // rotary_cos: from a sequence's query to its next
-  unsigned char reserved[104];
+  float const* k_scales;            // float8_e4m3fn: [batch, num_kv_heads], or null: k_scale
+  float const* v_scales;            // float8_e4m3fn: likewise
+  float k_scale;                    // float8_e4m3fn: what stored keys are multiplied by
+  float v_scale;                    // float8_e4m3fn: likewise
+  int32_t k_scale_batch;            // float8_e4m3fn: between sequences, or 0
+  int32_t k_scale_head;             // float8_e4m3fn: between KV heads, or 0
+  int32_t v_scale_batch;            // float8_e4m3fn: likewise
+  int32_t v_scale_head;             // float8_e4m3fn: likewise
+  unsigned char reserved[64];
 };
 
 // CUtensorMap: a tensor in global memory, as the copy engine sees it and the driver encodes it.

@@ -30,7 +30,7 @@ constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
 
 constexpr int kBoxDims = 64;  // of what the copy engine writes at a time, rows of 128 bytes
 
-// A tile of K or V in shared memory: kTokens rows of kDims elements.
+// A tile of K or V in shared memory: kTokens rows of kDims elements, or pairs of narrower ones.
 template <int kTokens, int kDims_, bool kTma>
 struct Tile {
   static constexpr int kDims = kDims_;
@@ -68,17 +68,21 @@ struct Traits : Variant {
   static constexpr int kHeadBlocks = ceil_div(kGroupSize, kBlockH);  // blocks that share a KV head
 
   static constexpr bool kTma = kSchedule == Schedule::kTma;
-  using KeyTile = Tile<kBlockN, kHeadDim, kTma>;
-  using ValueTile = Tile<kBlockN, kHeadDimV, kTma>;
+  using Stored = typename Variant::template Operands<Variant>::Stored;  // 16 bits of a cache
+  using Multiplied = typename Variant::template Operands<Variant>::Multiplied;  // by the MMA
+  static constexpr int kPacked = Variant::template Operands<Variant>::kPacked;  // elements of those
+
+  using KeyTile = Tile<kBlockN, kHeadDim / kPacked, kTma>;
+  using ValueTile = Tile<kBlockN, kHeadDimV / kPacked, kTma>;
   static constexpr int kPairElements = KeyTile::kElements + ValueTile::kElements;
-  static constexpr int kBoxRowBytes = kBoxDims * int(sizeof(Element));
+  static constexpr int kBoxRowBytes = kBoxDims * int(sizeof(Stored));
   static constexpr int kBoxBytes = kBlockN * kBoxRowBytes;
 
   // Partial outputs in shared memory, [head][dim] fp32. The pitch spreads the accumulator
   // fragments (4 head pairs x 8 dims) over all 32 banks.
   static constexpr int kPartialPitch = kHeadDimV + 4;
 
-  static constexpr int kWarpRingBytes = kNumStages * kPairElements * int(sizeof(Element));
+  static constexpr int kWarpRingBytes = kNumStages * kPairElements * int(sizeof(Stored));
   static constexpr int kWarpPartialBytes = kBlockH * kPartialPitch * int(sizeof(float));
   static constexpr int kWarpBytes =
       round_up(kWarpRingBytes > kWarpPartialBytes ? kWarpRingBytes : kWarpPartialBytes, 16);

@@ -39,7 +39,7 @@ CUTE_DEVICE void probability_operand(float const (&probability)[T::kLaneHeads][T
       cutlass::Array<float, 2> pair;
       pair[0] = probability[2 * n][token + half];
       pair[1] = probability[2 * n + 1][token + half];
-      auto const packed = cutlass::NumericArrayConverter<typename T::Element, float, 2>{}(pair);
+      auto const packed = cutlass::NumericArrayConverter<typename T::Multiplied, float, 2>{}(pair);
       cute::SM75_U32x1_MOVM_T::copy(reinterpret_cast<uint32_t const&>(packed), p[n][half]);
     }
   }

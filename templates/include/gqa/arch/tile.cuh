@@ -20,7 +20,7 @@ class TileRow;
 template <class T, class Tile>
 class TileRow<T, Tile, false> {
  public:
-  CUTE_DEVICE TileRow(typename T::Element const* tile, int row, int chunk)
+  CUTE_DEVICE TileRow(typename T::Stored const* tile, int row, int chunk)
       : first_(tile + typename Tile::Layout{}(row, chunk * kChunk)) {}
 
   CUTE_DEVICE cute::uint128_t const& operator[](int i) const {
@@ -28,7 +28,7 @@ class TileRow<T, Tile, false> {
   }
 
  private:
-  typename T::Element const* first_;
+  typename T::Stored const* first_;
 };
 
 // Tiles are aligned to the period of the swizzle, 1024 bytes. A lane's chunks are even or odd
@@ -36,7 +36,7 @@ class TileRow<T, Tile, false> {
 template <class T, class Tile>
 class TileRow<T, Tile, true> {
  public:
-  CUTE_DEVICE TileRow(typename T::Element const* tile, int row, int chunk)
+  CUTE_DEVICE TileRow(typename T::Stored const* tile, int row, int chunk)
       : first_(cute::cast_smem_ptr_to_uint(tile) +
                Swizzle{}(row * T::kBoxRowBytes + chunk % 8 * 16)) {}
 

@@ -7,7 +7,7 @@ namespace gqa {
 
 template <class T>
 struct DenseCache {
-  using Element = typename T::Element;
+  using Element = typename T::Stored;
 
   CUTE_DEVICE static constexpr bool by_number() { return true; }
 

@@ -34,7 +34,7 @@ CUTE_DEVICE int32_t const* table_row(Params const& p, int row) {
 
 template <class T>
 struct PagedCache {
-  using Element = typename T::Element;
+  using Element = typename T::Stored;
 
   CUTE_DEVICE static constexpr bool by_number() { return false; }
 
@@ -269,7 +269,7 @@ struct PagedCache {
 
   // Parts of a tile follow one another where a row is one box, not where a copy brings several.
   static_assert(!T::kTma || Boxes::kParts == 1 ||
-                (T::kHeadDim <= kBoxDims && T::kHeadDimV <= kBoxDims));
+                (T::KeyTile::kBoxes == 1 && T::ValueTile::kBoxes == 1));
 };
 
 }  // namespace gqa

@@ -39,9 +39,17 @@
 //   Bias      what is added to it.   float operator()(logit, head, Position), likewise. Made once,
 //                                    of p and work: it may load what it needs.
 //   NewToken  what is appended.      load_key(p, work, token, row), load_value likewise: the rows
-//                                    of this block's KV head.
-//   Operands  what is multiplied.    key_fragment, value_fragment: 16 bytes per lane of a tile, as
-//                                    the MMA takes them. number: an element on CUDA cores.
+//                                    of this block's KV head, as they are stored.
+//   Operands  what is stored, and    Stored: what caches and tiles consist of, kPacked elements in
+//             what is multiplied.    16 bits; Multiplied: what the MMA takes. TokenRow: of a token
+//                                    that is stored, PreparedTokenRow of a key that is prepared;
+//                                    quantise_key, quantise_value: once. KeyScale: what a product
+//                                    counts, scaled(), set() once queries are there; scale_values:
+//                                    of an output. query_dim, is_padding, kHalfStep, kRowStep:
+//                                    which dims a lane's operands have. add_keys, add_values:
+//                                    products of a tile; value_row, value_fragment: an operand of
+//                                    16 dims; load_step: one of a single key. number, Numbers:
+//                                    elements on CUDA cores.
 //   Output    what else is divided   finish(p, work, head, merged): called once per output, when
 //             by.                    everything has been merged.
 //   Result    what outputs are       rounded(values): a cutlass array of as many, made of one of
@@ -68,7 +76,7 @@ struct Box {
 // A row of K or V, and whether it is to be read.
 template <class T>
 struct Place {
-  typename T::Element const* row;
+  typename T::Stored const* row;
   bool exists;
 };
 

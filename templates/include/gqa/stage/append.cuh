@@ -1,4 +1,4 @@
-// Stage 5, append: the new tokens' K and V into the cache, once per KV head.
+// Stage 5, append: the new tokens' K and V into the cache, as it stores them, once per KV head.
 #pragma once
 
 #include <cute/arch/copy_sm90_tma.hpp>
@@ -54,8 +54,6 @@ class TokenAhead<T, false> {
 // others have arrived, so that none is read through the cache that this launch writes.
 template <class T>
 struct NewTokens {
-  using Element = typename T::Element;
-
   CUTE_DEVICE static bool are_in(Work<T> const& w, int tile) {
     return w.appends && (tile + 1) * T::kBlockN > w.num_cached;
   }
@@ -82,7 +80,7 @@ struct NewTokens {
 template <class T, bool one = kOneQuery<T>>
 class NewTokensOfTile {
  public:
-  using Element = typename T::Element;
+  using Stored = typename T::Stored;
 
   template <class Ring>
   CUTE_DEVICE NewTokensOfTile(Params const& p, Work<T> const& w, int tile, Ring& ring)
@@ -99,12 +97,12 @@ class NewTokensOfTile {
   }
 
   // Into the tile's keys, then into its values, and into the cache where this block appends.
-  CUTE_DEVICE void put_keys(Element* tile) {
+  CUTE_DEVICE void put_keys(Stored* tile) {
     put<typename T::KeyTile>(
         tile, keys_, [&](int token, auto& rows) { load_keys(token, rows); },
         [&](auto const& place) { return place.key(params_, work_); });
   }
-  CUTE_DEVICE void put_values(Element* tile) {
+  CUTE_DEVICE void put_values(Stored* tile) {
     put<typename T::ValueTile>(
         tile, values_, [&](int token, auto& rows) { load_values(token, rows); },
         [&](auto const& place) { return place.value(params_, work_); });
@@ -128,7 +126,7 @@ class NewTokensOfTile {
   }
 
   template <class Tile, class Row, class Load, class PlaceOf>
-  CUTE_DEVICE void put(Element* tile, Row (&rows)[kBatch], Load&& load, PlaceOf&& place_of) {
+  CUTE_DEVICE void put(Stored* tile, Row (&rows)[kBatch], Load&& load, PlaceOf&& place_of) {
     if (end_ == 0) return;
     CUTE_NO_UNROLL
     for (int token = max(first_, 0); token < end_; token += kBatch) {
@@ -162,8 +160,8 @@ class NewTokensOfTile<T, true> {
  public:
   template <class Ring>
   CUTE_DEVICE NewTokensOfTile(Params const&, Work<T> const&, int, Ring&) {}
-  CUTE_DEVICE void put_keys(typename T::Element*) const {}
-  CUTE_DEVICE void put_values(typename T::Element*) const {}
+  CUTE_DEVICE void put_keys(typename T::Stored*) const {}
+  CUTE_DEVICE void put_values(typename T::Stored*) const {}
 };
 
 }  // namespace gqa

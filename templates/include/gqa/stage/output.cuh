@@ -23,6 +23,7 @@ CUTE_DEVICE int64_t place_of_lse(Params const& p, Work<T> const& w, int row) {
 template <class T, int kWidth>
 CUTE_DEVICE void write_output(Params const& p, Work<T> const& w, Slice s, Merged<kWidth>&& r) {
   OutputOf<T>::finish(p, w, s, r);
+  OperandsOf<T>::scale_values(p, w, r);
   bool const empty = r.sum == 0.f;  // nothing attended: the output is zero and lse minus infinity
   float const scale = !w.valid ? kNan : empty ? 0.f : reciprocal_approx(r.sum);
   cutlass::Array<float, kWidth> values;

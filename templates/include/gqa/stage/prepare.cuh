@@ -77,12 +77,16 @@ struct PreparedRow {
         [&](int dim, Pair const& value) { put<2>(place_in_tile<T, Tile>(tile, row, dim), value); });
   }
 
-  // Calls with the first dim of each pair of this lane, and with the pair.
+  // Calls with the first dim of each pair of this lane, and with the pair, or its number.
   template <class Visit>
   CUTE_DEVICE void for_each(Visit&& visit) const {
+    for_each_at([&](int dim, int i) { visit(dim, pair[i]); });
+  }
+  template <class Visit>
+  CUTE_DEVICE static void for_each_at(Visit&& visit) {
     CUTE_UNROLL
     for (int i = 0; i < kCount; ++i) {
-      if (dim_of(i) < T::kHeadDim) visit(dim_of(i), pair[i]);
+      if (dim_of(i) < T::kHeadDim) visit(dim_of(i), i);
     }
   }
 
@@ -141,18 +145,18 @@ CUTE_DEVICE void prepare_query(Params const& p, Work<T> const& w, int row,
   }
 }
 
-// A row of new keys: as it is, or prepared.
+// Rows of a token that is stored: of a key as it is, or prepared, and of a value.
 template <class T, bool prepared = kPreparesRows<T>>
 struct KeyRowOf {
-  using Type = WarpRow<T, T::kHeadDim>;
+  using Type = typename OperandsOf<T>::template TokenRow<T::kHeadDim>;
 };
 template <class T>
 struct KeyRowOf<T, true> {
-  using Type = PreparedRow<T>;
+  using Type = typename OperandsOf<T>::PreparedTokenRow;
 };
 template <class T>
 using KeyRow = typename KeyRowOf<T>::Type;
 template <class T>
-using ValueRow = WarpRow<T, T::kHeadDimV>;
+using ValueRow = typename OperandsOf<T>::template TokenRow<T::kHeadDimV>;
 
 }  // namespace gqa

@@ -2,20 +2,20 @@
 #pragma once
 
 #include <gqa/arch/tile.cuh>
-#include <gqa/traits.cuh>
+#include <gqa/policy/slots.cuh>
 
 namespace gqa {
 
-// Where a dim of a tile's row is.
+// Where what is stored of a tile's row is: a dim, or a pair of them.
 template <class T, class Tile>
-CUTE_DEVICE typename T::Element* place_in_tile(typename T::Element* tile, int row, int dim) {
+CUTE_DEVICE typename T::Stored* place_in_tile(typename T::Stored* tile, int row, int at) {
   if constexpr (T::kTma) {
-    int const chunk = dim / kChunk;
+    int const chunk = at / kChunk;
     TileRow<T, Tile> const chunks(tile, row, chunk % 2);
-    auto const* found = reinterpret_cast<typename T::Element const*>(&chunks[chunk / 2]);
-    return const_cast<typename T::Element*>(found) + dim % kChunk;
+    auto const* found = reinterpret_cast<typename T::Stored const*>(&chunks[chunk / 2]);
+    return const_cast<typename T::Stored*>(found) + at % kChunk;
   } else {
-    return tile + typename Tile::Layout{}(row, dim);
+    return tile + typename Tile::Layout{}(row, at);
   }
 }
 
@@ -42,7 +42,7 @@ struct WarpRow {
     });
   }
 
- private:
+ protected:
   template <class Visit>
   CUTE_DEVICE static void for_each(Visit&& visit) {
     CUTE_UNROLL

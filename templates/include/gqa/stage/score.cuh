@@ -57,11 +57,13 @@ struct Scorer;
 
 // Tensor cores.
 template <class T>
-struct Scorer<T, Math::kTensorOp> {
-  static constexpr int kSteps = T::KeyTile::kDimsPadded / 16;
+struct Scorer<T, Math::kTensorOp> : OperandsOf<T>::KeyScale {
+  static constexpr int kSteps = ceil_div(T::kHeadDim, 16);
   static constexpr int kHeadTiles = T::kBlockH / 8;
   static constexpr int kTokenTiles = T::kBlockN / 16;
   using Element = typename T::Element;
+  using Stored = typename T::Stored;
+  using Multiplied = typename T::Multiplied;
 
   uint32_t query[kSteps][kHeadTiles][2];  // Q^T, the B operand
 
@@ -76,28 +78,28 @@ struct Scorer<T, Math::kTensorOp> {
       });
       CUTE_UNROLL
       for (int n = 0; n < kHeadTiles; ++n) {
-        load_query(n, &shared.prepared_query[n * 8 + lane / 4][lane % 4 * 2]);
+        load_query(n,
+                   &shared.prepared_query[n * 8 + lane / 4][OperandsOf<T>::query_dim(0, lane % 4)]);
       }
+    } else if (!kOneQuery<T> && w.num_rows() == 0) {
+      clear_query();
     } else {
-      if (!kOneQuery<T> && w.num_rows() == 0) {
-        clear_query();
-        return;
-      }
       QueryRows<T> const query_row(p, w);
       CUTE_UNROLL
       for (int n = 0; n < kHeadTiles; ++n) {
         // Lanes of heads that do not exist compute the last one again; nobody stores it.
         int const last = w.last_row();
         int const head = n * 8 + lane / 4 < last ? n * 8 + lane / 4 : last;
-        load_query(n, query_row(head) + lane % 4 * 2);
+        load_query(n, query_row(head) + OperandsOf<T>::query_dim(0, lane % 4));
       }
     }
+    this->set(p, w, query);
   }
 
   // Position in the tile of a lane's t-th token.
   CUTE_DEVICE static int token(int t) { return t * 8 + int(threadIdx.x) % kWarpSize / 4; }
 
-  CUTE_DEVICE void operator()(Element const* keys, TileEnd end, Logits<T> const& logit,
+  CUTE_DEVICE void operator()(Stored const* keys, TileEnd end, Logits<T> const& logit,
                               float (&scores)[T::kLaneHeads][T::kLaneTokens]) const {
     int const lane = threadIdx.x % kWarpSize;
     CUTE_UNROLL
@@ -105,43 +107,37 @@ struct Scorer<T, Math::kTensorOp> {
       // Two independent sums halve the chain of dependent MMAs.
       float sum[2][kHeadTiles][4] = {};
       TileRow<T, typename T::KeyTile> const row(keys, m * 16 + lane % 16, lane / 16);
-      CUTE_UNROLL
-      for (int step = 0; step < kSteps; ++step) {
-        uint32_t k[4];
-        OperandsOf<T>::key_fragment(row[step], k);
-        CUTE_UNROLL
-        for (int n = 0; n < kHeadTiles; ++n) mma<Element>(sum[step % 2][n], k, query[step][n]);
-      }
+      OperandsOf<T>::add_keys(row, query, sum);
       CUTE_UNROLL
       for (int n = 0; n < kHeadTiles; ++n) {
         CUTE_UNROLL
         for (int i = 0; i < 4; ++i) {
           int const t = 2 * m + i / 2;
           int const h = 2 * n + i % 2;
-          scores[h][t] = logit(sum[0][n][i] + sum[1][n][i], h, end.at(token(t)));
+          scores[h][t] = logit(this->scaled(sum[0][n][i] + sum[1][n][i], h), h, end.at(token(t)));
         }
       }
     }
   }
 
   // Scores of the new token's key in shared memory, [head]. It stands in all 16 rows of the MMA.
-  CUTE_DEVICE void score_one(Element const* key, Logits<T> const& logit,
+  CUTE_DEVICE void score_one(Stored const* key, Logits<T> const& logit,
                              float (&scores)[T::kBlockH]) const {
     int const lane = threadIdx.x % kWarpSize;
     float sum[2][kHeadTiles][4] = {};
     CUTE_UNROLL
     for (int step = 0; step < kSteps; ++step) {
       uint32_t part[2];
-      load_step(key, step, part);
+      OperandsOf<T>::load_step(key, step, part);
       uint32_t const k[4] = {part[0], part[0], part[1], part[1]};
       CUTE_UNROLL
-      for (int n = 0; n < kHeadTiles; ++n) mma<Element>(sum[step % 2][n], k, query[step][n]);
+      for (int n = 0; n < kHeadTiles; ++n) mma<Multiplied>(sum[step % 2][n], k, query[step][n]);
     }
     if (lane / 4 != 0) return;
     CUTE_UNROLL
     for (int h = 0; h < T::kLaneHeads; ++h) {
       scores[T::head_of(lane, h)] =
-          logit(sum[0][h / 2][h % 2] + sum[1][h / 2][h % 2], h, {0, 1, 0});
+          logit(this->scaled(sum[0][h / 2][h % 2] + sum[1][h / 2][h % 2], h), h, {0, 1, 0});
     }
   }
 
@@ -150,8 +146,9 @@ struct Scorer<T, Math::kTensorOp> {
   CUTE_DEVICE void load_query(int n, Element const* row) {
     CUTE_UNROLL
     for (int i = 0; i < kSteps * 2; ++i) {
-      bool const padding = i * 8 >= T::kHeadDim;
-      query[i / 2][n][i % 2] = padding ? 0u : *reinterpret_cast<uint32_t const*>(row + i * 8);
+      bool const padding = OperandsOf<T>::is_padding(i, int(threadIdx.x) % 4);
+      auto const* pair = row + OperandsOf<T>::query_dim(i, 0);
+      query[i / 2][n][i % 2] = padding ? 0u : *reinterpret_cast<uint32_t const*>(pair);
     }
   }
   CUTE_DEVICE void clear_query() {
@@ -160,26 +157,18 @@ struct Scorer<T, Math::kTensorOp> {
       query[i / 2 / kHeadTiles][i / 2 % kHeadTiles][i % 2] = 0u;
     }
   }
-
-  // 16 dims of 8 rows in shared memory; `row` is this lane's, counted modulo 8.
-  CUTE_DEVICE static void load_step(Element const* row, int step, uint32_t (&part)[2]) {
-    bool const padded = (2 * step + 1) * kChunk >= T::kHeadDim;
-    int const chunk = padded ? 2 * step : 2 * step + int(threadIdx.x) / 8 % 2;
-    cute::SM75_U32x2_LDSM_N::copy(*reinterpret_cast<cute::uint128_t const*>(row + chunk * kChunk),
-                                  part[0], part[1]);
-    if (padded) part[1] = 0u;
-  }
 };
 
 // CUDA cores: kLanesPerToken lanes share a token, each taking every kLanesPerToken-th chunk of it.
 template <class T>
-struct Scorer<T, Math::kSimt> {
+struct Scorer<T, Math::kSimt> : OperandsOf<T>::KeyScale {
   static constexpr int kChunks = T::kHeadDim / kChunk;
 
   SharedStorage<T>& shared;
 
   CUTE_DEVICE Scorer(Params const& p, Work<T> const& w, SharedStorage<T>& storage)
       : shared(storage) {
+    this->set(p, w);
     if constexpr (kPreparesRows<T>) {  // and rounded, as the tensor cores have it
       prepare_queries(p, w, [&](int row, int dim, auto const& pair) {
         shared.query[row][dim] = float(pair[0]);
@@ -200,7 +189,7 @@ struct Scorer<T, Math::kSimt> {
 
   CUTE_DEVICE static int token(int = 0) { return int(threadIdx.x) % kWarpSize % T::kBlockN; }
 
-  CUTE_DEVICE void operator()(typename T::Element const* keys, TileEnd end, Logits<T> const& logit,
+  CUTE_DEVICE void operator()(typename T::Stored const* keys, TileEnd end, Logits<T> const& logit,
                               float (&scores)[T::kLaneHeads][T::kLaneTokens]) const {
     int const part = int(threadIdx.x) % kWarpSize / T::kBlockN;
     float sum[T::kBlockH] = {};
@@ -215,26 +204,25 @@ struct Scorer<T, Math::kSimt> {
       for (int bit = T::kBlockN; bit < kWarpSize; bit *= 2) {
         sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], bit);
       }
-      scores[h][0] = logit(sum[h], h, end.at(token()));
+      scores[h][0] = logit(this->scaled(sum[h], h), h, end.at(token()));
     }
   }
 
  private:
-  CUTE_DEVICE void accumulate(typename T::Element const* keys, int chunk,
+  CUTE_DEVICE void accumulate(typename T::Stored const* keys, int chunk,
                               float (&sum)[T::kBlockH]) const {
-    alignas(16) typename T::Element k[kChunk];
-    *reinterpret_cast<cute::uint128_t*>(k) = *reinterpret_cast<cute::uint128_t const*>(
-        keys + typename T::KeyTile::Layout{}(token(), chunk * kChunk));
+    typename OperandsOf<T>::template Numbers<kChunk> const k(
+        keys + typename T::KeyTile::Layout{}(token(), chunk * kChunk / T::kPacked));
     CUTE_UNROLL
     for (int h = 0; h < T::kBlockH; ++h) {
       auto const* q = reinterpret_cast<float4 const*>(&shared.query[h][chunk * kChunk]);
       CUTE_UNROLL
       for (int i = 0; i < kChunk / 4; ++i) {
         float4 const v = q[i];
-        sum[h] = fmaf(OperandsOf<T>::number(k[4 * i]), v.x, sum[h]);
-        sum[h] = fmaf(OperandsOf<T>::number(k[4 * i + 1]), v.y, sum[h]);
-        sum[h] = fmaf(OperandsOf<T>::number(k[4 * i + 2]), v.z, sum[h]);
-        sum[h] = fmaf(OperandsOf<T>::number(k[4 * i + 3]), v.w, sum[h]);
+        sum[h] = fmaf(k[4 * i], v.x, sum[h]);
+        sum[h] = fmaf(k[4 * i + 1], v.y, sum[h]);
+        sum[h] = fmaf(k[4 * i + 2], v.z, sum[h]);
+        sum[h] = fmaf(k[4 * i + 3], v.w, sum[h]);
       }
     }
   }

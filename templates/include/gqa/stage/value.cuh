@@ -3,6 +3,7 @@
 
 #include <gqa/arch/mma.cuh>
 #include <gqa/arch/tile.cuh>
+#include <gqa/policy/slots.cuh>
 
 namespace gqa {
 
@@ -15,10 +16,12 @@ struct Accumulator;
 // Tensor cores. P is rounded to the input type for the MMA.
 template <class T>
 struct Accumulator<T, Math::kTensorOp> {
-  static constexpr int kDimTiles = T::ValueTile::kDimsPadded / 16;
+  static constexpr int kDimTiles = ceil_div(T::kHeadDimV, 16);
   static constexpr int kHeadTiles = T::kBlockH / 8;
   static constexpr int kTokenTiles = T::kBlockN / 16;
-  using Element = typename T::Element;
+  using Operands = OperandsOf<T>;
+  // Whether only some lanes have dims of the last tile.
+  static constexpr bool kLanesDiffer = Operands::kRowStep > 1 && T::kHeadDimV % 16 != 0;
 
   float out[kDimTiles][kHeadTiles][4] = {};  // O^T: dims on M, heads on N
 
@@ -36,7 +39,7 @@ struct Accumulator<T, Math::kTensorOp> {
     }
   }
 
-  CUTE_DEVICE void add(Element const* values,
+  CUTE_DEVICE void add(typename T::Stored const* values,
                        float const (&probability)[T::kLaneHeads][T::kLaneTokens]) {
     int const lane = threadIdx.x % kWarpSize;
     CUTE_UNROLL
@@ -45,13 +48,7 @@ struct Accumulator<T, Math::kTensorOp> {
       probability_operand<T>(probability, 2 * t, p);
       TileRow<T, typename T::ValueTile> const row(values, t * 16 + lane / 16 * 8 + lane % 8,
                                                   lane / 8 % 2);
-      CUTE_UNROLL
-      for (int m = 0; m < kDimTiles; ++m) {
-        uint32_t v[4];
-        OperandsOf<T>::value_fragment(row[m], v);
-        CUTE_UNROLL
-        for (int n = 0; n < kHeadTiles; ++n) mma<Element>(out[m][n], v, p[n]);
-      }
+      Operands::add_values(row, p, out);
     }
   }
 
@@ -64,8 +61,9 @@ struct Accumulator<T, Math::kTensorOp> {
       for (int m = 0; m < kDimTiles; ++m) {
         CUTE_UNROLL
         for (int half = 0; half < 2; ++half) {
-          int const dim = m * 16 + half * 8 + lane / 4;
-          bool const padding = m * 16 + half * 8 >= T::kHeadDimV;
+          int const dim = m * 16 + half * Operands::kHalfStep + lane / 4 * Operands::kRowStep;
+          bool const padding =
+              kLanesDiffer ? dim >= T::kHeadDimV : m * 16 + half * 8 >= T::kHeadDimV;
           if (!padding) {
             *reinterpret_cast<float2*>(&o_partial[dim * T::kBlockH + T::head_of(lane, 2 * n)]) =
                 make_float2(out[m][n][2 * half], out[m][n][2 * half + 1]);
@@ -84,8 +82,9 @@ struct Accumulator<T, Math::kTensorOp> {
         int const head = T::head_of(lane, 2 * n + i % 2);
         CUTE_UNROLL
         for (int m = 0; m < kDimTiles; ++m) {
-          int const dim = m * 16 + i / 2 * 8 + lane / 4;
-          bool const padding = m * 16 + i / 2 * 8 >= T::kHeadDimV;
+          int const dim = m * 16 + i / 2 * Operands::kHalfStep + lane / 4 * Operands::kRowStep;
+          bool const padding =
+              kLanesDiffer ? dim >= T::kHeadDimV : m * 16 + i / 2 * 8 >= T::kHeadDimV;
           if (!padding) o_partial[head * T::kPartialPitch + dim] = out[m][n][i];
         }
       }
@@ -97,7 +96,6 @@ struct Accumulator<T, Math::kTensorOp> {
 template <class T>
 struct Accumulator<T, Math::kSimt> {
   static constexpr int kPairs = ceil_div(T::kHeadDimV / 2, kWarpSize);
-  using Element = typename T::Element;
 
   SharedStorage<T>& shared;
   float out[kPairs][T::kBlockH][2] = {};
@@ -115,7 +113,7 @@ struct Accumulator<T, Math::kSimt> {
     }
   }
 
-  CUTE_DEVICE void add(Element const* values,
+  CUTE_DEVICE void add(typename T::Stored const* values,
                        float const (&probability)[T::kLaneHeads][T::kLaneTokens]) {
     int const lane = threadIdx.x % kWarpSize;
     auto& p = shared.probability[threadIdx.x / kWarpSize];
@@ -149,7 +147,7 @@ struct Accumulator<T, Math::kSimt> {
   }
 
  private:
-  CUTE_DEVICE static void add_pair(Element const* values, int dim,
+  CUTE_DEVICE static void add_pair(typename T::Stored const* values, int dim,
                                    float const (&p)[T::kBlockH][T::kBlockN],
                                    float (&acc)[T::kBlockH][2]) {
     CUTE_UNROLL
@@ -157,11 +155,10 @@ struct Accumulator<T, Math::kSimt> {
       float v[4][2];
       CUTE_UNROLL
       for (int i = 0; i < 4; ++i) {
-        alignas(4) Element pair[2];
-        *reinterpret_cast<uint32_t*>(pair) = *reinterpret_cast<uint32_t const*>(
-            values + typename T::ValueTile::Layout{}(t + i, dim));
-        v[i][0] = OperandsOf<T>::number(pair[0]);
-        v[i][1] = OperandsOf<T>::number(pair[1]);
+        typename OperandsOf<T>::template Numbers<2> const pair(
+            values + typename T::ValueTile::Layout{}(t + i, dim / T::kPacked));
+        v[i][0] = pair[0];
+        v[i][1] = pair[1];
       }
       CUTE_UNROLL
       for (int h = 0; h < T::kBlockH; ++h) {

@@ -35,7 +35,7 @@ struct RowSource {
 
   // Brings the rows of a tile before `end` to L2. All lanes take part.
   CUTE_DEVICE void prefetch_tile(int tile, int end) const {
-    constexpr int kRowBytes = Tile::kDims * int(sizeof(typename T::Element));
+    constexpr int kRowBytes = Tile::kDims * int(sizeof(typename T::Stored));
     int const token = tile * T::kBlockN + int(threadIdx.x) % kWarpSize;
     if (token < (tile + 1) * T::kBlockN && token < end) {
       prefetch_to_l2(row(token), kRowBytes);
@@ -48,7 +48,7 @@ struct RowSource {
   // Every instruction of the warp copies whole rows, as many as fit into it, and the last lanes
   // idle where head_dim is no power of two: rows cut in two would ask for the same lines twice.
   CUTE_DEVICE void copy_tile(typename CacheOf<T>::Pages const& pages, int tile, int first, int end,
-                             typename T::Element* target) const {
+                             typename T::Stored* target) const {
     constexpr int kVecs = Tile::kDims / T::kVecWidth;
     constexpr int kLanes = kVecs < kWarpSize ? kVecs : kWarpSize;  // lanes per row
     constexpr int kRows = kWarpSize / kLanes;
@@ -81,7 +81,7 @@ struct RowSource {
 template <class T>
 class TileRing {
  public:
-  using Element = typename T::Element;
+  using Element = typename T::Stored;
   using KeyTile = typename T::KeyTile;
   using ValueTile = typename T::ValueTile;
 
@@ -193,11 +193,15 @@ class TileRing {
   template <class Tile>
   CUTE_DEVICE static void clear_padding(Element* slot) {
     if constexpr (Tile::kDims != Tile::kDimsPadded) {
+      constexpr bool kWhole = Tile::kDims % kChunk == 0;
+      using Vec = cute::conditional_t<kWhole, cute::uint128_t, uint64_t>;
       for (int row = int(threadIdx.x) % kWarpSize; row < T::kNumStages * T::kBlockN;
            row += kWarpSize) {
         Element* tile = slot + row / T::kBlockN * T::kPairElements;
-        *reinterpret_cast<cute::uint128_t*>(
-            tile + typename Tile::Layout{}(row % T::kBlockN, Tile::kDims)) = cute::uint128_t(0);
+        CUTE_UNROLL
+        for (int dim = Tile::kDims; dim < Tile::kDimsPadded; dim += sizeof(Vec) / sizeof(Element)) {
+          *reinterpret_cast<Vec*>(tile + typename Tile::Layout{}(row % T::kBlockN, dim)) = Vec(0);
+        }
       }
     }
   }
@@ -212,7 +216,7 @@ class TileRing {
 
 // Clears the rows of a V tile from `first` on. All lanes take part.
 template <class T>
-CUTE_DEVICE void clear_value_rows(typename T::Element* tile, int first) {
+CUTE_DEVICE void clear_value_rows(typename T::Stored* tile, int first) {
   constexpr int kChunks = T::ValueTile::kDimsPadded / kChunk;
   CUTE_NO_UNROLL
   for (int i = first * kChunks + int(threadIdx.x) % kWarpSize; i < T::kBlockN * kChunks;

@@ -177,7 +177,8 @@ class ClusterCombine {
       r.max = shared_.new_score[threadIdx.x / kWarpSize][s.head];
       r.sum = 1.f;
       CUTE_UNROLL
-      for (int i = 0; i < kWidth; ++i) r.out[i] = float(shared_.new_value[s.dim + i]);
+      for (int i = 0; i < kWidth; ++i)
+        r.out[i] = OperandsOf<T>::number(shared_.new_value, s.dim + i);
     }
     auto const* part = reinterpret_cast<float const*>(&out(0, s.dim - first_own_dim(), 0)) + s.head;
     if (!alone()) barrier_wait(shared_.combine_barrier, 0);

@@ -20,7 +20,7 @@ namespace gqa {
 template <class T>
 class TmaRing {
  public:
-  using Element = typename T::Element;
+  using Element = typename T::Stored;
   using KeyTile = typename T::KeyTile;
   using ValueTile = typename T::ValueTile;
   using Boxes = typename CacheOf<T>::Boxes;
@@ -184,7 +184,7 @@ class TmaRing {
 
 // Clears the rows of a V tile from `first` to `end`. All lanes take part.
 template <class T>
-CUTE_DEVICE void clear_rows(typename T::Element* values, int first, int end = T::kBlockN) {
+CUTE_DEVICE void clear_rows(typename T::Stored* values, int first, int end = T::kBlockN) {
   constexpr int kChunks = T::kBoxRowBytes / 16;
   int const lane = threadIdx.x % kWarpSize;
   CUTE_NO_UNROLL
@@ -200,7 +200,7 @@ CUTE_DEVICE void clear_rows(typename T::Element* values, int first, int end = T:
 // Clears the rows of a V tile that lie before all that is seen, if there are any. The copy engine
 // may write to the same slot again. All lanes take part.
 template <class T>
-CUTE_DEVICE void clear_hidden_rows(Work<T> const& w, int tile, typename T::Element* values) {
+CUTE_DEVICE void clear_hidden_rows(Work<T> const& w, int tile, typename T::Stored* values) {
   if constexpr (!kSeesFirstToken<T>) {
     int const first = min(w.first_token, w.tokens_in_tiles()) - tile * T::kBlockN;
     if (first <= 0) return;

@@ -66,14 +66,13 @@ struct DimTile {
   template <bool kAll>
   CUTE_DEVICE void add(ClusterStorage<T>& shared, int dim_tile, int count) {
     int const lane = threadIdx.x % kWarpSize;
-    TileRow<T, typename T::ValueTile> const row(shared.value_slot(0, 0), lane / 16 * 8 + lane % 8,
-                                                lane / 8 % 2);
-    auto const* values = reinterpret_cast<unsigned char const*>(&row[dim_tile]);
+    auto const* values = reinterpret_cast<unsigned char const*>(
+        &OperandsOf<T>::value_row(shared.value_slot(0, 0), dim_tile));
     _Pragma("unroll kAll ? T::kNumWarps : 1")
     for (int w = 0; w < (kAll ? T::kNumWarps : count); ++w) {
       CUTE_UNROLL
       for (int t = 0; t < T::kBlockN / 16; ++t) {
-        constexpr int kWarpBytes = T::kPairElements * int(sizeof(typename T::Element));
+        constexpr int kWarpBytes = T::kPairElements * int(sizeof(typename T::Stored));
         uint32_t v[4];
         OperandsOf<T>::value_fragment(*reinterpret_cast<cute::uint128_t const*>(
                                           values + w * kWarpBytes + t * 16 * T::kBoxRowBytes),
@@ -82,7 +81,7 @@ struct DimTile {
         for (int n = 0; n < kHeadTiles; ++n) {
           uint2 const p = shared.probability[w][t][n][lane];
           uint32_t const operand[2] = {p.x, p.y};
-          mma<typename T::Element>(out[kAll ? w % 2 : 0][n], v, operand);
+          mma<typename T::Multiplied>(out[kAll ? w % 2 : 0][n], v, operand);
         }
       }
     }
@@ -106,15 +105,16 @@ CUTE_DEVICE void attend_single_tile(TmaParams const& p, ClusterWork<T> const& w,
 
   // Where the results will go is known before the data are there.
   constexpr int kHeadTiles = T::kBlockH / 8;
-  constexpr int kDimTiles = T::ValueTile::kDimsPadded / 16;
+  constexpr int kDimTiles = ceil_div(T::kHeadDimV, 16);
   constexpr int kOwnDimTiles = ceil_div(kDimTiles, T::kNumWarps);
   typename ClusterCombine<T>::Target target[kOwnDimTiles][2][kHeadTiles];
   CUTE_UNROLL
   for (int i = 0; i < kOwnDimTiles * 2 * kHeadTiles; ++i) {
     int const half = i / kHeadTiles % 2;
     int const dim_tile = i / (2 * kHeadTiles) * T::kNumWarps + warp;
-    target[i / (2 * kHeadTiles)][half][i % kHeadTiles] =
-        cluster_combine.target(dim_tile * 16 + half * 8 + lane / 4, i % kHeadTiles * 4 + lane % 4);
+    target[i / (2 * kHeadTiles)][half][i % kHeadTiles] = cluster_combine.target(
+        dim_tile * 16 + half * OperandsOf<T>::kHalfStep + lane / 4 * OperandsOf<T>::kRowStep,
+        i % kHeadTiles * 4 + lane % 4);
   }
 
   float scores[T::kLaneHeads][T::kLaneTokens];
@@ -142,7 +142,7 @@ CUTE_DEVICE void attend_single_tile(TmaParams const& p, ClusterWork<T> const& w,
   reduce_lanes<T>(sum, Sum());
   publish<T>(sum, shared.row_sum);
   if (left > 0) {
-    typename T::Element* values = ring.wait_values();
+    typename T::Stored* values = ring.wait_values();
     if (left < T::kBlockN) clear_rows<T>(values, left);
     new_tokens.put_values(values);
     clear_hidden_rows<T>(w, w.first_tile(warp), values);

@@ -12,7 +12,7 @@ constexpr int kMaxCluster = 8;
 // most kNumStages.
 template <class T>
 struct alignas(1024) ClusterStorage : PreparedQueries<T> {
-  using Element = typename T::Element;
+  using Element = typename T::Stored;
   static constexpr int kStageBytes = T::kNumWarps * T::kPairElements * int(sizeof(Element));
 
   // Of a warp: what its lanes and, after a barrier, those of other warps read.
