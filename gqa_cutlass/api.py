@@ -97,13 +97,15 @@ def gqa_decode(  # noqa: D417 - the decorator completes the list
             several, 1 to 256, [batch, tokens, num_q_heads, head_dim]. head_dim is a multiple of 8
             from 32 to 256.
         k_cache: [batch, max_seq_len, num_kv_heads, head_dim], or pools of pages with `block_table`;
-            dtype of q; any strides with a contiguous last dimension (an HND cache is passed as
-            `cache.transpose(1, 2)`). num_kv_heads divides num_q_heads. Token cache_seqlens[b] of
-            sequence b, and as many behind it as are new, are written when k is given.
-        v_cache: As k_cache; its head_dim, and that of v and the output, may be another, head_dim_v.
+            dtype of q, or float8_e4m3fn or float8_e5m2; any strides (even ones, of 8 bits) with a
+            contiguous last dimension (an HND cache is passed as `cache.transpose(1, 2)`).
+            num_kv_heads divides num_q_heads. Token cache_seqlens[b] of sequence b, and as many
+            behind it as are new, are written when k is given.
+        v_cache: As k_cache, of its dtype; its head_dim, and that of v and the output, may be
+            another, head_dim_v.
         k: The new token's keys, [batch, num_kv_heads, head_dim], or those of several,
-            [batch, tokens, num_kv_heads, head_dim]. None: attend only, append nothing. If not all
-            new tokens of a sequence fit, none of them is written.
+            [batch, tokens, num_kv_heads, head_dim], of the dtype of q. None: attend only, append
+            nothing. If not all new tokens of a sequence fit, none of them is written.
         v: As k. The row of a cache that is written must not hold q, k, v or cache_seqlens; with
             lengths on the device, no row of a cache that is appended to may. This is told by
             addresses: memory that is mapped twice is not seen.

@@ -75,6 +75,7 @@ def flash_attn_with_kvcache(
         q: The queries, [batch, tokens, num_q_heads, head_dim], 1 to 256 tokens.
         k_cache: [batch, max_seq_len, num_kv_heads, head_dim], or more rows with `cache_batch_idx`,
             or with `page_table` [num_pages, page_size, num_kv_heads, head_dim].
+            Of q's dtype, or float8_e4m3fn or float8_e5m2.
         v_cache: As k_cache; its head_dim, and that of v and the output, may be another.
         k: The new tokens' keys, [batch, tokens, num_kv_heads, head_dim], written from
             `cache_seqlens` on.

@@ -62,7 +62,9 @@ class Scales:
         if cache.dtype not in FP8:
             return tokens
         scale = getattr(self, f"{name}_scale")
-        if isinstance(scale, Tensor) and scale.dim():
+        if is_number(scale):  # by which torch would not divide on CUDA, but multiply by 1 / scale
+            scale = torch.full((), scale, dtype=torch.float32, device=tokens.device)
+        elif scale is not None and scale.dim():
             scale = scale.unsqueeze(-1)
         most = torch.finfo(cache.dtype).max
         result = tokens.new_empty(tokens.shape, dtype=cache.dtype)

@@ -35,7 +35,7 @@ class LaunchRecord:
         head_dim: Dimension per head of queries and keys.
         head_dim_v: The same of values and outputs.
         max_seq_len: Tokens that a sequence's cache can hold.
-        dtype: Element type of every tensor.
+        dtype: Element type of every tensor but caches of 8 bits, of which the kernel's name tells.
         out_dtype: That of the output.
         append: Whether a new token came with the call.
         cache_seqlens: Tokens in every sequence's cache, or `device` where only the device knows.

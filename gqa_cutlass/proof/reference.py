@@ -130,7 +130,10 @@ def scaled(tokens: Tensor, scale: float | Tensor | None) -> Tensor:
 def stored(token: Tensor, scale: float | Tensor | None, dtype: torch.dtype) -> Tensor:
     """What a cache of 8 bits holds of a token: the nearest of x / scale, or the last."""
     most = torch.finfo(dtype).max
-    quotient = token.float() if scale is None else token.float() / scale
+    if not isinstance(scale, Tensor):  # by a number, CUDA multiplies by what is next to 1 / scale
+        number = 1.0 if scale is None else scale
+        scale = torch.full((), number, dtype=torch.float32, device=token.device)
+    quotient = token.float() / scale
     return quotient.clamp(-most, most).to(dtype)
 
 
