@@ -77,6 +77,10 @@ class PtxError(GqaError, ValueError):
     """PTX that ptxsim cannot run: cut short, or with something it does not know."""
 
 
+class CollectiveError(GqaError, RuntimeError):
+    """An exchange between ranks failed: one is gone, or did not come in time."""
+
+
 class KernelFault(GqaError, RuntimeError):
     """A kernel in ptxsim did what no kernel may: the message says what, where and who."""
 

@@ -92,6 +92,26 @@ print(*(name for name in ("torch", "cuda", "gqa_cutlass.gpu.driver") if name in 
     assert kernel.startswith("gqa_decode_sm90_tensorop_f16") and loaded == ""
 
 
+def test_nothing_imports_what_is_distributed_but_itself() -> None:
+    """Nor, in a process, what it is made of: only who calls it pays for torch.distributed."""
+    folder = REPOSITORY / "gqa_cutlass" / "distributed"
+    others = [path for path in (*CODEGEN, *RUNTIME) if path.parent != folder]
+    importing = [
+        path.name
+        for path in others
+        if any(
+            n.startswith(("gqa_cutlass.distributed", "torch.distributed")) for n in _imports(path)
+        )
+    ]
+    assert importing == []
+    code = """
+import sys
+from gqa_cutlass import KVCache, PagedKVCache, gqa_decode, merge_states
+print("gqa_cutlass.distributed" in sys.modules)
+"""
+    assert run_python(code).strip() == "False"
+
+
 def _functions_entered(call: Callable[[], object]) -> list[Path]:
     """The files of the runtime's functions that a call enters, one after the other."""
     files: list[Path] = []

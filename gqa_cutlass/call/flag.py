@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import Tensor
 
@@ -24,6 +26,16 @@ class OverflowFlag:
         self.memory = memory
         self.address = memory.data_ptr()
         self.word = ctypes.c_int32.from_address(self.address)
+        self._kept = False
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Leave reports for later: where one rank must not stop while others wait for it."""
+        before, self._kept = self._kept, True
+        try:
+            yield
+        finally:
+            self._kept = before
 
     def raise_if_set(self) -> None:
         """Report, once, what a kernel that has finished found.
@@ -32,7 +44,7 @@ class OverflowFlag:
             CacheOverflowError: The length of a sequence was too large for its cache.
         """
         value = self.word.value
-        if value:
+        if value and not self._kept:
             self.word.value = 0
             raise CacheOverflowError(
                 f"gqa_decode: an earlier call could not do sequence {value - 1} of its batch: "

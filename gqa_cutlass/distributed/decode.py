@@ -1,0 +1,302 @@
+"""One decode step over a context that ranks hold parts of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, Unpack, overload
+
+import torch
+from torch import Tensor
+
+from gqa_cutlass.api import gqa_decode
+from gqa_cutlass.call.options import CallOptions, listed, rename
+from gqa_cutlass.call.plan import Pair, Result
+from gqa_cutlass.devices import executor_of
+from gqa_cutlass.distributed import agreement
+from gqa_cutlass.distributed.exchange import Exchange, Part, by_heads, whole
+from gqa_cutlass.distributed.groups import Group, Ranks, check_backend, ranks_of
+from gqa_cutlass.distributed.settle import (
+    ROWS,
+    TENSORS,
+    Heads,
+    Settled,
+    key_of,
+    refuse,
+    settle,
+    terms_of,
+)
+from gqa_cutlass.errors import CacheOverflowError, CollectiveError, GqaError
+from gqa_cutlass.tracing import untraced
+
+_Lengths = int | Tensor
+_WHY = "gqa_cutlass: decode_context_parallel waits for other ranks when a layout is new to them"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Here:
+    """What a call comes to on this rank: ints where the lengths are one, or int32 [batch].
+
+    Args:
+        attended: Tokens here, the new one included.
+        appended: Tokens here before the new one; None or negative where it goes elsewhere.
+        hidden: Tokens here that are not attended to, the first ones; None for none.
+        behind: Tokens elsewhere that are newer than the last one here, where it matters.
+    """
+
+    attended: _Lengths
+    appended: _Lengths | None = None
+    hidden: Tensor | None = None
+    behind: _Lengths | None = None
+
+
+@overload
+def decode_context_parallel(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None = None, v: Tensor | None = None,
+    *, cache_seqlens: int | Tensor, group: Group = None, interleave: int = 1,
+    q_heads: Heads = "whole", exchange: Exchange | None = None,
+    return_lse: Literal[False] = False, **options: Unpack[CallOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def decode_context_parallel(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None = None, v: Tensor | None = None,
+    *, cache_seqlens: int | Tensor, group: Group = None, interleave: int = 1,
+    q_heads: Heads = "whole", exchange: Exchange | None = None,
+    return_lse: Literal[True], **options: Unpack[CallOptions],
+) -> Pair: ...  # fmt: skip
+@overload
+def decode_context_parallel(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None = None, v: Tensor | None = None,
+    *, cache_seqlens: int | Tensor, group: Group = None, interleave: int = 1,
+    q_heads: Heads = "whole", exchange: Exchange | None = None,
+    return_lse: bool, **options: Unpack[CallOptions],
+) -> Result: ...  # fmt: skip
+@partial(untraced, why=_WHY)
+@listed(CallOptions, without=("out", "slot_mapping"))
+def decode_context_parallel(  # noqa: D417 - the decorator completes the list
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    cache_seqlens: int | Tensor,
+    group: Group = None,
+    interleave: int = 1,
+    q_heads: Heads = "whole",
+    exchange: Exchange | None = None,
+    return_lse: bool = False,
+    **options: Any,
+) -> Result:
+    """Run one decode step over caches that are spread over ranks, token by token.
+
+    Rank r of the group holds token t of a sequence if (t // interleave) mod size is r, as its token
+    number t // (interleave * size) * interleave + t mod interleave. Every rank makes this call,
+    with the same arguments but for its caches. Each attends over its own tokens, and the parts are
+    exchanged once and merged by `merge_states`. Results are equal to the bit on all ranks.
+
+    Nothing waits for the GPU, but for the first call of a layout: ranks then compare what they were
+    given, and tabulate what they must know of a sequence of every length (8 to 16 bytes for every
+    token that the shards can hold). After it the call can be captured into a CUDA graph, where the
+    group's backend can (NCCL). A length on the device that the shards cannot hold makes the
+    sequence's output NaN on all ranks, and is reported by `check_overflow`, which all ranks call at
+    the same point; this call never raises for an earlier one, for ranks would not do so at once.
+    A rank whose call fails after the layout was agreed on gives NaN to the others, and raises.
+
+    Args:
+        q: As for `gqa_decode`. With q_heads="sharded" this rank's heads, those that come
+            rank * num_q_heads behind the first.
+        k_cache: This rank's shard, [batch, local_max, num_kv_heads, head_dim], with room for
+            equally many tokens on all ranks; or its pools of pages, with its own `block_table`.
+        v_cache: As k_cache, with head_dim_v.
+        k: As for `gqa_decode`: all KV heads of the cache, the same on all ranks. Its owner alone
+            writes the token, which the device decides where the lengths are there.
+        v: As k.
+        cache_seqlens: As for `gqa_decode`: tokens on all ranks together before this call; the same
+            on all ranks, whose values nobody compares.
+        group: The ranks: a ProcessGroup, a DeviceMesh of one dimension (`mesh["context"]`), or
+            None for all of them.
+        interleave: Tokens that follow one another on a rank.
+        q_heads: "whole": every rank has all heads of q, and gets all heads of the output.
+            "sharded": heads are spread over the ranks, as tensor parallelism leaves them where KV
+            heads are held by several ranks (vLLM's decode context parallelism): q is gathered
+            before, and every rank gets its own heads. `sinks` and `alibi_slopes` are those of all
+            heads either way, the same on all ranks.
+        exchange: "all_gather": every rank gets all parts and merges all rows. "all_to_all": every
+            rank merges a share of the rows, and the merged are gathered. "reduce_scatter": as
+            all_to_all, but log-sum-exps go first, and the backend adds outputs; repeats to the bit
+            as far as its sums do. None: by size.
+        return_lse: As for `gqa_decode`.
+        **options: `CallOptions`.
+
+    Returns:
+        As `gqa_decode` for the whole context: the output, and the log-sum-exp.
+
+    Raises:
+        InputError: An argument is not allowed on this rank or another, or ranks disagree: on all
+            ranks, at the first call of a layout. There is no process group. Nothing was launched.
+        CacheOverflowError: cache_seqlens is an int that the shards cannot hold.
+        CollectiveError: A rank did not come, or is gone.
+        GqaError: As for `gqa_decode`.
+
+    Source: Yang et al., "Context Parallelism for Scalable Million-Token Inference"
+    (arXiv:2411.01783); the order of tokens and sharded heads are vLLM's.
+    """
+    given = q, k_cache, v_cache, k, v
+    asked = {"return_lse": return_lse, "interleave": interleave, "q_heads": q_heads,
+             "exchange": exchange}  # fmt: skip
+    rename(options)
+    ranks = ranks_of(group)
+    return _decode(ranks, given, cache_seqlens, asked, options)
+
+
+def _decode(
+    ranks: Ranks,
+    given: tuple[Any, ...],
+    lengths: _Lengths,
+    asked: dict[str, Any],
+    options: dict[str, Any],
+) -> Result:
+    key = key_of(given, lengths, asked, options)
+    settled = None if key is None else agreement.known(ranks, key)
+    if not isinstance(settled, Settled):
+        settled = _agree(ranks, given, lengths, asked, options)
+        agreement.keep(ranks, key, settled)
+    sharded, device = settled.heads == "sharded", given[0].device
+    here = _here(settled, lengths, given[3] is not None, options.get("cache_leftpad"))
+    part = Part.empty(settled.part_shape, device)
+    failure: Exception | None = None
+    try:
+        if sharded:
+            given = _all_heads(ranks, given[0]), *given[1:]
+        with executor_of(device).flag.kept():
+            _attend(settled, given, here, options, part)
+    except CollectiveError:
+        raise
+    except (GqaError, RuntimeError) as error:
+        failure = error
+        part.memory.fill_(torch.nan)  # for the others, which wait
+    exchanged = by_heads if sharded else whole
+    out, lse = exchanged(ranks, part, settled.exchange, settled.out_dtype)
+    if failure is not None:
+        raise failure
+    return (out, lse) if asked["return_lse"] else out
+
+
+def _agree(
+    ranks: Ranks,
+    given: tuple[Any, ...],
+    lengths: _Lengths,
+    asked: dict[str, Any],
+    options: dict[str, Any],
+) -> Settled:
+    """Settle a layout that is new, with all ranks."""
+    q = given[0]
+    device = q.device if isinstance(q, Tensor) else ranks.device
+    check_backend(ranks, device)
+    try:
+        settled = settle(ranks, given, lengths, asked, options)
+        terms = terms_of(given, lengths, asked, options)
+    except GqaError as error:
+        agreement.agree(ranks, device, {}, error)
+        raise
+    agreement.agree(ranks, device, terms, None)
+    return settled
+
+
+def _here(settled: Settled, lengths: _Lengths, append: bool, padding: Tensor | None) -> _Here:
+    """What a call comes to on this rank.
+
+    Raises:
+        InputError: An int is negative.
+        CacheOverflowError: It is one that the shards cannot hold.
+    """
+    padded = None
+    if settled.padding is not None and padding is not None:
+        padded = settled.padding.look_up(padding)["attended"]
+    if not isinstance(lengths, Tensor) or settled.table is None:
+        return _here_of_all(settled, int(lengths), append, padded)
+    found = settled.table.look_up(lengths)
+    hidden = found.get("hidden", padded)
+    if hidden is not None and padded is not None:
+        hidden = torch.maximum(hidden, padded)
+    return _Here(
+        attended=found["attended"], appended=found.get("appended"), hidden=hidden,
+        behind=found.get("behind"),
+    )  # fmt: skip
+
+
+def _here_of_all(settled: Settled, length: int, append: bool, padded: Tensor | None) -> _Here:
+    """What a call comes to where all sequences have one length, which the host knows."""
+    sharding, after = settled.sharding, length + append
+    capacity = sharding.capacity(settled.local_max)
+    if length < 0:
+        refuse("cache_seqlens", str(length), f"an int from 0 to {capacity - append}")
+    if after > capacity:
+        raise CacheOverflowError(
+            f"decode_context_parallel: cache overflow: sequences of {length} tokens"
+            f"{' and a new one' * append} are more than {sharding.size} shards of "
+            f"{settled.local_max} tokens hold, {capacity} with interleave={sharding.interleave}; "
+            "nothing was written. Shorten the sequences, or allocate larger shards."
+        )
+    attended = sharding.count(after)
+    hidden = padded
+    if settled.window >= 0:
+        first = sharding.count(max(0, after - 1 - settled.window))
+        if hidden is None:
+            shape, device = settled.part_shape[:1], settled.device
+            hidden = torch.full(shape, first, dtype=torch.int32, device=device)
+        else:
+            hidden = hidden.clamp(min=first)
+    return _Here(
+        attended=attended,
+        appended=attended - 1 if append and sharding.owns(length) else None,
+        hidden=hidden,
+        behind=after - 1 - sharding.position(attended - 1) if attended else 0,
+    )
+
+
+def _all_heads(ranks: Ranks, q: Tensor) -> Tensor:
+    """The heads of all ranks, those of the first one in front."""
+    everything = q.new_empty(ranks.size, *q.shape)
+    ranks.all_gather(everything.view(-1), q.contiguous().view(-1))
+    return everything.movedim(0, -3).flatten(-3, -2)
+
+
+def _attend(
+    settled: Settled, given: tuple[Any, ...], here: _Here, options: dict[str, Any], part: Part
+) -> None:
+    """Append the token if it is this rank's, and attend to what is here.
+
+    Where only the device knows whose token it is, it is appended by a step that attends to nothing
+    else, inactive on the other ranks; what else there would do so, such as a masked copy, reads
+    and writes rows that may be another sequence's.
+    """
+    q, k_cache, v_cache, k, v = given
+    tensors: dict[str, Any] = {name: options.get(name) for name in TENSORS}
+    slopes = tensors["alibi_slopes"]
+    if settled.sharding.rank:
+        tensors["sinks"] = None
+    if isinstance(slopes, Tensor):
+        tensors["alibi_slopes"] = slopes * settled.sharding.size
+    tensors["cache_leftpad"] = here.hidden
+    lengths = here.attended
+    if here.appended is None:
+        k = v = None
+    elif isinstance(here.appended, Tensor):
+        rows: dict[str, Any] = {name: tensors[name] for name in ROWS}
+        gqa_decode(
+            q, k_cache, v_cache, k, v, cache_seqlens=here.appended, window_size=(0, -1), **rows
+        )
+        k = v = None
+    else:
+        lengths = here.appended
+    _, lse = gqa_decode(
+        q, k_cache, v_cache, k, v, cache_seqlens=lengths, return_lse=True, out=part.out,
+        **settled.kernel, **tensors,
+    )  # fmt: skip
+    if isinstance(slopes, Tensor) and here.behind is not None:
+        behind = here.behind[:, None] if isinstance(here.behind, Tensor) else here.behind
+        torch.sub(lse, slopes * behind, out=part.lse)
+    else:
+        part.lse.copy_(lse)

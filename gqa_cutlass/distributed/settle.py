@@ -1,0 +1,246 @@
+"""What calls of one layout have in common, settled once: checked, and as far as ranks must agree.
+
+Tokens of a rank are every so many of the sequence, in its order, so that whatever is hidden of a
+sequence's start (a window, padding) is the start of a rank's part, and is told to the kernel as
+padding. What is not exact for a part is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NoReturn
+
+import torch
+from torch import Tensor
+
+from gqa_cutlass.api import plan
+from gqa_cutlass.call.options import NO_WINDOW, check_window
+from gqa_cutlass.distributed.exchange import EXCHANGES, Exchange, chosen
+from gqa_cutlass.distributed.groups import Ranks
+from gqa_cutlass.distributed.sharding import Sharding, Table, tabulate
+from gqa_cutlass.errors import InputError, shown
+
+Heads = Literal["whole", "sharded"]
+Tensors = Sequence[Any]  # q, k_cache, v_cache, k, v
+MAX_TOKENS = 2**26  # that shards hold together: lengths are tabulated, 8 to 16 bytes each
+ROWS = "cache_batch_idx", "block_table"  # where a sequence is
+TENSORS = *ROWS, "sinks", "alibi_slopes", "cache_leftpad"
+_PASSED = frozenset(("softmax_scale", "num_splits", "ragged", "softcap"))  # to kernels as they are
+_TAKEN = _PASSED | {*TENSORS, "window_size", "out_dtype"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settled:
+    """What calls of one layout have in common.
+
+    Args:
+        sharding: Which tokens are here.
+        local_max: Tokens that a sequence's shard can hold.
+        heads: Whether all ranks have all heads of q.
+        exchange: How parts are exchanged.
+        part_shape: Of a rank's part of the output: all heads.
+        device: Where it is.
+        out_dtype: Of the merged output.
+        window: Tokens before the newest that are attended to, where ranks may have more than
+            kernels are told to look at; -1 where they have not.
+        table: What lengths on the device come to, or None for ints.
+        padding: What padding on the device comes to, in its row `attended`; None without.
+        kernel: Options of kernels that are the same in every call.
+    """
+
+    sharding: Sharding
+    local_max: int
+    heads: Heads
+    exchange: Exchange
+    part_shape: tuple[int, ...]
+    device: torch.device
+    out_dtype: torch.dtype
+    window: int
+    table: Table | None
+    padding: Table | None
+    kernel: dict[str, Any]
+
+
+def key_of(
+    given: Tensors, lengths: object, asked: Mapping[str, Any], options: Mapping[str, Any]
+) -> object | None:
+    """What calls that have it in common may be settled together by; None for no such call."""
+    q, k_cache, v_cache, k, v = given
+    try:
+        paged = options.get("block_table") is not None
+        key = (
+            q.shape, q.dtype, q.device, k_cache.shape[paged:], v_cache.shape[paged:],
+            _kind(k), _kind(v), _kind(lengths) if isinstance(lengths, Tensor) else type(lengths),
+            *asked.items(), *map(type, asked.values()),
+            *((name, _kind(value)) for name, value in options.items()),
+        )  # fmt: skip
+        hash(key)
+    except Exception:  # no tensors, or options that are none
+        return None
+    return key
+
+
+def _kind(value: Any) -> object:
+    """What settling looks at of a tensor, or another value."""
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype
+    return type(value), tuple(value) if isinstance(value, list) else value
+
+
+def terms_of(
+    given: Tensors, lengths: object, asked: Mapping[str, Any], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What ranks must have in common, by argument: pools alone may have other numbers of pages."""
+    names = "q", "k_cache", "v_cache", "k", "v"
+    terms = {name: _text(value) for name, value in zip(names, given, strict=True)}
+    if options.get("block_table") is not None:
+        for name, pool in zip(names[1:3], given[1:3], strict=True):
+            terms[name] = f"pages of {list(pool.shape[1:])}, {pool.dtype} on {pool.device.type}"
+    terms["cache_seqlens"] = _text(lengths) if isinstance(lengths, Tensor) else "an int"
+    terms |= asked
+    terms |= {n: _text(options[n]) for n in sorted(options) if options[n] is not None}
+    return terms
+
+
+def _text(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {list(value.shape)} on {value.device.type}"
+    return shown(value)
+
+
+def settle(
+    ranks: Ranks,
+    given: Tensors,
+    lengths: object,
+    asked: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> Settled:
+    """Check a call as far as this rank can, and find what all calls of its layout have in common.
+
+    Kernels are compiled and loaded; nothing is launched.
+
+    Raises:
+        GqaError: The call is not allowed.
+    """
+    _check_asked(asked, options)
+    window = check_window(options.get("window_size", NO_WINDOW))[0]
+    sharding = Sharding(rank=ranks.rank, size=ranks.size, interleave=asked["interleave"])
+    hides = window >= 0 and (window + 1) % sharding.stripe != 0
+    kernel = {
+        **{name: options[name] for name in _PASSED & options.keys()},
+        "window_size": (_local_window(window, sharding), -1),
+        "out_dtype": torch.float32,
+    }
+    times = ranks.size if asked["q_heads"] == "sharded" else 1
+    _check_by_plans(given, lengths, options, kernel, times, hides=hides, first=not ranks.rank)
+    q, k_cache, v_cache, k, _ = given
+    out_dtype = _out_dtype(options.get("out_dtype"), q.dtype)
+    pages = options.get("block_table")
+    local_max = k_cache.shape[1] * (1 if pages is None else pages.shape[1])
+    capacity = sharding.capacity(local_max)
+    if capacity > MAX_TOKENS:
+        allowed = f"up to {MAX_TOKENS}; allocate shorter ones, or narrow block_table"
+        refuse("k_cache", f"shards that hold {capacity} tokens of a sequence", allowed)
+    shape = *q.shape[:-2], q.shape[-2] * times, v_cache.shape[-1]
+    table = padding = None
+    if isinstance(lengths, Tensor):
+        table = tabulate(
+            sharding, local_max, q.device, append=k is not None, window=window if hides else -1,
+            behind=options.get("alibi_slopes") is not None,
+        )  # fmt: skip
+    if options.get("cache_leftpad") is not None:
+        padding = tabulate(sharding, local_max, q.device, append=False)
+    how = asked["exchange"] or chosen(ranks.size, shape[0], shape[-2], shape[-1], times > 1)
+    return Settled(
+        sharding=sharding, local_max=local_max, heads=asked["q_heads"], exchange=how,
+        part_shape=shape, device=q.device, out_dtype=out_dtype, window=window if hides else -1,
+        table=table, padding=padding, kernel=kernel,
+    )  # fmt: skip
+
+
+def _local_window(window: int, sharding: Sharding) -> int:
+    """The most tokens before the last that a rank can have in a window; -1 for all."""
+    if window < 0:
+        return -1
+    turns, rest = divmod(window + 1, sharding.stripe)
+    return turns * sharding.interleave + min(rest, sharding.interleave) - 1
+
+
+def _check_asked(asked: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Raise InputError for what parts of a context do not have."""
+    interleave = asked["interleave"]
+    if type(interleave) is not int or not 1 <= interleave <= MAX_TOKENS:
+        refuse("interleave", shown(interleave), f"an int from 1 to {MAX_TOKENS}")
+    if asked["q_heads"] not in ("whole", "sharded"):
+        refuse("q_heads", shown(asked["q_heads"]), "'whole' or 'sharded'")
+    if asked["exchange"] not in (None, *EXCHANGES):
+        refuse("exchange", shown(asked["exchange"]), f"None or one of {', '.join(EXCHANGES)}")
+    if type(asked["return_lse"]) is not bool:
+        refuse("return_lse", shown(asked["return_lse"]), "True or False")
+    given = {name for name, value in options.items() if value is not None}
+    if given - _TAKEN:
+        allowed = (
+            "none: the exchange makes the output, which can be copied, and a rank's own "
+            "block_table says where its tokens go"
+        )
+        refuse(min(given - _TAKEN), "one", allowed)
+    if "alibi_slopes" in given and interleave != 1:
+        allowed = "interleave=1, where a rank's tokens are all as far from one another"
+        refuse("alibi_slopes", f"some with interleave={interleave}", allowed)
+    if {"alibi_slopes", "sinks"} <= given:
+        refuse("alibi_slopes and sinks", "both", "one of them; use gqa_decode on one device")
+
+
+def _check_by_plans(
+    given: Tensors,
+    lengths: Any,
+    options: Mapping[str, Any],
+    kernel: Mapping[str, Any],
+    times: int,
+    *,
+    hides: bool,
+    first: bool,
+) -> None:
+    """Plan what calls will launch, which checks, compiles and loads.
+
+    Args:
+        given: Tensors of the call.
+        lengths: Its lengths; ints are checked with every call.
+        options: Its options.
+        kernel: Those of its kernels.
+        times: How many times the heads of q all ranks have.
+        hides: Whether there will be padding though none was given.
+        first: Whether this rank is the one whose kernel adds sinks.
+    """
+    q, k_cache, v_cache, k, v = given
+    if times > 1 and isinstance(q, Tensor) and q.dim() in (3, 4):
+        shape = *q.shape[:-2], q.shape[-2] * times, q.shape[-1]
+        q = q.new_empty(shape).requires_grad_(q.requires_grad)
+    lengths = 0 if type(lengths) is int else lengths
+    tensors = {name: options.get(name) for name in TENSORS}
+    rows: dict[str, Any] = {name: tensors[name] for name in ROWS}
+    if hides and tensors["cache_leftpad"] is None and isinstance(q, Tensor):
+        tensors["cache_leftpad"] = torch.zeros(q.shape[:1], dtype=torch.int32, device=q.device)
+    appends = k is not None or v is not None
+    if appends and not isinstance(lengths, int):
+        plan(q, k_cache, v_cache, k, v, cache_seqlens=lengths, window_size=(0, -1), **rows)
+        appends = False
+    for sinks in dict.fromkeys((tensors["sinks"], tensors["sinks"] if first else None)):
+        asked = {**kernel, **tensors, "sinks": sinks, "return_lse": True}
+        plan(q, k_cache, v_cache, cache_seqlens=lengths, **asked)
+        if appends:
+            plan(q, k_cache, v_cache, k, v, cache_seqlens=lengths, **asked)
+
+
+def _out_dtype(out_dtype: object, of_q: torch.dtype) -> torch.dtype:
+    if out_dtype not in (None, of_q, torch.float32):
+        refuse("out_dtype", shown(out_dtype), f"None, q's dtype, {of_q}, or torch.float32")
+    return out_dtype if isinstance(out_dtype, torch.dtype) else of_q
+
+
+def refuse(what: str, got: str, allowed: str) -> NoReturn:
+    """Raise InputError for an argument."""
+    raise InputError(
+        f"decode_context_parallel: {what}: got {got}; allowed: {allowed}. Nothing was launched."
+    )
