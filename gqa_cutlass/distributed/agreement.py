@@ -7,8 +7,8 @@ against it, and all of them raise. Later calls of the layout exchange nothing bu
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,19 +21,6 @@ from gqa_cutlass.errors import InputError
 
 Terms = Mapping[str, Any]  # what must be alike: text, by argument
 _agreed: WeakKeyDictionary[dist.ProcessGroup, dict[object, object]] = WeakKeyDictionary()
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Word:
-    """What a rank says of a call.
-
-    Args:
-        terms: What it was given.
-        flaw: What is wrong with it, or None.
-    """
-
-    terms: dict[str, str]
-    flaw: str | None
 
 
 def known(ranks: Ranks, key: object) -> object | None:
@@ -66,21 +53,20 @@ def agree(ranks: Ranks, device: torch.device, terms: Terms, error: Exception | N
             "was captured. Make the same call once before the capture."
         ) from error
     texts = {name: str(value) for name, value in terms.items()}
-    own = _Word(terms=texts, flaw=None if error is None else str(error))
-    words = ranks.gather_objects(own)
-    said = [word for word in words if isinstance(word, _Word)]
-    for rank, word in enumerate(said):
-        if word.flaw is not None:
+    flaw = "" if error is None else str(error)
+    said = [json.loads(word) for word in ranks.gather_words(json.dumps((texts, flaw)))]
+    for rank, (_, flaw) in enumerate(said):
+        if flaw:
             raise InputError(
-                f"decode_context_parallel: rank {rank} of {ranks.size} refuses the call: "
-                f"{word.flaw}"
+                f"decode_context_parallel: rank {rank} of {ranks.size} refuses the call: {flaw}"
             ) from error
-    for rank, word in enumerate(said):
-        for name in {**said[0].terms, **word.terms}:
-            first, other = said[0].terms.get(name), word.terms.get(name)
-            if first != other:
+    first, _ = said[0]
+    for rank, (other, _) in enumerate(said):
+        for name in {**first, **other}:
+            if first.get(name) != other.get(name):
                 raise InputError(
-                    f"decode_context_parallel: {name}: got {first} on rank 0 and {other} on rank "
-                    f"{rank}; allowed: the same on all {ranks.size} ranks. Nothing was launched. "
-                    "Make the same call on every rank; caches with room for equally many tokens."
+                    f"decode_context_parallel: {name}: got {first.get(name)} on rank 0 and "
+                    f"{other.get(name)} on rank {rank}; allowed: the same on all {ranks.size} "
+                    "ranks. Nothing was launched. Make the same call on every rank; caches with "
+                    "room for equally many tokens."
                 )

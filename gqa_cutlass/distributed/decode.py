@@ -176,8 +176,11 @@ def _decode(
     except (GqaError, RuntimeError) as error:
         failure = error
         part.memory.fill_(torch.nan)  # for the others, which wait
-    exchanged = by_heads if sharded else whole
-    out, lse = exchanged(ranks, part, settled.exchange, settled.out_dtype)
+    if ranks.size == 1:
+        out, lse = part.out.to(settled.out_dtype), part.lse
+    else:
+        exchanged = by_heads if sharded else whole
+        out, lse = exchanged(ranks, part, settled.exchange, settled.out_dtype)
     if failure is not None:
         raise failure
     return (out, lse) if asked["return_lse"] else out

@@ -21,7 +21,7 @@ _all_gather: Callable[..., object] = getattr(dist, "all_gather_single", dist.all
 _reduce_scatter: Callable[..., object] = getattr(
     dist, "reduce_scatter_single", dist.reduce_scatter_tensor
 )
-_beside: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
+_turns: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()  # words gathered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,20 +68,27 @@ class Ranks:
         """
         self._run("reduce_scatter", lambda: _reduce_scatter(out, own, group=self.group), own)
 
-    def gather_objects(self, own: object) -> list[object]:
-        """Have an object of every rank, by way of the CPU; waits for all of them.
+    def gather_words(self, own: str) -> list[str]:
+        """Have a word of every rank; waits for all of them.
 
-        In a group of its own, so that ranks that are not all here exchange nothing by mistake.
+        By way of the store that the group was made with, and not by a collective: what another rank
+        sends meanwhile, which is not at the same point, must not be taken for it.
 
         Raises:
             CollectiveError: A rank did not come.
         """
-        found: list[object] = [None] * self.size
-        if self.group not in _beside:
-            members = dist.get_process_group_ranks(self.group)
-            self._run("new_group", lambda: _beside.setdefault(self.group, _new_group(members)))
-        group = _beside[self.group]
-        self._run("all_gather_object", lambda: dist.all_gather_object(found, own, group=group))
+        turn = _turns.get(self.group, 0)
+        _turns[self.group] = turn + 1
+        keys = [f"gqa_cutlass/{turn}/{rank}" for rank in range(self.size)]
+        store = self.group.get_group_store()
+        found: list[str] = []
+
+        def gather() -> None:
+            store.set(keys[self.rank], own)
+            store.wait(keys)
+            found.extend(store.get(key).decode() for key in keys)
+
+        self._run("agreement", gather)
         return found
 
     def _run(self, name: str, collective: Callable[[], object], own: Tensor | None = None) -> None:
@@ -94,13 +101,6 @@ class Ranks:
                 f"{self.rank}: {shown(str(error))}; needed: all ranks, alive, in the same call. "
                 "Look for the rank that stopped first, and make the process group anew."
             ) from error
-
-
-def _new_group(members: list[int]) -> dist.ProcessGroup:
-    """A group of the same ranks that works on the CPU; they alone need to make it."""
-    made: dist.ProcessGroup
-    made = dist.new_group(members, backend="gloo", use_local_synchronization=True)
-    return made
 
 
 def ranks_of(group: Group) -> Ranks:
@@ -122,11 +122,14 @@ def ranks_of(group: Group) -> Ranks:
                 "one dimension of it, such as mesh['context']",
             )
         group = group.get_group()
-    found = dist.group.WORLD if group is None else group
-    if found is dist.GroupMember.NON_GROUP_MEMBER:
-        _fail("one without this rank", "a group that the caller is part of")
+    found: object = dist.group.WORLD if group is None else group
     if not isinstance(found, dist.ProcessGroup):
-        _fail(shown(group), "a ProcessGroup, a DeviceMesh of one dimension, or None for all ranks")
+        outside = found == dist.GroupMember.NON_GROUP_MEMBER
+        _fail(
+            "one without this rank" if outside else shown(found),
+            "a ProcessGroup that the caller is part of, a DeviceMesh of one dimension, or None for "
+            "all ranks",
+        )
     return Ranks(group=found, rank=dist.get_rank(found), size=dist.get_world_size(found))
 
 

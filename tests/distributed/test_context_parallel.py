@@ -1,0 +1,56 @@
+"""Decode attention over contexts that ranks share, in processes of their own with gloo."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from context_ranks import CASES
+from helpers import REPOSITORY, call_tensors
+from ranks import SIZES, run_ranks
+
+from gqa_cutlass import InputError
+from gqa_cutlass.distributed import decode_context_parallel
+from gqa_cutlass.distributed.exchange import chosen
+from gqa_cutlass.distributed.groups import Ranks, check_backend
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    """What came of all cases, by rank."""
+    program = REPOSITORY / "tests" / "context_ranks.py"
+    return run_ranks(program, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", CASES)
+def test_among_ranks(outcome: list[dict[str, str]], name: str, size: int) -> None:
+    said = [rank.get(f"{name}-{size}", f"did not run: {rank}") for rank in outcome[:size]]
+    assert said == [""] * size, "\n".join(said)
+
+
+def test_ranks_that_are_late_or_gone_are_errors(outcome: list[dict[str, str]]) -> None:
+    assert [rank.get("last") for rank in outcome] == [""] * len(outcome)
+
+
+def test_without_a_process_group_it_is_said_how_to_make_one() -> None:
+    tensors = call_tensors()
+    tensors.pop("out")
+    with pytest.raises(InputError, match="not initialised; allowed: a process group. Start the"):
+        decode_context_parallel(**tensors, cache_seqlens=3)
+
+
+def test_a_backend_that_does_not_move_the_tensors_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
+    ranks = Ranks(group=None, rank=0, size=2)  # type: ignore[arg-type]
+    check_backend(ranks, torch.device("cuda", 1))
+    with pytest.raises(InputError, match="backends cuda:nccl, and tensors on cpu; allowed: .*gloo"):
+        check_backend(ranks, torch.device("cpu"))
+
+
+def test_much_is_exchanged_in_shares() -> None:
+    assert chosen(2, 1, 32, 128, sharded=False) == "all_gather"
+    assert chosen(8, 64, 64, 128, sharded=False) == "all_to_all"
+    assert chosen(2, 1, 32, 128, sharded=True) == "all_to_all"
