@@ -49,16 +49,32 @@ class Part:
         return cls(memory=memory, out=out.view(shape), lse=lse.view(batch, heads))
 
 
-def chosen(size: int, batch: int, heads: int, dim: int, sharded: bool) -> Exchange:
+def received_bytes(how: Exchange, size: int, rows: int, dim: int, out_bytes: int = 2) -> int:
+    """Bytes that a rank receives until it has all rows.
+
+    Args:
+        how: The exchange.
+        size: Ranks.
+        rows: Heads of all sequences.
+        dim: head_dim of the output.
+        out_bytes: Of an element of the merged output.
+    """
+    others = size - 1
+    if how == "all_gather":
+        return others * rows * (dim + 1) * 4
+    parts = rows * (dim + 1) * 4 if how == "all_to_all" else rows * dim * 4 + size * rows * 4
+    return others * (parts + rows * (dim * out_bytes + 4)) // size
+
+
+def chosen(size: int, rows: int, dim: int, sharded: bool) -> Exchange:
     """The exchange for a problem where the caller leaves it open.
 
     One step is taken for little, two of a share each for more. Where every rank is to have its own
     heads only, one step brings it no more than these.
     """
-    if sharded:
+    if sharded or received_bytes("all_gather", size, rows, dim) > _ONE_STEP_BYTES:
         return "all_to_all"
-    received = (size - 1) * batch * heads * (dim + 1) * 4
-    return "all_gather" if received <= _ONE_STEP_BYTES else "all_to_all"
+    return "all_gather"
 
 
 def whole(ranks: Ranks, part: Part, how: Exchange, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

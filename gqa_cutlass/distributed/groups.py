@@ -96,10 +96,11 @@ class Ranks:
             collective()
         except RuntimeError as error:  # torch's, for a timeout or a connection that was closed
             size = "" if own is None else f" of {own.nbytes} bytes"
+            told = " ".join(str(error).split())[:300]
             raise CollectiveError(
                 f"decode_context_parallel: {name}{size} among {self.size} ranks failed on rank "
-                f"{self.rank}: {shown(str(error))}; needed: all ranks, alive, in the same call. "
-                "Look for the rank that stopped first, and make the process group anew."
+                f"{self.rank}: {told}; needed: all ranks, alive, in the same call. Look "
+                "for the rank that stopped first, and make the process group anew."
             ) from error
 
 

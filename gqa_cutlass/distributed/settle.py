@@ -151,7 +151,7 @@ def settle(
         )  # fmt: skip
     if options.get("cache_leftpad") is not None:
         padding = tabulate(sharding, local_max, q.device, append=False)
-    how = asked["exchange"] or chosen(ranks.size, shape[0], shape[-2], shape[-1], times > 1)
+    how = asked["exchange"] or chosen(ranks.size, shape[0] * shape[-2], shape[-1], times > 1)
     return Settled(
         sharding=sharding, local_max=local_max, heads=asked["q_heads"], exchange=how,
         part_shape=shape, device=q.device, out_dtype=out_dtype, window=window if hides else -1,

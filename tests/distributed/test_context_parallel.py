@@ -11,7 +11,7 @@ from ranks import SIZES, run_ranks
 
 from gqa_cutlass import InputError
 from gqa_cutlass.distributed import decode_context_parallel
-from gqa_cutlass.distributed.exchange import chosen
+from gqa_cutlass.distributed.exchange import chosen, received_bytes
 from gqa_cutlass.distributed.groups import Ranks, check_backend
 
 
@@ -51,6 +51,15 @@ def test_a_backend_that_does_not_move_the_tensors_is_refused(
 
 
 def test_much_is_exchanged_in_shares() -> None:
-    assert chosen(2, 1, 32, 128, sharded=False) == "all_gather"
-    assert chosen(8, 64, 64, 128, sharded=False) == "all_to_all"
-    assert chosen(2, 1, 32, 128, sharded=True) == "all_to_all"
+    assert chosen(2, 32, 128, sharded=False) == "all_gather"
+    assert chosen(8, 64 * 64, 128, sharded=False) == "all_to_all"
+    assert chosen(2, 32, 128, sharded=True) == "all_to_all"
+
+
+def test_bytes_received_are_those_of_the_parts() -> None:
+    """Of 10 rows of 64: parts in float32, and merged rows in 16 bits, each with its sum."""
+    part, merged = 10 * (64 * 4 + 4), 10 * (64 * 2 + 4)
+    assert received_bytes("all_gather", 5, 10, 64) == 4 * part
+    assert received_bytes("all_to_all", 5, 10, 64) == 4 * (part + merged) // 5
+    sums = 10 * 4
+    assert received_bytes("reduce_scatter", 5, 10, 64) == 4 * sums + 4 * (10 * 256 + merged) // 5
