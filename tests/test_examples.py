@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
+import torch.distributed as dist
 from compiling import GROUP
 from helpers import REPOSITORY
 
@@ -67,6 +68,15 @@ def test_continuous_batching(capsys: pytest.CaptureFixture[str]) -> None:
     served, free = capsys.readouterr().out.splitlines()[-2:]
     assert served.startswith(f"{module.REQUESTS} requests served, ") and " 0 times" not in served
     assert free.startswith(f"{module.PAGES} of {module.PAGES} pages are free")
+
+
+def test_context_parallel() -> None:
+    """Of one rank; what several do is tested with them."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert example("context_parallel").main() < 2e-3
+    finally:
+        dist.destroy_process_group()
 
 
 def test_offline_bundle() -> None:

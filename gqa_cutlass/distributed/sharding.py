@@ -8,7 +8,7 @@ function of that length alone. It is tabulated once: a call then looks it up on 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TypeVar
 
 import torch
@@ -97,6 +97,7 @@ class Table:
         return dict(zip(self.names, self.values.index_select(1, index).unbind(), strict=True))
 
 
+@cache  # for good: CUDA graphs read what was made
 def tabulate(
     sharding: Sharding,
     local_max: int,
