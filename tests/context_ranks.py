@@ -12,9 +12,10 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+import sharded_caches  # noqa: F401 - which has cases
 import torch
 import torch.distributed as dist
-from ranks import Case, Group, serve
+from ranks import Group, case, serve
 from torch import Tensor
 
 from gqa_cutlass import CacheOverflowError, InputError, check_overflow
@@ -24,14 +25,7 @@ from gqa_cutlass.proof.reference import attend, errors
 
 HEADS, KV_HEADS, DIM = 12, 3, 64
 LOCAL_MAX = 8
-CASES: dict[str, Case] = {}
 EXCHANGES = "all_gather", "all_to_all", "reduce_scatter"
-
-
-def case(function: Case) -> Case:
-    """A case by its function's name."""
-    CASES[function.__name__] = function
-    return function
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -385,4 +379,4 @@ def _tensor(*lengths: int) -> Tensor:
 
 
 if __name__ == "__main__":
-    serve(CASES, a_rank_that_is_late_or_gone)
+    serve(a_rank_that_is_late_or_gone)

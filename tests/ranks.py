@@ -47,6 +47,13 @@ class Group:
 
 
 Case = Callable[[Group], None]
+CASES: dict[str, Case] = {}  # by their functions' names, in the order of the sources
+
+
+def case(function: Case) -> Case:
+    """A case that groups of every size run."""
+    CASES[function.__name__] = function
+    return function
 
 
 def run_ranks(program: Path, folder: Path) -> list[dict[str, str]]:
@@ -77,11 +84,10 @@ def run_ranks(program: Path, folder: Path) -> list[dict[str, str]]:
     return found
 
 
-def serve(cases: dict[str, Case], last: Callable[[Group], None]) -> None:
+def serve(last: Case) -> None:
     """Be a rank: run all cases in all groups, and note what came of them.
 
     Args:
-        cases: By name; a group runs those whose name does not end in another size.
         last: What spoils the group of all ranks.
     """
     rank, folder = int(sys.argv[1]), Path(sys.argv[2])
@@ -107,7 +113,7 @@ def serve(cases: dict[str, Case], last: Callable[[Group], None]) -> None:
     for size in SIZES:
         if rank < size:
             group = Group(group=groups[size], rank=rank, size=size)
-            for name, case in cases.items():
+            for name, case in CASES.items():
                 note(f"{name}-{size}", case, group)
     note("last", last, Group(group=groups[WORLD], rank=rank, size=WORLD))
     os._exit(0)  # a group that a rank has left cannot be taken down in order

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, Unpack, overload
+from typing import Any, Literal, Self, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -117,7 +117,7 @@ class KVCache:
         *,
         k_scale: LayerScales = None,
         v_scale: LayerScales = None,
-    ) -> list[KVCache]:
+    ) -> list[Self]:
         """Allocate the caches of a model's layers, which share their lengths.
 
         A forward pass calls the caches in their order: `decode`, `append`, `prefill` and `reorder`

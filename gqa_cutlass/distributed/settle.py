@@ -129,7 +129,7 @@ def settle(
     hides = window >= 0 and (window + 1) % sharding.stripe != 0
     kernel = {
         **{name: options[name] for name in _PASSED & options.keys()},
-        "window_size": (_local_window(window, sharding), -1),
+        "window_size": (sharding.most(window + 1) - 1, -1),
         "out_dtype": torch.float32,
     }
     times = ranks.size if asked["q_heads"] == "sharded" else 1
@@ -157,14 +157,6 @@ def settle(
         part_shape=shape, device=q.device, out_dtype=out_dtype, window=window if hides else -1,
         table=table, padding=padding, kernel=kernel,
     )  # fmt: skip
-
-
-def _local_window(window: int, sharding: Sharding) -> int:
-    """The most tokens before the last that a rank can have in a window; -1 for all."""
-    if window < 0:
-        return -1
-    turns, rest = divmod(window + 1, sharding.stripe)
-    return turns * sharding.interleave + min(rest, sharding.interleave) - 1
 
 
 def _check_asked(asked: Mapping[str, Any], options: Mapping[str, Any]) -> None:

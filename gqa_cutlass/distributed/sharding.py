@@ -51,6 +51,11 @@ class Sharding:
         turn, rest = local // self.interleave, local % self.interleave
         return turn * self.stripe + self.rank * self.interleave + rest
 
+    def most(self, tokens: int) -> int:
+        """The most that can be here of so many tokens that follow one another."""
+        turns, rest = divmod(tokens, self.stripe)
+        return turns * self.interleave + min(rest, self.interleave)
+
     def owns(self, token: int) -> bool:
         """Whether a token is here."""
         return token // self.interleave % self.size == self.rank

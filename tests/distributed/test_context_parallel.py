@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import context_ranks  # noqa: F401 - which has cases
 import pytest
 import torch
 import torch.distributed as dist
-from context_ranks import CASES
 from helpers import REPOSITORY, call_tensors
-from ranks import SIZES, run_ranks
+from ranks import CASES, SIZES, run_ranks
 
 from gqa_cutlass import InputError
 from gqa_cutlass.distributed import decode_context_parallel

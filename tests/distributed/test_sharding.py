@@ -32,6 +32,9 @@ def test_counts_and_positions_are_those_of_the_definition(size: int, interleave:
         assert sharding.count(lengths).tolist() == [sharding.count(n) for n in range(41)]
         assert [sharding.position(i) for i in range(len(held))] == held
         assert [t for t in range(40) if sharding.owns(t)] == held
+        for n in (0, 1, 5, 13):
+            here = [sum(t < start + n for t in held if t >= start) for start in range(25)]
+            assert max(here) == sharding.most(n)
 
 
 @pytest.mark.parametrize("size,interleave", SIZES)
