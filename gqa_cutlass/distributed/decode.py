@@ -12,7 +12,6 @@ from torch import Tensor
 from gqa_cutlass.api import gqa_decode
 from gqa_cutlass.call.options import CallOptions, listed, rename
 from gqa_cutlass.call.plan import Pair, Result
-from gqa_cutlass.devices import executor_of
 from gqa_cutlass.distributed import agreement
 from gqa_cutlass.distributed.exchange import Exchange, Part, by_heads, whole
 from gqa_cutlass.distributed.groups import Group, Ranks, check_backend, ranks_of
@@ -145,6 +144,8 @@ def decode_context_parallel(  # noqa: D417 - the decorator completes the list
     given = q, k_cache, v_cache, k, v
     asked = {"return_lse": return_lse, "interleave": interleave, "q_heads": q_heads,
              "exchange": exchange}  # fmt: skip
+    for name in options.keys() - CallOptions.__annotations__.keys():
+        raise TypeError(f"decode_context_parallel() got an unexpected keyword argument {name!r}")
     rename(options)
     ranks = ranks_of(group)
     return _decode(ranks, given, cache_seqlens, asked, options)
@@ -169,7 +170,7 @@ def _decode(
     try:
         if sharded:
             given = _all_heads(ranks, given[0]), *given[1:]
-        with executor_of(device).flag.kept():
+        with settled.flag.kept():
             _attend(settled, given, here, options, part)
     except CollectiveError:
         raise

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from gqa_cutlass.api import plan
+from gqa_cutlass.call.flag import OverflowFlag
 from gqa_cutlass.call.options import NO_WINDOW, check_window
+from gqa_cutlass.devices import executor_of
 from gqa_cutlass.distributed.exchange import EXCHANGES, Exchange, chosen
 from gqa_cutlass.distributed.groups import Ranks
 from gqa_cutlass.distributed.sharding import Sharding, Table, tabulate
@@ -46,6 +48,7 @@ class Settled:
             kernels are told to look at; -1 where they have not.
         table: What lengths on the device come to, or None for ints.
         padding: What padding on the device comes to, in its row `attended`; None without.
+        flag: Where kernels report what they found.
         kernel: Options of kernels that are the same in every call.
     """
 
@@ -59,6 +62,7 @@ class Settled:
     window: int
     table: Table | None
     padding: Table | None
+    flag: OverflowFlag
     kernel: dict[str, Any]
 
 
@@ -155,7 +159,7 @@ def settle(
     return Settled(
         sharding=sharding, local_max=local_max, heads=asked["q_heads"], exchange=how,
         part_shape=shape, device=q.device, out_dtype=out_dtype, window=window if hides else -1,
-        table=table, padding=padding, kernel=kernel,
+        table=table, padding=padding, flag=executor_of(q.device).flag, kernel=kernel,
     )  # fmt: skip
 
 
