@@ -258,7 +258,7 @@ def main() -> None:
     device = torch.device("cuda", local) if GPU else torch.device("cpu")
     if GPU:
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if GPU else "gloo")
+    dist.init_process_group("nccl" if GPU else "gloo")
     ranks = ranks_of(None)
     alone = [dist.new_group([rank]) for rank in range(ranks.size)]  # all ranks make all of them
     rows = []

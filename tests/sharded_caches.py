@@ -102,6 +102,8 @@ def _work(both: Both) -> None:
             cache.check()
     with pytest.raises(InputError, match="rows: got .0.; allowed: None, for all sequences"):
         caches[0].decode(both.random(1, 4), rows=[0])
+    with pytest.raises(InputError, match="cache_batch_idx: got an index; allowed: None"):
+        caches[0].decode(both.random(1, 4), cache_batch_idx=_int32(0))
 
 
 @case

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Unpack, overload
 
 import torch
@@ -19,12 +20,14 @@ from gqa_cutlass.cache.sizes import BatchSizes
 from gqa_cutlass.cache.some import Rows
 from gqa_cutlass.call.options import Options, listed
 from gqa_cutlass.call.plan import Pair, Result
-from gqa_cutlass.distributed.decode import decode_context_parallel
+from gqa_cutlass.distributed.decode import WHY, decode_context_parallel
 from gqa_cutlass.distributed.groups import Group, Ranks, ranks_of
 from gqa_cutlass.distributed.settle import MAX_TOKENS
 from gqa_cutlass.distributed.sharding import Sharding
 from gqa_cutlass.errors import shown
+from gqa_cutlass.tracing import untraced
 
+_ALL = "None, for all sequences; write a negative length to seqlens for inactive ones"
 _TEMPORARY_BYTES = 2**26  # of a piece of a prompt; as many again are under way in `scatter`
 
 
@@ -231,7 +234,8 @@ class ShardedKVCache(KVCache):
         self, q: Tensor, k: Tensor | None = None, v: Tensor | None = None, *,
         return_lse: bool, rows: Rows = None, **options: Unpack[Options],
     ) -> Result: ...  # fmt: skip
-    @listed(Options)
+    @partial(untraced, why=WHY)
+    @listed(Options, without=("out",))
     def decode(
         self,
         q: Tensor,
@@ -261,10 +265,9 @@ class ShardedKVCache(KVCache):
             GqaError: As for `KVCache.decode` and `decode_context_parallel`.
         """
         if rows is not None:
-            allowed = (
-                "None, for all sequences; write a negative length to seqlens for inactive ones"
-            )
-            refuse("decode", "rows", shown(rows), allowed)
+            refuse("decode", "rows", shown(rows), _ALL)
+        if "cache_batch_idx" in options:
+            refuse("decode", "cache_batch_idx", "an index", _ALL)
         if k is not None:
             self._lengths.check_room("decode", ONE_TOKEN)
         try:

@@ -18,7 +18,7 @@ from gqa_cutlass.distributed.settle import Heads, Settled, key_of, settle, terms
 from gqa_cutlass.errors import CollectiveError, GqaError
 from gqa_cutlass.tracing import untraced
 
-_WHY = "gqa_cutlass: decode_context_parallel waits for other ranks when a layout is new to them"
+WHY = "gqa_cutlass: decode_context_parallel waits for other ranks when a layout is new to them"
 
 
 @overload
@@ -42,7 +42,7 @@ def decode_context_parallel(
     q_heads: Heads = "whole", exchange: Exchange | None = None,
     return_lse: bool, **options: Unpack[CallOptions],
 ) -> Result: ...  # fmt: skip
-@partial(untraced, why=_WHY)
+@partial(untraced, why=WHY)
 @listed(CallOptions, without=("out", "slot_mapping"))
 def decode_context_parallel(  # noqa: D417 - the decorator completes the list
     q: Tensor,
