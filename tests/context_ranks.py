@@ -325,6 +325,8 @@ def what_is_not_exact_over_shards(group: Group) -> None:
     _refused(whole, "slot_mapping: got one; allowed: none", slot_mapping=torch.zeros(2).long())
     _refused(whole, "out: got one; allowed: none", out=torch.empty_like(whole.q))
     _refused(whole, "out_dtype: got torch.int8", out_dtype=torch.int8)
+    two = torch.zeros(2, 2, HEADS, DIM).half()
+    _refused(whole, f"q: got shape [2, 2, {HEADS}, {DIM}]; allowed: one token", q=two)
     _refused(whole, "q_heads: got 'some'", q_heads="some")
     _refused(whole, "exchange: got 'ring'", exchange="ring")
     with pytest.raises(TypeError, match="unexpected keyword argument 'windows'"):

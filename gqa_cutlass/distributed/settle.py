@@ -29,6 +29,10 @@ MAX_TOKENS = 2**26  # that shards hold together: lengths are tabulated, 8 to 16 
 ROWS = "cache_batch_idx", "block_table"  # where a sequence is
 TENSORS = *ROWS, "sinks", "alibi_slopes", "cache_leftpad"
 _PASSED = frozenset(("softmax_scale", "num_splits", "ragged", "softcap"))  # to kernels as they are
+_REMEDIES = {
+    "out": "the exchange makes the output, which can be copied",
+    "slot_mapping": "a rank's own block_table says where its tokens go",
+}
 _TAKEN = _PASSED | {*TENSORS, "window_size", "out_dtype"}
 
 
@@ -128,6 +132,10 @@ def settle(
         GqaError: The call is not allowed.
     """
     _check_asked(asked, options)
+    for name, tensor in zip(("q", "k", "v"), (given[0], *given[3:]), strict=True):
+        if isinstance(tensor, Tensor) and tensor.dim() == 4 and tensor.shape[1] != 1:
+            allowed = "one token per sequence: several may be of several ranks"
+            refuse(name, f"shape {list(tensor.shape)}", allowed)
     window = check_window(options.get("window_size", NO_WINDOW))[0]
     sharding = Sharding(rank=ranks.rank, size=ranks.size, interleave=asked["interleave"])
     hides = window >= 0 and (window + 1) % sharding.stripe != 0
@@ -175,12 +183,9 @@ def _check_asked(asked: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     if type(asked["return_lse"]) is not bool:
         refuse("return_lse", shown(asked["return_lse"]), "True or False")
     given = {name for name, value in options.items() if value is not None}
-    if given - _TAKEN:
-        allowed = (
-            "none: the exchange makes the output, which can be copied, and a rank's own "
-            "block_table says where its tokens go"
-        )
-        refuse(min(given - _TAKEN), "one", allowed)
+    for name in sorted(given - _TAKEN):
+        remedy = _REMEDIES.get(name, "do it before the call, or use gqa_decode on one device")
+        refuse(name, "one", f"none: it is not done over shards; {remedy}")
     if "alibi_slopes" in given and interleave != 1:
         allowed = "interleave=1, where a rank's tokens are all as far from one another"
         refuse("alibi_slopes", f"some with interleave={interleave}", allowed)
