@@ -16,15 +16,17 @@ from gqa_cutlass.cache.inputs import refuse
 from gqa_cutlass.cache.kv_cache import KVCache
 from gqa_cutlass.cache.lengths import ONE_TOKEN, Growth, Lengths
 from gqa_cutlass.cache.rows import buffer, scatter
+from gqa_cutlass.cache.scales import Scales
 from gqa_cutlass.cache.sizes import BatchSizes
 from gqa_cutlass.cache.some import Rows
 from gqa_cutlass.call.options import Options, listed
 from gqa_cutlass.call.plan import Pair, Result
+from gqa_cutlass.call.stored import FP8
 from gqa_cutlass.distributed.decode import WHY, decode_context_parallel
 from gqa_cutlass.distributed.groups import Group, Ranks, ranks_of
 from gqa_cutlass.distributed.settle import MAX_TOKENS
 from gqa_cutlass.distributed.sharding import Sharding
-from gqa_cutlass.errors import shown
+from gqa_cutlass.errors import InputError, shown
 from gqa_cutlass.tracing import untraced
 
 _ALL = "None, for all sequences; write a negative length to seqlens for inactive ones"
@@ -287,7 +289,7 @@ class ShardedKVCache(KVCache):
         lengths = self._lengths
         lengths.check_room(method, growth)
         room = lengths.room(growth)
-        each = self.batch_size * self._widest[0, 0].nbytes  # bytes of a token of all sequences
+        each = self.batch_size * _wider(self.k, self.v)[0, 0].nbytes  # bytes of a token of all sequences
         step = self.sharding.stripe * max(1, _TEMPORARY_BYTES // (each * self.sharding.interleave))
         for start in range(0, growth.most, step):
             count = min(step, growth.most - start)
@@ -325,7 +327,7 @@ class ShardedKVCache(KVCache):
             return
         local = held[:, None] + torch.arange(most, dtype=torch.int32, device=self.device)
         index = (sharding.position(local) - starts[:, None]).clamp_(0, tokens - 1).long()
-        through = buffer(self._widest, self.batch_size, most)
+        through = buffer(_wider(self.k, self.v), self.batch_size, most)
         pairs = []
         for cache, piece in zip((self.k, self.v), pieces, strict=True):
             places = index[..., None, None].expand(-1, -1, *piece.shape[2:])
@@ -333,13 +335,27 @@ class ShardedKVCache(KVCache):
         scatter(pairs, held, here, room, through)
 
 
+def _wider(k: Tensor, v: Tensor) -> Tensor:
+    """Keys or values: whose rows take more memory."""
+    return max(k, v, key=lambda cache: cache.shape[-1])
+
+
 def _fill(
     caches: list[ShardedKVCache], sizes: _Sizes, device: torch.device | int | str, ranks: Ranks
 ) -> None:
-    """Allocate for caches that share their lengths."""
+    """Allocate for caches that share their lengths.
+
+    Raises:
+        InputError: The type is one of 8 bits, or as `allocate` says.
+    """
+    if sizes.dtype in FP8:
+        allowed = "torch.float16 or torch.bfloat16; caches of 8 bits are not spread over ranks yet"
+        raise InputError(
+            f"ShardedKVCache: dtype: got {sizes.dtype}; allowed: {allowed}. Nothing was allocated."
+        )
     memory = allocate(sizes, device)
     sharding = Sharding(rank=ranks.rank, size=ranks.size, interleave=sizes.interleave)
     lengths = _Lengths(memory.state, sharding.capacity(sizes.local_max), sharding)
     for cache, (k, v) in zip(caches, memory.layers, strict=True):
-        cache._adopt(k, v, lengths, leads=cache is caches[-1])
+        cache._adopt(k, v, lengths, Scales(), cache is caches[-1])
         cache.sharding, cache._group = sharding, ranks.group
