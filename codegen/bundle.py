@@ -146,7 +146,7 @@ def _kernel(index: int, image: Image, archs: Sequence[Arch]) -> dict[str, str]:
     """One row of the table, and the words of its image."""
     c = image.config
     copied = (
-        "head_dim", "group_size", "vec_width", "block_n", "num_warps", "num_stages", "head_blocks",
+        "head_dim", "group_size", "vec_width", "block_n", "num_warps", "num_stages", "block_h",
         "partial_floats", "tile_bytes", "bytes_in_flight",
     )  # fmt: skip
     values = {name: getattr(c, name) for name in copied} | {

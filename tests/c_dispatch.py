@@ -147,7 +147,8 @@ class Case:
             window=p.window or 0, softcap=30 if CAP in p.policies else 0,
             sinks=1 << 40 if SINK in p.policies else None, equal_lengths=self.equal,
             head_dim_v=p.head_dim_v or 0, output_float32=IN_FLOAT32 in p.policies,
-            dependent=self.dependent, lse=1 << 41, **self.strides(), **self.pages(),
+            dependent=self.dependent, lse=1 << 41, num_tokens=p.num_tokens,
+            num_new_tokens=p.num_new_tokens, **self.strides(), **self.pages(),
         )  # fmt: skip
 
     def pages(self) -> dict[str, int]:
@@ -195,7 +196,7 @@ def widths_of_kinds() -> dict[Kind, list[int]]:
 def case_of(
     kind: Kind, width: int, device: Device, *, batch: int, kv_heads: int, tokens: int,
     ragged: bool, window: int = 100, equal: bool = False, dependent: bool = False,
-    page_size: int = 16,
+    page_size: int = 16, num_tokens: int = 1, num_new_tokens: int = 1,
 ) -> Case:  # fmt: skip
     """A problem of a kind; the window counts where there is one, and hides a token or more. So does
     the size of pages, of which there are as many as the tokens take."""
@@ -206,7 +207,8 @@ def case_of(
         head_dim=kind.head_dim, head_dim_v=kind.head_dim_v, max_seq_len=tokens, dtype=kind.dtype,
         vec_width=width, append=True, policies=kind.policies,
         window=min(window, tokens - 1) if WINDOW in kind.policies else None,
-        page_size=page_size if paged else None,
+        page_size=page_size if paged else None, num_tokens=num_tokens,
+        num_new_tokens=num_new_tokens,
     )  # fmt: skip
     return Case(problem, device, ragged, equal, dependent)
 

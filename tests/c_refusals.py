@@ -16,6 +16,19 @@ STEP: dict[str, Any] = dict(lengths=[3, 3], max_seq_len=30, head_dim=64, device=
 CLUSTERS: dict[str, Any] = dict(
     lengths=[3], max_seq_len=4096, num_kv_heads=1, poison=False, device="cpu"
 )
+PAGES: dict[str, Any] = dict(page_size=15, max_pages=2, num_pages=4)  # as large as the caches
+SHARING: dict[
+    str, tuple[dict[str, Any], int]
+] = {  # bytes that features read, for two sequences of eight heads
+    "sinks": (dict(sinks_type=2), 32),
+    "alibi_slopes": (dict(alibi_batch_stride=8), 64),
+    "cache_leftpad": ({}, 8),
+    "cache_batch_idx": ({}, 8),
+    "block_table": (PAGES, 16),
+    "slot_mapping": (PAGES | dict(block_table=1 << 52), 16),
+    "cu_seqlens_q": (dict(total_tokens=2, num_new_tokens=1), 12),
+    "cu_seqlens_k_new": (dict(total_new_tokens=2), 12),
+}
 NOTHING = ("Nothing was launched.", "Nothing was written.")
 
 

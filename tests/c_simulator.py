@@ -117,7 +117,7 @@ class Simulator:
             self.launches.append(launched)
             config = KernelConfig.from_name(launched.kernel)
             program = program_of(config)
-            shared = config.tma or config.head_blocks > 1
+            shared = config.tma or config.head_blocks > 1 or config.several_queries
             regions = regions_of(self.tensors, append=True, overread=shared)
             cpu.run(program, launched.shape, argument_of(launch), regions, Checks())
         except BaseException as fault:

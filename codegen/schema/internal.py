@@ -99,7 +99,7 @@ KERNEL = _struct(
     ("block_n", INT32, "KV tokens per tile"),
     ("num_warps", INT32, ""),
     ("num_stages", INT32, "with tma: at most"),
-    ("head_blocks", INT32, "blocks that share a KV head"),
+    ("block_h", INT32, "rows of a block: pairs of a head and a token"),
     ("features", INT32, "bits of what it has beyond the plain kernel"),
     ("partial_floats", INT32, "floats of a partial output in the workspace"),
     ("tile_bytes", INT32, "of K and V in the cache"),
@@ -144,6 +144,7 @@ LIMITS = _struct(
     ("max_batch", INT32, ""),
     ("max_seq_len", INT32, ""),
     ("max_group_size", INT32, ""),
+    ("max_tokens", INT32, "query tokens of a sequence"),
     ("min_capability", INT32, ""),
     ("max_scale", FLOAT, ""),
     ("max_softcap", DOUBLE, ""),
@@ -164,6 +165,7 @@ PROBLEM = _struct(
     ("window", INT64, "tokens that are seen; 0 for all"),
     ("page_size", INT64, "tokens of a page; 0 without pages"),
     ("dependent", INT64, "whether it may start before the kernel before it is done"),
+    ("num_tokens", INT64, "query tokens of a sequence, at most"),
 )
 TARGET = _struct(
     "gqa_target",

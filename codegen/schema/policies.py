@@ -353,7 +353,6 @@ POLICIES: tuple[Policy, ...] = (
                 optional=True,
             ),
         ),
-        in_library=False,
     ),
     Policy(
         slot=QUERIES,

@@ -39,7 +39,7 @@ STATUS = Enumeration(
                 ("GQA_SUCCESS", "all is well; everything else launched and wrote nothing"),
                 ("GQA_ERROR_NULL_POINTER", "a pointer that must not be null is"),
                 ("GQA_ERROR_INVALID_VALUE", "a size, an address or the scale is not allowed"),
-                ("GQA_ERROR_CACHE_OVERFLOW", "the new token does not fit into the cache"),
+                ("GQA_ERROR_CACHE_OVERFLOW", "the new tokens do not fit into the cache"),
                 ("GQA_ERROR_UNSUPPORTED", "exported without a kernel for the configuration"),
                 ("GQA_ERROR_WORKSPACE", "the workspace is missing, too small or misaligned"),
                 ("GQA_ERROR_NO_DRIVER", "no libcuda, too old a one, or no GPU"),
@@ -149,6 +149,19 @@ CONFIG = Struct(
             ),
             ("max_pages", INT32, "pages that a sequence can have"),
             ("num_pages", INT32, "pages of the caches"),
+            ("num_tokens", INT32, "query tokens of a sequence, at most; 0: one"),
+            ("num_new_tokens", INT32, "the same of `k` and `v`; 0: as `num_tokens`"),
+            ("not_causal", INT32, "1: each query sees all; 0: up to its own token"),
+            ("window_right", INT32, "of `not_causal`: tokens seen from its own on; 0: all"),
+            *(
+                (f"{name}_token_stride", INT64, "elements between tokens; 0: packed")
+                for name, dims in STRIDED.items()
+                if "token" not in dims
+            ),
+            ("cu_seqlens_q", _INTS, "`batch_size` + 1 ends in `q` and output; or null"),
+            ("cu_seqlens_k_new", _INTS, "the same in `k` and `v`; or null"),
+            ("total_tokens", INT32, "query tokens of all, with `cu_seqlens_q`"),
+            ("total_new_tokens", INT32, "new tokens of all, with `cu_seqlens_k_new`"),
         )
     ),
 )
@@ -162,6 +175,7 @@ ASKED_BY = {
     "sinks": "sinks",
     "out_dtype": "output_float32",
     "block_table": "block_table",
+    "num_tokens": "num_tokens",
 }
 check_asked(ASKED_BY, CONFIG)
 LAUNCH = Struct(

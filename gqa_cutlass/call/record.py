@@ -35,6 +35,8 @@ class LaunchRecord:
         head_dim: Dimension per head of queries and keys.
         head_dim_v: The same of values and outputs.
         max_seq_len: Tokens that a sequence's cache can hold.
+        num_tokens: Query tokens of a sequence, at most.
+        num_new_tokens: Tokens of k and v of a sequence; 0 for none, or where sequences differ.
         dtype: Element type of every tensor but caches of 8 bits, of which the kernel's name tells.
         out_dtype: That of the output.
         append: Whether a new token came with the call.
@@ -68,6 +70,8 @@ class LaunchRecord:
     head_dim: int
     head_dim_v: int
     max_seq_len: int
+    num_tokens: int
+    num_new_tokens: int
     dtype: str
     out_dtype: str
     append: bool
@@ -105,6 +109,8 @@ class LaunchRecord:
             head_dim=problem.head_dim,
             head_dim_v=problem.value_dim,
             max_seq_len=problem.max_seq_len,
+            num_tokens=problem.num_tokens,
+            num_new_tokens=problem.appended,
             dtype=problem.dtype,
             out_dtype="f32" if plan.task.out_dtype.itemsize == 4 else problem.dtype,
             append=problem.append,

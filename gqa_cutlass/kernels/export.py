@@ -16,7 +16,13 @@ from gqa_cutlass.codegen.fatbin import pack
 from gqa_cutlass.codegen.files import is_vacant, update, writing
 from gqa_cutlass.codegen.schema.kinds import Math
 from gqa_cutlass.codegen.schema.params import Params, TmaParams
-from gqa_cutlass.codegen.schema.problem import MAX_BATCH, MAX_SCALE, MAX_SEQ_LEN, MAX_SOFTCAP
+from gqa_cutlass.codegen.schema.problem import (
+    MAX_BATCH,
+    MAX_SCALE,
+    MAX_SEQ_LEN,
+    MAX_SOFTCAP,
+    MAX_TOKENS,
+)
 from gqa_cutlass.codegen.schema.storage import BOX_DIMS, MAX_CLUSTER, PAGE_TOKENS
 from gqa_cutlass.dispatch import MIN_CAPABILITY, MODELS, MOST_TILES
 from gqa_cutlass.errors import ConfigError, ExportError
@@ -94,14 +100,17 @@ def plan_export(
 
 def _is_dispatched(kernel: KernelConfig) -> bool:
     k = kernel
-    usual = default_config(
-        k.math, k.dtype, k.head_dim, k.group_size, k.vec_width, k.schedule, k.policies,
-        k.head_dim_v,
-    )  # fmt: skip
     offered = all(policy.in_library for policy in k.policies)
-    return (
-        replace(k, pdl=False) == usual and offered and (k.math is Math.TENSOROP or k.vec_width == 1)
-    )
+    if not offered or (k.math is not Math.TENSOROP and k.vec_width != 1):
+        return False
+    return any(
+        replace(k, pdl=False)
+        == default_config(
+            k.math, k.dtype, k.head_dim, k.group_size, k.vec_width, k.schedule, k.policies,
+            k.head_dim_v, num_tokens,
+        )
+        for num_tokens in (range(1, MAX_TOKENS + 1) if k.several_queries else (1,))
+    )  # fmt: skip
 
 
 def compiled(export: Export, store: Store, jobs: int = 0) -> Iterator[Cubin]:
@@ -185,6 +194,7 @@ def facts() -> Facts:
             "max_batch": MAX_BATCH,
             "max_seq_len": MAX_SEQ_LEN,
             "max_group_size": MAX_GROUP_SIZE,
+            "max_tokens": MAX_TOKENS,
             "min_capability": MIN_CAPABILITY,
             "max_scale": MAX_SCALE,
             "max_softcap": MAX_SOFTCAP,

@@ -22,10 +22,9 @@ from gqa_cutlass.cpu.executor import CpuExecutor
 KEYS = [
     "kernel", "grid", "cluster", "block", "shared_bytes", "num_splits", "num_stages", "dependent",
     "batch_size", "num_q_heads", "num_kv_heads", "group_size", "head_dim", "head_dim_v",
-    "max_seq_len", "dtype", "out_dtype", "append", "cache_seqlens", "softmax_scale", "return_lse",
-    "softcap", "sinks", "window_size", "alibi", "leftpad", "batch_idx", "page_size",
-    "workspace_bytes", "device",
-    "stream",
+    "max_seq_len", "num_tokens", "num_new_tokens", "dtype", "out_dtype", "append", "cache_seqlens",
+    "softmax_scale", "return_lse", "softcap", "sinks", "window_size", "alibi", "leftpad",
+    "batch_idx", "page_size", "workspace_bytes", "device", "stream",
 ]  # fmt: skip
 TMA = default_config(Math.TENSOROP, DType.F16, 128, 4, 8, Schedule.TMA)
 
@@ -106,6 +105,8 @@ def expected_of(plan: Plan, device: str) -> dict[str, str]:
         "head_dim": str(problem.head_dim),
         "head_dim_v": str(problem.value_dim),
         "max_seq_len": str(problem.max_seq_len),
+        "num_tokens": "1",
+        "num_new_tokens": "1",
         "dtype": str(chosen.config.dtype),
         "out_dtype": str(chosen.config.dtype),
         "workspace_bytes": str(4 * (chosen.partial_floats + chosen.num_merge_counters)),
@@ -118,7 +119,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, str]]] = {
     "plain": ({}, {}, {}),
     "bfloat16": ({"dtype": DType.BF16, "head_dim": 64}, {}, {"dtype": "bf16", "head_dim": "64"}),
     "groups": ({"num_kv_heads": 1, "group_size": 6}, {}, {"num_q_heads": "6", "group_size": "6"}),
-    "attend only": ({"append": False}, {}, {"append": "False"}),
+    "attend only": ({"append": False}, {}, {"append": "False", "num_new_tokens": "0"}),
     "splits": ({"max_seq_len": 300}, {"num_splits": 3}, {"num_splits": "3"}),
     "clusters": ({"max_seq_len": 600}, {"num_splits": 4, "kernel": TMA}, {"cluster": "1,4,1"}),
     "scale": ({}, {"softmax_scale": 0.3}, {"softmax_scale": "0.3"}),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from c_library import STATUSES, Config, Explained, Library, fresh_library
-from c_refusals import STEP, VALID, far_apart, nothing_happened, sizes_of
+from c_refusals import PAGES, SHARING, STEP, VALID, far_apart, nothing_happened, sizes_of
 from cases import Step, make_step
 
 from gqa_cutlass.codegen.schema import public
@@ -24,6 +24,7 @@ FEATURES: dict[str, dict[str, Any]] = {  # that the library has no kernels for
     "cache_batch_idx": dict(cache_batch_idx=0x10000, cache_rows=9),
     "output_float32": dict(output_float32=1),
     "block_table": dict(block_table=0x10000, page_size=15, max_pages=2, num_pages=4),
+    "num_tokens": dict(num_tokens=2),
     "window, softcap, sinks": dict(softcap=30, sinks=0x10000, window=1),
 }
 
@@ -73,19 +74,6 @@ def test_what_asks_for_nothing_is_launched(library: Library, step: Step) -> None
         dict(window=30), dict(window=2**31 - 1),
     ):  # fmt: skip
         assert library.decode(step, Config(**VALID | changes)) == "GQA_SUCCESS", library.error
-
-
-PAGES: dict[str, Any] = dict(page_size=15, max_pages=2, num_pages=4)  # as large as the caches
-SHARING: dict[
-    str, tuple[dict[str, Any], int]
-] = {  # bytes that features read, for two sequences of eight heads
-    "sinks": (dict(sinks_type=2), 32),
-    "alibi_slopes": (dict(alibi_batch_stride=8), 64),
-    "cache_leftpad": ({}, 8),
-    "cache_batch_idx": ({}, 8),
-    "block_table": (PAGES, 16),
-    "slot_mapping": (PAGES | dict(block_table=1 << 52), 16),
-}
 
 
 @pytest.mark.parametrize("target", ["output", "kv_cache_k", "kv_cache_v"])

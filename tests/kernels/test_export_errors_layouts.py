@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 import torch
 from c_library import Config, Library, fresh_library
-from c_refusals import STEP, VALID, far_apart, nothing_happened, sizes_of
+from c_refusals import SHARING, STEP, VALID, far_apart, nothing_happened, sizes_of
 from cases import Step, make_step
 
 from gqa_cutlass.codegen.schema import public
-from gqa_cutlass.codegen.schema.policies import FEATURES
 
 STRIDES = [f"{name}_{dim}_stride" for name, dims in public.STRIDED.items() for dim in dims]
 PAGED = dict(block_table=0x10000, page_size=30, max_pages=1, num_pages=1)
@@ -172,26 +171,20 @@ def test_what_is_read_may_lie_between_the_rows_of_an_output(library: Library, st
 
 
 LSE_BYTES = 4 * 2 * 8
-READ_BY_FEATURES = {argument.name for policy in FEATURES for argument in policy.arguments}
 
 
 @pytest.mark.parametrize(
-    "name", ["output", "q", "k", "v", "kv_cache_k", "kv_cache_v", "cache_seqlens", *sorted(
-        READ_BY_FEATURES)]
-)  # fmt: skip
+    "name", ["output", "q", "k", "v", "kv_cache_k", "kv_cache_v", "cache_seqlens", *SHARING]
+)
 def test_an_lse_that_shares_memory_is_refused(
     library: Library, step: Step, overflow: torch.Tensor, name: str
 ) -> None:
     given = far_apart(step) | dict(cache_seqlens=1 << 50)
-    sizes = sizes_of(step) | dict(cache_seqlens=8, alibi_slopes=32, cache_leftpad=8, sinks=32,
-                                  cache_batch_idx=8, block_table=16, slot_mapping=16)  # fmt: skip
-    asked = {name: 1 << 51} if name in READ_BY_FEATURES else {}
+    asked, size = SHARING.get(name, ({}, 8))
+    if name in SHARING:
+        asked = asked | {name: 1 << 51}
     start = (given | asked)[name]
-    end = start + sizes[name]
-    if name == "sinks":
-        asked["sinks_type"] = 2
-    if name in ("block_table", "slot_mapping"):
-        asked = dict(block_table=1 << 52, page_size=15, max_pages=2, num_pages=4) | asked
+    end = start + sizes_of(step).get(name, size)
     for shared in (start, end - 4, start - LSE_BYTES + 4):
         config = Config(**VALID | asked | dict(lse=shared))
         assert library.decode_ragged(step, overflow, config, **given) == "GQA_ERROR_INVALID_VALUE"

@@ -40,7 +40,7 @@ typedef enum gqa_status {
   GQA_SUCCESS = 0,                    // all is well; everything else launched and wrote nothing
   GQA_ERROR_NULL_POINTER = 1,         // a pointer that must not be null is
   GQA_ERROR_INVALID_VALUE = 2,        // a size, an address or the scale is not allowed
-  GQA_ERROR_CACHE_OVERFLOW = 3,       // the new token does not fit into the cache
+  GQA_ERROR_CACHE_OVERFLOW = 3,       // the new tokens do not fit into the cache
   GQA_ERROR_UNSUPPORTED = 4,          // exported without a kernel for the configuration
   GQA_ERROR_WORKSPACE = 5,            // the workspace is missing, too small or misaligned
   GQA_ERROR_NO_DRIVER = 6,            // no libcuda, too old a one, or no GPU
@@ -104,6 +104,18 @@ typedef struct GQADecodeConfig {
   int64_t const* slot_mapping GQA_ZERO;      // `batch_size` places of new tokens; or null
   int32_t max_pages GQA_ZERO;                // pages that a sequence can have
   int32_t num_pages GQA_ZERO;                // pages of the caches
+  int32_t num_tokens GQA_ZERO;               // query tokens of a sequence, at most; 0: one
+  int32_t num_new_tokens GQA_ZERO;           // the same of `k` and `v`; 0: as `num_tokens`
+  int32_t not_causal GQA_ZERO;               // 1: each query sees all; 0: up to its own token
+  int32_t window_right GQA_ZERO;             // of `not_causal`: tokens seen from its own on; 0: all
+  int64_t output_token_stride GQA_ZERO;      // elements between tokens; 0: packed
+  int64_t q_token_stride GQA_ZERO;           // elements between tokens; 0: packed
+  int64_t k_token_stride GQA_ZERO;           // elements between tokens; 0: packed
+  int64_t v_token_stride GQA_ZERO;           // elements between tokens; 0: packed
+  int32_t const* cu_seqlens_q GQA_ZERO;      // `batch_size` + 1 ends in `q` and output; or null
+  int32_t const* cu_seqlens_k_new GQA_ZERO;  // the same in `k` and `v`; or null
+  int32_t total_tokens GQA_ZERO;             // query tokens of all, with `cu_seqlens_q`
+  int32_t total_new_tokens GQA_ZERO;         // new tokens of all, with `cu_seqlens_k_new`
 } GQADecodeConfig;
 
 #define GQA_DECODE_CONFIG_INIT \
@@ -149,6 +161,18 @@ typedef struct GQADecodeConfig {
    0,                          \
    NULL,                       \
    0,                          \
+   NULL,                       \
+   0,                          \
+   0,                          \
+   0,                          \
+   0,                          \
+   0,                          \
+   0,                          \
+   0,                          \
+   0,                          \
+   0,                          \
+   0,                          \
+   NULL,                       \
    NULL,                       \
    0,                          \
    0}
@@ -207,7 +231,28 @@ typedef struct gqa_launch {
 //                    copies
 //   slot_mapping     with block_table: where new tokens go if the table is not to say, page *
 //                    page_size + token; a negative one: nowhere. Either way the new token counts
-//                    as the one behind the others, and what the table says of its page does not
+//                    as the one behind the others, and what the table says of its page does not.
+//                    One per new token, in the order of k
+//   num_tokens       several query tokens per sequence, up to 256, the last ones of it: drafts of
+//                    speculative decoding, or a part of a prompt. q is [batch_size, num_tokens,
+//                    num_q_heads, head_dim], output likewise, k and v are [batch_size,
+//                    num_new_tokens, num_kv_heads, head_dim], and lse is [batch_size, num_q_heads,
+//                    num_tokens]. All new tokens are appended, or none of a sequence's. Each query
+//                    sees the keys up to its own, the last one's being the newest of all. Kernels
+//                    differ in how many rows, pairs of a head and a token, a block has: those that
+//                    need the fewest blocks are taken
+//   num_new_tokens   how many are appended, where it is another number than that of queries
+//   not_causal       1: every query sees all tokens behind its own too, or so many from its own on
+//   as
+//                    window_right says; 0 for all
+//   cu_seqlens_q     sequences with unlike numbers of query tokens: those of sequence b are from
+//                    cu_seqlens_q[b] to cu_seqlens_q[b + 1], excluded, of q and output, which are
+//                    [total_tokens, num_q_heads, head_dim]; lse is [num_q_heads, total_tokens].
+//                    num_tokens is the most that one has, by which the launch is sized; 0: all may
+//                    be of one. By gqa_attention_decode_ragged alone: a sequence whose place is out
+//                    of order, or has more tokens, counts like one that does not fit, and its rows
+//                    of the output are what they were. With num_new_tokens or cu_seqlens_k_new
+//   cu_seqlens_k_new the same of k and v, which are [total_new_tokens, num_kv_heads, head_dim]
 //   dependent        1 for programmatic dependent launch, where it pays (Hopper and newer, caches
 //                    of up to 32 MiB): the kernel may start while the kernel before it in the
 //                    stream finishes. It reads nothing before that one is done, but may fetch its
@@ -220,10 +265,12 @@ typedef struct gqa_launch {
 //   equal_lengths    a hint, 1 where lengths on the device are about equal: long sequences get no
 //                    more blocks than others then, which is up to 3% faster where they are, and up
 //                    to several times slower where they are not. Results are right either way
-//   lse              float32 [batch_size, num_q_heads], contiguous, memory of its own, written: the
-//                    natural logarithm of the sum of the exponentials of the scores, sinks
-//                    included, by which parts of attention are merged. -infinity, or the sink, for
-//                    a sequence with nothing to attend to; NaN for one that does not fit
+//   lse              float32 [batch_size, num_q_heads], or as num_tokens says, contiguous, memory
+//   of
+//                    its own, written: the natural logarithm of the sum of the exponentials of the
+//                    scores, sinks included, by which parts of attention are merged. -infinity, or
+//                    the sink, for a sequence with nothing to attend to; NaN for one that does not
+//                    fit
 //   ..._stride       elements from a sequence, token or head of a tensor to the next. 0 is what it
 //                    is in contiguous memory, so that all zeros are a packed tensor. A head's
 //                    elements are contiguous. Caches may have any order of heads and tokens, q, k
@@ -237,7 +284,7 @@ typedef struct gqa_launch {
 //
 //   output      [batch_size, 1, num_q_heads * head_dim], written
 //   q           [batch_size, 1, num_q_heads, head_dim]
-//   k, v        [batch_size, 1, num_kv_heads, head_dim], the new token
+//   k, v        [batch_size, 1, num_kv_heads, head_dim], the new token; or several, by num_tokens
 //   kv_cache_k  [batch_size, max_seq_len, num_kv_heads, head_dim], written at position cache_len
 //   kv_cache_v  likewise
 //   stream      where to launch; null: the default stream. Its context must be current (or none at

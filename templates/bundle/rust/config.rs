@@ -88,8 +88,32 @@ pub struct Config<'a> {
     /// Pages of the caches.
     pub num_pages: usize,
     /// Where new tokens go, if `block_table` is not to say: `page * page_size + token`, `[batch_size]`.
-    /// A negative one: nowhere.
+    /// A negative one: nowhere. Several new tokens have one each.
     pub slot_mapping: Option<DeviceSlice<'a, i64>>,
+    /// Query tokens of a sequence, up to 256, the last ones of it: drafts of speculative decoding, or a
+    /// part of a prompt; 0: one. `q` and output are `[batch_size, num_tokens, num_q_heads, head_dim]`,
+    /// and `lse` is `[batch_size, num_q_heads, num_tokens]`. Each query sees the keys up to its own, the
+    /// last one's being the newest of all.
+    pub num_tokens: usize,
+    /// New tokens of a sequence, all of which are appended, or none; 0: as `num_tokens`. `k` and `v` are
+    /// `[batch_size, num_new_tokens, num_kv_heads, head_dim]`.
+    pub num_new_tokens: usize,
+    /// Whether every query sees all tokens behind its own too.
+    pub not_causal: bool,
+    /// With `not_causal`: so many tokens are seen from a query's own on; 0: all.
+    pub window_right: usize,
+    /// Sequences with unlike numbers of query tokens: where each begins in `q` and output,
+    /// `[batch_size + 1]`, and where the last one ends; with [`decode_ragged`](crate::decode_ragged)
+    /// alone. They are `[total_tokens, num_q_heads, head_dim]`, and `lse` is
+    /// `[num_q_heads, total_tokens]`. `num_tokens` is the most that one has; 0: all. What is out of order
+    /// counts like a length that does not fit.
+    pub cu_seqlens_q: Option<DeviceSlice<'a, i32>>,
+    /// Query tokens of all sequences, with `cu_seqlens_q`.
+    pub total_tokens: usize,
+    /// The same of `k` and `v`, which are `[total_new_tokens, num_kv_heads, head_dim]`.
+    pub cu_seqlens_k_new: Option<DeviceSlice<'a, i32>>,
+    /// New tokens of all sequences, with `cu_seqlens_k_new`.
+    pub total_new_tokens: usize,
     /// Programmatic dependent launch, where it pays (Hopper and newer, caches of up to 32 MiB): the
     /// kernel may start while the kernel before it in the stream finishes. It reads nothing before
     /// that one is done, but may fetch its first tiles to L2. Worth having where that kernel lets
@@ -172,6 +196,14 @@ impl Default for Config<'_> {
             page_size: 0,
             num_pages: 0,
             slot_mapping: None,
+            num_tokens: 0,
+            num_new_tokens: 0,
+            not_causal: false,
+            window_right: 0,
+            cu_seqlens_q: None,
+            total_tokens: 0,
+            cu_seqlens_k_new: None,
+            total_new_tokens: 0,
             dependent: false,
             equal_lengths: false,
             lse: None,
@@ -240,6 +272,18 @@ impl Config<'_> {
             slot_mapping: self.slot_mapping.map_or(null(), |it| it.as_ptr()),
             max_pages: to_int("config: max_pages", self.max_pages)?,
             num_pages: to_int("config: num_pages", self.num_pages)?,
+            num_tokens: to_int("config: num_tokens", self.num_tokens)?,
+            num_new_tokens: to_int("config: num_new_tokens", self.num_new_tokens)?,
+            not_causal: i32::from(self.not_causal),
+            window_right: to_int("config: window_right", self.window_right)?,
+            output_token_stride: to_long("output_token_stride", strides.tokens.output)?,
+            q_token_stride: to_long("q_token_stride", strides.tokens.q)?,
+            k_token_stride: to_long("k_token_stride", strides.tokens.k)?,
+            v_token_stride: to_long("v_token_stride", strides.tokens.v)?,
+            cu_seqlens_q: self.cu_seqlens_q.map_or(null(), |it| it.as_ptr()),
+            cu_seqlens_k_new: self.cu_seqlens_k_new.map_or(null(), |it| it.as_ptr()),
+            total_tokens: to_int("config: total_tokens", self.total_tokens)?,
+            total_new_tokens: to_int("config: total_new_tokens", self.total_new_tokens)?,
         })
     }
 
@@ -272,14 +316,7 @@ impl Config<'_> {
             let strides = [self.block_table_stride, 0, 0];
             check_reach("config: block_table", it.len(), sizes, strides)?;
         }
-        if let Some(it) = self.slot_mapping {
-            check_len("config: slot_mapping", it.len(), batch_size, "batch_size")?;
-        }
-        if let Some(it) = self.lse {
-            let needed = self.elements(&[batch_size, heads])?;
-            check_len("config: lse", it.len(), needed, "batch_size * num_q_heads")?;
-        }
-        Ok(())
+        self.check_tokens()
     }
 
     /// Checks that the output has the type which the configuration says.
@@ -295,53 +332,7 @@ impl Config<'_> {
         )))
     }
 
-    /// Checks the elements that output, q, k, v and the caches have.
-    pub(crate) fn check_lens(&self, lens: [usize; 6]) -> Result<(), GqaError> {
-        const QUERY: &str = "batch_size * num_q_heads * head_dim";
-        const TOKEN: &str = "batch_size * num_kv_heads * head_dim";
-        const CACHE: &str =
-            "batch_size * max_seq_len * num_kv_heads * head_dim, or with cache_rows";
-        const QUERY_V: &str = "batch_size * num_q_heads * head_dim_v";
-        const TOKEN_V: &str = "batch_size * num_kv_heads * head_dim_v";
-        const CACHE_V: &str =
-            "batch_size * max_seq_len * num_kv_heads * head_dim_v, or with cache_rows";
-        let names = ["output", "q", "k", "v", "kv_cache_k", "kv_cache_v"];
-        const POOL: &str = "num_pages * page_size * num_kv_heads * head_dim";
-        const POOL_V: &str = "num_pages * page_size * num_kv_heads * head_dim_v";
-        let batch = self.batch_size;
-        let (rows, tokens, cache, cache_v) = match self.block_table {
-            None => (or(self.cache_rows, batch), self.max_seq_len, CACHE, CACHE_V),
-            Some(_) => (self.num_pages, self.page_size, POOL, POOL_V),
-        };
-        let rules = match self.head_dim_v {
-            0 => [QUERY, QUERY, TOKEN, TOKEN, cache, cache],
-            _ => [QUERY_V, QUERY, TOKEN, TOKEN_V, cache, cache_v],
-        };
-        let (q_heads, kv_heads, dim) = (self.num_q_heads, self.num_kv_heads, self.head_dim);
-        let value_dim = or(self.head_dim_v, dim);
-        let sizes = [
-            [batch, 1, q_heads, value_dim],
-            [batch, 1, q_heads, dim],
-            [batch, 1, kv_heads, dim],
-            [batch, 1, kv_heads, value_dim],
-            [rows, tokens, kv_heads, dim],
-            [rows, tokens, kv_heads, value_dim],
-        ];
-        let mut packed = [0; 6];
-        for (packed, sizes) in packed.iter_mut().zip(&sizes) {
-            *packed = self.elements(sizes)?;
-        }
-        for (i, strides) in self.strides.of_tensors().iter().enumerate() {
-            if *strides == [0; 3] {
-                check_len(names[i], lens[i], packed[i], rules[i])?;
-            } else {
-                check_reach(names[i], lens[i], sizes[i], *strides)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn elements(&self, factors: &[usize]) -> Result<usize, GqaError> {
+    pub(crate) fn elements(&self, factors: &[usize]) -> Result<usize, GqaError> {
         let product = factors
             .iter()
             .try_fold(1usize, |product, it| product.checked_mul(*it));
@@ -355,7 +346,7 @@ impl Config<'_> {
 }
 
 /// A size, or what it is where it is not given.
-fn or(size: usize, default: usize) -> usize {
+pub(crate) fn or(size: usize, default: usize) -> usize {
     match size {
         0 => default,
         size => size,

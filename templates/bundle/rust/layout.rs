@@ -38,17 +38,32 @@ pub struct Strides {
     pub output: RowStrides,
     /// Of the queries.
     pub q: RowStrides,
-    /// Of the new token's keys.
+    /// Of the new tokens' keys.
     pub k: RowStrides,
-    /// Of its values.
+    /// Of their values.
     pub v: RowStrides,
     /// Of the cache of keys.
     pub kv_cache_k: CacheStrides,
     /// Of that of values.
     pub kv_cache_v: CacheStrides,
+    /// From a token to the next, where there are several.
+    pub tokens: TokenStrides,
 }
 
-/// Strides of a tensor of one token, in elements.
+/// Distances between the tokens of a sequence, in elements.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TokenStrides {
+    /// Of the output.
+    pub output: usize,
+    /// Of the queries.
+    pub q: usize,
+    /// Of the new keys.
+    pub k: usize,
+    /// Of the new values.
+    pub v: usize,
+}
+
+/// Strides of a tensor of tokens, in elements.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RowStrides {
     /// From a sequence to the next.
@@ -77,21 +92,32 @@ impl Strides {
         v: RowStrides::PACKED,
         kv_cache_k: CacheStrides::PACKED,
         kv_cache_v: CacheStrides::PACKED,
+        tokens: TokenStrides::PACKED,
     };
 
     /// Of sequences, tokens and heads, for output, q, k, v and the caches.
     pub(crate) fn of_tensors(&self) -> [[usize; 3]; 6] {
-        let row = |it: RowStrides| [it.batch, 0, it.head];
+        let row = |it: RowStrides, token: usize| [it.batch, token, it.head];
         let cache = |it: CacheStrides| [it.batch, it.token, it.head];
         [
-            row(self.output),
-            row(self.q),
-            row(self.k),
-            row(self.v),
+            row(self.output, self.tokens.output),
+            row(self.q, self.tokens.q),
+            row(self.k, self.tokens.k),
+            row(self.v, self.tokens.v),
             cache(self.kv_cache_k),
             cache(self.kv_cache_v),
         ]
     }
+}
+
+impl TokenStrides {
+    /// Those of contiguous memory.
+    pub const PACKED: TokenStrides = TokenStrides {
+        output: 0,
+        q: 0,
+        k: 0,
+        v: 0,
+    };
 }
 
 impl RowStrides {

@@ -76,6 +76,7 @@ mod explain;
 pub mod ffi;
 mod layout;
 mod log;
+mod tokens;
 mod types;
 
 pub use config::{Config, Sinks};
@@ -84,5 +85,5 @@ pub use device::{DeviceSlice, DeviceSliceMut, Lse, Stream, Workspace};
 pub use element::{bf16, f16, Element, Output};
 pub use error::GqaError;
 pub use explain::{arch_names, explain, kernel_names, Launch};
-pub use layout::{CacheStrides, RowStrides, Strides};
+pub use layout::{CacheStrides, RowStrides, Strides, TokenStrides};
 pub use log::{set_log_callback, LogCallback};

@@ -16,7 +16,7 @@ pub const GQA_SUCCESS: gqa_status = 0;
 pub const GQA_ERROR_NULL_POINTER: gqa_status = 1;
 /// A size, an address or the scale is not allowed.
 pub const GQA_ERROR_INVALID_VALUE: gqa_status = 2;
-/// The new token does not fit into the cache.
+/// The new tokens do not fit into the cache.
 pub const GQA_ERROR_CACHE_OVERFLOW: gqa_status = 3;
 /// Exported without a kernel for the configuration.
 pub const GQA_ERROR_UNSUPPORTED: gqa_status = 4;
@@ -136,6 +136,30 @@ pub struct GQADecodeConfig {
     pub max_pages: i32,
     /// Pages of the caches.
     pub num_pages: i32,
+    /// Query tokens of a sequence, at most; 0: one.
+    pub num_tokens: i32,
+    /// The same of `k` and `v`; 0: as `num_tokens`.
+    pub num_new_tokens: i32,
+    /// 1: each query sees all; 0: up to its own token.
+    pub not_causal: i32,
+    /// Of `not_causal`: tokens seen from its own on; 0: all.
+    pub window_right: i32,
+    /// Elements between tokens; 0: packed.
+    pub output_token_stride: i64,
+    /// Elements between tokens; 0: packed.
+    pub q_token_stride: i64,
+    /// Elements between tokens; 0: packed.
+    pub k_token_stride: i64,
+    /// Elements between tokens; 0: packed.
+    pub v_token_stride: i64,
+    /// `batch_size` + 1 ends in `q` and output; or null.
+    pub cu_seqlens_q: *const i32,
+    /// The same in `k` and `v`; or null.
+    pub cu_seqlens_k_new: *const i32,
+    /// Query tokens of all, with `cu_seqlens_q`.
+    pub total_tokens: i32,
+    /// New tokens of all, with `cu_seqlens_k_new`.
+    pub total_new_tokens: i32,
 }
 
 impl Default for GQADecodeConfig {
@@ -187,6 +211,18 @@ impl Default for GQADecodeConfig {
             slot_mapping: null(),
             max_pages: 0,
             num_pages: 0,
+            num_tokens: 0,
+            num_new_tokens: 0,
+            not_causal: 0,
+            window_right: 0,
+            output_token_stride: 0,
+            q_token_stride: 0,
+            k_token_stride: 0,
+            v_token_stride: 0,
+            cu_seqlens_q: null(),
+            cu_seqlens_k_new: null(),
+            total_tokens: 0,
+            total_new_tokens: 0,
         }
     }
 }

@@ -1,4 +1,5 @@
 #include <math.h>
+#include <stdio.h>
 #include <string.h>
 
 #include "gqa_internal.h"
@@ -130,28 +131,33 @@ gqa_status gqa_check_launch(gqa_launch const* launched) {
 }
 
 gqa_status gqa_check_length(GQADecodeConfig const* config) {
-  int32_t const* const table = config->block_table;
-  if (config->cache_batch_idx != NULL || table != NULL) {
+  struct {
+    char const* field;
+    void const* address;
+    char const* fault;
+  } const indices[] = {
+      {"block_table", config->block_table, "an index that names no page"},
+      {"cache_batch_idx", config->cache_batch_idx, "an index that names no row"},
+      {"cu_seqlens_q", config->cu_seqlens_q, "an index that is out of order"},
+      {"cu_seqlens_k_new", config->cu_seqlens_k_new, "an index that is out of order"},
+  };
+  int32_t const appended = gqa_new_tokens(config), most = config->max_seq_len - appended;
+  char are[24] = "one is";
+  for (int i = 0; i < (int)(sizeof indices / sizeof indices[0]); ++i) {
+    if (indices[i].address == NULL) continue;
     return gqa_fail(GQA_ERROR_INVALID_VALUE,
                     "config: %s: got %p with one length for all; allowed: null, or "
                     "lengths on the device. Nothing was launched. Call "
-                    "gqa_attention_decode_ragged, which is told where to report an index that "
-                    "names no %s.",
-                    table == NULL ? "cache_batch_idx" : "block_table",
-                    (void const*)(table == NULL ? config->cache_batch_idx : table),
-                    table == NULL ? "row" : "page");
+                    "gqa_attention_decode_ragged, which is told where to report %s.",
+                    indices[i].field, indices[i].address, indices[i].fault);
   }
-  if (config->cache_len < 0) {
-    return gqa_fail_range("cache_len", config->cache_len, 0, config->max_seq_len - 1);
-  }
-  if (config->cache_len >= config->max_seq_len) {
-    return gqa_fail(
-        GQA_ERROR_CACHE_OVERFLOW,
-        "cache overflow: the cache holds %d tokens and one is to be appended; max_seq_len "
-        "is %d. Nothing was written. Evict tokens, or allocate a larger cache.",
-        config->cache_len, config->max_seq_len);
-  }
-  return GQA_SUCCESS;
+  if (config->cache_len < 0) return gqa_fail_range("cache_len", config->cache_len, 0, most);
+  if (config->cache_len <= most) return GQA_SUCCESS;
+  if (appended > 1) snprintf(are, sizeof are, "%d are", appended);
+  return gqa_fail(GQA_ERROR_CACHE_OVERFLOW,
+                  "cache overflow: the cache holds %d tokens and %s to be appended; max_seq_len "
+                  "is %d. Nothing was written. Evict tokens, or allocate a larger cache.",
+                  config->cache_len, are, config->max_seq_len);
 }
 
 static gqa_status fail_in_cache(char const* name, char const* cache) {

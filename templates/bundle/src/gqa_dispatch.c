@@ -39,6 +39,25 @@ static double share_used(int64_t work, int64_t workers) {
   return (double)work / (double)(ceil_div(work, workers) * workers);
 }
 
+int64_t gqa_row_blocks(gqa_kernel const* kernel, int64_t num_tokens) {
+  return ceil_div(kernel->group_size * num_tokens, kernel->block_h);
+}
+
+// Blocks that share a split.
+static int64_t columns_of(gqa_problem const* problem, gqa_kernel const* kernel) {
+  return problem->num_kv_heads * gqa_row_blocks(kernel, problem->num_tokens);
+}
+
+// Whether a kernel has a wider access than another one, or else fewer blocks for all rows, or else
+// smaller ones.
+static int is_better(gqa_kernel const* kernel, gqa_kernel const* than, int64_t num_tokens) {
+  if (than == NULL) return 1;
+  if (kernel->vec_width != than->vec_width) return kernel->vec_width > than->vec_width;
+  int64_t const blocks = gqa_row_blocks(kernel, num_tokens);
+  int64_t const others = gqa_row_blocks(than, num_tokens);
+  return blocks != others ? blocks < others : kernel->block_h < than->block_h;
+}
+
 // The kernel of a schedule with the widest access that the addresses allow; for a dependent launch,
 // or for others.
 static gqa_kernel const* find_kernel(gqa_problem const* problem, int32_t arch, int32_t tma,
@@ -51,7 +70,7 @@ static gqa_kernel const* find_kernel(gqa_problem const* problem, int32_t arch, i
         kernel->group_size == problem->num_q_heads / problem->num_kv_heads && kernel->tma == tma &&
         kernel->pdl == pdl && kernel->features == problem->features &&
         problem->vec_width % kernel->vec_width == 0 && kernel->blocks_per_sm[arch] > 0 &&
-        (found == NULL || kernel->vec_width > found->vec_width)) {
+        is_better(kernel, found, problem->num_tokens)) {
       found = kernel;
     }
   }
@@ -60,7 +79,8 @@ static gqa_kernel const* find_kernel(gqa_problem const* problem, int32_t arch, i
 
 // Tokens that are attended to in a full cache.
 static int64_t reach(gqa_problem const* problem) {
-  return problem->window == 0 ? problem->max_seq_len : least(problem->window, problem->max_seq_len);
+  if (problem->window == 0) return problem->max_seq_len;
+  return least(problem->window + problem->num_tokens - 1, problem->max_seq_len);
 }
 
 // Tiles that hold them: a window may begin and end within one.
@@ -83,7 +103,8 @@ static int prefers_tma(gqa_problem const* problem, gqa_kernel const* tma) {
       problem->head_dim % model->box_dims == 0 && problem->head_dim_v % model->box_dims == 0;
   double const limit = whole_boxes ? model->tma_mib : model->tma_mib_partial_boxes;
   double const mib = cache_mib(problem);
-  int64_t const heads = problem->num_kv_heads * problem->batch_size;
+  int64_t const blocks = problem->num_tokens == 1 ? 1 : gqa_row_blocks(tma, problem->num_tokens);
+  int64_t const heads = problem->num_kv_heads * problem->batch_size * blocks;
   int const alone = tiles_of(problem, tma) <= tma->num_warps;
   int const equal = problem->batch_size == 1 || !problem->ragged;
   if (mib <= limit) return heads <= model->tma_heads && !alone;
@@ -136,7 +157,7 @@ static gqa_splits fill_with_clusters(int64_t heads, int64_t tiles, gqa_kernel co
 static gqa_splits choose_clusters(gqa_problem const* problem, gqa_kernel const* kernel,
                                   gqa_target const* target) {
   gqa_model const* model = &gqa_dispatch_model;
-  int64_t const heads = problem->num_kv_heads * kernel->head_blocks * problem->batch_size;
+  int64_t const heads = columns_of(problem, kernel) * problem->batch_size;
   int64_t const tiles = tiles_of(problem, kernel);
   if (cache_mib(problem) > model->tma_mib) return fill_with_clusters(heads, tiles, kernel, target);
   int64_t const wanted = most(2, ceil_div(model->tma_blocks, heads));
@@ -173,7 +194,7 @@ static double read_cost(int64_t blocks, int64_t tiles, int64_t splits, gqa_kerne
 // The cheapest number of splits for full caches: all blocks resident at once, a tile per warp.
 static gqa_splits choose_splits(gqa_problem const* problem, gqa_kernel const* kernel,
                                 gqa_target const* target) {
-  int64_t const blocks = problem->num_kv_heads * kernel->head_blocks * problem->batch_size;
+  int64_t const blocks = columns_of(problem, kernel) * problem->batch_size;
   int64_t const tiles = tiles_of(problem, kernel);
   int64_t const slots = (int64_t)target->num_sms * kernel->blocks_per_sm[target->arch];
   int64_t const limit = most(1, least(ceil_div(tiles, kernel->num_warps), slots / blocks));
@@ -193,7 +214,7 @@ static gqa_splits choose_splits(gqa_problem const* problem, gqa_kernel const* ke
 static int64_t spare_splits(gqa_problem const* problem, gqa_kernel const* kernel,
                             gqa_target const* target) {
   gqa_model const* model = &gqa_dispatch_model;
-  int64_t const blocks = problem->num_kv_heads * kernel->head_blocks * problem->batch_size;
+  int64_t const blocks = columns_of(problem, kernel) * problem->batch_size;
   int64_t const slots = (int64_t)target->num_sms * kernel->blocks_per_sm[target->arch];
   int64_t const rounds = ceil_div(blocks, slots);
   int const worth_it =
@@ -222,7 +243,7 @@ int gqa_choose(gqa_problem const* problem, gqa_target const* target, gqa_dispatc
   int64_t const spare = spare_splits(problem, kernel, target);
   int64_t const rows = splits.splits + spare;
   int64_t const num_partials = rows / splits.cluster;
-  int64_t const columns = problem->num_kv_heads * kernel->head_blocks;
+  int64_t const columns = columns_of(problem, kernel);
   memset(chosen, 0, sizeof *chosen);
   chosen->kernel = kernel;
   chosen->grid[0] = (uint32_t)columns;
@@ -272,6 +293,7 @@ gqa_problem gqa_describe(GQADecodeConfig const* config, int32_t vec_width, int r
   problem.features = gqa_features_of(config);
   problem.dependent = config->dependent;
   problem.page_size = config->page_size;
+  problem.num_tokens = gqa_query_tokens(config);
   if (config->window < config->max_seq_len) {
     problem.window = config->window;
   } else {
@@ -289,7 +311,7 @@ gqa_status gqa_find_kernel(gqa_problem const* problem, gqa_target const* target,
     return GQA_SUCCESS;
   }
   if (!gqa_choose(problem, target, chosen)) {
-    char features[128], values[40] = "";
+    char features[256], values[40] = "";
     int const dependent = choose_pdl(problem, target->arch) != kGqaPdlNone;
     gqa_name_features(problem->features, features, sizeof features);
     if (problem->head_dim_v != problem->head_dim) {

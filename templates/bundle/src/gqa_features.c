@@ -15,7 +15,8 @@ int32_t gqa_features_of(GQADecodeConfig const* config) {
   if (config->field != 0) features |= bit;
   GQA_FEATURES(ADD)
 #undef ADD
-  return features;
+  features &= ~kGqaSeveralQueries;  // one token asks for nothing
+  return gqa_several_tokens(config) ? features | kGqaSeveralQueries : features;
 }
 
 void gqa_name_features(int32_t features, char* text, size_t size) {
@@ -43,7 +44,9 @@ void gqa_feature_tensors(GQADecodeConfig const* config, gqa_memory tensors[kGqaF
       {"cache_leftpad", config->cache_leftpad, 4 * batch, 4},
       {"cache_batch_idx", config->cache_batch_idx, 4 * batch, 4},
       {"block_table", config->block_table, gqa_table_bytes(config), 4},
-      {"slot_mapping", config->slot_mapping, 8 * batch, 8},
+      {"slot_mapping", config->slot_mapping, 8 * gqa_all_new_tokens(config), 8},
+      {"cu_seqlens_q", config->cu_seqlens_q, 4 * (batch + 1), 4},
+      {"cu_seqlens_k_new", config->cu_seqlens_k_new, 4 * (batch + 1), 4},
   };
   memcpy(tensors, found, sizeof found);
 }
@@ -67,7 +70,7 @@ static gqa_status check_softcap(GQADecodeConfig const* config) {
   return GQA_SUCCESS;
 }
 
-static gqa_status check_flag(char const* field, int32_t value) {
+gqa_status gqa_check_flag(char const* field, int32_t value) {
   return value == 0 || value == 1 ? GQA_SUCCESS : gqa_fail_range(field, value, 0, 1);
 }
 
@@ -102,9 +105,10 @@ gqa_status gqa_check_features(GQADecodeConfig const* config) {
     status = gqa_fail_range("window", config->window, 0, INT32_MAX);
   }
   if (status == GQA_SUCCESS) status = check_types_and_strides(config);
-  if (status == GQA_SUCCESS) status = check_flag("equal_lengths", config->equal_lengths);
-  if (status == GQA_SUCCESS) status = check_flag("dependent", config->dependent);
-  if (status == GQA_SUCCESS) status = check_flag("output_float32", config->output_float32);
+  if (status == GQA_SUCCESS) status = gqa_check_tokens(config);
+  if (status == GQA_SUCCESS) status = gqa_check_flag("equal_lengths", config->equal_lengths);
+  if (status == GQA_SUCCESS) status = gqa_check_flag("dependent", config->dependent);
+  if (status == GQA_SUCCESS) status = gqa_check_flag("output_float32", config->output_float32);
   if (status != GQA_SUCCESS || gqa_features_of(config) == 0) return status;
   gqa_feature_tensors(config, tensors);
   for (int i = 0; i < kGqaFeatureTensors; ++i) {

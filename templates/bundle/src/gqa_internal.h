@@ -27,7 +27,8 @@ struct gqa_params;
 // The tensors of a call, in its order.
 enum { kGqaOutput, kGqaQ, kGqaK, kGqaV, kGqaKCache, kGqaVCache, kGqaTensors };
 
-// Dimensions of a view; tensors of one token have one.
+// Dimensions of a view; tensors of one token have one, and those with an index of the sequences'
+// ends have one sequence of all tokens.
 enum { kGqaBatch, kGqaToken, kGqaHead, kGqaElement, kGqaDims };
 
 // Memory as strides lay it out.
@@ -117,7 +118,7 @@ typedef struct gqa_memory {
   int32_t alignment;
 } gqa_memory;
 
-enum { kGqaFeatureTensors = 6 };
+enum { kGqaFeatureTensors = 8 };
 
 // The features that a configuration asks for, as bits.
 GQA_INTERNAL int32_t gqa_features_of(GQADecodeConfig const* config);
@@ -131,6 +132,9 @@ GQA_INTERNAL void gqa_feature_tensors(GQADecodeConfig const* config,
 
 // Their values, and how addresses are aligned.
 GQA_INTERNAL gqa_status gqa_check_features(GQADecodeConfig const* config);
+
+// A field that is 0 or 1.
+GQA_INTERNAL gqa_status gqa_check_flag(char const* field, int32_t value);
 
 // Rows of the caches, or of the table of pages.
 GQA_INTERNAL int64_t gqa_cache_rows(GQADecodeConfig const* config);
@@ -154,6 +158,26 @@ GQA_INTERNAL int64_t gqa_table_bytes(GQADecodeConfig const* config);
 // What pages put into a kernel's argument.
 GQA_INTERNAL void gqa_bind_pages(GQADecodeConfig const* config, struct gqa_params* params);
 
+// -- gqa_tokens.c
+
+// Query tokens of a sequence, at most, and tokens that are appended to each; 0 where they differ.
+GQA_INTERNAL int32_t gqa_query_tokens(GQADecodeConfig const* config);
+GQA_INTERNAL int32_t gqa_new_tokens(GQADecodeConfig const* config);
+
+// Those of all sequences.
+GQA_INTERNAL int64_t gqa_all_query_tokens(GQADecodeConfig const* config);
+GQA_INTERNAL int64_t gqa_all_new_tokens(GQADecodeConfig const* config);
+
+// Whether one query and one new token per sequence are not all.
+GQA_INTERNAL int gqa_several_tokens(GQADecodeConfig const* config);
+
+// Checks what is said of them.
+GQA_INTERNAL gqa_status gqa_check_tokens(GQADecodeConfig const* config);
+
+// What they put into a kernel's argument.
+GQA_INTERNAL void gqa_bind_tokens(GQADecodeConfig const* config, gqa_tensors const* t,
+                                  struct gqa_params* params);
+
 // -- gqa_device.c
 
 // What the current device is.
@@ -166,6 +190,9 @@ GQA_INTERNAL gqa_status gqa_find_function(gqa_driver const* driver, gqa_kernel c
                                           gqa_cu_kernel* function);
 
 // -- gqa_dispatch.c
+
+// Blocks that share a KV head, for so many query tokens of a sequence.
+GQA_INTERNAL int64_t gqa_row_blocks(gqa_kernel const* kernel, int64_t num_tokens);
 
 GQA_INTERNAL gqa_problem gqa_describe(GQADecodeConfig const* config, int32_t vec_width, int ragged);
 

@@ -38,6 +38,7 @@ static gqa_params bind(GQADecodeConfig const* config, gqa_tensors const* t,
   params.num_splits = chosen->num_splits;
   params.num_stages = chosen->num_stages;
   params.pdl = chosen->pdl;
+  params.row_blocks = (int32_t)gqa_row_blocks(chosen->kernel, gqa_query_tokens(config));
   params.q = (void const*)views[kGqaQ].address;
   params.q_stride = row_strides(&views[kGqaQ]);
   params.k_new = (void const*)views[kGqaK].address;
@@ -59,6 +60,7 @@ static gqa_params bind(GQADecodeConfig const* config, gqa_tensors const* t,
     params.split_workspace = (float*)((char*)config->workspace + kMergeCounterBytes);
   }
   gqa_bind_features(config, &params);
+  gqa_bind_tokens(config, t, &params);
   return params;
 }
 
@@ -167,23 +169,25 @@ void gqa_log_launch(GQADecodeConfig const* config, gqa_tensors const* t, gqa_dis
   snprintf(cap, sizeof cap, config->softcap == floorf(config->softcap) ? "%.1f" : "%.9g",
            (double)config->softcap);  // 50.0, as Python has it
   if (t->seqlens == NULL) snprintf(length, sizeof length, "%d", config->cache_len);
-  snprintf(
-      line, sizeof line,
-      "launch kernel=%s grid=%u,%u,%u cluster=1,%u,1 block=%u shared_bytes=%u num_splits=%d "
-      "num_stages=%d dependent=%s batch_size=%d num_q_heads=%d num_kv_heads=%d "
-      "group_size=%d head_dim=%d head_dim_v=%d max_seq_len=%d dtype=%s out_dtype=%s append=True "
-      "cache_seqlens=%s softmax_scale=%.9g return_lse=%s softcap=%s sinks=%s "
-      "window_size=%d,-1 alibi=%s leftpad=%s batch_idx=%s page_size=%d "
-      "workspace_bytes=%zu device=%d stream=0x%llx",
-      chosen->kernel->name, chosen->grid[0], chosen->grid[1], chosen->grid[2], chosen->cluster,
-      chosen->block, chosen->shared_bytes, chosen->num_splits, chosen->num_stages,
-      chosen->pdl == kGqaPdlNone ? "False" : "True", config->batch_size, config->num_q_heads,
-      config->num_kv_heads, config->num_q_heads / config->num_kv_heads, config->head_dim,
-      gqa_value_dim(config), config->max_seq_len, dtype, config->output_float32 ? "f32" : dtype,
-      length, (double)config->scale, text_of(config->lse), cap, text_of(config->sinks),
-      config->window - 1, text_of(config->alibi_slopes), text_of(config->cache_leftpad),
-      text_of(config->cache_batch_idx), config->page_size, gqa_workspace_of(chosen), device,
-      (unsigned long long)(uintptr_t)stream);
+  snprintf(line, sizeof line,
+           "launch kernel=%s grid=%u,%u,%u cluster=1,%u,1 block=%u shared_bytes=%u num_splits=%d "
+           "num_stages=%d dependent=%s batch_size=%d num_q_heads=%d num_kv_heads=%d "
+           "group_size=%d head_dim=%d head_dim_v=%d max_seq_len=%d num_tokens=%d num_new_tokens=%d "
+           "dtype=%s out_dtype=%s append=True "
+           "cache_seqlens=%s softmax_scale=%.9g return_lse=%s softcap=%s sinks=%s "
+           "window_size=%d,%d alibi=%s leftpad=%s batch_idx=%s page_size=%d "
+           "workspace_bytes=%zu device=%d stream=0x%llx",
+           chosen->kernel->name, chosen->grid[0], chosen->grid[1], chosen->grid[2], chosen->cluster,
+           chosen->block, chosen->shared_bytes, chosen->num_splits, chosen->num_stages,
+           chosen->pdl == kGqaPdlNone ? "False" : "True", config->batch_size, config->num_q_heads,
+           config->num_kv_heads, config->num_q_heads / config->num_kv_heads, config->head_dim,
+           gqa_value_dim(config), config->max_seq_len, gqa_query_tokens(config),
+           gqa_new_tokens(config), dtype, config->output_float32 ? "f32" : dtype, length,
+           (double)config->scale, text_of(config->lse), cap, text_of(config->sinks),
+           config->window - 1, config->not_causal ? config->window_right - 1 : -1,
+           text_of(config->alibi_slopes), text_of(config->cache_leftpad),
+           text_of(config->cache_batch_idx), config->page_size, gqa_workspace_of(chosen), device,
+           (unsigned long long)(uintptr_t)stream);
   callback(line, user);
 }
 

@@ -39,16 +39,20 @@ void gqa_lay_out(GQADecodeConfig const* config, void const* const addresses[kGqa
   int64_t const batch = c->batch_size, rows = gqa_pool_rows(c), tokens = gqa_pool_tokens(c);
   int64_t const q_heads = c->num_q_heads, kv_heads = c->num_kv_heads;
   int64_t const dim = c->head_dim, value_dim = gqa_value_dim(c);
+  int64_t const asking = c->cu_seqlens_q == NULL ? batch : 1,
+                each = gqa_all_query_tokens(c) / asking;
+  int64_t const growing = c->cu_seqlens_k_new == NULL ? batch : 1;
+  int64_t const appended = gqa_all_new_tokens(c) / growing;
   int64_t const sizes[kGqaTensors][kGqaDims] = {
-      {batch, 1, q_heads, value_dim}, {batch, 1, q_heads, dim},
-      {batch, 1, kv_heads, dim},      {batch, 1, kv_heads, value_dim},
-      {rows, tokens, kv_heads, dim},  {rows, tokens, kv_heads, value_dim},
+      {asking, each, q_heads, value_dim}, {asking, each, q_heads, dim},
+      {growing, appended, kv_heads, dim}, {growing, appended, kv_heads, value_dim},
+      {rows, tokens, kv_heads, dim},      {rows, tokens, kv_heads, value_dim},
   };
   int64_t const strides[kGqaTensors][kGqaElement] = {
-      {c->output_batch_stride, 0, c->output_head_stride},
-      {c->q_batch_stride, 0, c->q_head_stride},
-      {c->k_batch_stride, 0, c->k_head_stride},
-      {c->v_batch_stride, 0, c->v_head_stride},
+      {c->output_batch_stride, c->output_token_stride, c->output_head_stride},
+      {c->q_batch_stride, c->q_token_stride, c->q_head_stride},
+      {c->k_batch_stride, c->k_token_stride, c->k_head_stride},
+      {c->v_batch_stride, c->v_token_stride, c->v_head_stride},
       {c->kv_cache_k_batch_stride, c->kv_cache_k_token_stride, c->kv_cache_k_head_stride},
       {c->kv_cache_v_batch_stride, c->kv_cache_v_token_stride, c->kv_cache_v_head_stride},
   };
@@ -59,7 +63,9 @@ void gqa_lay_out(GQADecodeConfig const* config, void const* const addresses[kGqa
     set_view(&t->views[i], names[i], addresses[i], element_bytes, sizes[i], strides[i]);
   }
   t->lse.address = 0;
-  if (c->lse != NULL) t->lse = gqa_span("lse", c->lse, (int64_t)sizeof(float) * batch * q_heads);
+  if (c->lse != NULL) {
+    t->lse = gqa_span("lse", c->lse, (int64_t)sizeof(float) * gqa_all_query_tokens(c) * q_heads);
+  }
   t->seqlens = NULL;
   t->overflow = NULL;
 }
@@ -135,7 +141,8 @@ static int64_t any_stride(GQADecodeConfig const* c) {
   return c->output_batch_stride | c->output_head_stride | c->q_batch_stride | c->q_head_stride |
          c->k_batch_stride | c->k_head_stride | c->v_batch_stride | c->v_head_stride |
          c->kv_cache_k_batch_stride | c->kv_cache_k_token_stride | c->kv_cache_k_head_stride |
-         c->kv_cache_v_batch_stride | c->kv_cache_v_token_stride | c->kv_cache_v_head_stride;
+         c->kv_cache_v_batch_stride | c->kv_cache_v_token_stride | c->kv_cache_v_head_stride |
+         c->output_token_stride | c->q_token_stride | c->k_token_stride | c->v_token_stride;
 }
 
 gqa_status gqa_check_strides(GQADecodeConfig const* config) {

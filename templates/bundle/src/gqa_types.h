@@ -20,15 +20,16 @@ enum {
 
 // Features: bits of what kernels have and configurations ask for.
 enum {
-  kGqaIndexedRow = 1,     // cache_batch_idx
-  kGqaLeftPadded = 2,     // cache_leftpad
-  kGqaSlidingWindow = 4,  // window_size
-  kGqaSoftCapped = 8,     // softcap
-  kGqaAlibi = 16,         // alibi_slopes
-  kGqaSinkInSum = 32,     // sinks
-  kGqaInFloat32 = 64,     // out_dtype
-  kGqaPagedCache = 128,   // block_table
-  kGqaNoPrefetch = 135,   // those that wait for lengths
+  kGqaIndexedRow = 1,        // cache_batch_idx
+  kGqaLeftPadded = 2,        // cache_leftpad
+  kGqaSlidingWindow = 4,     // window_size
+  kGqaSoftCapped = 8,        // softcap
+  kGqaAlibi = 16,            // alibi_slopes
+  kGqaSinkInSum = 32,        // sinks
+  kGqaInFloat32 = 64,        // out_dtype
+  kGqaPagedCache = 128,      // block_table
+  kGqaSeveralQueries = 256,  // num_tokens
+  kGqaNoPrefetch = 135,      // those that wait for lengths
 };
 
 // Each, and the field of GQADecodeConfig that asks for it when it is not zero.
@@ -40,7 +41,8 @@ enum {
   X(kGqaAlibi, alibi_slopes)         \
   X(kGqaSinkInSum, sinks)            \
   X(kGqaInFloat32, output_float32)   \
-  X(kGqaPagedCache, block_table)
+  X(kGqaPagedCache, block_table)     \
+  X(kGqaSeveralQueries, num_tokens)
 
 // What the kernels call types of numbers.
 enum {
@@ -81,7 +83,7 @@ typedef struct gqa_kernel {
   int32_t block_n;    // KV tokens per tile
   int32_t num_warps;
   int32_t num_stages;                   // with tma: at most
-  int32_t head_blocks;                  // blocks that share a KV head
+  int32_t block_h;                      // rows of a block: pairs of a head and a token
   int32_t features;                     // bits of what it has beyond the plain kernel
   int32_t partial_floats;               // floats of a partial output in the workspace
   int32_t tile_bytes;                   // of K and V in the cache
@@ -122,6 +124,7 @@ typedef struct gqa_limits {
   int32_t max_batch;
   int32_t max_seq_len;
   int32_t max_group_size;
+  int32_t max_tokens;  // query tokens of a sequence
   int32_t min_capability;
   float max_scale;
   double max_softcap;
@@ -135,13 +138,14 @@ typedef struct gqa_problem {
   int64_t head_dim;
   int64_t head_dim_v;  // of values and outputs
   int64_t max_seq_len;
-  int32_t dtype;      // gqa_dtype
-  int32_t vec_width;  // widest access, in elements, that every address allows
-  int32_t ragged;     // whether lengths, which the host does not know, may differ much
-  int32_t features;   // bits of what the kernel must have, and must not have beyond
-  int64_t window;     // tokens that are seen; 0 for all
-  int64_t page_size;  // tokens of a page; 0 without pages
-  int64_t dependent;  // whether it may start before the kernel before it is done
+  int32_t dtype;       // gqa_dtype
+  int32_t vec_width;   // widest access, in elements, that every address allows
+  int32_t ragged;      // whether lengths, which the host does not know, may differ much
+  int32_t features;    // bits of what the kernel must have, and must not have beyond
+  int64_t window;      // tokens that are seen; 0 for all
+  int64_t page_size;   // tokens of a page; 0 without pages
+  int64_t dependent;   // whether it may start before the kernel before it is done
+  int64_t num_tokens;  // query tokens of a sequence, at most
 } gqa_problem;
 
 // Where it will run.

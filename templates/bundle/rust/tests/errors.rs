@@ -21,7 +21,7 @@ use gqa_attention_decode::ffi::*;
 use gqa_attention_decode::{
     arch_names, bf16, decode, decode_ragged, explain, f16, kernel_names, prepare, set_log_callback,
     workspace_size, CacheStrides, Config, DeviceSlice, DeviceSliceMut, Element, GqaError, Launch,
-    Lse, RowStrides, Sinks, Stream, Strides, Workspace,
+    Lse, RowStrides, Sinks, Stream, Strides, TokenStrides, Workspace,
 };
 
 const CONFIG: Config = Config {
@@ -47,6 +47,14 @@ const CONFIG: Config = Config {
     page_size: 0,
     num_pages: 0,
     slot_mapping: None,
+    num_tokens: 0,
+    num_new_tokens: 0,
+    not_causal: false,
+    window_right: 0,
+    cu_seqlens_q: None,
+    total_tokens: 0,
+    cu_seqlens_k_new: None,
+    total_new_tokens: 0,
     dependent: false,
     equal_lengths: false,
     lse: None,
@@ -99,6 +107,18 @@ const C_CONFIG: GQADecodeConfig = GQADecodeConfig {
     slot_mapping: null(),
     max_pages: 0,
     num_pages: 0,
+    num_tokens: 0,
+    num_new_tokens: 0,
+    not_causal: 0,
+    window_right: 0,
+    output_token_stride: 0,
+    q_token_stride: 0,
+    k_token_stride: 0,
+    v_token_stride: 0,
+    cu_seqlens_q: null(),
+    cu_seqlens_k_new: null(),
+    total_tokens: 0,
+    total_new_tokens: 0,
 };
 
 /// Arguments of a step as C takes them, each tensor at an address of its own.
@@ -761,7 +781,7 @@ fn paged(config: Config<'static>) -> Config<'static> {
 }
 
 /// What is asked for beyond plain attention, of no library's kernels.
-fn featured() -> [(&'static str, Config<'static>); 9] {
+fn featured() -> [(&'static str, Config<'static>); 10] {
     let odd = Config {
         head_dim: 40,
         num_q_heads: 22,
@@ -813,6 +833,13 @@ fn featured() -> [(&'static str, Config<'static>); 9] {
             },
         ),
         ("block_table", paged(odd)),
+        (
+            "num_tokens",
+            Config {
+                num_tokens: 3,
+                ..odd
+            },
+        ),
     ]
 }
 
@@ -924,6 +951,90 @@ fn pages_that_are_not_allowed_are_refused() {
         InvalidValue,
         "kv_cache_v: got 4097 elements; needed: 4096, num_pages * page_size * num_kv_heads * head_dim"
     );
+}
+
+#[test]
+fn several_tokens_have_as_many_elements() {
+    let several = Config {
+        num_tokens: 3,
+        num_new_tokens: 2,
+        ..CONFIG
+    };
+    let index = Some(unused(0x90004, 3));
+    let unlike = Config {
+        cu_seqlens_q: index,
+        total_tokens: 5,
+        cu_seqlens_k_new: index,
+        total_new_tokens: 4,
+        ..CONFIG
+    };
+    let strided = Config {
+        strides: Strides {
+            q: RowStrides {
+                batch: 1800,
+                head: 0,
+            },
+            tokens: TokenStrides {
+                q: 600,
+                ..TokenStrides::PACKED
+            },
+            ..Strides::PACKED
+        },
+        ..several
+    };
+    let cases = [
+        (
+            several,
+            0,
+            3072,
+            "batch_size * num_tokens * num_q_heads * head_dim",
+        ),
+        (
+            several,
+            1,
+            3072,
+            "batch_size * num_tokens * num_q_heads * head_dim",
+        ),
+        (
+            several,
+            2,
+            512,
+            "batch_size * num_new_tokens * num_kv_heads * head_dim",
+        ),
+        (
+            several,
+            3,
+            512,
+            "batch_size * num_new_tokens * num_kv_heads * head_dim",
+        ),
+        (unlike, 0, 2560, "total_tokens * num_q_heads * head_dim"),
+        (unlike, 2, 512, "total_new_tokens * num_kv_heads * head_dim"),
+        (strided, 1, 3512, "or more"),
+    ];
+    for (config, tensor, needed, rule) in cases {
+        let (queries, new) = match config.cu_seqlens_q {
+            None => (3072, 512),
+            Some(_) => (2560, 512),
+        };
+        let mut lens = [queries, queries, new, new, 4096, 4096];
+        lens[tensor] = needed - 1;
+        let says = format!("got {} elements; needed: {needed}", needed - 1);
+        // SAFETY: a view is of the wrong length.
+        let result = unsafe { step::<f16>(&config, ARGUMENTS, lens, Some((2, 1))) };
+        assert_error!(result, InvalidValue, says, rule);
+    }
+    let short = Config {
+        cu_seqlens_q: Some(unused(0x90004, 2)),
+        ..unlike
+    };
+    let says = "config: cu_seqlens_q: got 2 elements; needed: 3, batch_size + 1";
+    assert_error!(workspace_size::<f16>(&short), InvalidValue, says);
+    let config = Config {
+        window_right: 2,
+        ..several
+    };
+    let says = "config: window_right: got 2 without not_causal; allowed: 0";
+    assert_error!(workspace_size::<f16>(&config), InvalidValue, says);
 }
 
 #[test]

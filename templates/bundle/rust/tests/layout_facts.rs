@@ -49,7 +49,19 @@ fn rust_facts() -> Vec<Fact> {
         block_table_stride,
         slot_mapping,
         max_pages,
-        num_pages
+        num_pages,
+        num_tokens,
+        num_new_tokens,
+        not_causal,
+        window_right,
+        output_token_stride,
+        q_token_stride,
+        k_token_stride,
+        v_token_stride,
+        cu_seqlens_q,
+        cu_seqlens_k_new,
+        total_tokens,
+        total_new_tokens
     );
     layout!(
         facts,
