@@ -17,6 +17,7 @@ CLUSTERS: dict[str, Any] = dict(
     lengths=[3], max_seq_len=4096, num_kv_heads=1, poison=False, device="cpu"
 )
 PAGES: dict[str, Any] = dict(page_size=15, max_pages=2, num_pages=4)  # as large as the caches
+ROTARY: dict[str, Any] = dict(rotary_positions=31, rotary_dim=16)
 SHARING: dict[
     str, tuple[dict[str, Any], int]
 ] = {  # bytes that features read, for two sequences of eight heads
@@ -28,6 +29,11 @@ SHARING: dict[
     "slot_mapping": (PAGES | dict(block_table=1 << 52), 16),
     "cu_seqlens_q": (dict(total_tokens=2, num_new_tokens=1), 12),
     "cu_seqlens_k_new": (dict(total_new_tokens=2), 12),
+    "q_norm_weight": ({}, 128),
+    "k_norm_weight": (dict(k_norm_type=2), 256),
+    "rotary_cos": (ROTARY | dict(rotary_sin=1 << 52), 31 * 16),
+    "rotary_sin": (ROTARY | dict(rotary_cos=1 << 52, rotary_sin_stride=10), (30 * 10 + 8) * 2),
+    "rotary_seqlens": (ROTARY | dict(rotary_cos=1 << 52, rotary_sin=1 << 53), 8),
 }
 NOTHING = ("Nothing was launched.", "Nothing was written.")
 

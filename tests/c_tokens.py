@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from c_and_python import Result
-from c_library import DTYPES, NUM_MERGE_COUNTERS, STATUSES, Config, Library, float32
+from c_library import DTYPES, NUM_MERGE_COUNTERS, NUMBERS, STATUSES, Config, Library, float32
 from c_simulator import Simulator, recorded
 from torch import Tensor
 
@@ -159,6 +159,19 @@ class Call:
         found["window"] = left + 1
         if not options.get("causal", True):
             found |= {"not_causal": 1, "window_right": right + 1}
+        for name in ("q_norm", "k_norm"):
+            if f"{name}_weight" in options:
+                found[f"{name}_type"] = NUMBERS[options[f"{name}_weight"].dtype]
+        found["norm_eps"] = options.get("norm_eps", 1e-6)
+        found["norm_plus_one"] = options.get("norm_plus_one", False)
+        if "rotary_cos" in options:
+            cos, sin = options["rotary_cos"], options["rotary_sin"]
+            found |= dict(
+                rotary_positions=cos.shape[0], rotary_dim=2 * cos.shape[1],
+                rotary_type=NUMBERS[cos.dtype], rotary_cos_stride=cos.stride(0),
+                rotary_sin_stride=0 if sin.is_contiguous() else sin.stride(0),
+                rotary_interleaved=options.get("rotary_interleaved", False),
+            )  # fmt: skip
         return found
 
 

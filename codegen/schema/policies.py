@@ -412,7 +412,6 @@ POLICIES: tuple[Policy, ...] = (
             )
             for name in ("q_norm_weight", "k_norm_weight")
         ),
-        in_library=False,
     ),
     Policy(slot=ROTARY, cpp="Unrotated", header="policy/rotary_none.cuh"),
     Policy(
@@ -467,7 +466,6 @@ POLICIES: tuple[Policy, ...] = (
                 optional=True,
             ),
         ),
-        in_library=False,
     ),
 )
 # Caches whose elements are not of the queries' type, which asks for it. Both read the scales.

@@ -53,11 +53,11 @@ STATUS = Enumeration(
 DTYPE = Enumeration(
     c="gqa_dtype",
     rust="i32",
-    doc="What tensors hold; those of a call, but `sinks`, are all of one of the first two.",
+    doc="What tensors hold; elements are all of one of the first two.",
     members=(
         Constant(name="GQA_FLOAT16", value=0, doc="IEEE half precision"),
         Constant(name="GQA_BFLOAT16", value=1, doc="the upper half of a float"),
-        Constant(name="GQA_FLOAT32", value=2, doc="of `sinks` alone"),
+        Constant(name="GQA_FLOAT32", value=2, doc="of what is not an element"),
     ),
 )
 DTYPE_CODES = {DType.F16: DTYPE["GQA_FLOAT16"], DType.BF16: DTYPE["GQA_BFLOAT16"]}
@@ -162,6 +162,21 @@ CONFIG = Struct(
             ("cu_seqlens_k_new", _INTS, "the same in `k` and `v`; or null"),
             ("total_tokens", INT32, "query tokens of all, with `cu_seqlens_q`"),
             ("total_new_tokens", INT32, "new tokens of all, with `cu_seqlens_k_new`"),
+            ("rotary_cos", _NUMBERS, "by position, `rotary_dim` / 2 each; or null"),
+            ("rotary_sin", _NUMBERS, "likewise"),
+            ("rotary_seqlens", _INTS, "`batch_size` first positions; or null: the lengths"),
+            ("rotary_cos_stride", INT64, "elements between positions; 0: packed"),
+            ("rotary_sin_stride", INT64, "elements between positions; 0: packed"),
+            ("rotary_type", _DTYPE, "`gqa_dtype` of both: `dtype`, or `GQA_FLOAT32`"),
+            ("rotary_positions", INT32, "how many both have"),
+            ("rotary_dim", INT32, "elements of a head that turn; 0: `head_dim`"),
+            ("rotary_interleaved", INT32, "1: neighbours turn together, as in GPT-J"),
+            ("q_norm_weight", _NUMBERS, "`head_dim` weights, RMS norm of `q`; or null"),
+            ("k_norm_weight", _NUMBERS, "the same of `k`; or null"),
+            ("q_norm_type", _DTYPE, "`gqa_dtype` of the former; 0 without"),
+            ("k_norm_type", _DTYPE, "`gqa_dtype` of the latter; 0 without"),
+            ("norm_eps", FLOAT, "added to mean squares, usually 1e-6"),
+            ("norm_plus_one", INT32, "1: to weights 1 is added, as in Gemma"),
         )
     ),
 )
@@ -176,6 +191,8 @@ ASKED_BY = {
     "out_dtype": "output_float32",
     "block_table": "block_table",
     "num_tokens": "num_tokens",
+    "q_norm_weight": "q_norm_weight",
+    "rotary_cos": "rotary_cos",
 }
 check_asked(ASKED_BY, CONFIG)
 LAUNCH = Struct(

@@ -26,22 +26,22 @@ from cases import Step
 import gqa_cutlass
 from gqa_cutlass.call.record import LaunchRecord, parse
 from gqa_cutlass.codegen import DType, KernelConfig, Math, Schedule, default_config
-from gqa_cutlass.codegen.schema.policies import FEATURES, QUERIES, special, tagged
+from gqa_cutlass.codegen.schema.policies import FEATURES, NORM, QUERIES, ROTARY, special, tagged
 
-# What steps of one token ask for.
-OF_ONE_TOKEN = tuple(policy for policy in FEATURES if policy.slot is not QUERIES)
+# What steps ask for: nothing is done to their rows, and they have one token.
+OF_STEPS = tuple(policy for policy in FEATURES if policy.slot not in (QUERIES, NORM, ROTARY))
 # Each feature alone, and pairs as Gemma 2 and gpt-oss have them; pages with an index of rows, and
 # in clusters; all together in clusters.
 FEATURED = {
     "_".join((*(policy.tag for policy in kernel.policies), *["tma"] * kernel.tma)): kernel
     for kernel in (
-        *(replace(WIDE_64, policies=(policy,)) for policy in OF_ONE_TOKEN),
+        *(replace(WIDE_64, policies=(policy,)) for policy in OF_STEPS),
         default_config(Math.TENSOROP, DType.BF16, 128, 2, 8, policies=tagged("win_cap")),
         default_config(Math.TENSOROP, DType.BF16, 64, 8, 8, policies=tagged("win_sink")),
         replace(WIDE_64, policies=tagged("idx_paged")),
         replace(TMA_128, policies=tagged("paged")),
         default_config(
-            Math.TENSOROP, DType.BF16, 64, 4, 8, Schedule.TMA, policies=special(OF_ONE_TOKEN)
+            Math.TENSOROP, DType.BF16, 64, 4, 8, Schedule.TMA, policies=special(OF_STEPS)
         ),
     )
 }

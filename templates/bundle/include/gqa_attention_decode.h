@@ -49,11 +49,11 @@ typedef enum gqa_status {
   GQA_ERROR_UNSUPPORTED_FEATURE = 9,  // the caller asks for what is newer than this
 } gqa_status;
 
-// What tensors hold; those of a call, but `sinks`, are all of one of the first two.
+// What tensors hold; elements are all of one of the first two.
 typedef enum gqa_dtype {
   GQA_FLOAT16 = 0,   // IEEE half precision
   GQA_BFLOAT16 = 1,  // the upper half of a float
-  GQA_FLOAT32 = 2,   // of `sinks` alone
+  GQA_FLOAT32 = 2,   // of what is not an element
 } gqa_dtype;
 
 // The sizes of a step. Fields that the caller's version lacks have their default, 0. A newer
@@ -116,6 +116,21 @@ typedef struct GQADecodeConfig {
   int32_t const* cu_seqlens_k_new GQA_ZERO;  // the same in `k` and `v`; or null
   int32_t total_tokens GQA_ZERO;             // query tokens of all, with `cu_seqlens_q`
   int32_t total_new_tokens GQA_ZERO;         // new tokens of all, with `cu_seqlens_k_new`
+  void const* rotary_cos GQA_ZERO;           // by position, `rotary_dim` / 2 each; or null
+  void const* rotary_sin GQA_ZERO;           // likewise
+  int32_t const* rotary_seqlens GQA_ZERO;    // `batch_size` first positions; or null: the lengths
+  int64_t rotary_cos_stride GQA_ZERO;        // elements between positions; 0: packed
+  int64_t rotary_sin_stride GQA_ZERO;        // elements between positions; 0: packed
+  int32_t rotary_type GQA_ZERO;              // `gqa_dtype` of both: `dtype`, or `GQA_FLOAT32`
+  int32_t rotary_positions GQA_ZERO;         // how many both have
+  int32_t rotary_dim GQA_ZERO;               // elements of a head that turn; 0: `head_dim`
+  int32_t rotary_interleaved GQA_ZERO;       // 1: neighbours turn together, as in GPT-J
+  void const* q_norm_weight GQA_ZERO;        // `head_dim` weights, RMS norm of `q`; or null
+  void const* k_norm_weight GQA_ZERO;        // the same of `k`; or null
+  int32_t q_norm_type GQA_ZERO;              // `gqa_dtype` of the former; 0 without
+  int32_t k_norm_type GQA_ZERO;              // `gqa_dtype` of the latter; 0 without
+  float norm_eps GQA_ZERO;                   // added to mean squares, usually 1e-6
+  int32_t norm_plus_one GQA_ZERO;            // 1: to weights 1 is added, as in Gemma
 } GQADecodeConfig;
 
 #define GQA_DECODE_CONFIG_INIT \
@@ -175,6 +190,21 @@ typedef struct GQADecodeConfig {
    NULL,                       \
    NULL,                       \
    0,                          \
+   0,                          \
+   NULL,                       \
+   NULL,                       \
+   NULL,                       \
+   0,                          \
+   0,                          \
+   0,                          \
+   0,                          \
+   0,                          \
+   0,                          \
+   NULL,                       \
+   NULL,                       \
+   0,                          \
+   0,                          \
+   0.0f,                       \
    0}
 
 // What would be launched. As much of it is written as the caller's version has; a newer caller's
@@ -253,6 +283,21 @@ typedef struct gqa_launch {
 //                    of order, or has more tokens, counts like one that does not fit, and its rows
 //                    of the output are what they were. With num_new_tokens or cu_seqlens_k_new
 //   cu_seqlens_k_new the same of k and v, which are [total_new_tokens, num_kv_heads, head_dim]
+//   q_norm_weight    RMS norm of q over each head, before it is rotated: what heads divided by the
+//                    root of their mean square plus norm_eps are multiplied by, of type
+//                    q_norm_type; with norm_plus_one, by one more
+//   k_norm_weight    the same of k, before it is cached
+//   rotary_cos       rotary embedding of q and k, before k is cached: cosines by position,
+//                    [rotary_positions, rotary_dim / 2] with rotary_cos_stride numbers, an even
+//                    number, from a position to the next, aligned to two numbers; rotary_sin
+//                    likewise. The first rotary_dim elements of a head turn, a multiple of 16:
+//                    element i with i + rotary_dim / 2, or neighbours. New token i of a sequence
+//                    has the position of its place in it, and so has query i, counted from where
+//                    the first new token is; all queries have that of the first where they are
+//                    neither causal nor in a window. A sequence whose positions the tables do not
+//                    have counts like one that does not fit; one length for all is refused then
+//   rotary_seqlens   positions of the first new tokens, instead of the lengths. By
+//                    gqa_attention_decode_ragged alone
 //   dependent        1 for programmatic dependent launch, where it pays (Hopper and newer, caches
 //                    of up to 32 MiB): the kernel may start while the kernel before it in the
 //                    stream finishes. It reads nothing before that one is done, but may fetch its

@@ -5,10 +5,11 @@ use std::mem::size_of;
 use std::ptr::{null, null_mut};
 
 use crate::device::{DeviceSlice, Lse, Workspace};
-use crate::element::{bf16, f16, Element, Output};
+use crate::element::{Element, Output};
 use crate::error::GqaError;
 use crate::ffi;
 use crate::layout::{check_len, check_reach, Strides};
+use crate::turning::{Numbers, Rotary};
 
 /// The sizes of a step. The element type is that of the tensors.
 ///
@@ -54,8 +55,9 @@ pub struct Config<'a> {
     /// A sliding window: tokens that a query sees, its own the last of them; 0: all. The
     /// `sliding_window` of Hugging Face.
     pub window: usize,
-    /// One more logit per query head, as in gpt-oss: `[num_q_heads]`.
-    pub sinks: Option<Sinks<'a>>,
+    /// One more logit per query head, as in gpt-oss: `[num_q_heads]`, in natural units, neither scaled
+    /// nor capped.
+    pub sinks: Option<Numbers<'a>>,
     /// ALiBi: what the score of a key loses per token that it is older than the newest, by query
     /// head: `[num_q_heads]`, or `[batch_size, num_q_heads]`.
     pub alibi_slopes: Option<DeviceSlice<'a, f32>>,
@@ -114,6 +116,16 @@ pub struct Config<'a> {
     pub cu_seqlens_k_new: Option<DeviceSlice<'a, i32>>,
     /// New tokens of all sequences, with `cu_seqlens_k_new`.
     pub total_new_tokens: usize,
+    /// Rotary embedding of queries and new keys, before the keys are cached.
+    pub rotary: Option<Rotary<'a>>,
+    /// RMS norm of queries over each head, before they are rotated: the weights, `[head_dim]`.
+    pub q_norm_weight: Option<Numbers<'a>>,
+    /// The same of new keys.
+    pub k_norm_weight: Option<Numbers<'a>>,
+    /// What is added to mean squares, usually 1e-6.
+    pub norm_eps: f32,
+    /// Whether 1 is added to weights, as in Gemma.
+    pub norm_plus_one: bool,
     /// Programmatic dependent launch, where it pays (Hopper and newer, caches of up to 32 MiB): the
     /// kernel may start while the kernel before it in the stream finishes. It reads nothing before
     /// that one is done, but may fetch its first tiles to L2. Worth having where that kernel lets
@@ -130,43 +142,6 @@ pub struct Config<'a> {
     pub lse: Option<Lse<'a>>,
     /// How tensors lie in memory; contiguous by default.
     pub strides: Strides,
-}
-
-/// Attention sinks, in natural units: they are neither scaled nor capped.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Sinks<'a> {
-    /// Of 32 bits.
-    F32(DeviceSlice<'a, f32>),
-    /// Of 16 bits.
-    F16(DeviceSlice<'a, f16>),
-    /// Of 16 bits, like the upper half of an `f32`.
-    Bf16(DeviceSlice<'a, bf16>),
-}
-
-impl Sinks<'_> {
-    fn address(&self) -> *const c_void {
-        match self {
-            Sinks::F32(it) => it.as_ptr().cast(),
-            Sinks::F16(it) => it.as_ptr().cast(),
-            Sinks::Bf16(it) => it.as_ptr().cast(),
-        }
-    }
-
-    fn len(&self) -> usize {
-        match self {
-            Sinks::F32(it) => it.len(),
-            Sinks::F16(it) => it.len(),
-            Sinks::Bf16(it) => it.len(),
-        }
-    }
-
-    fn dtype(&self) -> ffi::gqa_dtype {
-        match self {
-            Sinks::F32(_) => ffi::GQA_FLOAT32,
-            Sinks::F16(_) => ffi::GQA_FLOAT16,
-            Sinks::Bf16(_) => ffi::GQA_BFLOAT16,
-        }
-    }
 }
 
 impl Default for Config<'_> {
@@ -204,6 +179,11 @@ impl Default for Config<'_> {
             total_tokens: 0,
             cu_seqlens_k_new: None,
             total_new_tokens: 0,
+            rotary: None,
+            q_norm_weight: None,
+            k_norm_weight: None,
+            norm_eps: 0.0,
+            norm_plus_one: false,
             dependent: false,
             equal_lengths: false,
             lse: None,
@@ -220,7 +200,7 @@ impl Config<'_> {
     ) -> Result<ffi::GQADecodeConfig, GqaError> {
         self.check_features()?;
         let (memory, workspace_size) = workspace.parts();
-        let strides = self.strides;
+        let (strides, rotary) = (self.strides, self.rotary);
         Ok(ffi::GQADecodeConfig {
             struct_size: size_of::<ffi::GQADecodeConfig>(),
             batch_size: to_int("config: batch_size", self.batch_size)?,
@@ -284,6 +264,26 @@ impl Config<'_> {
             cu_seqlens_k_new: self.cu_seqlens_k_new.map_or(null(), |it| it.as_ptr()),
             total_tokens: to_int("config: total_tokens", self.total_tokens)?,
             total_new_tokens: to_int("config: total_new_tokens", self.total_new_tokens)?,
+            rotary_cos: rotary.map_or(null(), |it| it.cos.address()),
+            rotary_sin: rotary.map_or(null(), |it| it.sin.address()),
+            rotary_seqlens: rotary
+                .and_then(|it| it.seqlens)
+                .map_or(null(), |it| it.as_ptr()),
+            rotary_cos_stride: to_long("rotary_cos_stride", rotary.map_or(0, |it| it.cos_stride))?,
+            rotary_sin_stride: to_long("rotary_sin_stride", rotary.map_or(0, |it| it.sin_stride))?,
+            rotary_type: rotary.map_or(0, |it| it.cos.dtype()),
+            rotary_positions: to_int(
+                "config: rotary_positions",
+                rotary.map_or(0, |it| it.positions),
+            )?,
+            rotary_dim: to_int("config: rotary_dim", rotary.map_or(0, |it| it.dim))?,
+            rotary_interleaved: rotary.map_or(0, |it| i32::from(it.interleaved)),
+            q_norm_weight: self.q_norm_weight.map_or(null(), |it| it.address()),
+            k_norm_weight: self.k_norm_weight.map_or(null(), |it| it.address()),
+            q_norm_type: self.q_norm_weight.map_or(0, |it| it.dtype()),
+            k_norm_type: self.k_norm_weight.map_or(0, |it| it.dtype()),
+            norm_eps: self.norm_eps,
+            norm_plus_one: i32::from(self.norm_plus_one),
         })
     }
 
@@ -316,7 +316,8 @@ impl Config<'_> {
             let strides = [self.block_table_stride, 0, 0];
             check_reach("config: block_table", it.len(), sizes, strides)?;
         }
-        self.check_tokens()
+        self.check_tokens()?;
+        self.check_turning()
     }
 
     /// Checks that the output has the type which the configuration says.

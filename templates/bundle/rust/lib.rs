@@ -77,9 +77,10 @@ pub mod ffi;
 mod layout;
 mod log;
 mod tokens;
+mod turning;
 mod types;
 
-pub use config::{Config, Sinks};
+pub use config::Config;
 pub use decode::{decode, decode_ragged, prepare, workspace_size};
 pub use device::{DeviceSlice, DeviceSliceMut, Lse, Stream, Workspace};
 pub use element::{bf16, f16, Element, Output};
@@ -87,3 +88,4 @@ pub use error::GqaError;
 pub use explain::{arch_names, explain, kernel_names, Launch};
 pub use layout::{CacheStrides, RowStrides, Strides, TokenStrides};
 pub use log::{set_log_callback, LogCallback};
+pub use turning::{Numbers, Rotary, Sinks};

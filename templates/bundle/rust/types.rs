@@ -31,14 +31,14 @@ pub const GQA_ERROR_LAUNCH: gqa_status = 8;
 /// The caller asks for what is newer than this.
 pub const GQA_ERROR_UNSUPPORTED_FEATURE: gqa_status = 9;
 
-/// What tensors hold; those of a call, but `sinks`, are all of one of the first two. An integer,
-/// since C may return others.
+/// What tensors hold; elements are all of one of the first two. An integer, since C may return
+/// others.
 pub type gqa_dtype = i32;
 /// IEEE half precision.
 pub const GQA_FLOAT16: gqa_dtype = 0;
 /// The upper half of a float.
 pub const GQA_BFLOAT16: gqa_dtype = 1;
-/// Of `sinks` alone.
+/// Of what is not an element.
 pub const GQA_FLOAT32: gqa_dtype = 2;
 
 /// The sizes of a step. Fields that the caller's version lacks have their default, 0. A newer
@@ -160,6 +160,36 @@ pub struct GQADecodeConfig {
     pub total_tokens: i32,
     /// New tokens of all, with `cu_seqlens_k_new`.
     pub total_new_tokens: i32,
+    /// By position, `rotary_dim` / 2 each; or null.
+    pub rotary_cos: *const c_void,
+    /// Likewise.
+    pub rotary_sin: *const c_void,
+    /// `batch_size` first positions; or null: the lengths.
+    pub rotary_seqlens: *const i32,
+    /// Elements between positions; 0: packed.
+    pub rotary_cos_stride: i64,
+    /// Elements between positions; 0: packed.
+    pub rotary_sin_stride: i64,
+    /// `gqa_dtype` of both: `dtype`, or `GQA_FLOAT32`.
+    pub rotary_type: gqa_dtype,
+    /// How many both have.
+    pub rotary_positions: i32,
+    /// Elements of a head that turn; 0: `head_dim`.
+    pub rotary_dim: i32,
+    /// 1: neighbours turn together, as in GPT-J.
+    pub rotary_interleaved: i32,
+    /// `head_dim` weights, RMS norm of `q`; or null.
+    pub q_norm_weight: *const c_void,
+    /// The same of `k`; or null.
+    pub k_norm_weight: *const c_void,
+    /// `gqa_dtype` of the former; 0 without.
+    pub q_norm_type: gqa_dtype,
+    /// `gqa_dtype` of the latter; 0 without.
+    pub k_norm_type: gqa_dtype,
+    /// Added to mean squares, usually 1e-6.
+    pub norm_eps: f32,
+    /// 1: to weights 1 is added, as in Gemma.
+    pub norm_plus_one: i32,
 }
 
 impl Default for GQADecodeConfig {
@@ -223,6 +253,21 @@ impl Default for GQADecodeConfig {
             cu_seqlens_k_new: null(),
             total_tokens: 0,
             total_new_tokens: 0,
+            rotary_cos: null(),
+            rotary_sin: null(),
+            rotary_seqlens: null(),
+            rotary_cos_stride: 0,
+            rotary_sin_stride: 0,
+            rotary_type: 0,
+            rotary_positions: 0,
+            rotary_dim: 0,
+            rotary_interleaved: 0,
+            q_norm_weight: null(),
+            k_norm_weight: null(),
+            q_norm_type: 0,
+            k_norm_type: 0,
+            norm_eps: 0.0,
+            norm_plus_one: 0,
         }
     }
 }

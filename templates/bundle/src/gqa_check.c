@@ -140,6 +140,7 @@ gqa_status gqa_check_length(GQADecodeConfig const* config) {
       {"cache_batch_idx", config->cache_batch_idx, "an index that names no row"},
       {"cu_seqlens_q", config->cu_seqlens_q, "an index that is out of order"},
       {"cu_seqlens_k_new", config->cu_seqlens_k_new, "an index that is out of order"},
+      {"rotary_seqlens", config->rotary_seqlens, "a position that the tables do not have"},
   };
   int32_t const appended = gqa_new_tokens(config), most = config->max_seq_len - appended;
   char are[24] = "one is";
@@ -152,12 +153,21 @@ gqa_status gqa_check_length(GQADecodeConfig const* config) {
                     indices[i].field, indices[i].address, indices[i].fault);
   }
   if (config->cache_len < 0) return gqa_fail_range("cache_len", config->cache_len, 0, most);
-  if (config->cache_len <= most) return GQA_SUCCESS;
-  if (appended > 1) snprintf(are, sizeof are, "%d are", appended);
-  return gqa_fail(GQA_ERROR_CACHE_OVERFLOW,
-                  "cache overflow: the cache holds %d tokens and %s to be appended; max_seq_len "
-                  "is %d. Nothing was written. Evict tokens, or allocate a larger cache.",
-                  config->cache_len, are, config->max_seq_len);
+  if (config->cache_len > most) {
+    if (appended > 1) snprintf(are, sizeof are, "%d are", appended);
+    return gqa_fail(GQA_ERROR_CACHE_OVERFLOW,
+                    "cache overflow: the cache holds %d tokens and %s to be appended; max_seq_len "
+                    "is %d. Nothing was written. Evict tokens, or allocate a larger cache.",
+                    config->cache_len, are, config->max_seq_len);
+  }
+  if (config->cache_len > gqa_longest_to_turn(config)) {
+    return gqa_fail(GQA_ERROR_INVALID_VALUE,
+                    "config: cache_len: got %d; allowed: at most %lld, for which rotary_cos and "
+                    "rotary_sin have the positions of all tokens of the call. Nothing was "
+                    "launched. Pass longer tables.",
+                    config->cache_len, (long long)gqa_longest_to_turn(config));
+  }
+  return GQA_SUCCESS;
 }
 
 static gqa_status fail_in_cache(char const* name, char const* cache) {

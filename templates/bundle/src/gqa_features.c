@@ -15,6 +15,7 @@ int32_t gqa_features_of(GQADecodeConfig const* config) {
   if (config->field != 0) features |= bit;
   GQA_FEATURES(ADD)
 #undef ADD
+  if (config->k_norm_weight != NULL) features |= kGqaRmsNormed;
   features &= ~kGqaSeveralQueries;  // one token asks for nothing
   return gqa_several_tokens(config) ? features | kGqaSeveralQueries : features;
 }
@@ -36,7 +37,11 @@ int64_t gqa_cache_rows(GQADecodeConfig const* config) {
 
 void gqa_feature_tensors(GQADecodeConfig const* config, gqa_memory tensors[kGqaFeatureTensors]) {
   int64_t const batch = config->batch_size, heads = config->num_q_heads;
-  int32_t const number = config->sinks_type == GQA_FLOAT32 ? 4 : kElementBytes;
+  int32_t const number = gqa_number_bytes(config->sinks_type);
+  int32_t const of_q = gqa_number_bytes(config->q_norm_type);
+  int32_t const of_k = gqa_number_bytes(config->k_norm_type);
+  int32_t const pair = 2 * gqa_number_bytes(config->rotary_type);
+  int64_t const dim = config->head_dim;
   int64_t const slopes = config->alibi_batch_stride == 0 ? heads : batch * heads;
   gqa_memory const found[kGqaFeatureTensors] = {
       {"sinks", config->sinks, heads * number, number},
@@ -47,6 +52,11 @@ void gqa_feature_tensors(GQADecodeConfig const* config, gqa_memory tensors[kGqaF
       {"slot_mapping", config->slot_mapping, 8 * gqa_all_new_tokens(config), 8},
       {"cu_seqlens_q", config->cu_seqlens_q, 4 * (batch + 1), 4},
       {"cu_seqlens_k_new", config->cu_seqlens_k_new, 4 * (batch + 1), 4},
+      {"q_norm_weight", config->q_norm_weight, dim * of_q, of_q},
+      {"k_norm_weight", config->k_norm_weight, dim * of_k, of_k},
+      {"rotary_cos", config->rotary_cos, gqa_rotary_bytes(config, config->rotary_cos_stride), pair},
+      {"rotary_sin", config->rotary_sin, gqa_rotary_bytes(config, config->rotary_sin_stride), pair},
+      {"rotary_seqlens", config->rotary_seqlens, 4 * batch, 4},
   };
   memcpy(tensors, found, sizeof found);
 }
@@ -74,14 +84,19 @@ gqa_status gqa_check_flag(char const* field, int32_t value) {
   return value == 0 || value == 1 ? GQA_SUCCESS : gqa_fail_range(field, value, 0, 1);
 }
 
+gqa_status gqa_check_number(char const* field, int32_t dtype) {
+  if (dtype >= GQA_FLOAT16 && dtype <= GQA_FLOAT32) return GQA_SUCCESS;
+  return gqa_fail(
+      GQA_ERROR_INVALID_VALUE,
+      "config: %s: got %d; allowed: GQA_FLOAT16 (0), GQA_BFLOAT16 (1), GQA_FLOAT32 (2). "
+      "Nothing was launched.",
+      field, dtype);
+}
+
 static gqa_status check_types_and_strides(GQADecodeConfig const* config) {
   int32_t const stride = config->alibi_batch_stride;
-  if (config->sinks_type < GQA_FLOAT16 || config->sinks_type > GQA_FLOAT32) {
-    return gqa_fail(GQA_ERROR_INVALID_VALUE,
-                    "config: sinks_type: got %d; allowed: GQA_FLOAT16 (0), GQA_BFLOAT16 (1), "
-                    "GQA_FLOAT32 (2). Nothing was launched.",
-                    config->sinks_type);
-  }
+  gqa_status const status = gqa_check_number("sinks_type", config->sinks_type);
+  if (status != GQA_SUCCESS) return status;
   if (stride != 0 && stride != config->num_q_heads) {
     return gqa_fail(GQA_ERROR_INVALID_VALUE,
                     "config: alibi_batch_stride: got %d; allowed: 0 (the same slopes for all "
@@ -106,6 +121,7 @@ gqa_status gqa_check_features(GQADecodeConfig const* config) {
   }
   if (status == GQA_SUCCESS) status = check_types_and_strides(config);
   if (status == GQA_SUCCESS) status = gqa_check_tokens(config);
+  if (status == GQA_SUCCESS) status = gqa_check_turning(config);
   if (status == GQA_SUCCESS) status = gqa_check_flag("equal_lengths", config->equal_lengths);
   if (status == GQA_SUCCESS) status = gqa_check_flag("dependent", config->dependent);
   if (status == GQA_SUCCESS) status = gqa_check_flag("output_float32", config->output_float32);
@@ -121,7 +137,7 @@ gqa_status gqa_check_features(GQADecodeConfig const* config) {
   return GQA_SUCCESS;
 }
 
-static int32_t number_of(int32_t dtype) {
+int32_t gqa_number_of(int32_t dtype) {
   if (dtype == GQA_FLOAT32) return kGqaNumberFloat32;
   return dtype == GQA_FLOAT16 ? kGqaNumberFloat16 : kGqaNumberBfloat16;
 }
@@ -136,7 +152,7 @@ void gqa_bind_features(GQADecodeConfig const* config, gqa_params* params) {
   }
   if (config->sinks != NULL) {
     params->sinks = config->sinks;
-    params->sinks_type = number_of(config->sinks_type);
+    params->sinks_type = gqa_number_of(config->sinks_type);
   }
   if (config->alibi_slopes != NULL) {
     params->alibi_slopes = config->alibi_slopes;
@@ -146,4 +162,5 @@ void gqa_bind_features(GQADecodeConfig const* config, gqa_params* params) {
   params->cache_batch_idx = config->cache_batch_idx;
   params->cache_rows = (int32_t)gqa_cache_rows(config);
   gqa_bind_pages(config, params);
+  gqa_bind_turning(config, params);
 }

@@ -118,7 +118,7 @@ typedef struct gqa_memory {
   int32_t alignment;
 } gqa_memory;
 
-enum { kGqaFeatureTensors = 8 };
+enum { kGqaFeatureTensors = 13 };
 
 // The features that a configuration asks for, as bits.
 GQA_INTERNAL int32_t gqa_features_of(GQADecodeConfig const* config);
@@ -135,6 +135,12 @@ GQA_INTERNAL gqa_status gqa_check_features(GQADecodeConfig const* config);
 
 // A field that is 0 or 1.
 GQA_INTERNAL gqa_status gqa_check_flag(char const* field, int32_t value);
+
+// A field that is any gqa_dtype.
+GQA_INTERNAL gqa_status gqa_check_number(char const* field, int32_t dtype);
+
+// What the kernels call it.
+GQA_INTERNAL int32_t gqa_number_of(int32_t dtype);
 
 // Rows of the caches, or of the table of pages.
 GQA_INTERNAL int64_t gqa_cache_rows(GQADecodeConfig const* config);
@@ -177,6 +183,23 @@ GQA_INTERNAL gqa_status gqa_check_tokens(GQADecodeConfig const* config);
 // What they put into a kernel's argument.
 GQA_INTERNAL void gqa_bind_tokens(GQADecodeConfig const* config, gqa_tensors const* t,
                                   struct gqa_params* params);
+
+// -- gqa_turning.c
+
+// Bytes of a number of any gqa_dtype.
+GQA_INTERNAL int32_t gqa_number_bytes(int32_t dtype);
+
+// Of a table of angles, from its first number to the end of its last.
+GQA_INTERNAL int64_t gqa_rotary_bytes(GQADecodeConfig const* config, int64_t stride);
+
+// The longest length for which tables of angles have the positions of all tokens.
+GQA_INTERNAL int64_t gqa_longest_to_turn(GQADecodeConfig const* config);
+
+// Checks what is said of norms and rotations.
+GQA_INTERNAL gqa_status gqa_check_turning(GQADecodeConfig const* config);
+
+// What they put into a kernel's argument.
+GQA_INTERNAL void gqa_bind_turning(GQADecodeConfig const* config, struct gqa_params* params);
 
 // -- gqa_device.c
 

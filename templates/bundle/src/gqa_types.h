@@ -20,16 +20,18 @@ enum {
 
 // Features: bits of what kernels have and configurations ask for.
 enum {
-  kGqaIndexedRow = 1,        // cache_batch_idx
-  kGqaLeftPadded = 2,        // cache_leftpad
-  kGqaSlidingWindow = 4,     // window_size
-  kGqaSoftCapped = 8,        // softcap
-  kGqaAlibi = 16,            // alibi_slopes
-  kGqaSinkInSum = 32,        // sinks
-  kGqaInFloat32 = 64,        // out_dtype
-  kGqaPagedCache = 128,      // block_table
-  kGqaSeveralQueries = 256,  // num_tokens
-  kGqaNoPrefetch = 135,      // those that wait for lengths
+  kGqaIndexedRow = 1,          // cache_batch_idx
+  kGqaLeftPadded = 2,          // cache_leftpad
+  kGqaSlidingWindow = 4,       // window_size
+  kGqaSoftCapped = 8,          // softcap
+  kGqaAlibi = 16,              // alibi_slopes
+  kGqaSinkInSum = 32,          // sinks
+  kGqaInFloat32 = 64,          // out_dtype
+  kGqaPagedCache = 128,        // block_table
+  kGqaSeveralQueries = 256,    // num_tokens
+  kGqaRmsNormed = 512,         // q_norm_weight
+  kGqaRotatedByTables = 1024,  // rotary_cos
+  kGqaNoPrefetch = 135,        // those that wait for lengths
 };
 
 // Each, and the field of GQADecodeConfig that asks for it when it is not zero.
@@ -42,7 +44,9 @@ enum {
   X(kGqaSinkInSum, sinks)            \
   X(kGqaInFloat32, output_float32)   \
   X(kGqaPagedCache, block_table)     \
-  X(kGqaSeveralQueries, num_tokens)
+  X(kGqaSeveralQueries, num_tokens)  \
+  X(kGqaRmsNormed, q_norm_weight)    \
+  X(kGqaRotatedByTables, rotary_cos)
 
 // What the kernels call types of numbers.
 enum {

@@ -21,7 +21,7 @@ use gqa_attention_decode::ffi::*;
 use gqa_attention_decode::{
     arch_names, bf16, decode, decode_ragged, explain, f16, kernel_names, prepare, set_log_callback,
     workspace_size, CacheStrides, Config, DeviceSlice, DeviceSliceMut, Element, GqaError, Launch,
-    Lse, RowStrides, Sinks, Stream, Strides, TokenStrides, Workspace,
+    Lse, Numbers, Rotary, RowStrides, Sinks, Stream, Strides, TokenStrides, Workspace,
 };
 
 const CONFIG: Config = Config {
@@ -55,6 +55,11 @@ const CONFIG: Config = Config {
     total_tokens: 0,
     cu_seqlens_k_new: None,
     total_new_tokens: 0,
+    rotary: None,
+    q_norm_weight: None,
+    k_norm_weight: None,
+    norm_eps: 0.0,
+    norm_plus_one: false,
     dependent: false,
     equal_lengths: false,
     lse: None,
@@ -119,6 +124,21 @@ const C_CONFIG: GQADecodeConfig = GQADecodeConfig {
     cu_seqlens_k_new: null(),
     total_tokens: 0,
     total_new_tokens: 0,
+    rotary_cos: null(),
+    rotary_sin: null(),
+    rotary_seqlens: null(),
+    rotary_cos_stride: 0,
+    rotary_sin_stride: 0,
+    rotary_type: GQA_FLOAT16,
+    rotary_positions: 0,
+    rotary_dim: 0,
+    rotary_interleaved: 0,
+    q_norm_weight: null(),
+    k_norm_weight: null(),
+    q_norm_type: GQA_FLOAT16,
+    k_norm_type: GQA_FLOAT16,
+    norm_eps: 0.0,
+    norm_plus_one: 0,
 };
 
 /// Arguments of a step as C takes them, each tensor at an address of its own.
@@ -781,7 +801,7 @@ fn paged(config: Config<'static>) -> Config<'static> {
 }
 
 /// What is asked for beyond plain attention, of no library's kernels.
-fn featured() -> [(&'static str, Config<'static>); 10] {
+fn featured() -> [(&'static str, Config<'static>); 12] {
     let odd = Config {
         head_dim: 40,
         num_q_heads: 22,
@@ -837,6 +857,20 @@ fn featured() -> [(&'static str, Config<'static>); 10] {
             "num_tokens",
             Config {
                 num_tokens: 3,
+                ..odd
+            },
+        ),
+        (
+            "q_norm_weight",
+            Config {
+                k_norm_weight: Some(Numbers::Bf16(unused(0x90002, 40))),
+                ..odd
+            },
+        ),
+        (
+            "rotary_cos",
+            Config {
+                rotary: Some(rotary()),
                 ..odd
             },
         ),
@@ -1035,6 +1069,82 @@ fn several_tokens_have_as_many_elements() {
     };
     let says = "config: window_right: got 2 without not_causal; allowed: 0";
     assert_error!(workspace_size::<f16>(&config), InvalidValue, says);
+}
+
+/// Of 32 elements of a head, for 20 positions.
+fn rotary() -> Rotary<'static> {
+    Rotary {
+        cos: Numbers::F32(unused(0x90008, 20 * 16)),
+        sin: Numbers::F32(unused(0x98008, 20 * 16)),
+        positions: 20,
+        dim: 32,
+        interleaved: false,
+        cos_stride: 0,
+        sin_stride: 0,
+        seqlens: None,
+    }
+}
+
+#[test]
+fn tables_and_weights_have_as_many_elements() {
+    let with = |rotary| Config {
+        rotary: Some(rotary),
+        ..CONFIG
+    };
+    let cases = [
+        (
+            with(Rotary {
+                positions: 21,
+                ..rotary()
+            }),
+            "config: rotary.cos: got 320 elements; needed: 336 or more",
+        ),
+        (
+            with(Rotary {
+                sin_stride: 18,
+                ..rotary()
+            }),
+            "config: rotary.sin: got 320 elements; needed: 358 or more",
+        ),
+        (
+            with(Rotary {
+                sin: Numbers::F16(unused(0x98008, 20 * 16)),
+                ..rotary()
+            }),
+            "config: rotary.sin: got F16(",
+        ),
+        (
+            with(Rotary {
+                seqlens: Some(unused(0x9C004, 3)),
+                ..rotary()
+            }),
+            "config: rotary.seqlens: got 3 elements; needed: 2, batch_size",
+        ),
+        (
+            with(Rotary {
+                dim: 24,
+                ..rotary()
+            }),
+            "config: rotary_dim: got 24; allowed: multiples of 16",
+        ),
+        (
+            Config {
+                q_norm_weight: Some(Numbers::F32(unused(0x90004, 63))),
+                ..CONFIG
+            },
+            "config: q_norm_weight: got 63 elements; needed: 64, head_dim",
+        ),
+        (
+            Config {
+                norm_eps: -1.0,
+                ..CONFIG
+            },
+            "config: norm_eps: got -1; allowed: a finite number",
+        ),
+    ];
+    for (config, says) in cases {
+        assert_error!(workspace_size::<f16>(&config), InvalidValue, says);
+    }
 }
 
 #[test]

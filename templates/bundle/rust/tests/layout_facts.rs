@@ -61,7 +61,22 @@ fn rust_facts() -> Vec<Fact> {
         cu_seqlens_q,
         cu_seqlens_k_new,
         total_tokens,
-        total_new_tokens
+        total_new_tokens,
+        rotary_cos,
+        rotary_sin,
+        rotary_seqlens,
+        rotary_cos_stride,
+        rotary_sin_stride,
+        rotary_type,
+        rotary_positions,
+        rotary_dim,
+        rotary_interleaved,
+        q_norm_weight,
+        k_norm_weight,
+        q_norm_type,
+        k_norm_type,
+        norm_eps,
+        norm_plus_one
     );
     layout!(
         facts,
