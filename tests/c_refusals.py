@@ -29,6 +29,7 @@ SHARING: dict[
     "slot_mapping": (PAGES | dict(block_table=1 << 52), 16),
     "cu_seqlens_q": (dict(total_tokens=2, num_new_tokens=1), 12),
     "cu_seqlens_k_new": (dict(total_new_tokens=2), 12),
+    "tree_mask": (dict(num_tokens=1), 8),
     "q_norm_weight": ({}, 128),
     "k_norm_weight": (dict(k_norm_type=2), 256),
     "rotary_cos": (ROTARY | dict(rotary_sin=1 << 52), 31 * 16),

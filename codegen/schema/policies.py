@@ -376,7 +376,6 @@ POLICIES: tuple[Policy, ...] = (
                 optional=True,
             ),
         ),
-        in_library=False,
     ),
     Policy(slot=NORM, cpp="Unnormed", header="policy/norm_none.cuh"),
     Policy(

@@ -177,6 +177,11 @@ CONFIG = Struct(
             ("k_norm_type", _DTYPE, "`gqa_dtype` of the latter; 0 without"),
             ("norm_eps", FLOAT, "added to mean squares, usually 1e-6"),
             ("norm_plus_one", INT32, "1: to weights 1 is added, as in Gemma"),
+            (
+                "tree_mask",
+                pointer("uint32_t", const=True, rust="u32"),
+                "bits of drafts, which of them each sees; or null",
+            ),
         )
     ),
 )
@@ -191,6 +196,7 @@ ASKED_BY = {
     "out_dtype": "output_float32",
     "block_table": "block_table",
     "num_tokens": "num_tokens",
+    "tree_mask": "tree_mask",
     "q_norm_weight": "q_norm_weight",
     "rotary_cos": "rotary_cos",
 }

@@ -14,7 +14,7 @@ from c_library import fresh_copy
 from c_tokens import Call, make_call
 
 import gqa_cutlass
-from gqa_cutlass import CacheOverflowError, gqa_decode
+from gqa_cutlass import CacheOverflowError, gqa_decode, pack_tree_mask
 from gqa_cutlass.call.record import LaunchRecord, parse
 from gqa_cutlass.codegen import DType, KernelConfig, Math, Schedule, default_config
 from gqa_cutlass.codegen.schema.policies import tagged
@@ -28,17 +28,19 @@ def ends(*counts: int) -> torch.Tensor:
     return torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
 
 
-def several(*, tma: bool = False, tags: str = "", tokens: int = 3) -> KernelConfig:
+def several(
+    *, tma: bool = False, tags: str = "", tokens: int = 3, slot: str = "multi"
+) -> KernelConfig:
     """The kernel that dispatch takes for so many tokens, of groups of four heads."""
     return default_config(
         Math.TENSOROP, DType.BF16 if tma else DType.F16, 128 if tma else 64, 4, 8,
-        Schedule.TMA if tma else Schedule.MULTISTAGE, tagged(f"{tags}_multi"), None, tokens,
+        Schedule.TMA if tma else Schedule.MULTISTAGE, tagged(f"{tags}_{slot}"), None, tokens,
     )  # fmt: skip
 
 
 KERNELS = [
     several(), several(tokens=1), several(tokens=9), several(tags="win"), several(tma=True),
-    WIDE_64, TMA_128,
+    several(slot="tree"), several(slot="tree", tokens=1), WIDE_64, TMA_128,
 ]  # fmt: skip
 
 
@@ -58,6 +60,17 @@ def sliced() -> Call:
     return call
 
 
+def drafts(tokens: int) -> Call:
+    """A tree in which every draft but the first two has the one before its last as its parent."""
+    sees = torch.eye(tokens, dtype=torch.bool)
+    for draft in range(2, tokens):
+        sees[draft] |= sees[draft - 2]
+    mask = pack_tree_mask(sees.expand(2, tokens, tokens))
+    return make_call(
+        several(slot="tree", tokens=tokens), [20, 20], CAPACITY, tokens, tree_mask=mask
+    )
+
+
 CALLS: dict[str, Callable[[], Call]] = {
     "causal": lambda: make_call(several(), [20, 20], CAPACITY, 3, kv_heads=2),
     "two blocks of rows": lambda: make_call(several(tokens=9), [11], CAPACITY, 9),
@@ -70,6 +83,8 @@ CALLS: dict[str, Callable[[], Call]] = {
     "a window": lambda: make_call(several(tags="win"), [20], CAPACITY, 3, window_size=(7, 0)),
     "slices": sliced,
     "clusters": lambda: make_call(several(tma=True), [IN_CLUSTERS - 4] * 2, IN_CLUSTERS, 3),
+    "a tree": lambda: drafts(4),
+    "a tree of one": lambda: drafts(1),
     "one token": lambda: make_call(WIDE_64, [20, 20], CAPACITY, 1),
 }
 

@@ -25,6 +25,7 @@ FEATURES: dict[str, dict[str, Any]] = {  # that the library has no kernels for
     "output_float32": dict(output_float32=1),
     "block_table": dict(block_table=0x10000, page_size=15, max_pages=2, num_pages=4),
     "num_tokens": dict(num_tokens=2),
+    "tree_mask": dict(num_tokens=2, tree_mask=0x10000),
     "q_norm_weight": dict(k_norm_weight=0x10000),
     "rotary_cos": dict(rotary_cos=0x10000, rotary_sin=0x20000, rotary_positions=30),
     "window, softcap, sinks": dict(softcap=30, sinks=0x10000, window=1),

@@ -52,6 +52,14 @@ INVALID: dict[str, tuple[dict[str, Any], str]] = {
         dict(num_tokens=2, q_token_stride=64),
         "q with 1024 elements between sequences, 64 between tokens and 64 between heads of 64;",
     ),
+    "drafts of unlike numbers": (
+        NEW_ENDS | dict(tree_mask=1 << 51, num_tokens=2),
+        "tree_mask: got one with cu_seqlens_k_new; allowed: as many drafts in every sequence.",
+    ),
+    "drafts that are not new": (
+        dict(tree_mask=1 << 51, num_tokens=3, num_new_tokens=2),
+        "tree_mask: got one with 3 queries and 2 new tokens; allowed: as many of both.",
+    ),
     "sizes": (
         ENDS | dict(total_tokens=2**31 - 1, num_tokens=2, num_q_heads=512),
         "sizes: got tokens of 2.815e+14 bytes; allowed: up to 1.407e+14.",
@@ -100,5 +108,18 @@ def test_all_tokens_count_in_what_shares_memory(tensor: str) -> None:
     for beyond, found in ((2, "INVALID_VALUE"), (0, "UNSUPPORTED")):
         given = far_apart(step)
         given[tensor] = given["kv_cache_k"] - size + beyond
+        assert library.decode(step, config, **given) == f"GQA_ERROR_{found}"
+        assert nothing_happened(library)
+
+
+def test_a_mask_of_drafts_has_words_of_32() -> None:
+    """Two sequences of 33 drafts have two words for each."""
+    library, step = fresh_library(), make_step(**STEP)
+    given, size = far_apart(step), 2 * 33 * 2 * 4
+    asked = dict(num_tokens=33, max_seq_len=60)
+    for mask, found in (
+        (given["output"] - size + 4, "INVALID_VALUE"), (given["output"] - size, "UNSUPPORTED"),
+    ):  # fmt: skip
+        config = Config(**VALID | asked | dict(tree_mask=mask))
         assert library.decode(step, config, **given) == f"GQA_ERROR_{found}"
         assert nothing_happened(library)

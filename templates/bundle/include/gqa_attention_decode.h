@@ -131,6 +131,7 @@ typedef struct GQADecodeConfig {
   int32_t k_norm_type GQA_ZERO;              // `gqa_dtype` of the latter; 0 without
   float norm_eps GQA_ZERO;                   // added to mean squares, usually 1e-6
   int32_t norm_plus_one GQA_ZERO;            // 1: to weights 1 is added, as in Gemma
+  uint32_t const* tree_mask GQA_ZERO;        // bits of drafts, which of them each sees; or null
 } GQADecodeConfig;
 
 #define GQA_DECODE_CONFIG_INIT \
@@ -205,7 +206,8 @@ typedef struct GQADecodeConfig {
    0,                          \
    0,                          \
    0.0f,                       \
-   0}
+   0,                          \
+   NULL}
 
 // What would be launched. As much of it is written as the caller's version has; a newer caller's
 // fields that this library lacks become 0.
@@ -272,9 +274,8 @@ typedef struct gqa_launch {
 //                    differ in how many rows, pairs of a head and a token, a block has: those that
 //                    need the fewest blocks are taken
 //   num_new_tokens   how many are appended, where it is another number than that of queries
-//   not_causal       1: every query sees all tokens behind its own too, or so many from its own on
-//   as
-//                    window_right says; 0 for all
+//   not_causal       1: every query sees all tokens behind its own too, or as many from its own on
+//                    as window_right says; 0 for all
 //   cu_seqlens_q     sequences with unlike numbers of query tokens: those of sequence b are from
 //                    cu_seqlens_q[b] to cu_seqlens_q[b + 1], excluded, of q and output, which are
 //                    [total_tokens, num_q_heads, head_dim]; lse is [num_q_heads, total_tokens].
@@ -283,6 +284,10 @@ typedef struct gqa_launch {
 //                    of order, or has more tokens, counts like one that does not fit, and its rows
 //                    of the output are what they were. With num_new_tokens or cu_seqlens_k_new
 //   cu_seqlens_k_new the same of k and v, which are [total_new_tokens, num_kv_heads, head_dim]
+//   tree_mask        which drafts each query sees, instead of those up to its own; all that comes
+//                    before the drafts is seen by all. [batch_size, num_tokens, words] with as many
+//                    words of 32 bits as num_tokens takes: bit i of word w of a row is whether it
+//                    sees draft 32 w + i. One that is to see itself says so. All queries are new
 //   q_norm_weight    RMS norm of q over each head, before it is rotated: what heads divided by the
 //                    root of their mean square plus norm_eps are multiplied by, of type
 //                    q_norm_type; with norm_plus_one, by one more

@@ -116,6 +116,10 @@ pub struct Config<'a> {
     pub cu_seqlens_k_new: Option<DeviceSlice<'a, i32>>,
     /// New tokens of all sequences, with `cu_seqlens_k_new`.
     pub total_new_tokens: usize,
+    /// Queries that are drafts: which of them each sees, instead of those up to its own; all that comes
+    /// before them is seen by all. `[batch_size, num_tokens, words]`, bit `i` of word `w` of a row is
+    /// whether it sees draft `32 * w + i`. As many tokens are new.
+    pub tree_mask: Option<DeviceSlice<'a, u32>>,
     /// Rotary embedding of queries and new keys, before the keys are cached.
     pub rotary: Option<Rotary<'a>>,
     /// RMS norm of queries over each head, before they are rotated: the weights, `[head_dim]`.
@@ -179,6 +183,7 @@ impl Default for Config<'_> {
             total_tokens: 0,
             cu_seqlens_k_new: None,
             total_new_tokens: 0,
+            tree_mask: None,
             rotary: None,
             q_norm_weight: None,
             k_norm_weight: None,
@@ -284,6 +289,7 @@ impl Config<'_> {
             k_norm_type: self.k_norm_weight.map_or(0, |it| it.dtype()),
             norm_eps: self.norm_eps,
             norm_plus_one: i32::from(self.norm_plus_one),
+            tree_mask: self.tree_mask.map_or(null(), |it| it.as_ptr()),
         })
     }
 

@@ -55,6 +55,13 @@ impl Config<'_> {
                 check_len(name, it.len(), needed, "batch_size + 1")?;
             }
         }
+        if let Some(it) = self.tree_mask {
+            let [batch, tokens] = self.queries();
+            let words = tokens / 32 + usize::from(tokens % 32 != 0);
+            let needed = self.elements(&[batch, tokens, words])?;
+            let rule = "batch_size * num_tokens, in words of 32 drafts";
+            check_len("config: tree_mask", it.len(), needed, rule)?;
+        }
         if let Some(it) = self.slot_mapping {
             let needed = self.elements(&self.new_tokens())?;
             let rule = self.rule_of_new_tokens();

@@ -190,6 +190,8 @@ pub struct GQADecodeConfig {
     pub norm_eps: f32,
     /// 1: to weights 1 is added, as in Gemma.
     pub norm_plus_one: i32,
+    /// Bits of drafts, which of them each sees; or null.
+    pub tree_mask: *const u32,
 }
 
 impl Default for GQADecodeConfig {
@@ -268,6 +270,7 @@ impl Default for GQADecodeConfig {
             k_norm_type: 0,
             norm_eps: 0.0,
             norm_plus_one: 0,
+            tree_mask: null(),
         }
     }
 }

@@ -16,8 +16,10 @@ int32_t gqa_features_of(GQADecodeConfig const* config) {
   GQA_FEATURES(ADD)
 #undef ADD
   if (config->k_norm_weight != NULL) features |= kGqaRmsNormed;
-  features &= ~kGqaSeveralQueries;  // one token asks for nothing
-  return gqa_several_tokens(config) ? features | kGqaSeveralQueries : features;
+  features &=
+      ~kGqaSeveralQueries;  // one token asks for nothing, and drafts have a kernel of theirs
+  if (config->tree_mask == NULL && gqa_several_tokens(config)) features |= kGqaSeveralQueries;
+  return features;
 }
 
 void gqa_name_features(int32_t features, char* text, size_t size) {
@@ -52,6 +54,7 @@ void gqa_feature_tensors(GQADecodeConfig const* config, gqa_memory tensors[kGqaF
       {"slot_mapping", config->slot_mapping, 8 * gqa_all_new_tokens(config), 8},
       {"cu_seqlens_q", config->cu_seqlens_q, 4 * (batch + 1), 4},
       {"cu_seqlens_k_new", config->cu_seqlens_k_new, 4 * (batch + 1), 4},
+      {"tree_mask", config->tree_mask, gqa_tree_bytes(config), 4},
       {"q_norm_weight", config->q_norm_weight, dim * of_q, of_q},
       {"k_norm_weight", config->k_norm_weight, dim * of_k, of_k},
       {"rotary_cos", config->rotary_cos, gqa_rotary_bytes(config, config->rotary_cos_stride), pair},

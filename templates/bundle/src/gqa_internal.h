@@ -118,7 +118,7 @@ typedef struct gqa_memory {
   int32_t alignment;
 } gqa_memory;
 
-enum { kGqaFeatureTensors = 13 };
+enum { kGqaFeatureTensors = 14 };
 
 // The features that a configuration asks for, as bits.
 GQA_INTERNAL int32_t gqa_features_of(GQADecodeConfig const* config);
@@ -173,6 +173,9 @@ GQA_INTERNAL int32_t gqa_new_tokens(GQADecodeConfig const* config);
 // Those of all sequences.
 GQA_INTERNAL int64_t gqa_all_query_tokens(GQADecodeConfig const* config);
 GQA_INTERNAL int64_t gqa_all_new_tokens(GQADecodeConfig const* config);
+
+// Bytes of a mask of drafts.
+GQA_INTERNAL int64_t gqa_tree_bytes(GQADecodeConfig const* config);
 
 // Whether one query and one new token per sequence are not all.
 GQA_INTERNAL int gqa_several_tokens(GQADecodeConfig const* config);

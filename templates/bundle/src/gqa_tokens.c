@@ -3,6 +3,8 @@
 #include "gqa_kernels.h"
 #include "gqa_params.h"
 
+enum { kWordBits = 32 };  // of a mask of drafts
+
 int32_t gqa_query_tokens(GQADecodeConfig const* config) {
   int32_t const given = config->num_tokens;
   if (config->cu_seqlens_q == NULL) return given == 0 ? 1 : given;
@@ -22,6 +24,11 @@ int64_t gqa_all_query_tokens(GQADecodeConfig const* config) {
 int64_t gqa_all_new_tokens(GQADecodeConfig const* config) {
   if (config->cu_seqlens_k_new != NULL) return config->total_new_tokens;
   return (int64_t)config->batch_size * gqa_new_tokens(config);
+}
+
+int64_t gqa_tree_bytes(GQADecodeConfig const* config) {
+  int64_t const words = (gqa_query_tokens(config) + kWordBits - 1) / kWordBits;
+  return gqa_all_query_tokens(config) * words * (int64_t)sizeof(uint32_t);
 }
 
 int gqa_several_tokens(GQADecodeConfig const* config) {
@@ -116,6 +123,24 @@ static gqa_status check_counts(GQADecodeConfig const* config) {
   return GQA_SUCCESS;
 }
 
+// A mask of drafts is of as many in every sequence, all of which are new.
+static gqa_status check_tree(GQADecodeConfig const* config) {
+  int32_t const queries = gqa_query_tokens(config), appended = gqa_new_tokens(config);
+  if (config->tree_mask == NULL) return GQA_SUCCESS;
+  if (config->cu_seqlens_q != NULL || config->cu_seqlens_k_new != NULL) {
+    return gqa_fail(
+        GQA_ERROR_INVALID_VALUE,
+        "config: tree_mask: got one with %s; allowed: as many drafts in every sequence. "
+        "Nothing was launched.",
+        config->cu_seqlens_q != NULL ? "cu_seqlens_q" : "cu_seqlens_k_new");
+  }
+  if (queries == appended) return GQA_SUCCESS;
+  return gqa_fail(GQA_ERROR_INVALID_VALUE,
+                  "config: tree_mask: got one with %d queries and %d new tokens; allowed: as many "
+                  "of both. Nothing was launched.",
+                  queries, appended);
+}
+
 // The rows that they have.
 static gqa_status check_bytes(GQADecodeConfig const* config) {
   int64_t const queries = gqa_all_query_tokens(config), appended = gqa_all_new_tokens(config);
@@ -143,6 +168,7 @@ gqa_status gqa_check_tokens(GQADecodeConfig const* config) {
   }
   if (status == GQA_SUCCESS) status = check_indices(config);
   if (status == GQA_SUCCESS) status = check_counts(config);
+  if (status == GQA_SUCCESS) status = check_tree(config);
   return status == GQA_SUCCESS ? check_bytes(config) : status;
 }
 
@@ -156,7 +182,7 @@ void gqa_bind_tokens(GQADecodeConfig const* config, gqa_tensors const* t, gqa_pa
   int const is_ragged = config->cu_seqlens_q != NULL;
   int32_t const queries = gqa_query_tokens(config);
   int64_t const all = gqa_all_query_tokens(config);
-  if (!gqa_several_tokens(config)) return;
+  if (!gqa_several_tokens(config) && config->tree_mask == NULL) return;
   params->num_query_tokens = queries;
   params->all_query_tokens = (int32_t)all;
   params->num_new_tokens = params->new_token_step = gqa_new_tokens(config);
@@ -168,6 +194,7 @@ void gqa_bind_tokens(GQADecodeConfig const* config, gqa_tensors const* t, gqa_pa
   params->v_new_token_stride = views[kGqaV].strides[kGqaToken];
   params->lse_batch_stride = is_ragged ? 0 : (int64_t)config->num_q_heads * queries;
   params->lse_head_stride = is_ragged ? all : queries;
+  params->tree_mask = config->tree_mask;
   params->cu_seqlens_q = config->cu_seqlens_q;
   params->cu_seqlens_k_new = config->cu_seqlens_k_new;
   if (is_ragged) params->q_stride.batch = params->out_stride.batch = 0;

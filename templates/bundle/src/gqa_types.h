@@ -29,8 +29,9 @@ enum {
   kGqaInFloat32 = 64,          // out_dtype
   kGqaPagedCache = 128,        // block_table
   kGqaSeveralQueries = 256,    // num_tokens
-  kGqaRmsNormed = 512,         // q_norm_weight
-  kGqaRotatedByTables = 1024,  // rotary_cos
+  kGqaTreeOfQueries = 512,     // tree_mask
+  kGqaRmsNormed = 1024,        // q_norm_weight
+  kGqaRotatedByTables = 2048,  // rotary_cos
   kGqaNoPrefetch = 135,        // those that wait for lengths
 };
 
@@ -45,6 +46,7 @@ enum {
   X(kGqaInFloat32, output_float32)   \
   X(kGqaPagedCache, block_table)     \
   X(kGqaSeveralQueries, num_tokens)  \
+  X(kGqaTreeOfQueries, tree_mask)    \
   X(kGqaRmsNormed, q_norm_weight)    \
   X(kGqaRotatedByTables, rotary_cos)
 

@@ -55,6 +55,7 @@ const CONFIG: Config = Config {
     total_tokens: 0,
     cu_seqlens_k_new: None,
     total_new_tokens: 0,
+    tree_mask: None,
     rotary: None,
     q_norm_weight: None,
     k_norm_weight: None,
@@ -139,6 +140,7 @@ const C_CONFIG: GQADecodeConfig = GQADecodeConfig {
     k_norm_type: GQA_FLOAT16,
     norm_eps: 0.0,
     norm_plus_one: 0,
+    tree_mask: null(),
 };
 
 /// Arguments of a step as C takes them, each tensor at an address of its own.
@@ -801,7 +803,7 @@ fn paged(config: Config<'static>) -> Config<'static> {
 }
 
 /// What is asked for beyond plain attention, of no library's kernels.
-fn featured() -> [(&'static str, Config<'static>); 12] {
+fn featured() -> [(&'static str, Config<'static>); 13] {
     let odd = Config {
         head_dim: 40,
         num_q_heads: 22,
@@ -857,6 +859,14 @@ fn featured() -> [(&'static str, Config<'static>); 12] {
             "num_tokens",
             Config {
                 num_tokens: 3,
+                ..odd
+            },
+        ),
+        (
+            "tree_mask",
+            Config {
+                num_tokens: 3,
+                tree_mask: Some(unused(0x90004, 2 * 3)),
                 ..odd
             },
         ),
@@ -1063,6 +1073,14 @@ fn several_tokens_have_as_many_elements() {
     };
     let says = "config: cu_seqlens_q: got 2 elements; needed: 3, batch_size + 1";
     assert_error!(workspace_size::<f16>(&short), InvalidValue, says);
+    let masked = Config {
+        num_tokens: 33,
+        num_new_tokens: 0,
+        tree_mask: Some(unused(0x90004, 2 * 33)),
+        ..several
+    };
+    let says = "config: tree_mask: got 66 elements; needed: 132, batch_size * num_tokens, in words";
+    assert_error!(workspace_size::<f16>(&masked), InvalidValue, says);
     let config = Config {
         window_right: 2,
         ..several

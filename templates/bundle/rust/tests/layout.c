@@ -89,6 +89,7 @@ gqa_fact const gqa_facts[] = {
     FIELD(GQADecodeConfig, k_norm_type),
     FIELD(GQADecodeConfig, norm_eps),
     FIELD(GQADecodeConfig, norm_plus_one),
+    FIELD(GQADecodeConfig, tree_mask),
     SIZE(gqa_launch),
     ALIGNMENT(gqa_launch),
     FIELD(gqa_launch, struct_size),

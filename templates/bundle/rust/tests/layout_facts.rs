@@ -76,7 +76,8 @@ fn rust_facts() -> Vec<Fact> {
         q_norm_type,
         k_norm_type,
         norm_eps,
-        norm_plus_one
+        norm_plus_one,
+        tree_mask
     );
     layout!(
         facts,
