@@ -118,12 +118,16 @@ class Call:
 
     def config(self, **changes: Any) -> Config:
         """The library's configuration, with other fields where given."""
-        _, max_seq_len, num_kv_heads, _ = self.k_cache.shape
+        outermost, room, num_kv_heads, _ = self.k_cache.shape
+        table = self.options.get("block_table")
         values = dict(
             batch_size=len(self.lengths), cache_len=self.lengths[0], num_kv_heads=num_kv_heads,
             num_q_heads=self.q.shape[-2], head_dim=self.q.shape[-1], scale=self.scale,
-            max_seq_len=max_seq_len, dtype=DTYPES[self.q.dtype], lse=self.lse.data_ptr(),
+            max_seq_len=room, dtype=DTYPES[self.q.dtype], lse=self.lse.data_ptr(),
         )  # fmt: skip
+        if table is not None:
+            pages = dict(page_size=room, num_pages=outermost, max_pages=table.shape[1])
+            values |= pages | dict(max_seq_len=0)
         return Config(**values | self._tokens() | self._strides() | self._asked() | changes)
 
     def _tokens(self) -> dict[str, int]:

@@ -40,7 +40,7 @@ def several(
 
 KERNELS = [
     several(), several(tokens=1), several(tokens=9), several(tags="win"), several(tma=True),
-    several(slot="tree"), several(slot="tree", tokens=1), WIDE_64, TMA_128,
+    several(slot="tree"), several(slot="tree", tokens=1), several(tags="paged"), WIDE_64, TMA_128,
 ]  # fmt: skip
 
 
@@ -122,6 +122,28 @@ def test_unlike_numbers_of_tokens_decode_like_python(library: Path, name: str) -
     found = call.by_c(fresh_copy(library), ragged=True)
     assert_same(found, expected)
     assert not call.out.isnan().any()
+
+
+def test_several_tokens_in_pages_decode_like_python(library: Path) -> None:
+    """Over the edge of a page, where the table says and into slots; and one that is not there."""
+    table = torch.tensor([[4, 1, 0], [2, 3, 5]], dtype=torch.int32)
+    call = make_call(several(tags="paged"), [7, 14], 8, 3, block_table=table)
+    call.k_cache, call.v_cache = (
+        torch.cat([t, t.flip(1), t.flip(3)]) for t in (call.k_cache, call.v_cache)
+    )
+    call.before = call.k_cache.clone(), call.v_cache.clone()
+    slots = torch.tensor([[39, 8, 9], [30, -1, 41]])
+    flag = torch.zeros(1, dtype=torch.int32)
+    for asked in ({}, {"slot_mapping": slots}):
+        call.options |= asked
+        expected = call.by_python(ragged=True)
+        assert_same(call.by_c(fresh_copy(library), ragged=True, flag=flag), expected)
+        assert not call.out.isnan().any() and flag.item() == 0
+        call.restore()
+    table[1, 1] = 6
+    expected = call.by_python(ragged=True)
+    assert_same(call.by_c(fresh_copy(library), ragged=True, flag=flag), expected)
+    assert call.out[1].isnan().all() and flag.item() == 1 + 1
 
 
 def test_an_index_that_is_out_of_order_spoils_its_sequence_alone(library: Path) -> None:
