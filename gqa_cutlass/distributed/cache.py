@@ -143,7 +143,7 @@ class ShardedKVCache(KVCache):
         _fill([self], sizes, device, ranks)
 
     @classmethod
-    def for_layers(
+    def for_layers(  # type: ignore[override] - scales are of caches of 8 bits
         cls,
         num_layers: int,
         batch_size: int,
@@ -289,7 +289,8 @@ class ShardedKVCache(KVCache):
         lengths = self._lengths
         lengths.check_room(method, growth)
         room = lengths.room(growth)
-        each = self.batch_size * _wider(self.k, self.v)[0, 0].nbytes  # bytes of a token of all sequences
+        # Bytes of a token of all sequences.
+        each = self.batch_size * _wider(self.k, self.v)[0, 0].nbytes
         step = self.sharding.stripe * max(1, _TEMPORARY_BYTES // (each * self.sharding.interleave))
         for start in range(0, growth.most, step):
             count = min(step, growth.most - start)

@@ -141,8 +141,8 @@ pub struct Config<'a> {
     /// not. Results are right either way.
     pub equal_lengths: bool,
     /// Where to write the natural logarithm of the sum of the exponentials of the scores, sinks
-    /// included: `[batch_size, num_q_heads]`. Minus infinity, or the sink, for a sequence with nothing
-    /// to attend to; NaN for one that does not fit.
+    /// included: `[batch_size, num_q_heads]`, or as `num_tokens` says. Minus infinity, or the sink, for
+    /// a sequence with nothing to attend to; NaN for one that does not fit.
     pub lse: Option<Lse<'a>>,
     /// How tensors lie in memory; contiguous by default.
     pub strides: Strides,

@@ -7,8 +7,8 @@ use crate::error::GqaError;
 use crate::ffi;
 use crate::layout::check_len;
 
-/// One decode step: appends `k` and `v`, the new token's, to the caches at `config.cache_len`, and
-/// attends over everything cached, the new token included.
+/// One decode step: appends `k` and `v`, the new tokens', to the caches at `config.cache_len`, and
+/// attends over everything cached, the new tokens included.
 ///
 /// | tensor | shape, contiguous unless `config.strides` says otherwise |
 /// | --- | --- |
@@ -18,7 +18,8 @@ use crate::layout::check_len;
 /// | `kv_cache_k`, `kv_cache_v` | `[batch_size, max_seq_len, num_kv_heads, head_dim]`, one row written |
 ///
 /// Where there is a `head_dim_v`, it is that of `output`, `v` and `kv_cache_v`. Caches in pages are
-/// `[num_pages, page_size, num_kv_heads, head_dim]`.
+/// `[num_pages, page_size, num_kv_heads, head_dim]`. Several tokens are a dimension behind the sequences,
+/// see [`Config::num_tokens`].
 ///
 /// Launches one kernel and returns without waiting for it. The stream's context is current, or none
 /// is: then the primary context of device 0 becomes current, as in the CUDA runtime. Can be captured
@@ -71,7 +72,7 @@ pub fn decode<T: Element, O: Output<T>>(
 ///
 /// As [`decode`], but the tokens in each cache come from `cache_seqlens`, `[batch_size]`, and
 /// `config.cache_len` is ignored. `overflow`, one element, receives 1 + the index of a sequence that
-/// the new token does not fit into, and is left alone when all fit. That
+/// the new tokens do not fit into, and is left alone when all fit. That
 /// sequence's output is NaN and its cache is untouched; the others are right.
 ///
 /// # Errors
