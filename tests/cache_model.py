@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -47,8 +48,26 @@ def token(cache: KVCache) -> tuple[Tensor, Tensor]:
     return k[:, 0], v[:, 0]
 
 
-def queries(cache: KVCache) -> Tensor:
-    return random_like(cache, cache.batch_size, HEADS * GROUP, DIM)
+def queries(cache: KVCache, count: int | None = None) -> Tensor:
+    """Of one token, [batch, heads, dim], or of several, [batch, count, heads, dim]."""
+    several = () if count is None else (count,)
+    return random_like(cache, cache.batch_size, *several, HEADS * GROUP, DIM)
+
+
+def appending(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None, *,
+    cache_seqlens: Tensor, **options: Any,
+) -> Tensor:  # fmt: skip
+    """In place of `gqa_decode`: appends several tokens as it does, and attends to nothing."""
+    index = options.get("cache_batch_idx")
+    rows = list(range(len(q))) if index is None else index.tolist()
+    if k is not None and v is not None:
+        count = k.shape[1]
+        for b, (row, length) in enumerate(zip(rows, cache_seqlens.tolist(), strict=True)):
+            if 0 <= row < len(k_cache) and 0 <= length <= k_cache.shape[1] - count:
+                k_cache[row, length : length + count] = k[b]
+                v_cache[row, length : length + count] = v[b]
+    return torch.zeros_like(q)
 
 
 def on_device(cache: KVCache, *values: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -134,6 +153,30 @@ class Told:
                 attend(q, k, v, self.lengths, DIM**-0.5, dtype)[0] for dtype in (torch.double, F16)
             )
             assert errors(out, exact, in_f16).share <= 1
+
+    def draft(self, count: int) -> None:
+        """Decode several tokens: every one sees those before it, in every layer."""
+        new, before = self.new(count), self.lengths
+        outs = []
+        for cache, (k, v) in zip(self.caches, new, strict=True):
+            outs.append((q := queries(cache, count), cache.decode(q, k, v)))
+        assert self.add(new, [count] * len(self.held)) == []
+        self.check()
+        for layer, (q, out) in enumerate(outs):
+            k, v = self.dense(layer)
+            for i in range(count):
+                seen = [length + i + 1 for length in before]
+                exact, in_f16 = (
+                    attend(q[:, i], k, v, seen, DIM**-0.5, dtype)[0]
+                    for dtype in (torch.double, F16)
+                )
+                assert errors(out[:, i], exact, in_f16).share <= 1
+
+    def accept(self, counts: list[int], count: int) -> None:
+        """Of so many drafts, keep these numbers."""
+        self.caches[0].accept(counts)
+        kept = [n - count + c for n, c in zip(self.lengths, counts, strict=True)]
+        self._keep(kept)
 
     def truncate(self, most: list[int]) -> None:
         self.caches[0].truncate(most)

@@ -36,7 +36,7 @@ R = TypeVar("R")
 
 def guarded(method: Callable[Concatenate[Cache, P], R]) -> Callable[Concatenate[Cache, P], R]:
     """Refuse where a cache cannot be worked on; let a lack of memory be an error of ours."""
-    name = method.__name__
+    name = method.__name__.lstrip("_")
 
     @wraps(method)
     def call(self: Cache, /, *args: P.args, **kwargs: P.kwargs) -> R:

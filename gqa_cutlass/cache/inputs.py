@@ -11,7 +11,8 @@ from torch import Tensor
 from gqa_cutlass.call.layout import DTYPES
 from gqa_cutlass.call.stored import FP8
 from gqa_cutlass.errors import InputError, shown
-from gqa_cutlass.tensors import Flaw, byte_reach, flaw, memory_flaw
+from gqa_cutlass.tensors import Flaw, byte_reach, flaw, memory_flaw, plain_shape
+from gqa_cutlass.tracing import is_traced
 
 _TOKEN = "[batch, num_kv_heads, head_dim] or [batch, 1, num_kv_heads, head_dim]"
 _TOKENS = "[batch, tokens, num_kv_heads, head_dim]"
@@ -29,6 +30,14 @@ def one_token(method: str, name: str, tensor: Tensor, caches: Caches) -> Tensor:
     tensor = plain(f"KVCache.{method}", name, tensor)
     _check_new(method, name, tensor, caches, _TOKEN, [batch, *row], [batch, 1, *row])
     return tensor.unsqueeze(1) if tensor.dim() == 3 else tensor
+
+
+def new_tokens(k: object) -> int:
+    """How many tokens per sequence `decode` is to append; 1 for what it will refuse."""
+    if not isinstance(k, Tensor):
+        return 1
+    shape = k.shape if type(k) is Tensor or is_traced() else plain_shape(k)
+    return shape[1] if len(shape) == 4 else 1
 
 
 def prompt(method: str, k: Tensor, v: Tensor, caches: Caches) -> tuple[Tensor, Tensor]:

@@ -10,22 +10,25 @@ from torch import Tensor
 
 from gqa_cutlass.api import check_overflow, gqa_decode
 from gqa_cutlass.cache.allocation import allocate
+from gqa_cutlass.cache.growth import ONE_TOKEN, Growth
 from gqa_cutlass.cache.guard import guarded, lack_of_memory, raise_no_temporaries
-from gqa_cutlass.cache.inputs import check_apart, ints, one_token, prompt
-from gqa_cutlass.cache.lengths import ONE_TOKEN, Growth, Lengths
+from gqa_cutlass.cache.inputs import check_apart, ints, new_tokens, one_token, prompt
+from gqa_cutlass.cache.lengths import Lengths
+from gqa_cutlass.cache.overflow import overflow_message
 from gqa_cutlass.cache.rows import buffer, extend, gather
 from gqa_cutlass.cache.scales import LayerScales, Scale, Scales, raw, scales_of_layers
-from gqa_cutlass.cache.sizes import batch_sizes, rows_text
-from gqa_cutlass.cache.some import Rows, decode_some
+from gqa_cutlass.cache.sizes import batch_sizes
+from gqa_cutlass.cache.some import Rows, decode_some, is_foreign
+from gqa_cutlass.cache.view import CacheView
 from gqa_cutlass.call.options import Options, listed
 from gqa_cutlass.call.plan import Pair, Result
 from gqa_cutlass.call.stored import SCALES
 from gqa_cutlass.errors import CacheOverflowError
 from gqa_cutlass.tensors import is_tensor
-from gqa_cutlass.tracing import is_traced, mark_static
+from gqa_cutlass.tracing import break_graph, is_traced, mark_static
 
 
-class KVCache:
+class KVCache(CacheView):
     """Keys and values of a batch of sequences, and how many tokens each holds.
 
     Nothing but `refresh` and `check` waits for the GPU. The lengths are on the device (`seqlens`),
@@ -36,7 +39,8 @@ class KVCache:
     length alone, serves the others, and `check` raises. `decode` also returns NaN for that
     sequence, and reports by itself: a later call raises.
 
-    `decode` and `append` can be captured into CUDA graphs; every replay advances the lengths. The
+    `decode` takes one token per sequence or several; of several, `accept` keeps the first so many.
+    It, `accept` and `append` can be captured into CUDA graphs; every replay moves the lengths. The
     host does not see replays: from the capture on it knows nothing until `refresh`, `reset()` or
     `truncate(int)`, and what it knows then is outdated with the next replay, until it asks again.
     Outdated knowledge spoils no data, for after a capture nothing is written or moved by it; only
@@ -82,9 +86,6 @@ class KVCache:
         DeviceError: No usable GPU.
     """
 
-    k: Tensor
-    v: Tensor
-
     def __init__(
         self,
         batch_size: int,
@@ -121,9 +122,9 @@ class KVCache:
         """Allocate the caches of a model's layers, which share their lengths.
 
         A forward pass calls the caches in their order: `decode`, `append`, `prefill` and `reorder`
-        on all but the last leave the lengths alone, and on the last one move them. `truncate`,
-        `reset`, `refresh`, `forget` and `check` concern the lengths only: call one of them once, on
-        any of the caches.
+        on all but the last leave the lengths alone, and on the last one move them. `accept`,
+        `truncate`, `reset`, `refresh`, `forget` and `check` concern the lengths only: call one of
+        them once, on any of the caches.
 
         A forward pass that an error ends in its middle has moved no length: it can be repeated from
         the first layer, which writes the same rows again. Not so `reorder`, which moves rows on
@@ -177,46 +178,8 @@ class KVCache:
 
     def _adopt(self, k: Tensor, v: Tensor, lengths: Lengths, scales: Scales, leads: bool) -> None:
         self.k, self.v, self._lengths, self._scales = k, v, lengths, scales
-        mark_static(k, v, lengths.seqlens)
+        mark_static(k, v)
         self._leads = leads  # of the caches that share the lengths, the one that moves them
-
-    @property
-    def seqlens(self) -> Tensor:
-        """Tokens cached, int32 [batch_size] on the device."""
-        return self._lengths.seqlens
-
-    @property
-    def lengths(self) -> list[int] | None:
-        """Tokens cached, if the host knows it exactly without waiting."""
-        return self._lengths.known
-
-    @property
-    def bound(self) -> int:
-        """What no length exceeds, as far as the host knows; max_seq_len at worst."""
-        return self._lengths.bound
-
-    @property
-    def batch_size(self) -> int:
-        """Sequences."""
-        return self.k.shape[0]
-
-    @property
-    def max_seq_len(self) -> int:
-        """Tokens that a sequence can hold."""
-        return self.k.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        """Where the cache is."""
-        return self.k.device
-
-    def __repr__(self) -> str:
-        size = self.k.nbytes + self.v.nbytes
-        return (
-            f"KVCache(batch_size={self.batch_size}, max_seq_len={self.max_seq_len}, "
-            f"{rows_text(self.k, self.v)}, device='{self.device}', bytes={size}, "
-            f"bound={self.bound})"
-        )
 
     @overload
     def decode(
@@ -244,12 +207,15 @@ class KVCache:
         rows: Rows = None,
         **options: Any,
     ) -> Result:
-        """Append a token's K and V, if given, and attend over everything cached: `gqa_decode`.
+        """Append new tokens' K and V, if given, and attend over everything cached: `gqa_decode`.
+
+        Of several tokens, the drafts of speculative decoding for instance, a sequence without room
+        for all gets none. `accept` takes back those that are not to stay.
 
         Args:
-            q: As for `gqa_decode`.
-            k: As for `gqa_decode`.
-            v: As for `gqa_decode`.
+            q: As for `gqa_decode`: of one token per sequence, or of several.
+            k: As for `gqa_decode`: of one token, or [batch, tokens, num_kv_heads, head_dim].
+            v: As k.
             return_lse: As for `gqa_decode`.
             rows: The sequences that q, k and v are for, one for each of their rows: ints, or int32
                 on the device, after which the host no longer knows the lengths. None: all. Where a
@@ -261,27 +227,30 @@ class KVCache:
             As `gqa_decode`.
 
         Raises:
-            CacheOverflowError: A sequence is full, or an earlier call on this GPU found one to be.
-                Nothing was launched, and the lengths are as they were.
+            CacheOverflowError: A sequence has no room for its tokens, or an earlier call on this
+                GPU found one that had none. Nothing was launched; the lengths are as they were.
             CacheAllocationError: There is no memory for the output. The lengths are as they were.
-            GqaError: As for `gqa_decode`. The lengths are as they were, though the token may have
+            GqaError: As for `gqa_decode`. The lengths are as they were, though the tokens may have
                 been written behind them.
         """
         options = self._scales.asked("KVCache.decode", options)
-        if rows is not None or "cache_batch_idx" in options:
+        if rows is not None or (options and is_foreign(options)):
             given = (q, k, v), rows, self._leads
             return decode_some(self, self._lengths, *given, return_lse=return_lse, **options)
         if is_traced():
             return self._decode_traced(q, k, v, return_lse=return_lse, **options)
+        growth = ONE_TOKEN
         if k is not None:
-            self._lengths.check_room("decode", ONE_TOKEN)
+            if (tokens := new_tokens(k)) != 1:
+                growth = Growth.of(tokens)
+            self._lengths.check_room("decode", growth)
         try:
             result: Result = gqa_decode(
                 q, self.k, self.v, k, v, cache_seqlens=self.seqlens, return_lse=return_lse,
                 **options,
             )  # fmt: skip
             if k is not None and self._leads:
-                self._lengths.advance(ONE_TOKEN, self._lengths.room(ONE_TOKEN))
+                self._lengths.advance(growth, self._lengths.room(growth), drafts=growth.most > 1)
             return result
         except RuntimeError as error:
             told = lack_of_memory(error)
@@ -328,6 +297,36 @@ class KVCache:
         if isinstance(growth.device, Tensor):
             check_apart("KVCache.prefill", "lengths", growth.device, (self.k, self.v))
         self._extend("prefill", k, v, growth)
+
+    def accept(self, lengths: int | Sequence[int] | Tensor) -> None:
+        """Keep the first tokens of those that the last `decode` of several appended.
+
+        For speculative decoding: decode the drafts, see which of them hold, and keep so many. It
+        concerns all layers at once, like `truncate`, and comes once after each such `decode` (of
+        the last layer), before any other call that changes lengths.
+
+        CUDA graphs and compiled code may hold it, with or without the `decode`. The host, which
+        does not see them run, then no longer refuses a second call; the device takes nothing back
+        at that.
+
+        Args:
+            lengths: How many of its new tokens each sequence keeps: one int for all, ints, or int32
+                [batch] on the device, which the host never reads; there a negative number counts as
+                0, and one larger than the tokens as all. A sequence that got none, because it had
+                no room or was not among the `rows`, stays as it is.
+
+        Raises:
+            InputError: Not of these types, or out of 0 to the number of tokens; or there was no
+                such `decode`, or its tokens were accepted before. Nothing was changed.
+            CacheAllocationError: There is no memory for temporaries. Nothing was changed.
+        """
+        if not is_traced():
+            self._accept(lengths)
+        elif self._lengths.may_trace(lengths):
+            self._lengths.accept_unseen(lengths)
+        else:
+            why = "KVCache.accept: lengths: one int, or int32 [batch] on the device"
+            break_graph(self._accept, why)(lengths)
 
     @guarded
     def truncate(self, lengths: int | Sequence[int] | Tensor) -> None:
@@ -421,7 +420,7 @@ class KVCache:
         found = self._lengths.overflowed("check")
         messages = []
         if found:
-            messages.append(self._lengths.overflow_message(found))
+            messages.append(overflow_message(found, self.max_seq_len))
         try:
             check_overflow(self.device)
         except CacheOverflowError as error:
@@ -431,6 +430,10 @@ class KVCache:
         if messages:
             raise CacheOverflowError(" ".join(messages))
 
+    @guarded
+    def _accept(self, lengths: int | Sequence[int] | Tensor) -> None:
+        self._lengths.accept(lengths)
+
     def _decode_traced(
         self, q: Tensor, k: Tensor | None, v: Tensor | None, **options: Any
     ) -> Result:
@@ -438,7 +441,7 @@ class KVCache:
         result: Result
         result = gqa_decode(q, self.k, self.v, k, v, cache_seqlens=self.seqlens, **options)
         if k is not None and self._leads:
-            self._lengths.advance_unseen()
+            self._lengths.advance_unseen(new_tokens(k))
         return result
 
     def _extend(self, method: str, k: Tensor, v: Tensor, growth: Growth) -> None:

@@ -13,57 +13,41 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import NoReturn
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
+from gqa_cutlass.cache.growth import Drafts, Growth
 from gqa_cutlass.cache.inputs import ints, per_sequence, refuse
-from gqa_cutlass.errors import CacheOverflowError, InputError, shown
+from gqa_cutlass.cache.overflow import raise_overflow
+from gqa_cutlass.codegen.schema.problem import MAX_TOKENS
+from gqa_cutlass.errors import InputError, shown
 from gqa_cutlass.tensors import is_tensor
-
-_MAX_NAMED = 4
-REMEDY = (
-    "Shorten these sequences (truncate, reset), replace them (reorder), or allocate a larger cache."
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Growth:
-    """How many tokens each sequence gets.
-
-    Args:
-        most: No sequence gets more.
-        host: Tokens per sequence: one int for all, one each, or None when only the device knows.
-        device: The same, as an int for all or as int32 [batch].
-    """
-
-    most: int
-    host: int | list[int] | None
-    device: int | Tensor
-
-
-ONE_TOKEN = Growth(most=1, host=1, device=1)
+from gqa_cutlass.tracing import mark_static
 
 
 class Lengths:
     """The lengths of a batch of sequences, each from 0 to `limit`.
 
     Args:
-        state: Int32 [2, batch_size] on a GPU or the CPU, zeros: all sequences are empty at first.
+        state: Int32 [3, batch_size] on a GPU or the CPU, zeros: all sequences are empty at first.
         limit: Tokens that a sequence can hold.
     """
 
     def __init__(self, state: Tensor, limit: int) -> None:
-        self.seqlens, self._overflowed = state.unbind()  # the latter sticky: 1 for no room
+        # The second is sticky, 1 for no room; the third are the lengths before drafts.
+        self.seqlens, self._overflowed, self._before = state.unbind()
+        mark_static(self.seqlens, self._before)
         self.batch_size = len(self.seqlens)
         self.limit = limit
         self.device = state.device
         self._known: list[int] | None = [0] * self.batch_size
         self._bound = 0
         self._captured = False  # a graph changes the lengths, whenever it is replayed
+        self._drafts: Drafts | None = None
+        self._unseen_drafts = False  # graphs or compiled code append some, whenever they run
         self._foreign = False  # somebody else wrote them: some may be negative, of inactive rows
 
     @property
@@ -93,7 +77,7 @@ class Lengths:
             InputError: The lengths are not allowed; their values are unknown if on the device.
         """
         if lengths is None:
-            return Growth(most=tokens, host=tokens, device=tokens)
+            return Growth.of(tokens)
         if is_tensor(lengths):
             counts = per_sequence("prefill", "lengths", lengths, self.seqlens, torch.int32)
             return Growth(most=tokens, host=None, device=counts)
@@ -118,18 +102,18 @@ class Lengths:
         pairs = enumerate(zip(held, self._each(host), strict=True))
         over = [(b, n, count) for b, (n, count) in pairs if n + count > self.limit]
         if over:
-            _raise_overflow(method, over, exact, self.limit)
+            raise_overflow(method, over, exact, self.limit)
 
-    def check_room_of(self, method: str, rows: list[int]) -> None:
-        """Refuse another token for rows that are certain to be full.
+    def check_room_of(self, method: str, rows: list[int], tokens: int) -> None:
+        """Refuse so many more tokens for rows that are certain to have no room.
 
         Raises:
-            CacheOverflowError: One is.
+            CacheOverflowError: One has none.
         """
-        known = None if capturing(self.device) else self._known
-        over = [(b, known[b], 1) for b in rows if known[b] >= self.limit] if known else []
+        known = (None if capturing(self.device) else self._known) or []
+        over = [(b, known[b], tokens) for b in rows if known and known[b] + tokens > self.limit]
         if over:
-            _raise_overflow(method, over, True, self.limit)
+            raise_overflow(method, over, True, self.limit)
 
     def room(self, growth: Growth) -> Tensor | None:
         """Where the tokens fit, bool [batch]; None where `check_room` saw that all do."""
@@ -139,37 +123,95 @@ class Lengths:
             if certain and not theirs:
                 return None
         tokens = growth.device
-        fits = self._fits(tokens)
+        fits = self.fits(tokens)
         if isinstance(tokens, Tensor):
             fits &= (tokens >= 0) & (tokens <= growth.most)
         return fits
 
-    def advance(self, growth: Growth, room: Tensor | None) -> None:
-        """Add the tokens, where there is room for them."""
+    def fits(self, tokens: int | Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Where so many more tokens fit behind these lengths, by default behind all of them."""
+        held = self.seqlens if lengths is None else lengths
+        return (held >= 0) & (held <= self.limit - tokens)
+
+    def advance(self, growth: Growth, room: Tensor | None, *, drafts: bool = False) -> None:
+        """Add the tokens, where there is room for them; `drafts`: some may be taken back."""
         added = growth.device if room is None else room * growth.device
         known = None
         if self._known is not None and growth.host is not None:
             known = [n + c for n, c in zip(self._known, self._each(growth.host), strict=True)]
-        self._change(partial(self.seqlens.add_, added), known, self._bound + growth.most)
+        self._grow(partial(self.seqlens.add_, added), known, growth.most, drafts)
 
-    def advance_to(self, lengths: Tensor, rows: list[int] | None) -> None:
-        """Take lengths that are a token more in some rows.
+    def advance_to(self, lengths: Tensor, rows: list[int] | None, tokens: int) -> None:
+        """Take lengths that are so many tokens more in some rows, drafts if they are several.
 
         Args:
             lengths: All of them, on the device.
             rows: Which, if the host knows, and none that had no room.
+            tokens: How many.
         """
         known = None
         if self._known is not None and rows is not None:
-            known = [n + (b in rows) for b, n in enumerate(self._known)]
-        self._change(partial(self.seqlens.copy_, lengths), known, self._bound + 1)
+            known = [n + tokens * (b in rows) for b, n in enumerate(self._known)]
+        self._grow(partial(self.seqlens.copy_, lengths), known, tokens, tokens > 1)
 
-    def advance_unseen(self) -> None:
-        """Add a token, where there is room, in code that torch traces; the host cannot follow.
+    def advance_unseen(self, tokens: int, lengths: Tensor | None = None) -> None:
+        """Add tokens, where there is room, in code that torch traces; the host cannot follow.
 
         The graph that comes of it adds; the host forgets with every call of the compiled code.
+
+        Args:
+            tokens: How many; drafts if they are several.
+            lengths: What all lengths are then, if not all get them.
         """
-        self.seqlens.add_(self._fits(1))
+        if tokens > 1:
+            self._before.copy_(self.seqlens)
+            self._unseen_drafts = True
+        if lengths is None:
+            self.seqlens.add_(self.fits(tokens) * tokens)
+        else:
+            self.seqlens.copy_(lengths)
+        self.forget()
+
+    def accept(self, lengths: int | Sequence[int] | Tensor) -> None:
+        """Keep so many of the tokens of the last decode of several.
+
+        Raises:
+            InputError: The lengths are not allowed, or there are no such tokens.
+        """
+        drafts = self._drafts
+        if drafts is None and not self._unseen_drafts:
+            got = "no decode of several tokens whose drafts are still to be accepted"
+            allowed = "one accept() after each, before any other call that changes lengths"
+            refuse("accept", "call", got, allowed)
+        most = drafts.tokens if drafts and not self._unseen_drafts else MAX_TOKENS
+        known, bound = None, self._bound
+        if is_tensor(lengths):
+            counts = per_sequence("accept", "lengths", lengths, self.seqlens, torch.int32)
+            after = self._accepted(counts)
+        else:
+            host, device = self._counts("accept", lengths, most)
+            after = self._accepted(device)
+            if drafts and not self._unseen_drafts:
+                bound = min(bound, drafts.bound + max(host))
+                if self._known is not None and drafts.known is not None:
+                    sums = [n + c for n, c in zip(drafts.known, host, strict=True)]
+                    known = list(map(min, self._known, sums))
+        self._change(partial(self.seqlens.copy_, after), known, bound)
+        self._before.copy_(after)  # so that a second call, unseen, takes nothing back
+
+    def may_trace(self, lengths: object) -> TypeGuard[int | Tensor]:
+        """Whether `accept_unseen` can take this; what it cannot the host refuses."""
+        if isinstance(lengths, Tensor):
+            where = lengths.dtype, lengths.device, lengths.shape
+            return where == (torch.int32, self.device, self.seqlens.shape)
+        return type(lengths) is int and 0 <= lengths <= MAX_TOKENS
+
+    def accept_unseen(self, lengths: int | Tensor) -> None:
+        """`accept` in code that torch traces, where the device alone knows what is there."""
+        after = self._accepted(lengths)
+        self.seqlens.copy_(after)
+        self._before.copy_(after)
+        self._drafts = None
         self.forget()
 
     def note_overflow(self, room: Tensor) -> None:
@@ -180,16 +222,6 @@ class Lengths:
         """Wait for the sequences that `note_overflow` has noted."""
         self._check_may_wait(method)
         return [b for b, flag in enumerate(self._overflowed.tolist()) if flag]
-
-    def overflow_message(self, sequences: list[int]) -> str:
-        """What to say of sequences that `overflowed` found."""
-        named = ", ".join(map(str, sequences[:8])) + ", ..." * (len(sequences) > 8)
-        return (
-            f"KVCache: cache overflow: append or prefill found on the device that sequences "
-            f"[{named}] have no room for their tokens (max_seq_len is {self.limit}), or "
-            "a number of tokens that was not given. Nothing was written to them and their "
-            f"lengths are as they were; the other sequences are right. {REMEDY}"
-        )
 
     def drop_overflow(self) -> None:
         """Forget what `note_overflow` has noted."""
@@ -205,14 +237,7 @@ class Lengths:
             given = per_sequence("truncate", "lengths", lengths, self.seqlens, torch.int32)
             self._at_most(given.clamp(min=0), None, self._bound)
             return
-        most: int | Tensor
-        if isinstance(lengths, int):
-            if type(lengths) is not int or not 0 <= lengths <= self.limit:
-                refuse("truncate", "lengths", shown(lengths), f"an int from 0 to {self.limit}")
-            counts, most = [lengths] * self.batch_size, lengths
-        else:
-            counts = ints("truncate", "lengths", lengths, 0, self.limit, self.batch_size)
-            most = self.upload("truncate", counts, torch.int32)
+        counts, most = self._counts("truncate", lengths, self.limit)
         known = None if self._known is None else list(map(min, self._known, counts))
         self._at_most(most, known, min(self._bound, max(counts)))
 
@@ -305,6 +330,7 @@ class Lengths:
     def disown(self) -> None:
         """Know no more than that somebody else has written the lengths."""
         self._foreign = True
+        self._drafts = None
         self.forget()
 
     def forget(self) -> None:
@@ -326,14 +352,40 @@ class Lengths:
         host = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=pinned)
         return host.to(self.device, non_blocking=True)
 
-    def _fits(self, tokens: int | Tensor) -> Tensor:
-        return (self.seqlens >= 0) & (self.seqlens <= self.limit - tokens)
+    def _accepted(self, lengths: int | Tensor) -> Tensor:
+        """All lengths, if so many of the drafts stay: those before, where nothing was added."""
+        added = self.seqlens - self._before
+        if isinstance(lengths, Tensor):
+            return self._before + torch.minimum(added, lengths.clamp(min=0))
+        return self._before + added.clamp(max=lengths)
+
+    def _counts(self, method: str, lengths: Any, most: int) -> tuple[list[int], int | Tensor]:
+        """Numbers from 0 to `most`, on the host and for the device; one int stands for all."""
+        if isinstance(lengths, int):
+            if type(lengths) is not int or not 0 <= lengths <= most:
+                refuse(method, "lengths", shown(lengths), f"an int from 0 to {most}")
+            return [lengths] * self.batch_size, lengths
+        host = ints(method, "lengths", lengths, 0, most, self.batch_size)
+        return host, self.upload(method, host, torch.int32)
 
     def _each(self, counts: int | list[int]) -> list[int]:
         return [counts] * self.batch_size if isinstance(counts, int) else counts
 
     def _at_most(self, lengths: int | Tensor, known: list[int] | None, bound: int) -> None:
         self._change(partial(self.seqlens.clamp_, max=lengths), known, bound)
+
+    def _grow(
+        self, change: Callable[[], object], known: list[int] | None, most: int, drafts: bool
+    ) -> None:
+        """`_change` to lengths that are up to `most` more, of which drafts may be taken back."""
+        bound, begun = self._bound + most, None
+        if drafts:
+            begun = Drafts(tokens=most, known=self._known, bound=self._bound)
+            self._drafts = None  # first, for what it says of the device is about to be untrue
+            self._before.copy_(self.seqlens)
+            self._unseen_drafts |= capturing(self.device)
+        self._change(change, known, bound)
+        self._drafts = begun
 
     def _change(self, change: Callable[[], object], known: list[int] | None, bound: int) -> None:
         """Change the device's lengths, and then know them; in between, and if it fails, nothing.
@@ -345,6 +397,7 @@ class Lengths:
         """
         captured = capturing(self.device)
         self._captured |= captured
+        self._drafts = None
         self.forget()
         change()
         if not captured:  # or else it only happens at replays
@@ -366,18 +419,3 @@ def capturing(device: torch.device) -> bool:
         return False
     with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()
-
-
-def _raise_overflow(
-    method: str, over: list[tuple[int, int, int]], exact: bool, limit: int
-) -> NoReturn:
-    named = ", ".join(
-        f"sequence {b} holds {n}{'' if exact else ' or more'} tokens and {count} "
-        f"{'is' if count == 1 else 'are'} to be appended"
-        for b, n, count in over[:_MAX_NAMED]
-    )
-    more = f", and {len(over) - _MAX_NAMED} more like these" * (len(over) > _MAX_NAMED)
-    raise CacheOverflowError(
-        f"KVCache.{method}: cache overflow: {named}{more}; max_seq_len is {limit}. Nothing was "
-        f"written. {REMEDY}"
-    )

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from gqa_cutlass.cache.lengths import Growth, Lengths
+from gqa_cutlass.cache.growth import Growth
+from gqa_cutlass.cache.lengths import Lengths
 
 _TEMPORARY_BYTES = 2**26  # a GPU is busy with as much for longer than a launch takes
 _INDEX_BYTES = 18  # of a token of a sequence, to know where it goes: two int64, two bools

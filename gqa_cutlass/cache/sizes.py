@@ -152,8 +152,8 @@ class BatchSizes(Sizes):
 
     @property
     def state_shape(self) -> tuple[int, ...]:
-        """Lengths, and whether sequences overflowed."""
-        return 2, self.batch_size
+        """Lengths, whether sequences overflowed, and lengths before drafts."""
+        return 3, self.batch_size
 
 
 def batch_sizes(

@@ -1,8 +1,8 @@
-"""Decoding for some sequences of a cache: which, what they hold, and that it is a token more."""
+"""Decoding for some sequences of a cache: which, what they hold, and what they hold then."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,15 +10,25 @@ from torch import Tensor
 
 from gqa_cutlass.api import gqa_decode
 from gqa_cutlass.cache.guard import Stored, lack_of_memory, raise_no_temporaries
-from gqa_cutlass.cache.inputs import ints, per_sequence, refuse
+from gqa_cutlass.cache.inputs import ints, new_tokens, per_sequence, refuse
 from gqa_cutlass.cache.lengths import Lengths
+from gqa_cutlass.call.options import CallOptions, Options
 from gqa_cutlass.call.plan import Result
 from gqa_cutlass.errors import shown
 from gqa_cutlass.tensors import is_tensor, plain_shape
 from gqa_cutlass.tracing import break_graph, is_traced
 
+_FOREIGN = tuple(CallOptions.__annotations__.keys() - Options.__annotations__.keys())
 Rows = Sequence[int] | Tensor | None  # None: all of them
 _LEAST = torch.iinfo(torch.int32).min
+
+
+def is_foreign(options: Mapping[str, Any]) -> bool:
+    """Whether there are options that `gqa_decode` has, and `KVCache.decode` has not."""
+    for name in _FOREIGN:  # which torch can trace
+        if name in options:
+            return True
+    return False
 
 
 def decode_some(
@@ -36,22 +46,26 @@ def decode_some(
         lengths: What all of its sequences hold.
         tensors: q, k and v.
         rows: The sequences.
-        leads: Whether the lengths go on with the token.
+        leads: Whether the lengths go on with the tokens.
         **options: Those of `gqa_decode`.
 
     Raises:
         GqaError: As for `KVCache.decode`.
     """
-    if rows is None or "cache_batch_idx" in options:
+    if "cache_batch_idx" in options:
         refuse("decode", "cache_batch_idx", "an index", "rows=, which finds the lengths by it too")
+    if rows is None or is_foreign(options):
+        named = next(name for name in _FOREIGN if name in options)
+        refuse("decode", named, "an option of gqa_decode", "those of KVCache.decode alone")
     q, k, v = tensors
+    tokens = 0 if k is None else new_tokens(k)
     try:
-        some = (_traced if is_traced() else _some)(lengths, q, rows, k is not None)
+        some = (_traced if is_traced() else _some)(lengths, q, rows, tokens)
         result: Result = gqa_decode(
             q, cache.k, cache.v, k, v, cache_seqlens=some.held, cache_batch_idx=some.rows, **options
         )
         if k is not None and leads:
-            (some.advance_unseen if is_traced() else some.advance)()
+            (some.advance_unseen if is_traced() else some.advance)(tokens)
         return result
     except RuntimeError as error:
         told = lack_of_memory(error)
@@ -76,31 +90,30 @@ class Some:
         self._nearest = rows.clamp(0, lengths.batch_size - 1)
         self.held = lengths.seqlens.index_select(0, self._nearest)
 
-    def advance(self) -> None:
-        """Add a token to those that had room for it."""
-        self._lengths.advance_to(self._longer(), self._host)
+    def advance(self, tokens: int) -> None:
+        """Add so many tokens to those that had room for them."""
+        self._lengths.advance_to(self._longer(tokens), self._host, tokens)
 
-    def advance_unseen(self) -> None:
+    def advance_unseen(self, tokens: int) -> None:
         """The same in code that torch traces."""
-        self._lengths.seqlens.copy_(self._longer())
-        self._lengths.forget()
+        self._lengths.advance_unseen(tokens, self._longer(tokens))
 
-    def _longer(self) -> Tensor:
-        """All lengths afterwards. A row that comes twice gets one token."""
+    def _longer(self, tokens: int) -> Tensor:
+        """All lengths afterwards. A row that comes twice gets the tokens once."""
         lengths, held = self._lengths, self.held
-        fits = (self.rows == self._nearest) & (held >= 0) & (held < lengths.limit)
-        grown = (held + 1).masked_fill(~fits, _LEAST)
+        fits = (self.rows == self._nearest) & lengths.fits(tokens, held)
+        grown = (held + tokens).masked_fill(~fits, _LEAST)
         return lengths.seqlens.scatter_reduce(0, self._nearest.long(), grown, "amax")
 
 
-def _traced(lengths: Lengths, q: Tensor, rows: Sequence[int] | Tensor, appends: bool) -> Some:
+def _traced(lengths: Lengths, q: Tensor, rows: Sequence[int] | Tensor, tokens: int) -> Some:
     """As `_some` in code that torch traces, where only the device knows what is there.
 
     What is not allowed breaks the graph, so that the host says what is wrong with it.
     """
-    if not _may_be_traced(lengths, q, rows, appends):
+    if not _may_be_traced(lengths, q, rows, tokens > 0):
         why = "KVCache.decode: rows: ints, or int32 on the device, one for each row of q"
-        return break_graph(_some, why)(lengths, q, rows, appends)
+        return break_graph(_some, why)(lengths, q, rows, tokens)
     return Some(lengths, torch.as_tensor(rows, dtype=torch.int32, device=lengths.device))
 
 
@@ -116,12 +129,12 @@ def _may_be_traced(lengths: Lengths, q: object, rows: object, appends: bool) -> 
     return known and not (appends and len(set(rows)) < len(rows))
 
 
-def _some(lengths: Lengths, q: Tensor, rows: Sequence[int] | Tensor, appends: bool) -> Some:
+def _some(lengths: Lengths, q: Tensor, rows: Sequence[int] | Tensor, tokens: int) -> Some:
     """The sequences that `decode` is asked for.
 
     Raises:
         InputError: No such rows, or not as many as q has; or ints that name one twice, to append.
-        CacheOverflowError: One that gets a token is known to be full.
+        CacheOverflowError: One is known to have no room for its tokens.
     """
     count, *_ = *plain_shape(q), 0  # what has none, `gqa_decode` refuses
     if is_tensor(rows):
@@ -130,8 +143,8 @@ def _some(lengths: Lengths, q: Tensor, rows: Sequence[int] | Tensor, appends: bo
     host = ints("decode", "rows", rows, 0, lengths.batch_size - 1)
     if len(host) != count:
         refuse("decode", "rows", f"{len(host)} rows", f"{count}, one for each row of q")
-    if appends:
+    if tokens:
         if len(set(host)) < len(host):
             refuse("decode", "rows", shown(rows), "no row twice, where a token is appended")
-        lengths.check_room_of("decode", host)
+        lengths.check_room_of("decode", host, tokens)
     return Some(lengths, lengths.upload("decode", host, torch.int32), host)

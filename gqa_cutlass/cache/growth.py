@@ -1,0 +1,45 @@
+"""How much longer sequences of a cache get, and what of it may be taken back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Growth:
+    """How many tokens each sequence gets.
+
+    Args:
+        most: No sequence gets more.
+        host: Tokens per sequence: one int for all, one each, or None when only the device knows.
+        device: The same, as an int for all or as int32 [batch].
+    """
+
+    most: int
+    host: int | list[int] | None
+    device: int | Tensor
+
+    @classmethod
+    def of(cls, tokens: int) -> Growth:
+        """As many for every sequence."""
+        return cls(most=tokens, host=tokens, device=tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drafts:
+    """Tokens that the last decode of several appended, until they are accepted.
+
+    Args:
+        tokens: How many per sequence.
+        known: Lengths before, if the host knew them.
+        bound: What none of them exceeded.
+    """
+
+    tokens: int
+    known: list[int] | None
+    bound: int
+
+
+ONE_TOKEN = Growth.of(1)

@@ -1,0 +1,60 @@
+"""What can be seen of a cache at any time, without waiting for the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gqa_cutlass.cache.lengths import Lengths
+from gqa_cutlass.cache.sizes import rows_text
+
+
+class CacheView:
+    """Sizes and lengths of a cache; nothing here changes it.
+
+    Attributes:
+        k: Keys, [batch_size, max_seq_len, num_kv_heads, head_dim].
+        v: Values, as k but for head_dim_v.
+    """
+
+    k: Tensor
+    v: Tensor
+    _lengths: Lengths
+
+    @property
+    def seqlens(self) -> Tensor:
+        """Tokens cached, int32 [batch_size] on the device."""
+        return self._lengths.seqlens
+
+    @property
+    def lengths(self) -> list[int] | None:
+        """Tokens cached, if the host knows it exactly without waiting."""
+        return self._lengths.known
+
+    @property
+    def bound(self) -> int:
+        """What no length exceeds, as far as the host knows; max_seq_len at worst."""
+        return self._lengths.bound
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences."""
+        return self.k.shape[0]
+
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens that a sequence can hold."""
+        return self.k.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the cache is."""
+        return self.k.device
+
+    def __repr__(self) -> str:
+        size = self.k.nbytes + self.v.nbytes
+        return (
+            f"KVCache(batch_size={self.batch_size}, max_seq_len={self.max_seq_len}, "
+            f"{rows_text(self.k, self.v)}, device='{self.device}', bytes={size}, "
+            f"bound={self.bound})"
+        )
