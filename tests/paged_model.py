@@ -36,6 +36,7 @@ class Told:
         self.cache = cache
         self.held: dict[int, list[int]] = {}
         self.gone = Counter[int]()  # pages that each had before its window
+        self.drafts = Counter[int]()  # its last tokens, which may be taken back
         self._next = 0
 
     def new(self, count: int) -> list[int]:
@@ -90,6 +91,21 @@ class Told:
     def add(self, sequences: Sequence[int], tokens: Sequence[int]) -> None:
         for sequence, token in zip(sequences, tokens, strict=True):
             self.held[sequence].append(token)
+            self.drafts[sequence] = 0
+
+    def draft(self, sequences: Sequence[int], tokens: Sequence[int]) -> None:
+        """Let each have as many of these tokens, of which some may be taken back."""
+        count = len(tokens) // max(1, len(sequences))
+        for b, sequence in enumerate(sequences):
+            self.held[sequence] += tokens[b * count : (b + 1) * count]
+            self.drafts[sequence] = count
+
+    def keep(self, sequences: Sequence[int], counts: Sequence[int]) -> None:
+        """Of the drafts, so many."""
+        for sequence, count in zip(sequences, counts, strict=True):
+            length = len(self.held[sequence])
+            del self.held[sequence][length - self.drafts[sequence] + count :]
+            self.drafts[sequence] = 0
 
     def wanted(self, sequences: Sequence[int], tokens: Sequence[int], prompt: bool = False) -> int:
         """Free pages that so many more tokens take, found out by looking at all pages.
@@ -114,7 +130,8 @@ class Told:
 
     def first(self, sequence: int) -> int:
         """The first token that it has: pages have gone with the window, and do not come back."""
-        size, window, length = self.cache.page_size, self.cache.window, len(self.held[sequence])
+        size, window = self.cache.page_size, self.cache.window
+        length = len(self.held[sequence]) - self.drafts[sequence]  # of these the window may go back
         before = max(0, length - window) // size if window else 0
         self.gone[sequence] = max(self.gone[sequence], before) if length else 0
         return self.gone[sequence] * size
@@ -199,9 +216,10 @@ def appending(
     assert cache_seqlens.dtype == block_table.dtype == torch.int32
     assert cache_seqlens.shape == block_table.shape[:1] == q.shape[:1]
     if k is not None and v is not None:
+        several = k.unsqueeze(1) if k.dim() == 3 else k, v.unsqueeze(1) if v.dim() == 3 else v
         for b, length in enumerate(cache_seqlens.tolist()):
-            if length >= 0:
-                page = int(block_table[b, length // page_size])
+            for i in range(several[0].shape[1] if length >= 0 else 0):
+                page, row = int(block_table[b, (length + i) // page_size]), (length + i) % page_size
                 assert 0 <= page < num_pages
-                k_cache[page, length % page_size], v_cache[page, length % page_size] = k[b], v[b]
+                k_cache[page, row], v_cache[page, row] = (new[b, i] for new in several)
     return torch.zeros_like(q)

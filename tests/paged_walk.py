@@ -44,7 +44,7 @@ class Walk(Told):
         if seed % 2:  # so that there is less to hold
             most, window = max(8, most // 2), self.random.choice([1, 3, page_size + 1])
         super().__init__(new_cache(most, page_size, layers, device, window))
-        self.batch = self.cache.batch(ROWS, ROOM)
+        self.batch = self.cache.batch(ROWS, ROOM, self.random.choice([1, 1, 3]))
         self.done: Counter[str] = Counter()
         self._operations = [name for name in dir(self) if name.startswith("do_")]
 
@@ -114,7 +114,7 @@ class Walk(Told):
         for sequence in sequences:
             call = partial(self.cache.prefill, sequence, *self.all_rows(tokens))
             if self.succeeds([sequence], [len(tokens)], call, prompt=True):
-                self.held[sequence] += tokens
+                self.add([sequence] * len(tokens), tokens)
         return sequences
 
     def do_append(self) -> list[int]:
@@ -138,7 +138,7 @@ class Walk(Told):
 
         if self.succeeds(sequences, counts, call):
             for sequence, count in zip(sequences, counts, strict=True):
-                self.held[sequence] += tokens[:count]
+                self.add([sequence] * count, tokens[:count])
                 del tokens[:count]
         return sequences
 
@@ -172,6 +172,42 @@ class Walk(Told):
             assert {s: self.cache.length(s) for s in self.held} == lengths
         return sequences
 
+    def do_draft(self) -> list[int]:
+        """Several tokens of each, of which some are kept, or all for want of a word."""
+        sequences = self.some() or [self.allocate()]
+        count = self.random.randint(2, 2 * self.cache.page_size + 1)
+        tokens, seen = self.new(count * len(sequences)), self.seen(sequences)
+        before = {s: len(self.cache.pages(s)) for s in sequences}
+
+        def call() -> None:
+            with self.cache.step(sequences, count) as step:
+                for layer in self.layers:
+                    k, v = (t.unflatten(0, (-1, count)) for t in self.rows(tokens, layer))
+                    step.decode(layer, k.expand(-1, -1, GROUP, -1), k, v, **seen)
+
+        if not self.succeeds(sequences, [count] * len(sequences), call):
+            return sequences
+        self.draft(sequences, tokens)
+        self.check(*sequences)
+        if self.random.random() < 0.7:
+            self.accept(sequences, self.cache.accept)
+            for sequence in sequences:
+                needed = -(-len(self.held[sequence]) // self.cache.page_size)
+                assert len(self.cache.pages(sequence)) == max(before[sequence], needed)
+        return sequences
+
+    def accept(self, sequences: Sequence[int], call: Callable[..., None]) -> None:
+        """Once; a number that there is not is refused."""
+        given = [sequences] if call == self.cache.accept else []
+        counts = [self.random.randint(0, self.drafts[s]) for s in sequences]
+        with pytest.raises(InputError, match="tokens: got"):
+            call(*given, [self.drafts[s] + 1 for s in sequences])
+        call(*given, counts)
+        self.keep(sequences, counts)
+        with pytest.raises(InputError, match="got a sequence without drafts"):
+            call(*given, 0)
+        self.done["accepted"] += 1
+
     def do_fork(self) -> list[int]:
         parents = self.one() if len(self.held) < 12 else []
         children = []
@@ -199,6 +235,7 @@ class Walk(Told):
                 continue
             self.cache.truncate(sequence, most)
             del self.held[sequence][most:]
+            self.drafts[sequence] = 0
             size = self.cache.page_size
             assert len(self.cache.pages(sequence)) == -(-len(self.held[sequence]) // size)
         return sequences
@@ -210,6 +247,9 @@ class Walk(Told):
         after = [list(self.held[sequences[i]]) if i >= 0 else [] for i in indices]
         gone = [self.gone[sequences[i]] if i >= 0 else 0 for i in indices]
         self.held.update(zip(sequences, after, strict=True))
+        for sequence, i in zip(sequences, indices, strict=True):
+            if i < 0 or sequences[i] != sequence:
+                self.drafts[sequence] = 0
         self.gone.update({s: n - self.gone[s] for s, n in zip(sequences, gone, strict=True)})
         assert self.cache.free_pages >= free
         return sequences
@@ -233,9 +273,10 @@ class Walk(Told):
     def do_assign(self) -> list[int]:
         sequences = [s for s in (*self.some(), *self.batch.sequences) if self.random.random() < 0.7]
         steps = self.random.randint(0, 4)
-        if len(sequences) <= ROWS and all(len(self.held[s]) + steps <= ROOM for s in sequences):
+        tokens = steps * self.batch.tokens
+        if len(sequences) <= ROWS and all(len(self.held[s]) + tokens <= ROOM for s in sequences):
             call = partial(self.batch.assign, sequences, steps)
-            self.succeeds(sequences, [steps] * len(sequences), call)
+            self.succeeds(sequences, [tokens] * len(sequences), call)
         return list(self.batch.sequences)
 
     def do_run(self) -> list[int]:
@@ -243,19 +284,31 @@ class Walk(Told):
         sequences, rows = self.batch.sequences, ROWS
         if not sequences:
             return []
-        tokens = self.new(rows)
+        count = self.batch.tokens
+        tokens = self.new(rows * count)
         seen = {"window_size": (0, 0)} if self.cache.window else {}  # any sequence has so many
 
         def forward() -> None:
             with self.batch.step() as step:
                 for layer in self.layers:
                     k, v = self.rows(tokens, layer)
-                    step.decode(layer, k.expand(-1, GROUP, -1), k, v, **seen)
+                    if count > 1:
+                        k, v = k.unflatten(0, (-1, count)), v.unflatten(0, (-1, count))
+                    q = k.expand(*k.shape[:-2], GROUP, -1)
+                    step.decode(layer, q, k, v, **seen)
 
         way = self.random.choice([forward, lambda: self.batch.run(forward)])
         if self.batch.steps_left:
             way()
-            self.add(sequences, tokens[: len(sequences)])
+            if count == 1:
+                self.add(sequences, tokens[: len(sequences)])
+            else:
+                self.draft(sequences, tokens[: len(sequences) * count])
+                self.batch.check()
+                if self.random.random() < 0.7:
+                    left = self.batch.steps_left
+                    self.accept(sequences, self.batch.accept)
+                    assert self.batch.steps_left >= left
         else:
             before = State(self.cache)
             with pytest.raises(InputError, match="1 with pages for 0 more"):

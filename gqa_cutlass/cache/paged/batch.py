@@ -13,6 +13,7 @@ from gqa_cutlass.cache.guard import with_memory
 from gqa_cutlass.cache.inputs import surroundings_flaw
 from gqa_cutlass.cache.lengths import capturing
 from gqa_cutlass.cache.paged.host import on_host
+from gqa_cutlass.cache.paged.inputs import counts
 from gqa_cutlass.cache.paged.sequences import NONE, Held, refuse
 from gqa_cutlass.cache.paged.step import DecodeStep
 from gqa_cutlass.cache.paged.storage import Storage
@@ -38,20 +39,22 @@ class PagedBatch:
         storage: Of the cache.
         batch_size: Rows.
         max_pages: Pages that a sequence may have.
+        tokens: Tokens that a step adds to each.
 
     Attributes:
         batch_size: Rows.
+        tokens: Tokens that a step adds to each sequence.
         sequences: Those of the first rows, in their order.
         steps_left: Steps that there are pages for.
     """
 
-    def __init__(self, storage: Storage, batch_size: int, max_pages: int) -> None:
+    def __init__(self, storage: Storage, batch_size: int, max_pages: int, tokens: int = 1) -> None:
         self._storage = storage
         # Normal tensors, even in inference mode: outside of it nobody may write to the others.
         with torch.inference_mode(False):
             size = self.bytes_needed(batch_size, max_pages) // _INT_BYTES
             self._memory = torch.full((size,), NONE, dtype=torch.int32, device=storage.device)
-        self.batch_size, self._max_pages = batch_size, max_pages
+        self.batch_size, self._max_pages, self.tokens = batch_size, max_pages, tokens
         table, self._lengths = self._parts(self._memory)
         self._table = Table(block_table=table, before=self._lengths[0], after=self._lengths[1])
         mark_static(table, *self._lengths)
@@ -96,7 +99,7 @@ class PagedBatch:
         Args:
             sequences: Up to batch_size of them; sequences that were assigned before and are not
                 among them are free to be changed again.
-            steps: Steps to take pages for, 0 and more; each adds a token to every sequence.
+            steps: Steps to take pages for, 0 and more; each adds `tokens` to every sequence.
 
         Raises:
             OutOfPagesError: There are too few. The batch is as it was.
@@ -127,9 +130,36 @@ class PagedBatch:
         upload = self._grown(call, self._given, steps)
         self._settle(upload, self.sequences, self._given, steps)
 
+    @on_host
+    def accept(self, tokens: int | Sequence[int]) -> None:
+        """Keep the first tokens of those that the last step added, if a step adds several.
+
+        Their pages stay the sequences', for the next steps: `steps_left` says how many.
+
+        Args:
+            tokens: How many each sequence keeps: one int for all, or one for each.
+
+        Raises:
+            CacheAllocationError: There is no memory for temporaries. The batch is as it was.
+            InputError: Not such a number; there were no drafts, or they were accepted before; a
+                step is open, or a graph is being captured. The batch is as it was.
+        """
+        call, storage = "PagedBatch.accept", self._storage
+        given = storage.changing(call, self.sequences, self)
+        self._check_host(call)
+        self._check_left(call, 0)
+        added = counts(call, tokens, len(given))
+        after = storage.sequences.accepted(call, given, added)
+        host = with_memory(call, storage.device, self._on_the_host)
+        self._settled = False
+        storage.sequences.keep(given, after)
+        room = [self._room(held) for held in given]
+        left = min(room, default=0)
+        self._settle(self._filled(host, given), self.sequences, given, left)
+
     @contextmanager
     def step(self) -> Iterator[DecodeStep]:
-        """One token of every sequence, layer by layer; can be captured.
+        """New tokens of every sequence, layer by layer; can be captured.
 
         At the end of the block lengths grow on the device. Captured, that is what every replay
         does; else the host counts the step as well.
@@ -150,7 +180,8 @@ class PagedBatch:
         if counts:
             self._check_left(call, 1)
         reach = storage.sequences.reach(self._given)
-        with storage.in_step(), DecodeStep(call, storage.pools, self._table, reach) as step:
+        of = call, storage.pools, self._table, [self.tokens]
+        with storage.in_step(), DecodeStep(*of, reach) as step:
             yield step
             step.check_complete()
         self._widest = max(self._widest, step.widest)
@@ -213,26 +244,41 @@ class PagedBatch:
             What the batch's memory is to hold then, on the host.
         """
         storage = self._storage
-        storage.check_surroundings(call)
-        if not self._counts_itself:
-            refuse(call, "call", "one from what run() replays", "calls before and after run()")
+        self._check_host(call)
         if type(steps) is not int or steps < 0:
             refuse(call, "steps", shown(steps), "an int, 0 and more")
         for held in given:
-            if held.length + steps > self.max_seq_len:
-                got = f"a sequence of {held.length} tokens and {shown(steps)} steps"
+            if held.length + steps * self.tokens > self.max_seq_len:
+                of = f" of {self.tokens}" * (self.tokens > 1)
+                got = f"a sequence of {held.length} tokens and {shown(steps)} steps{of}"
                 refuse(call, "sequences", got, f"up to {self.max_seq_len} tokens, max_seq_len")
         reach = storage.sequences.reach(given)
         if reach is not None and reach < self._widest:
             got = f"one that has its tokens in a window of {reach} (others were freed before)"
             refuse(call, "sequences", got, f"those that have {self._widest}, as its steps ask for")
         host = with_memory(call, storage.device, self._on_the_host)
-        storage.grow(call, given, [steps] * len(given))
+        storage.grow(call, given, [steps * self.tokens] * len(given))
+        for held in given:
+            held.kept = len(held.pages)  # by accept()
+        return self._filled(host, given)
+
+    def _check_host(self, call: str) -> None:
+        self._storage.check_surroundings(call)
+        if not self._counts_itself:
+            refuse(call, "call", "one from what run() replays", "calls before and after run()")
+
+    def _filled(self, host: Tensor, given: list[Held]) -> Tensor:
+        """The batch's memory with these sequences in it."""
         table, (before, after) = (part.numpy() for part in self._parts(host))
         fill_rows(table, given)
         before[: len(given)] = [held.length for held in given]
-        after[: len(given)] = [held.length + 1 for held in given]
+        after[: len(given)] = [held.length + self.tokens for held in given]
         return host
+
+    def _room(self, held: Held) -> int:
+        """Steps that a sequence has pages for."""
+        there = min(len(held.pages), self._max_pages) * self._storage.pools.page_size
+        return (there - held.length) // self.tokens
 
     def _on_the_host(self) -> Tensor:
         pinned = self._storage.device.type == "cuda"
@@ -253,7 +299,7 @@ class PagedBatch:
         self._settled = True
 
     def _advance(self) -> None:
-        self._lengths.add_(self._lengths[:1] >= 0)
+        self._lengths.add_((self._lengths[:1] >= 0) * self.tokens)
 
     def _check_left(self, call: str, steps: int) -> None:
         if not self._settled:
@@ -264,8 +310,13 @@ class PagedBatch:
             refuse(call, "steps", got, "as many as there are pages for; reserve() more first")
 
     def _count(self, steps: int) -> None:
+        sequences, tokens = self._storage.sequences, self.tokens
         for held in self._given:
-            self._storage.sequences.count(held, steps)
+            if tokens == 1:
+                sequences.count(held, steps)
+            else:
+                sequences.count(held, (steps - 1) * tokens)
+                sequences.count(held, tokens, len(held.pages))
         if self._given:
             self.steps_left -= steps
         self._settled = True

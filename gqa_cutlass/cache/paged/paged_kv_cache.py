@@ -13,6 +13,7 @@ from torch import Tensor
 from gqa_cutlass.api import check_overflow
 from gqa_cutlass.cache.allocation import allocate, available_bytes
 from gqa_cutlass.cache.guard import raise_no_temporaries, with_memory
+from gqa_cutlass.cache.inputs import new_tokens
 from gqa_cutlass.cache.paged.batch import PagedBatch
 from gqa_cutlass.cache.paged.host import on_host
 from gqa_cutlass.cache.paged.inputs import check_reach, counts, packed
@@ -26,7 +27,7 @@ from gqa_cutlass.cache.sizes import PoolSizes
 from gqa_cutlass.call.options import Options, listed
 from gqa_cutlass.call.plan import Pair, Result
 from gqa_cutlass.call.stored import SCALES
-from gqa_cutlass.codegen.schema.problem import MAX_BATCH, MAX_SEQ_LEN
+from gqa_cutlass.codegen.schema.problem import MAX_BATCH, MAX_SEQ_LEN, MAX_TOKENS
 from gqa_cutlass.errors import shown
 from gqa_cutlass.tensors import plain_shape
 
@@ -175,6 +176,8 @@ class PagedKVCache(PagedView):
         given = self._storage.changing(call, sequences)
         self._storage.check_surroundings(call)
         self._storage.grow(call, given, counts(call, tokens, len(given)))
+        for held in given:
+            held.kept = len(held.pages)  # by accept()
 
     @on_host
     def free(self, sequences: int | Sequence[int]) -> None:
@@ -228,6 +231,27 @@ class PagedKVCache(PagedView):
         self._storage.sequences.truncate(call, sequence, tokens)
 
     @on_host
+    def accept(self, sequences: Sequence[int], tokens: int | Sequence[int]) -> None:
+        """Keep the first tokens of those that the last step decoded, if they were several.
+
+        Pages that were taken for the others are free, and so are, by now, those before the window.
+        It comes before any other call that changes the sequence; where it does not come, all stay.
+
+        Args:
+            sequences: Each once.
+            tokens: How many of its new tokens each keeps: one int for all, or one for each.
+
+        Raises:
+            InputError: There is no such sequence, one is named twice, has got no several tokens by
+                its last step, or not so many, or had them accepted before; a batch holds it, or a
+                step is open. Nothing was changed.
+        """
+        call = "PagedKVCache.accept"
+        given = self._storage.changing(call, sequences)
+        kept = self._storage.sequences
+        kept.keep(given, kept.accepted(call, given, counts(call, tokens, len(given))))
+
+    @on_host
     def reorder(self, sequences: Sequence[int], indices: Sequence[int]) -> None:
         """Let sequences[i] have the tokens that sequences[indices[i]] had: beam search.
 
@@ -250,9 +274,10 @@ class PagedKVCache(PagedView):
     def step(self, sequences: Sequence[int], tokens: int | Sequence[int] = 1) -> Iterator[Step]:
         """Add tokens to sequences, layer by layer, in a `with` block.
 
-        At its end every layer must have got them, by `decode` (one per sequence) or `append`. Where
-        it ends in an error, lengths are as they were, and the step can be repeated. Meanwhile
-        sequences may be looked at, and nothing else.
+        At its end every layer must have got them, by `decode` (as many per sequence) or `append`.
+        Where it ends in an error, lengths are as they were, and the step can be repeated. Meanwhile
+        sequences may be looked at, and nothing else. Of several that were decoded, such as drafts,
+        `accept` keeps the first so many.
 
         Args:
             sequences: In the order of the batch, each once.
@@ -335,7 +360,7 @@ class PagedKVCache(PagedView):
         return_lse: bool = False,
         **options: Any,
     ) -> Result:
-        """Append a token, if given, and attend, in a cache of one layer: `step` in one call.
+        """Append new tokens, if given, and attend, in a cache of one layer: `step` in one call.
 
         Args:
             sequences: In the order of the batch, each once.
@@ -355,18 +380,19 @@ class PagedKVCache(PagedView):
         if self.num_layers != 1:
             allowed = "one layer; `with cache.step(sequences) as step:` decodes several"
             refuse(call, "num_layers", str(self.num_layers), allowed)
-        with self._step(call, sequences, int(k is not None)) as step:
+        with self._step(call, sequences, 0 if k is None else new_tokens(k)) as step:
             result: Result
             result = step.decode(0, q, k, v, return_lse=return_lse, **options)
         return result
 
     @on_host
-    def batch(self, batch_size: int, max_seq_len: int) -> PagedBatch:
+    def batch(self, batch_size: int, max_seq_len: int, tokens: int = 1) -> PagedBatch:
         """Make a batch whose steps can be captured into CUDA graphs.
 
         Args:
             batch_size: Rows, 1 to 65535.
             max_seq_len: Tokens that a sequence can have there, rounded up to whole pages.
+            tokens: Tokens that each step adds to every sequence, 1 to 256.
 
         Returns:
             The batch, without sequences: `assign` gives it some.
@@ -379,6 +405,7 @@ class PagedKVCache(PagedView):
         self._storage.check_surroundings(call)
         for name, value, most in (
             ("batch_size", batch_size, MAX_BATCH), ("max_seq_len", max_seq_len, MAX_SEQ_LEN),
+            ("tokens", tokens, MAX_TOKENS),
         ):  # fmt: skip
             if type(value) is not int or not 1 <= value <= most:
                 refuse(call, name, shown(value), f"an int from 1 to {most}")
@@ -386,7 +413,8 @@ class PagedKVCache(PagedView):
         needed = 2 * PagedBatch.bytes_needed(batch_size, pages)  # assign() has a copy
         if needed > available_bytes(self.device):
             raise_no_temporaries(call, self.device, f"{needed} bytes, for a table and its copy")
-        return with_memory(call, self.device, partial(PagedBatch, self._storage, batch_size, pages))
+        made = partial(PagedBatch, self._storage, batch_size, pages, tokens)
+        return with_memory(call, self.device, made)
 
     @on_host
     def check(self) -> None:
@@ -407,7 +435,7 @@ class PagedKVCache(PagedView):
         if not given:
             refuse(call, "sequences", "none", "at least one")
         added = counts(call, tokens, len(given))
-        with storage.stepping(call, given, added):
+        with storage.stepping(call, given, added) as counting:
             fill = partial(self._tables.fill, given, added, pools.page_size)
             table = with_memory(call, pools.device, fill)
             reach = storage.sequences.reach(given)
@@ -415,6 +443,7 @@ class PagedKVCache(PagedView):
                 yield step
                 if any(added):
                     step.check_complete()
+                counting.drafts = step.drafts
 
     def _append(
         self, call: str, sequences: Sequence[int], k: Tensor, v: Tensor, tokens: int

@@ -30,15 +30,18 @@ NONE = -1  # in place of a page: there is none
 class Held:
     """What a sequence has: its pages in the order of its tokens, some perhaps ahead of them.
 
-    The first `gone` of them it has no more.
+    The first `gone` of them it has no more. The tokens behind the first `before` are drafts, if
+    that is not None, and pages behind the first `kept` were taken for them.
     """
 
-    __slots__ = ("gone", "length", "pages")
+    __slots__ = ("before", "gone", "kept", "length", "pages")
 
     def __init__(self, pages: Iterable[int] = (), length: int = 0, gone: int = 0) -> None:
         self.pages = array("i", pages)  # a row of a block table as it is
         self.length = length
         self.gone = gone
+        self.before: int | None = None
+        self.kept = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,8 +159,10 @@ class Sequences:
         held = self.get(call, sequence)
         self._check_tokens(call, tokens, MAX_SEQ_LEN)
         self._check_there(call, held, tokens)
+        held.before = None
         held.length = min(tokens, held.length)
         self.cut(held, self.pages_of(held.length))
+        self._leave(held, held.length)
 
     def reorder(self, call: str, sequences: Sequence[int], indices: Sequence[int]) -> None:
         """Let sequence i of the list have what sequence indices[i] of it had; -1: nothing.
@@ -175,6 +180,7 @@ class Sequences:
         for i, new in zip(changed, after, strict=True):
             held = given[i]
             before, held.length = held.pages[held.gone :], 0
+            held.before = None
             held.pages = array("i")  # an interrupt finds none that go with another `gone`
             held.gone = new.gone
             held.pages, held.length = new.pages, new.length
@@ -234,16 +240,46 @@ class Sequences:
         held.gone = min(held.gone, num_pages)
         self._release(behind)
 
-    def count(self, held: Held, tokens: int) -> None:
-        """Let a sequence have so many more tokens, and give back its pages before the window."""
+    def count(self, held: Held, tokens: int, kept: int | None = None) -> None:
+        """Let a sequence have so many more tokens, and give back its pages before the window.
+
+        Args:
+            held: The sequence.
+            tokens: How many.
+            kept: Pages that it had before, if `keep` may take tokens back; then the window stays
+                where it was. None: the tokens are there for good.
+        """
+        before = held.length
+        held.before = None  # first: an interrupt finds no drafts
         held.length += tokens
-        if self.window is not None:
-            gone = max(held.gone, (held.length - self.window) // self.page_size)
-            before = held.pages[held.gone : gone]
-            for i in range(held.gone, gone):
-                held.pages[i] = NONE
-            held.gone = gone
-            self._release(before)
+        if kept is None:
+            self._leave(held, held.length)
+        else:
+            self._leave(held, before)
+            held.kept, held.before = kept, before
+
+    def accepted(self, call: str, given: Sequence[Held], tokens: Sequence[int]) -> list[int]:
+        """What sequences hold, if they keep so many of their drafts; `keep` follows.
+
+        Raises:
+            InputError: One has no drafts, or not so many.
+        """
+        after = []
+        for held, count in zip(given, tokens, strict=True):
+            if held.before is None:
+                got = "a sequence without drafts to accept"
+                allowed = "one accept() after each decode of several tokens, before other calls"
+                refuse(call, "sequence", got, allowed)
+            self._check_tokens(call, count, held.length - held.before)
+            after.append(held.before + count)
+        return after
+
+    def keep(self, given: Sequence[Held], lengths: Sequence[int]) -> None:
+        """Take drafts back that are behind these lengths, and give back the pages for them."""
+        for held, length in zip(given, lengths, strict=True):
+            held.before, held.length = None, length
+            self.cut(held, max(held.kept, self.pages_of(length)))
+            self._leave(held, length)
 
     def skipped(self, held: Held, tokens: int) -> int:
         """Of so many new tokens the first ones, whose pages would go as soon as all of them count.
@@ -308,15 +344,28 @@ class Sequences:
         first = (held.length + skipped) // self.page_size if skipped else 0
         return max(0, first - len(held.pages))
 
+    def _leave(self, held: Held, length: int) -> None:
+        """Give back the pages of a sequence before the window that it has with so many tokens."""
+        gone = max(held.gone, self._before_window(length))
+        before = held.pages[held.gone : gone]
+        for i in range(held.gone, gone):
+            held.pages[i] = NONE
+        held.gone = gone
+        self._release(before)
+
+    def _before_window(self, length: int) -> int:
+        """Pages wholly before the window of so many tokens."""
+        return 0 if self.window is None else max(0, (length - self.window) // self.page_size)
+
     def _release(self, pages: Sequence[int]) -> None:
         self.pages.release([page for page in pages if page != NONE])
 
     def _shared(self, held: Held, tokens: int) -> Held:
         """The first tokens of a sequence, in the same pages."""
         num_pages = self.pages_of(tokens)
-        gone = min(held.gone, num_pages)
+        gone = min(max(held.gone, self._before_window(tokens)), num_pages)
         self.pages.share(held.pages[gone:num_pages])
-        return Held(held.pages[:num_pages], tokens, gone)
+        return Held([NONE] * gone + list(held.pages[gone:num_pages]), tokens, gone)
 
     def _check_there(self, call: str, held: Held, tokens: int) -> None:
         freed = self.freed(held)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gqa_cutlass.api import gqa_decode
 from gqa_cutlass.cache.guard import with_memory
-from gqa_cutlass.cache.inputs import surroundings_flaw
+from gqa_cutlass.cache.inputs import new_tokens, surroundings_flaw
 from gqa_cutlass.cache.paged.host import on_host
 from gqa_cutlass.cache.paged.inputs import UNWRITTEN, check_seen, packed
 from gqa_cutlass.cache.paged.pools import Pools
@@ -23,21 +23,26 @@ from gqa_cutlass.errors import shown
 
 
 class DecodeStep:
-    """A token of every sequence, layer by layer. Ends with its `with` block.
+    """New tokens of every sequence, layer by layer. Ends with its `with` block.
 
     Args:
         call: In whose name errors are.
         pools: Keys and values of all layers.
         table: The sequences' pages and lengths.
+        tokens: How many each of them gets.
         reach: Newest tokens of every sequence that the cache has; None: all.
 
     Attributes:
+        drafts: Whether it decoded several tokens of a sequence.
         widest: Tokens that the widest window had in which it attended, if there must be one.
     """
 
-    def __init__(self, call: str, pools: Pools, table: Table, reach: int | None) -> None:
+    def __init__(
+        self, call: str, pools: Pools, table: Table, tokens: Sequence[int], reach: int | None
+    ) -> None:
         self._call, self._pools, self._table = call, pools, table
-        self._reach = reach
+        self._each, self._reach = tokens, reach
+        self.drafts = False
         self.widest = 0
         self._written: set[int] = set()  # layers that have their tokens
         self._open = True
@@ -84,13 +89,14 @@ class DecodeStep:
         return_lse: bool = False,
         **options: Any,
     ) -> Result:
-        """Append a token's K and V, if given, and attend over everything held: `gqa_decode`.
+        """Append new tokens' K and V, if given, and attend over everything held: `gqa_decode`.
 
         Args:
             layer: Which of the cache's, from 0.
             q: As for `gqa_decode`, a row per sequence of the step, or per row of the batch.
-            k: As for `gqa_decode`. None: append nothing, and attend to what the layer holds, which
-                includes this step's tokens if it has them.
+            k: As for `gqa_decode`, of as many tokens per sequence as the step adds. None: append
+                nothing, and attend to what the layer holds, which includes this step's tokens if it
+                has them.
             v: As for `gqa_decode`.
             return_lse: As for `gqa_decode`.
             **options: `Options`.
@@ -99,19 +105,19 @@ class DecodeStep:
             As `gqa_decode`.
 
         Raises:
-            InputError: The layer has its tokens already, the step is not of one token each, or q
-                has not one row for each; or `window_size` asks for more tokens than the cache's
-                window keeps.
+            InputError: The layer has its tokens already, the step is not of as many tokens for each
+                sequence, or q has not one row for each; or `window_size` asks for more tokens than
+                the cache's window keeps.
             CacheAllocationError: There is no memory for the output.
-            GqaError: As for `gqa_decode`. No length counts the token; call it again, or leave the
-                step by an exception, which takes it back.
+            GqaError: As for `gqa_decode`. No length counts the tokens; call it again, or leave the
+                step by an exception, which takes them back.
         """
         self._check(layer, writes=k is not None)
         if k is not None:
-            self._check_one_token()
+            self._check_tokens(new_tokens(k))
         if unknown := options.keys() - Options.__annotations__.keys():
             raise TypeError(f"decode() got an unexpected keyword argument {min(unknown)!r}")
-        seen = check_seen(self._call, options.get("window_size", NO_WINDOW), self._reach)
+        seen = self._seen(layer, q, k is not None, options.get("window_size", NO_WINDOW))
         options = self._pools.scales[layer].asked(self._call, options)
         table = self._table
         batch = table.block_table.shape[0]
@@ -127,8 +133,19 @@ class DecodeStep:
         result: Result = with_memory(self._call, self._pools.device, call)
         if k is not None:
             self._written.add(layer)
+            self.drafts = self.drafts or new_tokens(k) > 1
         self.widest = max(self.widest, seen)
         return result
+
+    def _seen(self, layer: int, q: object, appends: bool, window_size: object) -> int:
+        """Tokens that a call attends to, by `check_seen`: the first of several queries looks back
+        further than the last.
+        """
+        if self._reach is None:
+            return 0
+        new = min(self._each) if appends or layer in self._written else 0
+        older = max(0, new_tokens(q) - max(1, new))
+        return check_seen(self._call, window_size, self._reach - older) + older
 
     def _check(self, layer: int, *, writes: bool) -> None:
         if not self._open:
@@ -141,8 +158,14 @@ class DecodeStep:
             got = f"{layer}, which has this step's tokens"
             refuse(self._call, "layer", got, "every layer once in a step", UNWRITTEN)
 
-    def _check_one_token(self) -> None:
-        """Raise InputError unless the step adds one token to every sequence."""
+    def _check_tokens(self, count: int) -> None:
+        """Raise InputError unless the step adds so many tokens to every sequence."""
+        for tokens in self._each:
+            if tokens != count:
+                got = "a token" if count == 1 else f"{count} tokens"
+                got = f"{got} of each sequence in a step of {list(self._each)} tokens"
+                allowed = "append() of them all; or a step of as many tokens per sequence"
+                refuse(self._call, "k", got, allowed, UNWRITTEN)
 
     def check_complete(self) -> None:
         """Raise InputError if a layer has no tokens."""
@@ -176,7 +199,7 @@ class Step(DecodeStep):
         tokens: Sequence[int],
         reach: int | None,
     ) -> None:
-        super().__init__(call, pools, table, reach)
+        super().__init__(call, pools, table, tokens, reach)
         self._given = dict(zip(sequences, given, strict=True))
         self._tokens = dict(zip(sequences, tokens, strict=True))
 
@@ -240,9 +263,3 @@ class Step(DecodeStep):
     @cached_property
     def _slots(self) -> Tensor:
         return self._pools.slots(list(self._given.values()), list(self._tokens.values()))
-
-    def _check_one_token(self) -> None:
-        if set(self._tokens.values()) != {1}:
-            got = f"a token of each sequence in a step of {list(self._tokens.values())} tokens"
-            allowed = "append() of them all; or a step of one token per sequence"
-            refuse(self._call, "k", got, allowed, UNWRITTEN)

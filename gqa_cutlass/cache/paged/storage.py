@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 from weakref import WeakSet
@@ -31,6 +32,17 @@ class Holder(Protocol):
     sequences: tuple[int, ...]
 
     def __hash__(self) -> int: ...
+
+
+@dataclass
+class Added:
+    """What there is to say of tokens that a step adds.
+
+    Args:
+        drafts: Whether some may be taken back.
+    """
+
+    drafts: bool = False
 
 
 class Storage:
@@ -122,23 +134,28 @@ class Storage:
         given: Sequence[Held],
         tokens: Sequence[int],
         skipped: Sequence[int] | None = None,
-    ) -> Iterator[None]:
+    ) -> Iterator[Added]:
         """Let sequences have so many tokens more, if nothing fails meanwhile.
+
+        Yields:
+            What is said of the tokens before they count.
 
         Raises:
             GqaError: As for `grow`.
         """
         kept = [len(held.pages) for held in given]
         self.grow(call, given, tokens, skipped)
+        added = Added()
         try:
             with self.in_step():
-                yield
+                yield added
         except BaseException:
             for held, num_pages in zip(given, kept, strict=True):
                 self.sequences.cut(held, num_pages)
             raise
-        for held, count in zip(given, tokens, strict=True):
-            self.sequences.count(held, count)
+        for held, count, num_pages in zip(given, tokens, kept, strict=True):
+            if count:
+                self.sequences.count(held, count, num_pages if added.drafts else None)
 
     @contextmanager
     def in_step(self) -> Iterator[None]:
