@@ -57,6 +57,16 @@ def test_transformers_generate() -> None:
     assert torch.equal(ours, eager)
 
 
+def test_speculative_decoding() -> None:
+    plain, ours, steps = (module := example("speculative_decoding")).main()
+    assert torch.equal(plain, ours) and plain.unique().numel() > 4
+    assert steps < module.TOKENS - 1
+
+
+def test_qwen3_layer() -> None:
+    assert example("qwen3_layer").main() < 2e-2
+
+
 def test_shared_prefix() -> None:
     assert example("shared_prefix").main() < 2e-3
 
