@@ -43,3 +43,23 @@ class Drafts:
 
 
 ONE_TOKEN = Growth.of(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turned:
+    """Tokens that a rotary embedding turns, as it must have their positions.
+
+    Args:
+        positions: Of the tables.
+        tokens: How many of each sequence, the queries if they are more.
+        starts: Positions of the first of them, int32 [batch] on the device; None: the lengths.
+    """
+
+    positions: int
+    tokens: int
+    starts: Tensor | None
+
+    def has(self, lengths: Tensor) -> Tensor:
+        """Where there are positions for tokens behind these lengths, bool like them."""
+        first = lengths if self.starts is None else self.starts
+        return (first >= 0) & (first <= self.positions - self.tokens)

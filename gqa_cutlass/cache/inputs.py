@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import NoReturn
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from gqa_cutlass.cache.growth import Turned
 from gqa_cutlass.call.layout import DTYPES
 from gqa_cutlass.call.stored import FP8
 from gqa_cutlass.errors import InputError, shown
@@ -38,6 +39,18 @@ def new_tokens(k: object) -> int:
         return 1
     shape = k.shape if type(k) is Tensor or is_traced() else plain_shape(k)
     return shape[1] if len(shape) == 4 else 1
+
+
+def turned(q: object, k: object, options: Mapping[str, Any]) -> Turned | None:
+    """What a rotary embedding among these options turns; None: nothing, or what is refused."""
+    cos = options.get("rotary_cos")
+    if not isinstance(cos, Tensor):
+        return None
+    shape = cos.shape if type(cos) is Tensor or is_traced() else plain_shape(cos)
+    if len(shape) != 2:
+        return None
+    tokens, starts = max(new_tokens(q), new_tokens(k)), options.get("rotary_seqlens")
+    return Turned(positions=shape[0], tokens=tokens, starts=starts)
 
 
 def prompt(method: str, k: Tensor, v: Tensor, caches: Caches) -> tuple[Tensor, Tensor]:

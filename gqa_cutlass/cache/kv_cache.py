@@ -12,7 +12,7 @@ from gqa_cutlass.api import check_overflow, gqa_decode
 from gqa_cutlass.cache.allocation import allocate
 from gqa_cutlass.cache.growth import ONE_TOKEN, Growth
 from gqa_cutlass.cache.guard import guarded, lack_of_memory, raise_no_temporaries
-from gqa_cutlass.cache.inputs import check_apart, ints, new_tokens, one_token, prompt
+from gqa_cutlass.cache.inputs import check_apart, ints, new_tokens, one_token, prompt, turned
 from gqa_cutlass.cache.lengths import Lengths
 from gqa_cutlass.cache.overflow import overflow_message
 from gqa_cutlass.cache.rows import buffer, extend, gather
@@ -227,8 +227,9 @@ class KVCache(CacheView):
             As `gqa_decode`.
 
         Raises:
-            CacheOverflowError: A sequence has no room for its tokens, or an earlier call on this
-                GPU found one that had none. Nothing was launched; the lengths are as they were.
+            CacheOverflowError: A sequence has no room for its tokens or `rotary_cos` no positions,
+                or an earlier call on this GPU found that. Nothing was launched; the lengths are as
+                they were. What `rotary_seqlens` says is found on the device, as are lengths then.
             CacheAllocationError: There is no memory for the output. The lengths are as they were.
             GqaError: As for `gqa_decode`. The lengths are as they were, though the tokens may have
                 been written behind them.
@@ -239,18 +240,22 @@ class KVCache(CacheView):
             return decode_some(self, self._lengths, *given, return_lse=return_lse, **options)
         if is_traced():
             return self._decode_traced(q, k, v, return_lse=return_lse, **options)
-        growth = ONE_TOKEN
+        growth, positions = ONE_TOKEN, None
         if k is not None:
             if (tokens := new_tokens(k)) != 1:
                 growth = Growth.of(tokens)
             self._lengths.check_room("decode", growth)
+            if options and (positions := turned(q, k, options)):
+                self._lengths.check_positions(positions)
         try:
             result: Result = gqa_decode(
                 q, self.k, self.v, k, v, cache_seqlens=self.seqlens, return_lse=return_lse,
                 **options,
             )  # fmt: skip
             if k is not None and self._leads:
-                self._lengths.advance(growth, self._lengths.room(growth), drafts=growth.most > 1)
+                room = self._lengths.room(growth, positions)
+                sure = positions is None or positions.starts is None
+                self._lengths.advance(growth, room, drafts=growth.most > 1, sure=sure)
             return result
         except RuntimeError as error:
             told = lack_of_memory(error)
@@ -441,7 +446,7 @@ class KVCache(CacheView):
         result: Result
         result = gqa_decode(q, self.k, self.v, k, v, cache_seqlens=self.seqlens, **options)
         if k is not None and self._leads:
-            self._lengths.advance_unseen(new_tokens(k))
+            self._lengths.advance_unseen(new_tokens(k), turned(q, k, options))
         return result
 
     def _extend(self, method: str, k: Tensor, v: Tensor, growth: Growth) -> None:

@@ -19,9 +19,9 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from gqa_cutlass.cache.growth import Drafts, Growth
+from gqa_cutlass.cache.growth import Drafts, Growth, Turned
 from gqa_cutlass.cache.inputs import ints, per_sequence, refuse
-from gqa_cutlass.cache.overflow import raise_overflow
+from gqa_cutlass.cache.overflow import raise_no_positions, raise_overflow
 from gqa_cutlass.codegen.schema.problem import MAX_TOKENS
 from gqa_cutlass.errors import InputError, shown
 from gqa_cutlass.tensors import is_tensor
@@ -115,29 +115,54 @@ class Lengths:
         if over:
             raise_overflow(method, over, True, self.limit)
 
-    def room(self, growth: Growth) -> Tensor | None:
-        """Where the tokens fit, bool [batch]; None where `check_room` saw that all do."""
-        if growth.host is not None:
-            certain = self._bound + growth.most <= self.limit or self._known is not None
+    def check_positions(self, turned: Turned, rows: list[int] | None = None) -> None:
+        """Refuse tokens that are certain to have no position in the tables of a rotary embedding.
+
+        Raises:
+            CacheOverflowError: There are some.
+        """
+        known = None if capturing(self.device) else self._known
+        if known is None or turned.starts is not None:
+            return
+        longest = max(known if rows is None else [known[b] for b in rows], default=0)
+        if longest > turned.positions - turned.tokens:
+            raise_no_positions("KVCache.decode", longest, turned.tokens, turned.positions)
+
+    def room(self, growth: Growth, turned: Turned | None = None) -> Tensor | None:
+        """Where the tokens fit, bool [batch]; None where the checks before saw that all do."""
+        if growth.host is not None and (turned is None or turned.starts is None):
+            most = self.limit - growth.most
+            if turned is not None:
+                most = min(most, turned.positions - turned.tokens)
+            certain = self._bound <= most or self._known is not None
             theirs = self._captured or self._foreign or capturing(self.device)
             if certain and not theirs:
                 return None
         tokens = growth.device
-        fits = self.fits(tokens)
+        fits = self.fits(tokens, self.seqlens, turned)
         if isinstance(tokens, Tensor):
             fits &= (tokens >= 0) & (tokens <= growth.most)
         return fits
 
-    def fits(self, tokens: int | Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Where so many more tokens fit behind these lengths, by default behind all of them."""
-        held = self.seqlens if lengths is None else lengths
-        return (held >= 0) & (held <= self.limit - tokens)
+    def fits(self, tokens: int | Tensor, lengths: Tensor, turned: Turned | None = None) -> Tensor:
+        """Where so many more tokens fit behind these lengths."""
+        fits = (lengths >= 0) & (lengths <= self.limit - tokens)
+        return fits if turned is None else fits & turned.has(lengths)
 
-    def advance(self, growth: Growth, room: Tensor | None, *, drafts: bool = False) -> None:
-        """Add the tokens, where there is room for them; `drafts`: some may be taken back."""
+    def advance(
+        self, growth: Growth, room: Tensor | None, *, drafts: bool = False, sure: bool = True
+    ) -> None:
+        """Add the tokens, where there is room for them.
+
+        Args:
+            growth: How many.
+            room: What `room` said.
+            drafts: Whether some may be taken back.
+            sure: Whether the host, where it knows the lengths, knows that all fit.
+        """
         added = growth.device if room is None else room * growth.device
         known = None
-        if self._known is not None and growth.host is not None:
+        if self._known is not None and growth.host is not None and sure:
             known = [n + c for n, c in zip(self._known, self._each(growth.host), strict=True)]
         self._grow(partial(self.seqlens.add_, added), known, growth.most, drafts)
 
@@ -154,20 +179,23 @@ class Lengths:
             known = [n + tokens * (b in rows) for b, n in enumerate(self._known)]
         self._grow(partial(self.seqlens.copy_, lengths), known, tokens, tokens > 1)
 
-    def advance_unseen(self, tokens: int, lengths: Tensor | None = None) -> None:
+    def advance_unseen(
+        self, tokens: int, turned: Turned | None = None, lengths: Tensor | None = None
+    ) -> None:
         """Add tokens, where there is room, in code that torch traces; the host cannot follow.
 
         The graph that comes of it adds; the host forgets with every call of the compiled code.
 
         Args:
             tokens: How many; drafts if they are several.
+            turned: What must have positions.
             lengths: What all lengths are then, if not all get them.
         """
         if tokens > 1:
             self._before.copy_(self.seqlens)
             self._unseen_drafts = True
         if lengths is None:
-            self.seqlens.add_(self.fits(tokens) * tokens)
+            self.seqlens.add_(self.fits(tokens, self.seqlens, turned) * tokens)
         else:
             self.seqlens.copy_(lengths)
         self.forget()

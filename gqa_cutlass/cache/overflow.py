@@ -52,3 +52,22 @@ def raise_overflow(
         f"KVCache.{method}: cache overflow: {named}{more}; max_seq_len is {limit}. Nothing was "
         f"written. {REMEDY}"
     )
+
+
+def raise_no_positions(call: str, held: int, tokens: int, positions: int) -> NoReturn:
+    """Refuse tokens that a rotary embedding has no position for.
+
+    Args:
+        call: In whose name the error is.
+        held: Tokens of the sequence whose they are.
+        tokens: How many are to come.
+        positions: Of the embedding's tables.
+
+    Raises:
+        CacheOverflowError: Always.
+    """
+    raise CacheOverflowError(
+        f"{call}: rotary_cos: got {positions} positions, where a sequence holds {held} tokens and "
+        f"{tokens} {'is' if tokens == 1 else 'are'} to come; allowed: one for each. Nothing was "
+        "written. Make longer tables, or shorten the sequence."
+    )

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from gqa_cutlass.api import gqa_decode
+from gqa_cutlass.cache.growth import Turned
 from gqa_cutlass.cache.guard import Stored, lack_of_memory, raise_no_temporaries
-from gqa_cutlass.cache.inputs import ints, new_tokens, per_sequence, refuse
+from gqa_cutlass.cache.inputs import ints, new_tokens, per_sequence, refuse, turned
 from gqa_cutlass.cache.lengths import Lengths
 from gqa_cutlass.call.options import CallOptions, Options
 from gqa_cutlass.call.plan import Result
@@ -61,11 +62,14 @@ def decode_some(
     tokens = 0 if k is None else new_tokens(k)
     try:
         some = (_traced if is_traced() else _some)(lengths, q, rows, tokens)
+        positions = turned(q, k, options) if tokens and options else None
+        if positions is not None and not is_traced():
+            some.check_positions(positions)
         result: Result = gqa_decode(
             q, cache.k, cache.v, k, v, cache_seqlens=some.held, cache_batch_idx=some.rows, **options
         )
         if k is not None and leads:
-            (some.advance_unseen if is_traced() else some.advance)(tokens)
+            (some.advance_unseen if is_traced() else some.advance)(tokens, positions)
         return result
     except RuntimeError as error:
         told = lack_of_memory(error)
@@ -90,18 +94,25 @@ class Some:
         self._nearest = rows.clamp(0, lengths.batch_size - 1)
         self.held = lengths.seqlens.index_select(0, self._nearest)
 
-    def advance(self, tokens: int) -> None:
-        """Add so many tokens to those that had room for them."""
-        self._lengths.advance_to(self._longer(tokens), self._host, tokens)
+    def check_positions(self, turned: Turned) -> None:
+        """Refuse what `Lengths.check_positions` refuses, where the host knows the rows."""
+        if self._host is not None:
+            self._lengths.check_positions(turned, self._host)
 
-    def advance_unseen(self, tokens: int) -> None:
+    def advance(self, tokens: int, turned: Turned | None) -> None:
+        """Add so many tokens to those that had room for them, and positions."""
+        sure = turned is None or turned.starts is None
+        rows = self._host if sure else None
+        self._lengths.advance_to(self._longer(tokens, turned), rows, tokens)
+
+    def advance_unseen(self, tokens: int, turned: Turned | None) -> None:
         """The same in code that torch traces."""
-        self._lengths.advance_unseen(tokens, self._longer(tokens))
+        self._lengths.advance_unseen(tokens, lengths=self._longer(tokens, turned))
 
-    def _longer(self, tokens: int) -> Tensor:
+    def _longer(self, tokens: int, turned: Turned | None) -> Tensor:
         """All lengths afterwards. A row that comes twice gets the tokens once."""
         lengths, held = self._lengths, self.held
-        fits = (self.rows == self._nearest) & lengths.fits(tokens, held)
+        fits = (self.rows == self._nearest) & lengths.fits(tokens, held, turned)
         grown = (held + tokens).masked_fill(~fits, _LEAST)
         return lengths.seqlens.scatter_reduce(0, self._nearest.long(), grown, "amax")
 

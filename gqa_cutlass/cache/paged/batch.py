@@ -181,7 +181,8 @@ class PagedBatch:
             self._check_left(call, 1)
         reach = storage.sequences.reach(self._given)
         of = call, storage.pools, self._table, [self.tokens]
-        with storage.in_step(), DecodeStep(*of, reach) as step:
+        longest = max([held.length for held in self._given], default=0) if counts else None
+        with storage.in_step(), DecodeStep(*of, reach, longest) as step:
             yield step
             step.check_complete()
         self._widest = max(self._widest, step.widest)

@@ -9,8 +9,10 @@ from typing import Any, Literal, Self, Unpack, overload
 from torch import Tensor
 
 from gqa_cutlass.api import gqa_decode
+from gqa_cutlass.cache.growth import Turned
 from gqa_cutlass.cache.guard import with_memory
-from gqa_cutlass.cache.inputs import new_tokens, surroundings_flaw
+from gqa_cutlass.cache.inputs import new_tokens, surroundings_flaw, turned
+from gqa_cutlass.cache.overflow import raise_no_positions
 from gqa_cutlass.cache.paged.host import on_host
 from gqa_cutlass.cache.paged.inputs import UNWRITTEN, check_seen, packed
 from gqa_cutlass.cache.paged.pools import Pools
@@ -20,6 +22,7 @@ from gqa_cutlass.call.options import NO_WINDOW, Options, listed
 from gqa_cutlass.call.plan import Pair, Result
 from gqa_cutlass.call.stored import SCALES
 from gqa_cutlass.errors import shown
+from gqa_cutlass.tracing import is_traced
 
 
 class DecodeStep:
@@ -31,6 +34,7 @@ class DecodeStep:
         table: The sequences' pages and lengths.
         tokens: How many each of them gets.
         reach: Newest tokens of every sequence that the cache has; None: all.
+        longest: Tokens of the longest sequence; None where replays may have added some.
 
     Attributes:
         drafts: Whether it decoded several tokens of a sequence.
@@ -38,10 +42,16 @@ class DecodeStep:
     """
 
     def __init__(
-        self, call: str, pools: Pools, table: Table, tokens: Sequence[int], reach: int | None
+        self,
+        call: str,
+        pools: Pools,
+        table: Table,
+        tokens: Sequence[int],
+        reach: int | None,
+        longest: int | None,
     ) -> None:
         self._call, self._pools, self._table = call, pools, table
-        self._each, self._reach = tokens, reach
+        self._each, self._reach, self._longest = tokens, reach, longest
         self.drafts = False
         self.widest = 0
         self._written: set[int] = set()  # layers that have their tokens
@@ -108,6 +118,8 @@ class DecodeStep:
             InputError: The layer has its tokens already, the step is not of as many tokens for each
                 sequence, or q has not one row for each; or `window_size` asks for more tokens than
                 the cache's window keeps.
+            CacheOverflowError: A sequence is longer than `rotary_cos` has positions. Nothing was
+                launched.
             CacheAllocationError: There is no memory for the output.
             GqaError: As for `gqa_decode`. No length counts the tokens; call it again, or leave the
                 step by an exception, which takes them back.
@@ -115,6 +127,8 @@ class DecodeStep:
         self._check(layer, writes=k is not None)
         if k is not None:
             self._check_tokens(new_tokens(k))
+            if options and not is_traced():  # which would be compiled anew for every length
+                self._check_positions(turned(q, k, options))
         if unknown := options.keys() - Options.__annotations__.keys():
             raise TypeError(f"decode() got an unexpected keyword argument {min(unknown)!r}")
         seen = self._seen(layer, q, k is not None, options.get("window_size", NO_WINDOW))
@@ -167,6 +181,13 @@ class DecodeStep:
                 allowed = "append() of them all; or a step of as many tokens per sequence"
                 refuse(self._call, "k", got, allowed, UNWRITTEN)
 
+    def _check_positions(self, turned: Turned | None) -> None:
+        """Raise CacheOverflowError for tokens that a rotary embedding has no position for."""
+        if turned is None or turned.starts is not None or self._longest is None:
+            return
+        if self._longest > turned.positions - turned.tokens:
+            raise_no_positions(self._call, self._longest, turned.tokens, turned.positions)
+
     def check_complete(self) -> None:
         """Raise InputError if a layer has no tokens."""
         missing = sorted(set(range(self._pools.num_layers)) - self._written)
@@ -199,7 +220,8 @@ class Step(DecodeStep):
         tokens: Sequence[int],
         reach: int | None,
     ) -> None:
-        super().__init__(call, pools, table, tokens, reach)
+        longest = max(held.length for held in given)
+        super().__init__(call, pools, table, tokens, reach, longest)
         self._given = dict(zip(sequences, given, strict=True))
         self._tokens = dict(zip(sequences, tokens, strict=True))
 

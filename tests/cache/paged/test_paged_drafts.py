@@ -12,7 +12,7 @@ from compiling import GROUP as GROUP_OF_COMPILING
 from paged_model import DIM, F16, GROUP, HEADS, Told, appending, new_cache, nothing_changed
 from torch import Tensor
 
-from gqa_cutlass import InputError, OutOfPagesError, gqa_decode
+from gqa_cutlass import CacheOverflowError, InputError, OutOfPagesError, gqa_decode
 from gqa_cutlass.cache.paged import batch as batch_module
 from gqa_cutlass.cache.paged import step as step_module
 from gqa_cutlass.cache.paged import storage as storage_module
@@ -236,6 +236,26 @@ def test_a_step_and_its_keys_have_as_many_tokens(instant_decode: None) -> None:
         with nothing_changed(told.cache), pytest.raises(InputError, match=match):
             with told.cache.step(sequences, tokens) as step:
                 step.decode(0, k.expand(-1, -1, GROUP, -1), k, v)
+
+
+def test_tokens_without_a_position_are_refused(instant_decode: None) -> None:
+    told = Told(new_cache())
+    batch, sequence = told.cache.batch(1, 16, tokens=3), told.allocate(4)
+    k, v = new_rows(told, [0] * 3, 0, 3)
+    given = 0, k.expand(-1, -1, GROUP, -1), k, v
+    turns = torch.zeros(6, DIM // 2)
+    batch.assign([other := told.allocate(4)], 1)
+    for step in (told.cache.step([sequence], 3), batch.step()):
+        with (
+            nothing_changed(told.cache),
+            pytest.raises(
+                CacheOverflowError,
+                match="rotary_cos: got 6 positions, where a sequence holds 4 tok",
+            ),
+            step as opened,
+        ):
+            opened.decode(*given, rotary_cos=turns, rotary_sin=turns)
+    assert told.cache.length(other) == 4
 
 
 # Batches
