@@ -5,9 +5,10 @@
     model.generate(**inputs, past_key_values=GqaCache(model.config, max_cache_len=4096))
 
 One token per sequence runs as one kernel, which appends it if the cache is a `GqaCache`; a soft cap
-(Gemma 2) and sinks (gpt-oss) included. Prompts, and whatever the kernel does not do, go to
-transformers' SDPA, or with a soft cap or sinks, which SDPA lacks, through plain operators of torch;
-the log says once why. What SDPA would ignore, or what does not fit a `GqaCache`, is an
+(Gemma 2) and sinks (gpt-oss) included. So do up to 256 tokens behind others in a `GqaCache` without
+padding: the drafts of assisted generation, for instance. Prompts, and whatever the kernel does not
+do, go to transformers' SDPA, or with a soft cap or sinks, which SDPA lacks, through plain operators
+of torch; the log says once why. What SDPA would ignore, or what does not fit a `GqaCache`, is an
 `InputError`.
 """
 
@@ -27,6 +28,7 @@ from gqa_cutlass.api import gqa_decode
 from gqa_cutlass.cache.lengths import capturing
 from gqa_cutlass.call.layout import DTYPES
 from gqa_cutlass.codegen.config import HEAD_DIMS, MAX_GROUP_SIZE
+from gqa_cutlass.codegen.schema.problem import MAX_TOKENS
 from gqa_cutlass.errors import InputError
 from gqa_cutlass.integrations.eager import attend_eagerly
 from gqa_cutlass.integrations.transformers_cache import NAME, GqaCache, GqaLayer, Pending
@@ -45,7 +47,8 @@ SDPA_TAKES = {
     "position_bias": "a bias by position",
     "output_attentions": "the attention weights as a result",
 }
-PADDING = "gqa_cutlass_padding"  # an attribute of masks: the 2-D mask that they were made from
+# Attributes of masks: the 2-D mask that they were made from, and whether they are causal otherwise.
+PADDING, CAUSAL = "gqa_cutlass_padding", "gqa_cutlass_causal"
 
 
 def register() -> str:
@@ -89,9 +92,10 @@ def mask(
             q_length=q_length, kv_length=kv_length, mask_function=mask_function,
             attention_mask=attention_mask, **options,
         )  # fmt: skip
-        if made is not None and attention_mask is not None and not is_traced():
+        if made is not None and not is_traced():
             made = made.contiguous()
             setattr(made, PADDING, attention_mask)
+            setattr(made, CAUSAL, mask_function is causal_mask_function)
         return made
     if mask_function is not causal_mask_function:
         _refuse("a mask of its own", "a causal mask")
@@ -224,13 +228,13 @@ def _decode(
     query: Tensor, pending: Pending, seen: Tensor | None, scaling: float | None,
     asked: dict[str, Any],
 ) -> Tensor:  # fmt: skip
-    """One token per sequence, in one kernel: appended and attended."""
+    """One token per sequence, or several, in one kernel: appended and attended."""
     layer = pending.layer
     wrong = _disagreement(layer, seen)
     q, k, v = (t.transpose(1, 2) for t in (query, pending.k, pending.v))
     out: Tensor = layer.cache.decode(q, k, v, softmax_scale=scaling, **asked)
     if layer.leads:
-        layer.storage.count(1)
+        layer.storage.count(query.shape[2])
     return out if wrong is None else out.masked_fill(wrong[:, None, None, None], float("nan"))
 
 
@@ -262,14 +266,21 @@ def _prompt(
     query: Tensor,
     pending: Pending,
     attention_mask: Tensor | None,
+    *,
+    dropout: float,
+    scaling: float | None,
     **options: Any,
 ) -> Tensor:
-    """Append a prompt, and let torch attend."""
+    """Append a prompt, and let torch attend, or the kernel to some tokens behind others."""
     layer = pending.layer
     held = layer.storage.known_columns()
     padding = None if attention_mask is None else getattr(attention_mask, PADDING, None)
     if held and (layer.storage.padded or (padding is not None and not padding.all())):
         _refuse("a padded batch that goes on with several tokens", "prompts in one piece")
+    causal = getattr(attention_mask, CAUSAL, False)
+    if held and causal and query.shape[2] <= MAX_TOKENS and dropout == 0:
+        return _decode(query, pending, None, scaling, _features(options))
+    options |= {"dropout": dropout, "scaling": scaling}
     keys, values = pending.k, pending.v
     if held:
         layer.append(pending)
