@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from gqa_cutlass.cache.allocation import allocate
+from gqa_cutlass.cache.growth import ONE_TOKEN, Growth
 from gqa_cutlass.cache.guard import lack_of_memory, raise_no_temporaries
 from gqa_cutlass.cache.inputs import refuse
 from gqa_cutlass.cache.kv_cache import KVCache
-from gqa_cutlass.cache.lengths import ONE_TOKEN, Growth, Lengths
+from gqa_cutlass.cache.lengths import Lengths
 from gqa_cutlass.cache.rows import buffer, scatter
 from gqa_cutlass.cache.scales import Scales
 from gqa_cutlass.cache.sizes import BatchSizes
@@ -143,7 +144,7 @@ class ShardedKVCache(KVCache):
         _fill([self], sizes, device, ranks)
 
     @classmethod
-    def for_layers(  # type: ignore[override] - scales are of caches of 8 bits
+    def for_layers(  # type: ignore[override]  # scales are of caches of 8 bits
         cls,
         num_layers: int,
         batch_size: int,
