@@ -32,6 +32,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -57,14 +58,18 @@ def attend(
     block_table: Tensor | None = None,
     k_scale: float | Tensor | None = None,
     v_scale: float | Tensor | None = None,
+    causal: bool = True,
+    tree_mask: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Textbook attention, every step in `dtype`: softmax(scale q k^T) v and its log-sum-exp.
 
     Scores are capped, then biased, then masked, then joined by the sinks, which have no value. The
-    query is that of the last token.
+    queries are those of a sequence's last tokens. One that sees nothing has 0, and -inf.
 
     Args:
-        q: [batch, num_q_heads, head_dim].
+        q: [batch, num_q_heads, head_dim]; [batch, queries, num_q_heads, head_dim]; or, with
+            cu_seqlens_q, [queries of all, num_q_heads, head_dim].
         k: [batch, tokens, num_kv_heads, head_dim]; sequence b attends to its first lengths[b]. Or
             pages of tokens, [num_pages, page_size, num_kv_heads, head_dim].
         v: As k, with a head_dim of its own.
@@ -73,7 +78,7 @@ def attend(
         dtype: Of every step.
         softcap: Bound of the scores; 0 for none.
         sinks: One more logit per query head, [num_q_heads], or None.
-        window_size: Tokens seen to the left and to the right of the last; -1 for all.
+        window_size: Tokens seen to the left and to the right of a query's own; -1 for all.
         alibi_slopes: What a score loses per token of distance, [num_q_heads], or of each sequence.
         cache_leftpad: Tokens that each sequence begins with and that are none of it, [batch].
         cache_batch_idx: The row of k and v, or of block_table, that each sequence has, [batch].
@@ -81,38 +86,60 @@ def attend(
         k_scale: What k is multiplied by before all else: a number for all, or of KV heads, or of
             each sequence; None for 1.
         v_scale: The same of v.
+        causal: Whether a query sees nothing behind its own token.
+        tree_mask: Which of a sequence's last tokens its queries see, instead, bool
+            [batch, queries, queries].
+        cu_seqlens_q: Where each sequence's queries begin, and the last one's end, [batch + 1].
 
     Returns:
-        The output, [batch, num_q_heads, head_dim of v], and the log-sum-exp, [batch, num_q_heads].
+        The output, as q with the head_dim of v, and the log-sum-exp: [batch, num_q_heads],
+        [batch, num_q_heads, queries] where they are several, or [num_q_heads, queries of all].
     """
-    batch, num_q_heads, head_dim = q.shape
-    num_kv_heads = k.shape[2]
+    batch, (num_q_heads, head_dim), num_kv_heads = len(lengths), q.shape[-2:], k.shape[2]
     outs, lses = [], []
-    for b in range(batch):
-        first = 0 if window_size[0] < 0 else max(0, lengths[b] - 1 - window_size[0])
-        if cache_leftpad is not None:
-            first = min(max(first, int(cache_leftpad[b])), lengths[b])
+    for b, queries in enumerate(_queries(q, batch, cu_seqlens_q)):
         row = b if cache_batch_idx is None else int(cache_batch_idx[b])
-        grouped = q[b].to(dtype).view(num_kv_heads, -1, head_dim)
         pages = None if block_table is None else block_table[row]
-        keys = _tokens(k, row, pages, first, lengths[b])
-        values = _tokens(v, row, pages, first, lengths[b])
-        keys = scaled(keys, scales_of(k_scale, b)).to(dtype).permute(1, 2, 0)
-        values = scaled(values, scales_of(v_scale, b)).to(dtype).permute(1, 0, 2)
-        scores = (grouped @ keys) * scale
-        if softcap:
-            scores = softcap * torch.tanh(scores / softcap)
-        if alibi_slopes is not None:
-            slopes = alibi_slopes.expand(batch, -1)[b].to(dtype).view(num_kv_heads, -1, 1)
-            age = torch.arange(first, lengths[b], device=q.device).flip(0) - first
-            scores = scores - slopes * age
-        if sinks is not None:
-            sink = sinks.to(dtype).view(num_kv_heads, -1, 1)
-            scores = torch.cat((scores, sink), dim=-1)
-        weights = torch.softmax(scores, dim=-1)[..., : keys.shape[-1]]
-        outs.append((weights @ values).view(num_q_heads, -1))
-        lses.append(torch.logsumexp(scores, dim=-1).view(num_q_heads))
-    return torch.stack(outs), torch.stack(lses)
+        for i, query in enumerate(queries):
+            own = lengths[b] - len(queries) + i
+            numbers = torch.arange(lengths[b], device=q.device)
+            seen = numbers >= own - window_size[0] if window_size[0] >= 0 else numbers >= 0
+            if tree_mask is not None:
+                drafts = tree_mask[b, i, max(len(queries) - lengths[b], 0) :]
+                seen[lengths[b] - len(drafts) :] &= drafts
+            elif causal or window_size[1] >= 0:
+                seen &= numbers <= own + (0 if causal else window_size[1])
+            if cache_leftpad is not None:
+                seen &= numbers >= int(cache_leftpad[b])
+            numbers = numbers[seen]
+            grouped = query.to(dtype).view(num_kv_heads, -1, head_dim)
+            keys = scaled(_tokens(k, row, pages, numbers), scales_of(k_scale, b))
+            values = scaled(_tokens(v, row, pages, numbers), scales_of(v_scale, b))
+            keys, values = keys.to(dtype).permute(1, 2, 0), values.to(dtype).permute(1, 0, 2)
+            scores = (grouped @ keys) * scale
+            if softcap:
+                scores = softcap * torch.tanh(scores / softcap)
+            if alibi_slopes is not None:
+                slopes = alibi_slopes.expand(batch, -1)[b].to(dtype).view(num_kv_heads, -1, 1)
+                scores = scores - slopes * (numbers - own).abs()
+            if sinks is not None:
+                sink = sinks.to(dtype).view(num_kv_heads, -1, 1)
+                scores = torch.cat((scores, sink), dim=-1)
+            weights = torch.softmax(scores, dim=-1)[..., : keys.shape[-1]]
+            outs.append((weights @ values).view(num_q_heads, -1))
+            lses.append(torch.logsumexp(scores, dim=-1).view(num_q_heads))
+    out = torch.stack(outs).view(*q.shape[:-1], v.shape[-1])
+    lse = torch.stack(lses)
+    if cu_seqlens_q is not None:
+        return out, lse.T
+    return out, lse.view(batch, -1, num_q_heads).transpose(1, 2).squeeze(2)
+
+
+def _queries(q: Tensor, batch: int, ends: Tensor | None) -> list[Tensor]:
+    """Each sequence's queries, [queries, num_q_heads, head_dim]."""
+    if ends is None:
+        return list(q.view(batch, -1, *q.shape[-2:]))
+    return [q[first:end] for first, end in pairwise(ends.tolist())]
 
 
 def scales_of(scale: float | Tensor | None, b: int) -> float | Tensor | None:
@@ -137,11 +164,10 @@ def stored(token: Tensor, scale: float | Tensor | None, dtype: torch.dtype) -> T
     return quotient.clamp(-most, most).to(dtype)
 
 
-def _tokens(cache: Tensor, row: int, pages: Tensor | None, first: int, end: int) -> Tensor:
-    """A sequence's tokens of a cache: of its row, or of its pages."""
+def _tokens(cache: Tensor, row: int, pages: Tensor | None, numbers: Tensor) -> Tensor:
+    """Some of a sequence's tokens of a cache: of its row, or of its pages."""
     if pages is None:
-        return cache[row, first:end]
-    numbers = torch.arange(first, end, device=cache.device)
+        return cache[row, numbers]
     size = cache.shape[1]
     return cache[pages[numbers // size].long(), numbers % size]
 
