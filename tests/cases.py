@@ -6,8 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from buffers import GUARD, Buffer, guarded
+from tokens import see_tree, take_tokens
 from torch import Tensor
+from turnings import Turning
 
+from gqa_cutlass import pack_tree_mask
 from gqa_cutlass.call.stored import FP8
 from gqa_cutlass.codegen import DType, KernelConfig
 from gqa_cutlass.codegen.schema.policies import Policy
@@ -15,41 +19,6 @@ from gqa_cutlass.proof.reference import Errors, attend, errors, scales_of, store
 
 TORCH_DTYPE = {DType.F16: torch.float16, DType.BF16: torch.bfloat16}
 Layout = Literal["NHD", "HND", "padded"]
-_GUARD = 64  # elements on either side of a tensor
-_CANARY = 0x7FA5  # a NaN in float16 and in bfloat16: it shows when it is read
-
-
-@dataclass
-class Buffer:
-    """Memory with guards at both ends, and the tensor in its middle."""
-
-    memory: Tensor
-    tensor: Tensor
-
-    def guards_intact(self) -> bool:
-        raw = self.memory.view(torch.int16)
-        inside = torch.zeros_like(raw, dtype=torch.bool)
-        start = self.tensor.storage_offset()
-        inside.as_strided(self.tensor.shape, self.tensor.stride(), start).fill_(True)
-        return bool(((raw == _CANARY) | inside).all())
-
-
-def guarded(
-    shape: tuple[int, ...], dtype: torch.dtype, device: str, offset: int = 0, pad: int = 0
-) -> Buffer:
-    """A tensor whose rows start `offset` elements past a 16-byte boundary, `pad` elements apart."""
-    pitch = shape[-1] + pad
-    numel = pitch
-    for size in shape[:-1]:
-        numel *= size
-    memory = torch.full((numel + 2 * _GUARD + offset,), _CANARY, dtype=torch.int16, device=device)
-    strides = [1]
-    step = pitch
-    for size in reversed(shape[:-1]):
-        strides.append(step)
-        step *= size
-    view = memory.view(dtype).as_strided(shape, strides[::-1], _GUARD + offset)
-    return Buffer(memory, view)
 
 
 @dataclass
@@ -78,6 +47,11 @@ class Step:
     out_dtype: torch.dtype | None = None
     k_scale: float | Tensor | None = None
     v_scale: float | Tensor | None = None
+    causal: bool = True
+    tree_mask: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k_new: Tensor | None = None
+    turning: Turning = field(default_factory=Turning)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """Positional arguments of `gqa_decode`."""
@@ -94,6 +68,27 @@ class Step:
         page, at = divmod(token, self.k_cache.shape[1])
         return int(self.block_table[self.row(b), page]), at
 
+    def new(self, tokens: Tensor, b: int) -> Tensor:
+        """A sequence's own of new tokens, or of their k or v, [tokens, heads, head_dim]."""
+        if self.cu_seqlens_k_new is not None:
+            return tokens[self.cu_seqlens_k_new[b] : self.cu_seqlens_k_new[b + 1]]
+        return tokens[b].view(-1, *tokens.shape[-2:])
+
+    def count(self, b: int) -> int:
+        """How many new tokens a sequence has."""
+        return 0 if self.k is None else len(self.new(self.k, b))
+
+    def queries(self, b: int) -> int:
+        """How many queries a sequence has."""
+        if self.cu_seqlens_q is not None:
+            return int(self.cu_seqlens_q[b + 1] - self.cu_seqlens_q[b])
+        return self.q.shape[1] if self.q.dim() == 4 else 1
+
+    def room(self) -> int:
+        """How many tokens a sequence may have."""
+        pages = 1 if self.block_table is None else self.block_table.shape[1]
+        return self.k_cache.shape[1] * pages
+
     def hide(self, b: int, count: int) -> None:
         """Have NaN where a sequence's first tokens are, for they are not to be used."""
         for token in range(count):
@@ -105,24 +100,49 @@ class Step:
         if self.k is None or self.v is None:
             return k, v, self.lengths
         for b, length in enumerate(self.lengths):
-            k[self.place(b, length)] = self.stored("k", b)
-            v[self.place(b, length)] = self.stored("v", b)
-        return k, v, [length + 1 for length in self.lengths]
+            keys = self.turning.keys(self.new(self.k, b), length, b).to(self.q.dtype)
+            for i, (key, value) in enumerate(zip(keys, self.new(self.v, b), strict=True)):
+                k[self.place(b, length + i)] = self.stored("k", key, b)
+                v[self.place(b, length + i)] = self.stored("v", value, b)
+        return k, v, [length + self.count(b) for b, length in enumerate(self.lengths)]
 
-    def stored(self, name: str, b: int) -> Tensor:
+    def stored(self, name: str, row: Tensor, b: int) -> Tensor:
         """What a cache holds of a sequence's new token."""
-        token, dtype = getattr(self, name)[b], self.k_cache.dtype
+        dtype = self.k_cache.dtype
         if dtype not in FP8:
-            return token
-        return stored(token, scales_of(getattr(self, f"{name}_scale"), b), dtype)
+            return row
+        return stored(row, scales_of(getattr(self, f"{name}_scale"), b), dtype)
+
+    def check_keys(self, found: Tensor, rows: Tensor, length: int, b: int) -> None:
+        """Keys that were normed and turned are what they should be; of 8 bits, or next to it."""
+        if found.dtype not in FP8:
+            return self.turning.check(found, rows, length, b)
+        right = self.stored("k", self.turning.keys(rows, length, b).to(self.q.dtype), b)
+        steps = found.view(torch.uint8).int() - right.view(torch.uint8).int()
+        assert steps.abs().max() <= 1 and steps.ne(0).double().mean() < 0.02
 
     def reference(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
         """Expected output and lse."""
         k, v, lengths = self.attended()
         asked = self.features()
-        del asked["out_dtype"]
-        asked.pop("slot_mapping", None)
-        return attend(self.q, k, v, lengths, self.scale, dtype, **asked)
+        for name in ("out_dtype", "slot_mapping", "cu_seqlens_k_new", *self.turning.options()):
+            asked.pop(name, None)
+        asked["tree_mask"] = self.tree_mask
+        return attend(self.turned_queries(), k, v, lengths, self.scale, dtype, **asked)
+
+    def turned_queries(self) -> Tensor:
+        """Queries, normed and rotated as keys are."""
+        if not self.turning.options():
+            return self.q
+        moves = self.causal or self.window_size != (-1, -1)
+        if self.cu_seqlens_q is None:
+            parts = list(self.q.view(len(self.lengths), -1, *self.q.shape[-2:]))
+        else:
+            parts = list(self.q.split(self.cu_seqlens_q.diff().tolist()))
+        turned = [
+            self.turning.queries(part, self.lengths[b], b, moves) for b, part in enumerate(parts)
+        ]
+        return torch.cat(turned).view(self.q.shape).to(self.q.dtype)
 
     def features(self) -> dict[str, Any]:
         """The options of a call that ask for features."""
@@ -130,22 +150,35 @@ class Step:
             "softcap", "sinks", "window_size", "alibi_slopes", "cache_leftpad", "cache_batch_idx",
             "block_table", "out_dtype", "k_scale", "v_scale",
         )  # fmt: skip
-        slots = {} if self.slot_mapping is None else {"slot_mapping": self.slot_mapping}
-        return {name: getattr(self, name) for name in names} | slots
+        tensors = "slot_mapping", "cu_seqlens_q", "cu_seqlens_k_new"
+        few = {name: getattr(self, name) for name in tensors if getattr(self, name) is not None}
+        few |= self.turning.options() | ({} if self.causal else {"causal": False})
+        if self.tree_mask is not None:
+            few["tree_mask"] = pack_tree_mask(self.tree_mask)
+        return {name: getattr(self, name) for name in names} | few
 
     def asking_for(self, policies: tuple[Policy, ...]) -> Step:
-        """The same with the features that a kernel has: a cap that bends scores, heavy sinks,
-        a window of half the cache, slopes of each sequence, padding of a third, and pages. Its rows
-        stay."""
+        """The same with the features that a kernel has: several tokens, a cap that bends scores,
+        heavy sinks, a window of half the cache, slopes of each sequence, padding of a third, norms,
+        rotation, and pages. Its rows stay."""
         wanted = {policy.feature for policy in policies}
+        if wanted & {"num_tokens", "tree_mask"}:
+            take_tokens(self)
+            snapshot(self)
+        if "tree_mask" in wanted:
+            see_tree(self)
+        if "q_norm_weight" in wanted:
+            self.turning = self.turning.normed(self.q)
+        if "rotary_cos" in wanted:
+            self.turning = self.turning.rotated(self.q, self.room())
         if "softcap" in wanted:
             self.softcap = 1.5
         if "sinks" in wanted:
-            self.sinks = torch.linspace(-2, 7, self.q.shape[1], device=self.q.device)
+            self.sinks = torch.linspace(-2, 7, self.q.shape[-2], device=self.q.device)
         if "window_size" in wanted:
             self.window_size = (self.k_cache.shape[1] // 2, 0)
         if "alibi_slopes" in wanted:
-            batch, heads, _ = self.q.shape
+            batch, heads = len(self.lengths), self.q.shape[-2]
             slopes = torch.linspace(-0.01, 0.7, batch * heads, device=self.q.device)
             self.alibi_slopes = slopes.view(batch, heads)
         if "cache_leftpad" in wanted:
@@ -196,7 +229,7 @@ class Step:
         generator = torch.Generator().manual_seed(page_size)
         order = torch.randperm(rows * most + 3, generator=generator)[: rows * most]
         order = order.to(self.k_cache.device)
-        device, offset = str(order.device), (self.k_cache.storage_offset() - _GUARD) % 8
+        device, offset = str(order.device), (self.k_cache.storage_offset() - GUARD) % 8
         shape = (heads, page_size) if layout == "HND" else (page_size, heads)
         for widths in (dims,) if packed else ((dims[0], 0), (0, dims[1])):
             buffer = guarded((rows * most + 3, *shape, sum(widths)), self.q.dtype, device, offset)
@@ -221,7 +254,7 @@ class Step:
         none = torch.tensor([-1, 2**31 - 1, rows * most + 3, -(2**31)], dtype=torch.int32)
         table = none.repeat(rows, most).to(pages.device)
         for b, length in enumerate(self.lengths):
-            held = -(-(length + (self.k is not None)) // page_size)
+            held = -(-(length + self.count(b)) // page_size)
             table[self.row(b), :held] = pages[self.row(b), :held].int()
         return table[:, :most]
 
@@ -230,7 +263,7 @@ class Step:
         if self.out_dtype is not None:
             return
         *shape, dim = self.out.shape
-        offset, pad = self.out.storage_offset() - _GUARD, self.out.stride(-2) - dim
+        offset, pad = self.out.storage_offset() - GUARD, self.out.stride(-2) - dim
         even = offset + offset % 2, pad + pad % 2
         buffer = guarded((*shape, 2 * dim), torch.float16, str(self.out.device), *even)
         self.buffers.append(buffer)
@@ -266,12 +299,21 @@ class Step:
         Nothing was appended to the sequences in `rejected`.
         """
         for name, new in (("k_cache", self.k), ("v_cache", self.v)):
+            now = getattr(self, name).clone()
             expected = self.before[name].clone()
-            if new is not None:
-                for b, length in enumerate(self.lengths):
-                    if b not in rejected:
-                        expected[self.place(b, length)] = self.stored(name[0], b)
-            assert _same_bits(getattr(self, name), expected), f"{name} differs"
+            for b, length in enumerate(self.lengths):
+                if new is None or b in rejected:
+                    continue
+                rows = self.new(new, b)
+                for i, row in enumerate(rows):
+                    expected[self.place(b, length + i)] = self.stored(name[0], row, b)
+                if name == "k_cache" and self.turning.options() and len(rows):
+                    at = [self.place(b, length + i) for i in range(len(rows))]
+                    found = torch.stack([now[place] for place in at])
+                    self.check_keys(found, rows, length, b)
+                    for place, row in zip(at, rows, strict=True):
+                        now[place] = self.stored("k", row, b)
+            assert _same_bits(now, expected), f"{name} differs"
         for name in ("q", "k", "v"):
             if getattr(self, name) is not None:
                 assert _same_bits(getattr(self, name), self.before[name]), f"{name} was written"

@@ -11,21 +11,27 @@ import pytest
 import torch
 from cases import Edge, Step, make_step, snapshot
 from helpers import THOROUGH
+from tokens import see_tree, take_tokens
 
 from gqa_cutlass.codegen import DType, KernelConfig, Math, Schedule, default_config
-from gqa_cutlass.codegen.schema.policies import E4M3, E5M2, FP8, Policy, named, special
+from gqa_cutlass.codegen.schema.policies import E4M3, E5M2, Policy, named, special
 
 CAP, SINK, WINDOW = named("SoftCapped"), named("SinkInSum"), named("SlidingWindow")
+TOKENS = {"tokens": named("SeveralQueries"), "tree": named("TreeOfQueries")}
 POLICIES = {
+    **TOKENS,
     "softcap": CAP, "sinks": SINK, "window": WINDOW, "alibi": named("Alibi"),
     "leftpad": named("LeftPadded"), "index": named("IndexedRow"), "float32": named("InFloat32"),
-    "paged": named("PagedCache"), "e4m3": E4M3, "e5m2": E5M2,
+    "paged": named("PagedCache"), "norm": named("RmsNormed"), "rotary": named("RotatedByTables"),
+    "e4m3": E4M3, "e5m2": E5M2,
 }  # fmt: skip
 PAIRS = [
     f"{a} and {b}" for a, b in combinations(POLICIES, 2) if POLICIES[a].slot != POLICIES[b].slot
 ]
-ALL = " and ".join(name for name, policy in POLICIES.items() if policy not in FP8)
-ALL_IN_8_BITS = f"{ALL} and e4m3"
+_ALONE = {*TOKENS, "e4m3", "e5m2"}
+ALL = " and ".join(name for name in POLICIES if name not in _ALONE)
+ALL_OF_TOKENS = [f"{name} and {ALL}" for name in TOKENS]
+ALL_IN_8_BITS = f"tokens and {ALL} and e4m3"
 KINDS = {
     "tensorop": (Math.TENSOROP, DType.F16, 8, Schedule.MULTISTAGE),
     "simt": (Math.SIMT, DType.F16, 1, Schedule.MULTISTAGE),
@@ -35,9 +41,12 @@ FEW = {
     "splits": Edge(lengths=(300, 37, 0), capacity=512, splits=2),
     "attend only": Edge(lengths=(37, 0), capacity=64, append=False),
 }
-# The feature that CI has alone on a kind of kernels: each has tests of its own, and all of them
-# together are on every kind.
-OWN = {"tma": ["softcap", "e4m3"], "simt": ["window"], "tensorop": ["paged", "e5m2"]}
+# The features that CI has alone on a kind of kernels: each has tests of its own, and all of them
+# together are on every kind; those of several tokens on the kinds that differ most.
+OWN = {
+    "tma": ("softcap", "e4m3", ALL_OF_TOKENS[0]), "simt": ("window", ALL_OF_TOKENS[0]),
+    "tensorop": ("paged", "e5m2", ALL_OF_TOKENS[1]),
+}  # fmt: skip
 # Multistage is the same for CUDA cores but for its arithmetic, so that CI leaves those out.
 every_schedule = pytest.mark.parametrize(
     "kind", [pytest.param(k, marks=THOROUGH if k == "simt" else ()) for k in KINDS]
@@ -68,7 +77,7 @@ def add_cap(step: Step) -> None:
 
 def add_sinks(step: Step) -> None:
     """As heavy as all keys together, or as none of them; of another type in every size."""
-    heads = step.q.shape[1]
+    heads = step.q.shape[-2]
     sinks = torch.linspace(-2, 7, heads, dtype=torch.float32, device=step.q.device)
     step.sinks = sinks.to((torch.float32, torch.bfloat16)[step.q.shape[0] % 2])
 
@@ -77,12 +86,13 @@ def add_window(step: Step, window: int = 19) -> None:
     """That begins and ends within tiles; what it hides is not to be used, nor its NaN."""
     step.window_size = (window - 1, 0)
     for b, length in enumerate(step.lengths):
-        step.hide(b, length + (step.k is not None) - window)
+        oldest = length + step.count(b) - step.queries(b)
+        step.hide(b, min(oldest + 1 - window, length))
 
 
 def add_slopes(step: Step) -> None:
     """From heads that see all to heads that see few; of each sequence its own, or for all."""
-    batch, heads, _ = step.q.shape
+    batch, heads = len(step.lengths), step.q.shape[-2]
     slopes = torch.linspace(-0.01, 0.7, batch * heads, device=step.q.device).view(batch, heads)
     step.alibi_slopes = slopes if batch % 2 else slopes[0].contiguous()
 
@@ -111,7 +121,25 @@ def add_pages(step: Step) -> None:
     step.into_pages(3)
 
 
+def add_tree(step: Step) -> None:
+    """Of drafts that see some of the others."""
+    take_tokens(step)
+    see_tree(step)
+
+
+def add_norm(step: Step) -> None:
+    """Of queries and keys."""
+    step.turning = step.turning.normed(step.q)
+
+
+def add_rotary(step: Step) -> None:
+    """Of all dims, or most."""
+    step.turning = step.turning.rotated(step.q, step.room())
+
+
 FEATURES: dict[str, Callable[[Step], None]] = {
+    "tokens": take_tokens,
+    "tree": add_tree,
     "softcap": add_cap, "sinks": add_sinks, "window": add_window,
     "alibi": add_slopes,
     "leftpad": add_padding,
@@ -120,6 +148,8 @@ FEATURES: dict[str, Callable[[Step], None]] = {
     "paged": add_pages,
     "e4m3": lambda step: step.into_fp8(torch.float8_e4m3fn),
     "e5m2": lambda step: step.into_fp8(torch.float8_e5m2),
+    "norm": add_norm,
+    "rotary": add_rotary,
 }  # fmt: skip
 
 

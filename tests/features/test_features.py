@@ -12,6 +12,7 @@ from cases import edges_of, make_step
 from featured import (
     ALL,
     ALL_IN_8_BITS,
+    ALL_OF_TOKENS,
     FEW,
     KINDS,
     OWN,
@@ -36,10 +37,8 @@ PROCESS = "features"  # has all tests of this folder, for they have kernels in c
 @pytest.mark.parametrize(
     ("feature", "kind"),
     [
-        pytest.param(
-            *pair, marks=() if pair[0] in (ALL, ALL_IN_8_BITS, *OWN.get(pair[1], ())) else THOROUGH
-        )
-        for pair in product((*POLICIES, ALL, ALL_IN_8_BITS), KINDS)
+        pytest.param(*pair, marks=() if pair[0] in (ALL_IN_8_BITS, *OWN[pair[1]]) else THOROUGH)
+        for pair in product((*POLICIES, ALL, ALL_IN_8_BITS, *ALL_OF_TOKENS), KINDS)
     ],
 )
 def test_every_schedule_and_math_matches_the_reference(
@@ -72,7 +71,8 @@ def test_every_pair_matches_the_reference(feature: str, kind: str, device: str) 
 
 @pytest.mark.parametrize("sizes", ["d40_g2", "d128_g32"])
 @pytest.mark.parametrize(
-    "feature", [ALL, "e4m3", *(pytest.param(n, marks=THOROUGH) for n in POLICIES if n != "e4m3")]
+    "feature",
+    [ALL_IN_8_BITS, ALL_OF_TOKENS[0], *(pytest.param(n, marks=THOROUGH) for n in (ALL, *POLICIES))],
 )
 def test_odd_rows_and_several_head_blocks(feature: str, sizes: str, device: str) -> None:
     head_dim, group_size = (int(word[1:]) for word in sizes.split("_"))
@@ -84,7 +84,8 @@ def test_odd_rows_and_several_head_blocks(feature: str, sizes: str, device: str)
 
 
 @pytest.mark.parametrize(
-    "feature", [ALL, *(pytest.param(name, marks=THOROUGH) for name in POLICIES)]
+    "feature",
+    [ALL, ALL_OF_TOKENS[0], *(pytest.param(name, marks=THOROUGH) for name in POLICIES)],
 )
 def test_ragged_batches_that_are_dealt_out_by_length(feature: str, device: str) -> None:
     """What is long is lowered to what ptxsim can take."""
