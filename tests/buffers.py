@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 GUARD = 64  # elements on either side of a tensor
-_CANARY = 0x7FA5  # a NaN in float16 and in bfloat16: it shows when it is read
+CANARY = 0x7FA5  # a NaN in float16 and in bfloat16: it shows when it is read
 
 
 @dataclass
@@ -23,7 +23,7 @@ class Buffer:
         inside = torch.zeros_like(raw, dtype=torch.bool)
         start = self.tensor.storage_offset()
         inside.as_strided(self.tensor.shape, self.tensor.stride(), start).fill_(True)
-        return bool(((raw == _CANARY) | inside).all())
+        return bool(((raw == CANARY) | inside).all())
 
 
 def guarded(
@@ -34,7 +34,7 @@ def guarded(
     numel = pitch
     for size in shape[:-1]:
         numel *= size
-    memory = torch.full((numel + 2 * GUARD + offset,), _CANARY, dtype=torch.int16, device=device)
+    memory = torch.full((numel + 2 * GUARD + offset,), CANARY, dtype=torch.int16, device=device)
     strides = [1]
     step = pitch
     for size in reversed(shape[:-1]):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from buffers import GUARD, Buffer, guarded
+from buffers import CANARY, GUARD, Buffer, guarded
 from tokens import see_tree, take_tokens
 from torch import Tensor
 from turnings import Turning
@@ -204,7 +204,7 @@ class Step:
         for name in ("k_cache", "v_cache"):
             cache = getattr(self, name)
             count, half = cache.untyped_storage().nbytes() // 2, cache.shape[-1] // 2
-            raw = torch.full((count,), _CANARY, dtype=torch.int16, device=cache.device)
+            raw = torch.full((count,), CANARY, dtype=torch.int16, device=cache.device)
             rows = raw.as_strided((*cache.shape[:-1], half), cache.stride(), cache.storage_offset())
             self.buffers.append(Buffer(raw, rows))
             scale = 4 / torch.finfo(dtype).max if name == "k_cache" else None

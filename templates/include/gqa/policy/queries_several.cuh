@@ -15,7 +15,8 @@ struct SeveralQueries {
   CUTE_DEVICE static int row_blocks(Params const& p) { return p.row_blocks; }
 
   CUTE_DEVICE static Span queries(Params const& p, int batch) {
-    return tokens(p.cu_seqlens_q, p.num_query_tokens, p.all_query_tokens, batch);
+    Span const found = tokens(p.cu_seqlens_q, p.num_query_tokens, p.all_query_tokens, batch);
+    return {found.first, found.count <= p.num_query_tokens ? found.count : -1};
   }
   CUTE_DEVICE static Span new_tokens(Params const& p, int batch) {
     return tokens(p.cu_seqlens_k_new, p.num_new_tokens, p.all_new_tokens, batch);

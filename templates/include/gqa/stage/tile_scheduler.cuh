@@ -172,6 +172,9 @@ struct Work {
       first_token = max(first_token, padding);
       start_tile = min(first_token, num_tokens > 0 ? num_tokens - 1 : 0) / T::kBlockN;
     }
+    if constexpr (!kOneQuery<T>) {  // new tokens are appended from tiles, whether they are seen
+      if (appends) start_tile = min(start_tile, num_cached / T::kBlockN);
+    }
   }
 
   // No more splits than leave every warp a tile.

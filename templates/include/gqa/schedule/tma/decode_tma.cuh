@@ -109,7 +109,7 @@ CUTE_DEVICE void decode_tma(TmaParams const& p) {
   ClusterWork<T> const w(p.decode, length);
   // Tiles that were not known before, which everybody waits for, are asked for before the queries.
   constexpr bool kLate = !kKnowsTiles<T>;
-  if (kLate && w.split < w.num_splits) ring.fill(w, w.first_tile(warp));
+  if (kLate && !w.is_idle()) ring.fill(w, w.first_tile(warp));
   // Rows that are prepared are waited for, those of the new token by another warp than those of
   // most queries.
   NewToken<T> token;
