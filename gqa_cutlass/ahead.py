@@ -239,7 +239,7 @@ def explain(
     if tokens.several:
         policies = with_tokens(policies)
     check_tree(tokens, layout)
-    check_turning(layout)
+    check_turning(layout, tokens)
     problem = problem_of(layout, policies, asked.window_size[0], asked.out_dtype, tokens)
     check_softcap(asked.softcap, problem.head_dim**-0.5)
     scale_fields(asked, layout)

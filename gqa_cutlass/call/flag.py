@@ -48,10 +48,13 @@ class OverflowFlag:
             self.word.value = 0
             raise CacheOverflowError(
                 f"gqa_decode: an earlier call could not do sequence {value - 1} of its batch: "
-                f"cache_seqlens[{value - 1}] is a length that the cache cannot hold, with the new "
-                "token if there is one; or cache_batch_idx there names a row that the cache does "
-                "not have; or its row of block_table, or its slot, a page that the pools do not "
-                "have. That sequence's output is NaN, and nothing was written where it does not "
-                "belong; the other sequences are right. This call was not launched: correct the "
-                "length (below max_seq_len to append), row or page, and repeat it."
+                f"cache_seqlens[{value - 1}] is a length that the cache cannot hold, with its new "
+                "tokens if there are any; or cache_batch_idx there names a row that the cache does "
+                "not have; or its row of block_table, or a slot, a page that the pools do not "
+                "have; or rotary_cos and rotary_sin lack its positions; or its entries of "
+                "cu_seqlens_q or cu_seqlens_k_new are out of order, or more than there are. That "
+                "sequence's output is NaN, and nothing was written where it does not belong; the "
+                "other sequences are right. This call was not launched: correct the "
+                "length (below max_seq_len to append), row, page, position or entry, and repeat "
+                "it."
             )

@@ -326,8 +326,8 @@ def check(call: str, options: Mapping[str, Any], given: Given) -> tuple[Asked, t
         dependent=asked.dependent, causal=asked.causal,
         rotary_interleaved=asked.rotary_interleaved, norm_plus_one=asked.norm_plus_one,
     )  # fmt: skip
-    if not _is_number(asked.norm_eps) or not 0 <= asked.norm_eps < math.inf:
-        fail("norm_eps", shown(asked.norm_eps), "a finite number, 0 or more")
+    if not _is_number(asked.norm_eps) or not 0 <= asked.norm_eps <= MAX_SCALE:
+        fail("norm_eps", shown(asked.norm_eps), f"a number from 0 to {MAX_SCALE:g}")
     most = asked.max_seqlen_q
     if most is not None and (type(most) is not int or not 1 <= most < 2**31):
         fail("max_seqlen_q", shown(most), f"an int, 1 to {MAX_TOKENS}, or None")

@@ -71,7 +71,7 @@ class Plans:
                 policies = with_tokens(policies)
             if policies:
                 check_tree(tokens, layout)
-                check_turning(layout)
+                check_turning(layout, tokens)
             problem = problem_of(layout, policies, asked.window_size[0], asked.out_dtype, tokens)
             executor = self._executor_of(layout["q"].device)
             scale = asked.softmax_scale

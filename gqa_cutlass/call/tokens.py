@@ -36,7 +36,7 @@ def check_tree(tokens: Tokens, layout: Layout) -> None:
     if mask.shape != (tokens.batch, count, words):
         fail(
             TREE,
-            shape_text(mask.shape),
+            f"{mask.dtype} {shape_text(mask.shape)}",
             f"bool [{tokens.batch}, {count}, {count}], or that packed by pack_tree_mask, "
             f"torch.uint32 [{tokens.batch}, {count}, {words}]",
         )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gqa_cutlass.call.given import Layout, Seen, Tokens, fail, shape_text
+from gqa_cutlass.call.given import Layout, Tokens, fail, shape_text
 from gqa_cutlass.errors import shown
 
 if TYPE_CHECKING:
@@ -17,8 +17,12 @@ WEIGHTS = "q_norm_weight", "k_norm_weight"
 _STEP = 16  # rotary dims come in so many
 
 
-def check_turning(layout: Layout) -> None:
+def check_turning(layout: Layout, tokens: Tokens) -> None:
     """Check tables of angles and weights, but for what the table of arguments says of them.
+
+    Args:
+        layout: The tensors.
+        tokens: How many tokens there are.
 
     Raises:
         InputError: A rule is broken; the message says which, what was given and what to do.
@@ -33,7 +37,6 @@ def check_turning(layout: Layout) -> None:
                 fail(name, f"one without {other}", f"{COS} and {SIN}, both or neither")
         return
     cos, sin, q = layout[COS], layout[SIN], layout["q"]
-    head_dim = q.shape[-1]
     for name, t in ((COS, cos), (SIN, sin)):
         if len(t.shape) != 2 or not 1 <= t.shape[0] < 2**31:
             fail(name, shape_text(t.shape), "[positions, rotary_dim / 2]")
@@ -42,13 +45,20 @@ def check_turning(layout: Layout) -> None:
     if cos.shape != sin.shape or cos.dtype != sin.dtype:
         allowed = f"as {COS}: {cos.dtype} {shape_text(cos.shape)}"
         fail(SIN, f"{sin.dtype} {shape_text(sin.shape)}", allowed)
-    rotary_dim = 2 * cos.shape[1]
+    rotary_dim, head_dim = 2 * cos.shape[1], q.shape[-1]
     if rotary_dim % _STEP or not _STEP <= rotary_dim <= head_dim:
         fail(
             "rotary_dim (twice the columns of rotary_cos)",
             shown(rotary_dim),
             f"multiples of {_STEP} up to head_dim, {head_dim}",
         )
+    for name, t in ((COS, cos), (SIN, sin)):  # that last dims are contiguous is looked at later
+        if t.strides[1] == 1 and (t.strides[0] % 2 or t.address % (2 * t.itemsize)):
+            got = "rows that are not aligned to two elements"
+            fail(name, got, "rows that are; pass a .clone(memory_format=torch.contiguous_format)")
+    if cos.shape[0] < _least(tokens):
+        got, allowed = f"{cos.shape[0]} positions", f"{_least(tokens)} and more, one for each token"
+        fail(COS, got, allowed)
 
 
 def turning_fields(layout: Layout, asked: Asked) -> dict[str, float]:
@@ -74,5 +84,9 @@ def longest_to_turn(layout: Layout, tokens: Tokens) -> int | None:
     """The longest length, known to the host, that the tables have positions for; None: any."""
     if COS not in layout or STARTS in layout:
         return None
-    cos: Seen = layout[COS]
-    return cos.shape[0] - max(tokens.queries, tokens.new, 1)
+    return layout[COS].shape[0] - _least(tokens)
+
+
+def _least(tokens: Tokens) -> int:
+    """The tokens that every sequence has; where these differ, only the device knows how many."""
+    return max(0 if tokens.ragged_q else tokens.queries, tokens.new, 1)
