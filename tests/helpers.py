@@ -199,5 +199,12 @@ def share_of_step(edge: Edge, config: KernelConfig, step: Step) -> float:
     out, lse = plan_of(edge, config, step)(*step.tensors(), lengths_of(edge, step), step.out)
     assert out.data_ptr() == step.out.data_ptr()
     step.check_memory()
-    torch.testing.assert_close(lse.double(), step.reference()[1], atol=2e-5, rtol=2e-6)
+    check_lse(step, lse)
     return step.errors(out).share
+
+
+def check_lse(step: Step, lse: Tensor) -> None:
+    """The log-sum-exp is right; where rows are normed or rotated, but for one that is rounded the
+    other way."""
+    slack = torch.finfo(step.q.dtype).eps if step.turning.options() else 2e-5
+    torch.testing.assert_close(lse.double(), step.reference()[1], atol=slack, rtol=2e-6)

@@ -48,3 +48,26 @@ def see_tree(step: Step) -> None:
     mask[:, 1:].diagonal(1, 1, 2).fill_(True)
     mask[:, 0] = False
     step.tree_mask = mask.to(step.q.device)
+
+
+def take_unlike(step: Step, queries: list[int] | None, new: list[int] | None) -> None:
+    """Have unlike many query tokens in sequences, or new ones, one sequence's behind another's.
+
+    The caches must have room for them. None leaves those tokens as they are.
+    """
+    for counts, index, names in (
+        (queries, "cu_seqlens_q", ("q", "out")), (new, "cu_seqlens_k_new", ("k", "v")),
+    ):  # fmt: skip
+        if counts is None or getattr(step, names[0]) is None:
+            continue
+        generator = torch.Generator().manual_seed(sum(counts))
+        ends = torch.tensor([0, *counts]).cumsum(0).int()
+        setattr(step, index, ends.to(step.q.device))
+        for name in names:
+            old = getattr(step, name)
+            offset, pad = old.storage_offset() - GUARD, old.stride(-2) - old.shape[-1]
+            data = torch.randn(sum(counts), *old.shape[-2:], generator=generator)
+            buffer = guarded(data.shape, old.dtype, str(old.device), offset, pad)
+            buffer.tensor.copy_(data if name != "out" else data.fill_(torch.nan))
+            step.buffers.append(buffer)
+            setattr(step, name, buffer.tensor)
