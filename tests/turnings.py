@@ -8,10 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gqa_cutlass.proof.turning import turned
-
-# Errors of float32 on the way to what is rounded, as a share of a row's largest value.
-_ON_THE_WAY = 4e-6
+from gqa_cutlass.proof.turning import is_rounded_once, turned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,12 +65,8 @@ class Turning:
         return self._turned(rows, length, b, self.q_norm_weight, step=int(moves))
 
     def check(self, found: Tensor, rows: Tensor, length: int, b: int) -> None:
-        """Keys were rounded once: half a unit in the last place from what they should be."""
-        exact = self.keys(rows, length, b)
-        unit = torch.finfo(found.dtype)
-        spacing = 2.0 ** exact.abs().clamp(min=unit.smallest_normal).log2().floor() * unit.eps
-        allowed = spacing / 2 + _ON_THE_WAY * exact.abs().amax(-1, keepdim=True)
-        assert ((found.double() - exact).abs() <= allowed).all(), "a new key is not what it should"
+        """Keys are what they should be, rounded once."""
+        assert is_rounded_once(found, self.keys(rows, length, b)), "a new key is wrong"
 
     def _turned(
         self, rows: Tensor, length: int, b: int, weight: Tensor | None, step: int

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Errors of float32 on the way to what is rounded, as a share of a row's largest value.
+_ON_THE_WAY = 4e-6
+
 
 def turned(
     x: Tensor,
@@ -47,3 +50,16 @@ def turned(
     rotated[..., first] = made[..., first] * c - made[..., second] * s
     rotated[..., second] = made[..., second] * c + made[..., first] * s
     return rotated
+
+
+def is_rounded_once(found: Tensor, exact: Tensor) -> bool:
+    """Whether rows are what `turned` says, rounded: within half a unit in the last place.
+
+    Args:
+        found: [..., head_dim], float16 or bfloat16.
+        exact: The same in float64.
+    """
+    unit = torch.finfo(found.dtype)
+    spacing = 2.0 ** exact.abs().clamp(min=unit.smallest_normal).log2().floor() * unit.eps
+    allowed = spacing / 2 + _ON_THE_WAY * exact.abs().amax(-1, keepdim=True)
+    return bool(((found.double() - exact).abs() <= allowed).all())

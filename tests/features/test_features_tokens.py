@@ -18,6 +18,7 @@ import gqa_cutlass
 from gqa_cutlass import pack_tree_mask
 from gqa_cutlass.codegen import KernelConfig, default_config
 from gqa_cutlass.errors import CacheOverflowError
+from gqa_cutlass.proof.sim import run_sim
 
 PROCESS = "features"  # has all tests of this folder, for they have kernels in common
 COUNTS, GROUPS = (2, 3, 4, 5, 8, 16, 17, 64), (1, 4, 8)
@@ -354,3 +355,10 @@ def test_slots_of_all_new_tokens(kind: str, device: str) -> None:
     for name, new in (("k_cache", step.k), ("v_cache", step.v)):
         step.before[name][free, 7], step.before[name][free, 0] = new[0, 0], new[0, 2]
     step.check_memory(rejected=(0, 1))
+
+
+@pytest.mark.parametrize("features", ["tokens", "tree and norm and rotary", "norm and rotary"])
+def test_a_kernel_of_that_name_is_looked_at_in_ptxsim(features: str) -> None:
+    """With several tokens where it takes them."""
+    found = run_sim(config_of("tensorop", features), cache_len=29, batch=2)
+    assert found.appended and found.error <= 2 * found.error_torch and found.lse_error < 1e-3
