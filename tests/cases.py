@@ -89,6 +89,10 @@ class Step:
         pages = 1 if self.block_table is None else self.block_table.shape[1]
         return self.k_cache.shape[1] * pages
 
+    def positions(self) -> int:
+        """How many positions it may have: those of all tokens, and of queries behind them."""
+        return self.room() + max(self.queries(b) for b in range(len(self.lengths)))
+
     def hide(self, b: int, count: int) -> None:
         """Have NaN where a sequence's first tokens are, for they are not to be used."""
         for token in range(count):
@@ -170,7 +174,7 @@ class Step:
         if "q_norm_weight" in wanted:
             self.turning = self.turning.normed(self.q)
         if "rotary_cos" in wanted:
-            self.turning = self.turning.rotated(self.q, self.room())
+            self.turning = self.turning.rotated(self.q, self.positions())
         if "softcap" in wanted:
             self.softcap = 1.5
         if "sinks" in wanted:

@@ -134,7 +134,7 @@ def add_norm(step: Step) -> None:
 
 def add_rotary(step: Step) -> None:
     """Of all dims, or most."""
-    step.turning = step.turning.rotated(step.q, step.room())
+    step.turning = step.turning.rotated(step.q, step.positions())
 
 
 FEATURES: dict[str, Callable[[Step], None]] = {
