@@ -16,7 +16,7 @@ from gqa_cutlass.codegen.schema.rounding import ceil_div
 from gqa_cutlass.codegen.schema.storage import BOX_DIMS, PAGE_TOKENS, box_tile_bytes
 
 # (why, head_dim, that of values if it is another, group_size, vec_widths, policies) of what ships
-# for no model's sake.
+# for no model's sake. Kernels of several tokens have blocks for _TOKENS of them.
 PROOFS: tuple[tuple[str, int, int | None, int, tuple[int, ...], tuple[Policy, ...]], ...] = (
     ("the last box of a tensor copy is a quarter", 80, None, 4, (8,), ()),
     ("the last box of a tensor copy is a half", 96, None, 4, (8,), ()),
@@ -34,7 +34,11 @@ PROOFS: tuple[tuple[str, int, int | None, int, tuple[int, ...], tuple[Policy, ..
     ("a cache of float8_e4m3fn", 128, None, 4, (8,), (E4M3,)),
     ("a cache of float8_e5m2, and half a box of a tensor copy", 64, None, 8, (8,), (E5M2,)),
     ("pages of float8_e4m3fn", 128, None, 4, (8,), (named("PagedCache"), E4M3)),
+    ("several tokens", 128, None, 4, (8,), (named("SeveralQueries"),)),
+    ("several tokens", 64, None, 8, (8,), (named("SeveralQueries"),)),
+    ("norm and rotation", 128, None, 4, (8,), (named("RmsNormed"), named("RotatedByTables"))),
 )
+_TOKENS = 4
 
 # (largest head_dim served, block_n, num_warps, num_stages), chosen by measurement on an H200. The
 # rings of K and V tiles stay below the 99 KiB that a block may use on every architecture.
@@ -144,12 +148,15 @@ def shipped() -> tuple[KernelConfig, ...]:
     }
     ordered = sorted(shapes, key=lambda s: (*s[:4], [policy.tag for policy in s[4]]))
     return tuple(
-        default_config(math, dtype, dim, group, width, schedule, policies, dim_v or None)
+        default_config(
+            math, dtype, dim, group, width, schedule, policies, dim_v or None,
+            _TOKENS if named("SeveralQueries") in policies else 1,
+        )
         for schedule in Schedule
         for (dim, dim_v, group, width, policies), dtype in product(ordered, DType)
         if width == 8 or schedule is not Schedule.TMA
         for math in (Math.SIMT if width == 1 else Math.TENSOROP,)
-    )
+    )  # fmt: skip
 
 
 # Types of parts and of what they become: parts that were not rounded, and parts that were.
