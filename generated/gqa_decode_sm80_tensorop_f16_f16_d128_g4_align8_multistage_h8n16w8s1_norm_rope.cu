@@ -44,7 +44,7 @@ struct Variant {
   template <class T> using Rotary = gqa::RotatedByTables<T>;
 };
 
-static_assert(sizeof(gqa::SharedStorage<gqa::Traits<Variant>>) == 70192);
+static_assert(sizeof(gqa::SharedStorage<gqa::Traits<Variant>>) == 72368);
 
 extern "C" __global__ void __launch_bounds__(256, 2)
     gqa_decode_sm80_tensorop_f16_f16_d128_g4_align8_multistage_h8n16w8s1_norm_rope(const __grid_constant__ gqa::Params params) {

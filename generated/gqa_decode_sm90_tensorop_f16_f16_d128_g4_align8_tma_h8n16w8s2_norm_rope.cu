@@ -44,7 +44,7 @@ struct Variant {
   template <class T> using Rotary = gqa::RotatedByTables<T>;
 };
 
-static_assert(gqa::kLargestStorage<gqa::Traits<Variant>> == 141312);
+static_assert(gqa::kLargestStorage<gqa::Traits<Variant>> == 143360);
 
 extern "C" __global__ void __launch_bounds__(256, 2)
     gqa_decode_sm90_tensorop_f16_f16_d128_g4_align8_tma_h8n16w8s2_norm_rope(const __grid_constant__ gqa::TmaParams params) {
