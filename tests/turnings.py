@@ -27,6 +27,8 @@ class Turning:
     def options(self) -> dict[str, Any]:
         """Those that a call is given: none unless something is normed or rotated."""
         given = {name: value for name, value in vars(self).items() if value is not None}
+        if self.q_norm_weight is None and self.k_norm_weight is None:
+            given = {name: value for name, value in given.items() if not name.startswith("norm")}
         return given if any(isinstance(value, Tensor) for value in given.values()) else {}
 
     def normed(self, q: Tensor) -> Turning:
