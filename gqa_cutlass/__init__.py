@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from gqa_cutlass.errors import (
         CacheAllocationError,
         CacheOverflowError,
+        CollectiveError,
         CompileError,
         CompilerMissingError,
         ConfigError,
@@ -61,6 +62,7 @@ _HOMES = {
     "Plan": "call.plan",
     "CacheAllocationError": "errors",
     "CacheOverflowError": "errors",
+    "CollectiveError": "errors",
     "CompileError": "errors",
     "CompilerMissingError": "errors",
     "ConfigError": "errors",
@@ -83,6 +85,7 @@ _HOMES = {
 __all__ = [  # noqa: F822 - provided by __getattr__
     "CacheAllocationError",
     "CacheOverflowError",
+    "CollectiveError",
     "CompileError",
     "CompilerMissingError",
     "ConfigError",

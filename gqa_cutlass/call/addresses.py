@@ -17,9 +17,10 @@ from torch import Tensor
 
 from gqa_cutlass.call.executor import Executor, Task
 from gqa_cutlass.call.given import ALIGNMENT, LENGTHS, PAGES, ROWS, Layout, fail
-from gqa_cutlass.call.stored import in_pairs, is_stored
+from gqa_cutlass.call.stored import in_pairs
 from gqa_cutlass.codegen.schema.arguments import Access
 from gqa_cutlass.codegen.schema.params import CacheStrides, Params
+from gqa_cutlass.codegen.schema.storage import ELEMENT_BYTES
 from gqa_cutlass.errors import CacheOverflowError, shown
 from gqa_cutlass.tensormap import map_of
 from gqa_cutlass.tensors import byte_reach, memory_flaw
@@ -147,7 +148,11 @@ class Maps:
 
     def __init__(self, task: Task, executor: Executor) -> None:
         self.known: dict[tuple[int, ...], bytes] = {}
-        self._caches = [in_pairs(task.layout[name]) for name in _MAPPED]
+        caches = [task.layout[name] for name in _MAPPED]
+        self._caches = [
+            in_pairs(t) if t.itemsize < ELEMENT_BYTES else (t.shape, t.strides, t.itemsize)
+            for t in caches
+        ]
         names = list(task.layout)
         self._pick = itemgetter(*map(names.index, _MAPPED))
         self._tokens = task.dispatch.config.box_tokens
@@ -328,7 +333,7 @@ def constants(task: Task, overflow_flag: int) -> Params:
     for name, t in task.layout.items():
         if field := ROWS[name].stride:
             strides = getattr(params, field)
-            steps = in_pairs(t)[1] if is_stored(name) else t.strides
+            steps = in_pairs(t)[1] if t.itemsize < ELEMENT_BYTES else t.strides
             strides.batch = 0 if name in tokens.flat else steps[0]
             strides.head = steps[-2]
             if isinstance(strides, CacheStrides):

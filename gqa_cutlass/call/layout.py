@@ -21,10 +21,10 @@ from gqa_cutlass.call.given import (
     tokens_of,
 )
 from gqa_cutlass.call.stored import (
+    SCALES,
     check_pairs,
     check_scale_shape,
     in_pairs,
-    is_stored,
     stored_policy,
 )
 from gqa_cutlass.call.tokens import TREE
@@ -84,7 +84,9 @@ def problem_of(
     for name, t in layout.items():
         if name != LENGTHS:
             _check_placement(ROWS[name], t, q)
-    policies = special((*policies, *stored_policy(layout)))
+    plain = q.dtype == cache.dtype == layout["v_cache"].dtype
+    if not plain or any(name in layout for name in SCALES):
+        policies = special((*policies, *stored_policy(layout)))
     check_result(layout, out_dtype)
     batch = tokens.batch
     *_, num_q_heads, head_dim = q.shape
@@ -303,7 +305,7 @@ def _check_strides(row: Argument, t: Seen, append: bool) -> None:
     if not right:
         remedy = "allocate it so, for a copy would be written" if written else "call .contiguous()"
         fail(row.name, f"strides {list(t.strides)}", f"{rule}; {remedy}")
-    if is_stored(row.name):
+    if t.itemsize < ELEMENT_BYTES:  # a cache of 8 bits
         check_pairs(row.name, t)
     if written and _overlaps_itself(t):
         fail(row.name, f"strides {list(t.strides)}", "elements that do not share memory")

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 
-from gqa_cutlass.call.given import ROWS, Layout, Seen, fail, shape_text
-from gqa_cutlass.codegen.schema.arguments import Elements
+from gqa_cutlass.call.given import Layout, Seen, fail, shape_text
 from gqa_cutlass.codegen.schema.policies import E4M3, E5M2, Policy
 from gqa_cutlass.codegen.schema.storage import ELEMENT_BYTES
 from gqa_cutlass.errors import shown
@@ -46,11 +45,6 @@ def check_number(
     if not is_number(value) or not MIN_SCALE <= value <= MAX_SCALE:
         refuse(name, shown(value), f"{SCALE_RULE}, or a float32 tensor")
     return float(value)  # type: ignore[arg-type]
-
-
-def is_stored(name: str) -> bool:
-    """Whether a tensor is a cache."""
-    return ROWS[name].elements is Elements.STORED
 
 
 def stored_policy(layout: Layout) -> tuple[Policy, ...]:

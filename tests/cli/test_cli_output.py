@@ -91,7 +91,8 @@ def test_facts_are_json_for_programs(command: str, request: pytest.FixtureReques
     options, key = JSON[command]
     outcome = console_script(command, *options, "--json")
     found: dict[str, Any] = json.loads(outcome.out)
-    assert key in found and outcome.status == 0
+    # `check` fails where a kernel has no current evidence from a GPU.
+    assert key in found and (outcome.status == 0 or command == "check")
 
 
 @pytest.mark.usefixtures("fake")

@@ -15,7 +15,7 @@ struct RmsNormed {
   struct Weights {
     NumberType type;
     bool exist;  // or else this side is not normed
-    NumberPair weight[kCount];
+    NumberPair weight[kCount] = {};
 
     CUTE_DEVICE Weights(Params const& p, Side side, int const (&dims)[kCount]) {
       bool const is_query = side == Side::kQuery;
