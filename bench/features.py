@@ -19,6 +19,7 @@ from bench.pages import PagedData, check_paged
 from bench.points import Point
 from bench.record import Featured
 from bench.timing import Graph, interleaved
+from bench.unusual import SCALE, Fp8Data, TokensData, check_unusual, tables
 
 Options = dict[str, Any]
 
@@ -51,6 +52,8 @@ class Case:
         most: Target: what the feature may cost, as a multiple of the plain step.
         more: Target: microseconds that it may cost besides.
         page_size: Tokens of a page, where the caches of the step with the feature are in pages.
+        tokens: Query tokens and new ones of a sequence in the step with the feature.
+        is_fp8: Whether its caches are of 8 bits.
     """
 
     feature: str
@@ -60,6 +63,8 @@ class Case:
     most: float = 1.0
     more: float = 0.0
     page_size: int | None = None
+    tokens: int = 1
+    is_fp8: bool = False
 
     @property
     def points(self) -> tuple[Point, Point]:
@@ -86,6 +91,7 @@ _PAGED = (
     Point("gemma2-9b", 16, 8, 256, 16, 4096),
     Point("gpt-oss", 64, 8, 64, 64, 2048),
 )
+_UNUSUAL = _PAGED[:4]
 _SCORES: tuple[tuple[str, Callable[[Data], Options]], ...] = (
     ("softcap", lambda data: {"softcap": 30.0}),
     ("sinks", lambda data: {"sinks": _heads(data)}),
@@ -119,6 +125,31 @@ CASES = (
         for point in _PAGED
         for page_size in (1, 16, 64, 256)
     ),
+    *(
+        Case(
+            feature=f"{tokens} tokens",
+            point=point,
+            options=lambda data: {},
+            tokens=tokens,
+            most=1.1 if tokens == 4 else 1.25,
+        )
+        for point in _UNUSUAL
+        for tokens in (2, 4, 8)
+    ),
+    *(
+        Case(feature="norm and rotation", point=point, options=tables, more=0.4)
+        for point in _UNUSUAL
+    ),
+    *(
+        Case(
+            feature="float8_e4m3fn",
+            point=point,
+            is_fp8=True,
+            options=lambda data: {"k_scale": SCALE, "v_scale": SCALE},
+            most=1 / 1.8 if point.read_bytes >= 512 << 20 else 1.0,
+        )
+        for point in (*_UNUSUAL, Point("llama3-8b", 32, 8, 128, 64, 4096))
+    ),
     Case(
         feature="window of 128, sinks (gpt-oss)",
         point=Windowed("gpt-oss", 64, 8, 64, 16, 16384, 128),
@@ -139,7 +170,18 @@ CASES = (
 
 def measure_feature(case: Case, pool: Tensor) -> Featured:
     """Check and time one feature beside the plain step."""
-    if case.page_size is None:
+    data: Data
+    if case.tokens > 1 or case.is_fp8 or case.options is tables:
+        if case.is_fp8:
+            data = Fp8Data(case.point, pool)
+        elif case.tokens > 1:
+            data = TokensData(case.point, pool, case.tokens)
+        else:
+            data = Data(case.point, pool)
+        options = case.options(data)
+        plan = data.plan(**options)
+        error = check_unusual(plan, data, **options)
+    elif case.page_size is None:
         data = Data(case.point, pool)
         options = case.options(data)
         plan = data.plan(**options)  # which keeps the tensors among them

@@ -83,7 +83,7 @@ def test_parts_make_the_step(device: str, which: int) -> None:
 @pytest.mark.gpu
 def test_a_captured_step_follows_the_lengths() -> None:
     parts = Parts("cuda", _features("cuda")[0])
-    parts.step()
+    parts.check(*parts.step())  # which appends the token to the caches in one place, too
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
