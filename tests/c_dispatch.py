@@ -25,7 +25,11 @@ from gqa_cutlass.codegen.schema.problem import Problem
 from gqa_cutlass.codegen.schema.public import DTYPE_CODES
 from gqa_cutlass.dispatch import MODELS, MOST_TILES, Device, dispatch, model_device
 
-KERNELS = dispatched(shipped())
+# Problems of several tokens are drawn elsewhere, and so are those of norms and rotations.
+_ELSEWHERE = {"SeveralQueries", "RmsNormed", "RotatedByTables"}
+KERNELS = dispatched(
+    tuple(k for k in shipped() if not any(policy.cpp in _ELSEWHERE for policy in k.policies))
+)
 DEPENDENTS = as_dependents(KERNELS)
 TENSORS = "out", "q", "k", "v", "k_cache", "v_cache"  # in C's order
 CAP, SINK, WINDOW = named("SoftCapped"), named("SinkInSum"), named("SlidingWindow")

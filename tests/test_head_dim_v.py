@@ -164,7 +164,7 @@ def test_a_cache_says_its_sizes_and_refuses_those_that_differ() -> None:
     cache = KVCache(**sizes, device="cpu", head_dim_v=40)
     assert "head_dim=64, head_dim_v=40, dtype" in repr(cache)
     needed = KVCache.bytes_needed(**sizes, head_dim_v=40, num_layers=2)
-    assert needed == 2 * 2 * 8 * 3 * (64 + 40) * 2 + 2 * 2 * 4
+    assert needed == 2 * 2 * 8 * 3 * (64 + 40) * 2 + 3 * 2 * 4
     (layer,) = KVCache.for_layers(1, **sizes, device="cpu", head_dim_v=40)
     assert layer.v.shape == (2, 8, 3, 40)
     k, v = torch.zeros(2, 3, 64).half(), torch.zeros(2, 3, 40).half()

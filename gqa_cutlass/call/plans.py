@@ -76,14 +76,15 @@ class Plans:
             executor = self._executor_of(layout["q"].device)
             scale = asked.softmax_scale
             scale = problem.head_dim**-0.5 if scale is None else float(scale)
-            special = problem.policies or asked.k_scale is not None or asked.v_scale is not None
+            features = (*policies, *problem.policies)
+            special = features or asked.k_scale is not None or asked.v_scale is not None
             task = Task(
                 layout=layout,
                 problem=problem,
                 asked=asked,
                 softmax_scale=scale,
                 out_dtype=asked.out_dtype or layout["q"].dtype,
-                fields=fields_of(asked, layout, scale, problem.policies, tokens) if special else {},
+                fields=fields_of(asked, layout, scale, features, tokens) if special else {},
                 tokens=tokens,
                 positions=longest_to_turn(layout, tokens) if policies else None,
                 dispatch=dispatch(

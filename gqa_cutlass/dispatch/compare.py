@@ -71,7 +71,9 @@ def terms(problem: Problem, device: Device, chosen: Dispatch) -> tuple[Term, ...
                 value=ceil_div(tiles, chosen.num_splits * config.num_warps),
             ),
         )
-    cost = read_terms(heads * config.head_blocks, tiles, chosen.num_splits, config, device)
+    cost = read_terms(
+        heads * config.row_blocks(problem.num_tokens), tiles, chosen.num_splits, config, device
+    )
     return (
         Term(name="modelled", value=cost.micros, unit="us"),
         Term(name="reading at full rate", value=cost.ideal, unit="us"),
@@ -130,5 +132,5 @@ def _other_splits(
 
 
 def _cost(problem: Problem, config: KernelConfig, device: Device, splits: int) -> float:
-    blocks = problem.num_kv_heads * config.head_blocks * problem.batch_size
+    blocks = problem.num_kv_heads * config.row_blocks(problem.num_tokens) * problem.batch_size
     return read_terms(blocks, problem.tiles(config.block_n), splits, config, device).micros

@@ -100,7 +100,7 @@ def choose_splits(problem: Problem, config: KernelConfig, device: Device) -> tup
 
 def most_splits(problem: Problem, config: KernelConfig, device: Device) -> int:
     """As many as let all blocks be resident at once, and leave every warp a tile."""
-    blocks = problem.num_kv_heads * config.head_blocks * problem.batch_size
+    blocks = problem.num_kv_heads * config.row_blocks(problem.num_tokens) * problem.batch_size
     slots = device.num_sms * config.blocks_per_sm(device.arch)
     return max(1, min(ceil_div(problem.tiles(config.block_n), config.num_warps), slots // blocks))
 

@@ -132,7 +132,7 @@ def test_large_prompts_are_rounded_piece_by_piece(monkeypatch: pytest.MonkeyPatc
 
 def test_bytes_are_half_as_many() -> None:
     sizes = BATCH, ROOM, HEADS, DIM
-    state = 2 * BATCH * 4
+    state = 3 * BATCH * 4
     both = [KVCache.bytes_needed(*sizes, dtype) - state for dtype in (torch.float16, E5M2)]
     assert both[0] == 2 * both[1]
     assert "dtype=torch.float8_e5m2" in repr(KVCache(*sizes, E5M2, "cpu"))

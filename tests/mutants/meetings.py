@@ -151,7 +151,7 @@ MEETINGS = (
     Mutant(
         name="splits without work go on",
         header="decode.cuh",
-        old="  if (w.split >= w.num_splits) return ring.drain();\n",
+        old="  if (w.is_idle()) return ring.drain();\n",
         new="",
         fault=f"{GLOBAL_RACE}.* of (out|lse).* at output.cuh",
         case=RAGGED,

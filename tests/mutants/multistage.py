@@ -152,7 +152,8 @@ MULTISTAGE = (
         name="rows cleared while lanes go on",
         header="decode.cuh",
         old="clear_value_rows<T>(values, left);\n"
-        "      if (w.appends) put_new_row<typename T::ValueTile>(token.value, left, values);\n"
+        "      if (kOneQuery<T> && w.appends) put_new_row<typename T::ValueTile>("
+        "token.value, left, values);\n"
         "      __syncwarp();",
         new="clear_value_rows<T>(values, left);",
         fault=UNWRITTEN,
@@ -168,7 +169,7 @@ MULTISTAGE = (
     Mutant(
         name="queries read past the head_dim",
         header="score.cuh",
-        old="bool const padding = OperandsOf<T>::is_padding(i, lane % 4);",
+        old="bool const padding = OperandsOf<T>::is_padding(i, int(threadIdx.x) % 4);",
         new="bool const padding = false;",
         fault="outside all tensors.* past the end of q .* at score.cuh",
         case=ODD_DIM,
@@ -176,21 +177,21 @@ MULTISTAGE = (
     Mutant(
         name="appended one row too early",
         header="cache_dense.cuh",
-        old="w.num_cached * stride.token",
+        old="(w.num_cached + number) * stride.token",
         new="(w.num_cached - 1) * stride.token",
         wrong="caches",
     ),
     Mutant(
         name="appended one row too late",
         header="cache_dense.cuh",
-        old="w.num_cached * stride.token",
+        old="(w.num_cached + number) * stride.token",
         new="w.num_tokens * stride.token",
         wrong="caches",
     ),
     Mutant(
         name="appended behind the cache",
         header="cache_dense.cuh",
-        old="w.num_cached * stride.token",
+        old="(w.num_cached + number) * stride.token",
         new="w.num_tokens * stride.token",
         fault="outside all tensors.* past the end of k_cache.* at row.cuh",
         case=FULL,
@@ -227,25 +228,25 @@ MULTISTAGE = (
     ),
     Mutant(
         name="output rows as if they were dense",
-        header="output.cuh",
-        old="head * p.out_stride.head",
-        new="head * T::kHeadDimV",
+        header="tile_scheduler.cuh",
+        old="head_of(row) * stride.head;",
+        new="head_of(row) * T::kHeadDimV;",
         fault="outside all tensors.* at output.cuh",
         case=PADDED_ROWS,
     ),
     Mutant(
         name="heads counted from the block's first",
-        header="output.cuh",
-        old="int const head = w.first_head() + s.head;",
-        new="int const head = s.head;",
+        header="tile_scheduler.cuh",
+        old="return kv_head * T::kGroupSize + head_block * T::kBlockH + row;",
+        new="return row;",
         fault=f"{GLOBAL_RACE}.* of (out|lse).* at output.cuh",
         case=TWO_HEADS,
     ),
     Mutant(
         name="lse of the neighbour",
         header="output.cuh",
-        old="num_q_heads + head]",
-        new="num_q_heads + (head ^ 1)]",
+        old="num_q_heads + w.head_of(row);",
+        new="num_q_heads + (w.head_of(row) ^ 1);",
         wrong="lse",
     ),
     Mutant(

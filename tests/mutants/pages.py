@@ -83,8 +83,8 @@ PAGES = (
     Mutant(
         name="appended to the page of the token before",
         header="cache_paged.cuh",
-        old="[page_of(p, w.num_cached)];",
-        new="[page_of(p, w.num_cached - 1)];",
+        old="[page_of(p, token)];",
+        new="[page_of(p, token - 1)];",
         fault=f"{NOT_OF_THE_LAUNCH} write; .* at row.cuh",
         case=PAGED,
     ),

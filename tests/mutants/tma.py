@@ -73,11 +73,8 @@ TMA = (
     Mutant(
         name="refilled before it is read",
         header="decode_tma.cuh",
-        old="score(ring.wait_keys(), {left, left - 1 + w.appends}, "
-        "Logits<T>(p.decode, bias), scores);\n"
-        "    hide_padding<T>(w, tile, scores);\n    ring.refill_keys(w, tile);",
-        new="auto const* keys = ring.wait_keys();\n    ring.refill_keys(w, tile);\n"
-        "    score(keys, {left, left - 1 + w.appends}, Logits<T>(p.decode, bias), scores);",
+        old="    new_tokens.put_keys(keys);\n",
+        new="    ring.refill_keys(w, tile);\n",
         fault=f"reads {NOT_KNOWN}",
         case=WALK,
     ),
@@ -197,7 +194,7 @@ TMA = (
     Mutant(
         name="a token past the end of the cache attended",
         header="single_tile.cuh",
-        old="int const left = w.num_cached - w.first_tile(warp) * T::kBlockN;",
+        old="int const left = w.tokens_in_tiles() - w.first_tile(warp) * T::kBlockN;",
         new="int const left = w.num_tokens - w.first_tile(warp) * T::kBlockN;",
         wrong="output",
         case=ONCE,
@@ -230,7 +227,7 @@ TMA = (
     Mutant(
         name="maxima and sums not expected",
         header="cluster_combine.cuh",
-        old="num_own_dims() * num_pairs_ + work_.num_heads();",
+        old="num_own_dims() * num_pairs_ + work_.num_rows();",
         new="num_own_dims() * num_pairs_;",
         fault="deadlock: .* wait for mbarrier .* -128 bytes from the end of phase 0",
         case=CLUSTER,

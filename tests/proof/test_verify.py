@@ -92,8 +92,10 @@ def test_sizes_and_type_are_those_of_the_options() -> None:
     options = "--batch", "1", "--dtype", "bfloat16", "--max-seq-len", "20", "--cache-len", "19"
     result = run(*SMALL_OPTIONS, *options)
     assert result.exit_code == 0, result.output
-    for part in ("shape [1, 1, 256]", "row 19 of K and V in 1 sequences", "rows 0 to 18", "cache_"
-                 "len 20 of 20", "_bf16_bf16_d64_g2_", " max_seq_len=20 dtype=bf16 "):  # fmt: skip
+    for part in (
+        "shape [1, 1, 256]", "row 19 of K and V in 1 sequences", "rows 0 to 18",
+        "cache_len 20 of 20", "_bf16_bf16_d64_g2_", " max_seq_len=20 ", " dtype=bf16 ",
+    ):  # fmt: skip
         assert part in result.output
     assert "rows 20" not in result.output
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from gqa_cutlass import api  # noqa: F401 - whose calls `check` knows
 from gqa_cutlass.call.addresses import constants
 from gqa_cutlass.call.executor import Task
-from gqa_cutlass.call.given import Seen, see
+from gqa_cutlass.call.given import Seen, see, tokens_of
 from gqa_cutlass.call.layout import problem_of
 from gqa_cutlass.call.options import TENSORS, check, fields_of
 from gqa_cutlass.call.stored import in_pairs
@@ -48,7 +48,8 @@ def launch(case: Case, program: Program) -> set[str]:
     options = {name: getattr(step, name) for name in ("softcap", "window_size", "out_dtype")}
     asked, policies = check("plan", options, given)
     layout = see(given)
-    problem = problem_of(layout, policies, asked.window_size[0], asked.out_dtype)
+    tokens = tokens_of(layout)
+    problem = problem_of(layout, policies, asked.window_size[0], asked.out_dtype, tokens)
     chosen = case.dispatch(problem)
     lse = torch.full(step.q.shape[:2], float("nan"))
     counters = torch.zeros(chosen.num_merge_counters, dtype=torch.int32)
@@ -61,7 +62,7 @@ def launch(case: Case, program: Program) -> set[str]:
     task = Task(
         layout=layout, problem=problem, dispatch=chosen, asked=asked, softmax_scale=step.scale,
         out_dtype=asked.out_dtype or step.q.dtype,
-        fields=fields_of(asked, layout, step.scale, problem.policies),
+        fields=fields_of(asked, layout, step.scale, problem.policies, tokens), tokens=tokens,
     )  # fmt: skip
     params = constants(task, 0)
     for field, tensor in tensors.items():

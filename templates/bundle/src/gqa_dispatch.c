@@ -103,8 +103,8 @@ static int prefers_tma(gqa_problem const* problem, gqa_kernel const* tma) {
       problem->head_dim % model->box_dims == 0 && problem->head_dim_v % model->box_dims == 0;
   double const limit = whole_boxes ? model->tma_mib : model->tma_mib_partial_boxes;
   double const mib = cache_mib(problem);
-  int64_t const blocks = problem->num_tokens == 1 ? 1 : gqa_row_blocks(tma, problem->num_tokens);
-  int64_t const heads = problem->num_kv_heads * problem->batch_size * blocks;
+  if (problem->num_tokens > 1 && gqa_row_blocks(tma, problem->num_tokens) > 1) return 0;
+  int64_t const heads = problem->num_kv_heads * problem->batch_size;
   int const alone = tiles_of(problem, tma) <= tma->num_warps;
   int const equal = problem->batch_size == 1 || !problem->ragged;
   if (mib <= limit) return heads <= model->tma_heads && !alone;
