@@ -15,10 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 import gqa_cutlass
-from gqa_cutlass.cli.generation import built_table
 from gqa_cutlass.codegen import KernelConfig
 from gqa_cutlass.gpu.driver import describe_device
-from gqa_cutlass.kernels.store import Store, build_all
+from gqa_cutlass.kernels.store import Store, StoredKernel, build_all
 
 console = Console(width=160)
 
@@ -83,6 +82,18 @@ def compile_kernels(run: Run, arch: str | None) -> None:
     built = list(build_all(Store.default(), [(k, arch or k.ptx_arch) for k in kernels]))
     if arch:  # PTX has no registers yet
         console.print(built_table(built))
+
+
+def built_table(built: list[StoredKernel]) -> Table:
+    """Compiled kernels: registers, shared memory, spills, seconds, cubin size."""
+    table = Table("kernel", "arch", "registers", "shared", "spills", "seconds", "cubin")
+    for stored in built:
+        c, config = stored.compiled, stored.config
+        table.add_row(
+            config.name, stored.arch, str(c.registers), str(config.shared_bytes),
+            str(c.spill_bytes), f"{c.seconds:.2f}", f"{len(c.code)}",
+        )  # fmt: skip
+    return table
 
 
 def decode_models(run: Run, where: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -31,8 +32,18 @@ def example(name: str) -> ModuleType:
 
 def test_every_example_is_run_by_a_test() -> None:
     text = Path(__file__).read_text()
-    names = {path.stem for path in EXAMPLES.glob("*.py")} - {"demo"}  # `make demo`
+    names = {path.stem for path in EXAMPLES.glob("*.py")}
     assert names and not [name for name in names if f'example("{name}")' not in text]
+
+
+def test_demo(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of its models the smallest; `make demo` has all."""
+    module = example("demo")
+    monkeypatch.setattr(module, "MODELS", module.MODELS[:1])
+    monkeypatch.setattr(module, "ON_CPU", replace(module.ON_CPU, prompt=5, tokens=1))
+    assert module.main() == 0
+    printed = capsys.readouterr().out
+    assert "1 kernels serve 1 models" in printed and "Qwen2.5-0.5B" in printed
 
 
 def test_decode_loop() -> None:
