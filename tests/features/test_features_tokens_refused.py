@@ -88,6 +88,12 @@ BAD: dict[str, tuple[Change, str]] = {
     "tables that lie across": (
         rotary(angles(32, 64).T), r"rotary_cos: got strides \[1, 64\]; allowed: a contiguous last"
     ),
+    "tables that begin at odd places": (
+        lambda s: dict.fromkeys(
+            ("rotary_cos", "rotary_sin"), angles(64, 33).to(s.q.device)[:, 1:]
+        ),
+        "rotary_cos: got rows that are not aligned to two elements",
+    ),
     "tables shorter than the tokens": (
         rotary(angles(2)), "rotary_cos: got 2 positions; allowed: 3 and more"
     ),
