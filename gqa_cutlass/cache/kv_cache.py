@@ -15,7 +15,7 @@ from gqa_cutlass.cache.guard import guarded, lack_of_memory, raise_no_temporarie
 from gqa_cutlass.cache.inputs import check_apart, ints, new_tokens, one_token, prompt, turned
 from gqa_cutlass.cache.lengths import Lengths
 from gqa_cutlass.cache.overflow import overflow_message
-from gqa_cutlass.cache.rows import buffer, extend, gather
+from gqa_cutlass.cache.rows import buffer, extend, gather, widest
 from gqa_cutlass.cache.scales import LayerScales, Scale, Scales, raw, scales_of_layers
 from gqa_cutlass.cache.sizes import batch_sizes
 from gqa_cutlass.cache.some import Rows, decode_some, is_foreign
@@ -378,7 +378,7 @@ class KVCache(CacheView):
             )
         reach = lengths.reach
         caches = raw(self.k), raw(self.v)
-        through = buffer(max(caches, key=lambda c: c.shape[-1]), len(sources), reach)
+        through = buffer(widest(caches), len(sources), reach)
         with lengths.reordering(order, host, self._leads):
             if len(sources):
                 gather(caches, reach, sources, targets, through)

@@ -36,6 +36,11 @@ def buffer(cache: Tensor, sequences: int, tokens: int) -> Tensor:
     return cache.new_empty(sequences, window, width, dim)
 
 
+def widest(caches: Iterable[Tensor]) -> Tensor:
+    """Of keys and values the one whose rows take more memory."""
+    return max(caches, key=lambda cache: cache.shape[-1])
+
+
 def extend(
     pairs: Sequence[tuple[Tensor, Tensor]], lengths: Lengths, growth: Growth, *, leads: bool
 ) -> None:
@@ -65,8 +70,8 @@ def _write(
         for cache, new in pairs:
             cache[:, start:stop].copy_(new)  # padding included, which lands behind the lengths
         return
-    widest = max((cache for cache, _ in pairs), key=lambda cache: cache.shape[-1])
-    through = buffer(widest, lengths.batch_size, min(growth.most, lengths.limit))
+    cache = widest(cache for cache, _ in pairs)
+    through = buffer(cache, lengths.batch_size, min(growth.most, lengths.limit))
     scatter(pairs, lengths.seqlens, growth.device, room, through)
 
 

@@ -16,7 +16,7 @@ from gqa_cutlass.cache.guard import lack_of_memory, raise_no_temporaries
 from gqa_cutlass.cache.inputs import refuse
 from gqa_cutlass.cache.kv_cache import KVCache
 from gqa_cutlass.cache.lengths import Lengths
-from gqa_cutlass.cache.rows import buffer, scatter
+from gqa_cutlass.cache.rows import buffer, scatter, widest
 from gqa_cutlass.cache.scales import Scales
 from gqa_cutlass.cache.sizes import BatchSizes
 from gqa_cutlass.cache.some import Rows
@@ -291,7 +291,7 @@ class ShardedKVCache(KVCache):
         lengths.check_room(method, growth)
         room = lengths.room(growth)
         # Bytes of a token of all sequences.
-        each = self.batch_size * _wider(self.k, self.v)[0, 0].nbytes
+        each = self.batch_size * widest((self.k, self.v))[0, 0].nbytes
         step = self.sharding.stripe * max(1, _TEMPORARY_BYTES // (each * self.sharding.interleave))
         for start in range(0, growth.most, step):
             count = min(step, growth.most - start)
@@ -329,17 +329,12 @@ class ShardedKVCache(KVCache):
             return
         local = held[:, None] + torch.arange(most, dtype=torch.int32, device=self.device)
         index = (sharding.position(local) - starts[:, None]).clamp_(0, tokens - 1).long()
-        through = buffer(_wider(self.k, self.v), self.batch_size, most)
+        through = buffer(widest((self.k, self.v)), self.batch_size, most)
         pairs = []
         for cache, piece in zip((self.k, self.v), pieces, strict=True):
             places = index[..., None, None].expand(-1, -1, *piece.shape[2:])
             pairs.append((cache, piece.gather(1, places)))
         scatter(pairs, held, here, room, through)
-
-
-def _wider(k: Tensor, v: Tensor) -> Tensor:
-    """Keys or values: whose rows take more memory."""
-    return max(k, v, key=lambda cache: cache.shape[-1])
 
 
 def _fill(

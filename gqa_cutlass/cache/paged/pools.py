@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gqa_cutlass.cache.paged.sequences import Held
-from gqa_cutlass.cache.rows import buffer, gather
+from gqa_cutlass.cache.rows import buffer, gather, widest
 from gqa_cutlass.cache.scales import Scales, raw
 from gqa_cutlass.codegen.schema.rounding import ceil_div
 
@@ -41,8 +41,7 @@ class Pools:
         if pairs:
             sources, targets = to_device(np.array(pairs, dtype=np.int64).T, self.device)
             pools = [raw(pool) for pool in (*self.k, *self.v)]
-            widest = max(pools[0], pools[-1], key=lambda pool: pool.shape[-1])
-            through = buffer(widest, len(pairs), self.page_size)
+            through = buffer(widest(pools), len(pairs), self.page_size)
             gather(pools, self.page_size, sources, targets, through)
 
     def slots(
