@@ -38,6 +38,7 @@ def kernel_of(kind: str, head_dim: int, head_dim_v: int, *features: str) -> Kern
     return default_config(math, dtype, head_dim, 4, width, schedule, policies, head_dim_v)
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize(
     ("dims", "kind"),
     [
@@ -215,6 +216,7 @@ def test_every_pair_and_group_has_a_kernel(schedule: Schedule) -> None:
             assert config.value_dim == head_dim_v
 
 
+@pytest.mark.sanitized
 def test_wide_values_of_many_heads_take_the_tma_schedule(device: str) -> None:
     step = make_step(
         head_dim=64, head_dim_v=256, group_size=9, num_kv_heads=1, lengths=[129], max_seq_len=150,

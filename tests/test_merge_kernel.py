@@ -397,6 +397,7 @@ def test_every_kernel_compiles_without_spills(arch: str, config: MergeConfig) ->
     check_registers(compiled(config, arch), config.max_registers)
 
 
+@pytest.mark.sanitized
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", by_name(merges()))
 def test_a_gpu_merges_by_every_kernel(

@@ -99,6 +99,7 @@ def test_dominating_keys_that_rise_token_by_token(config: KernelConfig, device: 
     assert step.errors(out).share <= 1
 
 
+@pytest.mark.sanitized
 @every_kernel
 def test_all_logits_equal_gives_the_mean(config: KernelConfig, device: str) -> None:
     step = step_for(config, device)

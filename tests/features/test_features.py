@@ -34,6 +34,7 @@ from gqa_cutlass.errors import CacheOverflowError
 PROCESS = "features"  # has all tests of this folder, for they have kernels in common
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize(
     ("feature", "kind"),
     [
@@ -83,6 +84,7 @@ def test_odd_rows_and_several_head_blocks(feature: str, sizes: str, device: str)
     check(step, run(step))
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize(
     "feature",
     [ALL, ALL_OF_TOKENS[0], *(pytest.param(name, marks=THOROUGH) for name in POLICIES)],

@@ -118,6 +118,7 @@ SCALES: dict[str, Callable[[Tensor], tuple[Any, Any]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("name", SCALES)
 def test_scales_count_whatever_their_form(name: str, device: str) -> None:
     step = step_of("e4m3", lengths=[70, 3], max_seq_len=80, head_dim=64, device=device)

@@ -102,6 +102,7 @@ def test_a_window_reads_no_page_before_it(kind: str, device: str) -> None:
     gqa_cutlass.check_overflow(device)
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("where", ["read", "first", "appended", "behind"])
 @every_schedule
 def test_an_entry_of_no_page_spoils_only_its_sequence(kind: str, where: str, device: str) -> None:

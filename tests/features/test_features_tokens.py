@@ -111,6 +111,7 @@ def test_so_many_tokens_of_groups_of_every_size(
         hold(step_for(config, lengths, count, device=device, append=append), config, splits)
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize(
     ("counts", "kind"), diagonal([(1, 3), (40, 2), (2, 40), (3, 1)], ["tma", "tensorop", "simt"])
 )
@@ -159,6 +160,7 @@ def test_new_tokens_that_no_query_sees_are_written(kind: str, device: str) -> No
     hold(step, padding)
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize(("count", "kind"), diagonal([40, 5], ["tensorop", "tma"]))
 def test_trees_of_drafts(count: int, kind: str, device: str) -> None:
     """Masks of one word a row and of two; drafts that see themselves, others, or none."""
@@ -303,6 +305,7 @@ def test_rows_that_are_inactive_have_no_tokens(kind: str, device: str) -> None:
     assert (out[0].double() - expected[0]).abs().max() < 4e-2
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize(("kind", "size"), [("tensorop", 1), ("tensorop", 3), ("tma", 16)])
 def test_new_tokens_cross_pages(kind: str, size: int, device: str) -> None:
     config = config_of(kind, "tokens and paged")

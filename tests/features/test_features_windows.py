@@ -41,6 +41,7 @@ def test_windows_of_every_size(kind: str, append: bool, device: str) -> None:
         torch.testing.assert_close(lse.double(), step.reference()[1], atol=2e-5, rtol=2e-6)
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_window_that_is_walked_in_one_block_and_in_a_cluster(kind: str, device: str) -> None:
     """More tiles than warps, so that slots which were cleared are filled again."""
