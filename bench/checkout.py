@@ -8,6 +8,7 @@ from pathlib import Path
 RESULTS = Path(__file__).parent / "results"  # not packaged
 UNKNOWN = "unknown"
 _ROOT = Path(__file__).parent.parent
+DOCUMENT = _ROOT / "docs" / "benchmark.md"  # not packaged
 
 
 def results_folder() -> Path:

@@ -18,12 +18,19 @@ class Shape:
         config: Name of its class of configurations in transformers.
         layers: How many it has.
         sizes: The rest of the configuration.
+        no_sdpa: Why SDPA cannot run it; then eager attention stands in SDPA's place.
     """
 
     name: str
     config: str
     layers: int
     sizes: dict[str, Any]
+    no_sdpa: str = ""
+
+    @property
+    def reference(self) -> str:
+        """The attention with which the others are compared."""
+        return "eager" if self.no_sdpa else "sdpa"
 
 
 class Run(StrEnum):
@@ -89,15 +96,30 @@ SHAPES = (
         sizes={"hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 32,
                "num_key_value_heads": 32, "vocab_size": 32064, "sliding_window": None},
     ),
+    Shape(
+        name="gpt-oss-20b", config="GptOssConfig", layers=24, no_sdpa="SDPA has no sinks",
+        sizes={"hidden_size": 2880, "intermediate_size": 2880, "num_attention_heads": 64,
+               "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 201088,
+               "sliding_window": 128, "num_local_experts": 32, "num_experts_per_tok": 4},
+    ),
+    Shape(
+        name="gemma2-9b", config="Gemma2Config", layers=42, no_sdpa="SDPA has no softcap",
+        sizes={"hidden_size": 3584, "intermediate_size": 14336, "num_attention_heads": 16,
+               "num_key_value_heads": 8, "head_dim": 256, "vocab_size": 256000,
+               "sliding_window": 4096, "query_pre_attn_scalar": 256,
+               "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    ),
 )  # fmt: skip
 OURS = "gqa_cutlass"
-WAYS = (  # SDPA first: the logits of the others are compared with its
+WAYS = (  # SDPA and eager first: the logits of the others are compared with theirs
     Way(name="sdpa", attention="sdpa", cache="dynamic", run=Run.CALLED),
     Way(name="eager", attention="eager", cache="dynamic", run=Run.CALLED),
     Way(name="ours", attention=OURS, cache="ours", run=Run.CALLED),
     Way(name="sdpa-graph", attention="sdpa", cache="static", run=Run.CAPTURED),
+    Way(name="eager-graph", attention="eager", cache="static", run=Run.CAPTURED),
     Way(name="ours-graph", attention=OURS, cache="ours", run=Run.CAPTURED),
     Way(name="sdpa-compiled", attention="sdpa", cache="static", run=Run.COMPILED),
+    Way(name="eager-compiled", attention="eager", cache="static", run=Run.COMPILED),
     Way(name="ours-compiled", attention=OURS, cache="ours", run=Run.COMPILED),
 )
 BATCHES, CONTEXTS = (1, 8, 32), (1024, 8192, 32768)
@@ -110,24 +132,22 @@ def jobs(
 ) -> Iterator[Job]:
     """All measurements, in the order in which they are worth having.
 
-    What needs no compiler comes first, together with the first compiled point; the other compiled
-    points follow, one for every model in turn.
+    First what needs no compiler, of all models; then the compiled points, one for every model in
+    turn.
     """
     plain = tuple(way for way in ways if way.run is not Run.COMPILED)
     compiled = tuple(way for way in ways if way.run is Run.COMPILED)
-    ordered = sorted(points, key=lambda p: (_rank(p), p))
-    for shape in shapes:
-        yield from _jobs(shape, points, plain)
-        yield from _jobs(shape, ordered[:1], compiled)
-    for point, shape in product(ordered[1:], shapes):
-        yield from _jobs(shape, (point,), compiled)
+    for shape, point in product(shapes, points):
+        yield from _jobs(shape, point, plain)
+    for point, shape in product(sorted(points, key=lambda p: (_rank(p), p)), shapes):
+        yield from _jobs(shape, point, compiled)
 
 
-def _jobs(
-    shape: Shape, points: tuple[Point, ...] | list[Point], ways: tuple[Way, ...]
-) -> Iterator[Job]:
-    for point, way in product(points, ways):
-        yield Job(shape=shape, point=point, way=way)
+def _jobs(shape: Shape, point: Point, ways: tuple[Way, ...]) -> Iterator[Job]:
+    """Of one point; eager attention is captured and compiled only where there is no SDPA."""
+    for way in ways:
+        if way.attention != "eager" or way.run is Run.CALLED or shape.no_sdpa:
+            yield Job(shape=shape, point=point, way=way)
 
 
 def _rank(point: Point) -> int:

@@ -6,8 +6,8 @@ With one version of matplotlib, one record always gives the same SVG, to the byt
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Sequence
-from itertools import cycle
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import cycle, zip_longest
 from typing import Any
 
 import matplotlib.style
@@ -18,6 +18,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from bench.checkout import UNKNOWN
+from bench.e2e_record import Row as Step
+from bench.e2e_record import same_form
 from bench.record import Record, Row
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, without the yellow. Models, of
@@ -44,11 +46,15 @@ STYLE: dict[Any, object] = {
     "lines.markersize": 5,
 }
 SIZE, DPI = (8.4, 5.0), 100
+PANELS, PANEL_SIZE = 3, (2.8, 2.7)  # of whole models: in a row, and of each
+BATCHES = ("#009E73", "#E69F00", "#CC79A7", "#56B4E9")
 MIB = tuple(2.0**power for power in range(-4, 16))
 TOKENS = tuple(2.0**power for power in range(24))
+MILLIS = tuple(first * 10.0**power for power in range(4) for first in (1, 2, 5))
 MICROS = tuple(first * 10.0**power for power in range(-1, 5) for first in (1, 2, 5))
 
 Points = Iterable[tuple[float, float]]
+Numbers = Mapping[tuple[tuple[object, ...], str], float | None]  # ms by place and way
 
 
 def draw(record: Record, base: str) -> dict[str, str | bytes]:
@@ -75,15 +81,84 @@ def draw(record: Record, base: str) -> dict[str, str | bytes]:
     return files
 
 
+def draw_models(rows: Sequence[Step], run: Mapping[str, str], base: str) -> dict[str, str | bytes]:
+    """Steps of whole models that are captured into CUDA graphs, a panel for each model.
+
+    Args:
+        rows: What `end_to_end` measured.
+        run: What they depend on.
+        base: Name of the picture without its suffix.
+
+    Returns:
+        Files by name; none if there is nothing to draw.
+    """
+    ours = [row for row in rows if row.way == "ours-graph" and row.ms_per_step]
+    models = list(dict.fromkeys(row.model for row in ours))
+    if not models:
+        return {}
+    numbers: Numbers = {(row.key[:4], row.way): row.ms_per_step for row in rows}
+
+    def paint(figure: Figure) -> None:
+        down = -(-len(models) // PANELS)
+        figure.set_size_inches(PANEL_SIZE[0] * PANELS, PANEL_SIZE[1] * down + 0.8)
+        panels = figure.subplots(down, PANELS, squeeze=False, sharex=True, sharey=True).flat
+        for axes, model in zip_longest(panels, models):
+            if model is None:
+                axes.axis("off")
+            else:
+                one_model(axes, [row for row in ours if row.model == model], numbers)
+        axes = figure.axes[0]
+        dashed = Line2D([], [], color="black", marker="o", linestyle="--", fillstyle="none")
+        handles, labels = axes.get_legend_handles_labels()
+        labels += ["SDPA (eager where it cannot be SDPA), called where it cannot be captured"]
+        figure.legend([*handles, dashed], labels, loc="outside lower center", ncols=2)
+        about = f"bfloat16, {run.get('gpu', UNKNOWN)}, {run.get('date', UNKNOWN)}"
+        figure.suptitle(f"Whole models, steps captured into a CUDA graph\n{about}")
+
+    text, image = _saved(paint)
+    return {f"{base}.svg": text, f"{base}.png": image}
+
+
+def one_model(axes: Axes, ours: Sequence[Step], numbers: Numbers) -> None:
+    """Milliseconds over tokens: a line per batch, solid for ours and dashed for the other."""
+    for batch, colour in zip(sorted({row.batch for row in ours}), cycle(BATCHES), strict=False):
+        found = sorted((r for r in ours if r.batch == batch), key=lambda row: row.context)
+        points = [(float(row.context), float(row.ms_per_step or 0)) for row in found]
+        other = [
+            (float(row.context), ms) for row in found if (ms := _other(row, numbers)) is not None
+        ]
+        axes.plot(*_xy(points), color=colour, marker="o", label=f"ours, {batch} at once")
+        axes.plot(*_xy(other), color=colour, marker="o", linestyle="--", fillstyle="none")
+    axes.set(title=ours[0].model, xscale="log", yscale="log")
+    axes.set(xlabel="tokens held", ylabel="ms per step")
+    axes.label_outer()
+    _ticks(axes.xaxis, TOKENS[10::2])
+    _ticks(axes.yaxis, MILLIS)
+
+
+def _other(row: Step, numbers: Numbers) -> float | None:
+    """What the reference takes, captured as well if it can be."""
+    way = same_form(row)
+    captured, called = (numbers.get((row.key[:4], w)) for w in (way, way.removesuffix("-graph")))
+    return captured or called
+
+
 def _drawn(
     title: str, picture: Callable[[Axes, Sequence[Row]], None], rows: Sequence[Row]
 ) -> tuple[str, bytes]:
-    text, image = io.StringIO(), io.BytesIO()
-    with matplotlib.style.context(["default", STYLE]):
-        figure = Figure(figsize=SIZE, layout="constrained")
+    def paint(figure: Figure) -> None:
         axes = figure.subplots()
         picture(axes, rows)
         axes.set_title(title)
+
+    return _saved(paint)
+
+
+def _saved(paint: Callable[[Figure], None]) -> tuple[str, bytes]:
+    text, image = io.StringIO(), io.BytesIO()
+    with matplotlib.style.context(["default", STYLE]):
+        figure = Figure(figsize=SIZE, layout="constrained")
+        paint(figure)
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
         figure.savefig(image, format="png", dpi=DPI, metadata={"Software": None})
     # Without the spaces at the ends of lines, which the repository has nowhere.

@@ -12,8 +12,10 @@ from compiling import GROUP
 pytest.importorskip("transformers")
 
 from bench import e2e_steps, end_to_end  # noqa: E402
+from bench.checkout import DOCUMENT, RESULTS  # noqa: E402
 from bench.e2e_points import SHAPES, WAYS, Job, Point, Run, Shape, Way, jobs  # noqa: E402
-from bench.end_to_end import Bench, Record, Row  # noqa: E402
+from bench.e2e_record import Record, Row, load, replaced, table  # noqa: E402
+from bench.end_to_end import Bench  # noqa: E402
 from gqa_cutlass.errors import InputError  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group(GROUP)
@@ -23,15 +25,33 @@ TOY = Shape(
     sizes={"hidden_size": 256, "intermediate_size": 64, "num_attention_heads": 4,
            "num_key_value_heads": 1, "vocab_size": 64},
 )  # fmt: skip
+WINDOWED = (
+    Shape(
+        name="toy-oss", config="GptOssConfig", layers=2, no_sdpa="SDPA has no sinks",
+        sizes={"hidden_size": 64, "intermediate_size": 32, "num_attention_heads": 4,
+               "num_key_value_heads": 1, "head_dim": 64, "vocab_size": 64, "sliding_window": 8,
+               "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    Shape(
+        name="toy-gemma", config="Gemma2Config", layers=2, no_sdpa="SDPA has no softcap",
+        sizes={"hidden_size": 64, "intermediate_size": 32, "num_attention_heads": 4,
+               "num_key_value_heads": 1, "head_dim": 64, "vocab_size": 64, "sliding_window": 8,
+               "query_pre_attn_scalar": 64},
+    ),
+)  # fmt: skip
 BROKEN = Way(name="broken", attention="nonesuch", cache="dynamic", run=Run.CALLED)
 RUN = {"gpu": "NVIDIA H200", "date": "today", "torch": "2", "transformers": "5"}
+
+
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WARM", "WARM_COMPILED", "BATCHES", "STEPS"):
+        monkeypatch.setattr(e2e_steps, name, 1)
 
 
 def test_every_way_is_measured_and_one_that_fails_loses_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("WARM", "BATCHES", "STEPS"):
-        monkeypatch.setattr(e2e_steps, name, 1)
+    few_steps(monkeypatch)
     record = Record(tmp_path / "record.json", RUN)
     bench = Bench(record, minutes=60, layers=None, device="cpu", dtype=torch.float16)
     ways = [way for way in WAYS if way.name != "sdpa-compiled"]  # compiled like ours
@@ -50,6 +70,43 @@ def test_every_way_is_measured_and_one_that_fails_loses_no_other(
     assert len(written["rows"]) == len(rows) and written["run"] == RUN
     assert "| toy, 1 | 2 × 8 |" in record.path.with_suffix(".md").read_text()
     assert "toy 2 × 8 broken: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shape", WINDOWED, ids=lambda shape: shape.name)
+def test_models_with_windows_are_compared_with_eager_attention(
+    shape: Shape, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few_steps(monkeypatch)
+    record = Record(tmp_path / "record.json", RUN)
+    bench = Bench(record, minutes=60, layers=None, device="cpu", dtype=torch.float16)
+    compiled = ["eager-compiled"] if shape == WINDOWED[0] else []
+    names = ["sdpa", "eager", "ours", "sdpa-graph", "sdpa-compiled", *compiled]
+    for job in jobs((shape,), (Point(1, 10),), tuple(way for way in WAYS if way.name in names)):
+        bench.measure(job)
+    rows = {row.way: row for row in record.rows.values()}
+    numbers = {way: row for way, row in rows.items() if not row.missing}
+    assert numbers.keys() == {"eager", "ours", *compiled}
+    assert {rows[way].missing for way in ("sdpa", "sdpa-graph", "sdpa-compiled")} == {shape.no_sdpa}
+    assert rows["eager"].logits_difference == 0
+    assert all(row.logits_difference < 5e-3 for row in numbers.values())
+    assert f"- {shape.name} sdpa, {shape.name} sdpa-graph" in table([*rows.values()], RUN)
+
+
+def test_a_step_that_takes_long_is_repeated_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    steps: list[float] = []
+
+    def step(seconds: float) -> torch.Tensor:
+        nonlocal now
+        now += seconds
+        steps.append(seconds)
+        return torch.empty(0)
+
+    monkeypatch.setattr(e2e_steps.time, "perf_counter", lambda: now)
+    for seconds, repeated in ((0.01, 1 + 3 * 5), (0.1, 1 + 3 * 2), (2.0, 1 + 3)):
+        steps.clear()
+        assert e2e_steps.seconds_per_step(lambda: step(seconds)) == pytest.approx(seconds)  # noqa: B023
+        assert len(steps) == repeated
 
 
 def test_nothing_is_begun_that_may_not_end_in_time(tmp_path: Path) -> None:
@@ -103,11 +160,47 @@ def test_what_is_no_record_is_not_joined(tmp_path: Path, content: str) -> None:
 def test_what_needs_no_compiler_is_measured_first() -> None:
     points = Point(1, 1024), Point(8, 8192)
     order = [(j.shape.name, j.way.run is Run.COMPILED, j.point) for j in jobs(SHAPES, points, WAYS)]
-    assert len(order) == len(set(order)) + len(SHAPES) * (2 * 4 + 2) == len(SHAPES) * 2 * 7
-    last = order[-2 * len(SHAPES) :]
-    assert all(compiled and point == Point(1, 1024) for _, compiled, point in last)
-    assert order[9:12] == [(SHAPES[0].name, False, Point(8, 8192)),
-                           *[(SHAPES[0].name, True, Point(8, 8192))] * 2]  # fmt: skip
+    assert sum(compiled for _, compiled, _ in order) * 5 < len(order) * 2
+    assert [compiled for _, compiled, _ in order] == sorted(compiled for _, compiled, _ in order)
+    last = list(dict.fromkeys(order))[-2 * len(SHAPES) :]
+    assert last == [(shape.name, True, point) for point in points[::-1] for shape in SHAPES]
+
+
+def test_eager_attention_is_captured_and_compiled_where_there_is_no_sdpa() -> None:
+    found = {(job.shape.name, job.way.name) for job in jobs(SHAPES, (Point(1, 1024),), WAYS)}
+    for way in ("eager-graph", "eager-compiled"):
+        assert {shape for shape, name in found if name == way} == {"gpt-oss-20b", "gemma2-9b"}
+    assert ("gpt-oss-20b", "sdpa-graph") in found  # whose row says why it is missing
+
+
+def test_what_the_record_has_is_not_measured_again(tmp_path: Path) -> None:
+    record = Record(tmp_path / "record.json", RUN)
+    bench = Bench(record, minutes=0, layers=None, device="cpu", dtype=torch.float16)
+    job = Job(shape=TOY, point=Point(8, 1024), way=WAYS[0])
+    record.add(row(WAYS[0].name, missing="no time was left"))
+    assert not bench.has(job)
+    record.add(row(WAYS[0].name, 4.0))
+    assert bench.has(job)
+
+
+def test_rows_keep_the_date_of_their_run(tmp_path: Path) -> None:
+    """Those of older records, which do not say it, have that of their record."""
+    path = tmp_path / "a.json"
+    fields = {"model": "toy", "layers": 1, "batch": 8, "context": 1024, "way": "ours"}
+    path.write_text(json.dumps({"run": RUN | {"commit": "c0ffee"}, "rows": [fields]}))
+    for date in ("tomorrow", "later"):
+        record = Record(path, RUN | {"date": date, "commit": date})
+        (kept,) = record.rows.values()
+        assert (kept.date, kept.commit) == ("today", "c0ffee")
+        record.write()
+
+
+def test_the_document_shows_the_record() -> None:
+    (path,) = RESULTS.glob("*-end-to-end.json")
+    run, rows = load(path)
+    document = DOCUMENT.read_text()
+    assert table(rows, run) in document
+    assert replaced(document, table(rows, run)) == document
 
 
 def test_caches_that_cannot_fit_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,9 +215,21 @@ def test_caches_that_cannot_fit_are_not_tried(monkeypatch: pytest.MonkeyPatch) -
     model.config.num_hidden_layers = 32
     ours = WAYS[2]
     assert e2e_steps.too_large(model, Point(8, 32768), ours) is None
-    assert "needs 134 GiB of 80" in str(e2e_steps.too_large(model, Point(32, 32768), ours))
+    assert "needs 138 GiB of 80" in str(e2e_steps.too_large(model, Point(32, 32768), ours))
 
 
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(SystemExit, match="allowed: llama3-8b, "):
         end_to_end._chosen(SHAPES, "gpt")
+
+
+def test_full_windows_of_transformers_are_not_captured() -> None:
+    with torch.device("meta"):
+        model = e2e_steps.build(WINDOWED[0], None, "meta", torch.float16)
+        plain = e2e_steps.build(TOY, None, "meta", torch.float16)
+    ways = {way.name: way for way in WAYS}
+    for way in ("eager-graph", "ours-graph"):
+        assert "window" in str(e2e_steps.no_capture(model, Point(1, 8), ways[way]))
+        assert e2e_steps.no_capture(model, Point(1, 7), ways[way]) is None
+        assert e2e_steps.no_capture(plain, Point(1, 8), ways[way]) is None
+    assert e2e_steps.no_capture(model, Point(1, 8), ways["eager-compiled"]) is None

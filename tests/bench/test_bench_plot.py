@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from bench import plot
 from bench.checkout import RESULTS
+from bench.e2e_record import Row as Step
 from bench.points import GRID
 from bench.record import Record, Row
 
@@ -169,3 +170,38 @@ def test_a_gpus_name_is_no_formula(full: Record) -> None:
     )
     unknown = plot.draw(replace(full, run={}), "x")["x.svg"]
     assert "float16, unknown, unknown" in _texts(unknown)
+
+
+def _step(model: str, way: str, batch: int, context: int, ms: float | None) -> Step:
+    return Step(
+        model=model, layers=1, batch=batch, context=context, way=way, ms_per_step=ms,
+        missing=None if ms else "no time was left",
+    )  # fmt: skip
+
+
+STEPS = [
+    *(_step("llama3-8b", way, 8, context, ms * context) for context in (1024, 8192)
+      for way, ms in (("ours-graph", 0.001), ("sdpa-graph", 0.004), ("sdpa", 0.1))),
+    _step("llama3-8b", "ours-graph", 32, 1024, None),
+    _step("gpt-oss-20b", "ours-graph", 1, 1024, 3.0),
+    _step("gpt-oss-20b", "eager-graph", 1, 1024, None),
+    _step("gpt-oss-20b", "eager", 1, 1024, 30.0),
+]  # fmt: skip
+
+
+def test_whole_models_have_a_panel_each() -> None:
+    files = plot.draw_models(STEPS, {"gpu": "NVIDIA H200", "date": "today"}, "models")
+    assert files.keys() == {"models.svg", "models.png"}
+    texts = _texts(files["models.svg"])
+    assert "llama3-8b" in texts and "gpt-oss-20b" in texts and "ours, 32 at once" not in texts
+    assert files == plot.draw_models(STEPS, {"gpu": "NVIDIA H200", "date": "today"}, "models")
+    assert plot.draw_models(STEPS[-1:], {}, "models") == {}
+
+
+def test_a_model_is_drawn_beside_its_reference(axes: Axes) -> None:
+    numbers: plot.Numbers = {(step.key[:4], step.way): step.ms_per_step for step in STEPS}
+    plot.one_model(axes, [STEPS[0], STEPS[3]], numbers)
+    ours, other = (line.get_xydata().tolist() for line in axes.lines)
+    assert ours == [[1024, 1.024], [8192, 8.192]] and other == [[1024, 4.096], [8192, 32.768]]
+    plot.one_model(axes, [STEPS[-3]], numbers)  # eager attention, which no graph could hold
+    assert axes.lines[-1].get_xydata().tolist() == [[1024, 30.0]]
