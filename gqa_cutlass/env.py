@@ -1,23 +1,67 @@
-"""Every environment variable the package reads, and the only place that reads them.
-
-GQA_CUTLASS_CACHE_DIR     where compiled kernels are kept (default: the user's cache directory)
-GQA_CUTLASS_KERNEL_DIR    folders with kernels that `gqa-cutlass build --out` wrote, read before the
-                          cache and never written; separated like PATH
-GQA_CUTLASS_DISABLE_JIT   1: never compile at run time; a missing kernel is an error
-HOME, XDG_CACHE_HOME      where the user's cache directory is, and what `~` stands for
-COLUMNS                   how wide the command line's tables may be, where no terminal says so
-"""
+"""Every environment variable the package reads, and the only place that reads them."""
 
 from __future__ import annotations
 
 import os
 import pwd
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from gqa_cutlass.errors import StoreError
 
 CACHE_DIR, KERNEL_DIR = "GQA_CUTLASS_CACHE_DIR", "GQA_CUTLASS_KERNEL_DIR"
+DISABLE_JIT = "GQA_CUTLASS_DISABLE_JIT"
+XDG_CACHE_HOME, HOME, COLUMNS = "XDG_CACHE_HOME", "HOME", "COLUMNS"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variable:
+    """What the documentation says of an environment variable.
+
+    Args:
+        name: Its name.
+        value: What it may be.
+        unset: What holds where it is not set, or empty.
+    """
+
+    name: str
+    value: str
+    unset: str
+
+
+VARIABLES = (
+    Variable(
+        name=CACHE_DIR,
+        value="the folder where compiled kernels are kept",
+        unset="`gqa_cutlass` in `$XDG_CACHE_HOME`, or else in `~/.cache`",
+    ),
+    Variable(
+        name=KERNEL_DIR,
+        value="folders that `gqa-cutlass build --out` wrote, separated by `:` like `PATH`",
+        unset="none",
+    ),
+    Variable(
+        name=DISABLE_JIT,
+        value="anything but empty or `0`: never compile at run time",
+        unset="compiling is allowed",
+    ),
+    Variable(
+        name=XDG_CACHE_HOME,
+        value="the folder of the user's caches; ignored unless it is an absolute path",
+        unset="`~/.cache`",
+    ),
+    Variable(
+        name=HOME,
+        value="what `~` stands for; ignored unless it is an absolute path",
+        unset="the account's home directory",
+    ),
+    Variable(
+        name=COLUMNS,
+        value="how many characters wide the command line's tables may be, at least 20",
+        unset="the terminal's width",
+    ),
+)
 
 
 def cache_dir() -> Path:
@@ -28,7 +72,7 @@ def cache_dir() -> Path:
     """
     if given := os.environ.get(CACHE_DIR):
         return _place(CACHE_DIR, given)
-    shared = os.environ.get("XDG_CACHE_HOME", "")
+    shared = os.environ.get(XDG_CACHE_HOME, "")
     # The XDG Base Directory Specification has relative paths ignored.
     base = shared if os.path.isabs(shared) else "~/.cache"
     return _place(CACHE_DIR, os.path.join(base, "gqa_cutlass"))
@@ -46,12 +90,12 @@ def kernel_dirs() -> tuple[Path, ...]:
 
 def jit_disabled() -> bool:
     """Whether compiling at run time is forbidden."""
-    return os.environ.get("GQA_CUTLASS_DISABLE_JIT", "0") not in ("", "0")
+    return os.environ.get(DISABLE_JIT, "0") not in ("", "0")
 
 
 def columns() -> int | None:
     """Characters of a line, if the user says so; at least 20."""
-    given = os.environ.get("COLUMNS", "")
+    given = os.environ.get(COLUMNS, "")
     return max(int(given), 20) if re.fullmatch("[1-9][0-9]{0,5}", given) else None
 
 
@@ -76,7 +120,7 @@ def _home(user: str) -> str:
     Raises:
         KeyError: There is none.
     """
-    home = os.environ.get("HOME", "") if not user else ""
+    home = os.environ.get(HOME, "") if not user else ""
     if not os.path.isabs(home):
         home = (pwd.getpwnam(user) if user else pwd.getpwuid(os.getuid())).pw_dir
     if not os.path.isabs(home):

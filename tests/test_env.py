@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import pwd
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers import REPOSITORY
 from instant import ARCH, CONFIG, InstantCompiler
 
 from gqa_cutlass import env
@@ -121,3 +123,10 @@ def test_a_working_directory_that_is_gone_is_an_error_of_ours(
     monkeypatch.setenv(env.CACHE_DIR, "relative")
     with pytest.raises(StoreError, match="got 'relative'.*No such file"):
         env.cache_dir()
+
+
+def test_every_variable_that_is_read_is_in_the_documentation() -> None:
+    read = re.findall(r"environ\.get\((\w+)", Path(env.__file__).read_text())
+    assert {getattr(env, name) for name in read} == {v.name for v in env.VARIABLES}
+    rows = [f"| `{v.name}` | {v.value} | {v.unset} |" for v in env.VARIABLES]
+    assert "\n".join(rows) in (REPOSITORY / "docs" / "environment.md").read_text()
