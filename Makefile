@@ -6,7 +6,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test thorough gpu-test sanitize bench bench-e2e sass style format types tree clean ready
+.PHONY: help demo test thorough gpu-test sanitize bench bench-e2e sass docs style format types tree clean ready
 
 ARGS ?=
 BOOTSTRAP ?= python3
@@ -64,6 +64,11 @@ bench-e2e: $(READY) ## Time whole models of transformers on a GPU (ARGS=--help l
 sass: $(READY) ## Write the machine code of the base kernels to build/listings; ARGS=--record records its digests
 	$(PYTHON) tests/sass.py $(ARGS)
 
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(READY) ## Build the documentation site into build/site; warnings are errors
+	$(PYTHON) -m mkdocs build --strict --quiet $(ARGS)
+	@echo "open build/site/index.html, or run $(PYTHON) -m http.server -d build/site, where search works too"
+
 style: $(VENV)/.style-ready ## Check format, lint, types and generated/ for drift
 	$(BIN)/pre-commit run --all-files $(ARGS)
 
@@ -105,10 +110,10 @@ $(VENV)/.test-ready: pyproject.toml constraints.txt
 ifeq ($(HAS_GPU),)
 	@$(INSTALL) '$(TORCH)+cpu' 2>/dev/null || $(INSTALL) --extra-index-url $(TORCH_CPU_INDEX) '$(TORCH)+cpu'
 endif
-	@$(INSTALL) -e '.[test]'
+	@$(INSTALL) -e '.[test,docs]'
 	@$(MAKE) --no-print-directory tree
 	@touch $@
 
 $(VENV)/.style-ready: $(VENV)/.test-ready
-	@$(INSTALL) -e '.[test,style]'
+	@$(INSTALL) -e '.[test,docs,style]'
 	@touch $@
