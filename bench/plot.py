@@ -31,6 +31,12 @@ MODELS = (
 )  # fmt: skip
 OURS_LABEL, SDPA_LABEL = "ours, append included", "best SDPA backend"
 ROOFLINE_LABEL = "roofline: only reads the same bytes"
+BEST_LABEL = "best of all baselines"
+# Baselines in the order of their labels; those that were recorded elsewhere are hollow.
+BASELINES = (
+    ("#D55E00", "s"), ("#E69F00", "D"), ("#009E73", "^"), ("#CC79A7", "v"), ("#56B4E9", "P"),
+    ("#8C564B", "X"), ("#000000", "<"), ("#7F7F7F", "*"),
+)  # fmt: skip
 STYLE: dict[Any, object] = {
     "svg.hashsalt": "gqa_cutlass",
     "svg.fonttype": "none",  # text stays text
@@ -45,7 +51,7 @@ STYLE: dict[Any, object] = {
     "legend.frameon": False,
     "lines.markersize": 5,
 }
-SIZE, DPI = (8.4, 5.0), 100
+SIZE, TALL, DPI = (8.4, 5.0), (10.0, 8.5), 100
 PANELS, PANEL_SIZE = 3, (2.8, 2.7)  # of whole models: in a row, and of each
 BATCHES = ("#009E73", "#E69F00", "#CC79A7", "#56B4E9")
 MIB = tuple(2.0**power for power in range(-4, 16))
@@ -55,6 +61,7 @@ MICROS = tuple(first * 10.0**power for power in range(-1, 5) for first in (1, 2,
 
 Points = Iterable[tuple[float, float]]
 Numbers = Mapping[tuple[tuple[object, ...], str], float | None]  # ms by place and way
+Picture = Callable[[Axes, Sequence[Row]], None]
 
 
 def draw(record: Record, base: str) -> dict[str, str | bytes]:
@@ -69,15 +76,16 @@ def draw(record: Record, base: str) -> dict[str, str | bytes]:
     """
     alone = [row for row in record.rows if row.label.batch == 1]
     files: dict[str, str | bytes] = {}
-    for ending, title, picture, rows in (
-        ("", "Decode step, cold cache", latency, record.rows),
-        ("-context", "Decode step of one sequence, cold cache", context, alone),
-        ("-bandwidth", "Reading the cache in a decode step", bandwidth, record.rows),
+    for ending, title, pictures, rows in (
+        ("", "Decode step, cold cache", [latency], record.rows),
+        ("-context", "Decode step of one sequence, cold cache", [context], alone),
+        ("-bandwidth", "Reading the cache in a decode step", [bandwidth], record.rows),
+        ("-ratios", "Decode step, cold cache, point by point", [ratios, shares], record.rows),
     ):
         if rows:
             about = f"float16, {record.run.get('gpu', UNKNOWN)}, {record.run.get('date', UNKNOWN)}"
-            name = base + ending
-            files[f"{name}.svg"], files[f"{name}.png"] = _drawn(f"{title}\n{about}", picture, rows)
+            name, title = base + ending, f"{title}\n{about}"
+            files[f"{name}.svg"], files[f"{name}.png"] = _drawn(title, pictures, rows)
     return files
 
 
@@ -143,13 +151,22 @@ def _other(row: Step, numbers: Numbers) -> float | None:
     return captured or called
 
 
-def _drawn(
-    title: str, picture: Callable[[Axes, Sequence[Row]], None], rows: Sequence[Row]
-) -> tuple[str, bytes]:
+def _drawn(title: str, pictures: Sequence[Picture], rows: Sequence[Row]) -> tuple[str, bytes]:
+    """One picture, or several beside one another that share their points."""
+
     def paint(figure: Figure) -> None:
-        axes = figure.subplots()
-        picture(axes, rows)
-        axes.set_title(title)
+        panels = figure.subplots(1, len(pictures), sharey=True, squeeze=False)[0]
+        for axes, picture in zip(panels, pictures, strict=True):
+            picture(axes, rows)
+        panels[0].set_title(title)
+        if len(panels) > 1:
+            figure.set_size_inches(TALL)
+            marks = {
+                str(mark.get_label()): mark
+                for axes in panels
+                for mark in axes.get_legend_handles_labels()[0]
+            }
+            figure.legend(handles=marks.values(), loc="outside lower center", ncols=4)
 
     return _saved(paint)
 
@@ -203,6 +220,47 @@ def context(axes: Axes, rows: Sequence[Row]) -> None:
         [], [], color="black", marker="o", linestyle="--", fillstyle="none", label=SDPA_LABEL
     )
     axes.legend(handles=[solid, dashed], loc="lower right")
+
+
+def ratios(axes: Axes, rows: Sequence[Row]) -> None:
+    """A line of marks per point: every baseline's time over ours, which is 1."""
+    labels = dict.fromkeys(str(baseline) for row in rows for baseline in row.all_baselines)
+    hollow = {str(b) for row in rows for b in row.all_baselines if not b.measured}
+    axes.axvline(1, color=OURS)
+    axes.plot(*_xy((1, at) for at, _ in enumerate(rows)), "o", color=OURS, label=OURS_LABEL)
+    for label, (colour, mark) in zip(sorted(labels), cycle(BASELINES), strict=False):
+        found = [
+            (baseline.micros / row.ours, at)
+            for at, row in enumerate(rows)
+            for baseline in row.all_baselines
+            if str(baseline) == label
+        ]
+        fill = "none" if label in hollow else "full"
+        axes.plot(*_xy(found), mark, color=colour, fillstyle=fill, label=label)
+    axes.set(xlabel="time over ours")
+    _by_point(axes, rows)
+
+
+def shares(axes: Axes, rows: Sequence[Row]) -> None:
+    """Beside `ratios`: the share of the roofline's bandwidth, ours and the best baseline's."""
+    ours = [(100 * row.floor / row.ours, at) for at, row in enumerate(rows)]
+    best = [
+        (100 * row.floor / baseline.micros, at)
+        for at, row in enumerate(rows)
+        if (baseline := row.best_baseline) is not None
+    ]
+    axes.axvline(100, color=ROOFLINE, label=ROOFLINE_LABEL)
+    axes.plot(*_xy(best), "|", color=ROOFLINE, markersize=9, label=BEST_LABEL)
+    axes.plot(*_xy(ours), "o", color=OURS, label=OURS_LABEL)
+    axes.set(xlabel="% of the roofline's bandwidth")
+    axes.set_xlim(left=0)
+    _by_point(axes, rows)
+
+
+def _by_point(axes: Axes, rows: Sequence[Row]) -> None:
+    """Points from the top, by their names."""
+    axes.set_yticks(range(len(rows)), [row.point for row in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
 
 
 def _over_bytes(axes: Axes, floors: Points, sdpa: Points, ours: Points) -> None:

@@ -107,7 +107,7 @@ class Row:
     @property
     def best_baseline(self) -> Baseline | None:
         """The fastest of all; what was measured here counts, and not its record elsewhere."""
-        return _fastest(self._baselines())
+        return _fastest(self.all_baselines)
 
     @property
     def best_shipped_baseline(self) -> Baseline | None:
@@ -115,12 +115,14 @@ class Row:
         return _fastest(
             [
                 baseline
-                for baseline in self._baselines()
+                for baseline in self.all_baselines
                 if baseline.name not in baselines.NOT_SHIPPED
             ]
         )
 
-    def _baselines(self) -> list[Baseline]:
+    @property
+    def all_baselines(self) -> list[Baseline]:
+        """What was measured here, and of the others what was recorded elsewhere."""
         return self._measured() + [
             Baseline(name=name, micros=micros, measured=False)
             for name, micros in self.recorded_scaled.items()

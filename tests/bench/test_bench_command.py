@@ -21,7 +21,8 @@ from bench import checkout, command, measure, report
 from bench.record import Record
 from gqa_cutlass.cli import app, main
 
-PICTURES = {f"x{end}.{kind}" for end in ("", "-context", "-bandwidth") for kind in ("svg", "png")}
+ENDINGS = "", "-context", "-bandwidth", "-ratios"
+PICTURES = {f"x{end}.{kind}" for end in ENDINGS for kind in ("svg", "png")}
 SHEETS = {"x.csv", "x-prefill.csv", "x-features.csv", "x-merges.csv"}
 
 

@@ -20,7 +20,8 @@ from bench.record import Record, Row
 pytestmark = pytest.mark.xdist_group("pictures")  # drawn once
 
 SVG = "{http://www.w3.org/2000/svg}"
-ENDINGS = ("", "-context", "-bandwidth")
+ENDINGS = ("", "-context", "-bandwidth", "-ratios")
+MOST_BYTES = 250_000  # in the repository, and in every clone of it
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def test_pictures_are_svg_and_png(drawn: dict[str, str | bytes]) -> None:
     assert list(drawn) == [f"x{ending}.{kind}" for ending in ENDINGS for kind in ("svg", "png")]
     for name, content in drawn.items():
         start = "<?xml" if name.endswith(".svg") else b"\x89PNG"
-        assert content[: len(start)] == start and len(content) < 150_000
+        assert content[: len(start)] == start and len(content) < MOST_BYTES
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
@@ -82,15 +83,16 @@ def test_pictures_repeat_and_carry_no_date(
 def test_pictures_name_gpu_and_date(drawn: dict[str, str | bytes], ending: str) -> None:
     texts = _texts(drawn[f"x{ending}.svg"])
     assert "float16, NVIDIA <X1>, 2026-01-02" in texts
-    assert {"ours, append included", "best SDPA backend"} <= set(texts)
+    others = {"SDPA flash", "SDPA cuDNN"} if ending == "-ratios" else {"best SDPA backend"}
+    assert {"ours, append included"} | others <= set(texts)
 
 
-@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("ending", ENDINGS[:3])
 def test_the_shipped_pictures_are_those_of_the_shipped_record(ending: str) -> None:
     run = Record.load(RESULTS / "nvidia-h200.json").run
     texts = [t.text for t in ET.parse(RESULTS / f"nvidia-h200{ending}.svg").iter(f"{SVG}text")]
     assert f"float16, {run['gpu']}, {run['date']}" in texts
-    assert (RESULTS / f"nvidia-h200{ending}.png").stat().st_size < 150_000
+    assert (RESULTS / f"nvidia-h200{ending}.png").stat().st_size < MOST_BYTES
 
 
 def test_latency_is_drawn_over_bytes(full: Record, axes: Axes) -> None:
@@ -147,16 +149,41 @@ def test_context_is_drawn_per_model(full: Record, axes: Axes) -> None:
         )
 
 
+def test_every_baseline_is_drawn_over_ours(full: Record, axes: Axes) -> None:
+    """Of a point measured in 12.5 us: 20 and 30 by SDPA, 17.5 as recorded of TileOPs."""
+    plot.ratios(axes, full.rows)
+    drawn = _points(axes)
+    expected = {"SDPA cuDNN": 1.6, "SDPA flash": 2.4, "TileOPs (recorded)": 1.4}
+    for label, ratio in (expected | {plot.OURS_LABEL: 1.0}).items():
+        assert [at for _, at in drawn.pop(label)] == list(range(len(full.rows)))
+        (line,) = (line for line in axes.lines if line.get_label() == label)
+        assert line.get_xdata() == pytest.approx(ratio)
+        assert line.get_fillstyle() == ("none" if label.endswith("(recorded)") else "full")
+    assert not [label for label in drawn if not label.startswith("_")]
+    assert axes.get_xscale() == "linear"
+
+
+def test_shares_of_the_roofline_are_drawn_point_by_point(full: Record, axes: Axes) -> None:
+    rows = [*full.rows[:-1], row_of(GRID[-1], measured={}, recorded_scaled={})]
+    plot.shares(axes, rows)
+    drawn = _points(axes)
+    assert drawn[plot.OURS_LABEL] == [(pytest.approx(80), at) for at in range(len(rows))]
+    best = [(pytest.approx(100 / 1.75), at) for at in range(len(rows) - 1)]
+    assert drawn[plot.BEST_LABEL] == best
+    assert [text.get_text() for text in axes.get_yticklabels()] == [row.point for row in rows]
+    assert axes.yaxis_inverted()
+
+
 def test_only_single_sequences_are_drawn_over_context(full: Record) -> None:
     batches = [row for row in full.rows if row.label.batch > 1]
     assert set(plot.draw(replace(full, rows=batches), "x")) == {
-        "x.svg", "x.png", "x-bandwidth.svg", "x-bandwidth.png",
+        "x.svg", "x.png", "x-bandwidth.svg", "x-bandwidth.png", "x-ratios.svg", "x-ratios.png",
     }  # fmt: skip
 
 
 def test_points_without_sdpa_are_drawn(full: Record) -> None:
     rows = [row_of(GRID[0], measured={}), row_of(GRID[1], measured={"FA3": 3.0})]
-    assert len(plot.draw(replace(full, rows=rows), "x")) == 6
+    assert len(plot.draw(replace(full, rows=rows), "x")) == 2 * len(ENDINGS)
 
 
 def test_a_record_without_a_grid_has_no_pictures(full: Record) -> None:
