@@ -14,10 +14,11 @@ from typing import NamedTuple
 
 import torch
 from c_build import as_dependents, build, dispatched, write_dummies
-from c_library import NUM_MERGE_COUNTERS, Config, Library
+from c_library import CACHE_TYPES, NUM_MERGE_COUNTERS, Config, Library
 
 from gqa_cutlass.call.given import PAGES, Seen
 from gqa_cutlass.call.layout import problem_of
+from gqa_cutlass.call.stored import FP8
 from gqa_cutlass.codegen import ARCHES, DType, KernelConfig, Schedule, shipped
 from gqa_cutlass.codegen.schema import internal, public
 from gqa_cutlass.codegen.schema.policies import Policy, named
@@ -152,7 +153,8 @@ class Case:
             sinks=1 << 40 if SINK in p.policies else None, equal_lengths=self.equal,
             head_dim_v=p.head_dim_v or 0, output_float32=IN_FLOAT32 in p.policies,
             dependent=self.dependent, lse=1 << 41, num_tokens=p.num_tokens,
-            num_new_tokens=p.num_new_tokens, **self.strides(), **self.pages(),
+            num_new_tokens=p.num_new_tokens, cache_type=CACHE_TYPES.get(cache_dtype(p), 0),
+            **self.strides(), **self.pages(),
         )  # fmt: skip
 
     def pages(self) -> dict[str, int]:
@@ -173,6 +175,14 @@ class Case:
             for (name, dims), t in tensors
             for dim, stride in zip(dims, t.strides, strict=False)
         }
+
+
+def cache_dtype(problem: Problem) -> torch.dtype:
+    """What caches hold."""
+    for dtype, policy in FP8.items():
+        if policy in problem.policies:
+            return dtype
+    return torch.float16 if problem.dtype is DType.F16 else torch.bfloat16
 
 
 def pool_pages(problem: Problem) -> int:
@@ -256,13 +266,16 @@ def in_layout(case: Case, chance: int) -> Case:
     for name, sizes in zip(TENSORS, (query, query, token, token, cache, cache), strict=True):
         dim_of = p.value_dim if name in ("out", "v", "v_cache") else p.head_dim
         orders, strides, step = ORDERS[len(sizes)], [0] * len(sizes), dim_of
+        kind = result or dtype if name == "out" else dtype
+        if name.endswith("_cache"):
+            kind = cache_dtype(p)
+        unit = width if kind.itemsize > 1 else 2 * width
         for dim in orders[chance % len(orders)]:
-            step += width * GAPS[chance & 7]
+            step += unit * GAPS[chance & 7]
             strides[dim] = step if sizes[dim] > 1 else 2 * step + 1
             step *= sizes[dim]
             chance >>= 3
         address = (len(layout) + 1 << 56) + 2 * width * (1 if chance & 3 == 0 else 8)
-        kind = result or dtype if name == "out" else dtype
         size, shape = kind.itemsize, (*sizes, dim_of)
         address = address // size * size
         layout[name] = Seen(shape, (*strides, 1), kind, _CPU, False, size, address, size * step)

@@ -25,6 +25,10 @@ DTYPES = {
     torch.float16: public.DTYPE["GQA_FLOAT16"],
     torch.bfloat16: public.DTYPE["GQA_BFLOAT16"],
 }
+CACHE_TYPES = {
+    torch.float8_e4m3fn: public.DTYPE["GQA_FLOAT8_E4M3FN"],
+    torch.float8_e5m2: public.DTYPE["GQA_FLOAT8_E5M2"],
+}
 NUM_MERGE_COUNTERS = 16384  # words, the workspace's first part
 
 
@@ -215,8 +219,33 @@ def config_of(
         workspace=None if workspace is None else workspace.data_ptr(),
         workspace_size=0 if workspace is None else workspace.numel() * workspace.element_size(),
         lse=None if lse is None else lse.data_ptr(), **strides_of(step), **features_of(step),
-        **pages_of(step), **options,
+        **pages_of(step), **scales_of(step.k_cache, step.k_scale, step.v_scale), **options,
     )  # fmt: skip
+
+
+def scales_of(
+    cache: Tensor, k_scale: float | Tensor | None, v_scale: float | Tensor | None
+) -> dict[str, Any]:
+    """What is said of caches of 8 bits, by the fields of GQADecodeConfig."""
+    if cache.dtype not in CACHE_TYPES:
+        return {}
+    found: dict[str, Any] = {"cache_type": CACHE_TYPES[cache.dtype]}
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if isinstance(scale, Tensor):
+            batch, head = (0, 0, *scale.stride())[-2:]
+            found |= {
+                f"{name}s": scale.data_ptr(), f"{name}_batch_stride": batch,
+                f"{name}_head_stride": head,
+            }  # fmt: skip
+        elif scale is not None:
+            found[name] = scale
+    return found
+
+
+def scale_tensors(k_scale: object, v_scale: object) -> dict[str, Tensor]:
+    """Those on the device, by the fields of `Params`."""
+    scales = {"k_scales": k_scale, "v_scales": v_scale}
+    return {name: scale for name, scale in scales.items() if isinstance(scale, Tensor)}
 
 
 def pages_of(step: Step) -> dict[str, int]:

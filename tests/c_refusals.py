@@ -35,6 +35,8 @@ SHARING: dict[
     "rotary_cos": (ROTARY | dict(rotary_sin=1 << 52), 31 * 16),
     "rotary_sin": (ROTARY | dict(rotary_cos=1 << 52, rotary_sin_stride=10), (30 * 10 + 8) * 2),
     "rotary_seqlens": (ROTARY | dict(rotary_cos=1 << 52, rotary_sin=1 << 53), 8),
+    "k_scales": (dict(cache_type=3, k_scale_batch_stride=2, k_scale_head_stride=1), 16),
+    "v_scales": (dict(cache_type=4, v_scale_head_stride=3), 16),
 }
 NOTHING = ("Nothing was launched.", "Nothing was written.")
 
@@ -51,8 +53,9 @@ def far_apart(step: Step) -> dict[str, Any]:
     return {name: (i + 1) << 40 for i, name in enumerate(addresses_of(step))}
 
 
-def sizes_of(step: Step) -> dict[str, int]:
-    """Bytes of a step's tensors."""
+def sizes_of(step: Step, *, in_8_bits: bool = False) -> dict[str, int]:
+    """Bytes of a step's tensors, whose caches may have half as many."""
     query, cache = 2 * step.q.numel(), 2 * step.k_cache.numel()
     token = cache // step.k_cache.shape[1]
+    cache = cache // 2 if in_8_bits else cache
     return dict(output=query, q=query, k=token, v=token, kv_cache_k=cache, kv_cache_v=cache)

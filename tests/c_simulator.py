@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from c_driver import DriverLaunch, DriverTensor, Launched, argument_of, fields_of
-from c_library import NUM_MERGE_COUNTERS, POINTERS, Library, config_of
+from c_library import NUM_MERGE_COUNTERS, POINTERS, Library, config_of, scale_tensors
 from cases import Step
 from torch import Tensor
 
@@ -95,6 +95,7 @@ class Simulator:
         }  # fmt: skip
         features = {name: getattr(step, name) for name in POINTERS}
         self.tensors |= {name: t for name, t in features.items() if t is not None}
+        self.tensors |= scale_tensors(step.k_scale, step.v_scale)
         if lse is not None:
             self.tensors["lse"] = lse
         if workspace is not None:

@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Collection
 
 from gqa_cutlass.codegen.schema.launch import NumberType, Pdl
-from gqa_cutlass.codegen.schema.policies import FEATURES, Policy
+from gqa_cutlass.codegen.schema.policies import FEATURES, FP8, Policy
 from gqa_cutlass.codegen.schema.public import ASKED_BY
 from gqa_cutlass.codegen.schema.structs import (
     DOUBLE,
@@ -49,6 +49,7 @@ FEATURE_BITS = Enumeration(
         Constant(
             name="kGqaNoPrefetch", value=feature_bits(_LATE), doc="those that wait for lengths"
         ),
+        Constant(name="kGqaStored", value=feature_bits(FP8), doc="caches of 8 bits"),
     ),
 )
 # The bit of each, and the field of GQADecodeConfig that asks for it.
@@ -148,6 +149,8 @@ LIMITS = _struct(
     ("min_capability", INT32, ""),
     ("max_scale", FLOAT, ""),
     ("max_softcap", DOUBLE, ""),
+    ("min_cache_scale", FLOAT, "of a cache of 8 bits, where the host knows it"),
+    ("max_cache_scale", FLOAT, ""),
 )
 PROBLEM = _struct(
     "gqa_problem",

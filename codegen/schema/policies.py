@@ -500,7 +500,6 @@ E4M3, E5M2 = FP8 = (
             )
             for part in ("k", "v")
         ),
-        in_library=False,
     ),
     Policy(
         slot=ELEMENT,
@@ -508,7 +507,6 @@ E4M3, E5M2 = FP8 = (
         cpp="E5m2Operands",
         header="policy/element_e5m2.cuh",
         feature="float8_e5m2",
-        in_library=False,
     ),
 )
 POLICIES += FP8

@@ -17,6 +17,8 @@ MAX_ROWS = 2**31 - 1  # of caches whose rows are named by an index
 MAX_HEADS = 2**31 - 1  # grid x
 MAX_SCALE = 1e38  # times log2(e) it is still a float32
 MAX_SOFTCAP = 1e37  # times log2(e), and a scale over it, are still float32
+# A key's part of the softmax's scale, and a value's of an output: what float32 can hold, with room.
+MIN_CACHE_SCALE, MAX_CACHE_SCALE = 1e-30, 1e30
 VECTOR_WIDTHS = (8, 4, 2, 1)
 WIDEST = VECTOR_WIDTHS[0]
 

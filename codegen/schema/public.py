@@ -53,11 +53,13 @@ STATUS = Enumeration(
 DTYPE = Enumeration(
     c="gqa_dtype",
     rust="i32",
-    doc="What tensors hold; elements are all of one of the first two.",
+    doc="What tensors hold; elements are all of one of the first two, but for caches of 8 bits.",
     members=(
         Constant(name="GQA_FLOAT16", value=0, doc="IEEE half precision"),
         Constant(name="GQA_BFLOAT16", value=1, doc="the upper half of a float"),
         Constant(name="GQA_FLOAT32", value=2, doc="of what is not an element"),
+        Constant(name="GQA_FLOAT8_E4M3FN", value=3, doc="of caches, up to 448"),
+        Constant(name="GQA_FLOAT8_E5M2", value=4, doc="of caches, the upper half of float16"),
     ),
 )
 DTYPE_CODES = {DType.F16: DTYPE["GQA_FLOAT16"], DType.BF16: DTYPE["GQA_BFLOAT16"]}
@@ -182,10 +184,22 @@ CONFIG = Struct(
                 pointer("uint32_t", const=True, rust="u32"),
                 "bits of drafts, which of them each sees; or null",
             ),
+            ("cache_type", _DTYPE, "`gqa_dtype` of the caches, if of 8 bits; 0: `dtype`"),
+            ("k_scale", FLOAT, "what their keys are multiplied by; 0: 1"),
+            ("v_scale", FLOAT, "the same of values"),
+            *(
+                (f"{part}_scale_{dim}_stride", INT32, f"of `{part}_scales`, {between}; 0: for all")
+                for part in ("k", "v")
+                for dim, between in (("batch", "between sequences"), ("head", "between KV heads"))
+            ),
+            ("reserved", INT32, "0: a place for what a later version may ask for"),
+            ("k_scales", _FLOATS, "instead of `k_scale`, on the device; or null"),
+            ("v_scales", _FLOATS, "instead of `v_scale`, on the device; or null"),
         )
     ),
 )
-# The field that asks for a feature when it is not zero, by what Python calls the feature.
+# The field that asks for a feature when it is not zero, by what Python calls the feature. Types of
+# caches have one field, whose value says which.
 ASKED_BY = {
     "cache_batch_idx": "cache_batch_idx",
     "cache_leftpad": "cache_leftpad",
@@ -199,6 +213,8 @@ ASKED_BY = {
     "tree_mask": "tree_mask",
     "q_norm_weight": "q_norm_weight",
     "rotary_cos": "rotary_cos",
+    "float8_e4m3fn": "cache_type",
+    "float8_e5m2": "cache_type",
 }
 check_asked(ASKED_BY, CONFIG)
 LAUNCH = Struct(

@@ -9,6 +9,7 @@ import torch
 
 from gqa_cutlass.call.given import Layout, Seen, fail, shape_text
 from gqa_cutlass.codegen.schema.policies import E4M3, E5M2, Policy
+from gqa_cutlass.codegen.schema.problem import MAX_CACHE_SCALE, MIN_CACHE_SCALE
 from gqa_cutlass.codegen.schema.storage import ELEMENT_BYTES
 from gqa_cutlass.errors import shown
 
@@ -18,10 +19,8 @@ if TYPE_CHECKING:
 FP8 = {torch.float8_e4m3fn: E4M3, torch.float8_e5m2: E5M2}
 FP8_NAMES = " or ".join(map(str, FP8))
 SCALES = ("k_scale", "v_scale")
-# A key's part of the softmax's scale, and a value's of an output: what float32 can hold, with room.
-MIN_SCALE, MAX_SCALE = 1e-30, 1e30
 _MAX_STRIDE = 2**31 - 1
-SCALE_RULE = f"a number from {MIN_SCALE:g} to {MAX_SCALE:g}"
+SCALE_RULE = f"a number from {MIN_CACHE_SCALE:g} to {MAX_CACHE_SCALE:g}"
 
 
 def is_number(value: object) -> TypeGuard[float]:
@@ -42,7 +41,7 @@ def check_number(
     Raises:
         InputError: No number, or zero, negative, not finite, too small or too large.
     """
-    if not is_number(value) or not MIN_SCALE <= value <= MAX_SCALE:
+    if not is_number(value) or not MIN_CACHE_SCALE <= value <= MAX_CACHE_SCALE:
         refuse(name, shown(value), f"{SCALE_RULE}, or a float32 tensor")
     return float(value)  # type: ignore[arg-type]
 

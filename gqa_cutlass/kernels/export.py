@@ -18,10 +18,12 @@ from gqa_cutlass.codegen.schema.kinds import Math
 from gqa_cutlass.codegen.schema.params import Params, TmaParams
 from gqa_cutlass.codegen.schema.problem import (
     MAX_BATCH,
+    MAX_CACHE_SCALE,
     MAX_SCALE,
     MAX_SEQ_LEN,
     MAX_SOFTCAP,
     MAX_TOKENS,
+    MIN_CACHE_SCALE,
 )
 from gqa_cutlass.codegen.schema.storage import BOX_DIMS, MAX_CLUSTER, PAGE_TOKENS
 from gqa_cutlass.dispatch import MIN_CAPABILITY, MODELS, MOST_TILES
@@ -198,6 +200,8 @@ def facts() -> Facts:
             "min_capability": MIN_CAPABILITY,
             "max_scale": MAX_SCALE,
             "max_softcap": MAX_SOFTCAP,
+            "min_cache_scale": MIN_CACHE_SCALE,
+            "max_cache_scale": MAX_CACHE_SCALE,
         },
         params_layout=[(field[0], getattr(Params, field[0]).offset) for field in Params._fields_],
         params_bytes=ctypes.sizeof(Params),

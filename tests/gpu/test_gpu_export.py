@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from c_build import compile_with, includes, sources
-from c_library import NUMBERS, Config
+from c_library import NUMBERS, Config, scales_of
 from torch import Tensor
 
 import gqa_cutlass
@@ -28,7 +28,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("gpu_export")]
 
 KERNELS = (
     "f16_f16_d128_g4_align8,bf16_bf16_d128_g4_align8,f16_f16_d64_g7,f16_f16_d96_g1_align8,"
-    "f16_f16_d128_g2_align8*win_cap,bf16_bf16_d64_g8_align8*win_sink"
+    "f16_f16_d128_g2_align8*win_cap,bf16_bf16_d64_g8_align8*win_sink,"
+    "f16_e4m3_d128_g4_align8,bf16_e5m2_d64_g8_align8"
 )
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
 _OnLog = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_void_p)
@@ -257,6 +258,40 @@ def test_features_give_the_bits_of_python(
     assert all(map(torch.equal, ours.bits(), theirs.bits()))
     assert not ours.out.isnan().any()
     assert parse(library.lines[-1])["kernel"].endswith(tags)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        (Shape(8, 32, 8, 128, 5000, 8192, "f16"), torch.float8_e4m3fn),
+        (Shape(1, 32, 8, 128, 3000, 4096, "f16"), torch.float8_e4m3fn),
+        (Shape(2, 64, 8, 64, 1000, 4096, "bf16"), torch.float8_e5m2),
+    ],
+    ids=["splits", "clusters", "half a box"],
+)
+def test_caches_of_8_bits_give_the_bits_of_python(
+    library: Library, shape: Shape, dtype: torch.dtype
+) -> None:
+    """With scales of sequences and KV heads for keys, and one number for values."""
+    wide = step_of(shape)
+    ours = replace(wide, k_cache=wide.k_cache.to(dtype), v_cache=wide.v_cache.to(dtype))
+    theirs = ours.copy()
+    scales = torch.rand(shape.batch, 2 * shape.kv_heads, device="cuda")[:, ::2] + 0.5
+    gqa_decode(
+        ours.q, ours.k_cache, ours.v_cache, ours.k, ours.v, cache_seqlens=shape.cache_len,
+        softmax_scale=shape.scale, out=ours.out.unflatten(-1, (shape.q_heads, shape.head_dim)),
+        k_scale=scales, v_scale=0.375,
+    )  # fmt: skip
+    config = shape.config()
+    for field, value in scales_of(ours.k_cache, scales, 0.375).items():
+        setattr(config, field, value)
+    workspace = library.workspace(shape, config)
+    config.workspace, config.workspace_size = workspace.data_ptr(), workspace.numel()
+    status = library.call("gqa_attention_decode", *theirs.addresses(), config, current_stream())
+    assert status == 0, library.lines[-1]
+    assert all(map(torch.equal, ours.bits(), theirs.bits()))
+    assert not ours.out.isnan().any()
+    assert f"_{str(dtype)[len('torch.float8_') :][:4]}_" in parse(library.lines[-1])["kernel"]
 
 
 @pytest.mark.parametrize("dependent", [False, True], ids=["ordinary", "dependent"])

@@ -26,10 +26,20 @@ from cases import Step
 import gqa_cutlass
 from gqa_cutlass.call.record import LaunchRecord, parse
 from gqa_cutlass.codegen import DType, KernelConfig, Math, Schedule, default_config
-from gqa_cutlass.codegen.schema.policies import FEATURES, NORM, QUERIES, ROTARY, special, tagged
+from gqa_cutlass.codegen.schema.policies import (
+    ELEMENT,
+    FEATURES,
+    NORM,
+    QUERIES,
+    ROTARY,
+    special,
+    tagged,
+)
 
-# What steps ask for: nothing is done to their rows, and they have one token.
-OF_STEPS = tuple(policy for policy in FEATURES if policy.slot not in (QUERIES, NORM, ROTARY))
+# What steps ask for: nothing is done to their rows, and they have one token. Caches have one type.
+OF_STEPS = tuple(
+    policy for policy in FEATURES if policy.slot not in (QUERIES, NORM, ROTARY, ELEMENT)
+)
 # Each feature alone, and pairs as Gemma 2 and gpt-oss have them; pages with an index of rows, and
 # in clusters; all together in clusters.
 FEATURED = {
@@ -40,8 +50,14 @@ FEATURED = {
         default_config(Math.TENSOROP, DType.BF16, 64, 8, 8, policies=tagged("win_sink")),
         replace(WIDE_64, policies=tagged("idx_paged")),
         replace(TMA_128, policies=tagged("paged")),
+        *(replace(WIDE_64, policies=tagged(tag)) for tag in ("e4m3", "e5m2", "paged_e5m2")),
+        default_config(Math.TENSOROP, DType.BF16, 128, 4, 8, Schedule.TMA, tagged("e4m3")),
+        default_config(Math.TENSOROP, DType.F16, 192, 4, 8, Schedule.TMA, tagged("paged_e5m2")),
         default_config(
             Math.TENSOROP, DType.BF16, 64, 4, 8, Schedule.TMA, policies=special(OF_STEPS)
+        ),
+        default_config(
+            Math.TENSOROP, DType.BF16, 64, 4, 8, policies=special((*OF_STEPS, *tagged("e4m3")))
         ),
     )
 }

@@ -12,7 +12,7 @@ from c_dispatch import PAGED, WINDOW, Case, Kind, case_of, library_of
 from c_library import Library
 
 from gqa_cutlass.codegen import ARCHES, DType, KernelConfig, Math, Schedule, default_config
-from gqa_cutlass.codegen.schema.policies import named
+from gqa_cutlass.codegen.schema.policies import named, special
 from gqa_cutlass.codegen.schema.problem import MAX_TOKENS
 from gqa_cutlass.dispatch import Device
 from gqa_cutlass.kernels.export import plan_export
@@ -23,6 +23,7 @@ KINDS = [
     Kind(DType.BF16, 64, 7, (WINDOW, MULTI)),
     Kind(DType.F16, 256, 2, (PAGED, MULTI)),
     Kind(DType.BF16, 96, 1, (MULTI,)),
+    Kind(DType.BF16, 128, 4, special((MULTI, named("E4m3Operands")))),
 ]
 WIDTHS = 8, 2, 1
 PROBLEMS = 4000

@@ -66,8 +66,8 @@ def test_features_that_were_not_exported_are_unsupported_and_named(
 
 
 def test_nothing_of_the_schema_is_missing_here() -> None:
-    assert set(FEATURES) >= set(public.ASKED_BY.values())
-    assert set(SHARING) == {row.name for row in CALL.rows if row.feature in public.ASKED_BY}
+    assert {*FEATURES, "cache_type"} >= set(public.ASKED_BY.values())
+    assert set(SHARING) == {row.field for row in CALL.rows if row.feature in public.ASKED_BY}
 
 
 def test_what_asks_for_nothing_is_launched(library: Library, step: Step) -> None:
@@ -85,7 +85,7 @@ def test_what_features_read_may_not_be_written_to(
     library: Library, step: Step, overflow: torch.Tensor, name: str, target: str
 ) -> None:
     changes, size = SHARING[name]
-    given, sizes = far_apart(step), sizes_of(step)
+    given, sizes = far_apart(step), sizes_of(step, in_8_bits="cache_type" in SHARING[name][0])
     start, end = given[target], given[target] + sizes[target]
     message = f"{target}: got memory that {name} also" if target == "output" else (
         f"{name}: got memory of {target}, to which"

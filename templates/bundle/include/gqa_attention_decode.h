@@ -49,11 +49,13 @@ typedef enum gqa_status {
   GQA_ERROR_UNSUPPORTED_FEATURE = 9,  // the caller asks for what is newer than this
 } gqa_status;
 
-// What tensors hold; elements are all of one of the first two.
+// What tensors hold; elements are all of one of the first two, but for caches of 8 bits.
 typedef enum gqa_dtype {
-  GQA_FLOAT16 = 0,   // IEEE half precision
-  GQA_BFLOAT16 = 1,  // the upper half of a float
-  GQA_FLOAT32 = 2,   // of what is not an element
+  GQA_FLOAT16 = 0,        // IEEE half precision
+  GQA_BFLOAT16 = 1,       // the upper half of a float
+  GQA_FLOAT32 = 2,        // of what is not an element
+  GQA_FLOAT8_E4M3FN = 3,  // of caches, up to 448
+  GQA_FLOAT8_E5M2 = 4,    // of caches, the upper half of float16
 } gqa_dtype;
 
 // The sizes of a step. Fields that the caller's version lacks have their default, 0. A newer
@@ -132,6 +134,16 @@ typedef struct GQADecodeConfig {
   float norm_eps GQA_ZERO;                   // added to mean squares, usually 1e-6
   int32_t norm_plus_one GQA_ZERO;            // 1: to weights 1 is added, as in Gemma
   uint32_t const* tree_mask GQA_ZERO;        // bits of drafts, which of them each sees; or null
+  int32_t cache_type GQA_ZERO;               // `gqa_dtype` of the caches, if of 8 bits; 0: `dtype`
+  float k_scale GQA_ZERO;                    // what their keys are multiplied by; 0: 1
+  float v_scale GQA_ZERO;                    // the same of values
+  int32_t k_scale_batch_stride GQA_ZERO;     // of `k_scales`, between sequences; 0: for all
+  int32_t k_scale_head_stride GQA_ZERO;      // of `k_scales`, between KV heads; 0: for all
+  int32_t v_scale_batch_stride GQA_ZERO;     // of `v_scales`, between sequences; 0: for all
+  int32_t v_scale_head_stride GQA_ZERO;      // of `v_scales`, between KV heads; 0: for all
+  int32_t reserved GQA_ZERO;                 // 0: a place for what a later version may ask for
+  float const* k_scales GQA_ZERO;            // instead of `k_scale`, on the device; or null
+  float const* v_scales GQA_ZERO;            // instead of `v_scale`, on the device; or null
 } GQADecodeConfig;
 
 #define GQA_DECODE_CONFIG_INIT \
@@ -207,6 +219,16 @@ typedef struct GQADecodeConfig {
    0,                          \
    0.0f,                       \
    0,                          \
+   NULL,                       \
+   0,                          \
+   0.0f,                       \
+   0.0f,                       \
+   0,                          \
+   0,                          \
+   0,                          \
+   0,                          \
+   0,                          \
+   NULL,                       \
    NULL}
 
 // What would be launched. As much of it is written as the caller's version has; a newer caller's
@@ -303,6 +325,16 @@ typedef struct gqa_launch {
 //                    have counts like one that does not fit; one length for all is refused then
 //   rotary_seqlens   positions of the first new tokens, instead of the lengths. By
 //                    gqa_attention_decode_ragged alone
+//   cache_type       GQA_FLOAT8_E4M3FN or GQA_FLOAT8_E5M2: kv_cache_k and kv_cache_v are of 8 bits,
+//                    and all else of dtype; their strides are in elements, even, and so are their
+//                    addresses. A new token is divided by the scale, rounded to the nearest, ties
+//                    to even, and to the largest number if it is beyond it, before it is attended
+//                    to; NaN stays
+//   k_scale          what keys in the cache are multiplied by, from 1e-30 to 1e30; v_scale likewise
+//   k_scales         the same in device memory, which may change between launches: that of KV head
+//                    h of sequence b is k_scales[b * k_scale_batch_stride + h *
+//                    k_scale_head_stride], so that two strides of 0 are one scale for all. Any
+//                    number is taken as it is; v_scales likewise
 //   dependent        1 for programmatic dependent launch, where it pays (Hopper and newer, caches
 //                    of up to 32 MiB): the kernel may start while the kernel before it in the
 //                    stream finishes. It reads nothing before that one is done, but may fetch its

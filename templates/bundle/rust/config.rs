@@ -9,6 +9,7 @@ use crate::element::{Element, Output};
 use crate::error::GqaError;
 use crate::ffi;
 use crate::layout::{check_len, check_reach, Strides};
+use crate::stored::{CacheType, Scale};
 use crate::turning::{Numbers, Rotary};
 
 /// The sizes of a step. The element type is that of the tensors.
@@ -130,6 +131,14 @@ pub struct Config<'a> {
     pub norm_eps: f32,
     /// Whether 1 is added to weights, as in Gemma.
     pub norm_plus_one: bool,
+    /// What the caches consist of. Those of 8 bits take half the memory and the time to read it; their
+    /// rows are at even addresses. New tokens are rounded to the nearest, ties to even, and to the
+    /// largest number where they are beyond it, and attended to as they are stored.
+    pub cache_type: CacheType,
+    /// What keys in a cache of 8 bits are multiplied by; none: 1.
+    pub k_scale: Option<Scale<'a>>,
+    /// The same of values.
+    pub v_scale: Option<Scale<'a>>,
     /// Programmatic dependent launch, where it pays (Hopper and newer, caches of up to 32 MiB): the
     /// kernel may start while the kernel before it in the stream finishes. It reads nothing before
     /// that one is done, but may fetch its first tiles to L2. Worth having where that kernel lets
@@ -189,6 +198,9 @@ impl Default for Config<'_> {
             k_norm_weight: None,
             norm_eps: 0.0,
             norm_plus_one: false,
+            cache_type: CacheType::OfQ,
+            k_scale: None,
+            v_scale: None,
             dependent: false,
             equal_lengths: false,
             lse: None,
@@ -206,6 +218,9 @@ impl Config<'_> {
         self.check_features()?;
         let (memory, workspace_size) = workspace.parts();
         let (strides, rotary) = (self.strides, self.rotary);
+        let [k_scales, v_scales] =
+            [self.k_scale, self.v_scale].map(|it| it.and_then(|it| it.on_device()));
+        let [k_steps, v_steps] = [k_scales, v_scales].map(|it| it.map_or([0; 2], |it| it.1));
         Ok(ffi::GQADecodeConfig {
             struct_size: size_of::<ffi::GQADecodeConfig>(),
             batch_size: to_int("config: batch_size", self.batch_size)?,
@@ -290,6 +305,16 @@ impl Config<'_> {
             norm_eps: self.norm_eps,
             norm_plus_one: i32::from(self.norm_plus_one),
             tree_mask: self.tree_mask.map_or(null(), |it| it.as_ptr()),
+            cache_type: self.cache_type.to_c(),
+            k_scale: self.k_scale.map_or(0.0, |it| it.number()),
+            v_scale: self.v_scale.map_or(0.0, |it| it.number()),
+            k_scale_batch_stride: to_int("config: k_scale_batch_stride", k_steps[0])?,
+            k_scale_head_stride: to_int("config: k_scale_head_stride", k_steps[1])?,
+            v_scale_batch_stride: to_int("config: v_scale_batch_stride", v_steps[0])?,
+            v_scale_head_stride: to_int("config: v_scale_head_stride", v_steps[1])?,
+            reserved: 0,
+            k_scales: k_scales.map_or(null(), |it| it.0.as_ptr()),
+            v_scales: v_scales.map_or(null(), |it| it.0.as_ptr()),
         })
     }
 
@@ -323,7 +348,8 @@ impl Config<'_> {
             check_reach("config: block_table", it.len(), sizes, strides)?;
         }
         self.check_tokens()?;
-        self.check_turning()
+        self.check_turning()?;
+        self.check_scales()
     }
 
     /// Checks that the output has the type which the configuration says.

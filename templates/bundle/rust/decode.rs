@@ -2,7 +2,7 @@
 
 use crate::config::Config;
 use crate::device::{DeviceSlice, DeviceSliceMut, Stream, Workspace};
-use crate::element::{Element, Output};
+use crate::element::{Element, Output, Stored};
 use crate::error::GqaError;
 use crate::ffi;
 use crate::layout::check_len;
@@ -15,7 +15,7 @@ use crate::layout::check_len;
 /// | `output` | `[batch_size, num_q_heads, head_dim]`, written; of `T`, or of `f32` with `output_float32` |
 /// | `q` | `[batch_size, num_q_heads, head_dim]` |
 /// | `k`, `v` | `[batch_size, num_kv_heads, head_dim]` |
-/// | `kv_cache_k`, `kv_cache_v` | `[batch_size, max_seq_len, num_kv_heads, head_dim]`, one row written |
+/// | `kv_cache_k`, `kv_cache_v` | `[batch_size, max_seq_len, num_kv_heads, head_dim]`, one row written; of `T`, or of 8 bits, as `cache_type` says |
 ///
 /// Where there is a `head_dim_v`, it is that of `output`, `v` and `kv_cache_v`. Caches in pages are
 /// `[num_pages, page_size, num_kv_heads, head_dim]`. Several tokens are a dimension behind the sequences,
@@ -30,18 +30,19 @@ use crate::layout::check_len;
 /// Nothing was launched and nothing written. Any [`GqaError`]; [`GqaError::CacheOverflow`] where the
 /// cache is full.
 #[allow(clippy::too_many_arguments)] // those of the C function, in its order
-pub fn decode<T: Element, O: Output<T>>(
+pub fn decode<T: Element, O: Output<T>, C: Stored<T>>(
     config: &Config,
     output: &mut DeviceSliceMut<'_, O>,
     q: DeviceSlice<'_, T>,
     k: DeviceSlice<'_, T>,
     v: DeviceSlice<'_, T>,
-    kv_cache_k: &mut DeviceSliceMut<'_, T>,
-    kv_cache_v: &mut DeviceSliceMut<'_, T>,
+    kv_cache_k: &mut DeviceSliceMut<'_, C>,
+    kv_cache_v: &mut DeviceSliceMut<'_, C>,
     workspace: &mut Workspace<'_>,
     stream: Stream,
 ) -> Result<(), GqaError> {
     config.check_output::<T, O>()?;
+    config.check_cache::<T, C>()?;
     let c = config.to_c::<T>(workspace)?;
     let lens = [
         output.len(),
@@ -79,14 +80,14 @@ pub fn decode<T: Element, O: Output<T>>(
 ///
 /// As [`decode`]; a length that does not fit is none.
 #[allow(clippy::too_many_arguments)] // those of the C function, in its order
-pub fn decode_ragged<T: Element, O: Output<T>>(
+pub fn decode_ragged<T: Element, O: Output<T>, C: Stored<T>>(
     config: &Config,
     output: &mut DeviceSliceMut<'_, O>,
     q: DeviceSlice<'_, T>,
     k: DeviceSlice<'_, T>,
     v: DeviceSlice<'_, T>,
-    kv_cache_k: &mut DeviceSliceMut<'_, T>,
-    kv_cache_v: &mut DeviceSliceMut<'_, T>,
+    kv_cache_k: &mut DeviceSliceMut<'_, C>,
+    kv_cache_v: &mut DeviceSliceMut<'_, C>,
     cache_seqlens: DeviceSlice<'_, i32>,
     overflow: &mut DeviceSliceMut<'_, i32>,
     workspace: &mut Workspace<'_>,
@@ -97,6 +98,7 @@ pub fn decode_ragged<T: Element, O: Output<T>>(
         ..*config
     };
     config.check_output::<T, O>()?;
+    config.check_cache::<T, C>()?;
     let c = config.to_c::<T>(workspace)?;
     let lens = [
         output.len(),

@@ -1,6 +1,7 @@
 //! The element types of tensors, as bits: the arithmetic is the GPU's.
 
 use crate::ffi::{gqa_dtype, GQA_BFLOAT16, GQA_FLOAT16};
+use crate::stored::CacheType;
 
 /// IEEE 754 binary16, as its bits. Laid out as `half::f16` and CUDA's `half` are.
 #[allow(non_camel_case_types)]
@@ -15,8 +16,22 @@ pub struct f16(pub u16);
 #[derive(Clone, Copy, Debug, Default)]
 pub struct bf16(pub u16);
 
+/// An element of a cache of 8 bits, with 4 of exponent and 3 of mantissa, as its bits. Laid out as
+/// CUDA's `__nv_fp8_e4m3` is.
+#[allow(non_camel_case_types)]
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct f8e4m3(pub u8);
+
+/// An element of a cache of 8 bits, the upper half of an `f16`, as its bits. Laid out as CUDA's
+/// `__nv_fp8_e5m2` is.
+#[allow(non_camel_case_types)]
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct f8e5m2(pub u8);
+
 /// What tensors can consist of: `f16` or `bf16`.
-pub trait Element: Output<Self> + Copy + Send + Sync + 'static {
+pub trait Element: Output<Self> + Stored<Self> + Copy + Send + Sync + 'static {
     /// What C calls the type.
     const DTYPE: gqa_dtype;
 
@@ -52,11 +67,40 @@ impl Output<bf16> for f32 {
     const IS_FLOAT32: bool = true;
 }
 
+/// What the caches of a step on tensors of `T` can consist of: `T` itself, or elements of 8 bits
+/// ([`Config::cache_type`](crate::Config::cache_type)).
+pub trait Stored<T>: sealed::Sealed {
+    /// Which of them it is.
+    const TYPE: CacheType;
+}
+
+impl<T: Element> Stored<T> for T {
+    const TYPE: CacheType = CacheType::OfQ;
+}
+
+impl Stored<f16> for f8e4m3 {
+    const TYPE: CacheType = CacheType::F8E4M3;
+}
+
+impl Stored<bf16> for f8e4m3 {
+    const TYPE: CacheType = CacheType::F8E4M3;
+}
+
+impl Stored<f16> for f8e5m2 {
+    const TYPE: CacheType = CacheType::F8E5M2;
+}
+
+impl Stored<bf16> for f8e5m2 {
+    const TYPE: CacheType = CacheType::F8E5M2;
+}
+
 mod sealed {
     pub trait Sealed {}
     impl Sealed for super::f16 {}
     impl Sealed for super::bf16 {}
     impl Sealed for f32 {}
+    impl Sealed for super::f8e4m3 {}
+    impl Sealed for super::f8e5m2 {}
 }
 
 const F32_MAGNITUDE: u32 = 0x7fff_ffff;

@@ -31,8 +31,8 @@ pub const GQA_ERROR_LAUNCH: gqa_status = 8;
 /// The caller asks for what is newer than this.
 pub const GQA_ERROR_UNSUPPORTED_FEATURE: gqa_status = 9;
 
-/// What tensors hold; elements are all of one of the first two. An integer, since C may return
-/// others.
+/// What tensors hold; elements are all of one of the first two, but for caches of 8 bits. An
+/// integer, since C may return others.
 pub type gqa_dtype = i32;
 /// IEEE half precision.
 pub const GQA_FLOAT16: gqa_dtype = 0;
@@ -40,6 +40,10 @@ pub const GQA_FLOAT16: gqa_dtype = 0;
 pub const GQA_BFLOAT16: gqa_dtype = 1;
 /// Of what is not an element.
 pub const GQA_FLOAT32: gqa_dtype = 2;
+/// Of caches, up to 448.
+pub const GQA_FLOAT8_E4M3FN: gqa_dtype = 3;
+/// Of caches, the upper half of float16.
+pub const GQA_FLOAT8_E5M2: gqa_dtype = 4;
 
 /// The sizes of a step. Fields that the caller's version lacks have their default, 0. A newer
 /// caller's fields that this library lacks must be 0, or are refused.
@@ -192,6 +196,26 @@ pub struct GQADecodeConfig {
     pub norm_plus_one: i32,
     /// Bits of drafts, which of them each sees; or null.
     pub tree_mask: *const u32,
+    /// `gqa_dtype` of the caches, if of 8 bits; 0: `dtype`.
+    pub cache_type: gqa_dtype,
+    /// What their keys are multiplied by; 0: 1.
+    pub k_scale: f32,
+    /// The same of values.
+    pub v_scale: f32,
+    /// Of `k_scales`, between sequences; 0: for all.
+    pub k_scale_batch_stride: i32,
+    /// Of `k_scales`, between KV heads; 0: for all.
+    pub k_scale_head_stride: i32,
+    /// Of `v_scales`, between sequences; 0: for all.
+    pub v_scale_batch_stride: i32,
+    /// Of `v_scales`, between KV heads; 0: for all.
+    pub v_scale_head_stride: i32,
+    /// 0: a place for what a later version may ask for.
+    pub reserved: i32,
+    /// Instead of `k_scale`, on the device; or null.
+    pub k_scales: *const f32,
+    /// Instead of `v_scale`, on the device; or null.
+    pub v_scales: *const f32,
 }
 
 impl Default for GQADecodeConfig {
@@ -271,6 +295,16 @@ impl Default for GQADecodeConfig {
             norm_eps: 0.0,
             norm_plus_one: 0,
             tree_mask: null(),
+            cache_type: 0,
+            k_scale: 0.0,
+            v_scale: 0.0,
+            k_scale_batch_stride: 0,
+            k_scale_head_stride: 0,
+            v_scale_batch_stride: 0,
+            v_scale_head_stride: 0,
+            reserved: 0,
+            k_scales: null(),
+            v_scales: null(),
         }
     }
 }

@@ -87,13 +87,19 @@ static gqa_status check_config(GQADecodeConfig* config) {
         "launched.",
         config->dtype);
   }
+  if (config->reserved != 0) {
+    return gqa_fail(GQA_ERROR_UNSUPPORTED_FEATURE,
+                    "config: reserved: got %d; allowed: 0. Nothing was launched. The program asks "
+                    "for a feature that is newer than the library.",
+                    config->reserved);
+  }
   status = gqa_check_features(config);
   if (status != GQA_SUCCESS) return status;
   double const tokens = (double)gqa_pool_rows(config) * gqa_pool_tokens(config);
   double const rows = tokens * config->num_kv_heads;
   int32_t const value_dim = gqa_value_dim(config);
-  double const bytes =
-      rows * (config->head_dim > value_dim ? config->head_dim : value_dim) * kElementBytes;
+  double const bytes = rows * (config->head_dim > value_dim ? config->head_dim : value_dim) *
+                       gqa_cache_element_bytes(config);
   if (bytes > kMaxBytes) {
     return gqa_fail(
         GQA_ERROR_INVALID_VALUE,
@@ -226,6 +232,8 @@ gqa_status gqa_check_tensors(GQADecodeConfig const* config, gqa_tensors const* t
                       "was launched.",
                       views[i].name, (void*)views[i].address, views[i].element_bytes);
     }
+    status = gqa_check_pairs(&views[i]);
+    if (status != GQA_SUCCESS) return status;
     if (i > kGqaOutput && gqa_overlap(&views[kGqaOutput], &views[i])) {
       return fail_in_result(views[kGqaOutput].name, views[i].name);
     }

@@ -93,14 +93,15 @@ static int64_t tiles_of(gqa_problem const* problem, gqa_kernel const* kernel) {
 static double cache_mib(gqa_problem const* problem) {
   int64_t const tokens = problem->batch_size * reach(problem);
   int64_t const dims = problem->head_dim + problem->head_dim_v;
-  return (double)(kElementBytes * tokens * problem->num_kv_heads * dims) / 1048576.0;
+  int64_t const pairs = tokens * problem->num_kv_heads * dims / gqa_packed(problem->features);
+  return (double)(kElementBytes * pairs) / 1048576.0;
 }
 
 // Tensor copies for few heads; if caches are large, only of sequences that are as long.
 static int prefers_tma(gqa_problem const* problem, gqa_kernel const* tma) {
   gqa_model const* model = &gqa_dispatch_model;
-  int const whole_boxes =
-      problem->head_dim % model->box_dims == 0 && problem->head_dim_v % model->box_dims == 0;
+  int64_t const box = model->box_dims * gqa_packed(problem->features);
+  int const whole_boxes = problem->head_dim % box == 0 && problem->head_dim_v % box == 0;
   double const limit = whole_boxes ? model->tma_mib : model->tma_mib_partial_boxes;
   double const mib = cache_mib(problem);
   if (problem->num_tokens > 1 && gqa_row_blocks(tma, problem->num_tokens) > 1) return 0;
@@ -313,19 +314,20 @@ gqa_status gqa_find_kernel(gqa_problem const* problem, gqa_target const* target,
   if (!gqa_choose(problem, target, chosen)) {
     char features[256], values[40] = "";
     int const dependent = choose_pdl(problem, target->arch) != kGqaPdlNone;
-    gqa_name_features(problem->features, features, sizeof features);
+    gqa_name_features(problem->features & ~kGqaStored, features, sizeof features);
     if (problem->head_dim_v != problem->head_dim) {
       snprintf(values, sizeof values, " and of values %d", (int)problem->head_dim_v);
     }
     return gqa_fail(
         GQA_ERROR_UNSUPPORTED,
-        "no kernel%s%s%s for %s, head_dim %d%s, %d query heads per KV head, rows aligned to %d "
+        "no kernel%s%s%s for %s%s, head_dim %d%s, %d query heads per KV head, rows aligned to %d "
         "bytes, on %s; this library was exported with %d kernels (gqa_kernel_name). Nothing "
         "was launched. Export one that has it: gqa-cutlass export %s--kernels ...",
-        problem->features == 0 ? "" : " with ", features, dependent ? " of dependent launches" : "",
-        problem->dtype == GQA_FLOAT16 ? "float16" : "bfloat16", (int)problem->head_dim, values,
-        (int)(problem->num_q_heads / problem->num_kv_heads), problem->vec_width * kElementBytes,
-        gqa_archs[target->arch].name, gqa_num_kernels, dependent ? "--dependent " : "");
+        features[0] == '\0' ? "" : " with ", features, dependent ? " of dependent launches" : "",
+        problem->dtype == GQA_FLOAT16 ? "float16" : "bfloat16", gqa_name_stored(problem->features),
+        (int)problem->head_dim, values, (int)(problem->num_q_heads / problem->num_kv_heads),
+        problem->vec_width * kElementBytes, gqa_archs[target->arch].name, gqa_num_kernels,
+        dependent ? "--dependent " : "");
   }
   if (chosen->num_merge_counters * 4 > kMergeCounterBytes) {
     return gqa_fail(GQA_ERROR_UNSUPPORTED,

@@ -18,6 +18,7 @@ int32_t gqa_features_of(GQADecodeConfig const* config) {
   if (config->k_norm_weight != NULL) features |= kGqaRmsNormed;
   features &=
       ~kGqaSeveralQueries;  // one token asks for nothing, and drafts have a kernel of theirs
+  features = (features & ~kGqaStored) | gqa_stored_as(config);
   if (config->tree_mask == NULL && gqa_several_tokens(config)) features |= kGqaSeveralQueries;
   return features;
 }
@@ -60,6 +61,10 @@ void gqa_feature_tensors(GQADecodeConfig const* config, gqa_memory tensors[kGqaF
       {"rotary_cos", config->rotary_cos, gqa_rotary_bytes(config, config->rotary_cos_stride), pair},
       {"rotary_sin", config->rotary_sin, gqa_rotary_bytes(config, config->rotary_sin_stride), pair},
       {"rotary_seqlens", config->rotary_seqlens, 4 * batch, 4},
+      {"k_scales", config->k_scales,
+       gqa_scale_bytes(config, config->k_scale_batch_stride, config->k_scale_head_stride), 4},
+      {"v_scales", config->v_scales,
+       gqa_scale_bytes(config, config->v_scale_batch_stride, config->v_scale_head_stride), 4},
   };
   memcpy(tensors, found, sizeof found);
 }
@@ -125,6 +130,7 @@ gqa_status gqa_check_features(GQADecodeConfig const* config) {
   if (status == GQA_SUCCESS) status = check_types_and_strides(config);
   if (status == GQA_SUCCESS) status = gqa_check_tokens(config);
   if (status == GQA_SUCCESS) status = gqa_check_turning(config);
+  if (status == GQA_SUCCESS) status = gqa_check_stored(config);
   if (status == GQA_SUCCESS) status = gqa_check_flag("equal_lengths", config->equal_lengths);
   if (status == GQA_SUCCESS) status = gqa_check_flag("dependent", config->dependent);
   if (status == GQA_SUCCESS) status = gqa_check_flag("output_float32", config->output_float32);
@@ -166,4 +172,5 @@ void gqa_bind_features(GQADecodeConfig const* config, gqa_params* params) {
   params->cache_rows = (int32_t)gqa_cache_rows(config);
   gqa_bind_pages(config, params);
   gqa_bind_turning(config, params);
+  gqa_bind_stored(config, params);
 }

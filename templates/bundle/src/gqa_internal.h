@@ -118,7 +118,7 @@ typedef struct gqa_memory {
   int32_t alignment;
 } gqa_memory;
 
-enum { kGqaFeatureTensors = 14 };
+enum { kGqaFeatureTensors = 16 };
 
 // The features that a configuration asks for, as bits.
 GQA_INTERNAL int32_t gqa_features_of(GQADecodeConfig const* config);
@@ -203,6 +203,35 @@ GQA_INTERNAL gqa_status gqa_check_turning(GQADecodeConfig const* config);
 
 // What they put into a kernel's argument.
 GQA_INTERNAL void gqa_bind_turning(GQADecodeConfig const* config, struct gqa_params* params);
+
+// -- gqa_stored.c
+
+// The feature that caches of 8 bits are, as a bit; 0 for those of 16.
+GQA_INTERNAL int32_t gqa_stored_as(GQADecodeConfig const* config);
+
+GQA_INTERNAL int32_t gqa_cache_element_bytes(GQADecodeConfig const* config);
+
+// Elements of a cache in 16 bits.
+GQA_INTERNAL int32_t gqa_packed(int32_t features);
+
+// Their type in a message, where they are of 8 bits.
+GQA_INTERNAL char const* gqa_name_stored(int32_t features);
+
+// Of scales on the device, from the first to the end of the last.
+GQA_INTERNAL int64_t gqa_scale_bytes(GQADecodeConfig const* config, int32_t batch_stride,
+                                     int32_t head_stride);
+
+// Checks what is said of types and scales.
+GQA_INTERNAL gqa_status gqa_check_stored(GQADecodeConfig const* config);
+
+// Whether rows of a cache begin with a whole pair of elements of 8 bits.
+GQA_INTERNAL gqa_status gqa_check_pairs(gqa_view const* cache);
+
+// A cache as kernels see it: in elements of 16 bits.
+GQA_INTERNAL gqa_view gqa_in_pairs(gqa_view const* cache);
+
+// What they put into a kernel's argument.
+GQA_INTERNAL void gqa_bind_stored(GQADecodeConfig const* config, struct gqa_params* params);
 
 // -- gqa_device.c
 

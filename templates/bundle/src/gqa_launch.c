@@ -19,8 +19,9 @@ static gqa_row_strides row_strides(gqa_view const* view) {
 }
 
 static gqa_cache_strides cache_strides(gqa_view const* view) {
-  gqa_cache_strides const strides = {view->strides[kGqaBatch], view->strides[kGqaToken],
-                                     view->strides[kGqaHead]};
+  gqa_view const pairs = gqa_in_pairs(view);
+  gqa_cache_strides const strides = {pairs.strides[kGqaBatch], pairs.strides[kGqaToken],
+                                     pairs.strides[kGqaHead]};
   return strides;
 }
 
@@ -73,8 +74,9 @@ static uint64_t step_bytes(gqa_view const* cache, int dim) {
 
 // The tensor map of a cache: boxes of 64 dims; where head_dim is a multiple of that, it is two
 // dimensions of the map, so that one copy brings whole rows.
-static gqa_cu_result encode(gqa_driver const* driver, gqa_view const* cache, int32_t box_tokens,
+static gqa_cu_result encode(gqa_driver const* driver, gqa_view const* given, int32_t box_tokens,
                             gqa_tensor_map* map) {
+  gqa_view const pairs = gqa_in_pairs(given), *const cache = &pairs;
   uint32_t const columns = (uint32_t)gqa_dispatch_model.box_dims;
   uint64_t const dim = (uint64_t)cache->sizes[kGqaElement];
   uint64_t const heads = (uint64_t)cache->sizes[kGqaHead];

@@ -58,8 +58,9 @@ void gqa_lay_out(GQADecodeConfig const* config, void const* const addresses[kGqa
   };
   char const* const names[] = {"output", "q", "k", "v", "kv_cache_k", "kv_cache_v"};
   for (int i = 0; i < kGqaTensors; ++i) {
-    int const is_float32 = i == kGqaOutput && c->output_float32;
-    int32_t const element_bytes = is_float32 ? (int32_t)sizeof(float) : kElementBytes;
+    int32_t element_bytes = kElementBytes;
+    if (i == kGqaOutput && c->output_float32) element_bytes = (int32_t)sizeof(float);
+    if (i >= kGqaKCache) element_bytes = gqa_cache_element_bytes(c);
     set_view(&t->views[i], names[i], addresses[i], element_bytes, sizes[i], strides[i]);
   }
   t->lse.address = 0;
@@ -193,6 +194,8 @@ int32_t gqa_vector_width(gqa_tensors const* t) {
   for (int i = 0; i < kGqaTensors; ++i) {
     gqa_view const* view = &t->views[i];
     bits |= view->address;
+    // Rows of 8 bits may be no multiple of the widest.
+    if (view->element_bytes < kElementBytes) bits |= (uintptr_t)view->sizes[kGqaElement];
     for (int dim = 0; dim < kGqaElement; ++dim) {
       if (view->sizes[dim] > 1) bits |= (uintptr_t)(view->strides[dim] * view->element_bytes);
     }

@@ -32,7 +32,10 @@ enum {
   kGqaTreeOfQueries = 512,     // tree_mask
   kGqaRmsNormed = 1024,        // q_norm_weight
   kGqaRotatedByTables = 2048,  // rotary_cos
+  kGqaE4m3Operands = 4096,     // float8_e4m3fn
+  kGqaE5m2Operands = 8192,     // float8_e5m2
   kGqaNoPrefetch = 135,        // those that wait for lengths
+  kGqaStored = 12288,          // caches of 8 bits
 };
 
 // Each, and the field of GQADecodeConfig that asks for it when it is not zero.
@@ -48,7 +51,9 @@ enum {
   X(kGqaSeveralQueries, num_tokens)  \
   X(kGqaTreeOfQueries, tree_mask)    \
   X(kGqaRmsNormed, q_norm_weight)    \
-  X(kGqaRotatedByTables, rotary_cos)
+  X(kGqaRotatedByTables, rotary_cos) \
+  X(kGqaE4m3Operands, cache_type)    \
+  X(kGqaE5m2Operands, cache_type)
 
 // What the kernels call types of numbers.
 enum {
@@ -134,6 +139,8 @@ typedef struct gqa_limits {
   int32_t min_capability;
   float max_scale;
   double max_softcap;
+  float min_cache_scale;  // of a cache of 8 bits, where the host knows it
+  float max_cache_scale;
 } gqa_limits;
 
 // What a kernel is chosen for.

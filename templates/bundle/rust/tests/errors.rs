@@ -19,9 +19,10 @@ use common::gpu::Gpu;
 use common::kernels::{kinds, Kind};
 use gqa_attention_decode::ffi::*;
 use gqa_attention_decode::{
-    arch_names, bf16, decode, decode_ragged, explain, f16, kernel_names, prepare, set_log_callback,
-    workspace_size, CacheStrides, Config, DeviceSlice, DeviceSliceMut, Element, GqaError, Launch,
-    Lse, Numbers, Rotary, RowStrides, Sinks, Stream, Strides, TokenStrides, Workspace,
+    arch_names, bf16, decode, decode_ragged, explain, f16, f8e4m3, kernel_names, prepare,
+    set_log_callback, workspace_size, CacheStrides, CacheType, Config, DeviceSlice, DeviceSliceMut,
+    Element, GqaError, Launch, Lse, Numbers, Rotary, RowStrides, Scale, Sinks, Stream, Strides,
+    TokenStrides, Workspace,
 };
 
 const CONFIG: Config = Config {
@@ -61,6 +62,9 @@ const CONFIG: Config = Config {
     k_norm_weight: None,
     norm_eps: 0.0,
     norm_plus_one: false,
+    cache_type: CacheType::OfQ,
+    k_scale: None,
+    v_scale: None,
     dependent: false,
     equal_lengths: false,
     lse: None,
@@ -141,6 +145,16 @@ const C_CONFIG: GQADecodeConfig = GQADecodeConfig {
     norm_eps: 0.0,
     norm_plus_one: 0,
     tree_mask: null(),
+    cache_type: 0,
+    k_scale: 0.0,
+    v_scale: 0.0,
+    k_scale_batch_stride: 0,
+    k_scale_head_stride: 0,
+    v_scale_batch_stride: 0,
+    v_scale_head_stride: 0,
+    reserved: 0,
+    k_scales: null(),
+    v_scales: null(),
 };
 
 /// Arguments of a step as C takes them, each tensor at an address of its own.
@@ -1403,6 +1417,125 @@ fn an_output_of_another_type_than_the_configuration_says_is_refused() {
         InvalidValue,
         "output: got what q is of with output_float32: true; needed: f32"
     );
+}
+
+/// Scales on the device, of as many elements.
+fn scales(len: usize) -> Option<Scale<'static>> {
+    Some(Scale::OnDevice {
+        values: unused(0x90004, len),
+        batch_stride: 2,
+        head_stride: 1,
+    })
+}
+
+#[test]
+fn caches_of_8_bits_and_their_scales_are_checked() {
+    let e4m3 = Config {
+        cache_type: CacheType::F8E4M3,
+        ..CONFIG
+    };
+    let at = |i: usize| ARGUMENTS.tensors[i];
+    // SAFETY: the caches are of the wrong type or too short, or a scale is not allowed.
+    let launch = |config: &Config, len: usize| unsafe {
+        decode(
+            config,
+            &mut DeviceSliceMut::from_raw_parts(at(0) as *mut bf16, LENS[0]),
+            unused::<bf16>(at(1), LENS[1]),
+            unused(at(2), LENS[2]),
+            unused(at(3), LENS[3]),
+            &mut DeviceSliceMut::from_raw_parts(at(4) as *mut f8e4m3, len),
+            &mut DeviceSliceMut::from_raw_parts(at(5) as *mut f8e4m3, LENS[5]),
+            &mut Workspace::none(),
+            Stream::DEFAULT,
+        )
+    };
+    let e5m2 = Config {
+        cache_type: CacheType::F8E5M2,
+        ..CONFIG
+    };
+    for (config, said) in [(CONFIG, "OfQ"), (e5m2, "F8E5M2")] {
+        let says = format!("got F8E4M3 with cache_type: {said}; needed: the same.");
+        assert_error!(launch(&config, LENS[4]), InvalidValue, says);
+    }
+    // SAFETY: the caches are of the wrong type.
+    let result = unsafe { step::<f16>(&e4m3, ARGUMENTS, LENS, None) };
+    assert_error!(result, InvalidValue, "got OfQ with cache_type: F8E4M3; nee");
+    let says = "kv_cache_k: got 4095 elements; needed: 4096, batch_size * max_seq_len * ";
+    assert_error!(launch(&e4m3, LENS[4] - 1), InvalidValue, says);
+    let wrong = [
+        (
+            Some(Scale::Number(0.0)),
+            "got 0; allowed: a number from 1e-30 to 1e30.",
+        ),
+        (
+            Some(Scale::Number(-1.0)),
+            "got -1; allowed: 0 (one), or a number from 1e-30",
+        ),
+        (
+            scales(3),
+            "got 3 elements; needed: 4 or more, from the first to the last by its strides.",
+        ),
+    ];
+    for (scale, says) in wrong {
+        for (name, config) in [
+            (
+                "k_scale",
+                Config {
+                    k_scale: scale,
+                    ..e4m3
+                },
+            ),
+            (
+                "v_scale",
+                Config {
+                    v_scale: scale,
+                    ..e4m3
+                },
+            ),
+        ] {
+            let says = format!("config: {name}: {says}");
+            assert_error!(launch(&config, LENS[4]), InvalidValue, says);
+        }
+    }
+    let far = Scale::OnDevice {
+        values: unused(0x90004, usize::MAX),
+        batch_stride: 1 << 31,
+        head_stride: 0,
+    };
+    let far = Config {
+        k_scale: Some(far),
+        ..e4m3
+    };
+    let says = "config: k_scale_batch_stride: got 2147483648; allowed: at most 2147483647.";
+    assert_error!(launch(&far, LENS[4]), InvalidValue, says);
+    let unscaled = Config {
+        v_scale: scales(4),
+        ..CONFIG
+    };
+    let says = "v_scales: got one with caches of the type of q; allowed: null.";
+    assert_error!(prepare::<f16>(&unscaled), InvalidValue, says);
+}
+
+#[test]
+fn caches_of_8_bits_without_a_kernel_are_unsupported_and_named() {
+    for (cache_type, name) in [
+        (CacheType::F8E4M3, "float8_e4m3fn"),
+        (CacheType::F8E5M2, "float8_e5m2"),
+    ] {
+        let config = Config {
+            head_dim: 40,
+            num_q_heads: 22,
+            cache_type,
+            k_scale: Some(Scale::Number(0.5)),
+            v_scale: scales(4),
+            ..CONFIG
+        };
+        let Some(arch) = arch_names().next() else {
+            return;
+        };
+        let says = format!("no kernel for float16 and caches of {name}, head_dim 40, ");
+        assert_error!(explain::<f16>(&config, arch, 132, false), Unsupported, says);
+    }
 }
 
 #[test]

@@ -77,7 +77,17 @@ fn rust_facts() -> Vec<Fact> {
         k_norm_type,
         norm_eps,
         norm_plus_one,
-        tree_mask
+        tree_mask,
+        cache_type,
+        k_scale,
+        v_scale,
+        k_scale_batch_stride,
+        k_scale_head_stride,
+        v_scale_batch_stride,
+        v_scale_head_stride,
+        reserved,
+        k_scales,
+        v_scales
     );
     layout!(
         facts,
@@ -110,7 +120,9 @@ fn rust_facts() -> Vec<Fact> {
         GQA_ERROR_UNSUPPORTED_FEATURE,
         GQA_FLOAT16,
         GQA_BFLOAT16,
-        GQA_FLOAT32
+        GQA_FLOAT32,
+        GQA_FLOAT8_E4M3FN,
+        GQA_FLOAT8_E5M2
     );
     facts
 }

@@ -10,10 +10,13 @@ pub struct Kind {
     pub group_size: usize,
 }
 
-/// What there are plain kernels for: without features, whose names end with the tile, and with
-/// values of the same head_dim.
+/// What there are plain kernels for: without features, whose names end with the tile, with values of
+/// the same head_dim, and with caches of the type of q.
 pub fn kinds() -> Vec<Kind> {
-    let plain = kernel_names().filter(|name| name.rsplit('_').next().unwrap().starts_with('h'));
+    let plain = kernel_names().filter(|name| {
+        let of_16_bits = name.contains("_f16_f16_") || name.contains("_bf16_bf16_");
+        of_16_bits && name.rsplit('_').next().unwrap().starts_with('h')
+    });
     let mut found: Vec<Kind> = plain.filter_map(kind).collect();
     found.sort_unstable();
     found.dedup();
