@@ -17,7 +17,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin, StaticCache, Static
 
 from gqa_cutlass.cache import KVCache
 from gqa_cutlass.cache.lengths import capturing
+from gqa_cutlass.cache.scales import LayerScales
+from gqa_cutlass.call.stored import SCALES
 from gqa_cutlass.errors import InputError
+from gqa_cutlass.integrations.transformers_scales import LayersScales, Stored
 from gqa_cutlass.tracing import break_graph, is_traced, mark_static
 
 NAME = "gqa_cutlass"  # of the attention implementation
@@ -37,12 +40,28 @@ class GqaCache(Cache):  # type: ignore[misc]
     Args:
         config: The model's, `model.config`.
         max_cache_len: Tokens that a sequence can hold, its prompt included.
+        cache_dtype: torch.float8_e4m3fn or torch.float8_e5m2 for layers of ours in 8 bits: half the
+            memory, and about half the time of long contexts. None: as the model has them.
+        k_scale: With it, what stored keys are multiplied by: a number, or float32 [] or
+            [num_kv_heads] on the model's device, for all such layers or a list with one for each.
+            None: the first prompt's largest number, in each layer, becomes a quarter of the
+            type's largest; numbers beyond that are cut off.
+        v_scale: As k_scale, of values.
 
     Raises:
-        InputError: The model has no layer with full attention.
+        InputError: The model has no layer with full attention; a type or a scale is not allowed.
     """
 
-    def __init__(self, config: Any, max_cache_len: int) -> None:
+    def __init__(
+        self,
+        config: Any,
+        max_cache_len: int,
+        cache_dtype: torch.dtype | None = None,
+        *,
+        k_scale: LayerScales = None,
+        v_scale: LayerScales = None,
+    ) -> None:
+        kept = Stored(dtype=cache_dtype, k_scale=k_scale, v_scale=v_scale)
         stock = StaticCache(config=config, max_cache_len=max_cache_len).layers
         ours = [index for index, layer in enumerate(stock) if type(layer) is StaticLayer]
         if not ours:
@@ -51,7 +70,7 @@ class GqaCache(Cache):  # type: ignore[misc]
                 f"GqaCache: config: got layers {kinds} only; allowed: a model in which at least "
                 "one layer has full attention. Use transformers' StaticCache."
             )
-        self.storage = Storage(len(ours), max_cache_len)
+        self.storage = Storage(len(ours), max_cache_len, kept)
         layers = list(stock)
         for position, index in enumerate(ours):
             layers[index] = GqaLayer(self.storage, position)
@@ -72,6 +91,8 @@ class Storage:
 
     Attributes:
         caches: One per layer, once there was a prompt. The last one moves the lengths.
+        scales: Of caches of 8 bits.
+        dtype: Of the model's keys and values.
         padded: Whether a prompt had padding, which is not stored.
         pads: Padding per sequence, int32 [batch] on the device: what transformers counts beyond the
             tokens that are stored.
@@ -80,15 +101,18 @@ class Storage:
     """
 
     caches: tuple[KVCache, ...] = ()
+    scales: LayersScales
+    dtype: torch.dtype
     padded = False
     pads: Tensor
     lengths: list[int]
     order: Tensor
     _columns: int | None = 0
 
-    def __init__(self, num_layers: int, max_cache_len: int) -> None:
+    def __init__(self, num_layers: int, max_cache_len: int, kept: Stored) -> None:
         self.num_layers = num_layers
         self.max_cache_len = max_cache_len
+        self._kept = kept
 
     def allocate(self, k: Tensor, v: Tensor) -> None:
         """Make the caches, for keys and values like these, [batch, heads, tokens, head_dim].
@@ -98,9 +122,11 @@ class Storage:
             CacheAllocationError: There is not enough memory.
         """
         batch, num_kv_heads, _, head_dim = k.shape
+        self.dtype, dtype = k.dtype, self._kept.dtype or k.dtype
+        self.scales = self._kept.scales(self.num_layers, k.device)
         caches = KVCache.for_layers(
-            self.num_layers, batch, self.max_cache_len, num_kv_heads, head_dim, k.dtype, k.device,
-            v.shape[-1],
+            self.num_layers, batch, self.max_cache_len, num_kv_heads, head_dim, dtype, k.device,
+            v.shape[-1], **self.scales.given,
         )  # fmt: skip
         with torch.inference_mode(False):
             self.pads = torch.zeros(batch, dtype=torch.int32, device=k.device)
@@ -161,6 +187,7 @@ class GqaLayer(CacheLayerMixin):  # type: ignore[misc]
     is_compileable = True
     is_croppable = True
     is_sliding = False
+    is_calibrated = False  # whether the scales of a cache of 8 bits are those of its tokens
 
     def __init__(self, storage: Storage, position: int) -> None:
         self.storage = storage
@@ -183,7 +210,9 @@ class GqaLayer(CacheLayerMixin):  # type: ignore[misc]
 
     @property
     def keys(self) -> Tensor | None:
-        """Keys as transformers lays them out, [batch, heads, max_cache_len, head_dim]; a view."""
+        """Keys as transformers lays them out, [batch, heads, max_cache_len, head_dim]; a view, but
+        for what is stored in 8 bits.
+        """
         return self.views(self.get_max_length())[0] if self.is_initialized else None
 
     @property
@@ -192,8 +221,13 @@ class GqaLayer(CacheLayerMixin):  # type: ignore[misc]
         return self.views(self.get_max_length())[1] if self.is_initialized else None
 
     def views(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """The first tokens' keys and values, as transformers lays them out."""
-        k, v = (t[:, :tokens].transpose(1, 2) for t in (self.cache.k, self.cache.v))
+        """The first tokens' keys and values, as transformers lays them out, in the model's type."""
+        k, v = (
+            self.storage.scales.multiplied(
+                self.position, name, t[:, :tokens].transpose(1, 2), self.storage.dtype
+            )
+            for name, t in zip(SCALES, (self.cache.k, self.cache.v), strict=True)
+        )
         return k, v
 
     @property
@@ -219,6 +253,9 @@ class GqaLayer(CacheLayerMixin):  # type: ignore[misc]
                 f"{self.cache.device}; allowed: a model on one device. Nothing was appended. Use "
                 "transformers' StaticCache for models over several."
             )
+        if not self.is_calibrated:
+            self.storage.scales.calibrate(self.position, key_states, value_states)
+            self.is_calibrated = True
         pending = Pending(self, key_states, value_states)
         return pending, pending
 
@@ -286,6 +323,7 @@ class GqaLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Empty the cache; the memory stays."""
+        self.is_calibrated = False
         if self.leads:
             self.storage.reset()
 
