@@ -246,6 +246,8 @@ def check_aliases(given: Mapping[str, Tensor], lengths: object, appended: int = 
         if ROWS[target].access is Access.WRITE:
             fail(target, f"memory that {other} also uses", f"memory of its own; pass {target}=None")
         if ROWS[other].access is Access.APPEND:
+            if PAGES in given and _in_whole_pages(given[target], given[other]):
+                continue
             allowed = "two caches that do not share memory"
             fail(other, f"memory that {target} also uses", allowed)
         # Where the token goes in pages, only the device knows.
@@ -280,6 +282,19 @@ def _may_meet(layout: Layout) -> list[tuple[int, int, int, int]]:
     """The same by positions among the addresses, each with its reach in bytes."""
     position = {name: i for i, name in enumerate(layout)}
     return [(position[a], layout[a].reach, position[b], layout[b].reach) for a, b in _apart(layout)]
+
+
+def _in_whole_pages(a: Tensor, b: Tensor) -> bool:
+    """Whether two pools are the same pages, counted from another one on.
+
+    Then the table can name pages of keys whose numbers are values' pages under no number that it
+    names, as transformers' does; which it names, only the device knows.
+    """
+    if a.shape[1:] != b.shape[1:] or a.stride() != b.stride():
+        return False
+    pitch = a.stride(0) * a.element_size()
+    whole = bool(pitch) and 0 < _reach_within(a, pitch)
+    return whole and a.data_ptr() != b.data_ptr() and (a.data_ptr() - b.data_ptr()) % pitch == 0
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:

@@ -13,6 +13,7 @@ from featured import KINDS, add_index, add_window, every_schedule, kernel_of
 from helpers import check, diagonal, on_devices, run, skip_unless_it_runs
 
 import gqa_cutlass
+from gqa_cutlass import gqa_decode
 from gqa_cutlass.codegen import Schedule
 from gqa_cutlass.errors import CacheOverflowError, InputError
 
@@ -100,6 +101,25 @@ def test_a_window_reads_no_page_before_it(kind: str, device: str) -> None:
     )
     check(step, plan(*step.tensors(), step.seqlens))
     gqa_cutlass.check_overflow(device)
+
+
+def test_keys_and_values_may_be_pages_of_one_tensor(device: str) -> None:
+    """As in transformers: the table names a page of keys, and the one behind it has the values."""
+    step = make_step(
+        lengths=[37, 16, -1], max_seq_len=64, head_dim=64, num_kv_heads=1, device=device
+    )
+    step.into_pages(16, "NHD", packed=False)
+    assert step.block_table is not None
+    pages = torch.stack([step.k_cache, step.v_cache], dim=1).flatten(0, 1)
+    expected = gqa_decode(*step.tensors(), cache_seqlens=step.seqlens, **step.features())
+    out = gqa_decode(
+        step.q, pages[:-1], pages[1:], step.k, step.v, cache_seqlens=step.seqlens,
+        block_table=2 * step.block_table,
+    )  # fmt: skip
+    assert torch.equal(out, expected)
+    written = torch.stack([step.k_cache, step.v_cache], dim=1).flatten(0, 1)
+    assert torch.equal(pages.isnan(), written.isnan())
+    assert torch.equal(pages.nan_to_num(), written.nan_to_num())
 
 
 @pytest.mark.sanitized

@@ -164,6 +164,13 @@ POOLS: dict[str, tuple[Callable[[Step], dict[str, Any]], str]] = {
     "pools that share memory": (
         lambda s: {"v_cache": s.k_cache}, "v_cache: got memory that k_cache also uses"
     ),
+    "pools that share half a page": (
+        lambda s: {
+            "k_cache": s.k_cache[1:],
+            "v_cache": s.k_cache.flatten(0, 1)[8:-8].unflatten(0, (-1, 16)),
+        },
+        "v_cache: got memory that k_cache also uses",
+    ),
     "a token in the pool": (
         lambda s: {"k": s.k_cache[0, :1]}, "k: got memory of k_cache, to which this call writes"
     ),
