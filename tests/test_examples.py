@@ -68,6 +68,12 @@ def test_transformers_generate() -> None:
     assert torch.equal(ours, eager)
 
 
+def test_transformers_batches() -> None:
+    pytest.importorskip("transformers")
+    ours, alone = example("transformers_batches").main()
+    assert ours == alone
+
+
 def test_speculative_decoding() -> None:
     plain, ours, steps = (module := example("speculative_decoding")).main()
     assert torch.equal(plain, ours) and plain.unique().numel() > 4

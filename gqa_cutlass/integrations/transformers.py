@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, ContinuousBatchingConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
@@ -30,11 +30,12 @@ from gqa_cutlass.call.layout import DTYPES
 from gqa_cutlass.codegen.config import HEAD_DIMS, MAX_GROUP_SIZE
 from gqa_cutlass.codegen.schema.problem import MAX_TOKENS
 from gqa_cutlass.errors import InputError
+from gqa_cutlass.integrations.continuous import FLASH, PREFIXED, adopt, attend_packed, is_packed
 from gqa_cutlass.integrations.eager import attend_eagerly
 from gqa_cutlass.integrations.transformers_cache import NAME, GqaCache, GqaLayer, Pending
 from gqa_cutlass.tracing import break_graph, is_traced
 
-__all__ = ["NAME", "GqaCache", "attention", "mask", "register"]
+__all__ = ["NAME", "GqaCache", "attention", "continuous_batching", "mask", "register"]
 
 LOG = logging.getLogger("gqa_cutlass")
 
@@ -57,9 +58,39 @@ def register() -> str:
     Returns:
         The name, for `model.set_attn_implementation`.
     """
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, mask)
+    for name in (NAME, PREFIXED, FLASH):
+        AttentionInterface.register(name, attention)
+        AttentionMaskInterface.register(name, mask)
     return NAME
+
+
+def continuous_batching(model: Any, **options: Any) -> ContinuousBatchingConfig:
+    """Have transformers' continuous batching of a model attend with our kernels.
+
+    Requests that come and go get the tokens that they get alone. transformers gathers their keys
+    and values from its pages before every call; block tables it passes to kernels alone that it
+    loads by itself, see `gqa_cutlass.integrations.flash_kernel`.
+
+    Args:
+        model: Of transformers, with weights of float16 or bfloat16. It attends like this until
+            `model.set_attn_implementation` is called.
+        options: Of transformers' `ContinuousBatchingConfig`.
+
+    Returns:
+        For `model.generate_batch(..., continuous_batching_config=)` and its like.
+
+    Raises:
+        InputError: `options` ask for block tables.
+    """
+    if options.setdefault("max_blocks_per_request", 0) != 0:
+        raise InputError(
+            "continuous_batching: max_blocks_per_request: got "
+            f"{options['max_blocks_per_request']!r}; allowed: 0, for transformers passes block "
+            "tables to kernels alone that it loads by itself. Leave it away."
+        )
+    register()
+    adopt(model)
+    return ContinuousBatchingConfig(**options)
 
 
 def mask(
@@ -141,6 +172,8 @@ def attention(
             module, query, key, attention_mask, dropout=dropout, scaling=scaling, **options
         )
     assert not isinstance(value, Pending)  # either both are, or neither is
+    if is_packed(options):
+        return attend_packed(module, query, key, value, scaling=scaling, **options), None
     why = _why_not(module, query, key, value, attention_mask, dropout, options)
     if why is None:
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
