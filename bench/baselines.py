@@ -41,6 +41,13 @@ def scaled(point: Point, floor: float) -> dict[str, float]:
     return {name: micros * floor / then for name, micros, then in _figures(point)}
 
 
+def pages_recorded(point: str) -> dict[str, float] | None:
+    """Recorded microseconds of a point over pages, ours without pages among them, by name."""
+    pages = _RECORD["pages"]
+    figures = pages["micros"].get(point)
+    return None if figures is None else dict(zip(pages["columns"], figures, strict=True))
+
+
 def _figures(point: Point) -> list[tuple[str, float, float]]:
     """Baseline, its microseconds, and the roofline of its run."""
     found = []

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from bench_fakes import SMALL, SMALL_RAGGED, FakePlan, pool
 from helpers import REPOSITORY
 
-from bench import baselines
+from bench import baselines, recorded_pages
 from bench import data as bench_data
 from bench.data import Data, check, num_sets, pool_bytes
 from bench.points import GRID, PREFILL, RAGGED, Label, Point, Ragged
+from bench.record import Featured, Record
 from gqa_cutlass.errors import InputError
 
 POINTS = {str(point): point for point in (*GRID, *RAGGED)}
@@ -42,6 +44,31 @@ def test_the_record_names_no_other_points() -> None:
         assert set(run["baselines"]) <= record["versions"].keys()
     assert record["runs"][0]["micros"].keys() == {str(point) for point in GRID}
     assert baselines.NOT_SHIPPED <= record["versions"].keys()
+
+
+def test_pages_are_recorded_of_points_that_are_measured() -> None:
+    """The page has the table that the records make."""
+    record = Record.load(REPOSITORY / "bench" / "results" / "nvidia-h200.json")
+    cells = recorded_pages.cells(record.features)
+    known = json.loads((REPOSITORY / "bench" / "baselines.json").read_text())["pages"]["micros"]
+    measured = {row.point for row in record.features if row.feature == "pages of 16"}
+    assert known.keys() == measured and len(cells) == len(known)
+    page = (REPOSITORY / "docs" / "benchmark.md").read_text()
+    missing = [line for row in cells if (line := f"| {' | '.join(row)} |") not in page]
+    assert not missing
+
+
+def test_recorded_times_over_pages_are_scaled_by_our_dense_step() -> None:
+    point, plain = "llama3-8b 32/8/128 8x8192", 2 * 65.3
+    rows = [
+        Featured(point=point, feature=f"pages of {size}", kernel="", mib=256.0, relative_error=0.0,
+                 ours=float(size + 70), plain=plain, limit=1.0)
+        for size in (1, 16, 64, 256)
+    ]  # fmt: skip
+    (found,) = recorded_pages.cells([*rows, replace(rows[0], feature="sinks")])
+    assert found[3:7] == ["141.4", "138.6", "137.8", "148.0"]
+    assert found[7:] == ["1.60×", "0.42×", "1.94×"]  # 137.8 / 86, 137.8 / 326, 137.8 / 71
+    assert not recorded_pages.cells([replace(row, point="mqa 8/1/128 1x8192") for row in rows])
 
 
 @pytest.mark.parametrize(
