@@ -16,7 +16,7 @@ DOCS = REPOSITORY / "docs"
 PYTHON = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Pages with pieces of programs, around names that a reader has. On others, programs are whole, and
 # what follows one on a page goes on from it.
-PIECES = {"context_parallel", "paged", "ptxsim"}
+PIECES = {"context_parallel", "paged", "ptxsim", "pytorch"}
 REFERENCE = {
     "gqa_cutlass/__init__.py": "gqa_cutlass",
     "codegen/__init__.py": "gqa_cutlass.codegen",

@@ -126,7 +126,8 @@ def test_the_script_in_the_readme(
     """As it stands, with a tiny model and a tokenizer of numbers instead of those it fetches."""
     transformers = pytest.importorskip("transformers")
     text = (REPOSITORY / "README.md").read_text()
-    script = next(b for b in text.split("```python\n")[1:] if "GqaCache" in b).split("```")[0]
+    blocks = [part.split("```")[0] for part in text.split("```python\n")[1:]]
+    script = next(block for block in blocks if "GqaCache" in block)
     assert sum(bool(line) for line in script.splitlines()) <= 15
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
