@@ -311,13 +311,10 @@ class PagedBatch:
             refuse(call, "steps", got, "as many as there are pages for; reserve() more first")
 
     def _count(self, steps: int) -> None:
-        sequences, tokens = self._storage.sequences, self.tokens
-        for held in self._given:
-            if tokens == 1:
-                sequences.count(held, steps)
-            else:
-                sequences.count(held, (steps - 1) * tokens)
-                sequences.count(held, tokens, len(held.pages))
+        count, tokens, given = self._storage.sequences.count_all, self.tokens, self._given
+        drafts = tokens if tokens > 1 else 0
+        count(given, [steps * tokens - drafts] * len(given))
+        count(given, [drafts] * len(given), [len(held.pages) for held in given])
         if self._given:
             self.steps_left -= steps
         self._settled = True

@@ -71,14 +71,17 @@ class Sequences:
         pages: The pool's pages, all of them free.
         page_size: Tokens of a page.
         window: Newest tokens of a sequence that keep their pages; None: all.
+        first: The first number.
     """
 
-    def __init__(self, pages: PageAllocator, page_size: int, window: int | None = None) -> None:
+    def __init__(
+        self, pages: PageAllocator, page_size: int, window: int | None = None, first: int = 0
+    ) -> None:
         self.pages = pages
         self.page_size = page_size
         self.window = window
         self._held: dict[int, Held] = {}
-        self._next = 0
+        self._first = self._next = first
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._held)
@@ -94,9 +97,10 @@ class Sequences:
         """
         held = self._held.get(sequence) if type(sequence) is int else None
         if held is None:
-            was = type(sequence) is int and 0 <= sequence < self._next
+            was = type(sequence) is int and self._first <= sequence < self._next
             got = f"{shown(sequence)}, which was freed" if was else shown(sequence)
-            refuse(call, "sequence", got, "what allocate() or fork() returned, until it is freed")
+            allowed = "what allocate() or fork() of this cache returned, until it is freed"
+            refuse(call, "sequence", got, allowed)
         return held
 
     def each(self, call: str, sequences: Sequence[int]) -> list[Held]:
@@ -257,6 +261,20 @@ class Sequences:
         else:
             self._leave(held, before)
             held.kept, held.before = kept, before
+
+    def count_all(
+        self, given: Sequence[Held], tokens: Sequence[int], kept: Sequence[int] | None = None
+    ) -> None:
+        """As `count`, of several sequences: an interrupt finds all of them counted, or none."""
+        ends = [held.length + more for held, more in zip(given, tokens, strict=True)]
+        try:
+            for i, (held, more) in enumerate(zip(given, tokens, strict=True)):
+                if more:
+                    self.count(held, more, kept[i] if kept is not None else None)
+        except BaseException:
+            for held, end in zip(given, ends, strict=True):
+                held.length = end
+            raise
 
     def accepted(self, call: str, given: Sequence[Held], tokens: Sequence[int]) -> list[int]:
         """What sequences hold, if they keep so many of their drafts; `keep` follows.

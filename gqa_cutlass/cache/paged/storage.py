@@ -7,6 +7,7 @@ sequences have them: where it fails, what it took is free again.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ from gqa_cutlass.cache.paged.page_allocator import PageAllocator
 from gqa_cutlass.cache.paged.pools import Pools
 from gqa_cutlass.cache.paged.sequences import Held, Sequences, refuse
 from gqa_cutlass.tensors import memory_flaw
+
+_CACHES = itertools.count()  # in this process, so that no sequence of one is another's
+_NUMBERS = 1 << 32  # of each
 
 
 class Holder(Protocol):
@@ -56,9 +60,23 @@ class Storage:
     def __init__(self, pools: Pools, window: int | None = None) -> None:
         self.pools = pools
         self.pages = PageAllocator(pools.num_pages)
-        self.sequences = Sequences(self.pages, pools.page_size, window)
+        first = next(_CACHES) * _NUMBERS
+        self.sequences = Sequences(self.pages, pools.page_size, window, first)
         self.batches: WeakSet[Holder] = WeakSet()
         self._in_step = False
+
+    def __getstate__(self) -> dict[str, object]:
+        """What a copy has: neither this one's graphs, nor an open step.
+
+        Raises:
+            InputError: A step is open.
+        """
+        self.check_no_step("copying or pickling")
+        return {name: value for name, value in vars(self).items() if name != "batches"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self.batches = WeakSet()
 
     @property
     def device(self) -> torch.device:
@@ -153,9 +171,7 @@ class Storage:
             for held, num_pages in zip(given, kept, strict=True):
                 self.sequences.cut(held, num_pages)
             raise
-        for held, count, num_pages in zip(given, tokens, kept, strict=True):
-            if count:
-                self.sequences.count(held, count, num_pages if added.drafts else None)
+        self.sequences.count_all(given, tokens, kept if added.drafts else None)
 
     @contextmanager
     def in_step(self) -> Iterator[None]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -321,3 +324,25 @@ def test_too_few_pages_are_told_before_anything_is_written() -> None:
         told.check()
         told.cache.free(ahead)
         del told.held[ahead]
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_has_the_sequences_and_pools_of_its_own(how: str) -> None:
+    """And no batches; nothing that is done to it changes the cache."""
+    told = Told(new_cache())
+    sequence = told.allocate(3)
+    batch = told.cache.batch(1, 8)
+    batch.assign([sequence])
+    copies = {"deepcopy": copy.deepcopy, "pickle": lambda cache: pickle.loads(pickle.dumps(cache))}
+    copied = copies[how](told.cache)
+    for mine, theirs in zip(
+        told.cache.gather(0, sequence), copied.gather(0, sequence), strict=True
+    ):
+        assert torch.equal(mine, theirs)
+    copied.truncate(sequence, 0)
+    assert copied.allocate() not in told.cache.sequences
+    assert not {pool.data_ptr() for pool in copied.k} & {pool.data_ptr() for pool in told.cache.k}
+    told.check()
+    with suppress(InputError), told.cache.step([told.allocate()]):
+        with pytest.raises(InputError, match="one while a step is open"):
+            copies[how](told.cache)

@@ -123,11 +123,11 @@ def test_compiled_code_decodes_the_same(device: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(forward, backend=counter, fullgraph=True)
     sequences = [told.allocate(9), told.allocate(10)]
-    other.allocate(9), other.allocate(10)
+    beside = [other.allocate(9), other.allocate(10)]
     for _ in range(2):
         tokens = told.new(2)
         q = torch.randn(2, HEADS * GROUP, DIM).to(told.random)
-        with told.cache.step(sequences) as step, other.cache.step(sequences) as eager:
+        with told.cache.step(sequences) as step, other.cache.step(beside) as eager:
             given = q, *told.all_rows(tokens)
             assert torch.equal(compiled(step, *given), forward(eager, *given))
         told.add(sequences, tokens)

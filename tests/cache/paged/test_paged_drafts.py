@@ -109,14 +109,14 @@ def test_compiled_code_decodes_several(device: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(forward, backend="eager", fullgraph=True)
     sequences, tokens = [told.allocate(6), told.allocate(3)], [0, 1, 2, 3]
-    other.allocate(6), other.allocate(3)
+    beside = [other.allocate(6), other.allocate(3)]
     k, v = zip(*(new_rows(told, tokens, layer, 2) for layer in (0, 1)), strict=True)
     q = torch.randn(2, 2, GROUP * HEADS, DIM).to(told.cache.k[0])
-    with told.cache.step(sequences, 2) as step, other.cache.step(sequences, 2) as eager:
+    with told.cache.step(sequences, 2) as step, other.cache.step(beside, 2) as eager:
         assert torch.equal(compiled(step, q, [*k], [*v]), forward(eager, q, [*k], [*v]))
-    for cache in (told.cache, other.cache):
-        cache.accept(sequences, 1)
-        assert [cache.length(s) for s in sequences] == [7, 4]
+    for cache, held in ((told.cache, sequences), (other.cache, beside)):
+        cache.accept(held, 1)
+        assert [cache.length(s) for s in held] == [7, 4]
     torch._dynamo.reset()
 
 

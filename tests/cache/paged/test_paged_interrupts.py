@@ -55,8 +55,19 @@ def grow(made: Sequences) -> None:
     made.give(made.take("grow", made.each("grow", [0, 2]), [9, 9]))
 
 
+def count(made: Sequences) -> None:
+    """Two sequences get tokens, for which there are pages."""
+    made.count_all(made.each("count", [0, 2]), [1, 1])
+
+
+def drafts(made: Sequences) -> None:
+    made.count_all(made.each("count", [0, 2]), [1, 1], kept=[2, 1])
+
+
 OPERATIONS: dict[str, Callable[[Sequences], object]] = {
     "grow": grow,
+    "count": count,
+    "drafts": drafts,
     "new": lambda made: made.new("new", 9),
     "fork": lambda made: made.fork("fork", 0, 5),
     "free": lambda made: made.free("free", [0, 2]),
@@ -88,3 +99,22 @@ def test_an_interrupt_gives_no_page_to_two(name: str) -> None:
         free = made.pages.allocate(made.pages.num_free)
         assert not set(free) & held.keys() and len(set(free)) == len(free)
     assert number > 10
+
+
+@pytest.mark.parametrize("operation", [count, drafts])
+def test_an_interrupt_counts_a_step_of_all_sequences_or_of_none(
+    operation: Callable[[Sequences], None],
+) -> None:
+    found = set()
+    for number in range(60):
+        made = some_sequences()
+        before = sys.gettrace()
+        try:
+            with Interrupt(number):
+                operation(made)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(before)
+        found.add(tuple(made.get("get", sequence).length for sequence in (0, 2)))
+    assert found == {(6, 3), (7, 4)}

@@ -154,3 +154,13 @@ def test_compiled_code_leaves_counting_to_the_host(told: Told) -> None:
     with nothing_changed(told.cache), pytest.raises(Unsupported, match="PagedKVCache counts on th"):
         torch.compile(forward, backend="eager", fullgraph=True)(k, v)
     torch._dynamo.reset()
+
+
+def test_a_sequence_of_another_cache_is_refused(told: Told) -> None:
+    """The numbers of caches differ, however many sequences each has."""
+    other = new_cache()
+    mine, theirs = told.allocate(3), other.allocate(3)
+    assert mine != theirs
+    with pytest.raises(InputError, match=f"free: sequence: got {theirs}; allowed: .* this cache"):
+        told.cache.free([mine, theirs])
+    told.check()
