@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import cases
 import numpy as np
 import pytest
 import torch
 from c_build import compile_with, includes, sources
-from c_library import NUMBERS, Config, scales_of
+from c_library import NUMBERS, Config, config_of, scales_of
 from torch import Tensor
 
 import gqa_cutlass
@@ -23,12 +24,13 @@ from gqa_cutlass.call.record import parse
 from gqa_cutlass.codegen import DType, Math, Schedule, default_config
 from gqa_cutlass.kernels.export import compiled, plan_export, write_bundle
 from gqa_cutlass.kernels.store import Store
+from gqa_cutlass.proof.reference import same_bits
 
 pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("gpu_export")]
 
 KERNELS = (
     "f16_f16_d128_g4_align8,bf16_bf16_d128_g4_align8,f16_f16_d64_g7,f16_f16_d96_g1_align8,"
-    "f16_f16_d128_g2_align8*win_cap,bf16_bf16_d64_g8_align8*win_sink,"
+    "f16_f16_d128_g2_align8*win_cap,bf16_bf16_d64_g8_align8*win_sink,f16_f16_d192v128_g4_align8,"
     "f16_e4m3_d128_g4_align8,bf16_e5m2_d64_g8_align8"
 )
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
@@ -122,7 +124,11 @@ class Library:
 
     def workspace(self, shape: Shape, config: Config | None = None) -> Tensor:
         """Zeroed memory, as much as the library asks for."""
-        size, asked = ctypes.c_size_t(), config or shape.config()
+        return self.workspace_for(config or shape.config())
+
+    def workspace_for(self, asked: Config) -> Tensor:
+        """The same for a configuration."""
+        size = ctypes.c_size_t()
         assert self.c.gqa_workspace_size(ctypes.byref(asked), ctypes.byref(size)) == 0
         return torch.zeros(size.value, dtype=torch.uint8, device="cuda")
 
@@ -363,6 +369,66 @@ def test_ragged_lengths_give_the_bits_of_python_and_one_overflow_spoils_itself_a
     launched = parse(library.lines[-1])
     expected = explained(shape, ours, lengths)
     assert {key: launched[key] for key in expected} == expected
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What a step asks for."""
+
+    page_size: int = 0
+    float32: bool = False
+    value_dim: int | None = None
+    lengths: tuple[int, ...] = (1000, 3, 0)
+
+    def step(self) -> cases.Step:
+        """Random tensors."""
+        step = cases.make_step(
+            lengths=[*self.lengths], max_seq_len=max(self.lengths) + 40, num_kv_heads=4,
+            head_dim=128 if self.value_dim is None else 192, head_dim_v=self.value_dim,
+        )  # fmt: skip
+        step.scale = float(np.float32(step.scale))
+        if self.page_size:
+            step.into_pages(self.page_size)
+        if self.float32:
+            step.in_float32()
+        return step
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        Row(page_size=16), Row(page_size=3), Row(page_size=64, lengths=(30000, 17)),
+        Row(float32=True), Row(value_dim=128), Row(value_dim=128, lengths=(9000,)),
+    ],
+    ids=["pages of 16", "pages of 3", "long ones in pages of 64", "float32", "values of 128 dims",
+         "long ones with values of 128 dims"],
+)  # fmt: skip
+def test_rows_of_features_give_the_bits_of_python(library: Library, row: Row) -> None:
+    """And the log-sum-exp, with lengths on the device."""
+    step = row.step()
+    _, expected = gqa_decode(
+        *step.tensors(), cache_seqlens=step.seqlens, softmax_scale=step.scale, out=step.out,
+        return_lse=True, **step.features(),
+    )  # fmt: skip
+    step.check_memory()
+    assert step.errors(step.out).share <= 1
+    written = [t.clone() for t in (step.out, step.k_cache, step.v_cache)]
+    step.out.fill_(float("nan"))
+    for name in ("k_cache", "v_cache"):
+        getattr(step, name).copy_(step.before[name])
+    lse, overflow = torch.full_like(expected, torch.nan), torch.zeros(1, dtype=torch.int32).cuda()
+    workspace = library.workspace_for(config_of(step, lse=lse))
+    q, k_cache, v_cache, k, v = step.tensors()
+    assert k is not None and v is not None
+    status = library.call(
+        "gqa_attention_decode_ragged",
+        *(t.data_ptr() for t in (step.out, q, k, v, k_cache, v_cache, step.seqlens, overflow)),
+        config_of(step, workspace, lse), current_stream(),
+    )  # fmt: skip
+    assert status == 0, library.lines[-1]
+    for found, right in zip((step.out, step.k_cache, step.v_cache), written, strict=True):
+        assert same_bits(found, right)
+    assert torch.equal(lse, expected) and overflow.item() == 0
 
 
 def test_a_launch_from_c_can_be_captured(library: Library) -> None:
