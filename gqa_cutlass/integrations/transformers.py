@@ -10,6 +10,10 @@ padding: the drafts of assisted generation, for instance. Prompts, and whatever 
 do, go to transformers' SDPA, or with a soft cap or sinks, which SDPA lacks, through plain operators
 of torch; the log says once why. What SDPA would ignore, or what does not fit a `GqaCache`, is an
 `InputError`.
+
+Batches of requests that come and go are transformers' own, with our attention:
+
+    model.generate_batch(prompts, continuous_batching_config=continuous_batching(model))
 """
 
 from __future__ import annotations
