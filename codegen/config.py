@@ -40,7 +40,8 @@ class Arch:
         shared_per_sm: Shared memory of a multiprocessor, in bytes.
         max_threads_per_sm: Threads resident on a multiprocessor.
 
-    The figures are those of the CUDA C++ Programming Guide, "Compute Capabilities".
+    The figures are those of the CUDA C++ Programming Guide, "Compute Capabilities", and of 11.0
+    those of CCCL's `arch_traits`.
     """
 
     name: str
@@ -55,7 +56,9 @@ class Arch:
 
     @property
     def exact(self) -> bool:
-        """Whether its cubins run on that compute capability alone."""
+        """Whether its cubins run on that compute capability alone: those of "sm_90a" do, while those
+        of "sm_80", and of a family as "sm_100f" is, run on later ones of the same major version.
+        """
         return self.name.endswith("a")
 
     @property
@@ -79,8 +82,9 @@ ARCHES: dict[str, Arch] = {
         ("sm_86", 99, 100, 1536),
         ("sm_89", 99, 100, 1536),
         ("sm_90a", 227, 228, 2048),
-        ("sm_100a", 227, 228, 2048),
-        ("sm_120a", 99, 100, 1536),
+        ("sm_100f", 227, 228, 2048),  # and 10.3
+        ("sm_110f", 227, 228, 1536),
+        ("sm_120f", 99, 100, 1536),  # and 12.1
     )
 }
 

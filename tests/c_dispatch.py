@@ -230,7 +230,7 @@ def case_of(
 def random_cases(count: int, seed: int) -> Iterator[Case]:
     """Problems of every kind; sizes are spread evenly over their orders of magnitude."""
     chance = random.Random(seed)
-    archs = [*ARCHES.values(), *[ARCHES["sm_90a"]] * len(ARCHES)]  # which has a schedule more
+    archs = [*ARCHES.values(), *[ARCHES["sm_90a"]] * 4 * len(ARCHES)]  # which has a schedule more
 
     def size(most: int) -> int:
         return round(math.exp(chance.uniform(0, math.log(most))))

@@ -193,8 +193,8 @@ def test_without_a_gpu_the_remedy_is_named(
 
 @pytest.mark.parametrize(
     ("capability", "arch"),
-    [(80, "sm_80"), (86, "sm_86"), (87, "sm_86"), (89, "sm_89"), (90, "sm_90a"), (100, "sm_100a"),
-     (120, "sm_120a")],
+    [(80, "sm_80"), (86, "sm_86"), (87, "sm_86"), (89, "sm_89"), (90, "sm_90a"), (100, "sm_100f"),
+     (103, "sm_100f"), (110, "sm_110f"), (120, "sm_120f"), (121, "sm_120f")],
 )  # fmt: skip
 def test_known_gpus_have_a_target(capability: int, arch: str) -> None:
     assert arch_of(capability) is ARCHES[arch]
@@ -208,7 +208,7 @@ def test_old_gpus_are_refused(capability: int) -> None:
 
 @pytest.mark.parametrize("capability", [99, 140])
 def test_unknown_gpus_name_what_is_known(capability: int) -> None:
-    with pytest.raises(DeviceError, match=rf"{capability / 10}: not known.*sm_120a.*Upgrade"):
+    with pytest.raises(DeviceError, match=rf"{capability / 10}: not known.*sm_120f.*Upgrade"):
         arch_of(capability)
 
 

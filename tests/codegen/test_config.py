@@ -187,7 +187,7 @@ def test_name_spells_the_configuration_most_significant_first() -> None:
 
 def test_dependent_kernels_are_for_hopper_and_newer() -> None:
     config = KernelConfig(**PDL)
-    assert config.archs == ("sm_90a", "sm_100a", "sm_120a")
+    assert config.archs == ("sm_90a", "sm_100f", "sm_110f", "sm_120f")
     assert config.ptx_arch == "compute_90"
 
 
@@ -274,6 +274,6 @@ def test_blocks_that_are_promised_fit_on_a_multiprocessor(config: KernelConfig, 
     assert config.min_blocks * config.num_threads <= 2048
 
 
-@pytest.mark.parametrize(("name", "capability"), [("sm_80", 80), ("sm_90a", 90), ("sm_120a", 120)])
+@pytest.mark.parametrize(("name", "capability"), [("sm_80", 80), ("sm_90a", 90), ("sm_120f", 120)])
 def test_architecture_states_its_capability(name: str, capability: int) -> None:
     assert ARCHES[name].capability == capability

@@ -223,7 +223,7 @@ def test_a_kernel_chosen_by_hand_is_launched_as_a_dependent_too() -> None:
     _problem(2, 4096), _problem(2, 8192, (16, 4, 128)), _problem(4, 8192, (8, 2, 128)),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("ragged", [False, True])
-@pytest.mark.parametrize("arch", ["sm_90a", "sm_120a"])
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_120f"])
 def test_dependent_launches_leave_the_next_one_no_room_to_crowd(
     problem: Problem, ragged: bool, arch: str
 ) -> None:
@@ -343,7 +343,7 @@ def test_kernel_that_fits_may_be_chosen_by_hand(kernel: KernelConfig) -> None:
     assert chosen.reasons[0] == "this kernel, as asked"
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_100a", "sm_120a"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_100f", "sm_120f"])
 def test_kernel_for_another_architecture_is_refused(arch: str) -> None:
     kernel = default_config(Math.TENSOROP, DType.F16, 128, 4, 8, Schedule.TMA)
     with pytest.raises(InputError, match=f"kernel: got {kernel.name} for {arch}; .*: sm_90a"):

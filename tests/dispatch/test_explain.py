@@ -39,7 +39,7 @@ def _own_store(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GQA_CUTLASS_CACHE_DIR", str(tmp_path))
 
 
-@pytest.mark.parametrize("arch", [None, "sm_80", "sm_120a"])
+@pytest.mark.parametrize("arch", [None, "sm_80", "sm_120f"])
 @pytest.mark.parametrize("model", MODELS)
 def test_real_models_run_shipped_kernels(model: str, arch: str | None) -> None:
     found = _explain(*MODELS[model], arch=arch)
@@ -67,7 +67,7 @@ def test_explanation_is_a_readable_report() -> None:
     [
         ("sm_90a", Schedule.TMA, "tma: 32.0 MiB, at most 128; few heads"),
         ("sm_80", Schedule.MULTISTAGE, "multistage: sm_80 is not among sm_90a"),
-        ("sm_100a", Schedule.MULTISTAGE, "multistage: sm_100a is not among sm_90a"),
+        ("sm_100f", Schedule.MULTISTAGE, "multistage: sm_100f is not among sm_90a"),
     ],
 )
 def test_explanation_says_why_this_schedule(arch: str, schedule: Schedule, why: str) -> None:
@@ -90,7 +90,7 @@ def test_explanation_of_misaligned_tensors_names_the_reason() -> None:
 
 
 def test_unknown_architecture_is_refused() -> None:
-    with pytest.raises(InputError, match="arch: got 'sm_70'; allowed: sm_80, .*sm_120a"):
+    with pytest.raises(InputError, match="arch: got 'sm_70'; allowed: sm_80, .*sm_120f"):
         _explain(*MODELS["llama-3-8b"], arch="sm_70")
 
 

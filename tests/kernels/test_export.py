@@ -114,7 +114,7 @@ def test_kernels_with_features_are_exported_those_that_ship_and_others_by_name()
         (None, [], "--kernels: got None for "),
         ("fp8", ["sm_80"], "--kernels: got 'fp8', which matches none"),
         (NEVER.name, ["sm_80"], f"--kernels: got '{NEVER.name}' for sm_80; allowed: kernels for"),
-        (TMA.name, ["sm_80", "sm_100a"], f"--kernels: got '{TMA.name}' for sm_80, sm_100a; allo"),
+        (TMA.name, ["sm_80", "sm_100f"], f"--kernels: got '{TMA.name}' for sm_80, sm_100f; allo"),
     ],
     ids=["arch", "second arch", "ptx", "no arch", "nothing", "not dispatched", "tma elsewhere"],
 )
@@ -131,7 +131,7 @@ def cubins() -> dict[str, bytes]:
     """Small cubins."""
     return {
         arch: compile_source('extern "C" __global__ void f() {}', "f", arch).code
-        for arch in ("sm_80", "sm_90a", "sm_120a")
+        for arch in ("sm_80", "sm_90a", "sm_120f")
     }
 
 
