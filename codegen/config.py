@@ -56,8 +56,8 @@ class Arch:
 
     @property
     def exact(self) -> bool:
-        """Whether its cubins run on that compute capability alone: those of "sm_90a" do, while those
-        of "sm_80", and of a family as "sm_100f" is, run on later ones of the same major version.
+        """Whether its cubins run on that compute capability alone, as those of "sm_90a" do. Those
+        of "sm_80" and of a family ("sm_100f") run on later ones of the same major version.
         """
         return self.name.endswith("a")
 

@@ -21,6 +21,7 @@ from gqa_cutlass.errors import ConfigError, shown
 _K = TypeVar("_K", bound=Kernel)
 _TILE = re.compile(r"_h(\d+)n(\d+)w(\d+)s(\d+)")
 _NEAR = 3  # suggestions for what matches nothing
+_LONGEST = 200  # characters of a name; of what is longer the beginning is compared
 
 
 def select(
@@ -56,17 +57,23 @@ def select_any(
 
 
 def kernel_named(name: str) -> Kernel:
-    """The kernel of a whole name, shipped or not.
+    """The kernel of a whole name, shipped or not, or of parts that one shipped kernel alone has.
 
     Raises:
-        ConfigError: It is the name of none; those that are like it are suggested.
+        ConfigError: It is the name of none, or of several; those that are like it are suggested.
     """
     found = _named(name) or _merge_named(name)
     if found is not None:
         return found
-    near = difflib.get_close_matches(name[:200], [config.name for config in carried()], _NEAR)
+    names = {config.name: config for config in carried()}
+    like = [each for each in names if _finds(name[:_LONGEST], each)]
+    if len(like) == 1:
+        return names[like[0]]
+    near = like[:_NEAR] or difflib.get_close_matches(name[:_LONGEST], names, _NEAR)
     raise ConfigError(
-        f"kernel name: got {shown(name)}; allowed: names as `gqa-cutlass list` prints them"
+        f"kernel name: got {shown(name)}"
+        + (f", which {len(like)} kernels have in theirs" if like else "")
+        + "; allowed: names as `gqa-cutlass list` prints them, or parts that only one has"
         + (f"; near: {', '.join(near)}" if near else "")
     )
 
@@ -100,12 +107,11 @@ def _entries(filters: str | None) -> list[str]:
 def _matching(option: str, given: str | None, entries: list[str], pool: list[_K]) -> list[_K]:
     names = {config.name for config in pool}
     whole = names.intersection(entries)  # which may be the beginning of others
-    patterns = [_pattern(entry) for entry in entries if entry not in whole]
+    parts = [entry for entry in entries if entry not in whole]
     found = [
         config
         for config in pool
-        if config.name in whole
-        or any(pattern.search(text) for text in _texts(config.name) for pattern in patterns)
+        if config.name in whole or any(_finds(entry, config.name) for entry in parts)
     ]
     if not found:
         near = _near(entries, pool)
@@ -115,6 +121,11 @@ def _matching(option: str, given: str | None, entries: list[str], pool: list[_K]
             + "`gqa-cutlass list` prints the names"
         )
     return found
+
+
+def _finds(entry: str, name: str) -> bool:
+    """Whether a name has the parts of an entry, in their order."""
+    return any(_pattern(entry).search(text) for text in _texts(name))
 
 
 @cache

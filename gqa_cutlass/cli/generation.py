@@ -96,7 +96,8 @@ def generate(
         say(f"templates/{header} changed")
     if dry_run:
         say("\n".join(files))
-        say(f"{len(files)} files for {folder_}; nothing was written")
+        where = folder_ if picked is None or out else "a folder that --out names"
+        say(f"{len(files)} files for {where}; nothing was written")
     else:
         say(f"{len(files)} files in {folder_}, {len(changed)} changed")
 

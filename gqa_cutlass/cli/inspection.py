@@ -80,7 +80,7 @@ def verify(
 def sim(
     kernel: Annotated[
         str,
-        typer.Option(help="A kernel's name, as `list` prints it.", autocompletion=kernel_names),
+        typer.Option(help="A kernel's name, or parts of it.", autocompletion=kernel_names),
     ],
     cache_len: Annotated[int, number("Tokens in the cache before the step.")],
     batch: Annotated[int, number("Sequences.")] = 1,
@@ -92,12 +92,15 @@ def sim(
 ) -> None:
     """Run one kernel without a GPU: check it, and count what it does."""
     from gqa_cutlass.codegen import KernelConfig
+    from gqa_cutlass.codegen.selection import kernel_named
     from gqa_cutlass.errors import InputError
     from gqa_cutlass.proof.sim import STEPS, run_sim
 
     if trace and as_json:
         raise InputError("sim: --json: got --trace as well, which prints lines; leave one out.")
-    config = KernelConfig.from_name(kernel)
+    config = kernel_named(kernel)
+    if not isinstance(config, KernelConfig):
+        raise InputError(f"sim: --kernel: got {config.name}, which merges; allowed: what decodes.")
     with progress(0 if trace else STEPS) as step:  # a bar would stand in the trace's way
         run = run_sim(
             config, cache_len=cache_len, batch=batch, kv_heads=kv_heads, num_splits=splits,
@@ -113,7 +116,7 @@ def sim(
 def inspect(
     name: Annotated[
         str,
-        typer.Argument(help="A kernel's name, as `list` prints it.", autocompletion=kernel_names),
+        typer.Argument(help="A kernel's name, or parts of it.", autocompletion=kernel_names),
     ],
     arch: Annotated[
         str | None, typer.Option("--arch", help="Target. Default: sm_90a, or the kernel's first.")

@@ -51,7 +51,7 @@ class Chosen:
 
     def show(self) -> None:
         """Print what it is: a row per type of layers, number of ranks and type."""
-        say(f"{self.model.name} ({self.model.source})")
+        say(" from ".join(dict.fromkeys((self.model.name, self.model.source))))
         rows = [
             [
                 each.layers.name, str(each.layers.num_layers or "-"), str(each.tp),

@@ -15,7 +15,7 @@ from helpers import call_tensors
 
 from gqa_cutlass import gqa_decode
 from gqa_cutlass.cli import building
-from gqa_cutlass.codegen import KernelConfig, shipped
+from gqa_cutlass.codegen import KernelConfig, merges, shipped
 from gqa_cutlass.codegen.compile import Compiled
 from gqa_cutlass.codegen.model_config import find_model
 from gqa_cutlass.codegen.model_kernels import kernels_of, ranked
@@ -177,6 +177,8 @@ def test_two_builds_are_the_same_to_the_byte_and_run_without_a_compiler(
 
 
 def test_generate_writes_a_models_kernels_to_a_folder_of_their_own(place: Path) -> None:
+    planned = console_script("generate", *SELECTED, "--dry-run")
+    assert "files for a folder that --out names; nothing was written" in planned.out
     refused = console_script("generate", *SELECTED)
     assert refused.is_refusal and "generate: --out: got none" in refused.err
     assert console_script("generate", *SELECTED, "--out", "out", "--arch", "sm_80").status == 0
@@ -247,6 +249,19 @@ def test_inspect_counts_machine_code() -> None:
     assert sass["wide_loads"] > 0 and sum(sass["mix"].values()) == sass["instructions"]
     printed = console_script("inspect", config.name).out
     assert f"{sass['tensor_core']} instructions" in printed and "HMMA" in printed
+
+
+@pytest.mark.parametrize("command", [("inspect",), ("sim", "--cache-len", "3", "--kernel")])
+def test_a_kernel_of_several_is_not_guessed(command: tuple[str, ...]) -> None:
+    outcome = console_script(*command, "d128_g4")
+    assert outcome.is_refusal and "kernels have in theirs" in outcome.err
+    assert "; near: gqa_decode_" in outcome.err
+
+
+def test_sim_refuses_kernels_that_merge() -> None:
+    name = merges()[0].name
+    outcome = console_script("sim", "--cache-len", "3", "--kernel", name)
+    assert outcome.is_refusal and f"got {name}, which merges" in outcome.err
 
 
 def test_the_store_is_left_alone_by_a_folder(fake: set[str], place: Path) -> None:

@@ -52,6 +52,28 @@ def test_full_name_selects_a_kernel_that_is_not_shipped() -> None:
     assert select(f"{shipped()[0].name}, {config.name}") == [shipped()[0], config]
 
 
+def test_parts_that_one_kernel_alone_has_name_it() -> None:
+    config = next(c for c in shipped() if c.head_dim_v is not None)
+    parts = config.name.removeprefix("gqa_decode_").rpartition("_")[0]
+    assert kernel_named(parts) == config
+    assert kernel_named(parts.replace("_", "*")) == config
+
+
+def test_parts_that_several_kernels_have_name_some_of_them() -> None:
+    with pytest.raises(
+        ConfigError, match=r"got 'd128_g4', which \d+ kernels have in theirs"
+    ) as told:
+        kernel_named("d128_g4")
+    near = str(told.value).partition("; near: ")[2].split(", ")
+    assert len(near) == 3 and all("_d128_g4_" in kernel_named(name).name for name in near)
+
+
+@pytest.mark.parametrize("name", ["", "*", "_", "(", "x" * 10**6])
+def test_odd_names_of_a_kernel_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"^kernel name: got '.*; allowed: "):
+        kernel_named(name)
+
+
 def test_filter_that_matches_nothing_says_so() -> None:
     with pytest.raises(ConfigError, match=r"--kernels: got 'fp8'.* none of \d+ kernels.*list"):
         select("fp8")
