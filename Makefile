@@ -110,10 +110,11 @@ $(VENV)/.test-ready: pyproject.toml constraints.txt
 ifeq ($(HAS_GPU),)
 	@$(INSTALL) '$(TORCH)+cpu' 2>/dev/null || $(INSTALL) --extra-index-url $(TORCH_CPU_INDEX) '$(TORCH)+cpu'
 endif
-	@$(INSTALL) -e '.[test,docs]'
+	@$(INSTALL) setuptools
+	@$(INSTALL) --no-build-isolation -e '.[test,docs]'
 	@$(MAKE) --no-print-directory tree
 	@touch $@
 
 $(VENV)/.style-ready: $(VENV)/.test-ready
-	@$(INSTALL) -e '.[test,docs,style]'
+	@$(INSTALL) --no-build-isolation -e '.[test,docs,style]'
 	@touch $@

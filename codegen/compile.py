@@ -30,7 +30,10 @@ from gqa_cutlass.errors import CompileError, CompilerMissingError, ConfigError
 
 Target = Literal["cubin", "ptx"]
 PTX_ARCHES = ("compute_80", "compute_90")  # virtual architectures
-_REMEDY = "pip install nvidia-cuda-nvrtc nvidia-cuda-runtime 'nvidia-cuda-cccl<13.2' nvidia-cutlass"
+_REMEDY = (
+    "pip install nvidia-cuda-nvrtc nvidia-cuda-runtime 'nvidia-cuda-cccl<13.2'; for a driver of "
+    "CUDA 12 what requirements-cuda12.txt lists"
+)
 # CCCL expands its type lists up to this length by macros that NVRTC takes 0.5 s to read, in every
 # kernel; none of ours is that long, and longer ones still work.
 _OPTIONS = ("-std=c++17", "-default-device", "-D_CCCL_META_UNROLL_LIMIT=2")
@@ -179,8 +182,8 @@ def nvrtc_version() -> tuple[int, int]:
         _, major, minor = nvrtc.nvrtcVersion()
     except RuntimeError as error:  # the library is loaded on first use
         raise CompilerMissingError(
-            f"NVRTC: not found ({' '.join(str(error).split())}); needed: NVRTC 13.0 or newer; "
-            f"remedy: {_REMEDY}"
+            f"NVRTC: not found ({' '.join(str(error).split())}); needed: NVRTC 13, "
+            f"or 12.6 or newer for a driver of CUDA 12; remedy: {_REMEDY}"
         ) from error
     return major, minor
 
@@ -274,12 +277,21 @@ def _include_paths() -> tuple[Path, ...]:
 
     CUTLASS writes `cccl/cuda/std/...` with CUDA 13, where CCCL's own headers write `cuda/std/...`.
     """
+    ours = Path(str(include_dir()))
+    cccl = _nvidia_headers("cccl")
+    return ours, _cute_headers(ours), _nvidia_headers("cudart"), cccl.parent, cccl
+
+
+def _cute_headers(ours: Path) -> Path:
+    """CuTe's headers: those beside ours in a wheel, or else where nvidia-cutlass has them."""
+    if (within := ours.parent / "cutlass" / "include").is_dir():
+        return within
     library = find_spec("cutlass_library")
     if library is None or library.origin is None:
-        raise CompilerMissingError(f"headers of CuTe: not found; remedy: {_REMEDY}")
-    cute = Path(library.origin).parent / "source" / "include"
-    cccl = _nvidia_headers("cccl")
-    return Path(str(include_dir())), cute, _nvidia_headers("cudart"), cccl.parent, cccl
+        raise CompilerMissingError(
+            "headers of CuTe: not found; remedy: pip install --no-deps nvidia-cutlass"
+        )
+    return Path(library.origin).parent / "source" / "include"
 
 
 def _nvidia_headers(name: str) -> Path:

@@ -30,8 +30,8 @@ def pack(name: str, cubins: Mapping[str, bytes]) -> bytes:
         handle = nvfatbin.create(_OPTIONS, len(_OPTIONS))
     except RuntimeError as error:  # the library is loaded on first use
         raise CompilerMissingError(
-            f"nvFatbin: not found ({' '.join(str(error).split())}); needed: nvFatbin 13.0 or "
-            "newer; remedy: pip install nvidia-nvfatbin"
+            f"nvFatbin: not found ({' '.join(str(error).split())}); needed: nvFatbin 12.9 or "
+            "newer; remedy: pip install nvidia-nvfatbin, or nvidia-nvfatbin-cu12 with CUDA 12"
         ) from error
     try:
         for arch, cubin in cubins.items():

@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import platform
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +16,17 @@ _LEAST_FREE = 16 << 20  # bytes, for a few hundred kernels
 _CONTROL = Path("/dev/nvidiactl")  # there where NVIDIA's driver is loaded
 _COLUMN = 22
 _TRIAL = 'extern "C" __global__ void doctor() {}'
+_AGAIN = "`pip install .` in a checkout of gqa_cutlass"
 _DRIVER = "install or upgrade the NVIDIA driver; `nvidia-smi` shows what it finds"
 _NEEDED = re.compile(r"(?P<name>[A-Za-z0-9._-]+)\s*(?P<bounds>[^;]*)")
+# What stands in place of dependencies where cuda-python is CUDA 12's; requirements-cuda12.txt.
+CUDA_12 = {
+    "cuda-python": "cuda-python>=12.9,<13",
+    "nvidia-cuda-cccl": "nvidia-cuda-cccl-cu12>=12.9,<13",
+    "nvidia-cuda-nvrtc": "nvidia-cuda-nvrtc-cu12>=12.6,<13",
+    "nvidia-cuda-runtime": "nvidia-cuda-runtime-cu12>=12.6,<13",
+    "nvidia-nvfatbin": "nvidia-nvfatbin-cu12>=12.9,<13",
+}
 _BOUND = re.compile(r"(>=|<)([0-9.]+)")
 
 
@@ -54,9 +63,9 @@ class _Fault(Exception):
 def findings() -> list[Finding]:
     """Look for everything; never raises, whatever is missing or broken."""
     checks: dict[str, tuple[Callable[[], str], str]] = {
-        "package": (_package, "pip install gqa-cutlass"),
-        "dependencies": (_dependencies, "pip install gqa-cutlass"),
-        "compiler and headers": (_compiler, "pip install gqa-cutlass"),
+        "package": (_package, _AGAIN),
+        "dependencies": (_dependencies, _AGAIN),
+        "compiler and headers": (_compiler, _AGAIN),
         "disassembler": (_disassembler, "pip install nvidia-cuda-nvdisasm"),
         "torch": (_torch, "pip install torch, as https://pytorch.org says for this machine"),
         "driver": (_driver, _DRIVER),
@@ -90,15 +99,10 @@ def _dependencies() -> str:
     numbers count.
     """
     found = []
-    for text in importlib.metadata.requires("gqa-cutlass") or []:
-        needed = _NEEDED.match(text)
-        if needed is None or "extra ==" in text:
-            continue
-        name, bounds = needed["name"], needed["bounds"]
-        try:
-            version = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            raise _Fault(found=f"{name} is not there", remedy=f"pip install '{text}'") from None
+    for text, name, bounds in _needed():
+        version = _version(name)
+        if version is None:
+            raise _Fault(found=f"{name} is not there", remedy=f"pip install '{text}'")
         for sign, bound in _BOUND.findall(bounds):
             if (_numbers(version) >= _numbers(bound)) != (sign == ">="):
                 raise _Fault(
@@ -109,6 +113,26 @@ def _dependencies() -> str:
     return ", ".join(found)
 
 
+def _needed() -> Iterator[tuple[str, str, str]]:
+    """Dependencies, each as it is declared, its name, and its bounds."""
+    bindings = _version("cuda-bindings")
+    instead = CUDA_12 if bindings is not None and _numbers(bindings)[0] == 12 else {}
+    for declared in importlib.metadata.requires("gqa-cutlass") or []:
+        needed = _NEEDED.match(declared)
+        if needed is None or "extra ==" in declared:
+            continue
+        text = instead.get(needed["name"], declared)
+        needed = _NEEDED.match(text) or needed
+        yield text, needed["name"], needed["bounds"]
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def _numbers(version: str) -> list[int]:
     leading = re.match(r"[0-9]+(\.[0-9]+)*", version)
     numbers = [int(part) for part in leading[0].split(".")] if leading else [0]
@@ -116,10 +140,19 @@ def _numbers(version: str) -> list[int]:
 
 
 def _compiler() -> str:
-    """Their versions, once the compiler has shown that it compiles."""
+    """Their versions, once the compiler has shown that it compiles. Without one, kernels that were
+    built elsewhere run: no fault where compiling is disabled.
+    """
+    from gqa_cutlass import env
     from gqa_cutlass.codegen.compile import compile_source, compiler_version
+    from gqa_cutlass.errors import CompilerMissingError
 
-    found = compiler_version()
+    try:
+        found = compiler_version()
+    except CompilerMissingError:
+        if env.jit_disabled():
+            return "none, and none is needed: GQA_CUTLASS_DISABLE_JIT"
+        raise
     compile_source(_TRIAL, "doctor", "sm_90a")
     return found
 

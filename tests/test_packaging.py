@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email
+import json
 import os
 import re
 import shutil
@@ -21,6 +22,8 @@ from gqa_cutlass.codegen.manifest import generated_files
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging")]  # what is built is shared
 
+OURS = "gqa_cutlass", "__editable__", "__pycache__"
+OF_CUTLASS = "cutlass", "nvidia_cutlass", "pycute", "pydot", "scipy", "treelib"
 IGNORED = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info")
 
 
@@ -63,21 +66,27 @@ def sdist(built: Path) -> set[PurePosixPath]:
 def installed(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with the commands of a fresh environment that holds the wheel.
 
-    Dependencies are those of the present environment: nothing is downloaded.
+    Dependencies are those of the present environment: nothing is downloaded. What only
+    nvidia-cutlass brings is left out.
     """
     folder = tmp_path_factory.mktemp("installed")
-    _run(sys.executable, "-m", "venv", "--without-pip", folder / "venv", cwd=folder)
-    python = folder / "venv" / "bin" / "python"
-    where = "import site; print(site.getsitepackages()[0])"
-    library = Path(_run(python, "-c", where, cwd=folder).strip())
-    present = Path(sysconfig.get_path("purelib"))
-    for dependency in present.iterdir():
-        if not dependency.name.startswith(("gqa_cutlass", "__editable__", "__pycache__")):
-            (library / dependency.name).symlink_to(dependency)
+    python = _environment(folder, (*OURS, *OF_CUTLASS))
     options = ("--no-deps", "--no-index", "--disable-pip-version-check", "--quiet")
     pip = (sys.executable, "-m", "pip", "--python", python, "install")
     _run(*pip, *options, next(built.glob("*.whl")), cwd=folder)
     return python.parent
+
+
+def _environment(folder: Path, without: tuple[str, ...]) -> Path:
+    """Make an environment with the packages of the present one, but some; returns its Python."""
+    _run(sys.executable, "-m", "venv", "--without-pip", folder / "venv", cwd=folder)
+    python = folder / "venv" / "bin" / "python"
+    where = "import site; print(site.getsitepackages()[0])"
+    library = Path(_run(python, "-c", where, cwd=folder).strip())
+    for package in Path(sysconfig.get_path("purelib")).iterdir():
+        if not package.name.startswith(without):
+            (library / package.name).symlink_to(package)
+    return python
 
 
 def _repository_files(folder: str, *patterns: str) -> set[str]:
@@ -93,6 +102,22 @@ def test_wheel_holds_every_module_template_and_header(wheel: set[PurePosixPath])
     ):
         expected |= {f"gqa_cutlass/{name}" for name in _repository_files(folder, *patterns)}
     assert expected - {str(name) for name in wheel} == set()
+
+
+def test_wheel_holds_the_headers_of_cute_and_their_license(
+    built: Path, wheel: set[PurePosixPath]
+) -> None:
+    folder = PurePosixPath("gqa_cutlass/templates/cutlass")
+    include = folder / "include"
+    assert {include / "cute/layout.hpp", include / "cutlass/version.h"} <= wheel
+    held = [name for name in wheel if name.is_relative_to(include)]
+    with zipfile.ZipFile(next(built.glob("*.whl"))) as archive:
+        assert "NVIDIA CORPORATION" in archive.read(str(folder / "LICENSE.txt")).decode()
+        assert sum(archive.getinfo(str(name)).compress_size for name in held) < 300_000
+        info = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = email.message_from_bytes(archive.read(info))
+    needed = [text for text in metadata.get_all("Requires-Dist") if "extra ==" not in text]
+    assert not any("cutlass" in text or "scipy" in text for text in needed)
 
 
 def test_wheel_holds_nothing_that_is_of_use_in_a_checkout_alone(wheel: set[PurePosixPath]) -> None:
@@ -115,7 +140,8 @@ def test_sdist_holds_what_the_wheel_is_made_from(sdist: set[PurePosixPath]) -> N
     expected = _repository_files("gqa_cutlass", "*.py") | _repository_files("codegen", "*.py")
     expected |= _repository_files("templates", "*.py", "*.jinja", "*.cuh")
     expected |= {"pyproject.toml", "README.md", "LICENSE", "templates/bundle/LICENSE"}
-    expected |= {"CHANGELOG.md", "CITATION.cff", "SECURITY.md"}
+    expected |= {"CHANGELOG.md", "CITATION.cff", "SECURITY.md", "setup.py"}
+    expected |= {"requirements-cuda12.txt"}
     assert expected - {str(name) for name in sdist} == set()
 
 
@@ -207,6 +233,30 @@ def test_installed_package_compiles(installed: Path, tmp_path: Path) -> None:
     build = ("build", "--kernels", "tensorop*_f16*d64_g4_*align8", "--out", "built")
     output = _run(installed / "gqa-cutlass", *build, cwd=tmp_path)
     assert "2 of 2 compiled" in output  # one per schedule
+
+
+@pytest.mark.thorough
+def test_cuda_12s_compiler_serves(built: Path, tmp_path: Path) -> None:
+    """In an environment with its packages and none of CUDA 13's; 100 MB are downloaded."""
+    python = _environment(tmp_path, (*OURS, *OF_CUTLASS, "cuda", "nvidia"))
+    lines = (REPOSITORY / "requirements-cuda12.txt").read_text().splitlines()
+    cuda = [line for line in lines if line.startswith(("cuda", "nvidia"))]
+    pip = (sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-compile")
+    done = subprocess.run([*pip, *cuda], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("no package index can be reached")
+    _run(*pip, "--no-deps", "--no-index", next(built.glob("*.whl")), cwd=tmp_path)
+    command = python.parent / "gqa-cutlass"
+    found = json.loads(_run(command, "doctor", "--json", cwd=tmp_path))["findings"]
+    told = {finding["what"]: finding["found"] for finding in found}
+    assert told["compiler and headers"].startswith("nvrtc-12.")
+    assert "nvidia-cuda-nvrtc-cu12 12." in told["dependencies"]
+    _run(command, "sim", "--kernel", "tensorop_f16_f16_d64_g4_align8_multistage_h8n32w8s1",
+         "--cache-len", "20", cwd=tmp_path)  # fmt: skip
+    built_for = ("--arch", "sm_80,sm_90a,sm_100f,sm_120f", "--kernels", "f16_f16_d64_g4_align8")
+    _run(command, "build", *built_for, "--out", "built", cwd=tmp_path)
+    bundle = ("export", "--out", "bundle", "--kernels", "f16_f16_d64_g4_align8")
+    _run(command, *bundle, "--arch", "sm_90a", cwd=tmp_path)
 
 
 # Of the dependencies those that are small, and not of CI's pinned CUDA and torch.

@@ -18,7 +18,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except ImportError as error:
-        print(f"gqa-cutlass: {error}; remedy: pip install gqa-cutlass", file=sys.stderr)
+        print(f"gqa-cutlass: {error}; remedy: install gqa-cutlass again", file=sys.stderr)
         sys.exit(2)
     sys.exit(run(sys.argv[1:]))
 

@@ -271,8 +271,8 @@ def check_driver(version: int, compiler_major: int) -> None:
         raise DeviceError(
             f"CUDA driver: supports CUDA {version // 1000}.{version % 1000 // 10}; needed: "
             f"CUDA {compiler_major}.0 or newer, the version of the compiler (NVRTC). Upgrade the "
-            "NVIDIA driver, or install an older NVRTC: "
-            f"pip install 'nvidia-cuda-nvrtc<{compiler_major}'"
+            "NVIDIA driver; with one of CUDA 12, install what requirements-cuda12.txt lists, where "
+            "no packages of CUDA 13 are."
         )
 
 

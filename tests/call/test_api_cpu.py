@@ -217,8 +217,13 @@ def test_driver_of_the_compilers_major_version_or_newer_will_do(version: int) ->
     module.check_driver(version, 13)
 
 
+@pytest.mark.parametrize("version", [12000, 12080, 13000])
+def test_kernels_of_cuda_12s_compiler_need_a_driver_of_12(version: int) -> None:
+    module.check_driver(version, 12)
+
+
 def test_old_driver_names_both_remedies() -> None:
-    expected = "supports CUDA 12.8; needed: CUDA 13.0 or newer.*Upgrade.*nvidia-cuda-nvrtc<13"
+    expected = "supports CUDA 12.8; needed: CUDA 13.0 or newer.*Upgrade.*requirements-cuda12.txt"
     with pytest.raises(DeviceError, match=expected):
         module.check_driver(12080, 13)
 

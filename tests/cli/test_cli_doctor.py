@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers import REPOSITORY
 from typer.testing import CliRunner, Result
 
 from gqa_cutlass.cli import app
-from gqa_cutlass.errors import DeviceError
+from gqa_cutlass.doctor import CUDA_12, findings
+from gqa_cutlass.errors import CompilerMissingError, DeviceError
 
 
 @pytest.fixture(autouse=True)
@@ -70,6 +74,49 @@ def test_doctor_compares_versions(needed: str, said: str, monkeypatch: pytest.Mo
     assert f"remedy: pip install '{needed}'" in result.output
 
 
+def test_doctor_asks_for_cuda_12s_packages_where_the_bindings_are_12s(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    versions = {"cuda-bindings": "12.9.1", "cuda-python": "12.9.1", "rich": "15.0"}
+
+    def version(name: str) -> str:
+        if name not in versions:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    declared = ["cuda-python>=13.3", "nvidia-cuda-nvrtc>=13.0", "rich>=13.8"]
+    monkeypatch.setattr("importlib.metadata.requires", lambda _: declared)
+    monkeypatch.setattr("importlib.metadata.version", version)
+    found = {f.what: f for f in findings()}["dependencies"]
+    assert (found.found, found.missing) == ("nvidia-cuda-nvrtc-cu12 is not there", True)
+    assert found.remedy == "pip install 'nvidia-cuda-nvrtc-cu12>=12.6,<13'"
+    versions["nvidia-cuda-nvrtc-cu12"] = "12.8.93"
+    found = {f.what: f for f in findings()}["dependencies"]
+    assert found.found == "cuda-python 12.9.1, nvidia-cuda-nvrtc-cu12 12.8.93, rich 15.0"
+    versions["nvidia-cuda-nvrtc-cu12"] = "12.4.99"
+    assert "where >=12.6 is needed" in {f.what: f for f in findings()}["dependencies"].found
+
+
+def test_the_list_for_cuda_12_is_the_declared_one_with_other_cuda_packages() -> None:
+    declared = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["dependencies"]
+    lines = (REPOSITORY / "requirements-cuda12.txt").read_text().splitlines()
+    listed = [line for line in lines if not line.startswith("#")]
+    name = re.compile(r"[\w-]+")
+    assert listed == [CUDA_12.get(name.match(text)[0], text) for text in declared]
+
+
+def test_without_a_compiler_all_is_well_where_nothing_is_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def missing() -> None:
+        raise CompilerMissingError("NVRTC: not found; needed: it; remedy: get it")
+
+    monkeypatch.setattr("gqa_cutlass.codegen.compile.compiler_version", missing)
+    assert re.search("compiler and headers +MISSING: NVRTC", run("doctor").output)
+    monkeypatch.setenv("GQA_CUTLASS_DISABLE_JIT", "1")
+    assert re.search("compiler and headers +none, and none is needed", run("doctor").output)
+
+
 def test_doctor_tells_a_driver_that_is_broken_from_none(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -102,4 +149,4 @@ def test_doctor_tries_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     result = run("doctor")
     assert result.exit_code == 1
     assert re.search("compiler and headers +MISSING: libnvrtc-builtins", result.output)
-    assert "remedy: pip install gqa-cutlass" in result.output
+    assert "remedy: `pip install .` in a checkout" in result.output

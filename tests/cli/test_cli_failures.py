@@ -110,7 +110,7 @@ def test_commands_are_run_so(
     ("error", "status", "said"),
     [(KeyboardInterrupt(), 130, ""),
      (ImportError("No module named 'rich'"), 2,
-      "gqa-cutlass: No module named 'rich'; remedy: pip install gqa-cutlass\n")],
+      "gqa-cutlass: No module named 'rich'; remedy: install gqa-cutlass again\n")],
     ids=["interrupt", "nothing to import"],
 )  # fmt: skip
 def test_so_is_what_they_need_imported(
