@@ -79,10 +79,17 @@ def running(point: Point) -> dict[str, Adapter]:
     SDPA has none for ragged points, for which it would need a mask or padding.
     """
     found = {} if isinstance(point, Ragged) else {n: sdpa(b) for n, b in SDPA.items()}
-    for name, (module, adapter) in INSTALLABLE.items():
-        if importlib.util.find_spec(module) is not None:
-            found[name] = adapter
-    return found
+    absent = missing()
+    return found | {name: made for name, (_, made) in INSTALLABLE.items() if name not in absent}
+
+
+def missing() -> dict[str, str]:
+    """Baselines that cannot be measured here, with the module that is not installed."""
+    return {
+        name: module
+        for name, (module, _) in INSTALLABLE.items()
+        if importlib.util.find_spec(module) is None
+    }
 
 
 def sdpa(backend: SDPBackend) -> Adapter:
@@ -145,8 +152,28 @@ def flash_attn_2(data: Data) -> Attend:
     return lambda i: flash_attn_with_kvcache(q, data.k[i], data.v[i], cache_seqlens=attended)[:, 0]
 
 
+def torch_varlen(data: Data) -> Attend:
+    """PyTorch's attention of packed sequences, told how much of each is used where that differs."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    point, device = data.point, data.q.device
+    queries = torch.arange(point.batch + 1, dtype=torch.int32, device=device)
+    rows = queries * point.tokens
+    used = {"seqused_k": data.seqlens + 1} if isinstance(point, Ragged) else {}
+
+    def attend(i: int) -> Tensor:
+        k, v = data.k[i].flatten(0, 1), data.v[i].flatten(0, 1)
+        return varlen_attn(
+            data.q, k, v, queries, rows, 1, point.tokens, enable_gqa=True, **used
+        )  # fmt: skip
+
+    return attend
+
+
 SDPA = {"SDPA flash": SDPBackend.FLASH_ATTENTION, "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION}
+# By name: the module that it needs, and how it attends.
 INSTALLABLE: dict[str, tuple[str, Adapter]] = {
+    "torch varlen": ("torch.nn.attention.varlen", torch_varlen),
     "FlashInfer": ("flashinfer", flashinfer),
     "FA3": ("flash_attn_interface", flash_attn_3),
     "FA2": ("flash_attn", flash_attn_2),

@@ -130,6 +130,8 @@ def run(wanted: str, folder: Path, commit: str) -> tuple[Record, Path]:
             f"bench: --points: got {wanted!r}, in the name of no point that fits into this GPU's "
             f"memory; allowed: a part of a name, like {str(GRID[0])!r} or 'ragged'."
         )
+    for name, module in baselines.missing().items():
+        print(f"bench: {name} left out: no module {module} here", file=sys.stderr)
     cases = [
         case for case in CASES
         if wanted in str(case.point) and len(fitting(case.points, free)) == len(case.points)

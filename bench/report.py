@@ -17,12 +17,14 @@ _NAMES = ("point", "feature", "parts", "call", "met", "which is")  # heads of co
 
 _GRID_HEADER = (
     "model, heads (q/kv/dim)", "sequences × tokens", "KV MiB", "roofline", "ours", "as dependents",
-    "per token", "GB/s", *SDPA, "against the better", "share of the roofline's bandwidth",
+    "per token", "GB/s",
+)  # fmt: skip
+_GRID_RATIOS = (
+    "against the better SDPA", "share of the roofline's bandwidth",
     "against the best of all baselines", "baseline",
 )  # fmt: skip
 _RAGGED_HEADER = (
     "model, heads (q/kv/dim)", "sequences × room", "lengths", "MiB read", "roofline", "ours",
-    "over the roofline", "target",
 )  # fmt: skip
 _PREFILL_HEADER = (
     "model, heads (q/kv/dim)", "sequences × tokens", "decode step", "per new token",
@@ -73,7 +75,7 @@ def _columns(
 
 
 def _show_grid(rows: list[Row]) -> None:
-    names = list(dict.fromkeys((*SDPA, *(name for row in rows for name in row.measured))))
+    names = _measured_in(rows)
     columns = _columns(
         "point", "MiB", "roofline", "ours", "balanced", "dependent", "per token", "GB/s", *names,
         "of roofline", "to flash", "to best SDPA", "to best of all", "which is",
@@ -93,8 +95,13 @@ def _show_grid(rows: list[Row]) -> None:
     print_table(columns, cells, "us per call on the grid; GB/s of K and V read")
 
 
+def _measured_in(rows: Iterable[Row], first: Iterable[str] = SDPA) -> list[str]:
+    """Baselines that have a column: some always, and what else was measured."""
+    return list(dict.fromkeys((*first, *(name for row in rows for name in row.measured))))
+
+
 def _show_ragged(rows: list[Row]) -> None:
-    names = list(dict.fromkeys(name for row in rows for name in row.measured))
+    names = _measured_in(rows, ())
     columns = _columns(
         "point", "MiB read", "roofline", "ours", "per token", "GB/s", *names, "over roofline",
         "target", "met", first_to_go=("MiB read", "per token", *names), then=("GB/s", "roofline"),
@@ -223,9 +230,14 @@ def _summed(pairs: list[tuple[Row, Baseline]], micros: Callable[[Row], float]) -
 
 def markdown(record: Record) -> str:
     """The tables of docs/benchmark.md, and the figures of its sentences."""
-    tables = [_markdown_table(_GRID_HEADER, map(_grid_cells, record.rows))]
+    names = _measured_in(record.rows)
+    header = (*_GRID_HEADER, *names, *_GRID_RATIOS)
+    tables = [_markdown_table(header, [_grid_cells(row, names) for row in record.rows])]
     if record.ragged:
-        tables.append(_markdown_table(_RAGGED_HEADER, map(_ragged_cells, record.ragged)))
+        names = _measured_in(record.ragged, ())
+        header = (*_RAGGED_HEADER, *names, "over the roofline", "target")
+        cells = [_ragged_cells(row, names) for row in record.ragged]
+        tables.append(_markdown_table(header, cells))
     if record.prefill:
         tables.append(_markdown_table(_PREFILL_HEADER, map(_prefill_cells, record.prefill)))
     if record.features:
@@ -244,19 +256,20 @@ def _markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def _grid_cells(row: Row) -> list[str]:
+def _grid_cells(row: Row, names: Iterable[str]) -> list[str]:
     return [
         *_split(row.label), f"{row.mib:g}", f"{row.floor:.1f}", f"**{row.ours:.1f}**",
         _micro(row.dependent, digits=1), _short(row.per_token), _bandwidth(row),
-        *_micros(row.measured, SDPA, digits=1), _times(row, row.best_sdpa, "×"), _share(row),
+        *_micros(row.measured, names, digits=1), _times(row, row.best_sdpa, "×"), _share(row),
         _times(row, row.best_baseline, "×"), str(row.best_baseline or ABSENT),
     ]  # fmt: skip
 
 
-def _ragged_cells(row: Row) -> list[str]:
+def _ragged_cells(row: Row, names: Iterable[str]) -> list[str]:
     return [
         *_split(row.label), row.label.lengths or ABSENT, f"{row.mib:.0f}", f"{row.floor:.1f}",
-        f"**{row.ours:.1f}**", f"{row.ours / row.floor:.2f}×", _limit(row, "×"),
+        f"**{row.ours:.1f}**", *_micros(row.measured, names, digits=1),
+        f"{row.ours / row.floor:.2f}×", _limit(row, "×"),
     ]  # fmt: skip
 
 

@@ -40,6 +40,8 @@ def test_absent_packages_are_no_baselines(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda name: None)
     assert list(baselines.running(SMALL)) == ["SDPA flash", "SDPA cuDNN"]
     assert baselines.running(SMALL_RAGGED) == {}
+    assert baselines.missing()["FA3"] == "flash_attn_interface"
+    assert set(baselines.missing()) == set(baselines.INSTALLABLE)
 
 
 def _install(monkeypatch: pytest.MonkeyPatch, name: str, **contents: object) -> None:
@@ -78,10 +80,22 @@ def _with_kvcache(
     return attend(q[:, 0], k, v, cache_seqlens.tolist())[:, None]
 
 
+def _varlen(
+    q: Tensor, k: Tensor, v: Tensor, queries: Tensor, rows: Tensor, *most: int, enable_gqa: bool,
+    seqused_k: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    assert enable_gqa and most == (1, 48) and queries.tolist() == list(range(len(q) + 1))
+    caches = (x.view(len(q), 48, *x.shape[1:]) for x in (k, v))
+    used = rows.diff() if seqused_k is None else seqused_k
+    assert rows.dtype == used.dtype == torch.int32
+    return attend(q, *caches, used.tolist())
+
+
 @pytest.fixture
 def packages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stand-ins for the packages that are installed nowhere here."""
     _install(monkeypatch, "flashinfer", BatchDecodeWithPagedKVCacheWrapper=FakeWrapper)
+    _install(monkeypatch, "torch.nn.attention.varlen", varlen_attn=_varlen)
     _install(monkeypatch, "flash_attn", flash_attn_with_kvcache=_with_kvcache)
     _install(
         monkeypatch, "flash_attn_interface", flash_attn_with_kvcache=_with_kvcache,
@@ -249,15 +263,26 @@ def test_a_failing_baseline_says_why_and_is_left_out(
         return torch.zeros_like(q)
 
     _install(monkeypatch, "flashinfer", BatchDecodeWithPagedKVCacheWrapper=broken)
+    _install(monkeypatch, "torch.nn.attention.varlen", varlen_attn=_varlen)
     _install(monkeypatch, "flash_attn", flash_attn_with_kvcache=wrong)
     record, _ = measure.run("ragged", tmp_path, "c0ffee")
-    assert (
-        record.prefill == [] and record.rows == [] and record.ragged[0].measured.keys() == {"FA3"}
-    )
+    assert record.prefill == [] and record.rows == []
+    assert record.ragged[0].measured.keys() == {"FA3", "torch varlen"}
     said = capsys.readouterr().err
     assert f"FlashInfer left out at {SMALL_RAGGED}: no such argument\n" in said
     assert f"FA2 left out at {SMALL_RAGGED}: relative error 1.0" in said
     report.show(record)
+
+
+@pytest.mark.usefixtures("without_gpu")
+def test_a_baseline_that_is_not_installed_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(baselines, "missing", lambda: {"FA3": "flash_attn_interface"})
+    record, _ = measure.run("ragged", tmp_path, "c0ffee")
+    assert "FA3" not in record.ragged[0].measured
+    said = capsys.readouterr().err
+    assert said.count("bench: FA3 left out: no module flash_attn_interface here\n") == 1
 
 
 @pytest.mark.parametrize("error", [0.5, math.nan])

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend
 
 import gqa_cutlass
 from bench import data as bench_data
-from bench import prefill
+from bench import prefill, timing
 from bench.data import Data, check, num_sets, pool_bytes
 from bench.points import PREFILL, Point
 from bench.prefill import Prompts, measure_prefill
@@ -76,6 +76,25 @@ def test_prompts_rotate_through_the_caches_sets(
     assert found.num_sets * query_bytes <= 1 << 29
 
 
+def test_the_step_is_timed_before_the_prompts_and_not_among_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    turns: list[list[str]] = []
+
+    def interleaved(graphs: dict[str, object]) -> dict[str, float]:
+        turns.append(list(graphs))
+        return dict.fromkeys(graphs, 2.0 * len(turns))
+
+    monkeypatch.setattr(gqa_cutlass, "plan", lambda *args, **kwargs: FakePlan())
+    for module in (prefill, timing):
+        monkeypatch.setattr(module, "Graph", lambda call, count: call(0))
+    monkeypatch.setattr(prefill, "interleaved", interleaved)
+    monkeypatch.setattr(prefill, "SDPA", {"one": SDPBackend.MATH, "other": SDPBackend.MATH})
+    found = measure_prefill(SMALL, pool(SMALL))
+    assert turns == [["decode"], ["one", "other"]]
+    assert found is not None and (found.decode, found.measured) == (2.0, {"one": 4.0, "other": 4.0})
+
+
 def test_prompts_that_no_backend_attends_are_left_out(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -84,6 +103,8 @@ def test_prompts_that_no_backend_attends_are_left_out(
 
     monkeypatch.setattr(prefill.F, "scaled_dot_product_attention", refused)
     monkeypatch.setattr(gqa_cutlass, "plan", lambda *args, **kwargs: FakePlan())
+    monkeypatch.setattr(prefill, "Graph", lambda call, count: None)
+    monkeypatch.setattr(prefill, "interleaved", lambda graphs: dict.fromkeys(graphs, 1.0))
     assert measure_prefill(SMALL, pool(SMALL)) is None
     said = capsys.readouterr().err
     assert f"SDPA flash left out at {SMALL}: No available kernel." in said

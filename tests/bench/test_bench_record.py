@@ -220,6 +220,18 @@ def test_points_without_baselines_are_shown_and_not_counted() -> None:
     assert "| - | - | - |" in table[3] and table[3].endswith("| - | - |")
 
 
+def test_what_else_was_measured_has_a_column_and_what_was_recorded_has_none() -> None:
+    measured = {"SDPA flash": 9.0, "SDPA cuDNN": 8.0, "FA3": 7.0}
+    recorded = {"FA3": 6.0, "XQA": 7.5}
+    rows = [row_of(GRID[0]), row_of(GRID[1], measured=measured, recorded_scaled=recorded)]
+    uneven = [row_of(RAGGED[0], measured={"FA3": 5.0}, limit=1.5)]
+    grid, ragged, *_ = report.markdown(Record(run={}, rows=rows, ragged=uneven)).split("\n\n")
+    head, _, without, with_it = grid.splitlines()
+    assert "| SDPA flash | SDPA cuDNN | FA3 | against" in head and "XQA" not in head
+    assert "| - |" in without and "| 9.0 | 8.0 | 7.0 |" in with_it and with_it.endswith("| FA3 |")
+    assert "| ours | FA3 | over the roofline |" in ragged and "** | 5.0 | " in ragged
+
+
 def test_a_slower_point_is_counted_and_named() -> None:
     rows = [row_of(GRID[0]), row_of(GRID[1], ours=5.6)]
     of_sdpa = report.summary(rows)[1]
