@@ -137,6 +137,7 @@ class Store:
         if found:
             return found
         if jit is False or (jit is None and env.jit_disabled()):
+            refused += self._of_other_versions(config, arch)
             raise KernelMissingError(
                 f"{config.name} for {arch}: not found in {self._places()}, and nothing is compiled "
                 "during a CUDA-graph capture or with GQA_CUTLASS_DISABLE_JIT. Call "
@@ -193,6 +194,16 @@ class Store:
                             compiled=folder.read(name), was_built=False,
                         ), refused  # fmt: skip
         return None, refused
+
+    def _of_other_versions(self, config: Kernel, arch: str) -> list[str]:
+        """Folders that hold the kernel as another source or other options made it."""
+        found = []
+        for path in self._folders():
+            with suppress(FileNotFoundError, RefusedError), entries.opened(path) as folder:
+                others = folder.entries(f"{config.name}.{arch}.")
+                if any(not name.startswith(f"{entry_stem(config, arch)}.") for name in others):
+                    found.append(f"{path}: has it from another version of gqa-cutlass")
+        return found
 
     def _build(self, config: Kernel, arch: str) -> StoredKernel:
         """Compile a kernel and keep it, unless another process does so first."""

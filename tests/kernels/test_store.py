@@ -170,6 +170,18 @@ def test_absent_kernel_without_jit_names_the_command_that_builds_it(
     assert compiler.compiled == [] and not store.root.exists()
 
 
+def test_kernel_of_another_version_is_not_used_and_named(
+    store: Store, compiler: InstantCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.get(CONFIG, ARCH)
+    monkeypatch.setattr(module, "source_digest", lambda config: "of another version")
+    with pytest.raises(KernelMissingError) as raised:
+        store.get(CONFIG, ARCH, jit=False)
+    expected = f"Found, but not used: {store.root}: has it from another version of gqa-cutlass"
+    assert str(raised.value).endswith(expected)
+    assert store.get(CONFIG, ARCH).was_built
+
+
 def test_present_kernel_needs_no_jit(store: Store) -> None:
     store.get(CONFIG, ARCH)
     assert not store.get(CONFIG, ARCH, jit=False).was_built
