@@ -131,6 +131,15 @@ def test_doctor_tells_a_driver_that_is_broken_from_none(
     assert "remedy: install or upgrade the NVIDIA driver" in result.output
 
 
+def test_doctor_finds_a_driver_older_than_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gqa_cutlass.gpu.driver._driver_version", lambda: 12080)
+    monkeypatch.setattr("gqa_cutlass.gpu.driver._compiler_major", lambda: 13)
+    found = {f.what: f for f in findings()}
+    assert (found["driver"].found, found["driver"].missing) == ("supports CUDA 12.8", False)
+    assert found["GPU"].missing and "needed: CUDA 13.0 or newer" in found["GPU"].found
+    assert "requirements-cuda12.txt" in found["GPU"].found
+
+
 def test_doctor_reports_for_programs_on_a_narrow_terminal(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
