@@ -327,8 +327,8 @@ def test_identity_changes_with_version_and_build_of_nvrtc(
         (
             "cccl",
             "cuda/std/__cccl/version.h",
-            "// \xe9\n#define CCCL_VERSION 3001004 // MMMmmmppp",
-            "cccl-3001004",
+            "// \xe9\n#define CCCL_VERSION 3099004 // MMMmmmppp",
+            "cccl-3099004",
         ),
         ("cccl", "cuda/std/__cccl/version.h", "nothing of the kind", r"cccl-[0-9a-f]{12}"),
     ],
