@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Callable, Mapping
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -17,51 +16,11 @@ from bench.data import ALLOWED_ERROR
 from bench.points import Point
 from gqa_cutlass.codegen.compile import compile_source
 from gqa_cutlass.gpu.driver import describe_device
+from gqa_cutlass.tuning.timing import Graph, evict
 
 WARM_UP, ROUNDS = 2, 12
-_UNRELATED_BYTES = 256 << 20
 
 Attend = Callable[[int], Tensor]  # a buffer set's index to the output
-
-
-class Graph:
-    """One call per buffer set, captured; replaying it finds the caches cold in L2."""
-
-    def __init__(self, call: Callable[[int], object], num_sets: int) -> None:
-        for i in range(min(3, num_sets)):
-            call(i)
-        torch.cuda.synchronize()
-        self._num_sets = num_sets
-        self._call = (
-            call  # keeps the memory that the graph uses, a baseline's workspace for instance
-        )
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            for i in range(num_sets):
-                call(i)
-
-    def micros_per_call(self) -> float:
-        """Replay once and time it."""
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        self._graph.replay()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) * 1e3 / self._num_sets
-
-
-def evict() -> None:
-    """Fill L2 with unrelated data, as the layers of a model between two of its caches do.
-
-    Without it, a contender that reads its data as the first to be evicted leaves in L2 what the one
-    before read last, and finds it there at the end: up to 6% of its time at 64 MiB.
-    """
-    torch.sum(_unrelated(), dtype=torch.float32)
-
-
-@cache
-def _unrelated() -> Tensor:
-    return torch.randn(_UNRELATED_BYTES // 4, device="cuda")
 
 
 def interleaved(graphs: dict[str, Graph]) -> dict[str, float]:

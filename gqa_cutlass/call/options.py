@@ -29,6 +29,7 @@ from gqa_cutlass.codegen.schema.problem import (
     MAX_TOKENS,
 )
 from gqa_cutlass.codegen.schema.rounding import reciprocal
+from gqa_cutlass.dispatch.choice import Choice
 from gqa_cutlass.errors import InputError, shown
 
 NO_WINDOW = -1, -1
@@ -176,7 +177,8 @@ class PlanOptions(CallOptions, total=False):
     """What `plan` takes besides.
 
     Args:
-        kernel: A kernel to use instead of the dispatcher's choice.
+        kernel: A kernel to use instead of the dispatcher's choice; or a `dispatch.Choice`, a kernel
+            with its launch.
         dependent: Programmatic dependent launch, where it pays (Hopper and newer, caches of up to
             32 MiB): the kernel may start while the kernel before it in the stream finishes. It
             reads nothing before that one is done, but may fetch its first tiles to L2. Worth
@@ -185,7 +187,7 @@ class PlanOptions(CallOptions, total=False):
             compiled on first use, or by name with `gqa-cutlass build`.
     """
 
-    kernel: KernelConfig | None
+    kernel: KernelConfig | Choice | None
     dependent: bool
 
 
@@ -207,7 +209,7 @@ class Asked:
     k_scale: float | None = None
     v_scale: float | None = None
     out_dtype: torch.dtype | None = None
-    kernel: KernelConfig | None = None
+    kernel: KernelConfig | Choice | None = None
     dependent: bool = False
 
 
@@ -331,10 +333,10 @@ def check(call: str, options: Mapping[str, Any], given: Given) -> tuple[Asked, t
     most = asked.max_seqlen_q
     if most is not None and (type(most) is not int or not 1 <= most < 2**31):
         fail("max_seqlen_q", shown(most), f"an int, 1 to {MAX_TOKENS}, or None")
-    if asked.kernel is not None and not isinstance(asked.kernel, KernelConfig):
+    if asked.kernel is not None and not isinstance(asked.kernel, KernelConfig | Choice):
         raise InputError(
             f"plan: kernel: got {shown(asked.kernel)}; allowed: a KernelConfig (another plan's "
-            "`dispatch.config`, for instance), or None. Nothing was launched."
+            "`dispatch.config`, for instance), a Choice, or None. Nothing was launched."
         )
     if asked.out_dtype is not None and not isinstance(asked.out_dtype, torch.dtype):
         fail("out_dtype", shown(asked.out_dtype), "None, q's dtype, or torch.float32")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gqa_cutlass.cli import benchmark, building, explaining, generation, inspection
+from gqa_cutlass.cli import benchmark, building, explaining, generation, inspection, tuning
 from gqa_cutlass.cli.failures import status_of
 from gqa_cutlass.cli.output import say
 
@@ -25,6 +25,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "verify": inspection.verify,
     "sim": inspection.sim,
     "bench": benchmark.bench,
+    "tune": tuning.tune,
     "inspect": inspection.inspect,
     "doctor": inspection.doctor,
 }

@@ -3,6 +3,7 @@
 Pure: it imports the generator and nothing else, neither torch nor the driver.
 """
 
+from gqa_cutlass.dispatch.choice import Choice
 from gqa_cutlass.dispatch.device import MIN_CAPABILITY, Device, arch_of, model_device
 from gqa_cutlass.dispatch.launch import Dispatch, choose_config, dispatch
 from gqa_cutlass.dispatch.model import H200, MODELS, Model
@@ -13,6 +14,7 @@ __all__ = [
     "MIN_CAPABILITY",
     "MODELS",
     "MOST_TILES",
+    "Choice",
     "Device",
     "Dispatch",
     "Model",

@@ -18,11 +18,13 @@ class Device:
         index: CUDA ordinal.
         arch: Its compilation target.
         num_sms: Multiprocessors.
+        name: What the driver calls it; empty for a stand-in.
     """
 
     index: int
     arch: Arch
     num_sms: int
+    name: str = ""
 
 
 def model_device(arch: Arch) -> Device:

@@ -13,6 +13,7 @@ from gqa_cutlass.codegen.schema.problem import WIDEST, Problem
 from gqa_cutlass.codegen.schema.rounding import ceil_div
 from gqa_cutlass.codegen.schema.storage import BOX_DIMS, MAX_CLUSTER, PAGE_TOKENS
 from gqa_cutlass.codegen.variants import default_config, shipped
+from gqa_cutlass.dispatch.choice import Choice
 from gqa_cutlass.dispatch.device import Device
 from gqa_cutlass.dispatch.model import MODELS
 from gqa_cutlass.dispatch.splits import Splits, choose_clusters, choose_splits, spare_splits
@@ -79,7 +80,7 @@ def dispatch(
     problem: Problem,
     device: Device,
     num_splits: int = 0,
-    kernel: KernelConfig | None = None,
+    kernel: KernelConfig | Choice | None = None,
     ragged: bool = False,
     pdl: bool = False,
 ) -> Dispatch:
@@ -89,19 +90,21 @@ def dispatch(
         problem: What is asked for.
         device: Where it will run.
         num_splits: Parts to cut every sequence into; 0 leaves the choice to the model.
-        kernel: A kernel to use instead of the model's choice.
+        kernel: A kernel, or with it a launch, to use instead of the model's choice.
         ragged: Whether sequences may differ in length, by lengths that only the device knows.
         pdl: Whether the kernel may start before the kernel before it is done.
 
     Raises:
         InputError: The given kernel cannot solve the problem.
     """
+    choice = kernel if isinstance(kernel, Choice) else None
+    kernel = kernel if choice is None else choice.config
     if kernel is None:
         config, why_config = choose_config(problem, device, ragged)
     else:
         _check_fits(kernel, problem, device)
         config, why_config = kernel, "this kernel, as asked"
-    prefetch = _may_prefetch_first_tile(problem, config, device)
+    prefetch = _may_prefetch_first_tile(problem, config, device, choice and choice.prefetch)
     next_starts, why_pdl = Pdl.NONE, ""
     if pdl:
         pdl_config = replace(config, pdl=True)
@@ -115,12 +118,21 @@ def dispatch(
             num_stages=config.num_stages,
             why=f"{num_splits} splits, as asked",
         )
+    elif choice:
+        splits = Splits(
+            cluster=choice.cluster,
+            splits=choice.splits,
+            num_stages=choice.num_stages,
+            why=f"{choice.splits} splits in clusters of {choice.cluster}, as asked",
+        )
     elif config.tma:
         splits = choose_clusters(problem, config, device)
     else:
         count, why = choose_splits(problem, config, device)
         splits = Splits(cluster=1, splits=count, num_stages=config.num_stages, why=why)
-    spare = spare_splits(problem, config, device) if ragged and not num_splits else 0
+    spare = 0
+    if ragged and not num_splits:
+        spare = spare_splits(problem, config, device, choice.spare if choice else None)
     columns = problem.num_kv_heads * config.row_blocks(problem.num_tokens)
     grid = (columns, splits.splits + spare, problem.batch_size)
     shared_bytes = config.shared_bytes_with(splits.num_stages)
@@ -260,7 +272,9 @@ def _choose_schedule(problem: Problem, device: Device, ragged: bool) -> tuple[Sc
     return Schedule.MULTISTAGE, f"{mib:.1f} MiB of {problem.reach} tokens"
 
 
-def _may_prefetch_first_tile(problem: Problem, config: KernelConfig, device: Device) -> bool:
+def _may_prefetch_first_tile(
+    problem: Problem, config: KernelConfig, device: Device, asked: bool | None
+) -> bool:
     """Whether warps should ask for their first tile before they know the length.
 
     It may reach into the row that another block appends meanwhile. Asynchronous copies of rows that
@@ -270,7 +284,7 @@ def _may_prefetch_first_tile(problem: Problem, config: KernelConfig, device: Dev
     limit = model.tma_mib if config.tma else model.prefetch_mib
     return (
         config.vec_width >= SMALLEST_COPY
-        and problem.cache_mib <= limit
+        and (problem.cache_mib <= limit if asked is None else asked)
         and all(policy.prefetches_first_tile for policy in problem.policies)
     )
 

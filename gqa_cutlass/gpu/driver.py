@@ -262,7 +262,9 @@ def describe_device(index: int) -> Device:
     major = _attribute(handle, attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)
     minor = _attribute(handle, attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)
     num_sms = _attribute(handle, attributes.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
-    return Device(index=index, arch=arch_of(10 * major + minor), num_sms=num_sms)
+    name = _check(driver.cuDeviceGetName(128, handle), f"asking for the name of GPU {index}")
+    name = bytes(name).split(b"\0")[0].decode(errors="replace")
+    return Device(index=index, arch=arch_of(10 * major + minor), num_sms=num_sms, name=name)
 
 
 def check_driver(version: int, compiler_major: int) -> None:

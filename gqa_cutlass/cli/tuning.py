@@ -1,0 +1,149 @@
+"""The command that searches for the fastest launches on the GPU at hand."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gqa_cutlass.cli.options import DryRun, Json, Model, Tp, number
+from gqa_cutlass.cli.output import note, print_table, progress, say, say_json
+from gqa_cutlass.cli.picking import choose
+from gqa_cutlass.cli.table import Column
+
+if TYPE_CHECKING:
+    from gqa_cutlass.codegen.schema.problem import Problem
+    from gqa_cutlass.tuning.table import Table
+
+_HEADS = re.compile(r"([1-9]\d{0,4})/([1-9]\d{0,4})/([1-9]\d{0,2})")
+_COLUMNS = (
+    Column(head="problem"),
+    Column(head="launch"),
+    Column(head="behind the best of each length", number=True),
+)
+
+
+def tune(
+    heads: Annotated[
+        str | None,
+        typer.Option(help="Comma-separated query heads/KV heads/head_dim: 32/8/128,8/1/128."),
+    ] = None,
+    model: Model = None,
+    tp: Tp = None,
+    batch: Annotated[str, typer.Option(help="Comma-separated numbers of sequences.")] = "1,8,64",
+    room: Annotated[
+        str, typer.Option(help="Comma-separated tokens that a sequence's cache has room for.")
+    ] = "1024,8192,32768",
+    page_size: Annotated[int, number("Tokens of a page. 0: caches in one piece.")] = 0,
+    most_gib: Annotated[
+        int, number("Leave out problems whose caches have more GiB than this.")
+    ] = 8,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="File to write, or to go on with. Default: this user's, which calls look into."
+        ),
+    ] = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Search for the fastest launch of every problem on this GPU, for all lengths at once.
+
+    Started again, it goes on where it was interrupted.
+    """
+    problems = [
+        problem
+        for each in _sizes(heads, model, tp)
+        for sequences in _numbers("batch", batch)
+        for tokens in _numbers("room", room)
+        if (problem := _problem(each, sequences, tokens, page_size)).cache_mib <= most_gib << 10
+    ]
+    if dry_run:
+        from gqa_cutlass.tuning.run import name_of
+
+        say("\n".join(map(name_of, problems)))
+        return
+    table = _tuned(problems, out)
+    if as_json:
+        from gqa_cutlass.tuning.run import name_of as name
+
+        say_json({"run": table.run, "best": {name(t.problem): str(t.best) for t in table.found}})
+        return
+    _show(table)
+
+
+def _tuned(problems: list[Problem], out: Path | None) -> Table:
+    import torch
+
+    from gqa_cutlass import env
+    from gqa_cutlass.devices import gpu
+    from gqa_cutlass.tuning.run import tune_all
+    from gqa_cutlass.tuning.table import FOLDER, file_name
+
+    gpu(torch.device("cuda"))  # or an error that says what is missing
+    path = out or env.cache_dir() / FOLDER / file_name(torch.cuda.get_device_name())
+    with progress(len(problems)) as step:
+        table = tune_all(problems, path, step)
+    note(f"tune: {path}")
+    return table
+
+
+def _show(table: Table) -> None:
+    from gqa_cutlass.tuning.run import name_of
+    from gqa_cutlass.tuning.search import lowest_of, regret
+
+    rows = [
+        [name_of(t.problem), str(t.best),
+         f"{regret(t.times[t.best], lowest_of(t.times)) - 1:.1%}"]
+        for t in table.found
+    ]  # fmt: skip
+    print_table(_COLUMNS, rows)
+
+
+def _sizes(heads: str | None, model: str | None, tp: str | None) -> list[tuple[int, int, int]]:
+    """Query heads, KV heads and head_dim, of each once."""
+    from gqa_cutlass.errors import InputError
+
+    chosen = choose("tune", model, tp, None)
+    if (chosen is None) == (heads is None):
+        raise InputError("tune: --heads, --model: got both or neither; name one of them.")
+    if chosen:
+        layers = (each.layers for each in chosen.layers)
+        return list(dict.fromkeys((a.num_q_heads, a.num_kv_heads, a.head_dim) for a in layers))
+    found = [_HEADS.fullmatch(entry.strip()) for entry in (heads or "").split(",")]
+    sizes = [tuple(map(int, each.groups())) for each in found if each]
+    if len(sizes) < len(found):
+        raise InputError(f"tune: --heads: got {heads!r}; allowed: 32/8/128, with commas between.")
+    return list(dict.fromkeys(sizes))  # type: ignore[arg-type]
+
+
+def _numbers(name: str, given: str) -> list[int]:
+    from gqa_cutlass.errors import InputError
+
+    entries = [entry.strip() for entry in given.split(",")]
+    if not all(re.fullmatch(r"[1-9]\d{0,9}", entry) for entry in entries):
+        raise InputError(f"tune: --{name}: got {given!r}; allowed: whole numbers, with commas.")
+    return list(dict.fromkeys(map(int, entries)))
+
+
+def _problem(sizes: tuple[int, int, int], batch: int, room: int, page_size: int) -> Problem:
+    from gqa_cutlass.codegen.schema.kinds import DType
+    from gqa_cutlass.codegen.schema.problem import WIDEST, Problem
+    from gqa_cutlass.codegen.variants import policies_for
+    from gqa_cutlass.errors import InputError
+    from gqa_cutlass.sizes import check_sizes
+
+    q_heads, kv_heads, head_dim = sizes
+    check_sizes("tune", batch=batch, max_seq_len=room, q_heads=q_heads, kv_heads=kv_heads,
+                head_dim=head_dim)  # fmt: skip
+    if q_heads % kv_heads:
+        raise InputError(f"tune: --heads: got {q_heads} of {kv_heads}; allowed: a multiple.")
+    if page_size < 0 or page_size and room % page_size:
+        raise InputError(f"tune: --page-size: got {page_size}; allowed: 0, or what divides {room}.")
+    return Problem(
+        batch_size=batch, num_q_heads=q_heads, num_kv_heads=kv_heads, head_dim=head_dim,
+        max_seq_len=room, page_size=page_size or None, dtype=DType.F16, vec_width=WIDEST,
+        append=True, policies=policies_for(["block_table"]) if page_size else (),
+    )  # fmt: skip

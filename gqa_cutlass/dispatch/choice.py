@@ -1,0 +1,66 @@
+"""A kernel and how it is launched: what can be measured, kept in a table and asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gqa_cutlass.codegen.config import KernelConfig
+from gqa_cutlass.codegen.schema.problem import MAX_SPLITS
+from gqa_cutlass.codegen.schema.storage import MAX_CLUSTER
+from gqa_cutlass.errors import InputError
+
+_MOST_SPARE = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """A kernel, and how the blocks of a launch share sequences.
+
+    Args:
+        config: The kernel.
+        splits: Parts that a sequence is cut into, at most.
+        num_stages: Stages of every warp; with the multistage schedule all that the kernel has.
+        cluster: Blocks of a cluster, a power of two that divides `splits`; 1 without tma.
+        spare: Rows of blocks beyond the splits, with which the multistage schedule balances
+            lengths that only the device knows; none where the host knows them, or of one sequence.
+        prefetch: Whether warps ask for their first tile before they know the length, where they
+            may; None: where the model says so.
+
+    Raises:
+        InputError: No launch is like that.
+    """
+
+    config: KernelConfig
+    splits: int
+    num_stages: int
+    cluster: int = 1
+    spare: int = 0
+    prefetch: bool | None = None
+
+    def __post_init__(self) -> None:
+        tma = isinstance(self.config, KernelConfig) and self.config.tma
+        clusters = [1 << log for log in range(MAX_CLUSTER.bit_length())] if tma else [1]
+        stages = range(1 if tma else self.config.num_stages, self.config.num_stages + 1)
+        for name, allowed in (
+            ("splits", range(1, MAX_SPLITS + 1)),
+            ("num_stages", stages),
+            ("cluster", [c for c in clusters if self.splits % c == 0]),
+            ("spare", range(1 if tma else _MOST_SPARE + 1)),
+        ):
+            value = getattr(self, name)
+            if type(value) is not int or value not in allowed:
+                text = ", ".join(map(str, allowed)) if len(allowed) < 9 else f"1 to {MAX_SPLITS}"
+                raise InputError(
+                    f"Choice: {name}: got {value!r}; allowed: {text}, with {self.splits!r} splits "
+                    f"of {self.config.name}."
+                )
+
+    def __str__(self) -> str:
+        c = self.config
+        clusters = f" in clusters of {self.cluster}" if self.cluster > 1 else ""
+        spare = f", {self.spare} spare" if self.spare else ""
+        early = "" if self.prefetch is None else f", {'' if self.prefetch else 'no '}early tile"
+        return (
+            f"{c.schedule} n{c.block_n}w{c.num_warps}, {self.splits} splits{clusters}, "
+            f"{self.num_stages} stages{spare}{early}"
+        )

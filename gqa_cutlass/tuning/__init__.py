@@ -1,0 +1,1 @@
+"""What was measured to be fastest: candidates, their measuring, and the tables that come of it."""

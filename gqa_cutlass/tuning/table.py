@@ -1,0 +1,230 @@
+"""Tables of what was measured: one JSON file per GPU, in the package and in the store's folder.
+
+A table is for the GPU that it names and no other. It says for a problem, by its heads, head
+dimensions, features, batch and room, which launches were tried and how long they took over several
+lengths; the first is the one to take. It serves both 16-bit types, and rooms of up to twice or half
+as much. Whatever it does not have is left to dispatch's model.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+from gqa_cutlass import env
+from gqa_cutlass.codegen.files import read_json, update, writing
+from gqa_cutlass.codegen.schema.kinds import DType, Math, Schedule
+from gqa_cutlass.codegen.schema.policies import tagged
+from gqa_cutlass.codegen.schema.problem import WIDEST, Problem
+from gqa_cutlass.codegen.variants import default_config
+from gqa_cutlass.dispatch import Choice, Device
+from gqa_cutlass.errors import GqaError, InputError, StoreError
+from gqa_cutlass.tuning.search import Tuned
+
+LOG = logging.getLogger("gqa_cutlass")
+SHIPPED, FOLDER = Path(__file__).parent / "tables", "tuned"
+_ALLOWED = "JSON that `gqa-cutlass tune` wrote"
+_SIZES = "batch_size", "num_q_heads", "num_kv_heads", "head_dim", "head_dim_v", "max_seq_len"
+_COLUMNS = (
+    "schedule", "block_n", "warps", "stages", "splits", "cluster", "stages used", "spare",
+    "early first tile", "microseconds",
+)  # fmt: skip
+_FARTHEST = 2  # room of a problem over a table's, or the reverse
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """What was measured on a GPU.
+
+    Args:
+        run: GPU, driver, compiler, torch, date and version.
+        found: By problem.
+    """
+
+    run: dict[str, str]
+    found: tuple[Tuned, ...] = ()
+
+    @classmethod
+    def load(cls, path: Path) -> Table:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: It is no such file.
+        """
+        content: Any = read_json("tune: table", path, _ALLOWED)
+        try:
+            run = {str(key): str(value) for key, value in content["run"].items()}
+            return cls(run={"gpu": "", **run}, found=tuple(map(_tuned, content["problems"])))
+        except (KeyError, TypeError, ValueError, AttributeError, GqaError) as wrong:
+            reason = f"{type(wrong).__name__}: {wrong}"
+            raise InputError(
+                f"tune: table: got {path}, which is none ({reason}); allowed: {_ALLOWED}."
+            ) from wrong
+
+    def save(self, path: Path) -> None:
+        """Write JSON, a line per launch.
+
+        Raises:
+            OutputError: The file system refuses.
+        """
+        problems = ",\n".join(map(_as_json, self.found))
+        text = f'{{"run": {json.dumps(self.run)},\n"problems": [\n{problems}\n]}}\n'
+        with writing("tune: --out", path.parent):
+            update(path.parent, {path.name: text})
+
+    def find(self, problem: Problem) -> Tuned | None:
+        """The measurement that is for a problem: of the nearest room, the larger of two."""
+        fitting = [
+            (max(room, wanted) / min(room, wanted), -room, tuned)
+            for tuned in self.found
+            if _key(tuned.problem) == _key(problem)
+            for room, wanted in ((tuned.problem.max_seq_len, problem.max_seq_len),)
+            if max(room, wanted) <= _FARTHEST * min(room, wanted)
+        ]
+        return min(fitting, key=lambda entry: entry[:2])[2] if fitting else None
+
+
+def file_name(gpu: str) -> str:
+    """The name of a GPU's table."""
+    return "".join(c if c.isalnum() else "-" for c in gpu.lower()) + ".json"
+
+
+def choice_for(problem: Problem, device: Device) -> Choice | None:
+    """What the tables say of a problem on a GPU, the user's before the shipped one.
+
+    Args:
+        problem: What is asked for.
+        device: The GPU.
+    """
+    if not device.name or problem.vec_width < WIDEST or problem.num_tokens > 1:
+        return None
+    if problem.window is not None:
+        return None
+    for table in tables(device.name):
+        if found := table.find(problem):
+            return _rebuilt(found.best, problem)
+    return None
+
+
+@lru_cache(maxsize=8)
+def tables(gpu: str) -> tuple[Table, ...]:
+    """The tables for a GPU, read once; a file that is none is logged and left out."""
+    return tuple(table for table in _all() if _is_for(table, gpu))
+
+
+def _is_for(table: Table, gpu: str) -> bool:
+    if table.run["gpu"] != gpu:
+        LOG.info("tune: a table of %s is not used on %s", table.run["gpu"], gpu)
+    return table.run["gpu"] == gpu
+
+
+@cache
+def _all() -> tuple[Table, ...]:
+    try:
+        folders = [env.cache_dir() / FOLDER, SHIPPED]
+    except StoreError:
+        folders = [SHIPPED]
+    found = []
+    for path in (path for folder in folders for path in sorted(folder.glob("*.json"))):
+        try:
+            found.append(Table.load(path))
+        except InputError as error:
+            LOG.warning("%s It is not used.", error)
+    return tuple(found)
+
+
+def _key(problem: Problem) -> tuple[object, ...]:
+    """What a table's problem and one that it serves have in common."""
+    sizes = (getattr(problem, name) for name in _SIZES if name != "max_seq_len")
+    whole_pages = problem.page_size is None or problem.page_size % 16 == 0
+    tags = tuple(policy.tag for policy in problem.policies)
+    return *sizes, problem.page_size is None, whole_pages, tags
+
+
+def _rebuilt(choice: Choice, problem: Problem) -> Choice | None:
+    """The same launch of the problem's kernel with these tiles."""
+    tiles = choice.config
+    try:
+        config = default_config(
+            Math.TENSOROP, problem.dtype, problem.head_dim, problem.group_size, WIDEST,
+            tiles.schedule, problem.policies, problem.head_dim_v,
+        )  # fmt: skip
+        config = replace(
+            config, block_n=tiles.block_n, num_warps=tiles.num_warps, num_stages=tiles.num_stages
+        )
+        return replace(choice, config=config)
+    except GqaError:
+        return None
+
+
+def _as_json(tuned: Tuned) -> str:
+    problem = {
+        **{name: getattr(tuned.problem, name) for name in _SIZES},
+        "page_size": tuned.problem.page_size,
+        "policies": [policy.tag for policy in tuned.problem.policies],
+    }
+    lines = [
+        json.dumps(
+            [
+                c.config.schedule,
+                c.config.block_n,
+                c.config.num_warps,
+                c.config.num_stages,
+                c.splits,
+                c.cluster,
+                c.num_stages,
+                c.spare,
+                c.prefetch,
+                [round(times[name], 3) for name in tuned.lengths],
+            ]
+        )  # fmt: skip
+        for c, times in tuned.times.items()
+    ]
+    return (
+        f'{{"problem": {json.dumps(problem)},\n "lengths": {json.dumps(tuned.lengths)},\n'
+        f' "columns": {json.dumps(_COLUMNS)},\n "launches": [\n  ' + ",\n  ".join(lines) + "\n]}"
+    )
+
+
+def _tuned(entry: Any) -> Tuned:
+    """Read a problem's entry; anything wrong raises one of what `Table.load` catches."""
+    sizes = {name: _whole(entry["problem"][name], name) for name in _SIZES}
+    tags = entry["problem"]["policies"]
+    problem = Problem(
+        **sizes, page_size=_whole(entry["problem"]["page_size"], "page_size"), dtype=DType.F16,
+        vec_width=WIDEST, append=True, policies=tagged("".join(f"_{tag}" for tag in tags)),
+    )  # fmt: skip
+    lengths = {str(name): tuple(map(int, each)) for name, each in entry["lengths"].items()}
+    times = dict(_launch(row, problem, list(lengths)) for row in entry["launches"])
+    if not times or not lengths:
+        raise ValueError("nothing was measured of a problem")
+    return Tuned(problem=problem, lengths=lengths, times=times)
+
+
+def _launch(row: Any, problem: Problem, lengths: list[str]) -> tuple[Choice, dict[str, float]]:
+    schedule, block_n, warps, stages, splits, cluster, used, spare, prefetch, micros = row
+    base = default_config(
+        Math.TENSOROP, problem.dtype, problem.head_dim, problem.group_size, WIDEST,
+        Schedule(schedule), problem.policies, problem.head_dim_v,
+    )  # fmt: skip
+    choice = Choice(
+        config=replace(base, block_n=block_n, num_warps=warps, num_stages=stages), splits=splits,
+        num_stages=used, cluster=cluster, spare=spare, prefetch=prefetch,
+    )  # fmt: skip
+    times = dict(zip(lengths, map(float, micros), strict=True))
+    if not all(0 < each < 1e9 for each in times.values()):
+        raise ValueError(f"microseconds: got {micros}")
+    return choice, times
+
+
+def _whole(value: object, name: str) -> Any:
+    """A size; None where there may be none."""
+    if value is None and name in ("head_dim_v", "page_size"):
+        return None
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name}: got {value!r}")
+    return value
