@@ -19,7 +19,7 @@ SHIPPED = "nvidia-h200.json"
 
 def bench(
     *, points: str, out: Path | None, source: Path | None, markdown: bool, commit: str | None,
-    as_json: bool = False,
+    as_json: bool = False, only: str = "",
 ) -> None:  # fmt: skip
     """Measure, or read what was measured; print tables and write files.
 
@@ -31,6 +31,7 @@ def bench(
         markdown: Print the tables of docs/benchmark.md instead of a terminal's.
         commit: What is measured; None: what git says of the checkout.
         as_json: Print the record instead of tables.
+        only: Parts to measure, with commas between them; empty for all.
 
     Raises:
         InputError: Options that do not go together, no such point, or no record.
@@ -40,11 +41,11 @@ def bench(
     if markdown and as_json:
         raise InputError("bench: --json: got --markdown as well; leave one of them out.")
     if source is None:
-        record, path = _measured(points, out, commit)
-    elif points or commit:
+        record, path = _measured(points, out, commit, only)
+    elif points or commit or only:
         raise InputError(
-            "bench: --from: got --points or --commit as well; both are for measuring, which --from "
-            "does not. Leave them out."
+            "bench: --from: got --points or --commit or --only as well; these are for measuring, "
+            "which --from does not. Leave them out."
         )
     else:
         record, path = Record.load(source), (out or Path()) / source.name
@@ -59,19 +60,24 @@ def bench(
         print(f"bench: wrote {', '.join(map(str, written))}", file=sys.stderr)
 
 
-def _measured(points: str, out: Path | None, commit: str | None) -> tuple[Record, Path]:
+def _measured(points: str, out: Path | None, commit: str | None, only: str) -> tuple[Record, Path]:
     """The record of a run, and its file."""
-    if points and out is None:
-        raise InputError(
-            f"bench: --points: got {points!r}, a part of the grid, and no --out; its record would "
-            "replace that of the whole grid. Name a folder with --out."
-        )
+    for option, given in (("points", points), ("only", only)):
+        if given and out is None:
+            raise InputError(
+                f"bench: --{option}: got {given!r}, a part of all, and no --out; its record would "
+                "replace that of the whole grid. Name a folder with --out."
+            )
+    parts = [part.strip() for part in only.split(",")] if only else list(measure.PARTS)
+    if unknown := [part for part in parts if part not in measure.PARTS]:
+        allowed = ", ".join(measure.PARTS)
+        raise InputError(f"bench: --only: got {unknown[0]!r}; allowed: {allowed}.")
     if not torch.cuda.is_available():
         raise DeviceError(
             "bench: measures on a GPU, and torch finds none; see the shipped record with "
             f"`gqa-cutlass bench --from {_shipped()}`."
         )
-    return measure.run(points, out or checkout.results_folder(), commit or checkout.commit())
+    return measure.run(points, out or checkout.results_folder(), commit or checkout.commit(), parts)
 
 
 def _write(record: Record, base: Path) -> list[Path]:
@@ -81,6 +87,7 @@ def _write(record: Record, base: Path) -> list[Path]:
         "-prefill": spreadsheet.prefill_csv(record),
         "-features": spreadsheet.features_csv(record),
         "-merges": spreadsheet.merges_csv(record),
+        "-serving": spreadsheet.serving_csv(record),
     }
     files: dict[str, str | bytes] = {
         f"{base.name}{ending}.csv": text for ending, text in sheets.items() if text

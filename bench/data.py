@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from gqa_cutlass.proof.reference import attend
 
 ROTATE_BYTES, MAX_SETS = 256 << 20, 512
 ALLOWED_ERROR = 1e-2  # by norm
-_FILL = 1 << 28
 
 
 def num_sets(read_bytes: int) -> int:
@@ -25,15 +23,6 @@ def num_sets(read_bytes: int) -> int:
 def pool_bytes(point: Point) -> int:
     """Bytes of all buffer sets of a point."""
     return num_sets(point.read_bytes) * point.cache_bytes
-
-
-def random_pool(points: Iterable[Point]) -> Tensor:
-    """Random numbers, enough for each of the points."""
-    numbers = max(map(pool_bytes, points)) // 2
-    pool = torch.empty(numbers, dtype=torch.float16, device="cuda")
-    for part in pool.split(_FILL):
-        part.normal_()
-    return pool
 
 
 class Data:
@@ -84,8 +73,16 @@ class Data:
         return out
 
 
-def check(plan: gqa_cutlass.Plan, data: Data, **features: Any) -> tuple[Tensor, float]:
+def check(
+    plan: gqa_cutlass.Plan, data: Data, *, behind: int | None = None, **features: Any
+) -> tuple[Tensor, float]:
     """Run the first set with NaN from the new token on; leave random numbers behind that token.
+
+    Args:
+        plan: What is checked.
+        data: Its tensors.
+        behind: Rows behind the new token that are looked at; None: all.
+        features: As for `expected`.
 
     Returns:
         The output, and its relative error by norm against float32.
@@ -95,16 +92,19 @@ def check(plan: gqa_cutlass.Plan, data: Data, **features: Any) -> tuple[Tensor, 
             is wrong.
     """
     caches = ((data.k[0], data.new_k), (data.v[0], data.new_v))
+    most = data.point.tokens if behind is None else behind + 1
     rows = [
-        (cache[b, n:], new[b]) for cache, new in caches for b, n in enumerate(data.point.lengths)
+        (cache[b, n : n + most], new[b])
+        for cache, new in caches
+        for b, n in enumerate(data.point.lengths)
     ]
-    for behind, _ in rows:
-        behind.fill_(float("nan"))
+    for tail, _ in rows:
+        tail.fill_(float("nan"))
     out = data.step(plan, 0)
-    for behind, new in rows:
-        assert torch.equal(behind[0], new), "the new token was not appended"
-        assert bool(behind[1:].isnan().all()), "a row behind the new token was written"
-        behind[1:].normal_()
+    for tail, new in rows:
+        assert torch.equal(tail[0], new), "the new token was not appended"
+        assert bool(tail[1:].isnan().all()), "a row behind the new token was written"
+        tail[1:].normal_()
     error = relative_error(out, expected(data, **features))
     assert error < ALLOWED_ERROR, f"{data.point}: relative error {error}"
     return out, error

@@ -18,8 +18,9 @@ from bench.data import Data, check
 from bench.pages import PagedData, check_paged
 from bench.points import Point
 from bench.record import Featured
-from bench.timing import Graph, interleaved
+from bench.timing import interleaved
 from bench.unusual import SCALE, Fp8Data, TokensData, check_unusual, tables
+from gqa_cutlass.tuning.timing import Graph
 
 Options = dict[str, Any]
 

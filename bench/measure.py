@@ -18,33 +18,37 @@ roofline.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 import gqa_cutlass
 from bench import baselines
-from bench.data import Data, check, pool_bytes, random_pool, relative_error
+from bench.data import Data, check, pool_bytes, relative_error
 from bench.features import CASES, Case, measure_feature
 from bench.host import host_costs
 from bench.merges import MERGES, measure_merge
 from bench.points import GRID, PREFILL, RAGGED, Point, Ragged
 from bench.prefill import measure_prefill
 from bench.record import Record, Row
-from bench.timing import Floor, Graph, agreeing, interleaved
+from bench.serving import bytes_needed, measure_serving, with_limits
+from bench.serving_points import SERVING
+from bench.timing import Floor, agreeing, floor_graph, interleaved, ours_graph
 from gqa_cutlass.cli.output import progress
 from gqa_cutlass.codegen import source_digest
 from gqa_cutlass.errors import InputError
 from gqa_cutlass.proof.evidence import ask_gpu, provenance
+from gqa_cutlass.tuning.timing import random_pool
 
-_Item = TypeVar("_Item")
+_Point = TypeVar("_Point", bound=Point)
 _Result = TypeVar("_Result")
 POOL_SHARE = 0.8  # of the GPU's free memory
+PARTS = "grid", "ragged", "prefill", "features", "merges", "serving", "host"
 OURS, BALANCED, DEPENDENT = "ours", "ours, balanced", "ours, dependent"
 
 
@@ -87,35 +91,30 @@ def variants(plan: gqa_cutlass.Plan, data: Data) -> dict[str, gqa_cutlass.Plan]:
     return differing
 
 
-def ours_graph(plan: gqa_cutlass.Plan, data: Data) -> Graph:
-    """A plan's steps over all buffer sets."""
-    return Graph(lambda i: data.step(plan, i), data.num_sets)
-
-
-def floor_graph(data: Data, floor: Floor, grid: int) -> Graph:
-    """The roofline kernel on one grid size, over the bytes that a step reads."""
-    return Graph(lambda i: floor.read(data.flat[i], grid), data.num_sets)
-
-
-def fitting(points: Iterable[Point], free: float) -> list[Point]:
+def fitting(
+    points: Iterable[_Point], free: float, needed: Callable[[_Point], int] = pool_bytes
+) -> list[_Point]:
     """The points whose buffer sets fit into so many bytes; the others are named."""
     fit = []
     for point in points:
-        if pool_bytes(point) <= free:
+        if needed(point) <= free:
             fit.append(point)
         else:
-            need = pool_bytes(point) / 2**30
+            need = needed(point) / 2**30
             print(f"bench: {point} left out: needs {need:.1f} GiB", file=sys.stderr)
     return fit
 
 
-def run(wanted: str, folder: Path, commit: str) -> tuple[Record, Path]:
+def run(
+    wanted: str, folder: Path, commit: str, only: Collection[str] = PARTS
+) -> tuple[Record, Path]:
     """Measure, and write what there is after each part.
 
     Args:
         wanted: Part of the names of the points to measure.
         folder: Where the record goes, in a file named after the GPU.
         commit: What is measured.
+        only: Which parts.
 
     Returns:
         The record and its file.
@@ -125,47 +124,60 @@ def run(wanted: str, folder: Path, commit: str) -> tuple[Record, Path]:
     """
     free = POOL_SHARE * torch.cuda.mem_get_info()[0]
     points = fitting((p for p in (*GRID, *RAGGED) if wanted in str(p)), free)
-    if not points:
+    cases = [
+        case for case in CASES
+        if wanted in str(case.point) and len(fitting(case.points, free)) == len(case.points)
+    ]  # fmt: skip
+    serving = fitting((p for p in SERVING if wanted in str(p)), free, bytes_needed)
+    items: dict[str, list[Any]] = {
+        "grid": [point for point in points if not isinstance(point, Ragged)],
+        "ragged": [point for point in points if isinstance(point, Ragged)],
+        "prefill": [point for point in points if point in PREFILL],
+        "features": cases,
+        "merges": [merge for merge in MERGES if wanted in str(merge)],
+        "serving": serving,
+    }
+    items = {part: each if part in only else [] for part, each in items.items()}
+    if not any(items[part] for part in ("grid", "ragged", "serving")):
         raise InputError(
             f"bench: --points: got {wanted!r}, in the name of no point that fits into this GPU's "
             f"memory; allowed: a part of a name, like {str(GRID[0])!r} or 'ragged'."
         )
     for name, module in baselines.missing().items():
         print(f"bench: {name} left out: no module {module} here", file=sys.stderr)
-    cases = [
-        case for case in CASES
-        if wanted in str(case.point) and len(fitting(case.points, free)) == len(case.points)
-    ]  # fmt: skip
-    attended = [*points, *(point for case in cases for point in case.points)]
-    prompts = [point for point in points if point in PREFILL]
-    merges = [merge for merge in MERGES if wanted in str(merge)]
-    with progress(len(points) + len(prompts) + len(cases) + len(merges) + 1) as step:
-        pool, floor = random_pool(attended), Floor()
+    attended = [*items["grid"], *items["ragged"]]
+    attended += [point for case in items["features"] for point in case.points]
+    needed = [*map(pool_bytes, attended), *map(bytes_needed, items["serving"])]
+    with progress(sum(map(len, items.values())) + ("host" in only)) as step:
+        pool, floor = random_pool(max(needed)), Floor()
 
-        def each(items: Iterable[_Item], measured: Callable[[_Item], _Result]) -> list[_Result]:
+        def each(part: str, measured: Callable[[Any], _Result]) -> list[_Result]:
             found = []
-            for item in items:
+            for item in items[part]:
                 found.append(measured(item))
                 step(f"{item.feature} {item.point}" if isinstance(item, Case) else str(item))
             return found
 
-        grid = [point for point in points if not isinstance(point, Ragged)]
-        rows = each(grid, lambda point: measure(point, pool, floor))
+        rows = each("grid", lambda point: measure(point, pool, floor))
         clocks = ask_gpu("clocks.sm,clocks.mem")
         record = Record(run={**provenance(), "clocks": clocks, "commit": commit}, rows=rows)
         path = folder / f"{record.run['gpu'].lower().replace(' ', '-')}.json"
         record.save(path)
-        uneven = [point for point in points if isinstance(point, Ragged)]
-        record = replace(record, ragged=each(uneven, lambda point: measure(point, pool, floor)))
+        record = replace(record, ragged=each("ragged", lambda point: measure(point, pool, floor)))
         record.save(path)
-        filled = each(prompts, lambda point: measure_prefill(point, pool))
+        filled = each("prefill", lambda point: measure_prefill(point, pool))
         record = replace(record, prefill=[found for found in filled if found is not None])
         record.save(path)
-        record = replace(record, features=each(cases, lambda case: measure_feature(case, pool)))
+        features = each("features", lambda case: measure_feature(case, pool))
+        record = replace(record, features=features)
         record.save(path)
-        record = replace(record, merges=each(merges, lambda merge: measure_merge(merge, floor)))
+        record = replace(record, merges=each("merges", lambda merge: measure_merge(merge, floor)))
         record.save(path)
-        record = replace(record, host=host_costs())
+        served = each("serving", lambda point: measure_serving(point, pool, floor))
+        record = replace(record, serving=with_limits(served, items["serving"]))
         record.save(path)
-        step("host")
+        if "host" in only:
+            record = replace(record, host=host_costs())
+            record.save(path)
+            step("host")
     return record, path

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from bench.data import ALLOWED_ERROR, num_sets, relative_error
 from bench.record import Merged
-from bench.timing import Floor, Graph, interleaved
+from bench.timing import Floor, interleaved
 from gqa_cutlass import merge_states
 from gqa_cutlass.codegen.schema.rounding import ceil_div, round_up
 from gqa_cutlass.merge import by_operators
+from gqa_cutlass.tuning.timing import Graph
 
 MOST = 1.2  # target: of the floor
 _HEADS, _HEAD_DIM = 32, 128

@@ -23,7 +23,8 @@ from bench.baselines import SDPA
 from bench.data import Data, check, num_sets, relative_error
 from bench.points import Point
 from bench.record import Prefill
-from bench.timing import Attend, Graph, agreeing, interleaved
+from bench.timing import Attend, agreeing, interleaved
+from gqa_cutlass.tuning.timing import Graph
 
 
 class Prompts:

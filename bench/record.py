@@ -209,6 +209,63 @@ class Featured:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Served:
+    """A step as servers run it; microseconds per call.
+
+    Args:
+        point: Label.
+        kind: Which part of the serving points.
+        mib: MiB of K and V that a call reads.
+        kernel: Name of our kernel.
+        launch: How it was launched.
+        relative_error: By norm, against float32.
+        floor: A kernel that only reads the same bytes.
+        ours: By a call that says nothing of its lengths.
+        told: The same by calls that do, by what they say; where that changes the launch.
+        measured: Baselines measured in the same run, attention only.
+        recorded: Baselines recorded elsewhere over lengths of the same distribution.
+        recorded_floor: The floor there.
+        limit: Target: what ours may take; None where nothing is to compare with.
+    """
+
+    point: str
+    kind: str
+    mib: float
+    kernel: str
+    launch: str
+    relative_error: float
+    floor: float
+    ours: float
+    told: dict[str, float] = field(default_factory=dict)
+    measured: dict[str, float] = field(default_factory=dict)
+    recorded: dict[str, float] = field(default_factory=dict)
+    recorded_floor: float | None = None
+    limit: float | None = None
+
+    @property
+    def label(self) -> Label:
+        """What the point's name says."""
+        return Label.of(self.point)
+
+    @property
+    def over_floor(self) -> float:
+        """What ours takes, as a multiple of the floor."""
+        return self.ours / self.floor
+
+    @property
+    def met(self) -> bool:
+        """Whether it takes no longer than it may."""
+        return self.limit is None or self.ours <= self.limit
+
+    @property
+    def best_recorded(self) -> float | None:
+        """What the fastest baseline took elsewhere, as a multiple of the floor there."""
+        if self.recorded_floor is None or not self.recorded:
+            return None
+        return min(self.recorded.values()) / self.recorded_floor
+
+
+@dataclass(frozen=True, kw_only=True)
 class Merged:
     """Parts merged; microseconds per call.
 
@@ -247,6 +304,7 @@ class Record:
         prefill: Attention of whole prompts, for comparison.
         features: Steps with features, beside plain ones.
         merges: Parts merged.
+        serving: Steps as servers run them.
         host: Microseconds of host time per call, by contender.
     """
 
@@ -256,6 +314,7 @@ class Record:
     prefill: list[Prefill] = field(default_factory=list)
     features: list[Featured] = field(default_factory=list)
     merges: list[Merged] = field(default_factory=list)
+    serving: list[Served] = field(default_factory=list)
     host: dict[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -276,13 +335,16 @@ class Record:
                     raise ValueError(f"the record: {prompts.point}: no prefill was measured")
             for featured in file.features:
                 Label.of(featured.point)
+            for served in file.serving:
+                Label.of(served.point)
         except ValueError as wrong:
             raise InputError(
                 f"bench: record: got {path}, which is none ({wrong}); allowed: {_ALLOWED}."
             ) from wrong
         return cls(
             run=file.run, rows=file.microseconds, ragged=file.ragged, prefill=file.prefill,
-            features=file.features, merges=file.merges, host=file.host_microseconds,
+            features=file.features, merges=file.merges, serving=file.serving,
+            host=file.host_microseconds,
         )  # fmt: skip
 
     def save(self, path: Path) -> None:
@@ -299,7 +361,7 @@ class Record:
         file = _File(
             run=self.run, recorded_scaled=baselines.SOURCE, host_microseconds=self.host,
             microseconds=self.rows, ragged=self.ragged, prefill=self.prefill,
-            features=self.features, merges=self.merges,
+            features=self.features, merges=self.merges, serving=self.serving,
         )  # fmt: skip
         return json.dumps(asdict(file), indent=1) + "\n"
 
@@ -316,3 +378,4 @@ class _File:
     prefill: list[Prefill] = field(default_factory=list)
     features: list[Featured] = field(default_factory=list)
     merges: list[Merged] = field(default_factory=list)
+    serving: list[Served] = field(default_factory=list)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 
 from bench.baselines import SDPA
 from bench.points import Label
-from bench.record import Baseline, Featured, Merged, Prefill, Record, Row
+from bench.record import Baseline, Featured, Merged, Prefill, Record, Row, Served
 from gqa_cutlass.cli.output import print_table, say, say_labelled
 from gqa_cutlass.cli.table import Column
 
@@ -39,6 +39,12 @@ _MERGES_HEADER = (
     "parts", "MiB read and written", "floor", "ours", "over the floor", "target",
     "PyTorch's operators",
 )  # fmt: skip
+_SERVING_HEADER = (
+    "model, heads (q/kv/dim)", "sequences × room", "held", "MiB read", "floor", "ours",
+    "over the floor", "target", "told that lengths are equal", "told the longest",
+    "batch-invariant", "best recorded, over its floor",
+)  # fmt: skip
+_TOLD = "equal", "longest", "invariant"
 
 
 def show(record: Record) -> None:
@@ -56,6 +62,8 @@ def show(record: Record) -> None:
         _show_features(record.features)
     if record.merges:
         _show_merges(record.merges)
+    if record.serving:
+        _show_serving(record.serving)
     if record.host:
         _show_host(record.host)
 
@@ -168,6 +176,50 @@ def _show_merges(rows: list[Merged]) -> None:
     print_table(columns, cells, title)
 
 
+def _show_serving(rows: list[Served]) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row.measured))
+    columns = _columns(
+        "point", "MiB read", "floor", "ours", *_TOLD, *names, "over floor", "target", "met",
+        "best recorded", first_to_go=("MiB read", "best recorded", *_TOLD, *names),
+        then=("floor",),
+    )  # fmt: skip
+    cells = [
+        [
+            row.point, f"{row.mib:.1f}", f"{row.floor:.2f}", f"{row.ours:.2f}",
+            *_micros(row.told, _TOLD), *_micros(row.measured, names), f"{row.over_floor:.2f}x",
+            _micro(row.limit), _met(row.met), _over(row.best_recorded),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    print_table(columns, cells, "us per call as servers run it: lengths differ, and room for more")
+    say_labelled("\n".join(serving_summary(rows)), 0)
+
+
+def _over(ratio: float | None, sign: str = "x") -> str:
+    return ABSENT if ratio is None else f"{ratio:.2f}{sign}"
+
+
+def serving_summary(rows: list[Served]) -> list[str]:
+    """Per kind of points, geometric mean and worst of ours over the floor, and targets met."""
+    lines = []
+    for kind in dict.fromkeys(row.kind for row in rows):
+        of_kind = [row for row in rows if row.kind == kind]
+        worst = max(of_kind, key=lambda row: row.over_floor)
+        lines.append(
+            f"serving, {kind}: {_mean(row.over_floor for row in of_kind):.2f}x the floor, at worst "
+            f"{worst.over_floor:.2f}x ({worst.point}); {sum(row.met for row in of_kind)} of "
+            f"{len(of_kind)} points meet their target"
+        )
+        for name in _TOLD:
+            told = [row.ours / row.told[name] for row in of_kind if name in row.told]
+            if told:
+                lines.append(
+                    f"serving, {kind}: ours over the same told {name}: {_mean(told):.2f}x, "
+                    f"{min(told):.2f}x to {max(told):.2f}x, at {len(told)} points"
+                )
+    return lines
+
+
 def _show_host(costs: dict[str, float]) -> None:
     cells = [
         [
@@ -244,10 +296,13 @@ def markdown(record: Record) -> str:
         tables.append(_markdown_table(_FEATURES_HEADER, map(_features_cells, record.features)))
     if record.merges:
         tables.append(_markdown_table(_MERGES_HEADER, map(_merges_cells, record.merges)))
+    if record.serving:
+        tables.append(_markdown_table(_SERVING_HEADER, map(_serving_cells, record.serving)))
     if record.host:
         cells = [[n, _short(t), _host_target(n)] for n, t in record.host.items()]
         tables.append(_markdown_table(("call", "µs of host time", "target"), cells))
-    return "\n\n".join([*tables, "\n".join(summary(record.rows))])
+    sentences = [*summary(record.rows), *serving_summary(record.serving)]
+    return "\n\n".join([*tables, "\n".join(sentences)])
 
 
 def _markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -291,6 +346,14 @@ def _merges_cells(row: Merged) -> list[str]:
     return [
         row.merge, f"{row.mib:.1f}", f"{row.floor:.1f}", f"**{row.ours:.1f}**",
         f"{row.over_floor:.2f}×", f"{row.limit:.1f}×", f"{row.operators:.1f}",
+    ]  # fmt: skip
+
+
+def _serving_cells(row: Served) -> list[str]:
+    return [
+        *_split(row.label), row.label.lengths or ABSENT, f"{row.mib:.1f}", f"{row.floor:.1f}",
+        f"**{row.ours:.1f}**", f"{row.over_floor:.2f}×", _micro(row.limit, 1),
+        *_micros(row.told, _TOLD, 1), _over(row.best_recorded, "×"),
     ]  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from bench.checkout import UNKNOWN
 from bench.points import Label
-from bench.record import Featured, Merged, Prefill, Record, Row
+from bench.record import Featured, Merged, Prefill, Record, Row, Served
 
 PROVENANCE = ("gpu", "driver", "clocks", "torch", "compiler", "date", "commit")
 EQUAL = "equal"
@@ -46,6 +46,15 @@ def merges_csv(record: Record) -> str:
     """Parts merged."""
     run = _provenance(record.run)
     return _csv([_merged(row) | run for row in record.merges])
+
+
+def serving_csv(record: Record) -> str:
+    """Steps as servers run them."""
+    told = dict.fromkeys(name for row in record.serving for name in row.told)
+    measured = dict.fromkeys(name for row in record.serving for name in row.measured)
+    recorded = dict.fromkeys(name for row in record.serving for name in row.recorded)
+    run = _provenance(record.run)
+    return _csv([_served(row, told, measured, recorded) | run for row in record.serving])
 
 
 def _decode(row: Row, measured: Iterable[str], recorded: Iterable[str]) -> Cells:
@@ -112,6 +121,26 @@ def _merged(row: Merged) -> Cells:
         "ours_over_floor": round(row.over_floor, 4),
         "target_over_floor": row.limit,
         "operators_us": _micros(row.operators),
+        "relative_error": f"{row.relative_error:.3g}",
+    }
+
+
+def _served(
+    row: Served, told: Iterable[str], measured: Iterable[str], recorded: Iterable[str]
+) -> Cells:
+    return {
+        **_point(row.label),
+        "part": row.kind,
+        "kv_mib": round(row.mib, 3),
+        "ours_us": _micros(row.ours),
+        **{f"ours_told_{_column(name)}_us": _micros(row.told.get(name)) for name in told},
+        "floor_us": _micros(row.floor),
+        "ours_over_floor": round(row.over_floor, 4),
+        "target_us": _micros(row.limit),
+        **{f"{_column(name)}_us": _micros(row.measured.get(name)) for name in measured},
+        **{f"{_column(n)}_recorded_us": _micros(row.recorded.get(n)) for n in recorded},
+        "floor_of_recorded_us": _micros(row.recorded_floor),
+        "kernel": row.kernel,
         "relative_error": f"{row.relative_error:.3g}",
     }
 

@@ -12,8 +12,9 @@ import torch
 from cuda.core import Device, LaunchConfig, ObjectCode, Stream, launch
 from torch import Tensor
 
-from bench.data import ALLOWED_ERROR
+from bench.data import ALLOWED_ERROR, Data
 from bench.points import Point
+from gqa_cutlass.call.plan import Plan
 from gqa_cutlass.codegen.compile import compile_source
 from gqa_cutlass.gpu.driver import describe_device
 from gqa_cutlass.tuning.timing import Graph, evict
@@ -83,3 +84,13 @@ class Floor:
         count = np.uint64(data.numel() * data.element_size() // 16)
         arguments = data.data_ptr(), count, self._sink.data_ptr()
         launch(stream, LaunchConfig(grid=grid, block=256), self._kernel, *arguments)
+
+
+def ours_graph(plan: Plan, data: Data) -> Graph:
+    """A plan's steps over all buffer sets."""
+    return Graph(lambda i: data.step(plan, i), data.num_sets)
+
+
+def floor_graph(data: Data, floor: Floor, grid: int) -> Graph:
+    """The roofline kernel on one grid size, over the bytes that a step reads."""
+    return Graph(lambda i: floor.read(data.flat[i], grid), data.num_sets)

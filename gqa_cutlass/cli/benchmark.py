@@ -16,6 +16,13 @@ def bench(
     points: Annotated[
         str, typer.Option(help="Measure only points whose name contains this. Needs --out.")
     ] = "",
+    only: Annotated[
+        str,
+        typer.Option(
+            help="Measure only these parts, with commas between: grid, ragged, prefill, features, "
+            "merges, serving, host. Needs --out."
+        ),
+    ] = "",
     out: Annotated[
         Path | None,
         folder(
@@ -42,4 +49,4 @@ def bench(
     from bench.command import bench as run
 
     run(points=points, out=out, source=source, markdown=markdown, commit=commit,
-        as_json=as_json)  # fmt: skip
+        as_json=as_json, only=only)  # fmt: skip

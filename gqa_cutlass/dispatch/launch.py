@@ -98,13 +98,14 @@ def dispatch(
         InputError: The given kernel cannot solve the problem.
     """
     choice = kernel if isinstance(kernel, Choice) else None
-    kernel = kernel if choice is None else choice.config
-    if kernel is None:
+    forced = kernel.config if isinstance(kernel, Choice) else kernel
+    if forced is None:
         config, why_config = choose_config(problem, device, ragged)
     else:
-        _check_fits(kernel, problem, device)
-        config, why_config = kernel, "this kernel, as asked"
-    prefetch = _may_prefetch_first_tile(problem, config, device, choice and choice.prefetch)
+        _check_fits(forced, problem, device)
+        config, why_config = forced, "this kernel, as asked"
+    early = choice.prefetch if choice else None
+    prefetch = _may_prefetch_first_tile(problem, config, device, early)
     next_starts, why_pdl = Pdl.NONE, ""
     if pdl:
         pdl_config = replace(config, pdl=True)

@@ -44,7 +44,7 @@ def lengths_of(problem: Problem) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def lognormal(batch: int, mean: float, sigma: float, most: int) -> tuple[int, ...]:
+def lognormal(batch: int, mean: float, sigma: float, most: int, seed: int = 0) -> tuple[int, ...]:
     """Lengths drawn from a lognormal distribution, the same for equal arguments.
 
     Args:
@@ -52,8 +52,9 @@ def lognormal(batch: int, mean: float, sigma: float, most: int) -> tuple[int, ..
         mean: Of the distribution, in tokens.
         sigma: Standard deviation of the logarithm.
         most: The longest; draws are cut there, and at 1.
+        seed: Of the draw.
     """
-    drawn = random.Random(f"{batch} {mean} {sigma}")
+    drawn = random.Random(f"{batch} {mean} {sigma} {seed}")
     center = log(mean) - sigma**2 / 2
     return tuple(
         min(max(round(drawn.lognormvariate(center, sigma)), 1), most) for _ in range(batch)

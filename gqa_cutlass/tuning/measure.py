@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,6 @@ from gqa_cutlass.dispatch import Choice
 from gqa_cutlass.errors import GqaError, InputError
 from gqa_cutlass.tuning.timing import Graph, evict
 
-_FILL = 1 << 28  # numbers at a time
 _MOST_SETS, _FEWEST_SETS, _FULL_BYTES = 24, 8, 4 << 30
 _ALLOWED_ERROR = 1e-2  # by norm, between two kernels
 _TORCH = {kind: name for name, kind in DTYPES.items()}
@@ -48,14 +48,6 @@ def pool_bytes(problem: Problem) -> int:
     return sets_of(problem) * room_bytes(problem)
 
 
-def random_pool(num_bytes: int, device: torch.device | str = "cuda") -> Tensor:
-    """Random numbers in so many bytes, of 16 bits each."""
-    pool = torch.empty(num_bytes // ELEMENT_BYTES, dtype=torch.float16, device=device)
-    for part in pool.split(_FILL):
-        part.normal_()
-    return pool
-
-
 class Stand:
     """A problem's tensors, and the graphs of candidates over them.
 
@@ -75,7 +67,8 @@ class Stand:
         per_set = room_bytes(problem) // ELEMENT_BYTES
         rows = problem.batch_size * problem.max_seq_len * problem.num_kv_heads
         caches = pool[: self._sets * per_set].view(dtype).view(self._sets, per_set)
-        tokens, options = (problem.batch_size, problem.max_seq_len), {}
+        tokens = problem.batch_size, problem.max_seq_len
+        options: dict[str, Any] = {}
         if problem.page_size:
             pages = rows // problem.num_kv_heads // problem.page_size
             tokens = pages, problem.page_size

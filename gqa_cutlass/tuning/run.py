@@ -15,9 +15,10 @@ from gqa_cutlass.errors import InputError
 from gqa_cutlass.kernels.store import Store, build_each
 from gqa_cutlass.proof.evidence import provenance
 from gqa_cutlass.tuning.candidates import kernels_of, lengths_of
-from gqa_cutlass.tuning.measure import Stand, check_fits, pool_bytes, random_pool
+from gqa_cutlass.tuning.measure import Stand, check_fits, pool_bytes
 from gqa_cutlass.tuning.search import tune
 from gqa_cutlass.tuning.table import Table
+from gqa_cutlass.tuning.timing import random_pool
 from gqa_cutlass.version import __version__
 
 _SHARE = 0.75  # of the GPU's free memory

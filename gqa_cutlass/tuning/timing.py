@@ -9,6 +9,15 @@ import torch
 from torch import Tensor
 
 _UNRELATED_BYTES = 256 << 20
+_FILL = 1 << 28  # numbers at a time
+
+
+def random_pool(num_bytes: int, device: torch.device | str = "cuda") -> Tensor:
+    """Random numbers in so many bytes, of 16 bits each."""
+    pool = torch.empty(num_bytes // 2, dtype=torch.float16, device=device)
+    for part in pool.split(_FILL):
+        part.normal_()
+    return pool
 
 
 class Graph:

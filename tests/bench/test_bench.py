@@ -7,6 +7,7 @@ import math
 import sys
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 import gqa_cutlass
-from bench import baselines, features, measure, merges, prefill, report, timing
+from bench import baselines, features, measure, merges, prefill, report, serving, timing
 from bench import data as bench_data
-from bench.data import Data, check, pool_bytes
+from bench.data import Data, check
 from bench.features import Case
 from bench.merges import Merge
 from bench.points import RAGGED, Point
 from bench.record import Record
+from bench.serving_points import LENGTHS, ROOM, Recorded, Serving
 from gqa_cutlass.errors import InputError
 
 
@@ -151,7 +153,44 @@ def _times(graphs: dict[str, FakeGraph]) -> dict[str, float]:
 def _plan(
     *tensors: Tensor, cache_seqlens: Tensor, ragged: bool, dependent: bool, **features: object
 ) -> FakePlan:
+    if "block_table" in features:
+        return FakePagedPlan(features["block_table"])
     return FakePlan(shape=f"{'spare splits, ' * ragged}{'early' * dependent}")
+
+
+_SIZES = ("small", 4, 2, 64, 3)
+SMALL_SERVING = (
+    Serving(
+        *_SIZES, 48, name="three lengths", cached=(47, 0, 20), limit=1.0, kind=LENGTHS,
+        recorded=Recorded(floor=2.0, micros={"XQA": 5.0}),
+    ),
+    *(
+        Serving(
+            *_SIZES, 16 * factor, name=f"16 held{pages}", cached=(15,) * 3, limit=1.0, kind=ROOM,
+            held=16, factor=factor, page_size=8 if pages else None,
+        )
+        for pages in ("", ", pages of 8")
+        for factor in (1, 4)
+    ),
+)  # fmt: skip
+
+
+class FakePagedPlan(FakePlan):
+    """Appends and attends by a table."""
+
+    def __init__(self, table: Tensor) -> None:
+        super().__init__()
+        self.table = table
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, new_k: Tensor, new_v: Tensor, lengths: Tensor
+    ) -> Tensor:
+        rows = range(len(lengths))
+        for cache, new in ((k, new_k), (v, new_v)):
+            for b, n in zip(rows, lengths.tolist(), strict=True):
+                cache[self.table[b, n // 8], n % 8] = new[b]
+        held = [cache[self.table.long()].flatten(1, 2) for cache in (k, v)]
+        return attend(q, *held, (lengths + 1).tolist()).to(q.dtype)
 
 
 SMALL_MERGE = Merge(parts=2, batch=2, dtype=torch.float32)
@@ -173,17 +212,18 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         "MERGES": (SMALL_MERGE,),
         "RAGGED": (SMALL_RAGGED,),
         "Floor": FakeFloor,
-        "random_pool": lambda points: pool(max(points, key=pool_bytes)),
+        "random_pool": lambda num_bytes: torch.randn(num_bytes // 2, dtype=torch.float16),
+        "SERVING": SMALL_SERVING,
         "host_costs": lambda: {"plan": 7.0, "gqa_decode": 15.0},
         "provenance": lambda: about,
         "ask_gpu": lambda fields: "1 MHz",
         "source_digest": lambda config: "0" * 16,
     }.items():
         monkeypatch.setattr(measure, name, value)
-    for module in (measure, prefill, features, merges):
+    for module in (measure, prefill, features, merges, serving):
         monkeypatch.setattr(module, "interleaved", _times)
     monkeypatch.setattr(merges, "_DEVICE", "cpu")
-    for module in (measure, prefill, features, merges, timing):
+    for module in (prefill, features, merges, timing):
         monkeypatch.setattr(module, "Graph", FakeGraph)
     monkeypatch.setattr(prefill, "SDPA", dict.fromkeys(baselines.SDPA, SDPBackend.MATH))
     monkeypatch.setattr(gqa_cutlass, "plan", _plan)
@@ -214,6 +254,12 @@ def test_a_run_writes_what_it_measured(tmp_path: Path, monkeypatch: pytest.Monke
     assert (merged.merge, merged.ours, merged.floor) == (str(SMALL_MERGE), 4.0, 3.0)
     assert (merged.operators, merged.limit, round(merged.over_floor, 2)) == (12.0, 1.2, 1.33)
     assert 0 < merged.relative_error < 1e-2
+    first, *rooms = record.serving
+    assert (first.point, first.ours, first.floor) == (str(SMALL_SERVING[0]), 4.0, 3.0)
+    assert (first.limit, first.best_recorded, first.met) == (5.5, 2.5, True)
+    assert first.told == {"equal": 6.0} and first.measured.keys() == {"FlashInfer", "FA3", "FA2"}
+    assert [row.point for row in rooms] == [str(point) for point in SMALL_SERVING[1:]]
+    assert [row.limit for row in rooms] == [4.3] * 4
     (prompts,) = record.prefill
     assert (prompts.point, prompts.decode) == ("small 4/2/64 3x48", 5.0)
     assert prompts.measured == {"SDPA flash": 7.0, "SDPA cuDNN": 6.0}
@@ -243,6 +289,13 @@ def test_only_chosen_points_have_prompts(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(measure, "PREFILL", ())
     record, _ = measure.run("", tmp_path, "c0ffee")
     assert len(record.rows) == 1 and record.prefill == []
+
+
+@pytest.mark.usefixtures("without_gpu")
+def test_a_part_is_measured_alone(tmp_path: Path) -> None:
+    record, _ = measure.run("", tmp_path, "c0ffee", ["serving"])
+    assert len(record.serving) == len(SMALL_SERVING)
+    assert replace(record, serving=[]) == Record(run=record.run, rows=[])
 
 
 @pytest.mark.usefixtures("without_gpu")

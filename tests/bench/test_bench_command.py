@@ -23,7 +23,7 @@ from gqa_cutlass.cli import app, main
 
 ENDINGS = "", "-context", "-bandwidth", "-ratios"
 PICTURES = {f"x{end}.{kind}" for end in ENDINGS for kind in ("svg", "png")}
-SHEETS = {"x.csv", "x-prefill.csv", "x-features.csv", "x-merges.csv"}
+SHEETS = {"x.csv", "x-prefill.csv", "x-features.csv", "x-merges.csv", "x-serving.csv"}
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +71,7 @@ def _names(folder: Path) -> set[str]:
 
 def test_a_run_is_shown_and_written(measured: list[tuple[Any, ...]], tmp_path: Path) -> None:
     result = _bench()
-    assert measured == [("", tmp_path / "results", "c0ffee")]
+    assert measured == [("", tmp_path / "results", "c0ffee", list(measure.PARTS))]
     assert "us per call on the grid" in result.stdout
     assert _names(tmp_path / "results") == PICTURES | SHEETS | {"x.json"}
     assert f"wrote {tmp_path}/results/x.csv, " in result.stderr
@@ -89,7 +89,7 @@ def test_a_part_is_written_where_it_is_told(
     measured: list[tuple[Any, ...]], tmp_path: Path
 ) -> None:
     _bench("--points", "llama", "--out", tmp_path / "new", "--commit", "beef")
-    assert measured == [("llama", tmp_path / "new", "beef")]
+    assert measured == [("llama", tmp_path / "new", "beef", list(measure.PARTS))]
     assert _names(tmp_path / "new") == PICTURES | SHEETS | {"x.json"}
     assert _names(tmp_path / "results") == set()
 
@@ -151,16 +151,30 @@ def test_without_a_gpu_it_says_how_to_see_the_shipped_record(
     assert f"`gqa-cutlass bench --from {where}/nvidia-h200.json`" in said
 
 
+@pytest.mark.parametrize(("option", "given"), [("--points", "llama"), ("--only", "host")])
 def test_a_part_must_not_replace_the_record(
-    measured: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch,
+    option: str, given: str, measured: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    said = _refused(monkeypatch, capsys, "--points", "llama")
-    assert "--points: got 'llama'" in said and "--out" in said
+    said = _refused(monkeypatch, capsys, option, given)
+    assert f"{option}: got {given!r}" in said and "--out" in said
     assert measured == []
 
 
-@pytest.mark.parametrize("option", ["--points", "--commit"])
+def test_a_part_that_there_is_not_is_refused(
+    measured: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    said = _refused(monkeypatch, capsys, "--only", "serving,all", "--out", "new")
+    assert "--only: got 'all'; allowed: grid, ragged," in said and measured == []
+
+
+def test_parts_are_measured_alone(measured: list[tuple[Any, ...]], tmp_path: Path) -> None:
+    _bench("--only", "serving, host", "--out", tmp_path / "new")
+    assert measured == [("", tmp_path / "new", "c0ffee", ["serving", "host"])]
+
+
+@pytest.mark.parametrize("option", ["--points", "--commit", "--only"])
 def test_options_of_a_measurement_are_refused_without_one(
     option: str, saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,6 +19,7 @@ from bench.features import CASES
 from bench.merges import MERGES
 from bench.points import GRID, PREFILL, RAGGED
 from bench.record import Prefill, Record
+from bench.serving_points import SERVING
 from gqa_cutlass.errors import InputError
 
 SHIPPED = REPOSITORY / "bench" / "results" / "nvidia-h200.json"
@@ -35,7 +36,7 @@ def test_the_record_survives_its_file(full: Record, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "r.json").read_text())["recorded_scaled"] == baselines.SOURCE
 
 
-@pytest.mark.parametrize("part", ["prefill", "features", "merges"])
+@pytest.mark.parametrize("part", ["prefill", "features", "merges", "serving"])
 def test_a_record_from_before_a_part_was_measured_is_read(
     part: str, full: Record, tmp_path: Path
 ) -> None:
@@ -134,10 +135,12 @@ def test_prompts_are_compared_by_the_faster_backend() -> None:
 
 
 def test_markdown_has_a_row_per_point(full: Record) -> None:
-    grid, ragged, prefill, features, merges, host, sentences = report.markdown(full).split("\n\n")
+    tables = report.markdown(full).split("\n\n")
+    grid, ragged, prefill, features, merges, serving, host, sentences = tables
     for table, rows, columns in (
         (grid, len(GRID), 14), (ragged, len(RAGGED), 8), (prefill, len(PREFILL), 8),
-        (features, len(CASES), 8), (merges, len(MERGES), 7), (host, 4, 3),
+        (features, len(CASES), 8), (merges, len(MERGES), 7),
+        (serving, len(SERVING), 12), (host, 4, 3),
     ):  # fmt: skip
         lines = table.splitlines()
         assert len(lines) == 2 + rows
@@ -156,6 +159,10 @@ def test_markdown_has_a_row_per_point(full: Record) -> None:
     )
     assert merges.splitlines()[4] == (
         "| 2 parts of 4096x32x128 in float32 | 161.5 | 39.9 | **43.9** | 1.10× | 1.2× | 159.8 |"
+    )
+    assert serving.splitlines()[2] == (
+        "| llama3-8b 32/8/128 | 4 × 8192 | lognormal 500/1.0 | 11.7 | 4.9 | **6.2** | 1.25× | 7.4 "
+        "| 7.4 | - | - | 2.70× |"
     )
     assert host.splitlines()[2:] == [
         "| plan | 7.0 | 8 |",
@@ -187,7 +194,8 @@ def test_a_terminal_shows_every_part(full: Record, capsys: pytest.CaptureFixture
         "8 parts of 64x32x128 in bfloat16",
     ):
         assert title in said
-    rows = [line for line in said.splitlines() if " 8x1024 " in line]
+    assert f"\n{SERVING[0]} " in said and "serving, room: 1.25x the floor" in said
+    rows = [line for line in said.splitlines() if " 8x1024  " in line]
     of_step, of_prompts = (re.split("  +", row) for row in rows)
     assert of_step[1:8] == ["32.0", "10.00", "12.50", "-", "10.00", "1.56", "2684"]
     assert of_prompts[1:] == ["12.50", "1.56", "500.00", "400.00", "0.0488", "32.0x"]

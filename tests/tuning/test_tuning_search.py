@@ -16,9 +16,10 @@ from gqa_cutlass.dispatch import Choice, dispatch, model_device
 from gqa_cutlass.errors import InputError
 from gqa_cutlass.tuning import measure, run, search
 from gqa_cutlass.tuning.candidates import candidates, chosen, kernels_of, lengths_of, variants
-from gqa_cutlass.tuning.measure import Stand, pool_bytes, random_pool, sets_of
+from gqa_cutlass.tuning.measure import Stand, pool_bytes, sets_of
 from gqa_cutlass.tuning.search import Tuned, lowest_of, regret, tune
 from gqa_cutlass.tuning.table import Table
+from gqa_cutlass.tuning.timing import random_pool
 
 H200 = model_device(ARCHES["sm_90a"])
 SMALL = Problem(
