@@ -249,7 +249,10 @@ def explain(
         device = gpu(q.device)
     else:
         device = model_device(ARCHES[arch or "sm_90a"])
-    chosen = dispatch(problem, device, asked.num_splits, ragged=asked.ragged, pdl=asked.dependent)
+    chosen = dispatch(
+        problem, device, asked.num_splits, ragged=asked.ragged, pdl=asked.dependent,
+        longest=asked.max_seqlen, invariant=asked.batch_invariant,
+    )  # fmt: skip
     stored = Store.default().find(chosen.config, device.arch.name)
     other = runner_up(problem, device, chosen, ragged=asked.ragged)
     return Explanation(

@@ -16,6 +16,7 @@ from gqa_cutlass.call.options import (
     features_of,
     listed,
     rename,
+    rounded,
 )
 from gqa_cutlass.call.plan import Pair, Plan, Result
 from gqa_cutlass.call.plans import Plans
@@ -151,6 +152,8 @@ def gqa_decode(  # noqa: D417 - the decorator completes the list
             )  # fmt: skip
             if features:
                 tensors = features_of(features)
+                if "max_seqlen" in features:
+                    features["max_seqlen"] = rounded(features["max_seqlen"])
                 given += tensors
                 quick += *map(type, tensors), *features.items(), *map(type, features.values())
             known = _PLANS.latest.get(quick, ())

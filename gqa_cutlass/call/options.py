@@ -46,6 +46,15 @@ class Options(TypedDict, total=False):
         ragged: Whether lengths on the device may differ much, so that long sequences get more
             blocks: up to several times faster then, up to 3% slower where all are about equal.
             Results are right either way. True by default.
+        max_seqlen: Tokens that no sequence has more of after the call, where the host knows: the
+            launch is chosen for sequences of about so many, instead of for all lengths that the
+            caches have room for. It counts as the next power of two, so that it may change with
+            every call. A hint: results are right whatever the lengths are. None, the default: as
+            many as there is room for.
+        batch_invariant: Whether a sequence's result depends on nothing but itself, to the bit: not
+            on how many others there are, how long they are, or how much room there is. Slower than
+            what is chosen otherwise. With `cu_seqlens_q`, pass the same `max_seqlen_q` each time.
+            False by default.
         softcap: Bound of the scores: softcap * tanh(scaled score / softcap), as in Gemma 2;
             0, the default, for none.
         sinks: One more logit per query head, as in gpt-oss: [num_q_heads], float32, float16 or
@@ -104,6 +113,8 @@ class Options(TypedDict, total=False):
     softmax_scale: float | None
     num_splits: int
     ragged: bool
+    max_seqlen: int | None
+    batch_invariant: bool
     softcap: float
     sinks: Tensor | None
     window_size: tuple[int, int]
@@ -199,6 +210,8 @@ class Asked:
     num_splits: int = 0
     return_lse: bool = False
     ragged: bool = True
+    max_seqlen: int | None = None
+    batch_invariant: bool = False
     softcap: float = 0  # an int, for torch traces a float as one that may vary
     window_size: tuple[int, int] = NO_WINDOW
     causal: bool = True
@@ -301,6 +314,11 @@ def rename(options: dict[str, Any]) -> None:
                 options[name] = value
 
 
+def rounded(longest: Any) -> Any:
+    """`max_seqlen` as it counts: the next power of two; what is no size stays as it is."""
+    return 1 << (longest - 1).bit_length() if type(longest) is int and longest > 0 else longest
+
+
 def check(call: str, options: Mapping[str, Any], given: Given) -> tuple[Asked, tuple[Policy, ...]]:
     """Check options, whatever the tensors are.
 
@@ -325,11 +343,17 @@ def check(call: str, options: Mapping[str, Any], given: Given) -> tuple[Asked, t
         asked = replace(asked, window_size=check_window(asked.window_size, asked.causal))
     check_options(
         asked.num_splits, asked.softmax_scale, return_lse=asked.return_lse, ragged=asked.ragged,
+        batch_invariant=asked.batch_invariant,
         dependent=asked.dependent, causal=asked.causal,
         rotary_interleaved=asked.rotary_interleaved, norm_plus_one=asked.norm_plus_one,
     )  # fmt: skip
     if not _is_number(asked.norm_eps) or not 0 <= asked.norm_eps <= MAX_SCALE:
         fail("norm_eps", shown(asked.norm_eps), f"a number from 0 to {MAX_SCALE:g}")
+    if asked.max_seqlen is not None:
+        longest = rounded(asked.max_seqlen)
+        if type(longest) is not int or longest < 1:
+            fail("max_seqlen", shown(longest), "an int, 1 and more, or None")
+        asked = replace(asked, max_seqlen=min(longest, MAX_SEQ_LEN))
     most = asked.max_seqlen_q
     if most is not None and (type(most) is not int or not 1 <= most < 2**31):
         fail("max_seqlen_q", shown(most), f"an int, 1 to {MAX_TOKENS}, or None")

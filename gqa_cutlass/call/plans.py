@@ -89,7 +89,8 @@ class Plans:
                 positions=longest_to_turn(layout, tokens) if policies else None,
                 dispatch=dispatch(
                     problem, executor.device, asked.num_splits, asked.kernel,
-                    on_device and asked.ragged, asked.dependent,
+                    on_device and asked.ragged, asked.dependent, asked.max_seqlen,
+                    asked.batch_invariant,
                 ),
             )  # fmt: skip
             plan = Plan(executor, task, given, keeps=own)

@@ -16,7 +16,13 @@ from gqa_cutlass.codegen.variants import default_config, shipped
 from gqa_cutlass.dispatch.choice import Choice
 from gqa_cutlass.dispatch.device import Device
 from gqa_cutlass.dispatch.model import MODELS
-from gqa_cutlass.dispatch.splits import Splits, choose_clusters, choose_splits, spare_splits
+from gqa_cutlass.dispatch.splits import (
+    Splits,
+    choose_clusters,
+    choose_splits,
+    may_balance,
+    spare_splits,
+)
 from gqa_cutlass.errors import InputError
 
 SMALLEST_COPY = 2  # elements that an asynchronous copy moves at least (cp.async: four bytes)
@@ -83,6 +89,8 @@ def dispatch(
     kernel: KernelConfig | Choice | None = None,
     ragged: bool = False,
     pdl: bool = False,
+    longest: int | None = None,
+    invariant: bool = False,
 ) -> Dispatch:
     """Choose a kernel and a launch shape.
 
@@ -93,31 +101,41 @@ def dispatch(
         kernel: A kernel, or with it a launch, to use instead of the model's choice.
         ragged: Whether sequences may differ in length, by lengths that only the device knows.
         pdl: Whether the kernel may start before the kernel before it is done.
+        longest: Tokens of the longest sequence, where the host knows them.
+        invariant: Whether a sequence's result may depend on nothing but itself.
 
     Raises:
         InputError: The given kernel cannot solve the problem.
     """
+    sized = problem
+    if longest is not None and longest < problem.max_seq_len:
+        sized = replace(problem, max_seq_len=longest)
     choice = kernel if isinstance(kernel, Choice) else None
     forced = kernel.config if isinstance(kernel, Choice) else kernel
-    if forced is None:
-        config, why_config = choose_config(problem, device, ragged)
-    else:
+    if forced is not None:
         _check_fits(forced, problem, device)
         config, why_config = forced, "this kernel, as asked"
+    elif invariant:
+        config = _config_of(problem, Schedule.MULTISTAGE)
+        why_config = "batch-invariant: the schedule that suits every batch and room"
+    else:
+        config, why_config = choose_config(sized, device, ragged)
     early = choice.prefetch if choice else None
-    prefetch = _may_prefetch_first_tile(problem, config, device, early)
+    prefetch = _may_prefetch_first_tile(sized, config, device, early)
     next_starts, why_pdl = Pdl.NONE, ""
     if pdl:
         pdl_config = replace(config, pdl=True)
-        next_starts, why_pdl = _choose_pdl(pdl_config, problem, device)
+        next_starts, why_pdl = _choose_pdl(pdl_config, sized, device)
         if next_starts:
             config = pdl_config
+    if invariant and not num_splits:
+        num_splits = choice.splits if choice else MODELS[device.arch.name].invariant_splits
     if num_splits:
         splits = Splits(
             cluster=gcd(num_splits, MAX_CLUSTER) if config.tma else 1,
             splits=num_splits,
             num_stages=config.num_stages,
-            why=f"{num_splits} splits, as asked",
+            why=f"{num_splits} splits, {'the same for all' if invariant else 'as asked'}",
         )
     elif choice:
         splits = Splits(
@@ -127,13 +145,13 @@ def dispatch(
             why=f"{choice.splits} splits in clusters of {choice.cluster}, as asked",
         )
     elif config.tma:
-        splits = choose_clusters(problem, config, device)
+        splits = choose_clusters(sized, config, device)
     else:
-        count, why = choose_splits(problem, config, device)
+        count, why = choose_splits(sized, config, device)
         splits = Splits(cluster=1, splits=count, num_stages=config.num_stages, why=why)
     spare = 0
-    if ragged and not num_splits:
-        spare = spare_splits(problem, config, device, choice.spare if choice else None)
+    if ragged and not num_splits and may_balance(problem, config):
+        spare = choice.spare if choice else spare_splits(sized, config, device)
     columns = problem.num_kv_heads * config.row_blocks(problem.num_tokens)
     grid = (columns, splits.splits + spare, problem.batch_size)
     shared_bytes = config.shared_bytes_with(splits.num_stages)
@@ -159,6 +177,7 @@ def dispatch(
                     why_config,
                     _windowed(problem),
                     _paged(problem),
+                    _hinted(problem, sized),
                     splits.why,
                     _BALANCED if spare else "",
                     why_pdl,
@@ -172,6 +191,12 @@ def _windowed(problem: Problem) -> str:
     if problem.window is None:
         return ""
     return f"a window of {problem.window} of at most {problem.max_seq_len} tokens"
+
+
+def _hinted(problem: Problem, sized: Problem) -> str:
+    if sized.max_seq_len == problem.max_seq_len:
+        return ""
+    return f"sequences of at most {sized.max_seq_len} of {problem.max_seq_len} tokens, as told"
 
 
 def _paged(problem: Problem) -> str:
@@ -228,17 +253,22 @@ def choose_config(
     Returns:
         The kernel, and why.
     """
-    math = Math.TENSOROP if problem.vec_width >= 2 else Math.SIMT
     schedule, why = _choose_schedule(problem, device, ragged)
-    config = default_config(
+    config = _config_of(problem, schedule)
+    aligned = f"every row is aligned to {2 * problem.vec_width} bytes"
+    origin = "shipped" if config in shipped() else "compiled on first use"
+    if config.math is Math.SIMT:
+        return config, f"simt: {aligned}, less than cp.async moves; {origin}"
+    return config, f"tensorop: {aligned}; {schedule}: {why}; {origin}"
+
+
+def _config_of(problem: Problem, schedule: Schedule) -> KernelConfig:
+    """The default kernel of a schedule."""
+    math = Math.TENSOROP if problem.vec_width >= SMALLEST_COPY else Math.SIMT
+    return default_config(
         math, problem.dtype, problem.head_dim, problem.group_size, problem.vec_width, schedule,
         problem.policies, problem.head_dim_v, problem.num_tokens,
     )  # fmt: skip
-    aligned = f"every row is aligned to {2 * problem.vec_width} bytes"
-    origin = "shipped" if config in shipped() else "compiled on first use"
-    if math is Math.SIMT:
-        return config, f"simt: {aligned}, less than cp.async moves; {origin}"
-    return config, f"tensorop: {aligned}; {schedule}: {why}; {origin}"
 
 
 def _choose_schedule(problem: Problem, device: Device, ragged: bool) -> tuple[Schedule, str]:
@@ -250,10 +280,7 @@ def _choose_schedule(problem: Problem, device: Device, ragged: bool) -> tuple[Sc
     for policy in problem.policies:
         if Schedule.TMA not in policy.schedules:
             return Schedule.MULTISTAGE, f"{Schedule.TMA} does not have {policy.feature}"
-    tma = default_config(
-        Math.TENSOROP, problem.dtype, problem.head_dim, problem.group_size, WIDEST, Schedule.TMA,
-        problem.policies, problem.head_dim_v, problem.num_tokens,
-    )  # fmt: skip
+    tma = _config_of(problem, Schedule.TMA)
     if device.arch.name not in tma.archs:
         return Schedule.MULTISTAGE, f"{device.arch.name} is not among {', '.join(tma.archs)}"
     model = MODELS[device.arch.name]

@@ -33,6 +33,8 @@ class Model:
         balanced_batch: Largest batch in which splits are dealt out by length.
         balanced_tokens: Smallest caches, in tokens of a sequence, in which they are.
         balanced_rounds: Most rounds that one block per sequence may make there.
+        invariant_splits: Splits of a sequence, at most, where its result may depend on nothing but
+            itself: what loses least over all batches and lengths.
     """
 
     bytes_per_sm_and_microsecond: int
@@ -51,6 +53,7 @@ class Model:
     balanced_batch: int
     balanced_tokens: int
     balanced_rounds: int
+    invariant_splits: int
 
 
 # docs/design has the measurements: of ragged batches 0001-decode-kernel.md, of the tma schedule and
@@ -73,5 +76,6 @@ H200 = Model(
     balanced_batch=256,
     balanced_tokens=4096,
     balanced_rounds=4,
+    invariant_splits=8,
 )
 MODELS = dict.fromkeys(ARCHES, H200)  # by architecture; those that nobody measured have the H200's

@@ -161,37 +161,27 @@ def _share_used(work: int, workers: int) -> float:
     return work / (ceil_div(work, workers) * workers)
 
 
-def spare_splits(
-    problem: Problem, config: KernelConfig, device: Device, asked: int | None = None
-) -> int:
+def may_balance(problem: Problem, config: KernelConfig) -> bool:
+    """Whether splits can be dealt out by lengths."""
+    several = not config.tma and problem.batch_size >= 2
+    return several and problem.reach <= MOST_TILES // problem.batch_size
+
+
+def spare_splits(problem: Problem, config: KernelConfig, device: Device) -> int:
     """Rows of blocks beyond the splits, so that ragged sequences can be cut by their lengths.
 
     They cost every block a look at all lengths, for which short caches are not worth it; and where
     blocks come in many rounds, the hardware evens out when they finish. One is what rounding
     needs. Where one block per sequence fills the multiprocessors more than once, shares of a third
     end more evenly; a finer cut costs more merges than it gains.
-
-    Args:
-        problem: What is asked for.
-        config: The kernel.
-        device: The GPU.
-        asked: So many, where they can be; None: as many as have been measured to pay.
     """
     model = MODELS[device.arch.name]
-    possible = (
-        not config.tma
-        and problem.batch_size >= 2
-        and problem.reach <= MOST_TILES // problem.batch_size
-    )
-    if asked is not None:
-        return asked if possible else 0
     rounds = ceil_div(
         problem.num_kv_heads * config.row_blocks(problem.num_tokens) * problem.batch_size,
         device.num_sms * config.blocks_per_sm(device.arch),
     )
     worth_it = (
-        possible
-        and problem.batch_size <= model.balanced_batch
+        problem.batch_size <= model.balanced_batch
         and problem.reach >= model.balanced_tokens
         and rounds <= model.balanced_rounds
     )

@@ -39,8 +39,9 @@ PLAIN: dict[str, dict[str, str]] = {
     "verify": {**SIZES, "--batch": "1", "--device": "cpu"},
     "sim": {"--kernel": KERNEL.name, "--cache-len": "3"},
     "bench": {"--from": "record.json"},
+    "tune": {"--heads": "32/8/128"},
 }
-ARGUMENTS = {"inspect": (KERNEL.name,)}  # which are no options
+ARGUMENTS = {"inspect": (KERNEL.name,), "tune": ("--dry-run",)}
 ODD = {
     "minus one": "-1",
     "zero": "0",
