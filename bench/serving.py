@@ -9,6 +9,7 @@ of the sets of a cache with room for more overlap, what they hold does not.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,11 +21,10 @@ from bench import baselines
 from bench.data import Data, check, num_sets, pool_bytes, relative_error
 from bench.pages import PagedData, check_paged
 from bench.record import Served
-from bench.serving_points import LENGTHS, ROOM, SET, Serving
+from bench.serving_points import LENGTHS, ROOM, Serving
 from bench.timing import Floor, agreeing, floor_graph, interleaved, ours_graph
 
 OURS = "ours"
-TOLD: dict[str, dict[str, Any]] = {"equal": {"ragged": False}}
 _ROWS_CHECKED = 256  # behind the new token, where there is room for very many
 _ROOM_MORE, _ROOM_TIMES = 0.3, 1.03  # target of a room: microseconds, or times that without
 
@@ -143,14 +143,16 @@ def measure_serving(point: Serving, pool: Tensor, floor: Floor) -> Served:
 
 
 def told(point: Serving) -> dict[str, dict[str, Any]]:
-    """What a call may say of its lengths."""
-    return TOLD
+    """What a call may say of its lengths, or ask for."""
+    return {
+        "equal": {"ragged": False},
+        "longest": {"max_seqlen": max(point.lengths) + 1},
+        "invariant": {"batch_invariant": True},
+    }
 
 
 def with_limits(rows: Iterable[Served], points: Iterable[Serving]) -> list[Served]:
     """Rows with the targets of rooms: what the step takes with room for just what is held."""
-    from dataclasses import replace
-
     tight: dict[object, float] = {}
     found = []
     for row, point in zip(rows, points, strict=True):
@@ -161,6 +163,3 @@ def with_limits(rows: Iterable[Served], points: Iterable[Serving]) -> list[Serve
                 row = replace(row, limit=max(least + _ROOM_MORE, least * _ROOM_TIMES))
         found.append(row)
     return found
-
-
-KINDS = LENGTHS, SET, ROOM

@@ -35,6 +35,7 @@ from gqa_cutlass.errors import InputError, shown
 from gqa_cutlass.gpu.driver import load
 from gqa_cutlass.kernels.store import Store
 from gqa_cutlass.tracing import untraced
+from gqa_cutlass.tuning.table import choice_for
 
 
 @untraced
@@ -249,8 +250,11 @@ def explain(
         device = gpu(q.device)
     else:
         device = model_device(ARCHES[arch or "sm_90a"])
+    tuned = None
+    if not (asked.num_splits or asked.batch_invariant):
+        tuned = choice_for(problem, device, ragged=asked.ragged, longest=asked.max_seqlen)
     chosen = dispatch(
-        problem, device, asked.num_splits, ragged=asked.ragged, pdl=asked.dependent,
+        problem, device, asked.num_splits, tuned, asked.ragged, asked.dependent,
         longest=asked.max_seqlen, invariant=asked.batch_invariant,
     )  # fmt: skip
     stored = Store.default().find(chosen.config, device.arch.name)

@@ -80,6 +80,7 @@ def gqa_decode(  # noqa: D417 - the decorator completes the list
     num_splits: int = 0,
     return_lse: bool = False,
     ragged: bool = True,
+    max_seqlen: int | None = None,
     out: Tensor | None = None,
     **features: Any,
 ) -> Result:
@@ -145,15 +146,16 @@ def gqa_decode(  # noqa: D417 - the decorator completes the list
     known: Sequence[Plan] = ()
     if not is_traced():
         try:
+            if max_seqlen is not None:
+                max_seqlen = rounded(max_seqlen)
             # With types, for True == 1 would find the plans of 1.
             quick = (
                 k_cache.shape, softmax_scale, type(softmax_scale), num_splits, type(num_splits),
-                return_lse, type(return_lse), ragged, type(ragged), torch.is_grad_enabled(),
+                return_lse, type(return_lse), ragged, type(ragged), max_seqlen, type(max_seqlen),
+                torch.is_grad_enabled(),
             )  # fmt: skip
             if features:
                 tensors = features_of(features)
-                if "max_seqlen" in features:
-                    features["max_seqlen"] = rounded(features["max_seqlen"])
                 given += tensors
                 quick += *map(type, tensors), *features.items(), *map(type, features.values())
             known = _PLANS.latest.get(quick, ())
@@ -165,7 +167,7 @@ def gqa_decode(  # noqa: D417 - the decorator completes the list
                 return made.launch(given, argument)
     options = {
         "softmax_scale": softmax_scale, "num_splits": num_splits, "return_lse": return_lse,
-        "ragged": ragged, **features,
+        "ragged": ragged, "max_seqlen": max_seqlen, **features,
     }  # fmt: skip
     if is_traced() or torch.compiler.is_compiling():  # by torch.export, which may do without Dynamo
         return _traced(given, options)

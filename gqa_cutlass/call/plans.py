@@ -15,6 +15,7 @@ from gqa_cutlass.call.plan import Plan
 from gqa_cutlass.call.tokens import check_tree, with_tokens
 from gqa_cutlass.call.turning import check_turning, longest_to_turn
 from gqa_cutlass.dispatch import dispatch
+from gqa_cutlass.tuning.table import choice_for
 
 _MAX_PLANS, _LATEST = 4096, 4
 
@@ -78,6 +79,12 @@ class Plans:
             scale = problem.head_dim**-0.5 if scale is None else float(scale)
             features = (*policies, *problem.policies)
             special = features or asked.k_scale is not None or asked.v_scale is not None
+            kernel, ragged = asked.kernel, on_device and asked.ragged
+            free = not (kernel or asked.num_splits or asked.batch_invariant)
+            if free and executor.device.name:  # stand-ins have no table
+                kernel = choice_for(
+                    problem, executor.device, ragged=ragged, longest=asked.max_seqlen
+                )
             task = Task(
                 layout=layout,
                 problem=problem,
@@ -88,9 +95,8 @@ class Plans:
                 tokens=tokens,
                 positions=longest_to_turn(layout, tokens) if policies else None,
                 dispatch=dispatch(
-                    problem, executor.device, asked.num_splits, asked.kernel,
-                    on_device and asked.ragged, asked.dependent, asked.max_seqlen,
-                    asked.batch_invariant,
+                    problem, executor.device, asked.num_splits, kernel, ragged,
+                    asked.dependent, asked.max_seqlen, asked.batch_invariant,
                 ),
             )  # fmt: skip
             plan = Plan(executor, task, given, keeps=own)

@@ -25,6 +25,7 @@ class Choice:
             lengths that only the device knows; none where the host knows them, or of one sequence.
         prefetch: Whether warps ask for their first tile before they know the length, where they
             may; None: where the model says so.
+        why: Who decided for it.
 
     Raises:
         InputError: No launch is like that.
@@ -36,6 +37,7 @@ class Choice:
     cluster: int = 1
     spare: int = 0
     prefetch: bool | None = None
+    why: str = "as asked"
 
     def __post_init__(self) -> None:
         tma = isinstance(self.config, KernelConfig) and self.config.tma

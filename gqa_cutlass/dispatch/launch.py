@@ -114,7 +114,8 @@ def dispatch(
     forced = kernel.config if isinstance(kernel, Choice) else kernel
     if forced is not None:
         _check_fits(forced, problem, device)
-        config, why_config = forced, "this kernel, as asked"
+        config = forced
+        why_config = f"this kernel, {choice.why if choice else 'as asked'}"
     elif invariant:
         config = _config_of(problem, Schedule.MULTISTAGE)
         why_config = "batch-invariant: the schedule that suits every batch and room"
@@ -142,7 +143,7 @@ def dispatch(
             cluster=choice.cluster,
             splits=choice.splits,
             num_stages=choice.num_stages,
-            why=f"{choice.splits} splits in clusters of {choice.cluster}, as asked",
+            why=f"{choice.splits} splits in clusters of {choice.cluster}, {choice.why}",
         )
     elif config.tma:
         splits = choose_clusters(sized, config, device)

@@ -17,7 +17,7 @@ from gqa_cutlass.codegen.variants import default_config
 from gqa_cutlass.dispatch import Choice, Device, Dispatch, dispatch
 from gqa_cutlass.errors import ConfigError, InputError
 
-_APART = 8  # factor between equal lengths
+APART = 8  # factor between equal lengths
 _SHORTEST, _RAGGED_BATCH, _RAGGED_ROOM = 16, 4, 512
 _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 _MOST_BLOCKS = 128  # per multiprocessor: rows that have nothing to do cost little
@@ -36,7 +36,7 @@ def lengths_of(problem: Problem) -> dict[str, tuple[int, ...]]:
     while held >= _SHORTEST or not found:
         each = max(held - problem.appended, 0)
         found[f"{each} each"] = (each,) * batch
-        held //= _APART
+        held //= APART
     if batch >= _RAGGED_BATCH and room >= _RAGGED_ROOM:
         for mean in (room // 4, room // 16):
             found[f"lognormal {mean}"] = lognormal(batch, mean, 1.0, most)

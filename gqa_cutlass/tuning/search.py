@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from gqa_cutlass.codegen.schema.problem import Problem
 from gqa_cutlass.dispatch import Choice, Device, dispatch
-from gqa_cutlass.tuning.candidates import candidates, lengths_of, variants
+from gqa_cutlass.tuning.candidates import APART, candidates, lengths_of, variants
 
 FIRST, VARIED = 3, 2  # repeats of the first round, which doubles; how many choices are varied
 _KEPT, _FEWEST = 1 / 3, 2
@@ -33,8 +33,36 @@ class Tuned:
 
     @property
     def best(self) -> Choice:
-        """What loses least over the lengths."""
+        """What loses least over all lengths."""
         return next(iter(self.times))
+
+    def best_of(self, *, ragged: bool, longest: int | None) -> Choice | None:
+        """What loses least where something is known of the lengths.
+
+        Args:
+            ragged: Whether sequences may differ in length.
+            longest: Tokens of the longest one after the call; None: anything.
+
+        Returns:
+            None where nothing of the kind was measured.
+        """
+        names = [
+            name
+            for name, held in self.lengths.items()
+            if (ragged or len(set(held)) == 1) and _is_near(max(held) + 1, longest)
+        ]
+        if not names:
+            return None
+        if len(names) == len(self.lengths):
+            return self.best
+        seen = {c: {name: times[name] for name in names} for c, times in self.times.items()}
+        lowest = lowest_of(seen)
+        return min(seen, key=lambda choice: regret(seen[choice], lowest))
+
+
+def _is_near(held: int, longest: int | None) -> bool:
+    """Whether what was held is about as long as the longest sequence is said to be."""
+    return longest is None or longest / APART < held <= longest
 
 
 def regret(times: Mapping[str, float], lowest: Mapping[str, float]) -> float:

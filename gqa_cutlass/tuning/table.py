@@ -93,20 +93,29 @@ def file_name(gpu: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in gpu.lower()) + ".json"
 
 
-def choice_for(problem: Problem, device: Device) -> Choice | None:
+def choice_for(
+    problem: Problem, device: Device, *, ragged: bool, longest: int | None = None
+) -> Choice | None:
     """What the tables say of a problem on a GPU, the user's before the shipped one.
 
     Args:
         problem: What is asked for.
         device: The GPU.
+        ragged: As for `dispatch`.
+        longest: As for `dispatch`.
+
+    Returns:
+        None where no table says anything.
     """
-    if not device.name or problem.vec_width < WIDEST or problem.num_tokens > 1:
-        return None
-    if problem.window is not None:
+    several = problem.num_tokens > 1 or problem.num_new_tokens > 1
+    if not device.name or problem.vec_width < WIDEST or several or problem.window is not None:
         return None
     for table in tables(device.name):
-        if found := table.find(problem):
-            return _rebuilt(found.best, problem)
+        tuned = table.find(problem)
+        best = tuned and tuned.best_of(ragged=ragged, longest=longest)
+        if choice := best and _rebuilt(best, problem):
+            why = f"by the table of {table.run['gpu']}, {table.run.get('date', 'no date')}"
+            return replace(choice, why=why)
     return None
 
 
