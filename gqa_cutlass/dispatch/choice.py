@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gqa_cutlass.codegen.config import KernelConfig
 from gqa_cutlass.codegen.schema.problem import MAX_SPLITS
 from gqa_cutlass.codegen.schema.storage import MAX_CLUSTER
-from gqa_cutlass.errors import InputError
+from gqa_cutlass.errors import InputError, shown
 
 _MOST_SPARE = 3
 
@@ -40,22 +41,25 @@ class Choice:
     why: str = "as asked"
 
     def __post_init__(self) -> None:
-        tma = isinstance(self.config, KernelConfig) and self.config.tma
+        if not isinstance(self.config, KernelConfig):
+            raise InputError(f"Choice: config: got {shown(self.config)}; allowed: a KernelConfig.")
+        tma, most = self.config.tma, self.config.num_stages
+        self._check("splits", range(1, MAX_SPLITS + 1))
         clusters = [1 << log for log in range(MAX_CLUSTER.bit_length())] if tma else [1]
-        stages = range(1 if tma else self.config.num_stages, self.config.num_stages + 1)
-        for name, allowed in (
-            ("splits", range(1, MAX_SPLITS + 1)),
-            ("num_stages", stages),
-            ("cluster", [c for c in clusters if self.splits % c == 0]),
-            ("spare", range(1 if tma else _MOST_SPARE + 1)),
-        ):
-            value = getattr(self, name)
-            if type(value) is not int or value not in allowed:
-                text = ", ".join(map(str, allowed)) if len(allowed) < 9 else f"1 to {MAX_SPLITS}"
-                raise InputError(
-                    f"Choice: {name}: got {value!r}; allowed: {text}, with {self.splits!r} splits "
-                    f"of {self.config.name}."
-                )
+        self._check("cluster", [c for c in clusters if self.splits % c == 0])
+        self._check("num_stages", range(1 if tma else most, most + 1))
+        self._check("spare", range(1 if tma else _MOST_SPARE + 1))
+        self._check("prefetch", (None, True, False), bool, type(None))
+        self._check("why", (self.why,), str)
+
+    def _check(self, name: str, allowed: Sequence[object], *kinds: type) -> None:
+        """Raise InputError unless a field is of these kinds, an int by default, and allowed."""
+        value = getattr(self, name)
+        if type(value) not in (kinds or (int,)) or value not in allowed:
+            few = ", ".join(map(str, allowed)) if len(allowed) < 9 else f"1 to {MAX_SPLITS}"
+            raise InputError(
+                f"Choice: {name}: got {shown(value)}; allowed: {few}, of {self.config.name}."
+            )
 
     def __str__(self) -> str:
         c = self.config

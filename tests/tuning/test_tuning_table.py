@@ -1,0 +1,214 @@
+"""Tables of what was measured: what they hold, for whom, and what calls make of them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from executors import Notes
+from helpers import call_tensors
+
+import gqa_cutlass
+from gqa_cutlass import gqa_decode
+from gqa_cutlass.codegen import ARCHES, DType
+from gqa_cutlass.codegen.schema.problem import Problem
+from gqa_cutlass.codegen.variants import policies_for
+from gqa_cutlass.dispatch import Choice, dispatch, model_device
+from gqa_cutlass.errors import InputError
+from gqa_cutlass.tuning import table as table_module
+from gqa_cutlass.tuning.candidates import candidates, lengths_of
+from gqa_cutlass.tuning.search import Tuned
+from gqa_cutlass.tuning.table import FOLDER, Table, choice_for, file_name
+
+X1 = replace(model_device(ARCHES["sm_90a"]), name="NVIDIA X1")
+PROBLEM = Problem(
+    batch_size=4, num_q_heads=8, num_kv_heads=2, head_dim=64, max_seq_len=4096, dtype=DType.F16,
+    vec_width=8, append=True,
+)  # fmt: skip
+
+
+def tuned_of(problem: Problem, best: int = 3) -> Tuned:
+    """As if this candidate were the best over all lengths, and the next one over equal ones."""
+    first, second = candidates(problem, X1)[best : best + 2]
+    lengths = lengths_of(problem)
+    equal = {name: len(set(held)) == 1 for name, held in lengths.items()}
+    return Tuned(
+        problem=problem, lengths=lengths,
+        times={
+            first: {name: 5.0 if equal[name] else 2.0 for name in lengths},
+            second: {name: 4.0 if equal[name] else 9.0 for name in lengths},
+        },
+    )  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A store of this user's, and no tables of the package's."""
+    monkeypatch.setenv("GQA_CUTLASS_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(table_module, "SHIPPED", tmp_path / "shipped")
+    table_module._all.cache_clear(), table_module.tables.cache_clear()
+    yield tmp_path
+    table_module._all.cache_clear(), table_module.tables.cache_clear()
+
+
+def _saved(folder: Path, *found: Tuned, gpu: str = "NVIDIA X1") -> Path:
+    path = folder / FOLDER / file_name(gpu)
+    Table(run={"gpu": gpu, "date": "2026-01-02"}, found=found).save(path)
+    return path
+
+
+def test_a_table_survives_its_file(folder: Path) -> None:
+    paged = replace(PROBLEM, page_size=64, policies=policies_for(["block_table"]))
+    path = _saved(
+        folder, tuned_of(PROBLEM), tuned_of(paged), tuned_of(replace(PROBLEM, head_dim_v=128))
+    )
+    table = Table.load(path)
+    assert path.name == "nvidia-x1.json" and len(table.found) == 3
+    table.save(folder / "again.json")
+    assert (folder / "again.json").read_text() == path.read_text()
+    for tuned, problem in zip(table.found, (PROBLEM, paged), strict=False):
+        assert tuned == tuned_of(problem) and list(tuned.times) == list(tuned_of(problem).times)
+
+
+def test_a_table_serves_both_types_and_rooms_up_to_twice_or_half_as_large(folder: Path) -> None:
+    _saved(folder, tuned_of(PROBLEM))
+    best = tuned_of(PROBLEM).best
+    for changes in ({}, {"max_seq_len": 2048}, {"max_seq_len": 8192}, {"dtype": DType.BF16}):
+        problem = replace(PROBLEM, **changes)  # type: ignore[arg-type]
+        found = choice_for(problem, X1, ragged=True)
+        assert found is not None and found.config.dtype is problem.dtype
+        assert (found.splits, found.cluster, found.spare) == (best.splits, best.cluster, best.spare)
+        assert dispatch(problem, X1, 0, found, True).num_splits == best.splits
+    for changes in (
+        {"max_seq_len": 8193}, {"batch_size": 5}, {"num_q_heads": 16}, {"vec_width": 4},
+        {"num_tokens": 2}, {"window": 7}, {"head_dim_v": 128}, {"page_size": 64},
+    ):  # fmt: skip
+        assert choice_for(replace(PROBLEM, **changes), X1, ragged=True) is None  # type: ignore[arg-type]
+
+
+def test_the_nearest_room_is_taken(folder: Path) -> None:
+    near = replace(PROBLEM, max_seq_len=6000)
+    _saved(folder, tuned_of(PROBLEM, best=3), tuned_of(near, best=5))
+    found = choice_for(replace(PROBLEM, max_seq_len=5600), X1, ragged=True)
+    assert found is not None and found.splits == tuned_of(near, best=5).best.splits
+
+
+def test_what_is_known_of_lengths_counts(folder: Path) -> None:
+    _saved(folder, tuned_of(PROBLEM))
+    first, second = tuned_of(PROBLEM).times
+    for ragged, longest, expected in (
+        (True, None, first), (False, None, second), (True, 4096, first), (False, 512, second),
+    ):  # fmt: skip
+        found = choice_for(PROBLEM, X1, ragged=ragged, longest=longest)
+        assert found is not None and replace(found, why=expected.why) == expected
+    assert choice_for(PROBLEM, X1, ragged=True, longest=1) is None
+
+
+def test_another_gpus_table_is_not_used(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _saved(folder, tuned_of(PROBLEM), gpu="NVIDIA Y2")
+    with caplog.at_level(logging.INFO, "gqa_cutlass"):
+        assert choice_for(PROBLEM, X1, ragged=True) is None
+    assert "a table of NVIDIA Y2 is not used on NVIDIA X1" in caplog.text
+    assert choice_for(PROBLEM, replace(X1, name=""), ragged=True) is None
+
+
+def test_the_users_table_comes_before_the_shipped_one(folder: Path) -> None:
+    _saved(folder, tuned_of(PROBLEM, best=3))
+    (folder / FOLDER).rename(folder / "shipped")
+    _saved(folder, tuned_of(PROBLEM, best=5))
+    found = choice_for(PROBLEM, X1, ragged=True)
+    assert found is not None and found.splits == tuned_of(PROBLEM, best=5).best.splits
+
+
+BAD: dict[str, Any] = {
+    "no object": [],
+    "no problems": {"run": {}},
+    "a run that is none": {"run": 3, "problems": []},
+    "problems that are none": {"run": {}, "problems": [3]},
+    "no size": ("problem", "batch_size", "4"),
+    "a size of nothing": ("problem", "head_dim", 0),
+    "no feature": ("problem", "policies", ["nonsense"]),
+    "no lengths": ("lengths", None, {}),
+    "lengths that are none": ("lengths", None, {"a": "b"}),
+    "no launches": ("launches", None, []),
+    "a launch with too little": ("launches", None, [[1]]),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_file_that_is_no_table_is_refused_and_by_calls_left_out(
+    name: str, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = _saved(folder, tuned_of(PROBLEM))
+    content = BAD[name]
+    if isinstance(content, tuple):
+        part, key, value = content
+        content = json.loads(path.read_text())
+        entry = content["problems"][0]
+        (entry if key is None else entry[part])[part if key is None else key] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"tune: table: got .*nvidia-x1\.json"):
+        Table.load(path)
+    with caplog.at_level(logging.WARNING, "gqa_cutlass"):
+        assert choice_for(PROBLEM, X1, ragged=True) is None
+    assert "It is not used." in caplog.text
+
+
+@pytest.mark.parametrize("column", range(10))
+def test_odd_launches_are_refused(column: int, folder: Path) -> None:
+    path = _saved(folder, tuned_of(PROBLEM))
+    for odd in (None, -1, "x", [], 10**30, 1.5):
+        content = json.loads(path.read_text())
+        content["problems"][0]["launches"][0][column] = odd
+        path.write_text(json.dumps(content))
+        if column == 8 and odd is None:  # the early first tile, which the model may decide
+            continue
+        with pytest.raises(InputError, match="tune: table"):
+            Table.load(path)
+        _saved(folder, tuned_of(PROBLEM))
+
+
+# What calls make of it.
+
+
+def test_calls_launch_what_the_table_says(folder: Path, notes: Notes) -> None:
+    _saved(folder, tuned_of(PROBLEM))
+    notes.device = replace(notes.device, name="NVIDIA X1")
+    tensors = call_tensors(batch=4, max_seq_len=4096)
+    lengths = torch.zeros(4, dtype=torch.int32)
+    gqa_decode(**tensors, cache_seqlens=lengths)
+    gqa_decode(**tensors, cache_seqlens=lengths, num_splits=1)
+    gqa_decode(**tensors, cache_seqlens=lengths, batch_invariant=True)
+    first = tuned_of(PROBLEM).best
+    assert [shape.grid[1] for shape in notes.shapes] == [
+        first.splits + first.spare, 1, dispatch(PROBLEM, X1, invariant=True).num_splits,
+    ]  # fmt: skip
+
+
+def test_explain_says_which_decided(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gqa_cutlass.ahead.model_device", lambda arch: X1)
+    tensors = call_tensors(batch=4, max_seq_len=4096)
+    tensors.pop("out")
+    assert "table" not in str(gqa_cutlass.explain(**tensors))
+    _saved(folder, tuned_of(PROBLEM))
+    table_module._all.cache_clear(), table_module.tables.cache_clear()
+    assert "by the table of NVIDIA X1, 2026-01-02" in str(gqa_cutlass.explain(**tensors))
+
+
+@pytest.mark.parametrize(("changes", "found"), [
+    ({"splits": 0}, "splits: got 0"), ({"splits": True}, "splits: got True"),
+    ({"cluster": 2}, "cluster: got 2; allowed: 1"), ({"num_stages": 2}, "num_stages: got 2"),
+    ({"spare": 4}, "spare: got 4; allowed: 0, 1, 2, 3"), ({"config": "x"}, "config"),
+    ({"prefetch": 3}, "prefetch"), ({"why": 3}, "why"),
+], ids=str)  # fmt: skip
+def test_a_choice_that_no_launch_is_like_is_refused(changes: dict[str, Any], found: str) -> None:
+    config = dispatch(replace(PROBLEM, max_seq_len=16), X1).config
+    given: dict[str, Any] = {"config": config, "splits": 3, "num_stages": 1} | changes
+    with pytest.raises(InputError, match=found):
+        Choice(**given)
