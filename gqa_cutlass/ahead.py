@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -112,7 +112,9 @@ def _kernels(config: Kernel | GQADecodeConfig, dtype: torch.dtype, device: Devic
         vec_width=WIDEST,  # of contiguous tensors
         append=True,
     )
-    return [choose_config(problem, device, ragged)[0] for ragged in (False, True)]
+    told = [1 << n for n in range(problem.max_seq_len.bit_length())]  # by max_seqlen
+    rooms = [replace(problem, max_seq_len=room) for room in (problem.max_seq_len, *told)]
+    return [choose_config(room, device, ragged)[0] for room in rooms for ragged in (False, True)]
 
 
 @dataclass(frozen=True, kw_only=True)

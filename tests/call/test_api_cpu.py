@@ -151,9 +151,10 @@ def test_on_the_cpu_there_is_the_default_stream(stream: int | None) -> None:
 
 @pytest.mark.parametrize(
     ("batch", "schedules"),
-    [(1, [Schedule.TMA]), (2, [Schedule.TMA, Schedule.MULTISTAGE])],
-    ids=["one", "ragged-or-not"],
-)
+    [(1, [Schedule.TMA, Schedule.MULTISTAGE]), (2, [Schedule.TMA, Schedule.MULTISTAGE]),
+     (64, [Schedule.MULTISTAGE])],
+    ids=["long-or-told-to-be-short", "ragged-or-not", "many"],
+)  # fmt: skip
 def test_warmup_loads_what_a_step_may_take(
     batch: int, schedules: list[Schedule], monkeypatch: pytest.MonkeyPatch
 ) -> None:
