@@ -247,9 +247,6 @@ class KVCache(CacheView):
             self._lengths.check_room("decode", growth)
             if options and (positions := turned(q, k, options)):
                 self._lengths.check_positions(positions)
-        if "max_seqlen" not in options:
-            longest = self._lengths.longest(growth.most if k is not None else 0)
-            options = {**options, "max_seqlen": longest}
         try:
             result: Result = gqa_decode(
                 q, self.k, self.v, k, v, cache_seqlens=self.seqlens, return_lse=return_lse,

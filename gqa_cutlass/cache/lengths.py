@@ -70,12 +70,6 @@ class Lengths:
         """What no length exceeds, whatever graphs have been replayed."""
         return self.limit if self._captured or capturing(self.device) else self._bound
 
-    def longest(self, more: int) -> int | None:
-        """What no length exceeds with so many more tokens; None where graphs may go beyond."""
-        on_gpu = self.device.type == "cuda"
-        graphs = self._captured or on_gpu and torch.cuda.is_current_stream_capturing()
-        return None if graphs or self._bound == self.limit else max(self._bound + more, 1)
-
     def growth(self, tokens: int, lengths: Sequence[int] | Tensor | None) -> Growth:
         """What `prefill` adds: all of the tokens given, or some of each sequence's.
 

@@ -133,9 +133,6 @@ class DecodeStep:
             raise TypeError(f"decode() got an unexpected keyword argument {min(unknown)!r}")
         seen = self._seen(layer, q, k is not None, options.get("window_size", NO_WINDOW))
         options = self._pools.scales[layer].asked(self._call, options)
-        if not is_traced() and self._longest is not None:
-            longest = max(self._longest + max(self._each), 1)
-            options = {"max_seqlen": longest, **options}
         table = self._table
         batch = table.block_table.shape[0]
         if isinstance(q, Tensor) and q.dim() > 2 and q.shape[0] != batch:
