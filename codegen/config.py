@@ -13,6 +13,7 @@ from gqa_cutlass.codegen.schema.kinds import DType, Math, Schedule
 from gqa_cutlass.codegen.schema.policies import (
     ELEMENT,
     NORM,
+    OF_TOKENS,
     QUERIES,
     ROTARY,
     Policy,
@@ -96,7 +97,7 @@ _REGISTERS_PER_SM = 65536
 _LARGEST_SHARED_PER_SM = max(arch.shared_per_sm for arch in ARCHES.values())
 _INT = r"[1-9]\d{0,8}"  # Python refuses to read numbers of thousands of digits
 _NAME = re.compile(
-    r"gqa_decode_(?P<arch>sm\d+)_(?P<math>tensorop|simt)_(?P<dtype>f16|bf16)_(?P<stored>(?P=dtype)|[a-z]\d[a-z]\d)"
+    r"gqa_decode_(?P<arch>sm\d+)_(?P<math>tensorop|simt)_(?P<dtype>f16|bf16)_(?P<stored>(?P=dtype)|[a-z]\d[a-z]\dt?)"
     rf"_d(?P<head_dim>{_INT})(?:v(?P<head_dim_v>{_INT}))?_g(?P<group_size>{_INT})_align(?P<vec_width>{_INT})"
     r"_(?P<schedule>multistage|tma)"
     rf"_h(?P<block_h>{_INT})n(?P<block_n>{_INT})w(?P<num_warps>{_INT})s(?P<num_stages>{_INT})"
@@ -387,9 +388,10 @@ class KernelConfig:
             accumulators = self.block_h // 8 * ceil_div(self.value_dim, 16) * 4
             queries = self.block_h // 8 * ceil_div(self.head_dim, 16) * 2
             masks = 16 if any(policy.feature == "tree_mask" for policy in self.policies) else 0
+            scales = 16 if {*OF_TOKENS} & {*self.policies} else 0
             # With tma and 8 bits no more than that was needed, and two blocks have room.
             rest = 64 if self.tma and self.packed > 1 else 72
-            held = accumulators + queries + self.block_n // 2 + masks + rest
+            held = accumulators + queries + self.block_n // 2 + masks + scales + rest
         else:
             held = ceil_div(self.value_dim, 64) * self.block_h * 2 + 104
         return min(255, round_up(held, 8))

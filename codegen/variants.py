@@ -11,7 +11,15 @@ from gqa_cutlass.codegen.merge import PARTS_AT_ONCE, Kernel, MergeConfig, widest
 from gqa_cutlass.codegen.models import MODELS, Model
 from gqa_cutlass.codegen.schema.kinds import DType, Math, Schedule
 from gqa_cutlass.codegen.schema.launch import NumberType
-from gqa_cutlass.codegen.schema.policies import E4M3, E5M2, POLICIES, Policy, named, packed
+from gqa_cutlass.codegen.schema.policies import (
+    E4M3,
+    E5M2,
+    OF_TOKENS,
+    POLICIES,
+    Policy,
+    named,
+    packed,
+)
 from gqa_cutlass.codegen.schema.rounding import ceil_div
 from gqa_cutlass.codegen.schema.storage import BOX_DIMS, PAGE_TOKENS, box_tile_bytes
 
@@ -56,6 +64,8 @@ _FP8_TILES: tuple[tuple[int, int, int, int], ...] = (
     (176, 16, 8, 1),
     (256, 16, 4, 2),
 )
+# With scales of tokens, which take registers: more blocks, of fewer warps.
+_TOKENS_TILES: tuple[tuple[int, int, int, int], ...] = ((80, 32, 8, 1), (256, 16, 4, 2))
 _FP8_TMA_TILES: tuple[tuple[int, int, int, int], ...] = ((128, 32, 8, 2), (256, 32, 8, 1))
 
 
@@ -95,6 +105,8 @@ def default_config(
     paged = any(p.feature == "block_table" for p in policies)
     if each == 1:
         tiles = _TMA_TILES if schedule is Schedule.TMA else _TILES
+    elif {*OF_TOKENS} & {*policies}:
+        tiles = _TOKENS_TILES
     else:
         tiles = _FP8_TMA_TILES if schedule is Schedule.TMA else _FP8_TILES
     block_n, num_warps, num_stages = next(tile for limit, *tile in tiles if largest <= limit)

@@ -10,7 +10,7 @@ program that loads an exported graph needs `import gqa_cutlass.ops`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from gqa_cutlass.api import gqa_decode, plan
 from gqa_cutlass.call.given import fail
 from gqa_cutlass.call.options import TENSORS
-from gqa_cutlass.call.stored import SCALES
+from gqa_cutlass.call.stored import SCALES, of_tokens
 from gqa_cutlass.merge import merge_states
 from gqa_cutlass.tracing import break_graph
 
@@ -119,6 +119,9 @@ def traced(
             wrong = "the caches: elements to which tokens are appended share memory"
         elif out is not None:
             wrong = _flaw_of_out(out, q, v_cache, options.get("out_dtype"))
+    if len(given) == 5 and any(of_tokens(n, options[n].shape) for n in SCALES if n in options
+                               and isinstance(options[n], Tensor)):  # fmt: skip
+        break_graph(_refuse_scales, f"gqa_decode: {_NO_SCALES}")()
     if wrong is not None:
         check: Any = break_graph(plan, f"gqa_decode: {wrong}")
         check(q, k_cache, v_cache, k, v, cache_seqlens=cache_seqlens, out=out, **asked)  # raises
@@ -138,6 +141,18 @@ def traced(
     if out is not None:
         result = out.copy_(result)
     return (result, lse) if return_lse else result
+
+
+_NO_SCALES = "k_scale: got scales of tokens in compiled code"
+
+
+def _refuse_scales() -> NoReturn:
+    """Operators do not say that they write to scales."""
+    fail(
+        "k_scale",
+        "scales of tokens in compiled code",
+        "a call that is not compiled, or other scales",
+    )
 
 
 def _flaw_of_types(tensors: tuple[object, ...], options: dict[str, Any]) -> str | None:

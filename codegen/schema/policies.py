@@ -509,7 +509,20 @@ E4M3, E5M2 = FP8 = (
         feature="float8_e5m2",
     ),
 )
-POLICIES += FP8
+# The same, with scales of tokens and KV heads, which the append computes.
+E4M3_OF_TOKENS, E5M2_OF_TOKENS = OF_TOKENS = tuple(
+    Policy(
+        slot=ELEMENT,
+        tag=f"{policy.tag}t",
+        cpp=policy.cpp.replace("Operands", "OfTokens"),
+        header="policy/element_fp8_tokens.cuh",
+        feature=f"{policy.feature} with scales of tokens",
+        schedules=frozenset({Schedule.MULTISTAGE}),
+        in_library=False,
+    )
+    for policy in FP8
+)
+POLICIES += FP8 + OF_TOKENS
 check_distinct("policies", "policies", (policy.cpp for policy in POLICIES))
 check_distinct("policies", "tags", (policy.tag for policy in POLICIES if policy.tag))
 # All tensors that a call may pass, in the order in which they are looked at.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import struct
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from operator import and_, itemgetter
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gqa_cutlass.call.executor import Executor, Task
 from gqa_cutlass.call.given import ALIGNMENT, LENGTHS, PAGES, ROWS, Layout, fail
-from gqa_cutlass.call.stored import in_pairs
+from gqa_cutlass.call.stored import in_pairs, of_tokens
 from gqa_cutlass.codegen.schema.arguments import Access
 from gqa_cutlass.codegen.schema.params import CacheStrides, Params
 from gqa_cutlass.codegen.schema.storage import ELEMENT_BYTES
@@ -243,9 +243,9 @@ def check_aliases(given: Mapping[str, Tensor], lengths: object, appended: int = 
     for target, other in _apart(given):
         if not _overlap(given[target], given[other]):
             continue
-        if ROWS[target].access is Access.WRITE:
+        if access_of(target, given[target].shape) is Access.WRITE:
             fail(target, f"memory that {other} also uses", f"memory of its own; pass {target}=None")
-        if ROWS[other].access is Access.APPEND:
+        if access_of(other, given[other].shape) is Access.APPEND:
             if PAGES in given and _in_whole_pages(given[target], given[other]):
                 continue
             allowed = "two caches that do not share memory"
@@ -266,9 +266,15 @@ def check_aliases(given: Mapping[str, Tensor], lengths: object, appended: int = 
     return lasting
 
 
-def _apart(names: Collection[str]) -> list[tuple[str, str]]:
+def access_of(name: str, shape: Sequence[int]) -> Access:
+    """What kernels do with a tensor of a call."""
+    return Access.APPEND if of_tokens(name, shape) else ROWS[name].access
+
+
+def _apart(given: Mapping[str, Tensor] | Layout) -> list[tuple[str, str]]:
     """What must not share memory: pairs of what is written with what is not to be written over."""
-    access = {name: ROWS[name].access for name in names}
+    names = tuple(given)
+    access = {name: access_of(name, given[name].shape) for name in names}
     pairs = [(a, b) for a in names for b in names if access[a] is Access.WRITE and a != b]
     if "k" in names:  # which is appended
         caches = [name for name in names if access[name] is Access.APPEND]

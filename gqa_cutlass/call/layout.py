@@ -22,9 +22,11 @@ from gqa_cutlass.call.given import (
 )
 from gqa_cutlass.call.stored import (
     SCALES,
+    check_of_tokens,
     check_pairs,
     check_scale_shape,
     in_pairs,
+    of_tokens,
     stored_policy,
 )
 from gqa_cutlass.call.tokens import TREE
@@ -114,9 +116,8 @@ def problem_of(
             fail(f"rows of {what}", shown(rows), f"1 to {MAX_ROWS}")
     for name, t in layout.items():
         if name != LENGTHS:
-            _check_shape(
-                ROWS[name], t, pool if ROWS[name].access is Access.APPEND else sizes, tokens
-            )
+            of_cache = ROWS[name].access is Access.APPEND or of_tokens(name, t.shape)
+            _check_shape(ROWS[name], t, pool if of_cache else sizes, tokens)
     append = "k" in layout
     if SLOTS in layout:
         _check_slots(layout[SLOTS], tokens)
@@ -127,7 +128,7 @@ def problem_of(
             _check_strides(ROWS[name], t, append)
     check_lengths(layout, batch)
     hides = 0 <= window_left < max_seq_len - 1  # a window that hides no token is none
-    return Problem(
+    problem = Problem(
         batch_size=batch,
         num_q_heads=num_q_heads,
         num_kv_heads=num_kv_heads,
@@ -143,6 +144,8 @@ def problem_of(
         policies=policies if hides else tuple([p for p in policies if p.feature != "window_size"]),
         window=window_left + 1 if hides else None,
     )
+    check_of_tokens(problem)
+    return problem
 
 
 def check_pages(num_pages: int, page_size: int, table: Seen) -> int:
@@ -259,7 +262,8 @@ def check_sizes(
 
 def _check_shape(row: Argument, t: Seen, sizes: dict[str, int], tokens: Tokens) -> None:
     if row.spread:
-        return check_scale_shape(row.name, t, [sizes[dim] for dim in row.dims])
+        cache = [sizes[dim] for dim in ("rows", "max_seq_len", "num_kv_heads")]
+        return check_scale_shape(row.name, t, [sizes[dim] for dim in row.dims], cache)
     shape = list(t.shape)
     if row.name in _SEVERAL_FORMS:
         return

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 
 from gqa_cutlass.call.given import Layout, Seen, fail, shape_text
-from gqa_cutlass.codegen.schema.policies import E4M3, E5M2, Policy
-from gqa_cutlass.codegen.schema.problem import MAX_CACHE_SCALE, MIN_CACHE_SCALE
+from gqa_cutlass.codegen.schema.policies import (
+    E4M3,
+    E4M3_OF_TOKENS,
+    E5M2,
+    E5M2_OF_TOKENS,
+    QUERIES,
+    Policy,
+)
+from gqa_cutlass.codegen.schema.problem import MAX_CACHE_SCALE, MIN_CACHE_SCALE, Problem
 from gqa_cutlass.codegen.schema.storage import ELEMENT_BYTES
 from gqa_cutlass.errors import shown
 
@@ -17,9 +24,11 @@ if TYPE_CHECKING:
     from gqa_cutlass.call.options import Asked
 
 FP8 = {torch.float8_e4m3fn: E4M3, torch.float8_e5m2: E5M2}
+_OF_TOKENS = {E4M3: E4M3_OF_TOKENS, E5M2: E5M2_OF_TOKENS}
 FP8_NAMES = " or ".join(map(str, FP8))
 SCALES = ("k_scale", "v_scale")
 _MAX_STRIDE = 2**31 - 1
+SMALLEST_WIDTH = 2  # elements of 16 bits that tensor cores' loads want
 SCALE_RULE = f"a number from {MIN_CACHE_SCALE:g} to {MAX_CACHE_SCALE:g}"
 
 
@@ -61,11 +70,44 @@ def stored_policy(layout: Layout) -> tuple[Policy, ...]:
         fail("v_cache", str(values), f"k_cache's dtype, {keys}")
     policy = FP8.get(keys)
     if policy is not None:
-        return (policy,)
+        return (_OF_TOKENS[policy] if _have_tokens(layout) else policy,)
     for name in SCALES:
         if name in layout:
             _fail_unscaled(name, "a tensor", keys)
     return ()
+
+
+def of_tokens(name: str, shape: Sequence[int]) -> bool:
+    """Whether a tensor of this name has a scale for every token, which appends write."""
+    return name in SCALES and len(shape) == 3
+
+
+def _have_tokens(layout: Layout) -> bool:
+    """Whether scales are of tokens.
+
+    Raises:
+        InputError: Only one of the two is.
+    """
+    given = [name for name in SCALES if name in layout and of_tokens(name, layout[name].shape)]
+    if len(given) == 1:
+        other = next(name for name in SCALES if name not in given)
+        fail(other, "none of tokens", f"as {given[0]}: both have a scale for every token, or none")
+    return len(given) > 0
+
+
+def check_of_tokens(problem: Problem) -> None:
+    """Raise InputError where scales of tokens go with what no kernel has beside them."""
+    if not {*_OF_TOKENS.values()} & {*problem.policies}:
+        return
+    remedy = "or pass scales of KV heads, or of sequences and KV heads"
+    if any(policy.slot is QUERIES for policy in problem.policies):
+        fail("k_scale", "scales of tokens with several tokens", f"one token; {remedy}")
+    if problem.vec_width < SMALLEST_WIDTH:
+        fail(
+            "k_scale",
+            "scales of tokens with narrow rows",
+            f"rows at multiples of 4 bytes; {remedy}",
+        )
 
 
 def _fail_unscaled(name: str, got: str, dtype: torch.dtype) -> None:
@@ -88,7 +130,9 @@ def scale_fields(asked: Asked, layout: Layout) -> dict[str, float]:
                 _fail_unscaled(name, shown(number), dtype)
         if dtype in FP8:
             found[name] = 1.0 if number is None else float(number)
-        if tensor := layout.get(name):
+        if (tensor := layout.get(name)) and of_tokens(name, tensor.shape):
+            found[f"{name}_batch"] = tensor.strides[0] if tensor.shape[0] > 1 else 0
+        elif tensor:
             found[f"{name}_batch"], found[f"{name}_head"] = _steps(tensor)
     return found
 
@@ -102,15 +146,19 @@ def _steps(scales: Seen) -> tuple[int, int]:
     return batch, head
 
 
-def check_scale_shape(name: str, t: Seen, sizes: list[int]) -> None:
-    """Raise InputError unless a tensor has a scale for all, for every KV head, or of each sequence.
+def check_scale_shape(name: str, t: Seen, sizes: list[int], cache: list[int]) -> None:
+    """Raise InputError unless a tensor has a scale for all, for every KV head, of each sequence, or
+    of each token.
 
     Args:
         name: Its name.
         t: It.
         sizes: [batch, num_kv_heads].
+        cache: [rows, max_seq_len, num_kv_heads], or of pages.
     """
     shape = list(t.shape)
+    if of_tokens(name, shape):
+        return _check_of_tokens(name, t, cache)
     if shape not in ([], [1], sizes[1:], sizes):
         allowed = f"[], {sizes[1:]} (of KV heads) or {sizes} (of sequences and KV heads)"
         fail(name, shape_text(shape), allowed)
@@ -118,6 +166,17 @@ def check_scale_shape(name: str, t: Seen, sizes: list[int]) -> None:
         size > 1 and stride > _MAX_STRIDE for size, stride in zip(shape, t.strides, strict=True)
     ):
         fail(name, f"strides {list(t.strides)}", f"strides up to {_MAX_STRIDE}")
+
+
+def _check_of_tokens(name: str, t: Seen, cache: list[int]) -> None:
+    if list(t.shape) != cache:
+        fail(name, shape_text(list(t.shape)), f"{cache}, those of the cache without head_dim")
+    _, room, heads = cache
+    row, *inner = t.strides
+    right = [n == 1 or s == e for n, s, e in zip((room, heads), inner, (heads, 1), strict=True)]
+    if not all(right) or (cache[0] > 1 and not room * heads <= row <= _MAX_STRIDE):
+        allowed = f"[{room * heads} or more, {heads}, 1]; allocate it so, for it is written to"
+        fail(name, f"strides {list(t.strides)}", allowed)
 
 
 def check_pairs(name: str, t: Seen) -> None:

@@ -18,6 +18,7 @@ from gqa_cutlass.call.flag import OverflowFlag
 from gqa_cutlass.call.given import ROWS
 from gqa_cutlass.call.merge import MergeCall
 from gqa_cutlass.call.record import LOG
+from gqa_cutlass.call.stored import of_tokens
 from gqa_cutlass.codegen.config import ARCHES
 from gqa_cutlass.codegen.merge import Kernel
 from gqa_cutlass.codegen.schema.arguments import BUFFERS, Access
@@ -191,6 +192,8 @@ def _region(
     overread: bool,
 ) -> Region:
     access = _ACCESS[field]
+    if of_tokens(field.removesuffix("s"), shape):
+        access = Access.APPEND
     cache = access is Access.APPEND
     return Region(
         name=field,

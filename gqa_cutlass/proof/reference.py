@@ -84,7 +84,7 @@ def attend(
         cache_batch_idx: The row of k and v, or of block_table, that each sequence has, [batch].
         block_table: The pages that each sequence has, one behind the other, [batch, max_pages].
         k_scale: What k is multiplied by before all else: a number for all, or of KV heads, or of
-            each sequence; None for 1.
+            each sequence, or of tokens, as k without head_dim; None for 1.
         v_scale: The same of v.
         causal: Whether a query sees nothing behind its own token.
         tree_mask: Which of a sequence's last tokens its queries see, instead, bool
@@ -113,8 +113,8 @@ def attend(
                 seen &= numbers >= int(cache_leftpad[b])
             numbers = numbers[seen]
             grouped = query.to(dtype).view(num_kv_heads, -1, head_dim)
-            keys = scaled(_tokens(k, row, pages, numbers), scales_of(k_scale, b))
-            values = scaled(_tokens(v, row, pages, numbers), scales_of(v_scale, b))
+            keys = scaled(_tokens(k, row, pages, numbers), _seen(k_scale, b, row, pages, numbers))
+            values = scaled(_tokens(v, row, pages, numbers), _seen(v_scale, b, row, pages, numbers))
             keys, values = keys.to(dtype).permute(1, 2, 0), values.to(dtype).permute(1, 0, 2)
             scores = (grouped @ keys) * scale
             if softcap:
@@ -147,6 +147,22 @@ def scales_of(scale: float | Tensor | None, b: int) -> float | Tensor | None:
     if not isinstance(scale, Tensor) or scale.dim() == 0:
         return scale
     return (scale[b] if scale.dim() == 2 else scale).unsqueeze(-1)
+
+
+def _seen(
+    scale: float | Tensor | None, b: int, row: int, pages: Tensor | None, numbers: Tensor
+) -> float | Tensor | None:
+    """The scales of some of a sequence's tokens, or of all of them."""
+    if isinstance(scale, Tensor) and scale.dim() == 3:
+        return _tokens(scale, row, pages, numbers).unsqueeze(-1)
+    return scales_of(scale, b)
+
+
+def scale_of_row(row: Tensor, dtype: torch.dtype) -> Tensor:
+    """What an append computes of a token's rows, [..., head_dim]: float32 [...]."""
+    largest = row.float().abs().nan_to_num(nan=0, posinf=torch.inf).amax(-1)
+    most = torch.full((), torch.finfo(dtype).max, dtype=torch.float32, device=row.device)
+    return torch.where(largest > 0, largest / most, 1.0)
 
 
 def scaled(tokens: Tensor, scale: float | Tensor | None) -> Tensor:

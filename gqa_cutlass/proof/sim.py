@@ -14,15 +14,15 @@ from torch import Tensor
 from gqa_cutlass.api import plan
 from gqa_cutlass.cache.allocation import available_bytes
 from gqa_cutlass.call.layout import DTYPES
-from gqa_cutlass.call.stored import FP8
+from gqa_cutlass.call.stored import FP8, SCALES
 from gqa_cutlass.call.tokens import pack_tree_mask
 from gqa_cutlass.codegen.config import KernelConfig
 from gqa_cutlass.codegen.schema.launch import LaunchShape
-from gqa_cutlass.codegen.schema.policies import QUERIES
+from gqa_cutlass.codegen.schema.policies import OF_TOKENS, QUERIES
 from gqa_cutlass.codegen.schema.rounding import ceil_div
 from gqa_cutlass.codegen.schema.storage import PAGE_TOKENS
 from gqa_cutlass.cpu.executor import CpuKernel
-from gqa_cutlass.proof.reference import attend, errors, stored
+from gqa_cutlass.proof.reference import attend, errors, scale_of_row, stored
 from gqa_cutlass.proof.turning import is_rounded_once, turned
 from gqa_cutlass.ptxsim.prepare import Program
 from gqa_cutlass.ptxsim.simulate import Checks
@@ -54,8 +54,8 @@ class _Asked(TypedDict, total=False):
     cache_leftpad: Tensor
     cache_batch_idx: Tensor
     block_table: Tensor
-    k_scale: float
-    v_scale: float
+    k_scale: float | Tensor
+    v_scale: float | Tensor
     tree_mask: Tensor
 
 
@@ -154,12 +154,22 @@ def _run(
     total = cache_len + new
     q, k_cache, v_cache, k, v = _step(config, total, batch, kv_heads, new)
     asked, turns = _features(config, batch, q.shape[-2], total, new), _turns(config, q, total)
-    for dtype, policy in FP8.items():
+    for (dtype, policy), of_tokens in zip(FP8.items(), OF_TOKENS, strict=True):
         if policy in config.policies:
             k_cache = stored(k_cache, asked["k_scale"], dtype)
             v_cache = stored(v_cache, asked["v_scale"], dtype)
+        if of_tokens in config.policies:
+            scales = scale_of_row(k_cache, dtype), scale_of_row(v_cache, dtype)
+            k_cache, v_cache = (
+                stored(cache, scale.unsqueeze(-1), dtype)
+                for cache, scale in zip((k_cache, v_cache), scales, strict=True)
+            )
+            asked["k_scale"], asked["v_scale"] = scales
     if (table := asked.get("block_table")) is not None:
         k_cache, v_cache = (_in_pages(cache, table) for cache in (k_cache, v_cache))
+        for name in SCALES:
+            if isinstance(scale := asked.get(name), Tensor):
+                asked[name] = _in_pages(scale, table)  # type: ignore[literal-required]
     options = asked.copy()
     if "tree_mask" in asked:
         options["tree_mask"] = pack_tree_mask(asked["tree_mask"])
@@ -287,8 +297,10 @@ def _turned(rows: Tensor, first: int, turns: _Turns, weight: str) -> Tensor:
     return torch.stack(made)
 
 
-def _held(rows: Tensor, cache: Tensor, scale: float | None) -> Tensor:
-    """Rows of 16 bits as a cache has them."""
+def _held(rows: Tensor, cache: Tensor, scale: float | Tensor | None) -> Tensor:
+    """Rows of 16 bits as a cache has them, by the scale for all, or by their own."""
+    if isinstance(scale, Tensor):
+        scale = scale_of_row(rows, cache.dtype).unsqueeze(-1)
     return stored(rows, scale, cache.dtype) if cache.dtype in FP8 else rows
 
 

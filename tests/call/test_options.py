@@ -15,7 +15,7 @@ from helpers import call_tensors
 import gqa_cutlass.ops  # noqa: F401 - registers the operators
 from gqa_cutlass import KVCache, explain, flash_attn_with_kvcache, gqa_decode, plan
 from gqa_cutlass.call.options import TENSORS, CallOptions, Options, PlanOptions
-from gqa_cutlass.codegen.schema.policies import CALL, FP8, POLICIES
+from gqa_cutlass.codegen.schema.policies import CALL, FP8, OF_TOKENS, POLICIES
 
 CALLS: dict[str, tuple[Callable[..., Any], set[str]]] = {
     "gqa_decode": (gqa_decode, set(Options.__annotations__)),
@@ -61,7 +61,8 @@ def test_options_that_a_call_does_not_take_are_refused(name: str, wrong: str) ->
 def test_every_feature_is_an_option_of_every_call() -> None:
     """But what caches hold, which their type says. Tensors are rows of the table of arguments."""
     # Several tokens are asked for by the sizes of q and k, too; FlashAttention has no norm or tree.
-    features = {policy.feature for policy in POLICIES if policy.feature and policy not in FP8}
+    stored = *FP8, *OF_TOKENS
+    features = {policy.feature for policy in POLICIES if policy.feature and policy not in stored}
     features |= {row.name for policy in FP8 for row in policy.arguments}
     features -= {"num_tokens"}
     assert features <= set(CallOptions.__annotations__)
@@ -75,5 +76,6 @@ def test_every_feature_is_an_option_of_every_call() -> None:
 
 
 def test_every_feature_has_rows_in_the_tests_of_features() -> None:
-    assert set(FEATURE_ROWS.values()) == {policy for policy in POLICIES if policy.tag}
+    apart = {*OF_TOKENS}  # in test_features_fp8_tokens.py
+    assert set(FEATURE_ROWS.values()) == {policy for policy in POLICIES if policy.tag} - apart
     assert set(FEATURE_ROWS) == set(FEATURE_STEPS)

@@ -187,7 +187,7 @@ BAD: dict[str, tuple[Callable[[Step], dict[str, Any]], str]] = {
         r"v_scale: got shape \[2, 2\]; allowed: \[\], \[2\] \(of KV heads\) or \[1, 2\]",
     ),
     "of tokens": (
-        lambda s: {"k_scale": s.q.new_ones(1, 64, 2).float()}, r"k_scale: got shape \[1, 64, 2\]"
+        lambda s: {"k_scale": s.q.new_ones(1, 64, 2).float()}, "v_scale: got none of tokens; allowe"
     ),
     "in half": (lambda s: {"k_scale": s.q.new_ones(2)}, "k_scale: got torch.float16; allowed: t"),
     "elsewhere": (lambda s: {"v_scale": torch.ones(2, device="meta")}, "v_scale: got .* on meta"),

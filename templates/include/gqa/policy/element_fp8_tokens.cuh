@@ -1,0 +1,283 @@
+// Operands of 8 bits whose scales are of tokens and KV heads, as the append computes them: the
+// largest number of a new row becomes the last one of its type.
+//
+// Scales lie as tokens do, [rows, max_seq_len, num_kv_heads], or in pages, contiguous but for the
+// first dimension. A product is multiplied by its key's scale before it is capped, a probability by
+// its value's before it is rounded to float16: relative to a power of two that the values' scales
+// so far do not exceed, which the outputs are multiplied by in the end. 2^15 over that, the
+// operands of values that count 2^-29 as much as others still are normal numbers.
+//
+// The main loop is that of the multistage schedule with both factors in it. It stands here, as an
+// overload for kernels that include this header, so that no other kernel is concerned.
+#pragma once
+
+#include <gqa/policy/cache_paged.cuh>
+#include <gqa/policy/element_fp8.cuh>
+#include <gqa/schedule/multistage/decode.cuh>
+
+namespace gqa {
+
+// The scale of a row, by the largest of this lane's numbers. All lanes take part.
+template <class Format>
+CUTE_DEVICE float scale_of_row(float largest) {
+  CUTE_UNROLL
+  for (int bit = kWarpSize / 2; bit > 0; bit /= 2) {
+    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, bit));
+  }
+  return largest > 0.f ? __fdiv_rn(largest, Format::kMax) : 1.f;
+}
+
+// A new token's row, with a scale of its own.
+template <class T, int kDims, class Format>
+struct ScaledRow : QuantisedRow<T, kDims, Format> {
+  float scale;
+
+  CUTE_DEVICE void quantise_by_largest() {
+    float largest = 0.f;
+    this->for_each([&](int i, int) {
+      auto const* given = reinterpret_cast<typename T::Element const*>(&this->vec[i]);
+      CUTE_UNROLL
+      for (int j = 0; j < T::kVecWidth; ++j) largest = fmaxf(largest, fabsf(float(given[j])));
+    });
+    scale = scale_of_row<Format>(largest);
+    this->quantise(scale);
+  }
+};
+template <class T, class Format>
+struct ScaledPreparedRow : QuantisedPreparedRow<T, Format> {
+  float scale;
+
+  CUTE_DEVICE void quantise_by_largest() {
+    float largest = 0.f;
+    this->for_each_at([&](int, int i) {
+      CUTE_UNROLL
+      for (int j = 0; j < 2; ++j) largest = fmaxf(largest, fabsf(float(this->pair[i][j])));
+    });
+    scale = scale_of_row<Format>(largest);
+    this->quantise(scale);
+  }
+};
+
+// Products count what queries say: keys' scales are not those of a block.
+template <class T>
+struct TokensKeyScale : Fp8KeyScale<T> {
+  template <class Query>
+  CUTE_DEVICE void set(Params const& p, Work<T> const& w, Query& query) {
+    Params unscaled = p;
+    unscaled.k_scales = nullptr;
+    unscaled.k_scale = 1.f;
+    Fp8KeyScale<T>::set(unscaled, w, query);
+  }
+};
+
+template <class T, class Format>
+struct TokensOperands : Fp8Operands<T, Format> {
+  template <int kDims>
+  using TokenRow = ScaledRow<T, kDims, Format>;
+  using PreparedTokenRow = ScaledPreparedRow<T, Format>;
+  template <class Row>
+  CUTE_DEVICE static void quantise_key(Params const&, Work<T> const&, Row& key) {
+    key.quantise_by_largest();
+  }
+  template <class Row>
+  CUTE_DEVICE static void quantise_value(Params const&, Work<T> const&, Row& value) {
+    value.quantise_by_largest();
+  }
+  using KeyScale = TokensKeyScale<T>;
+  template <int kWidth>
+  CUTE_DEVICE static void scale_values(Params const&, Work<T> const&, Merged<kWidth>&) {}
+};
+
+template <class T>
+struct E4m3OfTokens : TokensOperands<T, E4m3> {
+  using Stored = uint16_t;
+  using Multiplied = cutlass::half_t;
+};
+template <class T>
+struct E5m2OfTokens : TokensOperands<T, E5m2> {
+  using Stored = uint16_t;
+  using Multiplied = cutlass::half_t;
+};
+
+// The scales of a tile: a lane has those of one token, the tile's row of its number.
+template <class T>
+class TokenScales {
+ public:
+  static_assert(T::kBlockN <= kWarpSize && T::kTensorOp && !T::kTma && kOneQuery<T>);
+
+  float key, value;  // 1 and 0 where there is no token
+
+  CUTE_DEVICE TokenScales(Params const& p, Work<T> const& w) : params_(p), work_(w) {}
+
+  CUTE_DEVICE void load(int tile) {
+    int const row = int(threadIdx.x) % kWarpSize;
+    int const token = tile * T::kBlockN + row;
+    key = 1.f, value = 0.f;
+    bool const is_read = tile < work_.num_tiles && row < T::kBlockN && token < work_.num_cached &&
+                         token >= work_.first_token;
+    if (!is_read) return;
+    int first = work_.cache_row(), place = token;
+    if constexpr (!CacheOf<T>::by_number()) {
+      first = table_row(params_, first)[page_of(params_, token)];
+      place = place_in_page(params_, token);
+      if (!is_in_pool(params_, first)) return;
+    }
+    key = params_.k_scales[index(params_.k_scale_batch, first, place)];
+    value = params_.v_scales[index(params_.v_scale_batch, first, place)];
+  }
+  // The new token is the tile's row of this number.
+  CUTE_DEVICE void put(int row, NewToken<T> const& token) {
+    bool const own = int(threadIdx.x) % kWarpSize == row;
+    key = own ? token.key.scale : key;
+    value = own ? token.value.scale : value;
+  }
+  // Into the cache, for which one warp per KV head calls.
+  CUTE_DEVICE void append(NewToken<T> const& token) const {
+    if (!token.row.exists(params_) || int(threadIdx.x) % kWarpSize != 0) return;
+    int first = work_.cache_row(), place = work_.num_cached;
+    if constexpr (!CacheOf<T>::by_number()) first = token.row.page, place = token.row.place;
+    const_cast<float*>(params_.k_scales)[index(params_.k_scale_batch, first, place)] =
+        token.key.scale;
+    const_cast<float*>(params_.v_scales)[index(params_.v_scale_batch, first, place)] =
+        token.value.scale;
+  }
+
+ private:
+  CUTE_DEVICE int64_t index(int batch_stride, int first, int place) const {
+    return int64_t(first) * batch_stride + int64_t(place) * params_.num_kv_heads + work_.kv_head;
+  }
+
+  Params const& params_;
+  Work<T> const& work_;
+};
+
+// Scores of a tile whose keys have these scales, a lane's each.
+template <class T>
+CUTE_DEVICE void score_tile(Scorer<T> const& score, typename T::Stored const* keys, TileEnd end,
+                            Logits<T> const& logit, float key_scale,
+                            float (&scores)[T::kLaneHeads][T::kLaneTokens]) {
+  constexpr int kHeadTiles = Scorer<T>::kHeadTiles;
+  int const lane = threadIdx.x % kWarpSize;
+  CUTE_UNROLL
+  for (int m = 0; m < Scorer<T>::kTokenTiles; ++m) {
+    float sum[2][kHeadTiles][4] = {};
+    TileRow<T, typename T::KeyTile> const row(keys, m * 16 + lane % 16, lane / 16);
+    OperandsOf<T>::add_keys(row, score.query, sum);
+    CUTE_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      int const t = 2 * m + half;
+      float const scale = __shfl_sync(0xffffffffu, key_scale, score.token(t));
+      CUTE_UNROLL
+      for (int h = 0; h < T::kLaneHeads; ++h) {
+        int const i = half * 2 + h % 2;
+        float const dot = score.scaled(sum[0][h / 2][i] + sum[1][h / 2][i], h) * scale;
+        scores[h][t] = logit(dot, h, end.at(score.token(t)));
+      }
+    }
+  }
+}
+
+// What values' scales are relative to.
+template <class T>
+class ValueRange {
+ public:
+  // Multiplies a tile's probabilities by its values' scales, a lane's each. All lanes take part.
+  CUTE_DEVICE void scale(float value_scale, Accumulator<T>& acc,
+                         float (&probability)[T::kLaneHeads][T::kLaneTokens]) {
+    float largest = value_scale;
+    CUTE_UNROLL
+    for (int bit = kWarpSize / 2; bit > 0; bit /= 2) {
+      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, bit));
+    }
+    if (largest > most_) raise(largest, acc);
+    float const relative = value_scale * (kRoom / most_);
+    CUTE_UNROLL
+    for (int t = 0; t < T::kLaneTokens; ++t) {
+      float const factor = __shfl_sync(0xffffffffu, relative, Scorer<T>::token(t));
+      CUTE_UNROLL
+      for (int h = 0; h < T::kLaneHeads; ++h) probability[h][t] *= factor;
+    }
+  }
+  // Makes the sums what they count.
+  CUTE_DEVICE void finish(Accumulator<T>& acc) const { multiply(acc, most_ / kRoom); }
+
+ private:
+  static constexpr float kRoom = 32768.f;
+
+  CUTE_DEVICE void raise(float largest, Accumulator<T>& acc) {
+    // The next power of two, or the same: quotients of these are exact.
+    float const most = __uint_as_float((__float_as_uint(largest) + 0x7fffff) & 0x7f800000);
+    multiply(acc, most_ / most);
+    most_ = most;
+  }
+  CUTE_DEVICE static void multiply(Accumulator<T>& acc, float by) {
+    float factor[T::kLaneHeads];
+    CUTE_UNROLL
+    for (float& f : factor) f = by;
+    acc.rescale(factor);
+  }
+
+  float most_ = 1.1754944e-38f;  // the smallest normal number
+};
+
+template <class V>
+CUTE_DEVICE void attend(Params const& p, Work<Traits<V>> const& w, SharedStorage<Traits<V>>& shared,
+                        TileRing<Traits<V>>& ring) {
+  using T = Traits<V>;
+  int const warp = threadIdx.x / kWarpSize;
+  ring.fill(p, w, w.first_tile(warp));
+  TokenScales<T> scales(p, w);
+  scales.load(w.first_tile(warp));
+  TokenAhead<T> const prepared(p, w, warp);
+  Scorer<T> const score(p, w, shared);
+  Logits<T> const logits(p, w);
+  OnlineSoftmax<T> softmax;
+  Accumulator<T> acc(shared);
+  ValueRange<T> range;
+  CUTE_NO_UNROLL
+  for (int tile = w.first_tile(warp); tile < w.num_tiles; tile += w.tile_step()) {
+    int const left = w.num_tokens - tile * T::kBlockN;
+    bool const last = tile == w.num_tiles - 1;
+    float scores[T::kLaneHeads][T::kLaneTokens];
+    NewToken<T> token;
+    if constexpr (kPreparesRows<T>) {
+      token = prepared.token();
+    } else {
+      if (last && w.appends) token.load(p, w);
+    }
+    auto* keys = ring.wait_keys();
+    if (last && w.appends) {
+      put_new_row<typename T::KeyTile>(token.key, left, keys);
+      scales.put(left - 1, token);
+      if (kMayLoseTokens<T> && token.row.lost(p)) ring.lose();
+      if (w.head_block == 0) {
+        token.append(p, w);
+        scales.append(token);
+      }
+    }
+    score_tile<T>(score, keys, {left, left - 1}, logits, scales.key, scores);
+    hide_padding<T>(w, tile, scores);
+    ring.refill_keys(w, tile);
+    softmax.update(scores, [&](auto const& factor) { acc.rescale(factor); });
+    range.scale(scales.value, acc, scores);
+    scales.load(tile + w.tile_step());
+    auto* values = ring.wait_values();
+    if (last) {
+      clear_value_rows<T>(values, left);
+      if (w.appends) put_new_row<typename T::ValueTile>(token.value, left, values);
+      __syncwarp();
+    }
+    acc.add(values, scores);
+    ring.refill_values(w, tile);
+  }
+  range.finish(acc);
+  ring.drain();
+  if (kMayLoseTokens<T> && ring.lost()) {
+    softmax.spoil();
+    report(p, w);
+  }
+  acc.store(reinterpret_cast<float*>(shared.warp[warp]));
+  softmax.store(shared.row_max[warp], shared.row_sum[warp]);
+}
+
+}  // namespace gqa

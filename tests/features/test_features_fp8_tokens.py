@@ -1,0 +1,333 @@
+"""Caches of 8 bits with a scale for every token and KV head, which the append computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from helpers import diagonal
+from torch import Tensor
+
+import gqa_cutlass
+from gqa_cutlass import gqa_decode
+from gqa_cutlass.call.stored import FP8
+from gqa_cutlass.errors import CacheOverflowError, InputError
+from gqa_cutlass.proof.reference import attend, errors, scale_of_row, stored
+
+PROCESS = "features"  # has all tests of this folder, for they have kernels in common
+
+E4M3, E5M2 = FP8
+F16, BF16 = torch.float16, torch.bfloat16
+HEADS, GROUP = 2, 4
+
+
+@dataclass
+class Case:
+    """A step.
+
+    Args:
+        q: [batch, heads, head_dim].
+        k: New keys, [batch, KV heads, head_dim].
+        v: Likewise.
+        k_cache: In 8 bits, as are values; in rows or pages.
+        v_cache: Likewise.
+        k_scale: Of its tokens.
+        v_scale: Likewise.
+        lengths: Tokens of each sequence.
+        options: Of the call.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    k_scale: Tensor
+    v_scale: Tensor
+    lengths: list[int]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def place(self, b: int, token: int) -> tuple[int, int]:
+        """Where a token of a sequence is."""
+        if "block_table" in self.options:
+            page, at = divmod(token, self.k_cache.shape[1])
+            return int(self.options["block_table"][b, page]), at
+        rows = self.options.get("cache_batch_idx")
+        return b if rows is None else int(rows[b]), token
+
+    def run(self) -> Tensor:
+        """Call, with lengths on the device."""
+        lengths = torch.tensor(self.lengths, dtype=torch.int32, device=self.q.device)
+        return gqa_decode(
+            self.q, self.k_cache, self.v_cache, self.k, self.v, cache_seqlens=lengths,
+            k_scale=self.k_scale, v_scale=self.v_scale, **self.options,
+        )  # fmt: skip
+
+    def check(self) -> None:
+        """Run it: rows and scales as they should be, to the bit, others as they were, and the
+        output within the error rule."""
+        names = "k_cache", "v_cache", "k_scale", "v_scale"
+        right = {name: getattr(self, name).clone() for name in names}
+        for b, length in enumerate(self.lengths):
+            for side in "kv":
+                token, dtype = getattr(self, side)[b], self.k_cache.dtype
+                scale = scale_of_row(token, dtype)
+                held = stored(token, scale.unsqueeze(-1), dtype)
+                right[f"{side}_scale"][self.place(b, length)] = scale
+                right[f"{side}_cache"].view(torch.uint8)[self.place(b, length)] = held.view(
+                    torch.uint8
+                )
+        out = self.run()
+        for name in names:
+            assert torch.equal(
+                getattr(self, name).view(torch.uint8), right[name].view(torch.uint8)
+            ), name
+        assert not out.isnan().any()
+        results = [
+            attend(
+                self.q, right["k_cache"].to(kind), right["v_cache"].to(kind),
+                [n + 1 for n in self.lengths], self.q.shape[-1] ** -0.5, kind,
+                k_scale=right["k_scale"], v_scale=right["v_scale"], **self.options,
+            )[0]
+            for kind in (torch.float64, self.q.dtype)
+        ]  # fmt: skip
+        assert errors(out, *results).share <= 1
+
+
+def case(
+    device: str, dtype: torch.dtype = E4M3, queries: torch.dtype = F16, *,
+    lengths: tuple[int, ...] = (37, 300), capacity: int = 320, head_dim: int = 64, seed: int = 0,
+    tail: float = 1.0,
+) -> Case:  # fmt: skip
+    """Random tokens whose sizes differ, as a prompt stores them; `tail` is by how much."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = len(lengths)
+
+    def random(*shape: int) -> Tensor:
+        sizes = torch.randn(*shape[:-1], 1, generator=generator).mul(tail).exp()
+        return (torch.randn(shape, generator=generator) * sizes).to(queries).to(device)
+
+    k, v = random(batch, HEADS, head_dim), random(batch, HEADS, head_dim)
+    caches, scales = [], []
+    for _ in range(2):
+        rows = random(batch, capacity, HEADS, head_dim)
+        scales.append(scale_of_row(rows, dtype))
+        caches.append(stored(rows, scales[-1].unsqueeze(-1), dtype))
+    q = torch.randn(batch, HEADS * GROUP, head_dim, generator=generator).to(queries).to(device)
+    made = Case(q, k, v, *caches, *scales, list(lengths))
+    for b, length in enumerate(lengths):  # nobody reads what is behind
+        for name in ("k_cache", "v_cache"):
+            getattr(made, name)[b, length:].view(torch.uint8).fill_(0x7F)
+        made.k_scale[b, length:] = made.v_scale[b, length:] = torch.nan
+    return made
+
+
+@pytest.mark.parametrize(
+    ("dtype", "queries", "head_dim", "lengths"),
+    diagonal(FP8, [F16, BF16], [64, 128, 40], [(37, 300), (0, 16), (511, 127)]),
+)
+def test_appends_compute_scales_and_attention_counts_them(
+    dtype: torch.dtype, queries: torch.dtype, head_dim: int, lengths: tuple[int, ...], device: str
+) -> None:
+    case(device, dtype, queries, lengths=lengths, capacity=520, head_dim=head_dim).check()
+
+
+def in_pages(made: Case, page_size: int = 16) -> None:
+    """The same in pages, of which no sequence has the first."""
+    batch, room, *_ = made.k_cache.shape
+    most = -(-room // page_size)
+    order = torch.randperm(batch * most, generator=torch.Generator().manual_seed(1)) + 1
+    table = order.view(batch, most).to(torch.int32).to(made.q.device)
+    for name in ("k_cache", "v_cache", "k_scale", "v_scale"):
+        rows = getattr(made, name)
+        raw = rows.view(torch.uint8) if rows.dtype in FP8 else rows
+        pool = torch.zeros(batch * most + 1, page_size, *raw.shape[2:], dtype=raw.dtype)
+        pool = pool.to(made.q.device)
+        for b in range(batch):
+            for token in range(room):
+                pool[order[b * most + token // page_size], token % page_size] = raw[b, token]
+        setattr(made, name, pool.view(rows.dtype))
+    made.options["block_table"] = table
+
+
+def windowed(made: Case) -> None:
+    made.options |= {"window_size": (100, 0), "softcap": 1.5}
+
+
+def with_sinks_and_slopes(made: Case) -> None:
+    slopes = torch.linspace(0, 0.3, HEADS * GROUP, device=made.q.device)
+    made.options |= {"sinks": slopes * 10, "alibi_slopes": slopes}
+
+
+def padded_rows(made: Case) -> None:
+    """And rows by an index, of which there are more."""
+    for name in ("k_cache", "v_cache", "k_scale", "v_scale"):
+        rows = getattr(made, name)
+        raw = rows.view(torch.uint8) if rows.dtype in FP8 else rows
+        setattr(made, name, torch.cat([raw, raw[:1]]).flip(0).contiguous().view(rows.dtype))
+    device = made.q.device
+    made.options["cache_leftpad"] = torch.tensor([5, 20], dtype=torch.int32, device=device)
+    made.options["cache_batch_idx"] = torch.tensor([2, 1], dtype=torch.int32, device=device)
+
+
+FEATURES = {
+    "pages": in_pages, "pages of 7": lambda c: in_pages(c, 7), "window and cap": windowed,
+    "sinks and slopes": with_sinks_and_slopes, "padding and an index": padded_rows,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_features_go_with_scales_of_tokens(name: str, device: str) -> None:
+    made = case(device, capacity=304)
+    FEATURES[name](made)
+    made.check()
+
+
+def test_values_of_any_size_count(device: str) -> None:
+    """Sizes of rows are e^4 apart, as often as not; outputs are those of the largest."""
+    case(device, E4M3, BF16, tail=4.0).check()
+
+
+def test_values_that_are_small_count_beside_larger_ones_that_are_not_seen(device: str) -> None:
+    """Of ten millions in size, which no score chooses."""
+    made = case(device, queries=BF16, lengths=(64,), capacity=96)
+    made.q[:] = 1
+    made.k_cache.view(torch.uint8)[:] = 0x38  # 1
+    made.k_scale[:] = -8.0
+    made.k_scale[:, 40] = 1.0
+    made.v_scale[:, 3] = 1e7
+    made.v_scale[:, 40] = 1e-3
+    made.k[:] = -8 * 448
+    made.check()
+
+
+@pytest.mark.parametrize("group", [1, 32])
+def test_groups_of_other_sizes(group: int, device: str) -> None:
+    """Several blocks of heads share a KV head, and one of them appends."""
+    made = case(device, lengths=(37,), capacity=64, head_dim=128)
+    made.q = made.q[:, :1].expand(1, HEADS * group, 128).contiguous()
+    made.check()
+
+
+def test_rows_of_zeros_and_of_what_is_no_number(device: str) -> None:
+    """Zeros have a scale of 1; the largest number counts beside NaN, which stays; infinity leaves
+    none beside it."""
+    made = case(device, lengths=(20, 20), capacity=64)
+    made.k[0, 0] = 0
+    made.v[0, 0], made.v[0, 1, 3] = 0, torch.nan
+    made.v[1, 0, 5] = torch.inf
+    out = made.run()
+    assert made.k_scale[0, 20, 0] == made.v_scale[0, 20, 0] == 1
+    assert not made.k_cache[0, 20, 0].float().any() and not made.v_cache[0, 20, 0].float().any()
+    assert made.v_scale[0, 20, 1] == scale_of_row(made.v[0, 1], E4M3)
+    assert made.v_cache[0, 20, 1].float().isnan().nonzero().tolist() == [[3]]
+    assert out[0, 4:].isnan().any(0).nonzero().tolist() == [[3]]
+    assert made.v_scale[1, 20, 0] == torch.inf and out[1, :4].isnan().all()
+    assert not out[0, :4].isnan().any() and not out[1, 4:].isnan().any()
+
+
+def test_splits_and_attending_without_a_token(device: str) -> None:
+    made = case(device, lengths=(300, 301))
+    right = attend(
+        made.q, made.k_cache.double(), made.v_cache.double(), made.lengths, 64**-0.5, torch.float64,
+        k_scale=made.k_scale, v_scale=made.v_scale,
+    )[0]  # fmt: skip
+    before = made.k_scale.clone()
+    lengths = torch.tensor(made.lengths, dtype=torch.int32, device=device)
+    for splits in (1, 3):
+        plan = gqa_cutlass.plan(
+            made.q, made.k_cache, made.v_cache, cache_seqlens=lengths, num_splits=splits,
+            k_scale=made.k_scale, v_scale=made.v_scale,
+        )  # fmt: skip
+        out = plan(made.q, made.k_cache, made.v_cache, None, None, lengths)
+        torch.testing.assert_close(out.double(), right, atol=2e-3, rtol=2e-3)
+    assert torch.equal(made.k_scale.nan_to_num(), before.nan_to_num())
+
+
+def test_norms_and_rotations_come_before_the_scale(device: str) -> None:
+    """The largest number is that of the key as it is stored."""
+    made = case(device, lengths=(20, 33), capacity=64)
+    turned = case(device, lengths=(20, 33), capacity=64)
+    made.options["k_norm_weight"] = torch.full((64,), 2.0, device=device)
+    made.run()
+    key = turned.k.float()
+    key = (2 * key / (key.square().mean(-1, keepdim=True) + 1e-6).sqrt()).to(F16)
+    for b, length in enumerate(made.lengths):
+        scale = made.k_scale[b, length]
+        torch.testing.assert_close(scale, scale_of_row(key[b], E4M3), rtol=1e-3, atol=0)
+        held = made.k_cache[b, length].float() * scale[:, None]
+        torch.testing.assert_close(held, key[b].float(), rtol=0.07, atol=1e-3)
+        assert held.abs().amax(-1) == pytest.approx(448 * scale.cpu().numpy(), rel=1e-6)
+
+
+def test_a_token_that_does_not_fit_writes_no_scale(device: str) -> None:
+    made = case(device, lengths=(20, 64), capacity=64)
+    before = made.k_scale[1].clone()
+    made.run()
+    assert torch.equal(made.k_scale[1], before) and made.k_scale[0, 20].isfinite().all()
+    with pytest.raises(CacheOverflowError):
+        gqa_cutlass.check_overflow(device)
+
+
+def _apart(scale: Tensor) -> Tensor:
+    return torch.cat([scale, scale], -1)[..., : scale.shape[-1]]
+
+
+BAD: dict[str, tuple[Callable[[Case], dict[str, Any]], str]] = {
+    "one alone": (lambda c: {"v_scale": 0.5}, "v_scale: got none of tokens; allowed: as k_scale"),
+    "and one of heads": (lambda c: {"k_scale": c.k_scale[0, 0]}, "k_scale: got none of tokens"),
+    "too few": (
+        lambda c: {"k_scale": c.k_scale[:, 1:]},
+        r"k_scale: got shape \[1, 63, 2\]; allowed: \[1, 64, 2\], those of the cache without head",
+    ),
+    "heads apart": (
+        lambda c: {"v_scale": _apart(c.v_scale)},
+        r"v_scale: got strides \[256, 4, 1\]; allowed: \[128 or more, 2, 1\]; allocate it so, for",
+    ),
+    "in half": (lambda c: {"k_scale": c.k_scale.half()}, "k_scale: got torch.float16; allowed: t"),
+    "one for both": (lambda c: {"v_scale": c.k_scale}, "v_scale: got memory that k_scale also us"),
+    "of the cache": (
+        lambda c: {"k_scale": c.k_cache.view(torch.float32).flatten()[:128].view(1, 64, 2)},
+        "k_scale: got memory that k_cache also uses|k_cache: got memory that k_scale also uses",
+    ),
+    "several tokens": (
+        lambda c: {"q": c.q[:, None].expand(1, 2, 8, 64).contiguous(),
+                   "k": c.k[:, None].expand(1, 2, 2, 64).contiguous(),
+                   "v": c.v[:, None].expand(1, 2, 2, 64).contiguous()},
+        "k_scale: got scales of tokens with several tokens; allowed: one token; or pass scales of",
+    ),
+    "narrow rows": (
+        lambda c: {"q": torch.zeros(8 * 65, dtype=F16, device=c.q.device)[1:513].view(1, 8, 64)},
+        "k_scale: got scales of tokens with narrow rows; allowed: rows at multiples of 4 bytes",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_not_allowed_is_refused_and_nothing_written(name: str, device: str) -> None:
+    made = case(device, lengths=(20,), capacity=64)
+    before = made.k_scale.clone(), made.k_cache.view(torch.uint8).clone()
+    changes, message = BAD[name]
+    given: dict[str, Any] = {n: getattr(made, n) for n in ("q", "k_cache", "v_cache", "k", "v")}
+    scales = {"k_scale": made.k_scale, "v_scale": made.v_scale}
+    with pytest.raises(InputError, match=message):
+        gqa_decode(**given | scales | changes(made), cache_seqlens=20)
+    assert torch.equal(made.k_scale.nan_to_num(), before[0].nan_to_num())
+    assert torch.equal(made.k_cache.view(torch.uint8), before[1])
+
+
+def test_compiled_code_has_no_scales_of_tokens() -> None:
+    made = case("cpu", lengths=(20,), capacity=64)
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def decode(q: Tensor, k_scale: Tensor, v_scale: Tensor) -> Any:
+        return gqa_decode(
+            q, made.k_cache, made.v_cache, made.k, made.v, cache_seqlens=20, k_scale=k_scale,
+            v_scale=v_scale,
+        )  # fmt: skip
+
+    with pytest.raises(Exception, match="k_scale: got scales of tokens in compiled code"):
+        decode(made.q, made.k_scale, made.v_scale)
