@@ -159,13 +159,15 @@ def torch_varlen(data: Data) -> Attend:
     point, device = data.point, data.q.device
     queries = torch.arange(point.batch + 1, dtype=torch.int32, device=device)
     rows = queries * point.tokens
-    used = {"seqused_k": data.seqlens + 1} if isinstance(point, Ragged) else {}
+    used = data.seqlens + 1 if isinstance(point, Ragged) else None
 
     def attend(i: int) -> Tensor:
         k, v = data.k[i].flatten(0, 1), data.v[i].flatten(0, 1)
-        return varlen_attn(
-            data.q, k, v, queries, rows, 1, point.tokens, enable_gqa=True, **used
-        )  # fmt: skip
+        out = varlen_attn(
+            data.q, k, v, queries, rows, 1, point.tokens, enable_gqa=True, seqused_k=used
+        )
+        assert isinstance(out, Tensor)  # no log-sum-exp was asked for
+        return out
 
     return attend
 
