@@ -11,6 +11,7 @@ from ranks import Group, case
 from torch import Tensor
 
 from gqa_cutlass import CacheAllocationError, CacheOverflowError, InputError, KVCache
+from gqa_cutlass.cache.scales import raw
 from gqa_cutlass.distributed import ShardedKVCache
 
 BATCH, DIM = 3, 64
@@ -35,16 +36,19 @@ class Both:
     generator: torch.Generator
 
     @classmethod
-    def make(cls, group: Group, interleave: int) -> Both:
+    def make(
+        cls, group: Group, interleave: int, dtype: torch.dtype = torch.float16, **scales: Any
+    ) -> Both:
         room = 5 * group.size * interleave
-        sizes = BATCH, room - 1, 1, DIM, torch.float16, "cpu"
-        shards = ShardedKVCache.for_layers(2, *sizes, group=group.group, interleave=interleave)
+        sizes = BATCH, room - 1, 1, DIM, dtype, "cpu"
+        ranks: dict[str, Any] = {"group": group.group, "interleave": interleave}
+        shards = ShardedKVCache.for_layers(2, *sizes, **ranks, **scales)
         assert shards[0].max_seq_len == room and shards[0].k.shape[1] == 5 * interleave
         return cls(
             group=group,
             interleave=interleave,
             shards=shards,
-            wholes=KVCache.for_layers(2, BATCH, room, *sizes[2:]),
+            wholes=KVCache.for_layers(2, BATCH, room, *sizes[2:], **scales),
             generator=torch.Generator().manual_seed(3),
         )
 
@@ -68,8 +72,8 @@ class Both:
             for b, length in enumerate(whole.seqlens.tolist()):
                 turns = [t // self.interleave % self.group.size for t in range(length)]
                 held = [t for t, rank in enumerate(turns) if rank == self.group.rank]
-                assert torch.equal(shard.k[b, : len(held)], whole.k[b, held])
-                assert torch.equal(shard.v[b, : len(held)], whole.v[b, held])
+                for mine, all_of_it in ((shard.k, whole.k), (shard.v, whole.v)):
+                    assert torch.equal(raw(mine)[b, : len(held)], raw(all_of_it)[b, held])
 
 
 @case
@@ -100,16 +104,30 @@ def _work(both: Both) -> None:
     for cache in caches:
         with pytest.raises(CacheOverflowError, match=r"sequences \[1\] have no room"):
             cache.check()
-    with pytest.raises(InputError, match="rows: got .0.; allowed: None, for all sequences"):
+    with pytest.raises(InputError, match="ShardedKVCache.decode: rows: got .0.; allowed: None, "):
         caches[0].decode(both.random(1, 4), rows=[0])
     with pytest.raises(InputError, match="cache_batch_idx: got an index; allowed: None"):
         caches[0].decode(both.random(1, 4), cache_batch_idx=_int32(0))
 
 
 @case
+def caches_of_8_bits(group: Group) -> None:
+    """Prompts and tokens are stored as one cache stores them, by the owner's kernel or before."""
+    scales = {"k_scale": [0.25, torch.tensor([0.5])], "v_scale": 2.0}
+    both = Both.make(group, 2, torch.float8_e4m3fn, **scales)
+    token, prompt = (1,), (7, 1)
+    both.run("prefill", prompt, prompt, lengths=[7, 0, 4])
+    both.run("decode", (4,), token, token)
+    with pytest.raises(InputError, match="ShardedKVCache.decode: k_scale: got an option"):
+        both.shards[0].decode(both.random(BATCH, 4), k_scale=1.0)
+
+
+@case
 def memory_that_is_told_before(group: Group) -> None:
     sizes = 8, 1024 * group.size, 2, DIM
     state = 3 * 8 * 4
+    of_8_bits = ShardedKVCache.bytes_needed(*sizes, torch.float8_e5m2, size=group.size)
+    assert of_8_bits - state == 8 * 1024 * 2 * DIM * 2
     whole = KVCache.bytes_needed(*sizes, num_layers=2) - state
     told = ShardedKVCache.bytes_needed(*sizes, num_layers=2, size=group.size) - state
     assert told == whole // group.size

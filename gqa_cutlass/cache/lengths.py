@@ -34,7 +34,12 @@ class Lengths:
     Args:
         state: Int32 [3, batch_size] on a GPU or the CPU, zeros: all sequences are empty at first.
         limit: Tokens that a sequence can hold.
+
+    Attributes:
+        owner: In whose name errors are.
     """
+
+    owner = "KVCache"
 
     def __init__(self, state: Tensor, limit: int) -> None:
         # The second is sticky, 1 for no room; the third are the lengths before drafts.
@@ -102,7 +107,7 @@ class Lengths:
         pairs = enumerate(zip(held, self._each(host), strict=True))
         over = [(b, n, count) for b, (n, count) in pairs if n + count > self.limit]
         if over:
-            raise_overflow(method, over, exact, self.limit)
+            raise_overflow(f"{self.owner}.{method}", over, exact, self.limit)
 
     def check_room_of(self, method: str, rows: list[int], tokens: int) -> None:
         """Refuse so many more tokens for rows that are certain to have no room.
@@ -113,7 +118,7 @@ class Lengths:
         known = (None if capturing(self.device) else self._known) or []
         over = [(b, known[b], tokens) for b in rows if known and known[b] + tokens > self.limit]
         if over:
-            raise_overflow(method, over, True, self.limit)
+            raise_overflow(f"{self.owner}.{method}", over, True, self.limit)
 
     def check_positions(self, turned: Turned, rows: list[int] | None = None) -> None:
         """Refuse tokens that are certain to have no position in the tables of a rotary embedding.

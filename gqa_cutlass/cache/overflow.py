@@ -29,12 +29,12 @@ def overflow_message(sequences: list[int], limit: int) -> str:
 
 
 def raise_overflow(
-    method: str, over: list[tuple[int, int, int]], exact: bool, limit: int
+    call: str, over: list[tuple[int, int, int]], exact: bool, limit: int
 ) -> NoReturn:
     """Refuse tokens for which sequences have no room: (sequence, tokens held, tokens to come).
 
     Args:
-        method: That was to append them.
+        call: That was to append them.
         over: The sequences.
         exact: Whether they hold so many, or may hold more.
         limit: Tokens that a sequence can hold.
@@ -49,7 +49,7 @@ def raise_overflow(
     )
     more = f", and {len(over) - _MAX_NAMED} more like these" * (len(over) > _MAX_NAMED)
     raise CacheOverflowError(
-        f"KVCache.{method}: cache overflow: {named}{more}; max_seq_len is {limit}. Nothing was "
+        f"{call}: cache overflow: {named}{more}; max_seq_len is {limit}. Nothing was "
         f"written. {REMEDY}"
     )
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Unpack, overload
+from typing import Any, Literal, Self, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -12,22 +13,22 @@ from torch.distributed import ProcessGroup
 
 from gqa_cutlass.cache.allocation import allocate
 from gqa_cutlass.cache.growth import ONE_TOKEN, Growth
-from gqa_cutlass.cache.guard import lack_of_memory, raise_no_temporaries
-from gqa_cutlass.cache.inputs import refuse
+from gqa_cutlass.cache.guard import with_memory
+from gqa_cutlass.cache.inputs import refuse_in
 from gqa_cutlass.cache.kv_cache import KVCache
 from gqa_cutlass.cache.lengths import Lengths
 from gqa_cutlass.cache.rows import buffer, scatter, widest
-from gqa_cutlass.cache.scales import Scales
+from gqa_cutlass.cache.scales import LayerScales, Scale, raw, scales_of_layers
 from gqa_cutlass.cache.sizes import BatchSizes
 from gqa_cutlass.cache.some import Rows
 from gqa_cutlass.call.options import Options, listed
 from gqa_cutlass.call.plan import Pair, Result
-from gqa_cutlass.call.stored import FP8
+from gqa_cutlass.call.stored import SCALES
 from gqa_cutlass.distributed.decode import WHY, decode_context_parallel
 from gqa_cutlass.distributed.groups import Group, Ranks, ranks_of
 from gqa_cutlass.distributed.settle import MAX_TOKENS
 from gqa_cutlass.distributed.sharding import Sharding
-from gqa_cutlass.errors import InputError, shown
+from gqa_cutlass.errors import shown
 from gqa_cutlass.tracing import untraced
 
 _ALL = "None, for all sequences; write a negative length to seqlens for inactive ones"
@@ -78,6 +79,8 @@ class _Sizes(BatchSizes):
 class _Lengths(Lengths):
     """Lengths of whole sequences, of which a rank's rows hold a part."""
 
+    owner = "ShardedKVCache"
+
     def __init__(self, state: Tensor, limit: int, sharding: Sharding) -> None:
         super().__init__(state, limit)
         self.sharding = sharding
@@ -109,6 +112,8 @@ class ShardedKVCache(KVCache):
         head_dim_v: As for `KVCache`.
         group: As for `decode_context_parallel`, as is interleave.
         interleave: Tokens that follow one another on a rank.
+        k_scale: As for `KVCache`, the same on all ranks.
+        v_scale: As k_scale.
 
     Attributes:
         k: Keys of this rank's tokens, [batch_size, local_max, num_kv_heads, head_dim], contiguous.
@@ -134,6 +139,8 @@ class ShardedKVCache(KVCache):
         *,
         group: Group = None,
         interleave: int = 1,
+        k_scale: Scale = None,
+        v_scale: Scale = None,
     ) -> None:
         ranks = ranks_of(group)
         sizes = _Sizes(
@@ -141,10 +148,10 @@ class ShardedKVCache(KVCache):
             num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype, head_dim_v=head_dim_v,
             size=ranks.size, interleave=interleave,
         )  # fmt: skip
-        _fill([self], sizes, device, ranks)
+        _fill([self], sizes, device, ranks, (k_scale, v_scale))
 
     @classmethod
-    def for_layers(  # type: ignore[override]  # scales are of caches of 8 bits
+    def for_layers(
         cls,
         num_layers: int,
         batch_size: int,
@@ -157,7 +164,9 @@ class ShardedKVCache(KVCache):
         *,
         group: Group = None,
         interleave: int = 1,
-    ) -> list[ShardedKVCache]:
+        k_scale: LayerScales = None,
+        v_scale: LayerScales = None,
+    ) -> list[Self]:
         """Allocate the caches of a model's layers, which share their lengths: as for `KVCache`.
 
         Args:
@@ -171,6 +180,8 @@ class ShardedKVCache(KVCache):
             head_dim_v: As for `ShardedKVCache`.
             group: As for `ShardedKVCache`.
             interleave: As for `ShardedKVCache`.
+            k_scale: As for `ShardedKVCache`; or a list, with one for each layer.
+            v_scale: As k_scale.
 
         Raises:
             GqaError: As for `ShardedKVCache`.
@@ -182,7 +193,7 @@ class ShardedKVCache(KVCache):
             size=ranks.size, interleave=interleave,
         )  # fmt: skip
         caches = [cls.__new__(cls) for _ in range(num_layers)]
-        _fill(caches, sizes, device, ranks)
+        _fill(caches, sizes, device, ranks, (k_scale, v_scale))
         return caches
 
     @staticmethod
@@ -238,7 +249,7 @@ class ShardedKVCache(KVCache):
         return_lse: bool, rows: Rows = None, **options: Unpack[Options],
     ) -> Result: ...  # fmt: skip
     @partial(untraced, why=WHY)
-    @listed(Options, without=("out",))
+    @listed(Options, without=("out", *SCALES))
     def decode(
         self,
         q: Tensor,
@@ -267,13 +278,16 @@ class ShardedKVCache(KVCache):
             CacheOverflowError: A sequence is full. Nothing was launched, on no rank.
             GqaError: As for `KVCache.decode` and `decode_context_parallel`.
         """
+        call = "ShardedKVCache.decode"
+        options = self._scales.asked(call, options)
         if rows is not None:
-            refuse("decode", "rows", shown(rows), _ALL)
+            refuse_in(call, "rows", shown(rows), _ALL)
         if "cache_batch_idx" in options:
-            refuse("decode", "cache_batch_idx", "an index", _ALL)
+            refuse_in(call, "cache_batch_idx", "an index", _ALL)
         if k is not None:
             self._lengths.check_room("decode", ONE_TOKEN)
-        try:
+
+        def work() -> Result:
             result: Result = decode_context_parallel(
                 q, self.k, self.v, k, v, cache_seqlens=self.seqlens, group=self._group,
                 interleave=self.sharding.interleave, return_lse=return_lse, **options,
@@ -281,9 +295,8 @@ class ShardedKVCache(KVCache):
             if k is not None and self._leads:
                 self._lengths.advance(ONE_TOKEN, self._lengths.room(ONE_TOKEN))
             return result
-        except RuntimeError as error:
-            told = lack_of_memory(error)
-        raise_no_temporaries("KVCache.decode", self.device, told)
+
+        return with_memory(call, self.device, work)
 
     def _extend(self, method: str, k: Tensor, v: Tensor, growth: Growth) -> None:
         """Write those of the tokens that are here behind every sequence's, and count all."""
@@ -291,7 +304,7 @@ class ShardedKVCache(KVCache):
         lengths.check_room(method, growth)
         room = lengths.room(growth)
         # Bytes of a token of all sequences.
-        each = self.batch_size * widest((self.k, self.v))[0, 0].nbytes
+        each = self.batch_size * k.element_size() * max(t.shape[2:].numel() for t in (k, v))
         step = self.sharding.stripe * max(1, _TEMPORARY_BYTES // (each * self.sharding.interleave))
         for start in range(0, growth.most, step):
             count = min(step, growth.most - start)
@@ -329,30 +342,31 @@ class ShardedKVCache(KVCache):
             return
         local = held[:, None] + torch.arange(most, dtype=torch.int32, device=self.device)
         index = (sharding.position(local) - starts[:, None]).clamp_(0, tokens - 1).long()
-        through = buffer(widest((self.k, self.v)), self.batch_size, most)
         pairs = []
-        for cache, piece in zip((self.k, self.v), pieces, strict=True):
+        for name, cache, piece in zip("kv", (self.k, self.v), pieces, strict=True):
             places = index[..., None, None].expand(-1, -1, *piece.shape[2:])
-            pairs.append((cache, piece.gather(1, places)))
+            new = self._scales.stored(cache, name, piece.gather(1, places))
+            pairs.append((raw(cache), raw(new)))
+        through = buffer(widest(cache for cache, _ in pairs), self.batch_size, most)
         scatter(pairs, held, here, room, through)
 
 
 def _fill(
-    caches: list[ShardedKVCache], sizes: _Sizes, device: torch.device | int | str, ranks: Ranks
+    caches: Sequence[ShardedKVCache],
+    sizes: _Sizes,
+    device: torch.device | int | str,
+    ranks: Ranks,
+    scales: tuple[LayerScales, LayerScales],
 ) -> None:
     """Allocate for caches that share their lengths.
 
     Raises:
-        InputError: The type is one of 8 bits, or as `allocate` says.
+        InputError: As `allocate` says, or a scale is not allowed.
     """
-    if sizes.dtype in FP8:
-        allowed = "torch.float16 or torch.bfloat16; caches of 8 bits are not spread over ranks yet"
-        raise InputError(
-            f"ShardedKVCache: dtype: got {sizes.dtype}; allowed: {allowed}. Nothing was allocated."
-        )
+    of_layers = scales_of_layers(sizes, device, *scales)
     memory = allocate(sizes, device)
     sharding = Sharding(rank=ranks.rank, size=ranks.size, interleave=sizes.interleave)
     lengths = _Lengths(memory.state, sharding.capacity(sizes.local_max), sharding)
-    for cache, (k, v) in zip(caches, memory.layers, strict=True):
-        cache._adopt(k, v, lengths, Scales(), cache is caches[-1])
+    for i, (cache, (k, v)) in enumerate(zip(caches, memory.layers, strict=True)):
+        cache._adopt(k, v, lengths, of_layers[i % len(of_layers)], cache is caches[-1])
         cache.sharding, cache._group = sharding, ranks.group

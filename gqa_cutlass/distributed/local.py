@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gqa_cutlass.api import gqa_decode
 from gqa_cutlass.distributed.exchange import Part
-from gqa_cutlass.distributed.settle import ROWS, TENSORS, Settled, refuse
+from gqa_cutlass.distributed.settle import STORAGE, TENSORS, Settled, refuse
 from gqa_cutlass.errors import CacheOverflowError
 
 
@@ -105,9 +105,9 @@ def attend(
     if here.appended is None:
         k = v = None
     elif isinstance(here.appended, Tensor):
-        rows: dict[str, Any] = {name: tensors[name] for name in ROWS}
+        stored: dict[str, Any] = {name: tensors[name] for name in STORAGE}
         gqa_decode(
-            q, k_cache, v_cache, k, v, cache_seqlens=here.appended, window_size=(0, -1), **rows
+            q, k_cache, v_cache, k, v, cache_seqlens=here.appended, window_size=(0, -1), **stored
         )
         k = v = None
     else:

@@ -17,6 +17,7 @@ from torch import Tensor
 from gqa_cutlass.api import plan
 from gqa_cutlass.call.flag import OverflowFlag
 from gqa_cutlass.call.options import NO_WINDOW, check_window
+from gqa_cutlass.call.stored import SCALES
 from gqa_cutlass.devices import executor_of
 from gqa_cutlass.distributed.exchange import EXCHANGES, Exchange, chosen
 from gqa_cutlass.distributed.groups import Ranks
@@ -26,8 +27,8 @@ from gqa_cutlass.errors import InputError, shown
 Heads = Literal["whole", "sharded"]
 Tensors = Sequence[Any]  # q, k_cache, v_cache, k, v
 MAX_TOKENS = 2**26  # that shards hold together: lengths are tabulated, 8 to 16 bytes each
-ROWS = "cache_batch_idx", "block_table"  # where a sequence is
-TENSORS = *ROWS, "sinks", "alibi_slopes", "cache_leftpad"
+STORAGE = "cache_batch_idx", "block_table", *SCALES  # where a token is, and how it is stored
+TENSORS = *STORAGE, "sinks", "alibi_slopes", "cache_leftpad"
 _PASSED = frozenset(("softmax_scale", "num_splits", "ragged", "softcap"))  # to kernels as they are
 _REMEDIES = {
     "out": "the exchange makes the output, which can be copied",
@@ -78,7 +79,8 @@ def key_of(
     try:
         paged = options.get("block_table") is not None
         key = (
-            q.shape, q.dtype, q.device, k_cache.shape[paged:], v_cache.shape[paged:],
+            q.shape, q.dtype, q.device, k_cache.shape[paged:], k_cache.dtype,
+            v_cache.shape[paged:], v_cache.dtype,
             _kind(k), _kind(v), _kind(lengths) if isinstance(lengths, Tensor) else type(lengths),
             *asked.items(), *map(type, asked.values()),
             *((name, _kind(value)) for name, value in options.items()),
@@ -220,12 +222,12 @@ def _check_by_plans(
         q = q.new_empty(shape).requires_grad_(q.requires_grad)
     lengths = 0 if type(lengths) is int else lengths
     tensors = {name: options.get(name) for name in TENSORS}
-    rows: dict[str, Any] = {name: tensors[name] for name in ROWS}
+    stored: dict[str, Any] = {name: tensors[name] for name in STORAGE}
     if hides and tensors["cache_leftpad"] is None and isinstance(q, Tensor):
         tensors["cache_leftpad"] = torch.zeros(q.shape[:1], dtype=torch.int32, device=q.device)
     appends = k is not None or v is not None
     if appends and not isinstance(lengths, int):
-        plan(q, k_cache, v_cache, k, v, cache_seqlens=lengths, window_size=(0, -1), **rows)
+        plan(q, k_cache, v_cache, k, v, cache_seqlens=lengths, window_size=(0, -1), **stored)
         appends = False
     for sinks in dict.fromkeys((tensors["sinks"], tensors["sinks"] if first else None)):
         asked = {**kernel, **tensors, "sinks": sinks, "return_lse": True}

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gqa_cutlass import InputError, gqa_decode, merge_states
+from gqa_cutlass.cache.scales import raw
 from gqa_cutlass.distributed import agreement, decode_context_parallel
 from gqa_cutlass.distributed.exchange import Part
 from gqa_cutlass.distributed.groups import Ranks
@@ -31,6 +32,8 @@ class Parts:
         torch.manual_seed(5)
         self.features = features
         self.caches = random(2, BATCH, SIZE * LOCAL_MAX, KV_HEADS, DIM)
+        if "k_scale" in features:
+            self.caches = self.caches.to(torch.float8_e4m3fn)
         self.shards = [self.caches[:, :, rank::SIZE].clone() for rank in range(SIZE)]
         self.q = random(BATCH, HEADS, DIM)
         self.new = random(2, BATCH, KV_HEADS, DIM)
@@ -62,17 +65,18 @@ class Parts:
         assert torch.allclose(out, wanted, atol=2e-3, rtol=2e-3)
         assert torch.allclose(lse, sums, rtol=1e-5, atol=1e-5)
         for rank, shard in enumerate(self.shards):
-            assert torch.equal(shard, self.caches[:, :, rank::SIZE])
+            assert torch.equal(raw(shard), raw(self.caches)[:, :, rank::SIZE])
 
 
 def _features(device: str) -> list[dict[str, Any]]:
     return [
         {"window_size": (7, -1), "sinks": torch.linspace(-1, 2, HEADS, device=device)},
         {"alibi_slopes": torch.linspace(0.01, 0.4, HEADS, device=device)},
+        {"k_scale": torch.tensor([0.5, 0.7, 0.02], device=device), "v_scale": 0.4},
     ]
 
 
-@pytest.mark.parametrize("which", [0, 1], ids=["window-sinks", "alibi"])
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["window-sinks", "alibi", "fp8"])
 def test_parts_make_the_step(device: str, which: int) -> None:
     parts = Parts(device, _features(device)[which])
     for lengths in ([0, 1, 2, 23], [9, -1, 10, 11]):
