@@ -218,6 +218,32 @@ def heads_that_are_spread_over_the_ranks(group: Group) -> None:
 
 
 @case
+def several_tokens(group: Group) -> None:
+    """By every exchange, and with heads that are spread over the ranks."""
+    whole = Whole.make(group, [2 * group.size, 0])
+    generator = torch.Generator().manual_seed(7)
+    q, k, v = (
+        torch.randn(2, 3, heads, DIM, generator=generator).half()
+        for heads in (HEADS, KV_HEADS, KV_HEADS)
+    )
+    for b, length in enumerate(whole.lengths):
+        whole.caches[:, b, length : length + 3] = torch.stack((k, v))[:, b]
+    given = q, *whole.caches, [length + 3 for length in whole.lengths], DIM**-0.5
+    (expected, sums), (in_torch, _) = (attend(*given, d) for d in (torch.float64, torch.float16))
+    own = HEADS // group.size
+    part = slice(group.rank * own, (group.rank + 1) * own)
+    for heads, how in ((part, None), *((slice(None), how) for how in EXCHANGES)):
+        spread: dict[str, Any] = {"q_heads": "sharded" if how is None else "whole", "exchange": how}
+        out, lse = whole.decode(q=q[:, :, heads].contiguous(), k=k, v=v, **spread)
+        assert errors(out, expected[:, :, heads], in_torch[:, :, heads]).share <= 1
+        assert lse.is_contiguous()
+        assert torch.allclose(lse.double(), sums[:, heads], atol=1e-3, rtol=1e-3)
+        for b, length in enumerate(whole.lengths):
+            held = whole.held(length + 3)
+            assert torch.equal(whole.shard[:, b, : len(held)], whole.caches[:, b, held])
+
+
+@case
 def pages_and_rows(group: Group) -> None:
     """Every rank has pools and a table of its own; garbage where a sequence has no tokens."""
     lengths = ragged(group)
@@ -266,7 +292,7 @@ def tokens_without_room(group: Group) -> None:
         shard=whole.shard[:, 1:], lengths=[4],
     )  # fmt: skip
     fits.check(out[1:], lse[1:])
-    with pytest.raises(CacheOverflowError, match=f"{capacity} tokens and a new one are more than"):
+    with pytest.raises(CacheOverflowError, match=f"{capacity} tokens and 1 new are more than"):
         whole.decode(cache_seqlens=capacity)
     with pytest.raises(InputError, match="cache_seqlens: got -1; allowed: an int from 0"):
         whole.decode(cache_seqlens=-1)
@@ -325,8 +351,18 @@ def what_is_not_exact_over_shards(group: Group) -> None:
     _refused(whole, "slot_mapping: got one; allowed: none", slot_mapping=torch.zeros(2).long())
     _refused(whole, "out: got one; allowed: none", out=torch.empty_like(whole.q))
     _refused(whole, "out_dtype: got torch.int8", out_dtype=torch.int8)
-    two = torch.zeros(2, 2, HEADS, DIM).half()
-    _refused(whole, f"q: got shape [2, 2, {HEADS}, {DIM}]; allowed: one token", q=two)
+    two: dict[str, Any] = {"q": torch.zeros(2, 2, HEADS, DIM).half()}
+    _refused(whole, "window_size: got (9, 0); allowed: (-1, -1) with", **two, window_size=(9, 0))
+    _refused(whole, "alibi_slopes: got some; allowed: none with", **two, alibi_slopes=slopes)
+    allowed = f"v: got shape [2, 1, 3, {DIM}]; allowed: [2, 2, "
+    _refused(whole, allowed, k=whole.shard[0, :, :2], v=whole.shard[0, :, :1])
+    _refused(whole, "tree_mask: got one with 2 queries and 1 new", **two, tree_mask=sinks)
+    _refused(whole, "tree_mask: got ", **two, k=None, v=None, tree_mask=sinks)
+    most = 2**22 // (4 * (2 * 2 + 1) * group.size)
+    allowed = f"interleave: got 999999 with 2 queries and 1 new tokens; allowed: up to {most}"
+    _refused(whole, allowed, **two, interleave=999999)
+    many = torch.zeros(2, 257, KV_HEADS, DIM).half()
+    _refused(whole, "tokens of q and k: got 1 and 257; allowed: up to 256", k=many, v=many)
     _refused(whole, "q_heads: got 'some'", q_heads="some")
     _refused(whole, "exchange: got 'ring'", exchange="ring")
     with pytest.raises(TypeError, match="unexpected keyword argument 'windows'"):

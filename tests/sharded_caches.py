@@ -111,13 +111,22 @@ def _work(both: Both) -> None:
 
 
 @case
-def caches_of_8_bits(group: Group) -> None:
-    """Prompts and tokens are stored as one cache stores them, by the owner's kernel or before."""
+def caches_of_8_bits_and_drafts(group: Group) -> None:
+    """Prompts and drafts are stored as one cache stores them; of drafts, the first ones stay."""
     scales = {"k_scale": [0.25, torch.tensor([0.5])], "v_scale": 2.0}
     both = Both.make(group, 2, torch.float8_e4m3fn, **scales)
-    token, prompt = (1,), (7, 1)
+    prompt, drafts = (7, 1), (3, 1)
     both.run("prefill", prompt, prompt, lengths=[7, 0, 4])
-    both.run("decode", (4,), token, token)
+    for accepted in ([2, 3, 0], _int32(3, 0, 1)):
+        both.run("decode", (3, 4), drafts, drafts)
+        for cache in both.shards[1], both.wholes[1]:
+            cache.accept(accepted)
+        both.compare()
+    with pytest.raises(InputError, match="no decode of several tokens"):
+        both.shards[0].accept(1)
+    many = [both.random(BATCH, both.shards[0].max_seq_len + 1, heads) for heads in (4, 1, 1)]
+    with pytest.raises(CacheOverflowError, match="ShardedKVCache.decode: cache overflow: sequence"):
+        both.shards[0].decode(*many)
     with pytest.raises(InputError, match="ShardedKVCache.decode: k_scale: got an option"):
         both.shards[0].decode(both.random(BATCH, 4), k_scale=1.0)
 

@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 from gqa_cutlass.cache.allocation import allocate
 from gqa_cutlass.cache.growth import ONE_TOKEN, Growth
 from gqa_cutlass.cache.guard import with_memory
-from gqa_cutlass.cache.inputs import refuse_in
+from gqa_cutlass.cache.inputs import new_tokens, refuse_in
 from gqa_cutlass.cache.kv_cache import KVCache
 from gqa_cutlass.cache.lengths import Lengths
 from gqa_cutlass.cache.rows import buffer, scatter, widest
@@ -95,9 +95,9 @@ class ShardedKVCache(KVCache):
     """A `KVCache` of which every rank of a group holds its tokens, as `Sharding` deals them out.
 
     Every rank makes every call, with the same arguments, and keeps what is its own: of a prompt,
-    which all ranks are given whole, or of a token. Lengths, `max_seq_len` and all that is said of
-    them concern whole sequences, and are the same on all ranks, so that a token that does not fit
-    is refused on all of them. All methods are those of `KVCache`, but `rows=` of `decode`; only
+    which all ranks are given whole, or of new tokens. Lengths, `max_seq_len` and all that is said
+    of them concern whole sequences, and are the same on all ranks, so that a token that does not
+    fit is refused on all of them. All methods are those of `KVCache`, but `rows=` of `decode`; only
     `decode` exchanges anything. It reports in `check` alone what did not fit, which all ranks call
     at the same point: see `decode_context_parallel`. Temporaries take up to 128 MiB.
 
@@ -260,7 +260,9 @@ class ShardedKVCache(KVCache):
         rows: Rows = None,
         **options: Any,
     ) -> Result:
-        """Append a token's K and V on its owner, if given, and attend over what all ranks hold.
+        """Append new tokens' K and V on their owners, if given, and attend over what ranks hold.
+
+        Of several tokens, `accept` keeps the first so many, as for `KVCache`.
 
         Args:
             q: As for `decode_context_parallel`, on all ranks.
@@ -275,7 +277,8 @@ class ShardedKVCache(KVCache):
             As `decode_context_parallel`.
 
         Raises:
-            CacheOverflowError: A sequence is full. Nothing was launched, on no rank.
+            CacheOverflowError: A sequence has no room for its tokens. Nothing was launched, on no
+                rank.
             GqaError: As for `KVCache.decode` and `decode_context_parallel`.
         """
         call = "ShardedKVCache.decode"
@@ -284,8 +287,9 @@ class ShardedKVCache(KVCache):
             refuse_in(call, "rows", shown(rows), _ALL)
         if "cache_batch_idx" in options:
             refuse_in(call, "cache_batch_idx", "an index", _ALL)
+        growth = ONE_TOKEN if k is None else Growth.of(new_tokens(k))
         if k is not None:
-            self._lengths.check_room("decode", ONE_TOKEN)
+            self._lengths.check_room("decode", growth)
 
         def work() -> Result:
             result: Result = decode_context_parallel(
@@ -293,7 +297,8 @@ class ShardedKVCache(KVCache):
                 interleave=self.sharding.interleave, return_lse=return_lse, **options,
             )  # fmt: skip
             if k is not None and self._leads:
-                self._lengths.advance(ONE_TOKEN, self._lengths.room(ONE_TOKEN))
+                room = self._lengths.room(growth)
+                self._lengths.advance(growth, room, drafts=growth.most > 1)
             return result
 
         return with_memory(call, self.device, work)

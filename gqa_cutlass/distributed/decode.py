@@ -64,7 +64,8 @@ def decode_context_parallel(  # noqa: D417 - the decorator completes the list
     Rank r of the group holds token t of a sequence if (t // interleave) mod size is r, as its token
     number t // (interleave * size) * interleave + t mod interleave. Every rank makes this call,
     with the same arguments but for its caches. Each attends over its own tokens, and the parts are
-    exchanged once and merged by `merge_states`. Results are equal to the bit on all ranks.
+    exchanged once and merged by `merge_states`. Results are equal to the bit on all ranks. Of
+    several new tokens every rank gets its own, and every query sees what it would see of the whole.
 
     Nothing waits for the GPU, but for the first call of a layout: ranks then compare what they were
     given, and tabulate what they must know of a sequence of every length (8 to 16 bytes for every
@@ -80,8 +81,8 @@ def decode_context_parallel(  # noqa: D417 - the decorator completes the list
         k_cache: This rank's shard, [batch, local_max, num_kv_heads, head_dim], with room for
             equally many tokens on all ranks; or its pools of pages, with its own `block_table`.
         v_cache: As k_cache, with head_dim_v.
-        k: As for `gqa_decode`: all KV heads of the cache, the same on all ranks. Its owner alone
-            writes the token, which the device decides where the lengths are there.
+        k: As for `gqa_decode`: all KV heads of the cache, the same on all ranks. A token is written
+            by its owner alone, which the device decides where the lengths are there.
         v: As k.
         cache_seqlens: As for `gqa_decode`: tokens on all ranks together before this call; the same
             on all ranks, whose values nobody compares.
@@ -137,7 +138,7 @@ def _decode(
         if key is not None:
             agreement.keep(ranks, key, settled)
     sharded, device = settled.heads == "sharded", given[0].device
-    here = here_of(settled, lengths, given[3] is not None, options.get("cache_leftpad"))
+    here = here_of(settled, lengths, options.get("cache_leftpad"))
     part = Part.empty(settled.part_shape, device)
     failure: Exception | None = None
     try:
@@ -157,6 +158,10 @@ def _decode(
         out, lse = exchanged(ranks, part, settled.exchange, settled.out_dtype)
     if failure is not None:
         raise failure
+    tokens = settled.part_shape[:-2]  # the batch's, or [batch, tokens]
+    out, lse = out.view(*tokens, *out.shape[1:]), lse.view(*tokens, *lse.shape[1:])
+    if lse.dim() == 3:
+        lse = lse.mT.contiguous() if lse.shape[1] > 1 else lse[:, 0]
     return (out, lse) if asked["return_lse"] else out
 
 

@@ -30,8 +30,8 @@ class Part:
 
     Args:
         memory: Float32, outputs and then log-sum-exps.
-        out: The outputs in it, [batch, heads, dim], or with the one token behind batch.
-        lse: The log-sum-exps in it, [batch, heads].
+        out: The outputs in it, [tokens, heads, dim], those of one sequence behind another's.
+        lse: The log-sum-exps in it, [tokens, heads].
     """
 
     memory: Tensor
@@ -40,13 +40,13 @@ class Part:
 
     @classmethod
     def empty(cls, shape: tuple[int, ...], device: torch.device) -> Part:
-        """Memory for outputs of a shape."""
-        batch, heads, dim = shape[0], shape[-2], shape[-1]
-        rows = batch * heads
+        """Memory for outputs of a shape: [batch, heads, dim], or with tokens behind batch."""
+        heads, dim = shape[-2:]
+        rows = math.prod(shape[:-1])
         floats = _up(rows * (dim + 1), _ALIGNED)
         memory = torch.empty(floats, dtype=torch.float32, device=device)
         out, lse = memory[: rows * dim], memory[rows * dim : rows * (dim + 1)]
-        return cls(memory=memory, out=out.view(shape), lse=lse.view(batch, heads))
+        return cls(memory=memory, out=out.view(-1, heads, dim), lse=lse.view(-1, heads))
 
 
 def received_bytes(how: Exchange, size: int, rows: int, dim: int, out_bytes: int = 2) -> int:
@@ -81,14 +81,13 @@ def whole(ranks: Ranks, part: Part, how: Exchange, dtype: torch.dtype) -> tuple[
     """Merge parts, and have all rows on all ranks.
 
     Returns:
-        The output, shaped as the part's, and the log-sum-exp.
+        The output and the log-sum-exp, shaped as the part's.
     """
     if how == "all_gather":
         outs, lses = _gathered(ranks, part)
         return merge_states(outs, lses, out_dtype=dtype)
-    batch, heads = part.lse.shape
-    dim = part.out.shape[-1]
-    rows = batch * heads
+    tokens, heads, dim = part.out.shape
+    rows = tokens * heads
     each = _up(-(-rows // ranks.size), _ALIGNED)  # the last ranks may have fewer, or none
     out, lse = _rows_of(part.out.reshape(rows, dim), part.lse.reshape(rows), each * ranks.size)
     merged, sums = _scattered(ranks, out.view(ranks.size, each, dim), lse.view(-1, each), how)
@@ -97,29 +96,27 @@ def whole(ranks: Ranks, part: Part, how: Exchange, dtype: torch.dtype) -> tuple[
     ranks.all_gather(everything.view(-1), packed)
     values = everything[:, : -each * 4].reshape(-1).view(dtype)
     sums = everything[:, -each * 4 :].reshape(-1).view(torch.float32)
-    shape = part.out.shape
-    return values.view(-1, dim)[:rows].view(shape), sums[:rows].view(batch, heads)
+    return values.view(-1, dim)[:rows].view_as(part.out), sums[:rows].view_as(part.lse)
 
 
 def by_heads(ranks: Ranks, part: Part, how: Exchange, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Merge parts, and have the heads of this rank, the rank-th share of them.
 
     Returns:
-        The output, shaped as the part's but for the heads, and the log-sum-exp.
+        The output and the log-sum-exp, shaped as the part's but for the heads.
     """
-    batch, all_heads = part.lse.shape
-    heads, dim, size = all_heads // ranks.size, part.out.shape[-1], ranks.size
-    shape = *part.out.shape[:-2], heads, dim
+    tokens, all_heads, dim = part.out.shape
+    size, heads = ranks.size, all_heads // ranks.size
     if how == "all_gather":
         outs, lses = _gathered(ranks, part)
         own = slice(ranks.rank * heads, (ranks.rank + 1) * heads)
         return merge_states(
-            outs[..., own, :].contiguous(), lses[..., own].contiguous(), out_dtype=dtype
+            outs[:, :, own].contiguous(), lses[:, :, own].contiguous(), out_dtype=dtype
         )
-    out = part.out.view(batch, size, heads, dim).transpose(0, 1).reshape(size, -1, dim)
-    lse = part.lse.view(batch, size, heads).transpose(0, 1).reshape(size, -1)
+    out = part.out.view(tokens, size, heads, dim).transpose(0, 1).reshape(size, -1, dim)
+    lse = part.lse.view(tokens, size, heads).transpose(0, 1).reshape(size, -1)
     merged, sums = _scattered(ranks, out, lse, how)
-    return merged.to(dtype).view(shape), sums.view(batch, heads)
+    return merged.to(dtype).view(tokens, heads, dim), sums.view(tokens, heads)
 
 
 def _gathered(ranks: Ranks, part: Part) -> tuple[Tensor, Tensor]:

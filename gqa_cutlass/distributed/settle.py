@@ -7,9 +7,10 @@ padding. What is not exact for a part is refused.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,23 +19,33 @@ from gqa_cutlass.api import plan
 from gqa_cutlass.call.flag import OverflowFlag
 from gqa_cutlass.call.options import NO_WINDOW, check_window
 from gqa_cutlass.call.stored import SCALES
+from gqa_cutlass.call.tokens import TREE, WORD_BITS, packed_tree
 from gqa_cutlass.devices import executor_of
 from gqa_cutlass.distributed.exchange import EXCHANGES, Exchange, chosen
 from gqa_cutlass.distributed.groups import Ranks
+from gqa_cutlass.distributed.refusal import refuse
+from gqa_cutlass.distributed.several import (
+    Several,
+    Tokens,
+    first_query,
+    tabulate_several,
+    tokens_of,
+)
 from gqa_cutlass.distributed.sharding import Sharding, Table, tabulate
-from gqa_cutlass.errors import InputError, shown
+from gqa_cutlass.errors import shown
 
 Heads = Literal["whole", "sharded"]
 Tensors = Sequence[Any]  # q, k_cache, v_cache, k, v
 MAX_TOKENS = 2**26  # that shards hold together: lengths are tabulated, 8 to 16 bytes each
 STORAGE = "cache_batch_idx", "block_table", *SCALES  # where a token is, and how it is stored
 TENSORS = *STORAGE, "sinks", "alibi_slopes", "cache_leftpad"
-_PASSED = frozenset(("softmax_scale", "num_splits", "ragged", "softcap"))  # to kernels as they are
+# To kernels as they are.
+_PASSED = frozenset(("softmax_scale", "num_splits", "ragged", "softcap", "causal"))
 _REMEDIES = {
     "out": "the exchange makes the output, which can be copied",
     "slot_mapping": "a rank's own block_table says where its tokens go",
 }
-_TAKEN = _PASSED | {*TENSORS, "window_size", "out_dtype"}
+_TAKEN = _PASSED | {*TENSORS, TREE, "window_size", "out_dtype"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +58,14 @@ class Settled:
         heads: Whether all ranks have all heads of q.
         exchange: How parts are exchanged.
         part_shape: Of a rank's part of the output: all heads.
+        new: Tokens that calls bring to each sequence.
+        several: Of calls with several tokens: which of them are here.
+        masked: Whether their queries are told what they see of these.
         device: Where it is.
         out_dtype: Of the merged output.
         window: Tokens before the newest that are attended to, where ranks may have more than
             kernels are told to look at; -1 where they have not.
-        table: What lengths on the device come to, or None for ints.
+        table: What lengths come to, or None for an int and up to one token.
         padding: What padding on the device comes to, in its row `attended`; None without.
         flag: Where kernels report what they found.
         kernel: Options of kernels that are the same in every call.
@@ -62,6 +76,9 @@ class Settled:
     heads: Heads
     exchange: Exchange
     part_shape: tuple[int, ...]
+    new: int
+    several: Several | None
+    masked: bool
     device: torch.device
     out_dtype: torch.dtype
     window: int
@@ -134,12 +151,10 @@ def settle(
         GqaError: The call is not allowed.
     """
     _check_asked(asked, options)
-    for name, tensor in zip(("q", "k", "v"), (given[0], *given[3:]), strict=True):
-        if isinstance(tensor, Tensor) and tensor.dim() == 4 and tensor.shape[1] != 1:
-            allowed = "one token per sequence: several may be of several ranks"
-            refuse(name, f"shape {list(tensor.shape)}", allowed)
-    window = check_window(options.get("window_size", NO_WINDOW))[0]
     sharding = Sharding(rank=ranks.rank, size=ranks.size, interleave=asked["interleave"])
+    seen = check_window(options.get("window_size", NO_WINDOW), options.get("causal") is not False)
+    tokens = tokens_of(given, options, seen, sharding)
+    window = seen[0]
     hides = window >= 0 and (window + 1) % sharding.stripe != 0
     kernel = {
         **{name: options[name] for name in _PASSED & options.keys()},
@@ -147,8 +162,10 @@ def settle(
         "out_dtype": torch.float32,
     }
     times = ranks.size if asked["q_heads"] == "sharded" else 1
-    _check_by_plans(given, lengths, options, kernel, times, hides=hides, first=not ranks.rank)
-    q, k_cache, v_cache, k, _ = given
+    _check_by_plans(
+        given, lengths, options, kernel, times, tokens, hides=hides, first=not ranks.rank
+    )
+    q, k_cache, v_cache, *_ = given
     out_dtype = _out_dtype(options.get("out_dtype"), q.dtype)
     pages = options.get("block_table")
     local_max = k_cache.shape[1] * (1 if pages is None else pages.shape[1])
@@ -157,18 +174,21 @@ def settle(
         allowed = f"up to {MAX_TOKENS}; allocate shorter ones, or narrow block_table"
         refuse("k_cache", f"shards that hold {capacity} tokens of a sequence", allowed)
     shape = *q.shape[:-2], q.shape[-2] * times, v_cache.shape[-1]
-    table = padding = None
-    if isinstance(lengths, Tensor):
+    table = padding = several = None
+    if isinstance(lengths, Tensor) or tokens.several:
         table = tabulate(
-            sharding, local_max, q.device, append=k is not None, window=window if hides else -1,
+            sharding, local_max, q.device, new=tokens.new, window=window if hides else -1,
             behind=options.get("alibi_slopes") is not None,
         )  # fmt: skip
     if options.get("cache_leftpad") is not None:
-        padding = tabulate(sharding, local_max, q.device, append=False)
-    how = asked["exchange"] or chosen(ranks.size, shape[0] * shape[-2], shape[-1], times > 1)
+        padding = tabulate(sharding, local_max, q.device, new=0)
+    if tokens.several:
+        several = tabulate_several(sharding, tokens.queries, tokens.new, q.device)
+    how = asked["exchange"] or chosen(ranks.size, math.prod(shape[:-1]), shape[-1], times > 1)
     return Settled(
         sharding=sharding, local_max=local_max, heads=asked["q_heads"], exchange=how,
-        part_shape=shape, device=q.device, out_dtype=out_dtype, window=window if hides else -1,
+        part_shape=shape, new=tokens.new, several=several, masked=tokens.masked, device=q.device,
+        out_dtype=out_dtype, window=window if hides else -1,
         table=table, padding=padding, flag=executor_of(q.device).flag, kernel=kernel,
     )  # fmt: skip
 
@@ -201,6 +221,7 @@ def _check_by_plans(
     options: Mapping[str, Any],
     kernel: Mapping[str, Any],
     times: int,
+    tokens: Tokens,
     *,
     hides: bool,
     first: bool,
@@ -213,6 +234,7 @@ def _check_by_plans(
         options: Its options.
         kernel: Those of its kernels.
         times: How many times the heads of q all ranks have.
+        tokens: Its tokens.
         hides: Whether there will be padding though none was given.
         first: Whether this rank is the one whose kernel adds sinks.
     """
@@ -220,14 +242,29 @@ def _check_by_plans(
     if times > 1 and isinstance(q, Tensor) and q.dim() in (3, 4):
         shape = *q.shape[:-2], q.shape[-2] * times, q.shape[-1]
         q = q.new_empty(shape).requires_grad_(q.requires_grad)
-    lengths = 0 if type(lengths) is int else lengths
+    if type(lengths) is int:
+        lengths = 0 if not tokens.several else _zeros(q)
     tensors = {name: options.get(name) for name in TENSORS}
     stored: dict[str, Any] = {name: tensors[name] for name in STORAGE}
     if hides and tensors["cache_leftpad"] is None and isinstance(q, Tensor):
-        tensors["cache_leftpad"] = torch.zeros(q.shape[:1], dtype=torch.int32, device=q.device)
+        tensors["cache_leftpad"] = _zeros(q)
+    if tokens.masked and isinstance(q, Tensor):
+        tree = packed_tree(options.get(TREE))
+        if tree is None:
+            shape = *q.shape[:2], -(-tokens.queries // WORD_BITS)
+            tree = torch.zeros(shape, dtype=torch.int32, device=q.device).view(torch.uint32)
+        tensors[TREE] = tree
     appends = k is not None or v is not None
     if appends and not isinstance(lengths, int):
-        plan(q, k_cache, v_cache, k, v, cache_seqlens=lengths, window_size=(0, -1), **stored)
+        one = q
+        if tokens.several and isinstance(q, Tensor):
+            one = first_query(q)
+            stored["cu_seqlens_k_new"] = _zeros(q, 1)
+            k, v = (
+                t.new_empty(len(q) * tokens.most, *t.shape[-2:]).requires_grad_(t.requires_grad)
+                for t in (k, v)
+            )
+        plan(one, k_cache, v_cache, k, v, cache_seqlens=lengths, window_size=(0, -1), **stored)
         appends = False
     for sinks in dict.fromkeys((tensors["sinks"], tensors["sinks"] if first else None)):
         asked = {**kernel, **tensors, "sinks": sinks, "return_lse": True}
@@ -236,14 +273,12 @@ def _check_by_plans(
             plan(q, k_cache, v_cache, k, v, cache_seqlens=lengths, **asked)
 
 
+def _zeros(q: Tensor, more: int = 0) -> Tensor:
+    """One for every sequence."""
+    return torch.zeros(len(q) + more, dtype=torch.int32, device=q.device)
+
+
 def _out_dtype(out_dtype: object, of_q: torch.dtype) -> torch.dtype:
     if out_dtype not in (None, of_q, torch.float32):
         refuse("out_dtype", shown(out_dtype), f"None, q's dtype, {of_q}, or torch.float32")
     return out_dtype if isinstance(out_dtype, torch.dtype) else of_q
-
-
-def refuse(what: str, got: str, allowed: str) -> NoReturn:
-    """Raise InputError for an argument."""
-    raise InputError(
-        f"decode_context_parallel: {what}: got {got}; allowed: {allowed}. Nothing was launched."
-    )

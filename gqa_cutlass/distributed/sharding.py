@@ -93,8 +93,8 @@ class Table:
         """What holds for sequences of these lengths, int32 [batch] each, by name.
 
         Returns:
-            attended: Tokens here, the new one included; negative for an inactive sequence.
-            appended: Tokens here before the new one, or negative where it goes to another rank.
+            attended: Tokens here, new ones included; negative for an inactive sequence.
+            appended: Tokens here before the new ones, or negative where all go to other ranks.
             hidden: Tokens here that are older than the window.
             behind: Tokens elsewhere that are newer than the last one here.
         """
@@ -108,7 +108,7 @@ def tabulate(
     local_max: int,
     device: torch.device,
     *,
-    append: bool,
+    new: int,
     window: int = -1,
     behind: bool = False,
 ) -> Table:
@@ -118,17 +118,18 @@ def tabulate(
         sharding: Whose they are.
         local_max: Tokens that a sequence's shard can hold.
         device: Where the lengths will be.
-        append: Whether calls bring a token.
+        new: Tokens that calls bring to each sequence.
         window: Tokens before the newest that are attended to; -1 for all: no `hidden`.
         behind: Whether to have `behind`.
     """
     capacity = sharding.capacity(local_max)
-    lengths = torch.arange(INACTIVE, capacity + 2 - append, dtype=torch.int32, device=device)
-    after = lengths + append
+    too_long = max(0, capacity + 1 - new)
+    lengths = torch.arange(INACTIVE, too_long + 1, dtype=torch.int32, device=device)
+    after = lengths + new
     attended = sharding.count(after)
     attended[0], attended[-1] = INACTIVE, local_max + 1
     rows = {"attended": attended}
-    if append:
+    if new:
         here = sharding.count(lengths)
         rows["appended"] = here.masked_fill(here == attended, INACTIVE)
         rows["appended"][0] = rows["appended"][-1] = INACTIVE

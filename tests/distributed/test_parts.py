@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -10,89 +12,212 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gqa_cutlass import InputError, gqa_decode, merge_states
-from gqa_cutlass.cache.scales import raw
+from gqa_cutlass import (
+    CacheOverflowError,
+    InputError,
+    check_overflow,
+    merge_states,
+    pack_tree_mask,
+)
+from gqa_cutlass.cache.scales import Scales, raw
 from gqa_cutlass.distributed import agreement, decode_context_parallel
 from gqa_cutlass.distributed.exchange import Part
 from gqa_cutlass.distributed.groups import Ranks
 from gqa_cutlass.distributed.local import attend, here_of
 from gqa_cutlass.distributed.settle import settle
+from gqa_cutlass.proof.reference import attend as reference
+from gqa_cutlass.proof.reference import errors
 
-SIZE, LOCAL_MAX, BATCH, HEADS, KV_HEADS, DIM = 3, 8, 4, 12, 3, 64
 ASKED = {"interleave": 1, "q_heads": "whole", "exchange": None, "return_lse": True}
+SIZE, LOCAL_MAX, BATCH, HEADS, KV_HEADS, DIM = 3, 8, 4, 12, 3, 64
+CAPACITY = SIZE * LOCAL_MAX
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A step over shards.
+
+    Args:
+        queries: Of each sequence; 0 for q without a dimension of tokens.
+        new: New tokens, likewise; None for none.
+        interleave: Tokens that follow one another on a rank.
+        features: Options, by name.
+        packed: Whether a tree is packed before the call.
+        length: Of all sequences, as an int; None for some on the device.
+    """
+
+    queries: int = 0
+    new: int | None = 0
+    interleave: int = 1
+    features: dict[str, Any] = field(default_factory=dict)
+    packed: bool = False
+    length: int | None = None
+
+    @property
+    def added(self) -> int:
+        """New tokens of a sequence."""
+        return 0 if self.new is None else max(self.new, 1)
+
+    @property
+    def lengths(self) -> list[list[int]]:
+        """Those of sequences: empty, full after the step, inactive, and where ownership changes."""
+        if self.length is not None:
+            return [[self.length] * BATCH]
+        full = CAPACITY - self.added
+        if max(self.queries, self.added) > 1:
+            return [[0, full, -1, 10]]
+        return [[0, 1, 2, full], [9, -1, 10, 11]]
+
+
+SLOPES = torch.linspace(0.01, 0.4, HEADS)
+SINKS = torch.linspace(-1, 2, HEADS)
+PADDING = torch.tensor([0, 1, 2, 3], dtype=torch.int32)
+SCALES = {"k_scale": torch.tensor([0.5, 0.7, 0.02]), "v_scale": 0.4}
+TREE = torch.rand(BATCH, 5, 5, generator=torch.Generator().manual_seed(1)) < 0.5
+CASES = {
+    "window-sinks": Case(features={"window_size": (7, -1), "sinks": SINKS}),
+    "alibi": Case(features={"alibi_slopes": SLOPES}),
+    "fp8": Case(features=SCALES),
+    "two": Case(queries=2, new=2),
+    "five-interleave": Case(
+        queries=5, new=5, interleave=2, features={"sinks": SINKS, "cache_leftpad": PADDING}
+    ),
+    "five-length": Case(queries=5, new=5, length=7),
+    "five-attend": Case(queries=5, new=None, interleave=4),
+    "not-causal": Case(queries=3, new=3, features={"causal": False}),
+    "fewer-queries": Case(queries=0, new=4),
+    "more-queries": Case(queries=4, new=0),
+    "fp8-several": Case(queries=3, new=3, interleave=2, features=SCALES),
+    "tree": Case(queries=5, new=5, features={"tree_mask": TREE}),
+    "packed-tree": Case(queries=5, new=5, interleave=2, features={"tree_mask": TREE}, packed=True),
+}
 
 
 class Parts:
     """A step, and its ranks' shards of the caches."""
 
-    def __init__(self, device: str, features: dict[str, Any]) -> None:
+    def __init__(self, device: str, case: Case) -> None:
         def random(*shape: int) -> Tensor:
             return torch.randn(shape).half().to(device)
 
         torch.manual_seed(5)
-        self.features = features
-        self.caches = random(2, BATCH, SIZE * LOCAL_MAX, KV_HEADS, DIM)
-        if "k_scale" in features:
+        self.case = case
+        self.features = {
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in case.features.items()
+        }
+        self.caches = random(2, BATCH, CAPACITY, KV_HEADS, DIM)
+        if "k_scale" in self.features:
             self.caches = self.caches.to(torch.float8_e4m3fn)
-        self.shards = [self.caches[:, :, rank::SIZE].clone() for rank in range(SIZE)]
-        self.q = random(BATCH, HEADS, DIM)
-        self.new = random(2, BATCH, KV_HEADS, DIM)
+        self.held = [
+            [t for t in range(CAPACITY) if t // case.interleave % SIZE == rank]
+            for rank in range(SIZE)
+        ]
+        self.shards = [raw(self.caches)[:, :, held].view(self.caches.dtype) for held in self.held]
+        self.q = random(BATCH, *(case.queries,) * (case.queries > 0), HEADS, DIM)
+        new = () if case.new is None else (case.new,) * (case.new > 0)
+        self.new = random(2, BATCH, *new, KV_HEADS, DIM)
         self.lengths = torch.zeros(BATCH, dtype=torch.int32, device=device)
+        self.options = dict(self.features)
+        if case.packed:
+            self.options["tree_mask"] = pack_tree_mask(self.features["tree_mask"])
+        asked = ASKED | {"interleave": case.interleave}
         self.settled = [
-            settle(Ranks(group=None, rank=rank, size=SIZE), self.given(rank), self.lengths, ASKED,  # type: ignore[arg-type]
-                   features)
+            settle(Ranks(group=None, rank=rank, size=SIZE), self.given(rank), self.asked, asked,  # type: ignore[arg-type]
+                   self.options)
             for rank in range(SIZE)
         ]  # fmt: skip
 
-    def given(self, rank: int) -> tuple[Tensor, ...]:
-        return self.q, *self.shards[rank], *self.new
+    @property
+    def asked(self) -> int | Tensor:
+        """The lengths, as a call is given them."""
+        return self.lengths if self.case.length is None else self.case.length
+
+    def given(self, rank: int) -> tuple[Tensor | None, ...]:
+        new = (None, None) if self.case.new is None else self.new
+        return self.q, *self.shards[rank], *new
 
     def step(self) -> tuple[Tensor, Tensor]:
-        """What every rank does, and the merge."""
-        parts = [Part.empty(self.q.shape, self.q.device) for _ in range(SIZE)]
+        """What every rank does, and the merge: [batch * tokens, heads, dim], and log-sum-exps."""
+        parts = [Part.empty(tuple(self.q.shape), self.q.device) for _ in range(SIZE)]
         for rank, part in enumerate(parts):
-            here = here_of(self.settled[rank], self.lengths, True, None)
-            attend(self.settled[rank], self.given(rank), here, self.features, part)
+            here = here_of(self.settled[rank], self.asked, self.features.get("cache_leftpad"))
+            with self.settled[rank].flag.kept():
+                attend(self.settled[rank], self.given(rank), here, self.options, part)
         outs, lses = [part.out for part in parts], [part.lse for part in parts]
         return merge_states(outs, lses, out_dtype=self.q.dtype)
 
     def check(self, out: Tensor, lse: Tensor) -> None:
-        """Compare with the step in one place, whose caches get the token as well."""
-        wanted, sums = gqa_decode(
-            self.q, *self.caches, *self.new, cache_seqlens=self.lengths, return_lse=True,
-            **self.features,
-        )  # fmt: skip
-        assert torch.allclose(out, wanted, atol=2e-3, rtol=2e-3)
-        assert torch.allclose(lse, sums, rtol=1e-5, atol=1e-5)
-        for rank, shard in enumerate(self.shards):
-            assert torch.equal(raw(shard), raw(self.caches)[:, :, rank::SIZE])
+        """Hold a step to the error rule, and shards to what was appended to them."""
+        after = self.append()
+        active = [b for b, length in enumerate(after) if length >= 0]
+        idle = [b for b, length in enumerate(after) if length < 0]
+        tokens = max(self.case.queries, 1)
+        out = out.view(BATCH, tokens, HEADS, DIM)
+        lse = lse.view(BATCH, tokens, HEADS)
+        features = {
+            name: value[active] if name in ("cache_leftpad", "tree_mask") else value
+            for name, value in self.features.items()
+        }
+        k, v = (cache[active] for cache in self.caches)
+        given = self.q[active], k, v, [after[b] for b in active], DIM**-0.5
+        expected, sums = reference(*given, torch.float64, **features)
+        in_torch, _ = reference(*given, torch.float16, **features)
+        shape = expected.view(-1, tokens, HEADS, DIM).shape
+        found = errors(out[active], expected.view(shape), in_torch.view(shape))
+        assert found.share <= 1, found
+        sums = sums.view(-1, HEADS, tokens).mT
+        assert torch.allclose(lse[active].double(), sums, rtol=1e-3, atol=1e-3)
+        if "sinks" not in features:
+            assert not out[idle].any() and bool((lse[idle] == -math.inf).all())
+        for held, shard in zip(self.held, self.shards, strict=True):
+            assert torch.equal(raw(shard), raw(self.caches)[:, :, held])
+
+    def append(self) -> list[int]:
+        """Append the new tokens to the caches in one place; returns the lengths then."""
+        lengths: list[int] = self.lengths.tolist()
+        if self.case.new is None:
+            return lengths
+        scales = Scales(**{name: self.features.get(name) for name in ("k_scale", "v_scale")})
+        for name, cache, new in zip("kv", self.caches, self.new, strict=True):
+            stored = scales.stored(cache, name, new.view(BATCH, -1, KV_HEADS, DIM))
+            for b, length in enumerate(lengths):
+                if length >= 0:
+                    raw(cache)[b, length : length + self.case.added] = raw(stored)[b]
+        return [length + self.case.added if length >= 0 else length for length in lengths]
 
 
-def _features(device: str) -> list[dict[str, Any]]:
-    return [
-        {"window_size": (7, -1), "sinks": torch.linspace(-1, 2, HEADS, device=device)},
-        {"alibi_slopes": torch.linspace(0.01, 0.4, HEADS, device=device)},
-        {"k_scale": torch.tensor([0.5, 0.7, 0.02], device=device), "v_scale": 0.4},
-    ]
-
-
-@pytest.mark.parametrize("which", [0, 1, 2], ids=["window-sinks", "alibi", "fp8"])
-def test_parts_make_the_step(device: str, which: int) -> None:
-    parts = Parts(device, _features(device)[which])
-    for lengths in ([0, 1, 2, 23], [9, -1, 10, 11]):
+@pytest.mark.parametrize("name", CASES)
+def test_parts_make_the_step(device: str, name: str) -> None:
+    parts = Parts(device, CASES[name])
+    for lengths in parts.case.lengths:
         parts.lengths.copy_(torch.tensor(lengths))
         parts.check(*parts.step())
 
 
+@pytest.mark.parametrize("new", [2, CAPACITY + 1])
+def test_several_tokens_without_room_are_written_on_no_rank(device: str, new: int) -> None:
+    parts = Parts(device, Case(queries=2, new=new))
+    before = [shard.clone() for shard in parts.shards]
+    parts.lengths.copy_(torch.tensor([CAPACITY - 1, CAPACITY, -1, 2**31 - 1]))
+    out, lse = (t.view(BATCH, -1) for t in parts.step())
+    for rows in out, lse:
+        assert [bool(row.isnan().all()) for row in rows] == [True, True, False, True]
+    assert all(map(torch.equal, before, parts.shards))
+    with pytest.raises(CacheOverflowError):
+        check_overflow(device)
+
+
 @pytest.mark.gpu
-def test_a_captured_step_follows_the_lengths() -> None:
-    parts = Parts("cuda", _features("cuda")[0])
+@pytest.mark.parametrize("name", ["window-sinks", "five-interleave", "tree", "fp8-several"])
+def test_a_captured_step_follows_the_lengths(name: str) -> None:
+    parts = Parts("cuda", CASES[name])
     parts.check(*parts.step())  # which appends the token to the caches in one place, too
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out, lse = parts.step()
-    for lengths in ([0, 1, 2, 23], [9, -1, 10, 11]):
+    for lengths in parts.case.lengths:
         parts.lengths.copy_(torch.tensor(lengths))
         graph.replay()
         parts.check(out, lse)
