@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import sharded_caches  # noqa: F401 - which has cases
+import sharded_pages  # noqa: F401 - which has cases
 import torch
 import torch.distributed as dist
-from ranks import Group, case, serve
+from ranks import Group, case, case_for, serve
 from torch import Tensor
 
 from gqa_cutlass import CacheOverflowError, InputError, check_overflow
@@ -217,7 +218,7 @@ def heads_that_are_spread_over_the_ranks(group: Group) -> None:
         whole.check(torch.cat(outs, 1), torch.cat(lses, 1))
 
 
-@case
+@case_for(2, 3)
 def several_tokens(group: Group) -> None:
     """By every exchange, and with heads that are spread over the ranks."""
     whole = Whole.make(group, [2 * group.size, 0])

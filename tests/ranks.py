@@ -48,12 +48,28 @@ class Group:
 
 Case = Callable[[Group], None]
 CASES: dict[str, Case] = {}  # by their functions' names, in the order of the sources
+_ONLY: dict[str, tuple[int, ...]] = {}  # sizes of groups that run a case; others all do
 
 
 def case(function: Case) -> Case:
     """A case that groups of every size run."""
     CASES[function.__name__] = function
     return function
+
+
+def case_for(*sizes: int) -> Callable[[Case], Case]:
+    """A case that groups of these sizes run."""
+
+    def register(function: Case) -> Case:
+        _ONLY[function.__name__] = sizes
+        return case(function)
+
+    return register
+
+
+def runs() -> list[tuple[str, int]]:
+    """The cases by their names, and the sizes of the groups that run them."""
+    return [(name, size) for name in CASES for size in _ONLY.get(name, SIZES)]
 
 
 def run_ranks(program: Path, folder: Path) -> list[dict[str, str]]:
@@ -113,7 +129,7 @@ def serve(last: Case) -> None:
     for size in SIZES:
         if rank < size:
             group = Group(group=groups[size], rank=rank, size=size)
-            for name, case in CASES.items():
-                note(f"{name}-{size}", case, group)
+            for name in [name for name, of in runs() if of == size]:
+                note(f"{name}-{size}", CASES[name], group)
     note("last", last, Group(group=groups[WORLD], rank=rank, size=WORLD))
     os._exit(0)  # a group that a rank has left cannot be taken down in order

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import Group, case
+from ranks import Group, case, case_for
 from torch import Tensor
 
 from gqa_cutlass import CacheAllocationError, CacheOverflowError, InputError, KVCache
@@ -110,11 +110,9 @@ def _work(both: Both) -> None:
         caches[0].decode(both.random(1, 4), cache_batch_idx=_int32(0))
 
 
-@case
-def caches_of_8_bits_and_drafts(group: Group) -> None:
-    """Prompts and drafts are stored as one cache stores them; of drafts, the first ones stay."""
-    scales = {"k_scale": [0.25, torch.tensor([0.5])], "v_scale": 2.0}
-    both = Both.make(group, 2, torch.float8_e4m3fn, **scales)
+@case_for(2, 3)
+def drafts_of_which_the_first_stay(group: Group) -> None:
+    both = Both.make(group, 2)
     prompt, drafts = (7, 1), (3, 1)
     both.run("prefill", prompt, prompt, lengths=[7, 0, 4])
     for accepted in ([2, 3, 0], _int32(3, 0, 1)):
@@ -127,6 +125,17 @@ def caches_of_8_bits_and_drafts(group: Group) -> None:
     many = [both.random(BATCH, both.shards[0].max_seq_len + 1, heads) for heads in (4, 1, 1)]
     with pytest.raises(CacheOverflowError, match="ShardedKVCache.decode: cache overflow: sequence"):
         both.shards[0].decode(*many)
+
+
+@case_for(2)
+def caches_of_8_bits(group: Group) -> None:
+    """Prompts and tokens are stored as one cache stores them, by the owner's kernel or before."""
+    scales = {"k_scale": [0.25, torch.tensor([0.5])], "v_scale": 2.0}
+    both = Both.make(group, 2, torch.float8_e4m3fn, **scales)
+    prompt, token = (7, 1), (1,)
+    both.run("prefill", prompt, prompt, lengths=[7, 0, 4])
+    both.run("append", token, token)
+    both.run("decode", (4,), token, token)
     with pytest.raises(InputError, match="ShardedKVCache.decode: k_scale: got an option"):
         both.shards[0].decode(both.random(BATCH, 4), k_scale=1.0)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import REPOSITORY, call_tensors
-from ranks import CASES, SIZES, run_ranks
+from ranks import run_ranks, runs
 
 from gqa_cutlass import InputError
 from gqa_cutlass.distributed import decode_context_parallel
@@ -22,8 +22,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     return run_ranks(program, tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name,size", runs())
 def test_among_ranks(outcome: list[dict[str, str]], name: str, size: int) -> None:
     said = [rank.get(f"{name}-{size}", f"did not run: {rank}") for rank in outcome[:size]]
     assert said == [""] * size, "\n".join(said)

@@ -17,7 +17,6 @@ from gqa_cutlass import (
     InputError,
     check_overflow,
     merge_states,
-    pack_tree_mask,
 )
 from gqa_cutlass.cache.scales import Scales, raw
 from gqa_cutlass.distributed import agreement, decode_context_parallel
@@ -42,7 +41,6 @@ class Case:
         new: New tokens, likewise; None for none.
         interleave: Tokens that follow one another on a rank.
         features: Options, by name.
-        packed: Whether a tree is packed before the call.
         length: Of all sequences, as an int; None for some on the device.
     """
 
@@ -50,7 +48,6 @@ class Case:
     new: int | None = 0
     interleave: int = 1
     features: dict[str, Any] = field(default_factory=dict)
-    packed: bool = False
     length: int | None = None
 
     @property
@@ -78,7 +75,6 @@ CASES = {
     "window-sinks": Case(features={"window_size": (7, -1), "sinks": SINKS}),
     "alibi": Case(features={"alibi_slopes": SLOPES}),
     "fp8": Case(features=SCALES),
-    "two": Case(queries=2, new=2),
     "five-interleave": Case(
         queries=5, new=5, interleave=2, features={"sinks": SINKS, "cache_leftpad": PADDING}
     ),
@@ -88,8 +84,7 @@ CASES = {
     "fewer-queries": Case(queries=0, new=4),
     "more-queries": Case(queries=4, new=0),
     "fp8-several": Case(queries=3, new=3, interleave=2, features=SCALES),
-    "tree": Case(queries=5, new=5, features={"tree_mask": TREE}),
-    "packed-tree": Case(queries=5, new=5, interleave=2, features={"tree_mask": TREE}, packed=True),
+    "tree": Case(queries=5, new=5, interleave=2, features={"tree_mask": TREE}),
 }
 
 
@@ -118,13 +113,10 @@ class Parts:
         new = () if case.new is None else (case.new,) * (case.new > 0)
         self.new = random(2, BATCH, *new, KV_HEADS, DIM)
         self.lengths = torch.zeros(BATCH, dtype=torch.int32, device=device)
-        self.options = dict(self.features)
-        if case.packed:
-            self.options["tree_mask"] = pack_tree_mask(self.features["tree_mask"])
         asked = ASKED | {"interleave": case.interleave}
         self.settled = [
             settle(Ranks(group=None, rank=rank, size=SIZE), self.given(rank), self.asked, asked,  # type: ignore[arg-type]
-                   self.options)
+                   self.features)
             for rank in range(SIZE)
         ]  # fmt: skip
 
@@ -143,7 +135,7 @@ class Parts:
         for rank, part in enumerate(parts):
             here = here_of(self.settled[rank], self.asked, self.features.get("cache_leftpad"))
             with self.settled[rank].flag.kept():
-                attend(self.settled[rank], self.given(rank), here, self.options, part)
+                attend(self.settled[rank], self.given(rank), here, self.features, part)
         outs, lses = [part.out for part in parts], [part.lse for part in parts]
         return merge_states(outs, lses, out_dtype=self.q.dtype)
 

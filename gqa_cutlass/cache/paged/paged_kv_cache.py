@@ -100,7 +100,10 @@ class PagedKVCache(PagedView):
             num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype, head_dim_v=head_dim_v,
         )  # fmt: skip
         scales = scales_of_layers(sizes, device, k_scale, v_scale)
-        super().__init__(Pools(allocate(sizes, device).layers, scales), window)
+        self._adopt(Pools(allocate(sizes, device).layers, scales), window)
+
+    def _adopt(self, pools: Pools, window: int | None) -> None:
+        super().__init__(pools, window)
         self._tables = Tables(self.device)
 
     @staticmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from gqa_cutlass.cache.paged.sequences import Held
 from gqa_cutlass.cache.rows import buffer, gather, widest
 from gqa_cutlass.cache.scales import Scales, raw
+from gqa_cutlass.call.plan import Result
 from gqa_cutlass.codegen.schema.rounding import ceil_div
 
 
@@ -28,9 +29,19 @@ class Pools:
         self.scales = [scales[i % len(scales)] for i in range(len(layers))]
         self.k, self.v = (tuple(tensors) for tensors in zip(*layers, strict=True))
         self.num_pages: int = self.k[0].shape[0]
-        self.page_size: int = self.k[0].shape[1]
+        self.attend: Callable[..., Result] | None = None  # what decodes instead of `gqa_decode`
+        self.rows: int = self.k[0].shape[1]  # of a page
         self.num_layers = len(layers)
         self.device: torch.device = self.k[0].device
+
+    @property
+    def page_size(self) -> int:
+        """Tokens of a page."""
+        return self.rows
+
+    def here(self, tokens: int) -> int:
+        """How many of a sequence's first tokens have rows here."""
+        return tokens
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy pages over others, as if all at once.
@@ -41,8 +52,8 @@ class Pools:
         if pairs:
             sources, targets = to_device(np.array(pairs, dtype=np.int64).T, self.device)
             pools = [raw(pool) for pool in (*self.k, *self.v)]
-            through = buffer(widest(pools), len(pairs), self.page_size)
-            gather(pools, self.page_size, sources, targets, through)
+            through = buffer(widest(pools), len(pairs), self.rows)
+            gather(pools, self.rows, sources, targets, through)
 
     def slots(
         self, given: Sequence[Held], tokens: Sequence[int], skipped: Sequence[int] | None = None
@@ -72,10 +83,10 @@ class Pools:
     def read(self, layer: int, held: Held, tokens: int) -> tuple[Tensor, Tensor]:
         """The first tokens of a sequence, but those that are gone: [tokens, ...], new tensors."""
         pages = np.asarray(held.pages[held.gone : ceil_div(tokens, self.page_size)], dtype=np.int64)
-        tokens -= held.gone * self.page_size
+        rows = self.here(tokens) - held.gone * self.rows
         index = to_device(pages, self.device)
         k, v = (
-            raw(pool).index_select(0, index).flatten(0, 1)[:tokens].view(pool.dtype)
+            raw(pool).index_select(0, index).flatten(0, 1)[:rows].view(pool.dtype)
             for pool in (self.k[layer], self.v[layer])
         )
         return k, v

@@ -139,7 +139,7 @@ class DecodeStep:
             allowed = f"{batch}, one per sequence, or per row of a batch"
             refuse(self._call, "q", f"{q.shape[0]} rows", allowed, UNWRITTEN)
         call = partial(
-            gqa_decode,
+            self._pools.attend or gqa_decode,
             q, self._pools.k[layer], self._pools.v[layer], k, v, block_table=table.block_table,
             cache_seqlens=table.after if k is None and layer in self._written else table.before,
             return_lse=return_lse, **options,

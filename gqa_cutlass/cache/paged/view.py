@@ -80,7 +80,7 @@ class PagedView:
         window = f"window={self.window}, " if self.window is not None else ""
         size = sum(pool.nbytes for pool in (*self.k, *self.v))
         return (
-            f"PagedKVCache(num_pages={self.num_pages}, page_size={self.page_size}, "
+            f"{type(self).__name__}(num_pages={self.num_pages}, page_size={self.page_size}, "
             f"{rows_text(self.k[0], self.v[0])}, "
             f"device='{self.device}', num_layers={self.num_layers}, {window}bytes={size}, "
             f"sequences={len(self._storage.sequences)}, free_pages={self.free_pages})"
