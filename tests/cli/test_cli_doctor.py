@@ -114,7 +114,9 @@ def test_without_a_compiler_all_is_well_where_nothing_is_compiled(
     monkeypatch.setattr("gqa_cutlass.codegen.compile.compiler_version", missing)
     assert re.search("compiler and headers +MISSING: NVRTC", run("doctor").output)
     monkeypatch.setenv("GQA_CUTLASS_DISABLE_JIT", "1")
-    assert re.search("compiler and headers +none, and none is needed", run("doctor").output)
+    output = run("doctor").output
+    assert re.search("compiler and headers +none, and none is needed", output)
+    assert re.search("compiling at run time +disabled", output)
 
 
 def test_doctor_tells_a_driver_that_is_broken_from_none(

@@ -173,7 +173,7 @@ def test_a_missing_nvfatbin_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CompilerMissingError) as raised:
         pack("f", {})
     assert "nvFatbin: not found (Failure finding" in str(raised.value)
-    assert str(raised.value).endswith("remedy: pip install nvidia-nvfatbin")
+    assert str(raised.value).endswith("with CUDA 12")
     assert "\n" not in str(raised.value)
 
 
