@@ -8,27 +8,25 @@ from typing import Any, Literal, Self, Unpack, overload
 import torch
 from torch import Tensor
 
-from gqa_cutlass.api import check_overflow, gqa_decode
+from gqa_cutlass.api import gqa_decode
 from gqa_cutlass.cache.allocation import allocate
+from gqa_cutlass.cache.counted import CountedCache
 from gqa_cutlass.cache.growth import ONE_TOKEN, Growth
 from gqa_cutlass.cache.guard import guarded, lack_of_memory, raise_no_temporaries
 from gqa_cutlass.cache.inputs import check_apart, ints, new_tokens, one_token, prompt, turned
 from gqa_cutlass.cache.lengths import Lengths
-from gqa_cutlass.cache.overflow import overflow_message
 from gqa_cutlass.cache.rows import buffer, extend, gather, widest
 from gqa_cutlass.cache.scales import LayerScales, Scale, Scales, raw, scales_of_layers
 from gqa_cutlass.cache.sizes import batch_sizes
 from gqa_cutlass.cache.some import Rows, decode_some, is_foreign
-from gqa_cutlass.cache.view import CacheView
 from gqa_cutlass.call.options import Options, listed
 from gqa_cutlass.call.plan import Pair, Result
 from gqa_cutlass.call.stored import SCALES
-from gqa_cutlass.errors import CacheOverflowError
 from gqa_cutlass.tensors import is_tensor
-from gqa_cutlass.tracing import break_graph, is_traced, mark_static
+from gqa_cutlass.tracing import is_traced, mark_static
 
 
-class KVCache(CacheView):
+class KVCache(CountedCache):
     """Keys and values of a batch of sequences, and how many tokens each holds.
 
     Nothing but `refresh` and `check` waits for the GPU. The lengths are on the device (`seqlens`),
@@ -303,50 +301,6 @@ class KVCache(CacheView):
             check_apart("KVCache.prefill", "lengths", growth.device, (self.k, self.v))
         self._extend("prefill", k, v, growth)
 
-    def accept(self, lengths: int | Sequence[int] | Tensor) -> None:
-        """Keep the first tokens of those that the last `decode` of several appended.
-
-        For speculative decoding: decode the drafts, see which of them hold, and keep so many. It
-        concerns all layers at once, like `truncate`, and comes once after each such `decode` (of
-        the last layer), before any other call that changes lengths.
-
-        CUDA graphs and compiled code may hold it, with or without the `decode`. The host, which
-        does not see them run, then no longer refuses a second call; the device takes nothing back
-        at that.
-
-        Args:
-            lengths: How many of its new tokens each sequence keeps: one int for all, ints, or int32
-                [batch] on the device, which the host never reads; there a negative number counts as
-                0, and one larger than the tokens as all. A sequence that got none, because it had
-                no room or was not among the `rows`, stays as it is.
-
-        Raises:
-            InputError: Not of these types, or out of 0 to the number of tokens; or there was no
-                such `decode`, or its tokens were accepted before. Nothing was changed.
-            CacheAllocationError: There is no memory for temporaries. Nothing was changed.
-        """
-        if not is_traced():
-            self._accept(lengths)
-        elif self._lengths.may_trace(lengths):
-            self._lengths.accept_unseen(lengths)
-        else:
-            why = "KVCache.accept: lengths: one int, or int32 [batch] on the device"
-            break_graph(self._accept, why)(lengths)
-
-    @guarded
-    def truncate(self, lengths: int | Sequence[int] | Tensor) -> None:
-        """Keep at most so many tokens of every sequence: take speculation back.
-
-        Args:
-            lengths: One int for all, ints, or int32 [batch] on the device, which the host never
-                reads; there a negative number counts as 0.
-
-        Raises:
-            InputError: Not of these types, or out of 0 to max_seq_len. Nothing was changed.
-            CacheAllocationError: There is no memory for temporaries. Nothing was changed.
-        """
-        self._lengths.truncate(lengths)
-
     @guarded
     def reorder(self, indices: Sequence[int] | Tensor) -> None:
         """Let row i hold what row indices[i] held: beam search, continuous batching.
@@ -382,62 +336,6 @@ class KVCache(CacheView):
         with lengths.reordering(order, host, self._leads):
             if len(sources):
                 gather(caches, reach, sources, targets, through)
-
-    @guarded
-    def reset(self, sequences: Sequence[int] | None = None) -> None:
-        """Empty all sequences, or some.
-
-        Raises:
-            InputError: Not a sequence of ints from 0 to batch_size - 1. Nothing was changed.
-            CacheAllocationError: There is no memory for temporaries. Nothing was changed.
-        """
-        self._lengths.reset(sequences)
-
-    @guarded
-    def refresh(self) -> list[int]:
-        """Wait for the device's lengths, and know them exactly, unless some are negative.
-
-        Raises:
-            InputError: `seqlens` has what no cache of this size holds, written by somebody else; or
-                a CUDA graph is being captured.
-        """
-        return self._lengths.refresh()
-
-    def forget(self) -> None:
-        """Know no lengths any more, without waiting: somebody else has written `seqlens`.
-
-        Negative ones are of inactive rows: nothing is appended to them, and `decode` gives zeros,
-        until they get another length.
-        """
-        self._lengths.disown()
-
-    @guarded
-    def check(self) -> None:
-        """Wait for the device, and report what did not fit since the last report.
-
-        `decode` keeps its findings per GPU, so those of other caches are reported as well.
-
-        Raises:
-            CacheOverflowError: There was a sequence without room; its rows and its length are as
-                they were.
-            InputError: A CUDA graph is being captured.
-        """
-        found = self._lengths.overflowed("check")
-        messages = []
-        if found:
-            messages.append(overflow_message(found, self.max_seq_len))
-        try:
-            check_overflow(self.device)
-        except CacheOverflowError as error:
-            messages.append(str(error))
-        if found:  # not before: had the other check failed, nobody would have been told
-            self._lengths.drop_overflow()
-        if messages:
-            raise CacheOverflowError(" ".join(messages))
-
-    @guarded
-    def _accept(self, lengths: int | Sequence[int] | Tensor) -> None:
-        self._lengths.accept(lengths)
 
     def _decode_traced(
         self, q: Tensor, k: Tensor | None, v: Tensor | None, **options: Any

@@ -33,8 +33,8 @@ from gqa_cutlass import (
     KVCache,
     gqa_decode,
 )
+from gqa_cutlass.cache import counted, lengths, rows
 from gqa_cutlass.cache import kv_cache as cache_module
-from gqa_cutlass.cache import lengths, rows
 from gqa_cutlass.cpu import executor as cpu
 from gqa_cutlass.errors import DeviceError, KernelFault
 
@@ -279,7 +279,7 @@ def test_an_overflow_is_reported_though_asking_the_device_failed_once(
         raise DeviceError("planted")
 
     with monkeypatch.context() as patch, pytest.raises(DeviceError):
-        patch.setattr(cache_module, "check_overflow", fail)
+        patch.setattr(counted, "check_overflow", fail)
         cache.check()
     with pytest.raises(CacheOverflowError, match=r"\[0\] have no room"):
         cache.check()
