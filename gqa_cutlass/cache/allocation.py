@@ -25,10 +25,12 @@ class Memory:
     Args:
         layers: Keys and values of each layer, not initialised.
         state: Int32, zeros: what the layers share.
+        tables: Int32, not initialised, as the sizes ask for them.
     """
 
     layers: list[tuple[Tensor, Tensor]]
     state: Tensor
+    tables: list[Tensor]
 
 
 def placed(device: torch.device | int | str, owner: str = "KVCache") -> torch.device:
@@ -122,18 +124,23 @@ def _try_to_allocate(sizes: Sizes, device: torch.device) -> Memory | None:
     # On the CPU torch raises nothing more special, and for nothing else.
     refusal = RuntimeError if device.type == "cpu" else torch.OutOfMemoryError
     tensors: list[Tensor] = []
+    tables: list[Tensor] = []
     try:
         # Normal tensors, even in inference mode: outside of it nobody may write to the others.
         with torch.inference_mode(False):
             state = torch.zeros(sizes.state_shape, dtype=torch.int32, device=device)
-            for shape in sizes.shapes * sizes.num_layers:
+            for shape in sizes.table_shapes:
+                tables.append(torch.empty(shape, dtype=torch.int32, device=device))
+            for shape in sizes.layer_shapes:
                 tensors.append(torch.empty(shape, dtype=sizes.dtype, device=device))
     except refusal:
         tensors.clear()
+        tables.clear()
         if device.type == "cuda":
             torch.cuda.empty_cache()
         return None
-    return Memory(layers=list(zip(tensors[::2], tensors[1::2], strict=True)), state=state)
+    layers = list(zip(tensors[::2], tensors[1::2], strict=True))
+    return Memory(layers=layers, state=state, tables=tables)
 
 
 def _raise_too_large(sizes: Sizes, device: torch.device, available: int) -> NoReturn:

@@ -56,7 +56,8 @@ class CountedCache(CacheView):
                 reads; there a negative number counts as 0.
 
         Raises:
-            InputError: Not of these types, or out of 0 to max_seq_len. Nothing was changed.
+            InputError: Not of these types, or out of 0 to max_seq_len; or, with a window, tokens of
+                what would be left are gone, or may be. Nothing was changed.
             CacheAllocationError: There is no memory for temporaries. Nothing was changed.
         """
         self._lengths.truncate(lengths)

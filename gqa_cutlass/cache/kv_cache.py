@@ -15,9 +15,10 @@ from gqa_cutlass.cache.growth import ONE_TOKEN, Growth
 from gqa_cutlass.cache.guard import guarded, lack_of_memory, raise_no_temporaries
 from gqa_cutlass.cache.inputs import check_apart, ints, new_tokens, one_token, prompt, turned
 from gqa_cutlass.cache.lengths import Lengths
+from gqa_cutlass.cache.ring import TOKENS, LayerWindows, Ring, lengths_of, rings, sizes_of
 from gqa_cutlass.cache.rows import buffer, extend, gather, widest
 from gqa_cutlass.cache.scales import LayerScales, Scale, Scales, raw, scales_of_layers
-from gqa_cutlass.cache.sizes import batch_sizes
+from gqa_cutlass.cache.sizes import BatchSizes
 from gqa_cutlass.cache.some import Rows, decode_some, is_foreign
 from gqa_cutlass.call.options import Options, listed
 from gqa_cutlass.call.plan import Pair, Result
@@ -57,6 +58,14 @@ class KVCache(CountedCache):
     or nothing. What lies behind the lengths may have been written. Temporaries take up to 64 MiB,
     and as much as a call's tokens become in 8 bits.
 
+    With a `window`, `decode` attends to it, or to a smaller `window_size`; older tokens are
+    overwritten, and `max_seq_len` is rounded up to a multiple of 16 (64, for windows of 1024 and
+    more). Whatever `decode` appended can be taken back; more only while nothing was lost that the
+    window needs: what `truncate` would leave incomplete is an error, and so are lengths that the
+    host cannot check. A `prefill` that an error ends in its middle must be repeated, or the
+    sequences be reset; so must lengths that somebody else writes to `seqlens`, if they are not the
+    latest, for older tokens are gone.
+
     Works in inference mode or outside; nothing is recorded for gradients. Not thread-safe: one
     thread and one stream at a time.
 
@@ -69,13 +78,18 @@ class KVCache(CountedCache):
             which `append`, `prefill` and `decode` make what they are given in 16 bits.
         device: A GPU, or "cpu" (simulated, slow).
         head_dim_v: Dimension per head of values; None: as head_dim.
+        window: Newest tokens that a query may see, its own included. Only so many and a few more
+            are kept, in a ring: see below. None: all.
+        tokens_per_call: With a window, query tokens and new tokens of a `decode` at most, 1 to 256.
         k_scale: Of a cache of 8 bits, for all calls: a number, or float32 [] or [num_kv_heads] on
             the device; see `gqa_decode`. None: 1.
         v_scale: The same of values.
 
     Attributes:
         k: Keys, [batch_size, max_seq_len, num_kv_heads, head_dim], contiguous. What lies behind a
-            sequence's length is not initialised, and never read.
+            sequence's length is not initialised, and never read. With a window, [batch_size,
+            slots, ...], where token t of a sequence is in slot t modulo slots, until the slot is
+            needed for another.
         v: Values, as k but for head_dim_v.
 
     Raises:
@@ -94,13 +108,15 @@ class KVCache(CountedCache):
         device: torch.device | int | str = "cuda",
         head_dim_v: int | None = None,
         *,
+        window: int | None = None,
+        tokens_per_call: int = TOKENS,
         k_scale: Scale = None,
         v_scale: Scale = None,
     ) -> None:
-        sizes = batch_sizes(1, batch_size, max_seq_len, num_kv_heads, head_dim, dtype, head_dim_v)
-        (scales,) = scales_of_layers(sizes, device, k_scale, v_scale)
-        memory = allocate(sizes, device)
-        self._adopt(*memory.layers[0], Lengths(memory.state, max_seq_len), scales, leads=True)
+        shape = batch_size, max_seq_len, num_kv_heads, head_dim, dtype, head_dim_v
+        sizes = sizes_of(1, *shape, window, tokens_per_call)
+        (layer,) = _layers(sizes, device, k_scale, v_scale)
+        self._adopt(*layer)
 
     @classmethod
     def for_layers(
@@ -114,6 +130,8 @@ class KVCache(CountedCache):
         device: torch.device | int | str = "cuda",
         head_dim_v: int | None = None,
         *,
+        window: LayerWindows = None,
+        tokens_per_call: int = TOKENS,
         k_scale: LayerScales = None,
         v_scale: LayerScales = None,
     ) -> list[Self]:
@@ -138,21 +156,21 @@ class KVCache(CountedCache):
             dtype: As for `KVCache`.
             device: As for `KVCache`.
             head_dim_v: As for `KVCache`.
+            window: As for `KVCache`; or a list, with one for each layer, None for layers that keep
+                all.
+            tokens_per_call: As for `KVCache`.
             k_scale: As for `KVCache`; or a list, with one for each layer.
             v_scale: As k_scale.
 
         Raises:
             GqaError: As for `KVCache`.
         """
-        sizes = batch_sizes(
-            num_layers, batch_size, max_seq_len, num_kv_heads, head_dim, dtype, head_dim_v
-        )
-        scales = scales_of_layers(sizes, device, k_scale, v_scale)
-        memory = allocate(sizes, device)
-        lengths = Lengths(memory.state, max_seq_len)
-        caches = [cls.__new__(cls) for _ in memory.layers]
-        for i, cache in enumerate(caches):
-            cache._adopt(*memory.layers[i], lengths, scales[i % len(scales)], i == num_layers - 1)
+        shape = batch_size, max_seq_len, num_kv_heads, head_dim, dtype, head_dim_v
+        sizes = sizes_of(num_layers, *shape, window, tokens_per_call)
+        layers = _layers(sizes, device, k_scale, v_scale)
+        caches = [cls.__new__(cls) for _ in layers]
+        for cache, layer in zip(caches, layers, strict=True):
+            cache._adopt(*layer)
         return caches
 
     @staticmethod
@@ -164,18 +182,28 @@ class KVCache(CountedCache):
         dtype: torch.dtype = torch.float16,
         num_layers: int = 1,
         head_dim_v: int | None = None,
+        *,
+        window: LayerWindows = None,
+        tokens_per_call: int = TOKENS,
     ) -> int:
         """Bytes that such caches would take, their lengths included; allocates nothing.
 
         Raises:
-            InputError: A size or the type is not allowed.
+            InputError: A size, the type or a window is not allowed.
         """
-        return batch_sizes(
-            num_layers, batch_size, max_seq_len, num_kv_heads, head_dim, dtype, head_dim_v
-        ).total_bytes
+        shape = batch_size, max_seq_len, num_kv_heads, head_dim, dtype, head_dim_v
+        return sizes_of(num_layers, *shape, window, tokens_per_call).total_bytes
 
-    def _adopt(self, k: Tensor, v: Tensor, lengths: Lengths, scales: Scales, leads: bool) -> None:
-        self.k, self.v, self._lengths, self._scales = k, v, lengths, scales
+    def _adopt(
+        self,
+        k: Tensor,
+        v: Tensor,
+        lengths: Lengths,
+        scales: Scales,
+        leads: bool,
+        ring: Ring | None = None,
+    ) -> None:
+        self.k, self.v, self._lengths, self._scales, self._ring = k, v, lengths, scales, ring
         mark_static(k, v)
         self._leads = leads  # of the caches that share the lengths, the one that moves them
 
@@ -234,8 +262,10 @@ class KVCache(CountedCache):
         """
         options = self._scales.asked("KVCache.decode", options)
         if rows is not None or (options and is_foreign(options)):
-            given = (q, k, v), rows, self._leads
+            given = (q, k, v), rows, self._leads, self._ring
             return decode_some(self, self._lengths, *given, return_lse=return_lse, **options)
+        if self._ring is not None:
+            options = self._ring.options(q, k, options)
         if is_traced():
             return self._decode_traced(q, k, v, return_lse=return_lse, **options)
         growth, positions = ONE_TOKEN, None
@@ -246,8 +276,9 @@ class KVCache(CountedCache):
             if options and (positions := turned(q, k, options)):
                 self._lengths.check_positions(positions)
         try:
+            memory = self._ring or self
             result: Result = gqa_decode(
-                q, self.k, self.v, k, v, cache_seqlens=self.seqlens, return_lse=return_lse,
+                q, memory.k, memory.v, k, v, cache_seqlens=self.seqlens, return_lse=return_lse,
                 **options,
             )  # fmt: skip
             if k is not None and self._leads:
@@ -330,7 +361,7 @@ class KVCache(CountedCache):
                 lengths.upload("reorder", rows, torch.int64)
                 for rows in (host, *lengths.moves(host))
             )
-        reach = lengths.reach
+        reach = min(lengths.reach, self.k.shape[1])
         caches = raw(self.k), raw(self.v)
         through = buffer(widest(caches), len(sources), reach)
         with lengths.reordering(order, host, self._leads):
@@ -341,8 +372,9 @@ class KVCache(CountedCache):
         self, q: Tensor, k: Tensor | None, v: Tensor | None, **options: Any
     ) -> Result:
         """`decode` in code that torch traces: whether there is room, only the device knows."""
+        memory = self._ring or self
         result: Result
-        result = gqa_decode(q, self.k, self.v, k, v, cache_seqlens=self.seqlens, **options)
+        result = gqa_decode(q, memory.k, memory.v, k, v, cache_seqlens=self.seqlens, **options)
         if k is not None and self._leads:
             self._lengths.advance_unseen(new_tokens(k), turned(q, k, options))
         return result
@@ -354,3 +386,21 @@ class KVCache(CountedCache):
         v = self._scales.stored(self.v, "v", v[:, : growth.most])
         pairs = (raw(self.k), raw(k)), (raw(self.v), raw(v))
         extend(pairs, self._lengths, growth, leads=self._leads)
+
+
+def _layers(
+    sizes: BatchSizes, device: torch.device | int | str, k_scale: LayerScales, v_scale: LayerScales
+) -> list[tuple[Tensor, Tensor, Lengths, Scales, bool, Ring | None]]:
+    """Allocate for caches that share their lengths: for each what it adopts.
+
+    Raises:
+        GqaError: As for `KVCache`.
+    """
+    scales = scales_of_layers(sizes, device, k_scale, v_scale)
+    memory = allocate(sizes, device)
+    lengths, last = lengths_of(sizes, memory), len(memory.layers) - 1
+    pairs = zip(memory.layers, rings(sizes, memory), strict=True)
+    return [
+        (k, v, lengths, scales[i % len(scales)], i == last, ring)
+        for i, ((k, v), ring) in enumerate(pairs)
+    ]

@@ -65,14 +65,28 @@ def _write(
 ) -> None:
     """As `extend`, but counting none: `scatter`, or one copy."""
     settled = lengths.settled
-    if room is None and settled is not None and len(set(settled)) == 1:
-        start, stop = settled[0], settled[0] + growth.most
+    slots = pairs[0][0].shape[1]
+    ring = slots < lengths.limit
+    whole = not ring or isinstance(growth.device, int)  # or else padding would land on tokens
+    if room is None and whole and settled is not None and len(set(settled)) == 1:
         for cache, new in pairs:
-            cache[:, start:stop].copy_(new)  # padding included, which lands behind the lengths
+            _copy(cache, new, settled[0])  # padding included, which lands behind the lengths
         return
     cache = widest(cache for cache, _ in pairs)
-    through = buffer(cache, lengths.batch_size, min(growth.most, lengths.limit))
-    scatter(pairs, lengths.seqlens, growth.device, room, through)
+    through = buffer(cache, lengths.batch_size, min(growth.most, slots))
+    scatter(pairs, lengths.seqlens, growth.device, room, through, ring=ring)
+
+
+def _copy(cache: Tensor, new: Tensor, start: int) -> None:
+    """Write tokens of all sequences from one on; of a ring, the last ones that it has room for."""
+    slots = cache.shape[1]
+    skipped = max(0, new.shape[1] - slots)
+    first = (start + skipped) % slots
+    begun = new[:, skipped : skipped + slots - first]
+    cache[:, first : first + begun.shape[1]].copy_(begun)
+    rest = new[:, skipped + begun.shape[1] :]
+    if rest.shape[1]:
+        cache[:, : rest.shape[1]].copy_(rest)
 
 
 def scatter(
@@ -81,12 +95,14 @@ def scatter(
     counts: int | Tensor,
     room: Tensor | None,
     buffer: Tensor,
+    *,
+    ring: bool = False,
 ) -> None:
     """Write the first tokens of every sequence behind those that it has.
 
-    Token j of a sequence goes to row (start + j) modulo max_seq_len, each to another one, so that
-    what must not be written can be written back as it was. No index is out of bounds, whatever the
-    starts are.
+    Token j of a sequence goes to row (start + j) modulo max_seq_len, each of a piece to another
+    one, so that what must not be written can be written back as it was. No index is out of bounds,
+    whatever the starts are.
 
     Args:
         pairs: Caches, [batch, max_seq_len, heads, dim], contiguous, each with what is new,
@@ -94,10 +110,13 @@ def scatter(
         starts: Integer [batch], the sequences' lengths.
         counts: How many of the tokens to write: one int for all, or integer [batch].
         room: Bool [batch], False for sequences to leave alone; None for none of them.
-        buffer: What `buffer` made for so many sequences and tokens.
+        buffer: What `buffer` made for so many sequences and tokens, no more than rows.
+        ring: Whether of more tokens than rows the last ones stay, as they come last.
     """
     cache, new = pairs[0]
-    tokens = min(new.shape[1], cache.shape[1])  # sequences with more have no room
+    tokens = new.shape[1]
+    if not ring:
+        tokens = min(tokens, cache.shape[1])  # sequences with more have no room
     for window, some in _pieces(tokens, cache.shape[2], buffer):
         pieces = [(cache[:, :, some], new[:, window, some]) for cache, new in pairs]
         _scatter_piece(pieces, window.start, starts, counts, room, buffer)

@@ -18,8 +18,8 @@ from gqa_cutlass.codegen.schema.problem import MAX_BATCH, MAX_SEQ_LEN
 from gqa_cutlass.errors import InputError, shown
 
 _MOST = 2**31 - 1  # of what has no other limit; a kernel's int is no larger
-_BLOCK = 2**21  # torch's allocator, and the driver below it, hand out large blocks in such steps
-_SPARE_SHARE = 256  # one part in so many is left to the driver's tables and to workspaces
+BLOCK = 2**21  # torch's allocator, and the driver below it, hand out large blocks in such steps
+SPARE_SHARE = 256  # one part in so many is left to the driver's tables and to workspaces
 _INT_BYTES = 4
 
 
@@ -84,6 +84,16 @@ class Sizes(ABC):
         return k, v
 
     @property
+    def layer_shapes(self) -> list[tuple[int, ...]]:
+        """Of keys and values, layer by layer."""
+        return [*self.shapes] * self.num_layers
+
+    @property
+    def table_shapes(self) -> list[tuple[int, ...]]:
+        """Of int32 that layers need besides."""
+        return []
+
+    @property
     def text(self) -> str:
         """The shapes, as messages say them."""
         k, v = map(list, self.shapes)
@@ -100,13 +110,13 @@ class Sizes(ABC):
 
     def largest(self, available: int) -> int:
         """The largest of what grows that is sure to fit into so many bytes; 0 for none."""
-        usable = available - available // _SPARE_SHARE - self._state_bytes
-        blocks = usable // _BLOCK - 1  # one for the state
+        usable = available - available // SPARE_SHARE - self._state_bytes
+        blocks = usable // BLOCK - 1  # one for the state
         blocks = max(0, blocks // self.num_layers)
         k, v = self._unit_bytes
         of_keys = blocks * k // (k + v)
         of_values = blocks - of_keys
-        return min(of_keys * _BLOCK // k, of_values * _BLOCK // v, self.limits[self.grows])
+        return min(of_keys * BLOCK // k, of_values * BLOCK // v, self.limits[self.grows])
 
     @property
     def _dims(self) -> tuple[int, int]:
@@ -154,17 +164,6 @@ class BatchSizes(Sizes):
     def state_shape(self) -> tuple[int, ...]:
         """Lengths, whether sequences overflowed, and lengths before drafts."""
         return 3, self.batch_size
-
-
-def batch_sizes(
-    num_layers: int, batch_size: int, max_seq_len: int, num_kv_heads: int, head_dim: int,
-    dtype: torch.dtype, head_dim_v: int | None,
-) -> BatchSizes:  # fmt: skip
-    """The sizes, given in this order."""
-    return BatchSizes(
-        num_layers=num_layers, batch_size=batch_size, max_seq_len=max_seq_len,
-        num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype, head_dim_v=head_dim_v,
-    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from gqa_cutlass.cache.growth import Turned
 from gqa_cutlass.cache.guard import Stored, lack_of_memory, raise_no_temporaries
 from gqa_cutlass.cache.inputs import ints, new_tokens, per_sequence, refuse, turned
 from gqa_cutlass.cache.lengths import Lengths
+from gqa_cutlass.cache.ring import Ring
 from gqa_cutlass.call.options import CallOptions, Options
 from gqa_cutlass.call.plan import Result
 from gqa_cutlass.errors import shown
@@ -38,6 +39,7 @@ def decode_some(
     tensors: tuple[Tensor, Tensor | None, Tensor | None],
     rows: Rows,
     leads: bool,
+    ring: Ring | None,
     **options: Any,
 ) -> Result:
     """`KVCache.decode` for some sequences.
@@ -48,6 +50,7 @@ def decode_some(
         tensors: q, k and v.
         rows: The sequences.
         leads: Whether the lengths go on with the tokens.
+        ring: The cache's, if it has a window.
         **options: Those of `gqa_decode`.
 
     Raises:
@@ -59,6 +62,9 @@ def decode_some(
         named = next(name for name in _FOREIGN if name in options)
         refuse("decode", named, "an option of gqa_decode", "those of KVCache.decode alone")
     q, k, v = tensors
+    if ring is not None:
+        options = ring.options(q, k, options)
+    memory = ring or cache
     tokens = 0 if k is None else new_tokens(k)
     try:
         some = (_traced if is_traced() else _some)(lengths, q, rows, tokens)
@@ -66,8 +72,9 @@ def decode_some(
         if positions is not None and not is_traced():
             some.check_positions(positions)
         result: Result = gqa_decode(
-            q, cache.k, cache.v, k, v, cache_seqlens=some.held, cache_batch_idx=some.rows, **options
-        )
+            q, memory.k, memory.v, k, v, cache_seqlens=some.held, cache_batch_idx=some.rows,
+            **options,
+        )  # fmt: skip
         if k is not None and leads:
             (some.advance_unseen if is_traced() else some.advance)(tokens, positions)
         return result

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gqa_cutlass.cache.lengths import Lengths
+from gqa_cutlass.cache.ring import Ring
 from gqa_cutlass.cache.sizes import rows_text
 
 
@@ -13,13 +14,14 @@ class CacheView:
     """Sizes and lengths of a cache; nothing here changes it.
 
     Attributes:
-        k: Keys, [batch_size, max_seq_len, num_kv_heads, head_dim].
+        k: Keys, [batch_size, max_seq_len, num_kv_heads, head_dim], or of fewer tokens in a window.
         v: Values, as k but for head_dim_v.
     """
 
     k: Tensor
     v: Tensor
     _lengths: Lengths
+    _ring: Ring | None = None
 
     @property
     def seqlens(self) -> Tensor:
@@ -44,7 +46,12 @@ class CacheView:
     @property
     def max_seq_len(self) -> int:
         """Tokens that a sequence can hold."""
-        return self.k.shape[1]
+        return self._lengths.limit
+
+    @property
+    def window(self) -> int | None:
+        """Newest tokens that a query may see, its own included; None: all."""
+        return None if self._ring is None else self._ring.window.size
 
     @property
     def device(self) -> torch.device:
@@ -53,8 +60,9 @@ class CacheView:
 
     def __repr__(self) -> str:
         size = self.k.nbytes + self.v.nbytes
+        window = "" if self.window is None else f"window={self.window}, "
         return (
-            f"KVCache(batch_size={self.batch_size}, max_seq_len={self.max_seq_len}, "
+            f"KVCache(batch_size={self.batch_size}, max_seq_len={self.max_seq_len}, {window}"
             f"{rows_text(self.k, self.v)}, device='{self.device}', bytes={size}, "
             f"bound={self.bound})"
         )

@@ -225,7 +225,7 @@ def test_no_memory_is_an_error_of_this_package_and_the_call_can_be_made_again(
 def test_other_errors_of_torch_are_not_taken_for_a_lack_of_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def fail(*args: object) -> None:
+    def fail(*args: object, **options: object) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     cache = new_cache()
