@@ -5,11 +5,11 @@
     model.generate(**inputs, past_key_values=GqaCache(model.config, max_cache_len=4096))
 
 One token per sequence runs as one kernel, which appends it if the cache is a `GqaCache`; a soft cap
-(Gemma 2) and sinks (gpt-oss) included. So do up to 256 tokens behind others in a `GqaCache` without
-padding: the drafts of assisted generation, for instance. Prompts, and whatever the kernel does not
-do, go to transformers' SDPA, or with a soft cap or sinks, which SDPA lacks, through plain operators
-of torch; the log says once why. What SDPA would ignore, or what does not fit a `GqaCache`, is an
-`InputError`.
+(Gemma 2), sinks (gpt-oss) and sliding windows included. So do up to 256 tokens (32 in layers with a
+window) behind others in a `GqaCache` without padding: the drafts of assisted generation, for
+instance. Prompts, and whatever the kernel does not do, go to transformers' SDPA, or with a soft cap
+or sinks, which SDPA lacks, through plain operators of torch; the log says once why. What SDPA would
+ignore, or what does not fit a `GqaCache`, is an `InputError`.
 
 Batches of requests that come and go are transformers' own, with our attention:
 
@@ -26,13 +26,16 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, ContinuousBatchingConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import (
+    causal_mask_function,
+    sdpa_mask,
+    sliding_window_causal_mask_function,
+)
 
 from gqa_cutlass.api import gqa_decode
 from gqa_cutlass.cache.lengths import capturing
 from gqa_cutlass.call.layout import DTYPES
 from gqa_cutlass.codegen.config import HEAD_DIMS, MAX_GROUP_SIZE
-from gqa_cutlass.codegen.schema.problem import MAX_TOKENS
 from gqa_cutlass.errors import InputError
 from gqa_cutlass.integrations.continuous import FLASH, PREFIXED, adopt, attend_packed, is_packed
 from gqa_cutlass.integrations.eager import attend_eagerly
@@ -130,13 +133,40 @@ def mask(
         if made is not None and not is_traced():
             made = made.contiguous()
             setattr(made, PADDING, attention_mask)
-            setattr(made, CAUSAL, mask_function is causal_mask_function)
+            setattr(made, CAUSAL, _is_known(mask_function, options))
         return made
-    if mask_function is not causal_mask_function:
-        _refuse("a mask of its own", "a causal mask")
+    if not _is_known(mask_function, options):
+        _refuse("a mask of its own", "a causal mask, or that of a sliding window")
     if attention_mask is None:
         return None
     return attention_mask.sum(-1, dtype=torch.int32)[:, None, None, None]
+
+
+def _is_known(function: Callable[..., Any], options: Mapping[str, Any]) -> bool:
+    """Whether a mask is causal, or that of a sliding window, and nothing else.
+
+    Args:
+        function: Which key a query may see.
+        options: What transformers says of it.
+    """
+    if function is causal_mask_function:
+        return True
+    size = options.get("local_size")
+    if size is None or options.get("use_vmap"):  # as where a model adds something of its own
+        return False
+    if is_traced():  # which cannot look into functions
+        return True
+    return _parts(function) == _parts(sliding_window_causal_mask_function(size))
+
+
+def _parts(function: Callable[..., Any]) -> list[object]:
+    """What a mask function does, and with which numbers and other functions."""
+    found: list[object] = [getattr(function, "__code__", function)]
+    for cell in getattr(function, "__closure__", None) or ():
+        held = cell.cell_contents
+        for part in held if isinstance(held, tuple) else (held,):
+            found += _parts(part) if callable(part) else [part]
+    return found
 
 
 def attention(
@@ -233,10 +263,13 @@ def _with_our_cache(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Append what is pending, and attend."""
-    refused = {"sliding_window": "a sliding window", "position_bias": SDPA_TAKES["position_bias"]}
-    for name, what in refused.items():
-        if options.get(name) is not None:
-            _refuse(what, "models without; use transformers' StaticCache")
+    if options.get("position_bias") is not None:
+        allowed = "models without; use transformers' StaticCache"
+        _refuse(SDPA_TAKES["position_bias"], allowed)
+    window, kept = options.pop("sliding_window", None), pending.layer.window
+    if window is not None and (kept is None or kept < min(window, pending.layer.get_max_length())):
+        allowed = f"{kept or 'none'} in this layer, as the model's configuration says"
+        _refuse(f"a sliding window of {window}", allowed)
     seen = None  # tokens that each sequence may see
     if attention_mask is not None and attention_mask.dtype == torch.int32:
         seen, attention_mask = attention_mask.flatten(), None
@@ -315,13 +348,16 @@ def _prompt(
     if held and (layer.storage.padded or (padding is not None and not padding.all())):
         _refuse("a padded batch that goes on with several tokens", "prompts in one piece")
     causal = getattr(attention_mask, CAUSAL, False)
-    if held and causal and query.shape[2] <= MAX_TOKENS and dropout == 0:
+    if held and causal and query.shape[2] <= layer.most_tokens and dropout == 0:
         return _decode(query, pending, None, scaling, _features(options))
     options |= {"dropout": dropout, "scaling": scaling}
     keys, values = pending.k, pending.v
     if held:
-        layer.append(pending)
-        keys, values = layer.views(held + query.shape[2])
+        seen = layer.past(held) + query.shape[2]
+        if attention_mask is not None and attention_mask.shape[-1] != seen:
+            got = f"a mask of {attention_mask.shape[-1]} keys"
+            _refuse(got, f"{seen}, all that is held, or what a layer's window has")
+        keys, values = layer.append_behind(pending, held)
     out, _ = _in_torch("a prompt", module, query, keys, values, attention_mask, **options)
     if not held:
         layer.append(pending, padding)
@@ -339,7 +375,7 @@ def _in_torch(
 ) -> tuple[Tensor, None]:
     """What the kernel does not do, and why not: SDPA, unless it would ignore a feature."""
     attend, name = sdpa_attention_forward, "SDPA"
-    if _features(options):
+    if any(options.get(name) is not None for name in FEATURES):  # a window is in the mask
         attend, name = attend_eagerly, "plain torch"
     _note(f"attention goes through {name}: {why}")
     out: tuple[Tensor, None] = attend(module, query, key, value, attention_mask, **options)

@@ -13,29 +13,42 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, StaticCache, StaticLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    StaticCache,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+    get_layer_types_and_kwargs,
+)
 
 from gqa_cutlass.cache import KVCache
 from gqa_cutlass.cache.lengths import capturing
-from gqa_cutlass.cache.scales import LayerScales
+from gqa_cutlass.cache.ring import TOKENS
+from gqa_cutlass.cache.scales import LayerScales, raw
 from gqa_cutlass.call.stored import SCALES
+from gqa_cutlass.codegen.schema.problem import MAX_TOKENS
 from gqa_cutlass.errors import InputError
 from gqa_cutlass.integrations.transformers_scales import LayersScales, Stored
 from gqa_cutlass.tracing import break_graph, is_traced, mark_static
 
 NAME = "gqa_cutlass"  # of the attention implementation
+# What a configuration calls the shapes of layers that differ from the others'.
+_OTHER_SHAPES = "global_head_dim", "num_global_key_value_heads", "swa_head_dim"
 
 
 class GqaCache(Cache):  # type: ignore[misc]
     """Keys and values of all layers for `model.generate(..., past_key_values=cache)`.
 
-    Needs `attn_implementation="gqa_cutlass"`, see `register`. Every layer with full attention is a
-    `KVCache`, which share their lengths; other layers (sliding windows, linear attention) are those
-    of transformers' StaticCache, and attended by SDPA. Memory is allocated with the first prompt.
+    Needs `attn_implementation="gqa_cutlass"`, see `register`. Every layer with full attention, or
+    with a sliding window, of which it keeps no more, is a `KVCache`, which share their lengths;
+    other layers (chunked, linear attention) are those of transformers' StaticCache, and attended by
+    SDPA. Memory is allocated with the first prompt.
 
-    Reading is right with any padding of a prompt, left or right. It can be compiled, and CUDA
-    graphs may hold its steps; `generate` compiles them by itself on a GPU. In compiled steps a mask
-    that hides tokens which an earlier one showed gives NaN; elsewhere it is an error.
+    Reading is right with any padding of a prompt, left or right; with sliding windows it must be on
+    the left. It can be compiled, and CUDA graphs may hold its steps; `generate` compiles them by
+    itself on a GPU. In compiled steps a mask that hides tokens which an earlier one showed gives
+    NaN; elsewhere it is an error.
 
     Args:
         config: The model's, `model.config`.
@@ -49,7 +62,8 @@ class GqaCache(Cache):  # type: ignore[misc]
         v_scale: As k_scale, of values.
 
     Raises:
-        InputError: The model has no layer with full attention; a type or a scale is not allowed.
+        InputError: The model has no layer with full attention or a sliding window; a type or a
+            scale is not allowed.
     """
 
     def __init__(
@@ -63,14 +77,14 @@ class GqaCache(Cache):  # type: ignore[misc]
     ) -> None:
         kept = Stored(dtype=cache_dtype, k_scale=k_scale, v_scale=v_scale)
         stock = StaticCache(config=config, max_cache_len=max_cache_len).layers
-        ours = [index for index, layer in enumerate(stock) if type(layer) is StaticLayer]
+        ours = _windows(config, stock)
         if not ours:
             kinds = sorted({type(layer).__name__ for layer in stock})
             raise InputError(
                 f"GqaCache: config: got layers {kinds} only; allowed: a model in which at least "
-                "one layer has full attention. Use transformers' StaticCache."
+                "one layer has full attention or a sliding window. Use transformers' StaticCache."
             )
-        self.storage = Storage(len(ours), max_cache_len, kept)
+        self.storage = Storage(list(ours.values()), max_cache_len, kept)
         layers = list(stock)
         for position, index in enumerate(ours):
             layers[index] = GqaLayer(self.storage, position)
@@ -86,8 +100,31 @@ class GqaCache(Cache):  # type: ignore[misc]
             self.storage.caches[0].check()
 
 
+def _windows(config: Any, stock: list[Any]) -> dict[int, int | None]:
+    """The layers that are ours, and the window of each, if it has one.
+
+    Args:
+        config: The model's.
+        stock: Its layers in a StaticCache.
+    """
+    text = config.get_text_config(decoder=True)
+    kinds, _ = get_layer_types_and_kwargs(text)
+    alike = all(getattr(text, name, None) is None for name in _OTHER_SHAPES)
+    found: dict[int, int | None] = {}
+    for index, (layer, kind) in enumerate(zip(stock, kinds, strict=True)):
+        if type(layer) is StaticLayer:
+            found[index] = None
+        elif type(layer) is StaticSlidingWindowLayer and kind == "sliding_attention" and alike:
+            found[index] = layer.max_cache_len  # of the window, or of all
+    return found
+
+
 class Storage:
     """What the layers share: their caches, and what is known of prompts and padding.
+
+    Args:
+        windows: Of each layer, None for full attention.
+        max_cache_len: Tokens that a sequence can hold.
 
     Attributes:
         caches: One per layer, once there was a prompt. The last one moves the lengths.
@@ -109,8 +146,9 @@ class Storage:
     order: Tensor
     _columns: int | None = 0
 
-    def __init__(self, num_layers: int, max_cache_len: int, kept: Stored) -> None:
-        self.num_layers = num_layers
+    def __init__(self, windows: list[int | None], max_cache_len: int, kept: Stored) -> None:
+        self.windows = windows
+        self.num_layers = len(windows)
         self.max_cache_len = max_cache_len
         self._kept = kept
 
@@ -126,7 +164,7 @@ class Storage:
         self.scales = self._kept.scales(self.num_layers, k.device)
         caches = KVCache.for_layers(
             self.num_layers, batch, self.max_cache_len, num_kv_heads, head_dim, dtype, k.device,
-            v.shape[-1], **self.scales.given,
+            v.shape[-1], window=self.windows, **self.scales.given,
         )  # fmt: skip
         with torch.inference_mode(False):
             self.pads = torch.zeros(batch, dtype=torch.int32, device=k.device)
@@ -160,7 +198,15 @@ class Storage:
 
         Args:
             real: Bool [batch, tokens], False for padding.
+
+        Raises:
+            InputError: Padding behind tokens, and layers with windows: in those of transformers it
+                counts as tokens do.
         """
+        windows = any(window and window < self.max_cache_len for window in self.windows)
+        if windows and (real[:, :-1] > real[:, 1:]).any():
+            allowed = "padding on the left in models with sliding windows; or use StaticCache"
+            _refuse("padding", "some behind tokens", allowed)
         self.order = (~real).to(torch.uint8).argsort(dim=1, stable=True)[..., None, None]
         held = real.sum(1, dtype=torch.int32)
         self.pads.copy_(real.shape[1] - held)
@@ -186,7 +232,6 @@ class GqaLayer(CacheLayerMixin):  # type: ignore[misc]
 
     is_compileable = True
     is_croppable = True
-    is_sliding = False
     is_calibrated = False  # whether the scales of a cache of 8 bits are those of its tokens
 
     def __init__(self, storage: Storage, position: int) -> None:
@@ -197,6 +242,21 @@ class GqaLayer(CacheLayerMixin):  # type: ignore[misc]
     def cache(self) -> KVCache:
         """Its keys and values; there is none before the first prompt."""
         return self.storage.caches[self.position]
+
+    @property
+    def window(self) -> int | None:
+        """Tokens that a query sees, its own included; None: all."""
+        return self.storage.windows[self.position]
+
+    @property
+    def is_sliding(self) -> bool:
+        """Whether masks are to show a window."""
+        return self.window is not None
+
+    @property
+    def most_tokens(self) -> int:
+        """New tokens that the kernel takes at once."""
+        return MAX_TOKENS if self.window is None else TOKENS
 
     @property
     def leads(self) -> bool:
@@ -212,6 +272,8 @@ class GqaLayer(CacheLayerMixin):  # type: ignore[misc]
     def keys(self) -> Tensor | None:
         """Keys as transformers lays them out, [batch, heads, max_cache_len, head_dim]; a view, but
         for what is stored in 8 bits.
+
+        With a window, the slots of its ring: `KVCache.k`.
         """
         return self.views(self.get_max_length())[0] if self.is_initialized else None
 
@@ -222,11 +284,15 @@ class GqaLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def views(self, tokens: int) -> tuple[Tensor, Tensor]:
         """The first tokens' keys and values, as transformers lays them out, in the model's type."""
+        return self._multiplied(self.cache.k[:, :tokens], self.cache.v[:, :tokens])
+
+    def _multiplied(self, *stored: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values as `views` has them, of [batch, tokens, heads, head_dim]."""
         k, v = (
             self.storage.scales.multiplied(
-                self.position, name, t[:, :tokens].transpose(1, 2), self.storage.dtype
+                self.position, name, t.transpose(1, 2), self.storage.dtype
             )
-            for name, t in zip(SCALES, (self.cache.k, self.cache.v), strict=True)
+            for name, t in zip(SCALES, stored, strict=True)
         )
         return k, v
 
@@ -281,6 +347,24 @@ class GqaLayer(CacheLayerMixin):  # type: ignore[misc]
         if self.leads:
             self.storage.count(tokens)
 
+    def append_behind(self, pending: Pending, held: int) -> tuple[Tensor, Tensor]:
+        """Append tokens behind so many others; returns all that they may see, as for `views`."""
+        new = pending.k, pending.v
+        if self.window is None:
+            self.append(pending)
+            return self.views(held + pending.k.shape[2])
+        seen = torch.arange(held - self.past(held), held, device=self.cache.device)
+        slots = seen % self.cache.k.shape[1]
+        stored = (raw(t).index_select(1, slots).view(t.dtype) for t in (self.cache.k, self.cache.v))
+        pairs = zip(self._multiplied(*stored), new, strict=True)
+        k, v = (torch.cat(pair, dim=2) for pair in pairs)
+        self.append(pending)
+        return k, v
+
+    def past(self, held: int) -> int:
+        """Of so many tokens, those that the next one may see."""
+        return held if self.window is None else min(held, self.window - 1)
+
     def get_seq_length(self) -> int | Tensor:
         """Tokens and padding so far."""
         return self.storage.columns if self.is_initialized else 0
@@ -290,7 +374,8 @@ class GqaLayer(CacheLayerMixin):  # type: ignore[misc]
         if query_length == 1:
             return 0, self.get_seq_length()
         held = self.storage.known_columns() if self.is_initialized else 0
-        return held + query_length, 0
+        past = self.past(held)
+        return past + query_length, held - past
 
     def get_max_length(self) -> int:
         """Tokens that a sequence can hold."""
