@@ -52,7 +52,7 @@ def too_large(model: Any, point: Point, way: Way) -> str | None:
     sliding = kinds.count(_SLIDING)
     held = layer * (len(kinds) - sliding)
     if sliding:  # a dynamic cache has all of the prompt until the first step
-        window = room if way.cache == "dynamic" else min(room, config.sliding_window)
+        window = room if way.cache == "dynamic" else min(room, config.sliding_window + 128)
         held += token * window * sliding
     groups = config.num_attention_heads // heads
     # A dynamic cache is copied to grow, and eager attention repeats keys and values for all heads.
@@ -70,7 +70,7 @@ def no_capture(model: Any, point: Point, way: Way) -> str | None:
 
     It is not tried: a capture that fails leaves torch's random numbers behind in its state.
     """
-    windows = _SLIDING in _kinds(model.config)
+    windows = _SLIDING in _kinds(model.config) and way.cache == "static"
     if way.run is Run.CAPTURED and windows and point.context >= model.config.sliding_window:
         return "transformers copies from the host where a static cache's window is full"
     return None
