@@ -195,9 +195,12 @@ def rings(sizes: BatchSizes, memory: Memory) -> list[Ring | None]:
 
 def lengths_of(sizes: BatchSizes, memory: Memory) -> Lengths:
     """What layers share."""
-    if isinstance(sizes, WindowedSizes):
-        return WindowedLengths(memory.state, sizes.room, sizes.distinct)
-    return Lengths(memory.state, sizes.max_seq_len)
+    if not isinstance(sizes, WindowedSizes):
+        return Lengths(memory.state, sizes.max_seq_len)
+    lossy = [window for window in sizes.distinct if window.slots(sizes.room) < sizes.room]
+    if not lossy:
+        return Lengths(memory.state, sizes.room)
+    return WindowedLengths(memory.state, sizes.room, lossy)
 
 
 def sizes_of(
@@ -236,7 +239,7 @@ class WindowedLengths(Lengths):
     Args:
         state: As for `Lengths`.
         limit: As for `Lengths`.
-        windows: Of the layers that have one.
+        windows: Of the layers that lose tokens.
     """
 
     def __init__(self, state: Tensor, limit: int, windows: Sequence[Window]) -> None:

@@ -221,6 +221,16 @@ def test_a_moved_row_lacks_what_it_lacked() -> None:
     assert cache.lengths == [1, 1]
 
 
+def test_a_ring_with_room_for_all_loses_nothing() -> None:
+    cache = KVCache(2, 64, HEADS, DIM, F16, "cpu", window=50)
+    k = torch.zeros(2, 64, HEADS, DIM).half()
+    cache.prefill(k, k)
+    cache.truncate(on_device(cache, 60, 7))
+    cache.forget()
+    cache.truncate(3)
+    assert cache.seqlens.tolist() == [3, 3]
+
+
 @pytest.mark.parametrize("how", ["on the device", "unknown", "captured"])
 def test_lengths_that_cannot_be_checked_are_refused(
     how: str, monkeypatch: pytest.MonkeyPatch
