@@ -162,9 +162,10 @@ class Storage:
         batch, num_kv_heads, _, head_dim = k.shape
         self.dtype, dtype = k.dtype, self._kept.dtype or k.dtype
         self.scales = self._kept.scales(self.num_layers, k.device)
+        scales: dict[str, Any] = {**self.scales.given}
         caches = KVCache.for_layers(
             self.num_layers, batch, self.max_cache_len, num_kv_heads, head_dim, dtype, k.device,
-            v.shape[-1], window=self.windows, **self.scales.given,
+            v.shape[-1], window=self.windows, **scales,
         )  # fmt: skip
         with torch.inference_mode(False):
             self.pads = torch.zeros(batch, dtype=torch.int32, device=k.device)
