@@ -26,11 +26,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, ContinuousBatchingConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import (
-    causal_mask_function,
-    sdpa_mask,
-    sliding_window_causal_mask_function,
-)
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from gqa_cutlass.api import gqa_decode
 from gqa_cutlass.cache.lengths import capturing
@@ -40,6 +36,7 @@ from gqa_cutlass.errors import InputError
 from gqa_cutlass.integrations.continuous import FLASH, PREFIXED, adopt, attend_packed, is_packed
 from gqa_cutlass.integrations.eager import attend_eagerly
 from gqa_cutlass.integrations.transformers_cache import NAME, GqaCache, GqaLayer, Pending
+from gqa_cutlass.integrations.transformers_windows import is_known
 from gqa_cutlass.tracing import break_graph, is_traced
 
 __all__ = ["NAME", "GqaCache", "attention", "continuous_batching", "mask", "register"]
@@ -133,40 +130,13 @@ def mask(
         if made is not None and not is_traced():
             made = made.contiguous()
             setattr(made, PADDING, attention_mask)
-            setattr(made, CAUSAL, _is_known(mask_function, options))
+            setattr(made, CAUSAL, is_known(mask_function, options))
         return made
-    if not _is_known(mask_function, options):
+    if not is_known(mask_function, options):
         _refuse("a mask of its own", "a causal mask, or that of a sliding window")
     if attention_mask is None:
         return None
     return attention_mask.sum(-1, dtype=torch.int32)[:, None, None, None]
-
-
-def _is_known(function: Callable[..., Any], options: Mapping[str, Any]) -> bool:
-    """Whether a mask is causal, or that of a sliding window, and nothing else.
-
-    Args:
-        function: Which key a query may see.
-        options: What transformers says of it.
-    """
-    if function is causal_mask_function:
-        return True
-    size = options.get("local_size")
-    if size is None or options.get("use_vmap"):  # as where a model adds something of its own
-        return False
-    if is_traced():  # which cannot look into functions
-        return True
-    return _parts(function) == _parts(sliding_window_causal_mask_function(size))
-
-
-def _parts(function: Callable[..., Any]) -> list[object]:
-    """What a mask function does, and with which numbers and other functions."""
-    found: list[object] = [getattr(function, "__code__", function)]
-    for cell in getattr(function, "__closure__", None) or ():
-        held = cell.cell_contents
-        for part in held if isinstance(held, tuple) else (held,):
-            found += _parts(part) if callable(part) else [part]
-    return found
 
 
 def attention(

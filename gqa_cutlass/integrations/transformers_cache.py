@@ -17,9 +17,6 @@ from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
     StaticCache,
-    StaticLayer,
-    StaticSlidingWindowLayer,
-    get_layer_types_and_kwargs,
 )
 
 from gqa_cutlass.cache import KVCache
@@ -30,11 +27,10 @@ from gqa_cutlass.call.stored import SCALES
 from gqa_cutlass.codegen.schema.problem import MAX_TOKENS
 from gqa_cutlass.errors import InputError
 from gqa_cutlass.integrations.transformers_scales import LayersScales, Stored
+from gqa_cutlass.integrations.transformers_windows import windows_of
 from gqa_cutlass.tracing import break_graph, is_traced, mark_static
 
 NAME = "gqa_cutlass"  # of the attention implementation
-# What a configuration calls the shapes of layers that differ from the others'.
-_OTHER_SHAPES = "global_head_dim", "num_global_key_value_heads", "swa_head_dim"
 
 
 class GqaCache(Cache):  # type: ignore[misc]
@@ -77,7 +73,7 @@ class GqaCache(Cache):  # type: ignore[misc]
     ) -> None:
         kept = Stored(dtype=cache_dtype, k_scale=k_scale, v_scale=v_scale)
         stock = StaticCache(config=config, max_cache_len=max_cache_len).layers
-        ours = _windows(config, stock)
+        ours = windows_of(config, stock)
         if not ours:
             kinds = sorted({type(layer).__name__ for layer in stock})
             raise InputError(
@@ -98,25 +94,6 @@ class GqaCache(Cache):  # type: ignore[misc]
         """
         if self.storage.caches:
             self.storage.caches[0].check()
-
-
-def _windows(config: Any, stock: list[Any]) -> dict[int, int | None]:
-    """The layers that are ours, and the window of each, if it has one.
-
-    Args:
-        config: The model's.
-        stock: Its layers in a StaticCache.
-    """
-    text = config.get_text_config(decoder=True)
-    kinds, _ = get_layer_types_and_kwargs(text)
-    alike = all(getattr(text, name, None) is None for name in _OTHER_SHAPES)
-    found: dict[int, int | None] = {}
-    for index, (layer, kind) in enumerate(zip(stock, kinds, strict=True)):
-        if type(layer) is StaticLayer:
-            found[index] = None
-        elif type(layer) is StaticSlidingWindowLayer and kind == "sliding_attention" and alike:
-            found[index] = layer.max_cache_len  # of the window, or of all
-    return found
 
 
 class Storage:

@@ -149,10 +149,10 @@ def test_a_token_may_be_appended_many_times_round() -> None:
     twins.decode()
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_window_keeps_what_is_seen_whatever_is_done(seed: int) -> None:
     """A random walk; layers share their lengths, one of them keeps all."""
-    draw, windows = random.Random(seed), [(WINDOW,), (WINDOW, None), (5, 50)][seed]
+    draw, windows = random.Random(seed), [(WINDOW, None), (5, 50)][seed]
     torch.manual_seed(seed)
     twins = Twins(windows, 3)
     for turn in range(24):
