@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -94,6 +95,13 @@ def _shared_headers() -> Iterator[None]:
     few = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) <= 4
     with shared_headers() if few else nullcontext():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _first_paged_cache(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences of a test's first paged cache are 0, 1, 2, ..., as in a process of its own."""
+    if request.path.parent.name == "paged":
+        monkeypatch.setattr("gqa_cutlass.cache.paged.storage._CACHES", itertools.count())
 
 
 @pytest.fixture
