@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -11,10 +12,17 @@ from ranks import Group, case, case_for
 from torch import Tensor
 
 from gqa_cutlass import InputError, OutOfPagesError, PagedKVCache
+from gqa_cutlass.cache.paged import storage
 from gqa_cutlass.cache.scales import raw
 from gqa_cutlass.distributed import ShardedPagedKVCache
 
 LAYERS, PAGES, DIM = 2, 8, 64
+
+
+def _numbered_from_0(kind: Callable[..., Any], *sizes: int, **options: Any) -> Any:
+    """A cache whose sequences are 0, 1, 2, ..., as in a process that has no other."""
+    storage._CACHES = itertools.count()
+    return kind(*sizes, **options)
 
 
 class Both:
@@ -30,8 +38,9 @@ class Both:
         self.group, self.interleave = group, interleave
         sizes = PAGES, 2 * group.size * interleave, 1, DIM
         kind = {"device": "cpu", "num_layers": LAYERS, **kind}
-        self.whole = PagedKVCache(*sizes, **kind)
-        self.shard = ShardedPagedKVCache(*sizes, **kind, group=group.group, interleave=interleave)
+        self.whole = _numbered_from_0(PagedKVCache, *sizes, **kind)
+        spread = {"group": group.group, "interleave": interleave}
+        self.shard = _numbered_from_0(ShardedPagedKVCache, *sizes, **kind, **spread)
         assert self.shard.k[0].shape[1] == 2 * interleave
         self.generator = torch.Generator().manual_seed(3)
 
