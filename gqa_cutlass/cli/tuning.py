@@ -51,7 +51,8 @@ def tune(
 ) -> None:
     """Search for the fastest launch of every problem on this GPU, for all lengths at once.
 
-    Started again, it goes on where it was interrupted.
+    Started again, it goes on where it was interrupted. Of a model it takes the heads: its windows,
+    soft caps and sinks are other problems, which it does not search.
     """
     problems = [
         problem
@@ -63,7 +64,11 @@ def tune(
     if dry_run:
         from gqa_cutlass.tuning.run import name_of
 
-        say("\n".join(map(name_of, problems)))
+        names = [name_of(problem) for problem in problems]
+        if as_json:
+            say_json({"problems": names})
+        else:
+            say("\n".join(names))
         return
     table = _tuned(problems, out)
     if as_json:
@@ -139,7 +144,10 @@ def _problem(sizes: tuple[int, int, int], batch: int, room: int, page_size: int)
     check_sizes("tune", batch=batch, max_seq_len=room, q_heads=q_heads, kv_heads=kv_heads,
                 head_dim=head_dim)  # fmt: skip
     if q_heads % kv_heads:
-        raise InputError(f"tune: --heads: got {q_heads} of {kv_heads}; allowed: a multiple.")
+        raise InputError(
+            f"tune: --heads: got {q_heads} query heads for {kv_heads} KV heads; "
+            "allowed: a multiple of the KV heads."
+        )
     if page_size < 0 or page_size and room % page_size:
         raise InputError(f"tune: --page-size: got {page_size}; allowed: 0, or what divides {room}.")
     return Problem(
