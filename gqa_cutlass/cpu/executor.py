@@ -89,7 +89,7 @@ class CpuExecutor:
         LOG.info(
             "CPU tensors: ptxsim interprets the PTX of %s, for tests and trying things out; a call "
             "may take %.1f s with a full cache",
-            task.dispatch.config.name, _seconds(task.problem),
+            task.dispatch.config.name, max(0.1, _seconds(task.problem)),
         )  # fmt: skip
         return kernel
 

@@ -48,7 +48,8 @@ class GqaCache(Cache):  # type: ignore[misc]
 
     Args:
         config: The model's, `model.config`.
-        max_cache_len: Tokens that a sequence can hold, its prompt included.
+        max_cache_len: Tokens that a sequence can hold, its prompt included; of a model with sliding
+            windows rounded up to whole pages of 16 or 64.
         cache_dtype: torch.float8_e4m3fn or torch.float8_e5m2 for layers of ours in 8 bits: half the
             memory, and about half the time of long contexts. None: as the model has them.
         k_scale: With it, what stored keys are multiplied by: a number, or float32 [] or
