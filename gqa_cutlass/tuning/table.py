@@ -19,10 +19,10 @@ from gqa_cutlass import env
 from gqa_cutlass.codegen.files import read_json, update, writing
 from gqa_cutlass.codegen.schema.kinds import DType, Math, Schedule
 from gqa_cutlass.codegen.schema.policies import tagged
-from gqa_cutlass.codegen.schema.problem import WIDEST, Problem
+from gqa_cutlass.codegen.schema.problem import MAX_SEQ_LEN, WIDEST, Problem
 from gqa_cutlass.codegen.variants import default_config
 from gqa_cutlass.dispatch import Choice, Device
-from gqa_cutlass.errors import GqaError, InputError, StoreError
+from gqa_cutlass.errors import GqaError, InputError, StoreError, shown
 from gqa_cutlass.tuning.search import Tuned
 
 LOG = logging.getLogger("gqa_cutlass")
@@ -33,6 +33,7 @@ _COLUMNS = (
     "schedule", "block_n", "warps", "stages", "splits", "cluster", "stages used", "spare",
     "early first tile", "microseconds",
 )  # fmt: skip
+_ODD = KeyError, TypeError, ValueError, AttributeError, ArithmeticError, GqaError
 _FARTHEST = 2  # room of a problem over a table's, or the reverse
 
 
@@ -59,7 +60,7 @@ class Table:
         try:
             run = {str(key): str(value) for key, value in content["run"].items()}
             return cls(run={"gpu": "", **run}, found=tuple(map(_tuned, content["problems"])))
-        except (KeyError, TypeError, ValueError, AttributeError, GqaError) as wrong:
+        except _ODD as wrong:
             reason = f"{type(wrong).__name__}: {wrong}"
             raise InputError(
                 f"tune: table: got {path}, which is none ({reason}); allowed: {_ALLOWED}."
@@ -207,7 +208,7 @@ def _tuned(entry: Any) -> Tuned:
         **sizes, page_size=_whole(entry["problem"]["page_size"], "page_size"), dtype=DType.F16,
         vec_width=WIDEST, append=True, policies=tagged("".join(f"_{tag}" for tag in tags)),
     )  # fmt: skip
-    lengths = {str(name): tuple(map(int, each)) for name, each in entry["lengths"].items()}
+    lengths = {str(name): _held(each) for name, each in entry["lengths"].items()}
     times = dict(_launch(row, problem, list(lengths)) for row in entry["launches"])
     if not times or not lengths:
         raise ValueError("nothing was measured of a problem")
@@ -230,10 +231,17 @@ def _launch(row: Any, problem: Problem, lengths: list[str]) -> tuple[Choice, dic
     return choice, times
 
 
+def _held(lengths: Any) -> tuple[int, ...]:
+    """What sequences held, of at least one."""
+    if not lengths or any(type(n) is not int or n < 0 for n in lengths):
+        raise ValueError(f"lengths: got {shown(lengths)}")
+    return tuple(lengths)
+
+
 def _whole(value: object, name: str) -> Any:
     """A size; None where there may be none."""
     if value is None and name in ("head_dim_v", "page_size"):
         return None
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{name}: got {value!r}")
+    if type(value) is not int or not 1 <= value <= MAX_SEQ_LEN:
+        raise ValueError(f"{name}: got {shown(value)}")
     return value

@@ -136,6 +136,11 @@ BAD: dict[str, Any] = {
     "no feature": ("problem", "policies", ["nonsense"]),
     "no lengths": ("lengths", None, {}),
     "lengths that are none": ("lengths", None, {"a": "b"}),
+    "lengths of nobody": ("lengths", "4095 each", []),
+    "a length that is none": ("lengths", "4095 each", [-1]),
+    "a length without end": ("lengths", "4095 each", [float("inf")]),
+    "more heads than numbers": ("problem", "num_kv_heads", 10**400),
+    "a size beyond numbers": ("problem", "batch_size", 10**400),
     "no launches": ("launches", None, []),
     "a launch with too little": ("launches", None, [[1]]),
 }
@@ -163,7 +168,7 @@ def test_a_file_that_is_no_table_is_refused_and_by_calls_left_out(
 @pytest.mark.parametrize("column", range(10))
 def test_odd_launches_are_refused(column: int, folder: Path) -> None:
     path = _saved(folder, tuned_of(PROBLEM))
-    for odd in (None, -1, "x", [], 10**30, 1.5):
+    for odd in (None, -1, "x", [], 10**30, 10**400, 1.5):
         content = json.loads(path.read_text())
         content["problems"][0]["launches"][0][column] = odd
         path.write_text(json.dumps(content))
