@@ -345,7 +345,9 @@ def check(call: str, options: Mapping[str, Any], given: Given) -> tuple[Asked, t
             raise TypeError(f"{call}() got an unexpected keyword argument {name!r}")
     asked = Asked(**options)
     if asked.window_size is not NO_WINDOW:
-        asked = replace(asked, window_size=check_window(asked.window_size, asked.causal))
+        asked = replace(
+            asked, window_size=check_window(asked.window_size, asked.causal is not False)
+        )
     check_options(
         asked.num_splits, asked.softmax_scale, return_lse=asked.return_lse, ragged=asked.ragged,
         batch_invariant=asked.batch_invariant,

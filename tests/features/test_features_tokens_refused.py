@@ -131,6 +131,9 @@ BAD: dict[str, tuple[Change, str]] = {
     },
     "an offset": (lambda s: {"norm_plus_one": 1}, "norm_plus_one: got 1; allowed: True or False"),
     "neither true nor false": (lambda s: {"causal": None}, "causal: got None; allowed: True or F"),
+    "neither, with a window": (
+        lambda s: {"causal": s.q[0, 0], "window_size": (3, 0)}, "causal: got tensor"
+    ),
     "too many queries": (tokens(257, 3), "tokens of q: got 257; allowed: 1 to 256 per sequence"),
     "no queries": (tokens(0, 3), "tokens of q: got 0; allowed: 1 to 256"),
     "too many new tokens": (tokens(3, 257), "tokens of k: got 257; allowed: 1 to 256"),
