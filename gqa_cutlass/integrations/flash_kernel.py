@@ -19,13 +19,18 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from gqa_cutlass.api import gqa_decode
-from gqa_cutlass.codegen.schema.problem import MAX_TOKENS
+from gqa_cutlass.call.options import check_window
+from gqa_cutlass.call.stored import is_number
+from gqa_cutlass.codegen.schema.problem import MAX_SEQ_LEN, MAX_TOKENS
 from gqa_cutlass.errors import InputError, shown
 from gqa_cutlass.flash_attn import flash_attn_with_kvcache
+from gqa_cutlass.tensors import flaw
+from gqa_cutlass.tracing import is_traced
 
 __all__ = ["flash_attn_varlen_func", "flash_attn_with_kvcache"]
 
 _NO_WINDOW = -1, -1
+_TENSORS = "q", "k", "v", "cu_seqlens_q", "cu_seqlens_k"
 # Torch's attention to sequences behind one another learned these in some version.
 _TORCH_CAN = {"scale", "window_size", "enable_gqa"} <= {*inspect.signature(varlen_attn).parameters}
 
@@ -57,7 +62,8 @@ def flash_attn_varlen_func(
         cu_seqlens_q: Where each sequence's queries begin, int32 [batch + 1] on q's device. Rows of
             q behind the last are padding, and so are those of the output.
         cu_seqlens_k: The same of k and v.
-        max_seqlen_q: Queries of a sequence, at most.
+        max_seqlen_q: Queries of a sequence, at most. Where it is 1 and q has as many rows as there
+            are sequences, row b is sequence b's, and `cu_seqlens_q` is not looked at.
         max_seqlen_k: Keys of a sequence, at most.
         softmax_scale: Factor on the scores; None for head_dim ** -0.5.
         causal: True.
@@ -72,11 +78,14 @@ def flash_attn_varlen_func(
         InputError: It is not causal; or as for `gqa_decode`.
     """
     if causal is not True:
-        _fail("causal", causal, "True, as requests of one batch are")
+        _refuse("causal", shown(causal), "True, as requests of one batch are")
+    if not is_traced():
+        _check((q, k, v, cu_seqlens_q, cu_seqlens_k), max_seqlen_q, max_seqlen_k)
     asked: dict[str, Any] = {"softmax_scale": softmax_scale}
-    if window_size[0] >= 0:
-        asked["window_size"] = window_size[0], 0
-    if softcap:
+    left, _ = check_window(window_size)
+    if left >= 0:
+        asked["window_size"] = left, 0
+    if softcap is not None and (not is_number(softcap) or softcap):
         asked["softcap"] = softcap
     if s_aux is not None:
         asked["sinks"] = s_aux
@@ -94,6 +103,24 @@ def flash_attn_varlen_func(
         assert isinstance(attended, Tensor)  # and no log-sum-exp
         return attended
     return _several(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, asked)
+
+
+def _check(tensors: tuple[Tensor, ...], max_seqlen_q: int, max_seqlen_k: int) -> None:
+    """Raise InputError for what cannot be made arguments of `gqa_decode`."""
+    for name, tensor, dims in zip(_TENSORS, tensors, (3, 3, 3, 1, 1), strict=True):
+        if found := flaw(tensor):
+            _refuse(name, found.got, found.allowed)
+        if tensor.dim() != dims or tensor.device != tensors[0].device:
+            got = f"shape {list(tensor.shape)} on {tensor.device}"
+            _refuse(name, got, f"{dims} dimensions, on q's device, {tensors[0].device}")
+    ends, ends_k = tensors[3:]
+    for name, tensor in zip(_TENSORS[3:], (ends, ends_k), strict=True):
+        if tensor.dtype != torch.int32 or len(tensor) != max(len(ends), 2):
+            got = f"{tensor.dtype} {list(tensor.shape)}"
+            _refuse(name, got, "torch.int32 [batch + 1], with the same batch for both")
+    for name, most in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if type(most) is not int or not 1 <= most <= MAX_SEQ_LEN:
+            _refuse(name, shown(most), f"an int from 1 to {MAX_SEQ_LEN}")
 
 
 def _torch_can(q: Tensor, v: Tensor, asked: dict[str, Any]) -> bool:
@@ -136,8 +163,7 @@ def _single_tokens(starts: Tensor, width: int) -> Tensor:
     return starts[:, None] + torch.arange(width, dtype=torch.int32, device=starts.device)
 
 
-def _fail(what: str, got: object, allowed: str) -> NoReturn:
+def _refuse(what: str, got: str, allowed: str) -> NoReturn:
     raise InputError(
-        f"flash_attn_varlen_func: {what}: got {shown(got)}; allowed: {allowed}. "
-        "Nothing was launched."
+        f"flash_attn_varlen_func: {what}: got {got}; allowed: {allowed}. Nothing was launched."
     )

@@ -93,3 +93,33 @@ def test_sequences_that_are_not_causal_are_refused() -> None:
     q = torch.zeros(2, 2, 64, dtype=torch.float16)
     with pytest.raises(InputError, match="causal: got False; allowed: True"):
         flash_attn_varlen_func(q, q, q, ends([2], "cpu"), ends([2], "cpu"), 2, 2)
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "no queries": ({"q": None}, "q: got a NoneType; allowed: a torch.Tensor"),
+    "keys of one sequence": (
+        {"k": torch.zeros(2, 64)},
+        r"k: got shape \[2, 64\] on cpu; allowed: 3",
+    ),
+    "values elsewhere": ({"v": torch.zeros(2, 2, 64, device="meta")}, "v: got .* on meta; allowed"),
+    "a list of ends": ({"cu_seqlens_q": [0, 2]}, "cu_seqlens_q: got a list; allowed"),
+    "long ends": ({"cu_seqlens_k": torch.tensor([0, 2])}, r"cu_seqlens_k: got torch.int64 \[2\]"),
+    "no sequences": ({"cu_seqlens_q": ends([], "cpu")}, r"cu_seqlens_q: got torch.int32 \[1\]"),
+    "other sequences": ({"cu_seqlens_k": ends([1, 1], "cpu")}, "the same batch for both"),
+    "no most": ({"max_seqlen_q": None}, "max_seqlen_q: got None; allowed: an int from 1"),
+    "a most of nothing": ({"max_seqlen_k": -1}, "max_seqlen_k: got -1; allowed: an int from 1"),
+    "no window": ({"window_size": None}, "window_size: got None; allowed: two ints"),
+    "several caps": ({"softcap": torch.zeros(2)}, "softcap: got tensor"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_not_allowed_is_refused(name: str) -> None:
+    changes, message = BAD[name]
+    q = torch.zeros(2, 2, 64, dtype=torch.float16)
+    given: dict[str, Any] = {
+        "q": q, "k": q, "v": q, "cu_seqlens_q": ends([2], "cpu"), "cu_seqlens_k": ends([2], "cpu"),
+        "max_seqlen_q": 2, "max_seqlen_k": 2, "causal": True,
+    }  # fmt: skip
+    with pytest.raises(InputError, match=message):
+        flash_attn_varlen_func(**given | changes)
