@@ -24,8 +24,8 @@ from gqa_cutlass.cache.lengths import capturing
 from gqa_cutlass.cache.ring import TOKENS
 from gqa_cutlass.cache.scales import LayerScales, raw
 from gqa_cutlass.call.stored import SCALES
-from gqa_cutlass.codegen.schema.problem import MAX_TOKENS
-from gqa_cutlass.errors import InputError
+from gqa_cutlass.codegen.schema.problem import MAX_SEQ_LEN, MAX_TOKENS
+from gqa_cutlass.errors import InputError, shown
 from gqa_cutlass.integrations.transformers_scales import LayersScales, Stored
 from gqa_cutlass.integrations.transformers_windows import windows_of
 from gqa_cutlass.tracing import break_graph, is_traced, mark_static
@@ -59,8 +59,8 @@ class GqaCache(Cache):  # type: ignore[misc]
         v_scale: As k_scale, of values.
 
     Raises:
-        InputError: The model has no layer with full attention or a sliding window; a type or a
-            scale is not allowed.
+        InputError: The model has no layer with full attention or a sliding window; a length, a type
+            or a scale is not allowed.
     """
 
     def __init__(
@@ -72,6 +72,11 @@ class GqaCache(Cache):  # type: ignore[misc]
         k_scale: LayerScales = None,
         v_scale: LayerScales = None,
     ) -> None:
+        if type(max_cache_len) is not int or not 1 <= max_cache_len <= MAX_SEQ_LEN:
+            raise InputError(
+                f"GqaCache: max_cache_len: got {shown(max_cache_len)}; allowed: an int from 1 to "
+                f"{MAX_SEQ_LEN}. Nothing was allocated."
+            )
         kept = Stored(dtype=cache_dtype, k_scale=k_scale, v_scale=v_scale)
         stock = StaticCache(config=config, max_cache_len=max_cache_len).layers
         ours = windows_of(config, stock)

@@ -36,7 +36,8 @@ class Stored:
     v_scale: LayerScales = None
 
     def __post_init__(self) -> None:
-        if self.dtype is not None and self.dtype not in FP8:
+        known = isinstance(self.dtype, torch.dtype) and self.dtype in FP8
+        if self.dtype is not None and not known:
             _refuse("cache_dtype", shown(self.dtype), f"None, for the model's, or {FP8_NAMES}")
         for name in SCALES:
             if self.dtype is None and getattr(self, name) is not None:

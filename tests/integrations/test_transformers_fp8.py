@@ -161,6 +161,9 @@ def test_compiled_steps_are_those_that_are_not() -> None:
     ("options", "says"),
     [
         ({"cache_dtype": torch.float16}, "cache_dtype: got torch.float16; allowed: None, for the"),
+        ({"cache_dtype": []}, r"cache_dtype: got \[\]; allowed: None, for the model's"),
+        ({"max_cache_len": "64"}, "max_cache_len: got '64'; allowed: an int from 1 to"),
+        ({"max_cache_len": 0}, "max_cache_len: got 0; allowed: an int from 1 to"),
         ({"cache_dtype": "fp8"}, "cache_dtype: got 'fp8'; allowed: None, for the model's, or tor"),
         ({"k_scale": 0.5}, "k_scale: got one without cache_dtype; allowed: None, or a cache_dtype"),
         ({"v_scale": [1, 2]}, "v_scale: got one without cache_dtype; allowed: None"),
@@ -168,7 +171,7 @@ def test_compiled_steps_are_those_that_are_not() -> None:
 )  # fmt: skip
 def test_what_is_not_allowed_is_refused(llama: Any, options: dict[str, Any], says: str) -> None:
     with pytest.raises(InputError, match=says):
-        GqaCache(llama.config, ROOM, **options)
+        GqaCache(llama.config, **{"max_cache_len": ROOM} | options)
 
 
 @pytest.mark.parametrize(
