@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -40,17 +39,13 @@ def tune_all(problems: Sequence[Problem], path: Path, say: Said) -> Table:
         OutputError: The file cannot be written.
     """
     device = gpu(torch.device("cuda"))
-    table = Table.load(path) if path.exists() else Table(run={})
-    run = {**provenance(), "version": __version__}
-    if table.run and table.run["gpu"] != run["gpu"]:
-        raise InputError(
-            f"tune: --out: got {path}, a table of {table.run['gpu']}; allowed: one of this GPU, "
-            f"{run['gpu']}, or no file. Name another one."
-        )
+    table = _begun(path, run := {**provenance(), "version": __version__})
     left = [p for p in problems if p not in {tuned.problem for tuned in table.found}]
     free = int(_SHARE * torch.cuda.mem_get_info()[0])
     for problem in left:
         check_fits(problem, free)
+    if left:
+        table.save(path)  # or an error, before anything is measured
     pool = random_pool(max(map(pool_bytes, left), default=0))
     kernels = dict.fromkeys(kernel for p in left for kernel in kernels_of(p, device))
     store, arch = Store.default(), device.arch.name
@@ -61,12 +56,28 @@ def tune_all(problems: Sequence[Problem], path: Path, say: Said) -> Table:
     for done, problem in enumerate(left, 1):
         stand = Stand(problem, lengths_of(problem), pool)
         tuned = tune(problem, device, stand.measure)
-        table = replace(table, run=run, found=(*table.found, tuned))
+        others = (each for each in _begun(path, run).found if each.problem != problem)
+        table = Table(run=run, found=(*others, tuned))  # what other runs found meanwhile, too
         table.save(path)
         del stand
         torch.cuda.empty_cache()
         rest = (time.monotonic() - began) / done * (len(left) - done)
         say(name_of(problem), f"{tuned.best}; about {rest:.0f} s left")
+    return table
+
+
+def _begun(path: Path, run: dict[str, str]) -> Table:
+    """The table so far, or a new one.
+
+    Raises:
+        InputError: The file is no table, or another GPU's.
+    """
+    table = Table.load(path) if path.exists() else Table(run=run)
+    if table.run["gpu"] != run["gpu"]:
+        raise InputError(
+            f"tune: --out: got {path}, a table of {table.run['gpu']}; allowed: one of this GPU, "
+            f"{run['gpu']}, or no file. Name another one."
+        )
     return table
 
 

@@ -13,7 +13,7 @@ from gqa_cutlass.codegen import ARCHES, DType, Schedule
 from gqa_cutlass.codegen.schema.problem import Problem
 from gqa_cutlass.codegen.variants import policies_for
 from gqa_cutlass.dispatch import Choice, dispatch, model_device
-from gqa_cutlass.errors import InputError
+from gqa_cutlass.errors import InputError, OutputError
 from gqa_cutlass.tuning import measure, run, search
 from gqa_cutlass.tuning.candidates import candidates, chosen, kernels_of, lengths_of, variants
 from gqa_cutlass.tuning.measure import Stand, pool_bytes, sets_of
@@ -195,6 +195,28 @@ def test_a_run_goes_on_where_it_was_interrupted(searched: list[Problem], tmp_pat
     assert searched == [SMALL, other] and len(said) == 2 and "4/2/64 2x64" in said[0]
     assert "s left" in said[0]
     assert Table.load(path) == table and [t.problem for t in table.found] == searched
+
+
+@pytest.mark.usefixtures("searched")
+def test_what_another_run_finds_meanwhile_stays(tmp_path: Path) -> None:
+    path, other = tmp_path / "x.json", replace(SMALL, max_seq_len=32)
+
+    def beside(name: str, outcome: str) -> None:
+        if len(Table.load(path).found) == 1:
+            run.tune_all([other], path, lambda name, outcome: None)
+
+    third = replace(SMALL, max_seq_len=16)
+    run.tune_all([SMALL, third], path, beside)
+    assert [t.problem for t in Table.load(path).found] == [SMALL, other, third]
+
+
+def test_a_file_that_cannot_be_written_is_an_error_before_the_search(
+    searched: list[Problem], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="tune: --out: got .*file, where files cannot be written"):
+        run.tune_all([SMALL], tmp_path / "file" / "x.json", lambda name, outcome: None)
+    assert searched == []
 
 
 @pytest.mark.usefixtures("searched")
