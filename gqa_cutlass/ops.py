@@ -119,7 +119,7 @@ def traced(
             wrong = "the caches: elements to which tokens are appended share memory"
         elif out is not None:
             wrong = _flaw_of_out(out, q, v_cache, options.get("out_dtype"))
-    if len(given) == 5 and any(of_tokens(n, options[n].shape) for n in SCALES if n in options
+    if len(given) == 5 and any(of_tokens(options[n].shape) for n in SCALES if n in options
                                and isinstance(options[n], Tensor)):  # fmt: skip
         break_graph(_refuse_scales, f"gqa_decode: {_NO_SCALES}")()
     if wrong is not None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gqa_cutlass.call.executor import Executor, Task
 from gqa_cutlass.call.given import ALIGNMENT, LENGTHS, PAGES, ROWS, Layout, fail
-from gqa_cutlass.call.stored import in_pairs, of_tokens
+from gqa_cutlass.call.stored import SCALES, in_pairs, of_tokens
 from gqa_cutlass.codegen.schema.arguments import Access
 from gqa_cutlass.codegen.schema.params import CacheStrides, Params
 from gqa_cutlass.codegen.schema.storage import ELEMENT_BYTES
@@ -268,7 +268,7 @@ def check_aliases(given: Mapping[str, Tensor], lengths: object, appended: int = 
 
 def access_of(name: str, shape: Sequence[int]) -> Access:
     """What kernels do with a tensor of a call."""
-    return Access.APPEND if of_tokens(name, shape) else ROWS[name].access
+    return Access.APPEND if name in SCALES and of_tokens(shape) else ROWS[name].access
 
 
 def _apart(given: Mapping[str, Tensor] | Layout) -> list[tuple[str, str]]:

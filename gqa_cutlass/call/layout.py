@@ -116,8 +116,9 @@ def problem_of(
             fail(f"rows of {what}", shown(rows), f"1 to {MAX_ROWS}")
     for name, t in layout.items():
         if name != LENGTHS:
-            of_cache = ROWS[name].access is Access.APPEND or of_tokens(name, t.shape)
-            _check_shape(ROWS[name], t, pool if of_cache else sizes, tokens)
+            row = ROWS[name]
+            of_cache = row.access is Access.APPEND or name in SCALES and of_tokens(t.shape)
+            _check_shape(row, t, pool if of_cache else sizes, tokens)
     append = "k" in layout
     if SLOTS in layout:
         _check_slots(layout[SLOTS], tokens)
@@ -144,7 +145,8 @@ def problem_of(
         policies=policies if hides else tuple([p for p in policies if p.feature != "window_size"]),
         window=window_left + 1 if hides else None,
     )
-    check_of_tokens(problem)
+    if policies:
+        check_of_tokens(problem)
     return problem
 
 

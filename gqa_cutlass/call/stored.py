@@ -77,9 +77,9 @@ def stored_policy(layout: Layout) -> tuple[Policy, ...]:
     return ()
 
 
-def of_tokens(name: str, shape: Sequence[int]) -> bool:
-    """Whether a tensor of this name has a scale for every token, which appends write."""
-    return name in SCALES and len(shape) == 3
+def of_tokens(shape: Sequence[int]) -> bool:
+    """Whether scales of this shape are one for every token, which appends write."""
+    return len(shape) == 3
 
 
 def _have_tokens(layout: Layout) -> bool:
@@ -88,7 +88,7 @@ def _have_tokens(layout: Layout) -> bool:
     Raises:
         InputError: Only one of the two is.
     """
-    given = [name for name in SCALES if name in layout and of_tokens(name, layout[name].shape)]
+    given = [name for name in SCALES if name in layout and of_tokens(layout[name].shape)]
     if len(given) == 1:
         other = next(name for name in SCALES if name not in given)
         fail(other, "none of tokens", f"as {given[0]}: both have a scale for every token, or none")
@@ -130,7 +130,7 @@ def scale_fields(asked: Asked, layout: Layout) -> dict[str, float]:
                 _fail_unscaled(name, shown(number), dtype)
         if dtype in FP8:
             found[name] = 1.0 if number is None else float(number)
-        if (tensor := layout.get(name)) and of_tokens(name, tensor.shape):
+        if (tensor := layout.get(name)) and of_tokens(tensor.shape):
             found[f"{name}_batch"] = tensor.strides[0] if tensor.shape[0] > 1 else 0
         elif tensor:
             found[f"{name}_batch"], found[f"{name}_head"] = _steps(tensor)
@@ -157,7 +157,7 @@ def check_scale_shape(name: str, t: Seen, sizes: list[int], cache: list[int]) ->
         cache: [rows, max_seq_len, num_kv_heads], or of pages.
     """
     shape = list(t.shape)
-    if of_tokens(name, shape):
+    if of_tokens(shape):
         return _check_of_tokens(name, t, cache)
     if shape not in ([], [1], sizes[1:], sizes):
         allowed = f"[], {sizes[1:]} (of KV heads) or {sizes} (of sequences and KV heads)"

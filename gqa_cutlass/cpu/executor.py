@@ -18,7 +18,7 @@ from gqa_cutlass.call.flag import OverflowFlag
 from gqa_cutlass.call.given import ROWS
 from gqa_cutlass.call.merge import MergeCall
 from gqa_cutlass.call.record import LOG
-from gqa_cutlass.call.stored import of_tokens
+from gqa_cutlass.call.stored import SCALES, of_tokens
 from gqa_cutlass.codegen.config import ARCHES
 from gqa_cutlass.codegen.merge import Kernel
 from gqa_cutlass.codegen.schema.arguments import BUFFERS, Access
@@ -192,7 +192,7 @@ def _region(
     overread: bool,
 ) -> Region:
     access = _ACCESS[field]
-    if of_tokens(field.removesuffix("s"), shape):
+    if field.removesuffix("s") in SCALES and of_tokens(shape):
         access = Access.APPEND
     cache = access is Access.APPEND
     return Region(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gqa_cutlass.codegen import DType, KernelConfig, Math, default_config
-from gqa_cutlass.codegen.schema.policies import POLICIES, named
+from gqa_cutlass.codegen.schema.policies import OF_TOKENS, POLICIES, QUERIES, named
 from gqa_cutlass.errors import InputError
 from gqa_cutlass.proof.sim import run_sim
 from gqa_cutlass.ptxsim import report
@@ -79,9 +79,11 @@ def test_a_run_counts_what_the_kernel_must_move(config: KernelConfig) -> None:
     assert found.appended and found.error <= 2 * found.error_torch and found.lse_error < 1e-5
 
 
-def test_a_run_of_a_kernel_with_features_asks_for_them() -> None:
-    """One per slot: the caches are of 8 bits."""
-    policies = {policy.slot: policy for policy in POLICIES if policy.tag}
+@pytest.mark.parametrize("scaled", ["of heads", "of tokens"])
+def test_a_run_of_a_kernel_with_features_asks_for_them(scaled: str) -> None:
+    """One per slot: the caches are of 8 bits. Several tokens have no scales of their own."""
+    left_out = OF_TOKENS if scaled == "of heads" else [p for p in POLICIES if p.slot is QUERIES]
+    policies = {p.slot: p for p in POLICIES if p.tag and p not in left_out}
     config = replace(CONFIG, policies=tuple(policies.values()))
     found = run_sim(config, cache_len=20, kv_heads=4)
     assert found.appended and found.error <= 2 * found.error_torch and found.lse_error < 1e-5
