@@ -58,9 +58,11 @@ def kernels_of(
 ) -> list[KernelConfig]:
     """The kernels of layers, each once: for both schedules, between which dispatch chooses.
 
+    Layers with a sliding window have those for pages in any case: a ring of its tokens is pages.
+
     Args:
         layers: As `ranked` gives them.
-        paged: Whether caches are in pages.
+        paged: Whether the caches of all layers are in pages.
         dependent: Whether to add the kernels of dependent launches.
 
     Raises:
@@ -73,13 +75,16 @@ def kernels_of(
 
 def _kernels_of(each: Ranked, paged: bool) -> list[KernelConfig]:
     layers = each.layers
-    policies = policies_for((*layers.needs, *(("block_table",) if paged else ())))
+    needs = [(*layers.needs, "block_table")] if paged else [layers.needs]
+    if not paged and "window_size" in layers.needs:
+        needs.append((*layers.needs, "block_table"))
     try:
         return [
             default_config(
                 Math.TENSOROP, each.dtype, layers.head_dim, layers.group_size, WIDEST, schedule,
-                policies, layers.head_dim_v,
+                policies_for(features), layers.head_dim_v,
             )
+            for features in needs
             for schedule in Schedule
         ]  # fmt: skip
     except ConfigError as error:

@@ -105,7 +105,9 @@ DTypes = Annotated[
         help="float16, bfloat16 or both, with a comma. Default: the model's; without a model all.",
     ),
 ]
-Paged = Annotated[bool, typer.Option("--paged", help="With --model: kernels for caches in pages.")]
+Paged = Annotated[
+    bool, typer.Option("--paged", help="With --model: all kernels for caches in pages.")
+]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from gqa_cutlass.codegen.config import ARCHES
 from gqa_cutlass.codegen.model_config import find_model
 from gqa_cutlass.codegen.model_kernels import kernels_of, ranked
 from gqa_cutlass.codegen.models import FULL, MODELS, SLIDING, Model
+from gqa_cutlass.codegen.schema.policies import named
 from gqa_cutlass.codegen.schema.problem import Problem
 from gqa_cutlass.dispatch import choose_config, model_device
 from gqa_cutlass.errors import ConfigError, GqaError, InputError
@@ -170,13 +172,15 @@ def test_dispatch_chooses_among_a_models_kernels(model: Model) -> None:
         not model.num_kv_heads % tp or not tp % model.num_kv_heads)], ())  # fmt: skip
     kernels = set(kernels_of(layers))
     for each in layers:
-        (mine,) = {k.policies for k in kernels_of([each])}
-        for batch, length in ((1, 128), (1, 131072), (64, 8192)):
+        forms = {k.policies for k in kernels_of([each])}
+        rings = [policies for policies in forms if named("PagedCache") in policies]
+        assert len(forms) == 1 + bool(each.layers.window) and len(rings) == bool(each.layers.window)
+        for mine, (batch, length) in product(forms, ((1, 128), (1, 131072), (64, 8192))):
             problem = Problem(
                 batch_size=batch, num_q_heads=each.layers.num_q_heads,
                 num_kv_heads=each.layers.num_kv_heads, head_dim=each.layers.head_dim,
                 max_seq_len=length, dtype=each.dtype, vec_width=8, append=True, policies=mine,
-                window=each.layers.window or None,
+                window=each.layers.window or None, page_size=16 if mine in rings else None,
             )  # fmt: skip
             for arch in ("sm_80", "sm_90a"):
                 chosen, _ = choose_config(problem, model_device(ARCHES[arch]))
