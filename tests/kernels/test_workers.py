@@ -30,9 +30,11 @@ if __name__ == "__main__":
     list(map_in_order(time.sleep, [3600] * 4, 2))
 """
 _BUILD = """
+import signal
 from gqa_cutlass.cli import main
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()
 """
 
