@@ -38,7 +38,7 @@ from bench.prefill import measure_prefill
 from bench.record import Record, Row
 from bench.serving import bytes_needed, measure_serving, with_limits
 from bench.serving_points import SERVING
-from bench.timing import Floor, agreeing, floor_graph, interleaved, ours_graph
+from bench.timing import Floor, agreeing, beside_floors, ours_graph
 from gqa_cutlass.cli.output import progress
 from gqa_cutlass.codegen import source_digest
 from gqa_cutlass.errors import InputError
@@ -61,9 +61,7 @@ def measure(point: Point, pool: Tensor, floor: Floor) -> Row:
     ours = {name: ours_graph(each, data) for name, each in plans.items()}
     makers = {name: partial(adapter, data) for name, adapter in baselines.running(point).items()}
     others = agreeing(point, makers, partial(relative_error, right=out), data.num_sets)
-    floors = {f"floor {grid}": floor_graph(data, floor, grid) for grid in Floor.GRIDS}
-    times = interleaved({**ours, **others, **floors})
-    lowest = min(times[name] for name in floors)
+    times, lowest = beside_floors({**ours, **others}, data, floor)
     return Row(
         point=str(point),
         mib=point.read_bytes / 2**20,

@@ -22,7 +22,7 @@ from bench.data import Data, check, num_sets, pool_bytes, relative_error
 from bench.pages import PagedData, check_paged
 from bench.record import Served
 from bench.serving_points import LENGTHS, ROOM, Serving
-from bench.timing import Floor, agreeing, floor_graph, interleaved, ours_graph
+from bench.timing import Floor, agreeing, beside_floors, ours_graph
 
 OURS = "ours"
 _ROWS_CHECKED = 256  # behind the new token, where there is room for very many
@@ -128,9 +128,7 @@ def measure_serving(point: Serving, pool: Tensor, floor: Floor) -> Served:
     if point.kind == LENGTHS:
         makers = {n: partial(make, data) for n, make in baselines.running(point).items()}
         others = agreeing(point, makers, partial(relative_error, right=out), data.num_sets)
-    floors = {f"floor {grid}": floor_graph(data, floor, grid) for grid in floor.GRIDS}
-    times = interleaved({**graphs, **others, **floors})
-    lowest = min(times[name] for name in floors)
+    times, lowest = beside_floors({**graphs, **others}, data, floor)
     return Served(
         point=str(point), kind=point.kind, mib=point.read_bytes / 2**20,
         kernel=plan.dispatch.config.name, launch=str(plan.dispatch.shape), relative_error=error,

@@ -91,6 +91,15 @@ def ours_graph(plan: Plan, data: Data) -> Graph:
     return Graph(lambda i: data.step(plan, i), data.num_sets)
 
 
-def floor_graph(data: Data, floor: Floor, grid: int) -> Graph:
+def beside_floors(
+    graphs: dict[str, Graph], data: Data, floor: Floor
+) -> tuple[dict[str, float], float]:
+    """Microseconds of graphs, taken in turns with the roofline kernel, and of its fastest grid."""
+    floors = {f"floor {grid}": _floor_graph(data, floor, grid) for grid in floor.GRIDS}
+    times = interleaved({**graphs, **floors})
+    return times, min(times[name] for name in floors)
+
+
+def _floor_graph(data: Data, floor: Floor, grid: int) -> Graph:
     """The roofline kernel on one grid size, over the bytes that a step reads."""
     return Graph(lambda i: floor.read(data.flat[i], grid), data.num_sets)

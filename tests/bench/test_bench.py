@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 import gqa_cutlass
-from bench import baselines, features, measure, merges, prefill, report, serving, timing
+from bench import baselines, features, measure, merges, prefill, report, timing
 from bench import data as bench_data
 from bench.data import Data, check
 from bench.features import Case
@@ -221,7 +221,7 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         "source_digest": lambda config: "0" * 16,
     }.items():
         monkeypatch.setattr(measure, name, value)
-    for module in (measure, prefill, features, merges, serving):
+    for module in (prefill, features, merges, timing):
         monkeypatch.setattr(module, "interleaved", _times)
     monkeypatch.setattr(merges, "_DEVICE", "cpu")
     for module in (prefill, features, merges, timing):
