@@ -37,6 +37,13 @@ def tune(
         str, typer.Option(help="Comma-separated tokens that a sequence's cache has room for.")
     ] = "1024,8192,32768",
     page_size: Annotated[int, number("Tokens of a page. 0: caches in one piece.")] = 0,
+    tiles: Annotated[
+        bool,
+        typer.Option(help="Try kernels with other tiles too, which calls compile on first use."),
+    ] = True,
+    cache_dtype: Annotated[
+        str, typer.Option(help="float8_e4m3fn or float8_e5m2. Default: 16 bits, as queries have.")
+    ] = "",
     most_gib: Annotated[
         int, number("Leave out problems whose caches have more GiB than this.")
     ] = 8,
@@ -59,7 +66,8 @@ def tune(
         for each in _sizes(heads, model, tp)
         for sequences in _numbers("batch", batch)
         for tokens in _numbers("room", room)
-        if (problem := _problem(each, sequences, tokens, page_size)).cache_mib <= most_gib << 10
+        if (problem := _problem(each, sequences, tokens, page_size, cache_dtype)).cache_mib
+        <= most_gib << 10
     ]
     if dry_run:
         from gqa_cutlass.tuning.run import name_of
@@ -70,7 +78,7 @@ def tune(
         else:
             say("\n".join(names))
         return
-    table = _tuned(problems, out)
+    table = _tuned(problems, out, tiles)
     if as_json:
         from gqa_cutlass.tuning.run import name_of as name
 
@@ -79,7 +87,7 @@ def tune(
     _show(table)
 
 
-def _tuned(problems: list[Problem], out: Path | None) -> Table:
+def _tuned(problems: list[Problem], out: Path | None, tiles: bool) -> Table:
     import torch
 
     from gqa_cutlass import env
@@ -90,7 +98,7 @@ def _tuned(problems: list[Problem], out: Path | None) -> Table:
     gpu(torch.device("cuda"))  # or an error that says what is missing
     path = out or env.cache_dir() / FOLDER / file_name(torch.cuda.get_device_name())
     with progress(len(problems)) as step:
-        table = tune_all(problems, path, step)
+        table = tune_all(problems, path, step, tiles)
     note(f"tune: {path}")
     return table
 
@@ -133,7 +141,9 @@ def _numbers(name: str, given: str) -> list[int]:
     return list(dict.fromkeys(map(int, entries)))
 
 
-def _problem(sizes: tuple[int, int, int], batch: int, room: int, page_size: int) -> Problem:
+def _problem(
+    sizes: tuple[int, int, int], batch: int, room: int, page_size: int, cache_dtype: str
+) -> Problem:
     from gqa_cutlass.codegen.schema.kinds import DType
     from gqa_cutlass.codegen.schema.problem import WIDEST, Problem
     from gqa_cutlass.codegen.variants import policies_for
@@ -150,8 +160,14 @@ def _problem(sizes: tuple[int, int, int], batch: int, room: int, page_size: int)
         )
     if page_size < 0 or page_size and room % page_size:
         raise InputError(f"tune: --page-size: got {page_size}; allowed: 0, or what divides {room}.")
+    if cache_dtype not in ("", "float8_e4m3fn", "float8_e5m2"):
+        raise InputError(
+            f"tune: --cache-dtype: got {cache_dtype!r}; allowed: float8_e4m3fn, float8_e5m2, or no "
+            "such option for caches of 16 bits."
+        )
+    features = ["block_table"] * (page_size > 0) + [cache_dtype] * (cache_dtype != "")
     return Problem(
         batch_size=batch, num_q_heads=q_heads, num_kv_heads=kv_heads, head_dim=head_dim,
         max_seq_len=room, page_size=page_size or None, dtype=DType.F16, vec_width=WIDEST,
-        append=True, policies=policies_for(["block_table"]) if page_size else (),
+        append=True, policies=policies_for(features),
     )  # fmt: skip

@@ -80,15 +80,18 @@ def chosen(found: Dispatch) -> Choice:
     )  # fmt: skip
 
 
-def variants(choice: Choice, early: bool) -> list[Choice]:
+def variants(choice: Choice, early: bool, tiles: bool = True) -> list[Choice]:
     """The same launch of kernels with other tiles, and with the first tile early or not.
 
     Args:
         choice: What to vary.
         early: Whether it asks for first tiles before lengths are known.
+        tiles: Whether tiles vary; kernels with other tiles are compiled on first use.
     """
     base = choice.config
     found = [] if choice.spare else [replace(choice, prefetch=not early)]
+    if not tiles:
+        return found
     sizes = ((n // 2, n, n * 2) for n in (base.block_n, base.num_warps, base.num_stages))
     for block_n, num_warps, num_stages in product(*sizes):
         try:
@@ -100,10 +103,10 @@ def variants(choice: Choice, early: bool) -> list[Choice]:
     return [other for other in dict.fromkeys(found) if other != choice]
 
 
-def kernels_of(problem: Problem, device: Device) -> list[KernelConfig]:
+def kernels_of(problem: Problem, device: Device, tiles: bool = True) -> list[KernelConfig]:
     """The kernels of candidates and of their variants, each once."""
     bases = {choice.config: choice for choice in candidates(problem, device)}
-    varied = (other.config for base in bases.values() for other in variants(base, early=False))
+    varied = (other.config for base in bases.values() for other in variants(base, False, tiles))
     return list(dict.fromkeys((*bases, *varied)))
 
 

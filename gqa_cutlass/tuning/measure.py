@@ -18,8 +18,8 @@ from torch import Tensor
 from gqa_cutlass.api import plan
 from gqa_cutlass.call.layout import DTYPES
 from gqa_cutlass.call.plan import Plan
+from gqa_cutlass.call.stored import FP8
 from gqa_cutlass.codegen.schema.problem import Problem
-from gqa_cutlass.codegen.schema.storage import ELEMENT_BYTES
 from gqa_cutlass.dispatch import Choice
 from gqa_cutlass.errors import GqaError, InputError
 from gqa_cutlass.tuning.timing import Graph, evict
@@ -40,7 +40,13 @@ def room_bytes(problem: Problem) -> int:
     """Bytes of the caches of K and V."""
     tokens = problem.batch_size * problem.max_seq_len
     dims = problem.head_dim + problem.value_dim
-    return tokens * problem.num_kv_heads * dims * ELEMENT_BYTES
+    return tokens * problem.num_kv_heads * dims * stored_as(problem).itemsize
+
+
+def stored_as(problem: Problem) -> torch.dtype:
+    """The type of the caches' elements."""
+    of_8_bits = (kind for kind, policy in FP8.items() if policy in problem.policies)
+    return next(of_8_bits, _TORCH[problem.dtype])
 
 
 def pool_bytes(problem: Problem) -> int:
@@ -62,11 +68,14 @@ class Stand:
         self._times: dict[Choice, dict[str, list[float]]] = {}
         self._graphs: dict[Choice, Graph] = {}
         self._first: Plan | None = None
-        device, dtype = pool.device, _TORCH[problem.dtype]
+        device, dtype, stored = pool.device, _TORCH[problem.dtype], stored_as(problem)
         self._sets = sets_of(problem)
-        per_set = room_bytes(problem) // ELEMENT_BYTES
+        per_set = room_bytes(problem) // stored.itemsize
         rows = problem.batch_size * problem.max_seq_len * problem.num_kv_heads
-        caches = pool[: self._sets * per_set].view(dtype).view(self._sets, per_set)
+        numbers = pool.view(stored)[: self._sets * per_set]
+        if stored in FP8:  # without the exponent's highest bit bytes are numbers below 2, none NaN
+            numbers.view(torch.int8).bitwise_and_(~0x40)
+        caches = numbers.view(self._sets, per_set)
         tokens = problem.batch_size, problem.max_seq_len
         options: dict[str, Any] = {}
         if problem.page_size:

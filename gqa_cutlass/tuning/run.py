@@ -25,13 +25,14 @@ _SHARE = 0.75  # of the GPU's free memory
 Said = Callable[[str, str], None]
 
 
-def tune_all(problems: Sequence[Problem], path: Path, say: Said) -> Table:
+def tune_all(problems: Sequence[Problem], path: Path, say: Said, tiles: bool = True) -> Table:
     """Search for the best launch of each problem, and keep what there is after each.
 
     Args:
         problems: What to search for; those that the file has already are left alone.
         path: The table's file.
         say: Told of every problem that is done: its name, and what came of it.
+        tiles: Whether other tiles than kernels have by default are tried.
 
     Raises:
         InputError: A problem does not fit into the GPU's memory, or the file is another GPU's.
@@ -47,7 +48,7 @@ def tune_all(problems: Sequence[Problem], path: Path, say: Said) -> Table:
     if left:
         table.save(path)  # or an error, before anything is measured
     pool = random_pool(max(map(pool_bytes, left), default=0))
-    kernels = dict.fromkeys(kernel for p in left for kernel in kernels_of(p, device))
+    kernels = dict.fromkeys(kernel for p in left for kernel in kernels_of(p, device, tiles))
     store, arch = Store.default(), device.arch.name
     missing = [(kernel, arch) for kernel in kernels if store.find(kernel, arch) is None]
     for _ in build_each(store, missing) if missing else ():
@@ -55,7 +56,7 @@ def tune_all(problems: Sequence[Problem], path: Path, say: Said) -> Table:
     began = time.monotonic()
     for done, problem in enumerate(left, 1):
         stand = Stand(problem, lengths_of(problem), pool)
-        tuned = tune(problem, device, stand.measure)
+        tuned = tune(problem, device, stand.measure, tiles)
         others = (each for each in _begun(path, run).found if each.problem != problem)
         table = Table(run=run, found=(*others, tuned))  # what other runs found meanwhile, too
         table.save(path)
@@ -85,4 +86,5 @@ def name_of(problem: Problem) -> str:
     """What a problem is called."""
     heads = f"{problem.num_q_heads}/{problem.num_kv_heads}/{problem.head_dim}"
     pages = f", pages of {problem.page_size}" if problem.page_size else ""
-    return f"{heads} {problem.batch_size}x{problem.max_seq_len}{pages}"
+    others = [f", {p.feature}" for p in problem.policies if p.feature != "block_table"]
+    return f"{heads} {problem.batch_size}x{problem.max_seq_len}{pages}{''.join(others)}"

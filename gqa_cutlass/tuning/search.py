@@ -76,13 +76,14 @@ def lowest_of(times: Times) -> dict[str, float]:
     return {name: min(each[name] for each in times.values()) for name in names}
 
 
-def tune(problem: Problem, device: Device, measure: Measure) -> Tuned:
+def tune(problem: Problem, device: Device, measure: Measure, tiles: bool = True) -> Tuned:
     """Search for the launch of least regret over lengths: by successive halving.
 
     Args:
         problem: The problem.
         device: The GPU.
         measure: Times choices so many times more; it may leave out those that do not run.
+        tiles: Whether other tiles than kernels have by default are tried.
     """
     found: dict[Choice, Mapping[str, float]] = {}
 
@@ -95,7 +96,7 @@ def tune(problem: Problem, device: Device, measure: Measure) -> Tuned:
     varied = [
         other
         for choice in _unlike(ranked)
-        for other in variants(choice, _is_early(problem, device, choice))
+        for other in variants(choice, _is_early(problem, device, choice), tiles)
     ]
     measured(varied, FIRST)
     lowest = lowest_of(found)

@@ -69,6 +69,7 @@ def test_variants_have_other_tiles_that_fit_or_another_first_tile() -> None:
     assert replace(choice, prefetch=False) in found and choice not in found
     assert len({c.config for c in found}) > 3
     assert all(c.config.shared_bytes <= H200.arch.shared_per_block for c in found)
+    assert variants(choice, early=True, tiles=False) == [replace(choice, prefetch=False)]
 
 
 def _fake(cost: Callable[[Choice, str], float]) -> tuple[search.Measure, list[tuple[int, int]]]:
@@ -95,6 +96,15 @@ def test_the_search_finds_the_least_regret_and_halves_what_it_measures() -> None
     counts = [count for count, _ in later]
     assert counts == sorted(counts, reverse=True) and counts[-1] <= 3
     assert all(a[1] < b[1] for a, b in zip(later, later[1:], strict=False))
+
+
+def test_without_other_tiles_all_kernels_are_those_that_dispatch_takes() -> None:
+    timed, _ = _fake(lambda c, name: 1.0 + c.splits / 100)
+    tuned = tune(LLAMA, H200, timed, tiles=False)
+    kernels = {c.config for c in tuned.times}
+    assert kernels == {*kernels_of(LLAMA, H200, tiles=False)}
+    assert kernels == {c.config for c in candidates(LLAMA, H200)}
+    assert {c.prefetch for c in tuned.times} > {None}
 
 
 def test_regret_is_the_geometric_mean_over_lengths() -> None:
@@ -131,9 +141,10 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("without_gpu")
+@pytest.mark.parametrize("stored", ["", "float8_e4m3fn", "float8_e5m2"])
 @pytest.mark.parametrize("page_size", [None, 16])
-def test_candidates_run_and_agree(page_size: int | None) -> None:
-    policies = policies_for(["block_table"]) if page_size else ()
+def test_candidates_run_and_agree(page_size: int | None, stored: str) -> None:
+    policies = policies_for(["block_table"] * bool(page_size) + [stored])
     problem = replace(SMALL, page_size=page_size, policies=policies)
     stand = Stand(problem, {"63 each": (63, 63)}, random_pool(pool_bytes(problem), "cpu"))
     choices = [c for c in candidates(problem, H200) if c.splits == 1][:3]
@@ -177,7 +188,7 @@ def searched(monkeypatch: pytest.MonkeyPatch) -> list[Problem]:
 
     for name, value in {
         "tune": found, "gpu": lambda device: H200, "provenance": lambda: {"gpu": "NVIDIA X1"},
-        "kernels_of": lambda problem, device: [],
+        "kernels_of": lambda problem, device, tiles: [],
         "random_pool": lambda num_bytes: torch.zeros(num_bytes // 2, dtype=torch.float16),
     }.items():  # fmt: skip
         monkeypatch.setattr(run, name, value)

@@ -65,14 +65,16 @@ def _saved(folder: Path, *found: Tuned, gpu: str = "NVIDIA X1") -> Path:
 
 def test_a_table_survives_its_file(folder: Path) -> None:
     paged = replace(PROBLEM, page_size=64, policies=policies_for(["block_table"]))
+    halved = replace(PROBLEM, policies=policies_for(["float8_e4m3fn"]))
     path = _saved(
-        folder, tuned_of(PROBLEM), tuned_of(paged), tuned_of(replace(PROBLEM, head_dim_v=128))
-    )
+        folder, tuned_of(PROBLEM), tuned_of(paged), tuned_of(halved),
+        tuned_of(replace(PROBLEM, head_dim_v=128)),
+    )  # fmt: skip
     table = Table.load(path)
-    assert path.name == "nvidia-x1.json" and len(table.found) == 3
+    assert path.name == "nvidia-x1.json" and len(table.found) == 4
     table.save(folder / "again.json")
     assert (folder / "again.json").read_text() == path.read_text()
-    for tuned, problem in zip(table.found, (PROBLEM, paged), strict=False):
+    for tuned, problem in zip(table.found, (PROBLEM, paged, halved), strict=False):
         assert tuned == tuned_of(problem) and list(tuned.times) == list(tuned_of(problem).times)
 
 
