@@ -130,7 +130,8 @@ class Stand:
                 kernel=choice, **self._options,
             )  # fmt: skip
             self._check(step)
-            graph = Graph(lambda i: step(*self._tensors(i)), self._sets)
+            sets = [self._tensors(i) for i in range(self._sets)]
+            graph = Graph(lambda i: step(*sets[i]), self._sets)  # and no way back to this object
         except (GqaError, AssertionError):  # a launch that this GPU refuses, say
             return None
         self._graphs[choice], self._times[choice] = graph, {}

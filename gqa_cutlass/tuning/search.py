@@ -12,6 +12,9 @@ from gqa_cutlass.tuning.candidates import APART, candidates, lengths_of, variant
 
 FIRST, VARIED = 3, 2  # repeats of the first round, which doubles; how many choices are varied
 _KEPT, _FEWEST = 1 / 3, 2
+# How much slower than the fastest a launch may be where the cache is full, in the end and while
+# little is measured; or so many microseconds.
+_SLACK, _EARLY_SLACK, _SLACK_MICROS = 1.005, 1.03, 0.03
 
 Times = Mapping[Choice, Mapping[str, float]]
 Measure = Callable[[Sequence[Choice], int], Times]
@@ -33,11 +36,11 @@ class Tuned:
 
     @property
     def best(self) -> Choice:
-        """What loses least over all lengths."""
+        """What loses least over all lengths, and next to nothing where the cache is full."""
         return next(iter(self.times))
 
     def best_of(self, *, ragged: bool, longest: int | None) -> Choice | None:
-        """What loses least where something is known of the lengths.
+        """The same where something is known of the lengths.
 
         Args:
             ragged: Whether sequences may differ in length.
@@ -56,8 +59,7 @@ class Tuned:
         if len(names) == len(self.lengths):
             return self.best
         seen = {c: {name: times[name] for name in names} for c, times in self.times.items()}
-        lowest = lowest_of(seen)
-        return min(seen, key=lambda choice: regret(seen[choice], lowest))
+        return ranked(seen)[0]
 
 
 def _is_near(held: int, longest: int | None) -> bool:
@@ -68,6 +70,19 @@ def _is_near(held: int, longest: int | None) -> bool:
 def regret(times: Mapping[str, float], lowest: Mapping[str, float]) -> float:
     """By what factor times exceed the lowest of all choices: the geometric mean over lengths."""
     return math.exp(math.fsum(math.log(times[n] / lowest[n]) for n in lowest) / len(lowest))
+
+
+def ranked(times: Times, slack: float = _SLACK) -> list[Choice]:
+    """Choices by regret; behind them those that are slower where the first of the lengths is held.
+
+    Args:
+        times: Of each, the same lengths.
+        slack: By what factor a choice may exceed the lowest time there.
+    """
+    lowest = lowest_of(times)
+    first = next(iter(lowest))
+    most = max(slack * lowest[first], lowest[first] + _SLACK_MICROS)
+    return sorted(times, key=lambda c: (times[c][first] > most, regret(times[c], lowest)))
 
 
 def lowest_of(times: Times) -> dict[str, float]:
@@ -87,28 +102,30 @@ def tune(problem: Problem, device: Device, measure: Measure, tiles: bool = True)
     """
     found: dict[Choice, Mapping[str, float]] = {}
 
-    def measured(choices: list[Choice], repeats: int) -> list[Choice]:
+    def measured(choices: Sequence[Choice], repeats: int, slack: float) -> list[Choice]:
         found.update(measure(choices, repeats))
-        lowest = lowest_of(found)
-        return sorted((c for c in choices if c in found), key=lambda c: regret(found[c], lowest))
+        order = ranked(found, slack)
+        return [choice for choice in order if choice in choices]
 
-    ranked = measured(candidates(problem, device), FIRST)
-    varied = [
-        other
-        for choice in _unlike(ranked)
-        for other in variants(choice, _is_early(problem, device, choice), tiles)
-    ]
-    measured(varied, FIRST)
-    lowest = lowest_of(found)
-    ranked, repeats = sorted(found, key=lambda c: regret(found[c], lowest)), FIRST
-    while len(ranked) > _FEWEST:
+    first = measured(candidates(problem, device), FIRST, _EARLY_SLACK)
+    measured(
+        [
+            other
+            for choice in _unlike(first)
+            for other in variants(choice, _is_early(problem, device, choice), tiles)
+        ],
+        FIRST,
+        _EARLY_SLACK,
+    )
+    left, repeats = ranked(found, _EARLY_SLACK), FIRST
+    while len(left) > _FEWEST:
         repeats *= 2
-        ranked = measured(ranked[: max(_FEWEST, int(len(ranked) * _KEPT))], repeats)
-    lowest = lowest_of(found)
-    rest = sorted((c for c in found if c not in ranked), key=lambda c: regret(found[c], lowest))
+        kept = max(_FEWEST, int(len(left) * _KEPT))
+        left = measured(left[:kept], repeats, _EARLY_SLACK if kept > _FEWEST else _SLACK)
+    rest = [choice for choice in ranked(found) if choice not in left]
     return Tuned(
         problem=problem, lengths=lengths_of(problem),
-        times={choice: dict(found[choice]) for choice in (*ranked, *rest)},
+        times={choice: dict(found[choice]) for choice in (*left, *rest)},
     )  # fmt: skip
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -32,7 +34,7 @@ class Graph:
             call  # keeps the memory that the graph uses, a baseline's workspace for instance
         )
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with _uncollected(), torch.cuda.graph(self._graph):
             for i in range(num_sets):
                 call(i)
 
@@ -44,6 +46,18 @@ class Graph:
         end.record()
         end.synchronize()
         return float(start.elapsed_time(end)) * 1e3 / self._num_sets
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Nothing is collected meanwhile: to destroy another graph ends a capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def evict() -> None:

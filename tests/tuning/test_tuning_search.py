@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +19,7 @@ from gqa_cutlass.errors import InputError, OutputError
 from gqa_cutlass.tuning import measure, run, search
 from gqa_cutlass.tuning.candidates import candidates, chosen, kernels_of, lengths_of, variants
 from gqa_cutlass.tuning.measure import Stand, pool_bytes, sets_of
-from gqa_cutlass.tuning.search import Tuned, lowest_of, regret, tune
+from gqa_cutlass.tuning.search import Tuned, lowest_of, ranked, regret, tune
 from gqa_cutlass.tuning.table import Table
 from gqa_cutlass.tuning.timing import random_pool
 
@@ -115,6 +117,19 @@ def test_regret_is_the_geometric_mean_over_lengths() -> None:
     assert [regret(each, lowest) for each in times.values()] == pytest.approx([2, 2**0.5])
 
 
+def test_what_loses_where_caches_are_full_is_behind_all_others() -> None:
+    first, second, third = candidates(LLAMA, H200)[:3]
+    times = {
+        first: {"full": 102.0, "short": 1.0},
+        second: {"full": 100.4, "short": 5.0},
+        third: {"full": 100.0, "short": 9.0},
+    }
+    assert ranked(times) == [second, third, first]
+    assert ranked(times, slack=1.03) == [first, second, third]
+    brief = {first: {"full": 1.02, "short": 1.0}, second: {"full": 1.0, "short": 2.0}}
+    assert ranked(brief) == [first, second]  # hundredths of a microsecond are none
+
+
 def test_choices_that_do_not_run_are_left_out() -> None:
     def timed(choices: Sequence[Choice], repeats: int) -> search.Times:
         return {c: {"a": float(c.splits)} for c in choices if c.config.tma}
@@ -128,6 +143,7 @@ def test_choices_that_do_not_run_are_left_out() -> None:
 
 class FakeGraph:
     def __init__(self, call: Callable[[int], object], num_sets: int) -> None:
+        self.call = call
         call(num_sets - 1)
 
     def micros_per_call(self) -> float:
@@ -149,6 +165,20 @@ def test_candidates_run_and_agree(page_size: int | None, stored: str) -> None:
     stand = Stand(problem, {"63 each": (63, 63)}, random_pool(pool_bytes(problem), "cpu"))
     choices = [c for c in candidates(problem, H200) if c.splits == 1][:3]
     assert stand.measure(choices, 2) == {c: {"63 each": 5.0} for c in choices}
+
+
+@pytest.mark.usefixtures("without_gpu")
+def test_graphs_end_with_what_is_measured() -> None:
+    """Not when something is collected, which may be while another graph is captured."""
+    gc.disable()
+    try:
+        stand = Stand(SMALL, {"63 each": (63, 63)}, random_pool(pool_bytes(SMALL), "cpu"))
+        stand.measure(candidates(SMALL, H200)[:2], 1)
+        graphs = [weakref.ref(graph) for graph in stand._graphs.values()]
+        del stand
+        assert graphs and not any(graph() for graph in graphs)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.usefixtures("without_gpu")

@@ -38,10 +38,11 @@ def tuned_of(problem: Problem, best: int = 3) -> Tuned:
     first, second = candidates(problem, X1)[best : best + 2]
     lengths = lengths_of(problem)
     equal = {name: len(set(held)) == 1 for name, held in lengths.items()}
+    full, *others = lengths
     return Tuned(
         problem=problem, lengths=lengths,
         times={
-            first: {name: 5.0 if equal[name] else 2.0 for name in lengths},
+            first: {full: 4.0, **{name: 5.0 if equal[name] else 2.0 for name in others}},
             second: {name: 4.0 if equal[name] else 9.0 for name in lengths},
         },
     )  # fmt: skip
