@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 
 from gqa_cutlass.codegen.schema.problem import Problem
 from gqa_cutlass.dispatch import Choice, Device, dispatch
-from gqa_cutlass.tuning.candidates import APART, candidates, lengths_of, variants
+from gqa_cutlass.tuning.candidates import APART, candidates, chosen, lengths_of, variants
 
 FIRST, VARIED = 3, 2  # repeats of the first round, which doubles; how many choices are varied
 _KEPT, _FEWEST = 1 / 3, 2
-# How much slower than the fastest a launch may be where the cache is full, in the end and while
-# little is measured; or so many microseconds.
+# By what factor a launch may be slower than dispatch's own where the cache is full, in the end and
+# while little is measured; or so many microseconds.
 _SLACK, _EARLY_SLACK, _SLACK_MICROS = 1.005, 1.03, 0.03
 
 Times = Mapping[Choice, Mapping[str, float]]
@@ -36,7 +36,7 @@ class Tuned:
 
     @property
     def best(self) -> Choice:
-        """What loses least over all lengths, and next to nothing where the cache is full."""
+        """What loses least over all lengths, and nothing where the cache is full."""
         return next(iter(self.times))
 
     def best_of(self, *, ragged: bool, longest: int | None) -> Choice | None:
@@ -59,7 +59,7 @@ class Tuned:
         if len(names) == len(self.lengths):
             return self.best
         seen = {c: {name: times[name] for name in names} for c, times in self.times.items()}
-        return ranked(seen)[0]
+        return ranked(seen, self.best if ragged else None)[0]
 
 
 def _is_near(held: int, longest: int | None) -> bool:
@@ -72,16 +72,18 @@ def regret(times: Mapping[str, float], lowest: Mapping[str, float]) -> float:
     return math.exp(math.fsum(math.log(times[n] / lowest[n]) for n in lowest) / len(lowest))
 
 
-def ranked(times: Times, slack: float = _SLACK) -> list[Choice]:
+def ranked(times: Times, usual: Choice | None = None, slack: float = _SLACK) -> list[Choice]:
     """Choices by regret; behind them those that are slower where the first of the lengths is held.
 
     Args:
         times: Of each, the same lengths.
-        slack: By what factor a choice may exceed the lowest time there.
+        usual: Slower than this one; None, or where it was not measured: than the fastest.
+        slack: By what factor others may be so.
     """
     lowest = lowest_of(times)
     first = next(iter(lowest))
-    most = max(slack * lowest[first], lowest[first] + _SLACK_MICROS)
+    allowed = times[usual][first] if usual and usual in times else lowest[first]
+    most = max(slack * allowed, allowed + _SLACK_MICROS)
     return sorted(times, key=lambda c: (times[c][first] > most, regret(times[c], lowest)))
 
 
@@ -101,10 +103,11 @@ def tune(problem: Problem, device: Device, measure: Measure, tiles: bool = True)
         tiles: Whether other tiles than kernels have by default are tried.
     """
     found: dict[Choice, Mapping[str, float]] = {}
+    usual = chosen(dispatch(problem, device, ragged=True))
 
     def measured(choices: Sequence[Choice], repeats: int, slack: float) -> list[Choice]:
         found.update(measure(choices, repeats))
-        order = ranked(found, slack)
+        order = ranked(found, usual, slack)
         return [choice for choice in order if choice in choices]
 
     first = measured(candidates(problem, device), FIRST, _EARLY_SLACK)
@@ -117,12 +120,12 @@ def tune(problem: Problem, device: Device, measure: Measure, tiles: bool = True)
         FIRST,
         _EARLY_SLACK,
     )
-    left, repeats = ranked(found, _EARLY_SLACK), FIRST
+    left, repeats = ranked(found, usual, _EARLY_SLACK), FIRST
     while len(left) > _FEWEST:
         repeats *= 2
         kept = max(_FEWEST, int(len(left) * _KEPT))
         left = measured(left[:kept], repeats, _EARLY_SLACK if kept > _FEWEST else _SLACK)
-    rest = [choice for choice in ranked(found) if choice not in left]
+    rest = [choice for choice in ranked(found, usual) if choice not in left]
     return Tuned(
         problem=problem, lengths=lengths_of(problem),
         times={choice: dict(found[choice]) for choice in (*left, *rest)},

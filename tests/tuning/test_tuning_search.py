@@ -126,6 +126,8 @@ def test_what_loses_where_caches_are_full_is_behind_all_others() -> None:
     }
     assert ranked(times) == [second, third, first]
     assert ranked(times, slack=1.03) == [first, second, third]
+    assert ranked(times, first) == [first, second, third]  # nothing is slower than this one there
+    assert ranked({c: times[c] for c in (second, third)}, first) == [second, third]
     brief = {first: {"full": 1.02, "short": 1.0}, second: {"full": 1.0, "short": 2.0}}
     assert ranked(brief) == [first, second]  # hundredths of a microsecond are none
 
