@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -224,11 +225,15 @@ def _write_report(out: Path, facts: Sequence[KernelFacts]) -> None:
     import json
 
     from gqa_cutlass.codegen.compile import compiler_version
-    from gqa_cutlass.codegen.files import update, writing
+    from gqa_cutlass.codegen.files import read_json, update, writing
+    from gqa_cutlass.errors import InputError
     from gqa_cutlass.kernels.facts import report
     from gqa_cutlass.version import __version__
 
-    content = report(facts, version=__version__, compiler=compiler_version())
+    earlier: object = None
+    with suppress(InputError):  # there is none
+        earlier = read_json("build", out / REPORT, "a report")
+    content = report(facts, version=__version__, compiler=compiler_version(), earlier=earlier)
     with writing("build: --out", out):
         update(out, {REPORT: json.dumps(content, indent=1) + "\n"})
 

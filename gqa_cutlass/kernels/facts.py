@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from gqa_cutlass.codegen import ARCHES, Kernel, MergeConfig, source_digest
 from gqa_cutlass.codegen.config import WARP_SIZE, Arch
@@ -76,16 +77,43 @@ def planned(config: Kernel, arch: str, stored: StoredKernel | None) -> KernelFac
     )  # fmt: skip
 
 
-def report(facts: Sequence[KernelFacts], *, version: str, compiler: str) -> dict[str, object]:
-    """A report as JSON has it: nothing in it depends on when or where kernels were compiled."""
+def report(
+    facts: Sequence[KernelFacts], *, version: str, compiler: str, earlier: object = None
+) -> dict[str, object]:
+    """A report as JSON has it: nothing in it depends on when or where kernels were compiled.
+
+    Args:
+        facts: Of the kernels that were asked for.
+        version: The package's.
+        compiler: What compiled them.
+        earlier: The report of what is there already; its other kernels stay, if they are of the
+            same version and compiler. Anything that is no report counts as none.
+    """
     rows = [asdict(f) | ({} if f.state == FAILED else {"state": "built"}) for f in facts]
+    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+    rows = _others(earlier, rows, (version, compiler)) + rows
     return {
         "version": version,
         "compiler": compiler,
-        "built": sum(f.state != FAILED for f in facts),
-        "failed": sum(f.state == FAILED for f in facts),
-        "kernels": [{k: v for k, v in row.items() if k != "seconds"} for row in rows],
+        "built": sum(row["state"] != FAILED for row in rows),
+        "failed": sum(row["state"] == FAILED for row in rows),
+        "kernels": rows,
     }
+
+
+def _others(
+    earlier: object, rows: Sequence[dict[str, Any]], made_by: tuple[str, str]
+) -> list[dict[str, Any]]:
+    """The kernels of an earlier report that are not among these."""
+    known = {(row["name"], row["arch"]) for row in rows}
+    try:
+        content: Any = earlier
+        if (content["version"], content["compiler"]) != made_by:
+            return []
+        others = [row for row in content["kernels"] if (row["name"], row["arch"]) not in known]
+        return [row for row in others if isinstance(row["state"], str)]
+    except (KeyError, TypeError):
+        return []
 
 
 def described(config: Kernel) -> str:

@@ -96,6 +96,22 @@ def test_a_build_reports_what_it_built(fake: set[str], place: Path) -> None:
     assert {path.name: path.read_bytes() for path in (place / "out").iterdir()} == before
 
 
+@pytest.mark.usefixtures("fake")
+def test_a_build_into_the_same_folder_keeps_what_was_reported(place: Path) -> None:
+    path = place / "out" / building.REPORT
+    for exclude in ("tma", "multistage"):
+        console_script("build", *SELECTED, "--out", "out", "--jobs", "1",
+                       "--exclude-kernels", exclude)  # fmt: skip
+    both = json.loads(path.read_text())
+    assert sorted(row["name"] for row in both["kernels"]) == sorted(NAMES)
+    assert (both["built"], both["failed"]) == (6, 0)
+    for damaged in ("[]", "{}", '{"kernels": 1}', json.dumps({**both, "kernels": [{"name": 1}]}),
+                    json.dumps({**both, "version": "0"}), "\0"):  # fmt: skip
+        path.write_text(damaged)
+        assert console_script("build", *SELECTED, "--out", "out", "--jobs", "1").status == 0
+        assert [row["name"] for row in json.loads(path.read_text())["kernels"]] == NAMES
+
+
 def test_a_kernel_that_fails_does_not_lose_the_others(fake: set[str], place: Path) -> None:
     fake.add(NAMES[1])
     outcome = console_script("build", *SELECTED, "--out", "out", "--jobs", "1")
