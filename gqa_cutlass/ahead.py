@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gqa_cutlass.call.given import see, tokens_of
-from gqa_cutlass.call.layout import DTYPES, problem_of
+from gqa_cutlass.call.layout import DTYPES, launch_of, problem_of
 from gqa_cutlass.call.options import (
     PlanOptions,
     check,
@@ -29,13 +29,12 @@ from gqa_cutlass.codegen.merge import Kernel
 from gqa_cutlass.codegen.schema.problem import WIDEST, Problem
 from gqa_cutlass.decode_config import GQADecodeConfig, check_config
 from gqa_cutlass.devices import device_of, gpu
-from gqa_cutlass.dispatch import Device, Dispatch, choose_config, dispatch, model_device
+from gqa_cutlass.dispatch import Device, Dispatch, choose_config, model_device
 from gqa_cutlass.dispatch.compare import Term, runner_up, terms
 from gqa_cutlass.errors import InputError, shown
 from gqa_cutlass.gpu.driver import load
 from gqa_cutlass.kernels.store import Store
 from gqa_cutlass.tracing import untraced
-from gqa_cutlass.tuning.table import choice_for
 
 
 @untraced
@@ -252,13 +251,7 @@ def explain(
         device = gpu(q.device)
     else:
         device = model_device(ARCHES[arch or "sm_90a"])
-    tuned = None
-    if not (asked.num_splits or asked.batch_invariant):
-        tuned = choice_for(problem, device, ragged=asked.ragged, longest=asked.max_seqlen)
-    chosen = dispatch(
-        problem, device, asked.num_splits, tuned, asked.ragged, asked.dependent,
-        longest=asked.max_seqlen, invariant=asked.batch_invariant,
-    )  # fmt: skip
+    chosen = launch_of(problem, device, asked, ragged=asked.ragged)
     stored = Store.default().find(chosen.config, device.arch.name)
     other = runner_up(problem, device, chosen, ragged=asked.ragged)
     return Explanation(

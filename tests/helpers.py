@@ -21,6 +21,7 @@ from torch import Tensor
 import gqa_cutlass
 from gqa_cutlass import gqa_decode
 from gqa_cutlass.call import plans
+from gqa_cutlass.call.layout import launch_of
 from gqa_cutlass.codegen import Kernel, KernelConfig
 from gqa_cutlass.codegen.compile import Compiled
 from gqa_cutlass.dispatch import MODELS, Dispatch, dispatch
@@ -164,14 +165,14 @@ def remodelled(**figures: float) -> Iterator[None]:
 def launched_with(stages: int) -> Iterator[None]:
     """Plans made meanwhile, of kernels with tma, launch them with so many stages."""
 
-    def fewer(*arguments: Any) -> Dispatch:
-        chosen = dispatch(*arguments)
+    def fewer(*arguments: Any, **options: Any) -> Dispatch:
+        chosen = launch_of(*arguments, **options)
         shared = chosen.config.shared_bytes_with(stages)
         shape = replace(chosen.shape, shared_bytes=shared)
         return replace(chosen, num_stages=stages, shape=shape)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plans, "dispatch", fewer)
+        patch.setattr(plans, "launch_of", fewer)
         yield
 
 

@@ -6,6 +6,8 @@ tensor alone is what no other may be.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from gqa_cutlass.call.given import (
@@ -44,7 +46,12 @@ from gqa_cutlass.codegen.schema.problem import (
     Problem,
 )
 from gqa_cutlass.codegen.schema.storage import ELEMENT_BYTES
+from gqa_cutlass.dispatch import Device, Dispatch, dispatch
 from gqa_cutlass.errors import shown
+from gqa_cutlass.tuning.table import choice_for
+
+if TYPE_CHECKING:
+    from gqa_cutlass.call.options import Asked
 
 DTYPES = {torch.float16: DType.F16, torch.bfloat16: DType.BF16}
 _EXACT = {
@@ -148,6 +155,27 @@ def problem_of(
     if policies:
         check_of_tokens(problem)
     return problem
+
+
+def launch_of(problem: Problem, device: Device, asked: Asked, *, ragged: bool) -> Dispatch:
+    """The kernel and the launch of a call: what it asks for, or a table, or the model says.
+
+    Args:
+        problem: What is asked for.
+        device: The GPU, or what stands in for one, which has no name and no table.
+        asked: The call's options.
+        ragged: As for `dispatch`.
+
+    Raises:
+        InputError: The kernel that the call asks for cannot solve the problem.
+    """
+    kernel = asked.kernel
+    if device.name and not (kernel or asked.num_splits or asked.batch_invariant):
+        kernel = choice_for(problem, device, ragged=ragged, longest=asked.max_seqlen)
+    return dispatch(
+        problem, device, asked.num_splits, kernel, ragged, asked.dependent, asked.max_seqlen,
+        asked.batch_invariant,
+    )  # fmt: skip
 
 
 def check_pages(num_pages: int, page_size: int, table: Seen) -> int:

@@ -9,13 +9,11 @@ import torch
 
 from gqa_cutlass.call.executor import Executor, Task
 from gqa_cutlass.call.given import LENGTHS, Given, check_mode, key_of, see, tokens_of
-from gqa_cutlass.call.layout import check_lengths, problem_of
+from gqa_cutlass.call.layout import check_lengths, launch_of, problem_of
 from gqa_cutlass.call.options import check, fields_of
 from gqa_cutlass.call.plan import Plan
 from gqa_cutlass.call.tokens import check_tree, with_tokens
 from gqa_cutlass.call.turning import check_turning, longest_to_turn
-from gqa_cutlass.dispatch import dispatch
-from gqa_cutlass.tuning.table import choice_for
 
 _MAX_PLANS, _LATEST = 4096, 4
 
@@ -75,16 +73,12 @@ class Plans:
                 check_turning(layout, tokens)
             problem = problem_of(layout, policies, asked.window_size[0], asked.out_dtype, tokens)
             executor = self._executor_of(layout["q"].device)
+            ragged = on_device and asked.ragged
+            chosen = launch_of(problem, executor.device, asked, ragged=ragged)
             scale = asked.softmax_scale
             scale = problem.head_dim**-0.5 if scale is None else float(scale)
             features = (*policies, *problem.policies)
             special = features or asked.k_scale is not None or asked.v_scale is not None
-            kernel, ragged = asked.kernel, on_device and asked.ragged
-            free = not (kernel or asked.num_splits or asked.batch_invariant)
-            if free and executor.device.name:  # stand-ins have no table
-                kernel = choice_for(
-                    problem, executor.device, ragged=ragged, longest=asked.max_seqlen
-                )
             task = Task(
                 layout=layout,
                 problem=problem,
@@ -94,11 +88,8 @@ class Plans:
                 fields=fields_of(asked, layout, scale, features, tokens) if special else {},
                 tokens=tokens,
                 positions=longest_to_turn(layout, tokens) if policies else None,
-                dispatch=dispatch(
-                    problem, executor.device, asked.num_splits, kernel, ragged,
-                    asked.dependent, asked.max_seqlen, asked.batch_invariant,
-                ),
-            )  # fmt: skip
+                dispatch=chosen,
+            )
             plan = Plan(executor, task, given, keeps=own)
             argument = plan.first
         if not own:

@@ -17,7 +17,7 @@ from planning import INPUTS, MULTISTAGE, TMA, inputs_of, params_of, run
 import gqa_cutlass
 from gqa_cutlass import gqa_decode
 from gqa_cutlass.call import addresses as addresses_module
-from gqa_cutlass.call import plans
+from gqa_cutlass.call import layout
 from gqa_cutlass.dispatch import dispatch
 from gqa_cutlass.errors import CacheOverflowError, InputError
 
@@ -59,7 +59,7 @@ def test_lengths_on_the_device_say_nothing_of_what_may_be_read_before(
     notes: Notes, early: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        plans,
+        layout,
         "dispatch",
         lambda *given: dataclasses.replace(dispatch(*given), prefetch_first_tile=early),
     )
