@@ -15,7 +15,6 @@ import pytest
 from gqa_cutlass.codegen import ARCHES, KernelConfig, Math, select
 from gqa_cutlass.codegen.bundle import Image, bundle_files
 from gqa_cutlass.codegen.schema.params import Params, TmaParams
-from gqa_cutlass.codegen.schema.policies import FEATURES
 from gqa_cutlass.kernels.export import facts
 
 FAKE_CUDA = Path(__file__).with_name("fake_cuda.c")
@@ -94,6 +93,5 @@ def as_dependents(kernels: Iterable[KernelConfig]) -> list[KernelConfig]:
 
 
 def dispatched(kernels: Iterable[KernelConfig]) -> list[KernelConfig]:
-    """Those that dispatch may choose for what C can ask for."""
-    usual = (k for k in kernels if {*k.policies} <= {*FEATURES})
-    return [k for k in usual if k.math is Math.TENSOROP or k.vec_width == 1]
+    """Those that dispatch may choose."""
+    return [k for k in kernels if k.math is Math.TENSOROP or k.vec_width == 1]

@@ -18,19 +18,37 @@ from c_library import CACHE_TYPES, NUM_MERGE_COUNTERS, Config, Library
 
 from gqa_cutlass.call.given import PAGES, Seen
 from gqa_cutlass.call.layout import problem_of
-from gqa_cutlass.call.stored import FP8
-from gqa_cutlass.codegen import ARCHES, DType, KernelConfig, Schedule, shipped
+from gqa_cutlass.call.stored import FP8, SCALES
+from gqa_cutlass.codegen import (
+    ARCHES,
+    DType,
+    KernelConfig,
+    Math,
+    Schedule,
+    default_config,
+    shipped,
+)
 from gqa_cutlass.codegen.schema import internal, public
-from gqa_cutlass.codegen.schema.policies import Policy, named
+from gqa_cutlass.codegen.schema.policies import OF_TOKENS, Policy, named, tagged
 from gqa_cutlass.codegen.schema.problem import Problem
 from gqa_cutlass.codegen.schema.public import DTYPE_CODES
 from gqa_cutlass.dispatch import MODELS, MOST_TILES, Device, dispatch, model_device
 
 # Problems of several tokens are drawn elsewhere, and so are those of norms and rotations.
 _ELSEWHERE = {"SeveralQueries", "RmsNormed", "RotatedByTables"}
+# None with scales of tokens ships.
+_OF_TOKENS = [
+    default_config(Math.TENSOROP, dtype, head_dim, group_size, width, policies=tagged(tags))
+    for dtype, head_dim, group_size, widths, tags in (
+        (DType.F16, 128, 4, (8, 4, 2), "e4m3t"), (DType.BF16, 64, 8, (8,), "e5m2t"),
+        (DType.F16, 256, 2, (8,), "paged_e4m3t"), (DType.BF16, 64, 8, (8,), "win_e5m2t"),
+    )
+    for width in widths
+]  # fmt: skip
 KERNELS = dispatched(
-    tuple(k for k in shipped() if not any(policy.cpp in _ELSEWHERE for policy in k.policies))
-)
+    (*(k for k in shipped() if not any(policy.cpp in _ELSEWHERE for policy in k.policies)),
+     *_OF_TOKENS)
+)  # fmt: skip
 DEPENDENTS = as_dependents(KERNELS)
 TENSORS = "out", "q", "k", "v", "k_cache", "v_cache"  # in C's order
 CAP, SINK, WINDOW = named("SoftCapped"), named("SinkInSum"), named("SlidingWindow")
@@ -154,7 +172,7 @@ class Case:
             head_dim_v=p.head_dim_v or 0, output_float32=IN_FLOAT32 in p.policies,
             dependent=self.dependent, lse=1 << 41, num_tokens=p.num_tokens,
             num_new_tokens=p.num_new_tokens, cache_type=CACHE_TYPES.get(cache_dtype(p), 0),
-            **self.strides(), **self.pages(),
+            **self.strides(), **self.pages(), **self.scales(),
         )  # fmt: skip
 
     def pages(self) -> dict[str, int]:
@@ -166,6 +184,17 @@ class Case:
             block_table=1 << 42, page_size=p.page_size, max_pages=p.max_seq_len // p.page_size,
             num_pages=pool_pages(p),
         )  # fmt: skip
+
+    def scales(self) -> dict[str, int]:
+        """What there is to say of scales, if they are of tokens."""
+        if not has_scales_of_tokens(self.problem):
+            return {}
+        strides = {
+            f"{name}_batch_stride": self.layout[name].strides[0]
+            for name in SCALES
+            if name in self.layout
+        }
+        return dict(scales_of_tokens=1, k_scales=1 << 43, v_scales=1 << 44) | strides
 
     def strides(self) -> dict[str, int]:
         """Those of the layout."""
@@ -179,10 +208,15 @@ class Case:
 
 def cache_dtype(problem: Problem) -> torch.dtype:
     """What caches hold."""
-    for dtype, policy in FP8.items():
-        if policy in problem.policies:
+    for (dtype, policy), of_tokens in zip(FP8.items(), OF_TOKENS, strict=True):
+        if {policy, of_tokens} & {*problem.policies}:
             return dtype
     return torch.float16 if problem.dtype is DType.F16 else torch.bfloat16
+
+
+def has_scales_of_tokens(problem: Problem) -> bool:
+    """Whether tokens have scales."""
+    return bool({*OF_TOKENS} & {*problem.policies})
 
 
 def pool_pages(problem: Problem) -> int:
@@ -283,6 +317,12 @@ def in_layout(case: Case, chance: int) -> Case:
         table = p.batch_size, p.max_seq_len // p.page_size
         reach = 4 * math.prod(table)
         layout[PAGES] = Seen(table, (table[1], 1), torch.int32, _CPU, False, 4, 1 << 42, reach)
+    for name in SCALES if has_scales_of_tokens(p) else ():
+        row = cache[1] * cache[2] * (1 + GAPS[chance & 7])
+        chance >>= 3
+        strides = [row if cache[0] > 1 else 1, cache[2], 1]
+        reach = 4 * cache[0] * row
+        layout[name] = Seen(cache, tuple(strides), torch.float32, _CPU, False, 4, 1 << 43, reach)
     problem = problem_of(layout, p.policies, (p.window or 0) - 1, result)
     return replace(case, problem=problem, layout=layout)
 

@@ -17,6 +17,7 @@ from c_driver import Driver, names_of
 from cases import Step
 from torch import Tensor
 
+from gqa_cutlass.call.stored import of_tokens
 from gqa_cutlass.codegen.schema import public
 from gqa_cutlass.dispatch import Dispatch
 
@@ -233,6 +234,8 @@ def scales_of(
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if isinstance(scale, Tensor):
             batch, head = (0, 0, *scale.stride())[-2:]
+            if of_tokens(scale.shape):
+                batch, head, found["scales_of_tokens"] = scale.stride(0), 0, 1
             found |= {
                 f"{name}s": scale.data_ptr(), f"{name}_batch_stride": batch,
                 f"{name}_head_stride": head,

@@ -68,8 +68,8 @@ class Simulator:
         self, step: Step, workspace: Tensor | None = None, lse: Tensor | None = None
     ) -> Launched:
         """Decode a step in ptxsim, and say what was launched."""
-        self._bind(step, workspace, lse)
-        return self._launched(self.library.decode(step, config_of(step, workspace, lse)))
+        self.bind(step, workspace, lse)
+        return self.launched(self.library.decode(step, config_of(step, workspace, lse)))
 
     def decode_ragged(
         self,
@@ -80,13 +80,13 @@ class Simulator:
         **options: int,
     ) -> Launched:
         """The same, with lengths on the device, and with other fields where given."""
-        self._bind(step, workspace, lse)
+        self.bind(step, workspace, lse)
         self.tensors |= {"seqlens": step.seqlens, "overflow_flag": flag}
         config = config_of(step, workspace, lse, **options)
         config.cache_len = -1  # ignored
-        return self._launched(self.library.decode_ragged(step, flag, config))
+        return self.launched(self.library.decode_ragged(step, flag, config))
 
-    def _bind(self, step: Step, workspace: Tensor | None, lse: Tensor | None) -> None:
+    def bind(self, step: Step, workspace: Tensor | None = None, lse: Tensor | None = None) -> None:
         """Let launches touch a step's tensors, a workspace and an lse, and nothing else."""
         assert step.k is not None and step.v is not None
         self.tensors = {
@@ -105,7 +105,8 @@ class Simulator:
                 "split_workspace": partials,
             }
 
-    def _launched(self, status: str) -> Launched:
+    def launched(self, status: str) -> Launched:
+        """What was launched last, by a call that returned this."""
         if self.fault is not None:
             raise self.fault
         assert status == "GQA_SUCCESS", self.library.error

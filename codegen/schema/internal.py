@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Collection
 
 from gqa_cutlass.codegen.schema.launch import NumberType, Pdl
-from gqa_cutlass.codegen.schema.policies import FEATURES, FP8, Policy
+from gqa_cutlass.codegen.schema.policies import FEATURES, FP8, OF_TOKENS, Policy
 from gqa_cutlass.codegen.schema.public import ASKED_BY
 from gqa_cutlass.codegen.schema.structs import (
     DOUBLE,
@@ -49,7 +49,8 @@ FEATURE_BITS = Enumeration(
         Constant(
             name="kGqaNoPrefetch", value=feature_bits(_LATE), doc="those that wait for lengths"
         ),
-        Constant(name="kGqaStored", value=feature_bits(FP8), doc="caches of 8 bits"),
+        Constant(name="kGqaStored", value=feature_bits(FP8 + OF_TOKENS), doc="caches of 8 bits"),
+        Constant(name="kGqaOfTokens", value=feature_bits(OF_TOKENS), doc="those scaled by tokens"),
     ),
 )
 # The bit of each, and the field of GQADecodeConfig that asks for it.

@@ -76,7 +76,6 @@ class Policy:
         schedules: Those that implement it.
         prefetches_first_tile: Whether warps may ask for their first tile before they know the
             length of their sequence.
-        in_library: Whether C and Rust can ask for it.
     """
 
     slot: Slot
@@ -88,7 +87,6 @@ class Policy:
     arguments: tuple[Argument, ...] = ()
     schedules: frozenset[Schedule] = frozenset(Schedule)
     prefetches_first_tile: bool = True
-    in_library: bool = True
 
     def __post_init__(self) -> None:
         for name in ("fields", "arguments"):
@@ -518,7 +516,6 @@ E4M3_OF_TOKENS, E5M2_OF_TOKENS = OF_TOKENS = tuple(
         header="policy/element_fp8_tokens.cuh",
         feature=f"{policy.feature} with scales of tokens",
         schedules=frozenset({Schedule.MULTISTAGE}),
-        in_library=False,
     )
     for policy in FP8
 )
@@ -529,7 +526,7 @@ check_distinct("policies", "tags", (policy.tag for policy in POLICIES if policy.
 CALL = Table(rows=ARGUMENTS.rows + tuple(row for policy in POLICIES for row in policy.arguments))
 DEFAULTS = {policy.slot: policy for policy in POLICIES if not policy.tag}
 # What C and Rust have, bit by bit.
-FEATURES = tuple(policy for policy in POLICIES if policy.feature and policy.in_library)
+FEATURES = tuple(policy for policy in POLICIES if policy.feature)
 
 
 def packed(policies: tuple[Policy, ...]) -> int:

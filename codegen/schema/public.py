@@ -192,14 +192,14 @@ CONFIG = Struct(
                 for part in ("k", "v")
                 for dim, between in (("batch", "between sequences"), ("head", "between KV heads"))
             ),
-            ("reserved", INT32, "0: a place for what a later version may ask for"),
+            ("scales_of_tokens", INT32, "1: `k_scales` and `v_scales` are of tokens"),
             ("k_scales", _FLOATS, "instead of `k_scale`, on the device; or null"),
             ("v_scales", _FLOATS, "instead of `v_scale`, on the device; or null"),
         )
     ),
 )
 # The field that asks for a feature when it is not zero, by what Python calls the feature. Types of
-# caches have one field, whose value says which.
+# caches have one field, whose value says which, and one that says of what their scales are.
 ASKED_BY = {
     "cache_batch_idx": "cache_batch_idx",
     "cache_leftpad": "cache_leftpad",
@@ -215,6 +215,8 @@ ASKED_BY = {
     "rotary_cos": "rotary_cos",
     "float8_e4m3fn": "cache_type",
     "float8_e5m2": "cache_type",
+    "float8_e4m3fn with scales of tokens": "scales_of_tokens",
+    "float8_e5m2 with scales of tokens": "scales_of_tokens",
 }
 check_asked(ASKED_BY, CONFIG)
 LAUNCH = Struct(

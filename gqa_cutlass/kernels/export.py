@@ -102,8 +102,7 @@ def plan_export(
 
 def _is_dispatched(kernel: KernelConfig) -> bool:
     k = kernel
-    offered = all(policy.in_library for policy in k.policies)
-    if not offered or (k.math is not Math.TENSOROP and k.vec_width != 1):
+    if k.math is not Math.TENSOROP and k.vec_width != 1:
         return False
     return any(
         replace(k, pdl=False)

@@ -27,7 +27,7 @@ from gqa_cutlass.codegen import files as files_module
 from gqa_cutlass.codegen.bundle import Image, bundle_files
 from gqa_cutlass.codegen.compile import Compiled, compile_source, compiler_version
 from gqa_cutlass.codegen.fatbin import pack
-from gqa_cutlass.codegen.schema.policies import FEATURES, tagged
+from gqa_cutlass.codegen.schema.policies import tagged
 from gqa_cutlass.errors import (
     CompileError,
     CompilerMissingError,
@@ -98,11 +98,12 @@ def test_a_kernel_that_is_not_shipped_is_exported_by_its_name() -> None:
 
 
 def test_kernels_with_features_are_exported_those_that_ship_and_others_by_name() -> None:
-    shipped_ones = {k for k in shipped() if k.policies and {*k.policies} <= {*FEATURES}}
+    shipped_ones = {k for k in shipped() if k.policies}
     assert shipped_ones and shipped_ones <= set(plan_export(None, ["sm_90a"]).kernels)
-    unusual = replace(WIDE, policies=tagged("idx_alibi"))
-    assert unusual not in shipped()
-    assert plan_export(unusual.name, ["sm_80"]).kernels == (unusual,)
+    for tags in ("idx_alibi", "e4m3t", "paged_e5m2t"):
+        unusual = default_config(Math.TENSOROP, DType.BF16, 128, 4, 8, policies=tagged(tags))
+        assert unusual not in shipped()
+        assert plan_export(unusual.name, ["sm_80"]).kernels == (unusual,)
 
 
 @pytest.mark.parametrize(

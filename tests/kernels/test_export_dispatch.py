@@ -46,7 +46,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
 @pytest.fixture(scope="module")
 def random_problems() -> list[tuple[Case, Chosen]]:
     """Problems, and what Python chooses for them."""
-    return [(c, c.by_python()) for c in random_cases(RANDOM_PROBLEMS, seed=4)]
+    return [(c, c.by_python()) for c in random_cases(RANDOM_PROBLEMS, seed=7)]
 
 
 def test_every_shipped_kernel_that_is_dispatched_is_in_the_library(library: Library) -> None:

@@ -66,7 +66,7 @@ def test_features_that_were_not_exported_are_unsupported_and_named(
 
 
 def test_nothing_of_the_schema_is_missing_here() -> None:
-    assert {*FEATURES, "cache_type"} >= set(public.ASKED_BY.values())
+    assert {*FEATURES, "cache_type", "scales_of_tokens"} >= set(public.ASKED_BY.values())
     assert set(SHARING) == {row.field for row in CALL.rows if row.feature in public.ASKED_BY}
 
 

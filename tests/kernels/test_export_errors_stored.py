@@ -7,12 +7,16 @@ import math
 from typing import Any
 
 import pytest
+import torch
 from c_library import STATUSES, Config, Explained, fresh_library
-from c_refusals import STEP, VALID, far_apart, nothing_happened
+from c_refusals import STEP, VALID, far_apart, nothing_happened, sizes_of
 from cases import make_step
 
 E4M3: dict[str, Any] = dict(cache_type=3)
 SCALES: dict[str, Any] = E4M3 | dict(k_scales=1 << 50, v_scales=1 << 51)
+TOKENS: dict[str, Any] = SCALES | dict(scales_of_tokens=1)
+WITHOUT: dict[str, Any] = TOKENS | dict(v_scales=None)
+PAGED: dict[str, Any] = TOKENS | dict(block_table=1 << 52, page_size=15, max_pages=2, num_pages=4)
 INVALID: dict[str, tuple[dict[str, Any], str]] = {
     "another type": (
         dict(cache_type=1),
@@ -45,6 +49,56 @@ INVALID: dict[str, tuple[dict[str, Any], str]] = {
         dict(cache_type=0, v_scales=1 << 50),
         "v_scales: got one with caches of the type of q; allowed: null. Nothing was launched. Set",
     ),
+    "beyond memory": (
+        SCALES | dict(num_q_heads=2**30, num_kv_heads=2**30, max_seq_len=4, head_dim=32,
+                      v_scale_head_stride=2**31 - 1),
+        "v_scales: got 9.223e+18 bytes from the first scale to the last; allowed: up to 1.407e+14.",
+    ),
+    "neither 0 nor 1": (TOKENS | dict(scales_of_tokens=2), "scales_of_tokens: got 2; allowed: 0 t"),
+    "of tokens of 16 bits": (
+        dict(scales_of_tokens=1),
+        "scales_of_tokens: got 1 with caches of the type of q; allowed: 0. Nothing was launched. S",
+    ),
+    "of tokens of keys alone": (
+        WITHOUT, "v_scales: got null with scales_of_tokens; needed: scales on the device. Nothing",
+    ),
+    "of tokens and a number": (
+        WITHOUT | dict(v_scale=0.5), "v_scales: got null with scales_of_tokens; needed: scales on",
+    ),
+    "of tokens and both": (TOKENS | dict(v_scale=0.5), "v_scale: got 0.5 with v_scales; allowed: "),
+    "of tokens aligned": (
+        TOKENS | dict(v_scales=2), "v_scales: got address 0x2; allowed: multiples of 4. Nothing w",
+    ),
+    "of several tokens": (
+        TOKENS | dict(num_tokens=2),
+        "scales_of_tokens: got 1 with several tokens; allowed: one token. Nothing was launched. D",
+    ),
+    "of several new tokens": (
+        TOKENS | dict(num_new_tokens=2), "scales_of_tokens: got 1 with several tokens; allowed: on",
+    ),
+    "of drafts": (
+        TOKENS | dict(tree_mask=1 << 52), "scales_of_tokens: got 1 with several tokens; allowed: o",
+    ),
+    "heads apart": (
+        TOKENS | dict(k_scale_head_stride=2),
+        "k_scale_head_stride: got 2 with scales_of_tokens; allowed: 0 or 1. Nothing was launched.",
+    ),
+    "rows that share memory": (
+        TOKENS | dict(v_scale_batch_stride=59),
+        "v_scale_batch_stride: got 59 with scales_of_tokens; allowed: from 60, the scales of all ",
+    ),
+    "pages that share memory": (
+        PAGED | dict(k_scale_batch_stride=29),
+        "k_scale_batch_stride: got 29 with scales_of_tokens; allowed: from 30, the scales of all ",
+    ),
+    "rows too far apart": (
+        TOKENS | dict(max_seq_len=2**30),
+        "k_scale_batch_stride: got 2147483648 with scales_of_tokens; allowed: from 2147483648, th",
+    ),
+    "pages beyond memory": (
+        PAGED | dict(num_pages=2**31 - 1, k_scale_batch_stride=2**31 - 1),
+        "k_scales: got 1.845e+19 bytes from the first scale to the last; allowed: up to 1.407e+14",
+    ),
 }  # fmt: skip
 
 
@@ -75,11 +129,22 @@ def test_rows_begin_with_a_whole_pair(cache: str) -> None:
     assert status == "GQA_ERROR_UNSUPPORTED"  # checked, and then not found
 
 
-@pytest.mark.parametrize(("type_", "name"), [(3, "float8_e4m3fn"), (4, "float8_e5m2")])
-def test_types_that_were_not_exported_are_unsupported_and_named(type_: int, name: str) -> None:
+@pytest.mark.parametrize(
+    ("asked", "name"),
+    [
+        (dict(cache_type=3), "float8_e4m3fn"),
+        (dict(cache_type=4), "float8_e5m2"),
+        (TOKENS, "float8_e4m3fn with scales of tokens"),
+        (TOKENS | dict(cache_type=4), "float8_e5m2 with scales of tokens"),
+    ],
+    ids=["e4m3", "e5m2", "e4m3t", "e5m2t"],
+)
+def test_types_that_were_not_exported_are_unsupported_and_named(
+    asked: dict[str, Any], name: str
+) -> None:
     library = fresh_library()
     for changes, features in ((dict(softcap=30), " with softcap"), ({}, "")):
-        config = Config(**VALID | changes | dict(cache_type=type_))
+        config = Config(**VALID | changes | asked)
         status = STATUSES[library.c.gqa_explain(config, b"sm_90a", 132, 0, Explained())]
         assert status == "GQA_ERROR_UNSUPPORTED"
         says = f"no kernel{features} for float16 and caches of {name}, head_dim 64, "
@@ -93,8 +158,53 @@ def test_what_asks_for_nothing_is_launched() -> None:
         assert library.decode(step, Config(**VALID | changes)) == "GQA_SUCCESS", library.error
 
 
-def test_a_place_for_later_versions_is_zero() -> None:
+WRITTEN = ("output", "kv_cache_k", "kv_cache_v", "k_scales", "v_scales")
+READ = ("q", "k", "v", "sinks", "cache_seqlens")
+
+
+PAIRS = [(s, o) for s in WRITTEN[-2:] for o in (*WRITTEN, *READ, "lse") if o != s]
+
+
+@pytest.mark.parametrize(("scales", "other"), PAIRS)
+def test_scales_of_tokens_have_memory_of_their_own(scales: str, other: str) -> None:
+    """Of which they have as much as they reach over: rows apart, with their tokens and heads."""
     library, step = fresh_library(), make_step(**STEP)
-    status = library.decode(step, Config(**VALID | dict(reserved=1)), **far_apart(step))
-    assert status == "GQA_ERROR_UNSUPPORTED_FEATURE"
-    assert nothing_happened(library, "config: reserved: got 1; allowed: 0.")
+    fields = TOKENS | {f"{scales[:-1]}_batch_stride": 100}
+    config = Config(**VALID | fields | dict(sinks=1 << 52, sinks_type=2, lse=1 << 53))
+    size = 4 * (100 + 30 * 2)
+    overflow = torch.zeros(1, dtype=torch.int32)
+    given = far_apart(step) | {"cache_seqlens": 1 << 54, "overflow": overflow.data_ptr()}
+    sizes = sizes_of(step, in_8_bits=True) | {
+        "k_scales": 4 * 120, "v_scales": 4 * 120, "sinks": 32, "lse": 64, "cache_seqlens": 8,
+    }  # fmt: skip
+    start = given.get(other) or getattr(config, other)
+    for at, is_shared in (
+        (start - size + 4, True), (start + sizes[other] - 4, True),
+        (start - size, False), (start + sizes[other], False),
+    ):  # fmt: skip
+        setattr(config, scales, at)
+        status = library.decode_ragged(step, overflow, config, **given)
+        if is_shared:
+            assert status == "GQA_ERROR_INVALID_VALUE"
+            assert nothing_happened(library, *_says(scales, other))
+        else:
+            assert status == "GQA_ERROR_UNSUPPORTED", library.error  # checked, and then not found
+
+
+def _says(scales: str, other: str) -> tuple[str, ...]:
+    if other in READ:
+        return (f"{other}: got memory of {scales}, to which the new token is written",)
+    if other in ("output", "lse"):
+        return (f"{other}: got memory that {scales} also uses; allowed: memory of its own",)
+    first, second = sorted((scales, other), key=WRITTEN.index)
+    return (f"{second}: got memory that {first} also uses; allowed: memory of its own",)
+
+
+def test_scales_of_keys_and_values_may_take_turns_in_one_buffer() -> None:
+    """Row by row, [batch, 2, max_seq_len, num_kv_heads]; not with a row of which one is shared."""
+    library, step = fresh_library(), make_step(**STEP)
+    strides = dict(k_scale_batch_stride=120, v_scale_batch_stride=120)
+    for beside, status in ((60, "UNSUPPORTED"), (59, "INVALID_VALUE"), (61, "INVALID_VALUE")):
+        apart = TOKENS | strides | dict(v_scales=TOKENS["k_scales"] + 4 * beside)
+        found = library.decode(step, Config(**VALID | apart), **far_apart(step))
+        assert found == f"GQA_ERROR_{status}", library.error

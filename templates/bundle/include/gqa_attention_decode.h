@@ -141,7 +141,7 @@ typedef struct GQADecodeConfig {
   int32_t k_scale_head_stride GQA_ZERO;      // of `k_scales`, between KV heads; 0: for all
   int32_t v_scale_batch_stride GQA_ZERO;     // of `v_scales`, between sequences; 0: for all
   int32_t v_scale_head_stride GQA_ZERO;      // of `v_scales`, between KV heads; 0: for all
-  int32_t reserved GQA_ZERO;                 // 0: a place for what a later version may ask for
+  int32_t scales_of_tokens GQA_ZERO;         // 1: `k_scales` and `v_scales` are of tokens
   float const* k_scales GQA_ZERO;            // instead of `k_scale`, on the device; or null
   float const* v_scales GQA_ZERO;            // instead of `v_scale`, on the device; or null
 } GQADecodeConfig;
@@ -335,6 +335,13 @@ typedef struct gqa_launch {
 //                    h of sequence b is k_scales[b * k_scale_batch_stride + h *
 //                    k_scale_head_stride], so that two strides of 0 are one scale for all. Any
 //                    number is taken as it is; v_scales likewise
+//   scales_of_tokens 1: k_scales and v_scales, both, have a scale for every token and KV head,
+//                    [batch_size, max_seq_len, num_kv_heads], or cache_rows rows, or with pages
+//                    [num_pages, page_size, num_kv_heads], contiguous but for the batch stride,
+//                    which is 0 for packed ones. The new token's are computed, the largest number
+//                    of its row over that of the type (1 for a row of zeros), and written, so that
+//                    they have memory of their own as the caches do. One token a step; rows of all
+//                    tensors are at multiples of 4 bytes
 //   dependent        1 for programmatic dependent launch, where it pays (Hopper and newer, caches
 //                    of up to 32 MiB): the kernel may start while the kernel before it in the
 //                    stream finishes. It reads nothing before that one is done, but may fetch its

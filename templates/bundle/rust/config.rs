@@ -312,9 +312,9 @@ impl Config<'_> {
             k_scale_head_stride: to_int("config: k_scale_head_stride", k_steps[1])?,
             v_scale_batch_stride: to_int("config: v_scale_batch_stride", v_steps[0])?,
             v_scale_head_stride: to_int("config: v_scale_head_stride", v_steps[1])?,
-            reserved: 0,
-            k_scales: k_scales.map_or(null(), |it| it.0.as_ptr()),
-            v_scales: v_scales.map_or(null(), |it| it.0.as_ptr()),
+            scales_of_tokens: i32::from(self.has_scales_of_tokens()),
+            k_scales: k_scales.map_or(null(), |it| it.0),
+            v_scales: v_scales.map_or(null(), |it| it.0),
         })
     }
 

@@ -212,15 +212,18 @@ impl<'a> Workspace<'a> {
     }
 }
 
-/// Where the log-sum-exp of a step is written: `[batch_size, num_q_heads]`.
+/// What a [`Config`](crate::Config) names and steps write: a log-sum-exp, scales of tokens.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Lse<'a> {
+pub struct Written<'a> {
     ptr: *mut f32,
     len: usize,
     memory: PhantomData<&'a [f32]>,
 }
 
-impl<'a> Lse<'a> {
+/// Where the log-sum-exp of a step is written: `[batch_size, num_q_heads]`.
+pub type Lse<'a> = Written<'a>;
+
+impl<'a> Written<'a> {
     /// In this memory.
     ///
     /// # Safety
@@ -228,7 +231,7 @@ impl<'a> Lse<'a> {
     /// This can be copied, and its copies name the same memory: launches that get one of them are
     /// ordered, one after the other, and so is what reads it, after those that it wants to see.
     pub unsafe fn new(memory: DeviceSliceMut<'a, f32>) -> Self {
-        Lse {
+        Written {
             ptr: memory.ptr,
             len: memory.len,
             memory: PhantomData,
@@ -245,9 +248,9 @@ impl<'a> Lse<'a> {
 }
 
 // SAFETY: as for slices; that copies are used one after the other was promised.
-unsafe impl Send for Lse<'_> {}
+unsafe impl Send for Written<'_> {}
 // SAFETY: as above.
-unsafe impl Sync for Lse<'_> {}
+unsafe impl Sync for Written<'_> {}
 
 /// Where to launch.
 #[derive(Clone, Copy, Debug)]

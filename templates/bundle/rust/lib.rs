@@ -83,7 +83,7 @@ mod types;
 
 pub use config::Config;
 pub use decode::{decode, decode_ragged, prepare, workspace_size};
-pub use device::{DeviceSlice, DeviceSliceMut, Lse, Stream, Workspace};
+pub use device::{DeviceSlice, DeviceSliceMut, Lse, Stream, Workspace, Written};
 pub use element::{bf16, f16, f8e4m3, f8e5m2, Element, Output, Stored};
 pub use error::GqaError;
 pub use explain::{arch_names, explain, kernel_names, Launch};

@@ -78,12 +78,17 @@ impl Config<'_> {
         Ok(())
     }
 
+    /// Rows of the caches and their tokens, or pages and theirs.
+    pub(crate) fn pool(&self) -> [usize; 2] {
+        match self.block_table {
+            None => [or(self.cache_rows, self.batch_size), self.max_seq_len],
+            Some(_) => [self.num_pages, self.page_size],
+        }
+    }
+
     /// Checks the elements that output, q, k, v and the caches have.
     pub(crate) fn check_lens(&self, lens: [usize; 6]) -> Result<(), GqaError> {
-        let (rows, room) = match self.block_table {
-            None => (or(self.cache_rows, self.batch_size), self.max_seq_len),
-            Some(_) => (self.num_pages, self.page_size),
-        };
+        let [rows, room] = self.pool();
         let ([asking, queries], [growing, new]) = (self.queries(), self.new_tokens());
         let (q_heads, kv_heads, dim) = (self.num_q_heads, self.num_kv_heads, self.head_dim);
         let value_dim = or(self.head_dim_v, dim);

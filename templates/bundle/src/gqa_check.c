@@ -87,12 +87,6 @@ static gqa_status check_config(GQADecodeConfig* config) {
         "launched.",
         config->dtype);
   }
-  if (config->reserved != 0) {
-    return gqa_fail(GQA_ERROR_UNSUPPORTED_FEATURE,
-                    "config: reserved: got %d; allowed: 0. Nothing was launched. The program asks "
-                    "for a feature that is newer than the library.",
-                    config->reserved);
-  }
   status = gqa_check_features(config);
   if (status != GQA_SUCCESS) return status;
   double const tokens = (double)gqa_pool_rows(config) * gqa_pool_tokens(config);
@@ -191,13 +185,13 @@ static gqa_status fail_in_result(char const* result, char const* name) {
       name);
 }
 
-// What is only read lies neither in a result nor in a cache.
+// What is only read lies neither in a result nor in a cache or its scales.
 static gqa_status check_apart(gqa_tensors const* t, gqa_view const* read) {
   gqa_view const* results[] = {&t->views[kGqaOutput], &t->lse};
   for (int i = 0; i < 2; ++i) {
     if (gqa_overlap(results[i], read)) return fail_in_result(results[i]->name, read->name);
   }
-  for (int i = kGqaKCache; i <= kGqaVCache; ++i) {
+  for (int i = kGqaKCache; i < kGqaViews; ++i) {
     if (gqa_overlap(&t->views[i], read)) return fail_in_cache(read->name, t->views[i].name);
   }
   return GQA_SUCCESS;
@@ -214,6 +208,23 @@ static gqa_status check_feature_tensors(GQADecodeConfig const* config, gqa_tenso
     status = check_apart(t, &read);
   }
   return status;
+}
+
+// Results share memory with nothing, and what is appended to with nothing that is.
+static gqa_status check_written(gqa_tensors const* t) {
+  gqa_view const* views = t->views;
+  for (int i = 0; i < kGqaViews; ++i) {
+    if (i > kGqaOutput && gqa_overlap(&views[kGqaOutput], &views[i])) {
+      return fail_in_result(views[kGqaOutput].name, views[i].name);
+    }
+    if (gqa_overlap(&t->lse, &views[i])) return fail_in_result(t->lse.name, views[i].name);
+    for (int other = kGqaKCache; other < i; ++other) {
+      if (gqa_overlap(&views[other], &views[i])) {
+        return fail_in_result(views[i].name, views[other].name);
+      }
+    }
+  }
+  return GQA_SUCCESS;
 }
 
 gqa_status gqa_check_tensors(GQADecodeConfig const* config, gqa_tensors const* t) {
@@ -234,16 +245,8 @@ gqa_status gqa_check_tensors(GQADecodeConfig const* config, gqa_tensors const* t
     }
     status = gqa_check_pairs(&views[i]);
     if (status != GQA_SUCCESS) return status;
-    if (i > kGqaOutput && gqa_overlap(&views[kGqaOutput], &views[i])) {
-      return fail_in_result(views[kGqaOutput].name, views[i].name);
-    }
-    if (gqa_overlap(&t->lse, &views[i])) return fail_in_result(t->lse.name, views[i].name);
   }
-  if (gqa_overlap(&views[kGqaKCache], &views[kGqaVCache])) {
-    return gqa_fail(GQA_ERROR_INVALID_VALUE,
-                    "kv_cache_v: got memory that kv_cache_k also uses; "
-                    "allowed: two caches that do not share memory. Nothing was launched.");
-  }
+  status = check_written(t);
   for (int i = kGqaQ; status == GQA_SUCCESS && i <= kGqaV; ++i) {
     status = check_apart(t, &views[i]);  // they are read while the new token is written
   }

@@ -311,6 +311,8 @@ gqa_status gqa_find_kernel(gqa_problem const* problem, gqa_target const* target,
     *chosen = last->chosen;
     return GQA_SUCCESS;
   }
+  gqa_status const status = gqa_check_aligned(problem);
+  if (status != GQA_SUCCESS) return status;
   if (!gqa_choose(problem, target, chosen)) {
     char features[256], values[40] = "";
     int const dependent = choose_pdl(problem, target->arch) != kGqaPdlNone;

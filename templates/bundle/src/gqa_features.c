@@ -46,6 +46,7 @@ void gqa_feature_tensors(GQADecodeConfig const* config, gqa_memory tensors[kGqaF
   int32_t const pair = 2 * gqa_number_bytes(config->rotary_type);
   int64_t const dim = config->head_dim;
   int64_t const slopes = config->alibi_batch_stride == 0 ? heads : batch * heads;
+  int const scales_are_read = !config->scales_of_tokens;
   gqa_memory const found[kGqaFeatureTensors] = {
       {"sinks", config->sinks, heads * number, number},
       {"alibi_slopes", config->alibi_slopes, 4 * slopes, 4},
@@ -61,9 +62,9 @@ void gqa_feature_tensors(GQADecodeConfig const* config, gqa_memory tensors[kGqaF
       {"rotary_cos", config->rotary_cos, gqa_rotary_bytes(config, config->rotary_cos_stride), pair},
       {"rotary_sin", config->rotary_sin, gqa_rotary_bytes(config, config->rotary_sin_stride), pair},
       {"rotary_seqlens", config->rotary_seqlens, 4 * batch, 4},
-      {"k_scales", config->k_scales,
+      {"k_scales", scales_are_read ? config->k_scales : NULL,
        gqa_scale_bytes(config, config->k_scale_batch_stride, config->k_scale_head_stride), 4},
-      {"v_scales", config->v_scales,
+      {"v_scales", scales_are_read ? config->v_scales : NULL,
        gqa_scale_bytes(config, config->v_scale_batch_stride, config->v_scale_head_stride), 4},
   };
   memcpy(tensors, found, sizeof found);

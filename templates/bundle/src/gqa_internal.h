@@ -24,8 +24,9 @@ static double const kMaxBytes = 140737488355328.0;  // 2^47: sums of sizes stay 
 
 struct gqa_params;
 
-// The tensors of a call, in its order.
+// The tensors of a call, in its order; and scales of tokens, to which is written as to the caches.
 enum { kGqaOutput, kGqaQ, kGqaK, kGqaV, kGqaKCache, kGqaVCache, kGqaTensors };
+enum { kGqaKScales = kGqaTensors, kGqaVScales, kGqaViews };
 
 // Dimensions of a view; tensors of one token have one, and those with an index of the sequences'
 // ends have one sequence of all tokens.
@@ -43,8 +44,8 @@ typedef struct gqa_view {
 
 // A call's tensors.
 typedef struct gqa_tensors {
-  gqa_view views[kGqaTensors];
-  gqa_view lse;  // at address 0: none
+  gqa_view views[kGqaViews];  // of scales at address 0: none, or others than those of tokens
+  gqa_view lse;               // at address 0: none
   int32_t const* seqlens;
   int32_t* overflow;
 } gqa_tensors;
@@ -110,7 +111,7 @@ GQA_INTERNAL int32_t gqa_aligned_width(GQADecodeConfig const* config);
 
 // -- gqa_features.c
 
-// Memory on the device that a feature reads.
+// Memory on the device that a feature reads and does not write.
 typedef struct gqa_memory {
   char const* name;
   void const* address;  // or null
@@ -223,6 +224,9 @@ GQA_INTERNAL int64_t gqa_scale_bytes(GQADecodeConfig const* config, int32_t batc
 
 // Checks what is said of types and scales.
 GQA_INTERNAL gqa_status gqa_check_stored(GQADecodeConfig const* config);
+
+// Whether rows are as aligned as scales of tokens want them.
+GQA_INTERNAL gqa_status gqa_check_aligned(gqa_problem const* problem);
 
 // Whether rows of a cache begin with a whole pair of elements of 8 bits.
 GQA_INTERNAL gqa_status gqa_check_pairs(gqa_view const* cache);

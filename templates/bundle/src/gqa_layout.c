@@ -33,6 +33,17 @@ int32_t gqa_value_dim(GQADecodeConfig const* config) {
   return config->head_dim_v == 0 ? config->head_dim : config->head_dim_v;
 }
 
+// Those of tokens are as caches are, without their elements.
+static void lay_out_scales(GQADecodeConfig const* c, gqa_tensors* t) {
+  int64_t const sizes[kGqaDims] = {gqa_pool_rows(c), gqa_pool_tokens(c), c->num_kv_heads, 1};
+  int64_t const k_strides[kGqaElement] = {c->k_scale_batch_stride, 0, 0};
+  int64_t const v_strides[kGqaElement] = {c->v_scale_batch_stride, 0, 0};
+  void const* const k_scales = c->scales_of_tokens ? c->k_scales : NULL;
+  void const* const v_scales = c->scales_of_tokens ? c->v_scales : NULL;
+  set_view(&t->views[kGqaKScales], "k_scales", k_scales, sizeof(float), sizes, k_strides);
+  set_view(&t->views[kGqaVScales], "v_scales", v_scales, sizeof(float), sizes, v_strides);
+}
+
 void gqa_lay_out(GQADecodeConfig const* config, void const* const addresses[kGqaTensors],
                  gqa_tensors* t) {
   GQADecodeConfig const* c = config;
@@ -63,6 +74,7 @@ void gqa_lay_out(GQADecodeConfig const* config, void const* const addresses[kGqa
     if (i >= kGqaKCache) element_bytes = gqa_cache_element_bytes(c);
     set_view(&t->views[i], names[i], addresses[i], element_bytes, sizes[i], strides[i]);
   }
+  lay_out_scales(c, t);
   t->lse.address = 0;
   if (c->lse != NULL) {
     t->lse = gqa_span("lse", c->lse, (int64_t)sizeof(float) * gqa_all_query_tokens(c) * q_heads);

@@ -22,7 +22,7 @@ use gqa_attention_decode::{
     arch_names, bf16, decode, decode_ragged, explain, f16, f8e4m3, kernel_names, prepare,
     set_log_callback, workspace_size, CacheStrides, CacheType, Config, DeviceSlice, DeviceSliceMut,
     Element, GqaError, Launch, Lse, Numbers, Rotary, RowStrides, Scale, Sinks, Stream, Strides,
-    TokenStrides, Workspace,
+    TokenStrides, Workspace, Written,
 };
 
 const CONFIG: Config = Config {
@@ -152,7 +152,7 @@ const C_CONFIG: GQADecodeConfig = GQADecodeConfig {
     k_scale_head_stride: 0,
     v_scale_batch_stride: 0,
     v_scale_head_stride: 0,
-    reserved: 0,
+    scales_of_tokens: 0,
     k_scales: null(),
     v_scales: null(),
 };
@@ -1516,18 +1516,142 @@ fn caches_of_8_bits_and_their_scales_are_checked() {
     assert_error!(prepare::<f16>(&unscaled), InvalidValue, says);
 }
 
+/// Those of tokens: as many, at this address.
+fn of_tokens(address: usize, len: usize, batch_stride: usize) -> Option<Scale<'static>> {
+    // SAFETY: nothing is launched with them.
+    let values = unsafe { Written::new(DeviceSliceMut::from_raw_parts(address as *mut f32, len)) };
+    Some(Scale::OfTokens {
+        values,
+        batch_stride,
+    })
+}
+
+#[test]
+fn scales_of_tokens_are_checked() {
+    let (keys, values) = (0x90000, 0xa0000);
+    let config = Config {
+        cache_type: CacheType::F8E4M3,
+        k_scale: of_tokens(keys, 2 * 16 * 2, 0),
+        v_scale: of_tokens(values, 40 + 16 * 2, 40),
+        ..CONFIG
+    };
+    let paged = Config {
+        block_table: Some(unused(0x70000, 2)),
+        max_pages: 1,
+        page_size: 16,
+        num_pages: 3,
+        ..config
+    };
+    let alone = "beside scales of tokens; needed: Scale::OfTokens. Nothing was launched.";
+    let needed = |name: &str, got: usize, needed: usize| {
+        format!("config: {name}: got {got} elements; needed: {needed} or more, from the first to")
+    };
+    let with_values = |v_scale| Config { v_scale, ..config };
+    let wrong = [
+        (
+            with_values(None),
+            format!("config: v_scale: got None {alone}"),
+        ),
+        (
+            with_values(Some(Scale::Number(0.5))),
+            format!("config: v_scale: got Some(Number(0.5)) {alone}"),
+        ),
+        (with_values(scales(64)), alone.to_string()),
+        (
+            Config {
+                k_scale: scales(64),
+                ..config
+            },
+            "config: k_scale: got Some(OnDevice { values: DeviceSlice(".to_string(),
+        ),
+        (
+            with_values(of_tokens(values, 71, 40)),
+            needed("v_scale", 71, 72),
+        ),
+        (
+            with_values(of_tokens(values, 63, 0)),
+            needed("v_scale", 63, 64),
+        ),
+        (paged, needed("k_scale", 64, 96)),
+        (
+            with_values(of_tokens(values, 64, 1 << 31)),
+            "config: v_scale: got 64 elements; needed: 2147483680 or more".to_string(),
+        ),
+        (
+            with_values(of_tokens(values, 1 << 40, 31)),
+            "v_scale_batch_stride: got 31 with scales_of_tokens; allowed: from 32".to_string(),
+        ),
+        (
+            with_values(of_tokens(values + 2, 64, 0)),
+            "v_scales: got address 0xa0002; allowed: multiples of 4.".to_string(),
+        ),
+        (
+            Config {
+                num_tokens: 2,
+                ..config
+            },
+            "scales_of_tokens: got 1 with several tokens; allowed: one token.".to_string(),
+        ),
+        (
+            Config {
+                cache_type: CacheType::OfQ,
+                ..config
+            },
+            "scales_of_tokens: got 1 with caches of the type of q; allowed: 0.".to_string(),
+        ),
+    ];
+    for (config, says) in wrong {
+        assert_error!(prepare::<f16>(&config), InvalidValue, says);
+    }
+    let at = |i: usize| ARGUMENTS.tensors[i];
+    // SAFETY: scales have memory of a tensor, or of each other.
+    let launch = |config: &Config| unsafe {
+        decode(
+            config,
+            &mut DeviceSliceMut::from_raw_parts(at(0) as *mut f16, LENS[0]),
+            unused::<f16>(at(1), LENS[1]),
+            unused(at(2), LENS[2]),
+            unused(at(3), LENS[3]),
+            &mut DeviceSliceMut::from_raw_parts(at(4) as *mut f8e4m3, LENS[4]),
+            &mut DeviceSliceMut::from_raw_parts(at(5) as *mut f8e4m3, LENS[5]),
+            &mut Workspace::none(),
+            Stream::DEFAULT,
+        )
+    };
+    for (shared, says) in [
+        (keys + 4, "v_scales: got memory that k_scales also uses"),
+        (at(1), "q: got memory of v_scales, to which the new token"),
+        (at(5), "v_scales: got memory that kv_cache_v also uses"),
+    ] {
+        let config = with_values(of_tokens(shared, 64, 0));
+        assert_error!(launch(&config), InvalidValue, says);
+    }
+}
+
 #[test]
 fn caches_of_8_bits_without_a_kernel_are_unsupported_and_named() {
-    for (cache_type, name) in [
-        (CacheType::F8E4M3, "float8_e4m3fn"),
-        (CacheType::F8E5M2, "float8_e5m2"),
+    let of_heads = (Some(Scale::Number(0.5)), scales(4));
+    let of_tokens = (of_tokens(0x90000, 64, 0), of_tokens(0xa0000, 64, 0));
+    for (cache_type, (k_scale, v_scale), name) in [
+        (CacheType::F8E4M3, of_heads, "float8_e4m3fn"),
+        (CacheType::F8E5M2, of_heads, "float8_e5m2"),
+        (
+            CacheType::F8E4M3,
+            of_tokens,
+            "float8_e4m3fn with scales of tokens",
+        ),
+        (
+            CacheType::F8E5M2,
+            of_tokens,
+            "float8_e5m2 with scales of tokens",
+        ),
     ] {
         let config = Config {
             head_dim: 40,
             num_q_heads: 22,
             cache_type,
-            k_scale: Some(Scale::Number(0.5)),
-            v_scale: scales(4),
+            k_scale,
+            v_scale,
             ..CONFIG
         };
         let Some(arch) = arch_names().next() else {
