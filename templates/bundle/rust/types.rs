@@ -210,8 +210,8 @@ pub struct GQADecodeConfig {
     pub v_scale_batch_stride: i32,
     /// Of `v_scales`, between KV heads; 0: for all.
     pub v_scale_head_stride: i32,
-    /// 0: a place for what a later version may ask for.
-    pub reserved: i32,
+    /// 1: `k_scales` and `v_scales` are of tokens.
+    pub scales_of_tokens: i32,
     /// Instead of `k_scale`, on the device; or null.
     pub k_scales: *const f32,
     /// Instead of `v_scale`, on the device; or null.
@@ -302,7 +302,7 @@ impl Default for GQADecodeConfig {
             k_scale_head_stride: 0,
             v_scale_batch_stride: 0,
             v_scale_head_stride: 0,
-            reserved: 0,
+            scales_of_tokens: 0,
             k_scales: null(),
             v_scales: null(),
         }

@@ -34,26 +34,31 @@ enum {
   kGqaRotatedByTables = 2048,  // rotary_cos
   kGqaE4m3Operands = 4096,     // float8_e4m3fn
   kGqaE5m2Operands = 8192,     // float8_e5m2
+  kGqaE4m3OfTokens = 16384,    // float8_e4m3fn with scales of tokens
+  kGqaE5m2OfTokens = 32768,    // float8_e5m2 with scales of tokens
   kGqaNoPrefetch = 135,        // those that wait for lengths
-  kGqaStored = 12288,          // caches of 8 bits
+  kGqaStored = 61440,          // caches of 8 bits
+  kGqaOfTokens = 49152,        // those scaled by tokens
 };
 
 // Each, and the field of GQADecodeConfig that asks for it when it is not zero.
-#define GQA_FEATURES(X)              \
-  X(kGqaIndexedRow, cache_batch_idx) \
-  X(kGqaLeftPadded, cache_leftpad)   \
-  X(kGqaSlidingWindow, window)       \
-  X(kGqaSoftCapped, softcap)         \
-  X(kGqaAlibi, alibi_slopes)         \
-  X(kGqaSinkInSum, sinks)            \
-  X(kGqaInFloat32, output_float32)   \
-  X(kGqaPagedCache, block_table)     \
-  X(kGqaSeveralQueries, num_tokens)  \
-  X(kGqaTreeOfQueries, tree_mask)    \
-  X(kGqaRmsNormed, q_norm_weight)    \
-  X(kGqaRotatedByTables, rotary_cos) \
-  X(kGqaE4m3Operands, cache_type)    \
-  X(kGqaE5m2Operands, cache_type)
+#define GQA_FEATURES(X)                 \
+  X(kGqaIndexedRow, cache_batch_idx)    \
+  X(kGqaLeftPadded, cache_leftpad)      \
+  X(kGqaSlidingWindow, window)          \
+  X(kGqaSoftCapped, softcap)            \
+  X(kGqaAlibi, alibi_slopes)            \
+  X(kGqaSinkInSum, sinks)               \
+  X(kGqaInFloat32, output_float32)      \
+  X(kGqaPagedCache, block_table)        \
+  X(kGqaSeveralQueries, num_tokens)     \
+  X(kGqaTreeOfQueries, tree_mask)       \
+  X(kGqaRmsNormed, q_norm_weight)       \
+  X(kGqaRotatedByTables, rotary_cos)    \
+  X(kGqaE4m3Operands, cache_type)       \
+  X(kGqaE5m2Operands, cache_type)       \
+  X(kGqaE4m3OfTokens, scales_of_tokens) \
+  X(kGqaE5m2OfTokens, scales_of_tokens)
 
 // What the kernels call types of numbers.
 enum {

@@ -97,7 +97,7 @@ gqa_fact const gqa_facts[] = {
     FIELD(GQADecodeConfig, k_scale_head_stride),
     FIELD(GQADecodeConfig, v_scale_batch_stride),
     FIELD(GQADecodeConfig, v_scale_head_stride),
-    FIELD(GQADecodeConfig, reserved),
+    FIELD(GQADecodeConfig, scales_of_tokens),
     FIELD(GQADecodeConfig, k_scales),
     FIELD(GQADecodeConfig, v_scales),
     SIZE(gqa_launch),

@@ -85,7 +85,7 @@ fn rust_facts() -> Vec<Fact> {
         k_scale_head_stride,
         v_scale_batch_stride,
         v_scale_head_stride,
-        reserved,
+        scales_of_tokens,
         k_scales,
         v_scales
     );
