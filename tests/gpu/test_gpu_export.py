@@ -22,6 +22,7 @@ import gqa_cutlass
 from gqa_cutlass import GQADecodeConfig, gqa_attention_decode, gqa_decode
 from gqa_cutlass.call.record import parse
 from gqa_cutlass.codegen import DType, Math, Schedule, default_config
+from gqa_cutlass.codegen.schema.policies import tagged
 from gqa_cutlass.kernels.export import compiled, plan_export, write_bundle
 from gqa_cutlass.kernels.store import Store
 from gqa_cutlass.proof.reference import same_bits
@@ -96,7 +97,11 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         replace(default_config(Math.TENSOROP, DType.F16, 128, 4, 8, schedule), pdl=True).name
         for schedule in Schedule
     ]
-    wanted = plan_export(",".join((KERNELS, *dependent)), ["sm_80", "sm_90a"])
+    of_tokens = [
+        default_config(Math.TENSOROP, dtype, 128, 4, 8, policies=tagged(tags)).name
+        for dtype, tags in ((DType.F16, "e4m3t"), (DType.BF16, "e5m2t"))
+    ]
+    wanted = plan_export(",".join((KERNELS, *dependent, *of_tokens)), ["sm_80", "sm_90a"])
     write_bundle(out, wanted, compiled(wanted, Store.default(), 0))
     return out
 
@@ -298,6 +303,47 @@ def test_caches_of_8_bits_give_the_bits_of_python(
     assert all(map(torch.equal, ours.bits(), theirs.bits()))
     assert not ours.out.isnan().any()
     assert f"_{str(dtype)[len('torch.float8_') :][:4]}_" in parse(library.lines[-1])["kernel"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        (Shape(8, 32, 8, 128, 5000, 8192, "f16"), torch.float8_e4m3fn),
+        (Shape(1, 32, 8, 128, 3000, 4096, "bf16"), torch.float8_e5m2),
+    ],
+    ids=["many", "one"],
+)
+def test_scales_of_tokens_give_the_bits_of_python(
+    library: Library, shape: Shape, dtype: torch.dtype
+) -> None:
+    """And are written alike; those of keys in rows that lie apart."""
+    wide = step_of(shape)
+    ours = replace(wide, k_cache=wide.k_cache.to(dtype), v_cache=wide.v_cache.to(dtype))
+    theirs = ours.copy()
+    tokens, heads = shape.max_seq_len, shape.kv_heads
+    apart = torch.rand(shape.batch, tokens + 1, heads, device="cuda") + 0.5
+    packed = torch.rand(shape.batch, tokens, heads, device="cuda") + 0.5
+    our_scales, before = (apart[:, :tokens], packed), (apart.clone(), packed.clone())
+    their_scales = apart.clone()[:, :tokens], packed.clone()
+    gqa_decode(
+        ours.q, ours.k_cache, ours.v_cache, ours.k, ours.v, cache_seqlens=shape.cache_len,
+        softmax_scale=shape.scale, out=ours.out.unflatten(-1, (shape.q_heads, shape.head_dim)),
+        k_scale=our_scales[0], v_scale=our_scales[1],
+    )  # fmt: skip
+    config = shape.config()
+    for field, value in scales_of(ours.k_cache, *their_scales).items():
+        setattr(config, field, value)
+    workspace = library.workspace(shape, config)
+    config.workspace, config.workspace_size = workspace.data_ptr(), workspace.numel()
+    status = library.call("gqa_attention_decode", *theirs.addresses(), config, current_stream())
+    assert status == 0, library.lines[-1]
+    assert all(map(torch.equal, ours.bits(), theirs.bits()))
+    assert all(map(torch.equal, our_scales, their_scales))
+    for now, then in zip((apart, packed), before, strict=True):
+        changed = (now != then).nonzero()[:, 1].unique().tolist()
+        assert changed == [shape.cache_len]
+    assert not ours.out.isnan().any()
+    assert f"_{str(dtype)[len('torch.float8_') :][:4]}t_" in parse(library.lines[-1])["kernel"]
 
 
 @pytest.mark.parametrize("dependent", [False, True], ids=["ordinary", "dependent"])
