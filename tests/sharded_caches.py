@@ -72,7 +72,7 @@ class Both:
             for b, length in enumerate(whole.seqlens.tolist()):
                 turns = [t // self.interleave % self.group.size for t in range(length)]
                 held = [t for t, rank in enumerate(turns) if rank == self.group.rank]
-                for mine, all_of_it in ((shard.k, whole.k), (shard.v, whole.v)):
+                for mine, all_of_it in zip(shard._held(), whole._held(), strict=True):
                     assert torch.equal(raw(mine)[b, : len(held)], raw(all_of_it)[b, held])
 
 
@@ -138,6 +138,26 @@ def caches_of_8_bits(group: Group) -> None:
     both.run("decode", (4,), token, token)
     with pytest.raises(InputError, match="ShardedKVCache.decode: k_scale: got an option"):
         both.shards[0].decode(both.random(BATCH, 4), k_scale=1.0)
+
+
+@case_for(2, 3)
+def caches_of_8_bits_with_scales_of_tokens(group: Group) -> None:
+    """Which are where their tokens are, by whomever they are computed."""
+    by_token: dict[str, Any] = {"k_scale": "token", "v_scale": "token"}
+    both = Both.make(group, 2, torch.float8_e4m3fn, **by_token)
+    prompt, token = (7, 1), (1,)
+    both.run("prefill", prompt, prompt, lengths=[7, 0, 4])
+    both.run("append", token, token)
+    both.run("decode", (4,), token, token)
+    both.run("reorder", indices=[1, 0, 0])
+    both.run("decode", (4,), token, token)
+    sizes = BATCH, both.shards[0].max_seq_len, 1, DIM, torch.float8_e4m3fn
+    ranks = {"size": group.size, "interleave": 2}
+    told = ShardedKVCache.bytes_needed(*sizes, num_layers=2, **ranks, **by_token)
+    held = sum(t.nbytes for shard in both.shards for t in shard._held())
+    assert told == held + 3 * BATCH * 4
+    with pytest.raises(InputError, match="ShardedKVCache: v_scale: got None; allowed: 'token', as"):
+        ShardedKVCache(*sizes, "cpu", group=group.group, k_scale="token")
 
 
 @case

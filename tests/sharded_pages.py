@@ -83,9 +83,20 @@ class Both:
             turns = [t // self.interleave % self.group.size for t in range(first, length)]
             held = [t for t, rank in enumerate(turns) if rank == self.group.rank]
             for layer in range(LAYERS):
-                pairs = zip(one.gather(layer, sequence), other.gather(layer, sequence), strict=True)
-                for mine, all_of_it in pairs:
+                found = [
+                    [*cache.gather(layer, sequence), *self.scales(cache, layer, sequence)]
+                    for cache in self.caches
+                ]
+                for mine, all_of_it in zip(*found, strict=True):
                     assert torch.equal(raw(mine), raw(all_of_it)[held])
+
+    @staticmethod
+    def scales(cache: PagedKVCache, layer: int, sequence: int) -> Sequence[Tensor]:
+        """Those of a sequence's tokens, if they have any."""
+        scale = cache.k_scale[layer]
+        if not isinstance(scale, Tensor) or scale.dim() < 3:
+            return ()
+        return cache.gather_scales(layer, sequence)
 
 
 @case_for(3)
@@ -143,6 +154,23 @@ def pages_of_8_bits(group: Group) -> None:
     sequences = [both.run("allocate") for _ in range(2)]
     both.run("prefill", sequences[0], *both.random(2, LAYERS, 3, 1))
     both.run("append", sequences, *both.random(2, LAYERS, 2, 1))
+
+
+@case_for(2, 3)
+def pages_of_8_bits_with_scales_of_tokens(group: Group) -> None:
+    """Which are shared and copied with the pages of their tokens."""
+    by_token: dict[str, Any] = {"k_scale": "token", "v_scale": "token"}
+    both = Both(group, 1, dtype=torch.float8_e4m3fn, **by_token)
+    first, second = (both.run("allocate") for _ in range(2))
+    both.run("prefill", first, *both.random(2, LAYERS, 3, 1))
+    third = both.run("fork", first)
+    both.run("append", [second, third], *both.random(2, LAYERS, 2, 1))
+    both.step([first, third])
+    sizes: tuple[Any, ...] = PAGES, 2 * group.size, 1, DIM, torch.float8_e4m3fn
+    told = ShardedPagedKVCache.bytes_needed(*sizes, num_layers=LAYERS, size=group.size, **by_token)
+    assert told == LAYERS * 2 * PAGES * 2 * (DIM + 4)
+    with pytest.raises(InputError, match="ShardedPagedKVCache: k_scale: got 1.0; allowed: 'token'"):
+        ShardedPagedKVCache(*sizes, "cpu", group=group.group, k_scale=1.0, v_scale="token")
 
 
 @case

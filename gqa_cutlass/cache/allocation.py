@@ -24,11 +24,13 @@ class Memory:
 
     Args:
         layers: Keys and values of each layer, not initialised.
+        scales: Of the tokens of each layer's keys and values, float32, ones; if they have any.
         state: Int32, zeros: what the layers share.
         tables: Int32, not initialised, as the sizes ask for them.
     """
 
     layers: list[tuple[Tensor, Tensor]]
+    scales: list[tuple[Tensor, Tensor]]
     state: Tensor
     tables: list[Tensor]
 
@@ -124,6 +126,7 @@ def _try_to_allocate(sizes: Sizes, device: torch.device) -> Memory | None:
     # On the CPU torch raises nothing more special, and for nothing else.
     refusal = RuntimeError if device.type == "cpu" else torch.OutOfMemoryError
     tensors: list[Tensor] = []
+    scales: list[Tensor] = []
     tables: list[Tensor] = []
     try:
         # Normal tensors, even in inference mode: outside of it nobody may write to the others.
@@ -133,14 +136,19 @@ def _try_to_allocate(sizes: Sizes, device: torch.device) -> Memory | None:
                 tables.append(torch.empty(shape, dtype=torch.int32, device=device))
             for shape in sizes.layer_shapes:
                 tensors.append(torch.empty(shape, dtype=sizes.dtype, device=device))
+                if sizes.by_token:
+                    scales.append(torch.ones(shape[:-1], dtype=torch.float32, device=device))
     except refusal:
         tensors.clear()
+        scales.clear()
         tables.clear()
         if device.type == "cuda":
             torch.cuda.empty_cache()
         return None
-    layers = list(zip(tensors[::2], tensors[1::2], strict=True))
-    return Memory(layers=layers, state=state, tables=tables)
+    layers, of_tokens = (
+        list(zip(each[::2], each[1::2], strict=True)) for each in (tensors, scales)
+    )
+    return Memory(layers=layers, scales=of_tokens, state=state, tables=tables)
 
 
 def _raise_too_large(sizes: Sizes, device: torch.device, available: int) -> NoReturn:

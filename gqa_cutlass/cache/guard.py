@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gqa_cutlass.cache.allocation import available_bytes, gib
 from gqa_cutlass.cache.inputs import check_memory, refuse, surroundings_flaw
+from gqa_cutlass.call.stored import SCALES
 from gqa_cutlass.errors import CacheAllocationError, GqaError
 
 
@@ -42,8 +43,9 @@ def guarded(method: Callable[Concatenate[Cache, P], R]) -> Callable[Concatenate[
     def call(self: Cache, /, *args: P.args, **kwargs: P.kwargs) -> R:
         if found := surroundings_flaw():
             refuse(name, "surroundings", *found)
-        for what, tensor in (("k", self.k), ("v", self.v), ("seqlens", self.seqlens)):
-            check_memory(name, f"the cache's {what}", tensor)
+        for what in ("k", "v", "seqlens", *SCALES):
+            if isinstance(held := getattr(self, what), Tensor):
+                check_memory(name, f"the cache's {what}", held)
         work = partial(method, self, *args, **kwargs)
         return with_memory(f"KVCache.{name}", self.device, work)
 

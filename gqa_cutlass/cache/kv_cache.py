@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from gqa_cutlass.api import gqa_decode
-from gqa_cutlass.cache.allocation import allocate
 from gqa_cutlass.cache.counted import CountedCache
 from gqa_cutlass.cache.growth import ONE_TOKEN, Growth
 from gqa_cutlass.cache.guard import guarded, lack_of_memory, raise_no_temporaries
@@ -17,7 +16,14 @@ from gqa_cutlass.cache.inputs import check_apart, ints, new_tokens, one_token, p
 from gqa_cutlass.cache.lengths import Lengths
 from gqa_cutlass.cache.ring import TOKENS, LayerWindows, Ring, lengths_of, rings, sizes_of
 from gqa_cutlass.cache.rows import buffer, extend, gather, widest
-from gqa_cutlass.cache.scales import LayerScales, Scale, Scales, raw, scales_of_layers
+from gqa_cutlass.cache.scales import (
+    GivenScale,
+    LayerScales,
+    Scales,
+    allocate_scaled,
+    by_token,
+    raw,
+)
 from gqa_cutlass.cache.sizes import BatchSizes
 from gqa_cutlass.cache.some import Rows, decode_some, is_foreign
 from gqa_cutlass.call.options import Options, listed
@@ -56,7 +62,7 @@ class KVCache(CountedCache):
     A call that an error or an interrupt ends in its middle leaves a cache that works: every
     sequence is as it was, or as it was to become, or (`reorder`) empty, and `lengths` says which,
     or nothing. What lies behind the lengths may have been written. Temporaries take up to 64 MiB,
-    and as much as a call's tokens become in 8 bits.
+    and as much as a call's tokens become in 8 bits, scales of tokens included.
 
     With a `window`, `decode` attends to it, or to a smaller `window_size`; older tokens are
     overwritten, and `max_seq_len` is rounded up to a multiple of 16 (64, for windows of 1024 and
@@ -82,7 +88,9 @@ class KVCache(CountedCache):
             are kept, in a ring: see below. None: all.
         tokens_per_call: With a window, query tokens and new tokens of a `decode` at most, 1 to 256.
         k_scale: Of a cache of 8 bits, for all calls: a number, or float32 [] or [num_kv_heads] on
-            the device; see `gqa_decode`. None: 1.
+            the device; see `gqa_decode`. Or "token", of both: one for every token and KV head,
+            which the cache keeps, and computes of the tokens that it is given. `gqa_decode` says
+            what does not go with these. None: 1.
         v_scale: The same of values.
 
     Attributes:
@@ -110,11 +118,12 @@ class KVCache(CountedCache):
         *,
         window: int | None = None,
         tokens_per_call: int = TOKENS,
-        k_scale: Scale = None,
-        v_scale: Scale = None,
+        k_scale: GivenScale = None,
+        v_scale: GivenScale = None,
     ) -> None:
         shape = batch_size, max_seq_len, num_kv_heads, head_dim, dtype, head_dim_v
-        sizes = sizes_of(1, *shape, window, tokens_per_call)
+        scaled = by_token("KVCache", k_scale, v_scale)
+        sizes = sizes_of(1, *shape, window, tokens_per_call, scaled)
         (layer,) = _layers(sizes, device, k_scale, v_scale)
         self._adopt(*layer)
 
@@ -159,14 +168,15 @@ class KVCache(CountedCache):
             window: As for `KVCache`; or a list, with one for each layer, None for layers that keep
                 all.
             tokens_per_call: As for `KVCache`.
-            k_scale: As for `KVCache`; or a list, with one for each layer.
+            k_scale: As for `KVCache`; or a list, with one for each layer. "token" is of all.
             v_scale: As k_scale.
 
         Raises:
             GqaError: As for `KVCache`.
         """
         shape = batch_size, max_seq_len, num_kv_heads, head_dim, dtype, head_dim_v
-        sizes = sizes_of(num_layers, *shape, window, tokens_per_call)
+        scaled = by_token("KVCache", k_scale, v_scale)
+        sizes = sizes_of(num_layers, *shape, window, tokens_per_call, scaled)
         layers = _layers(sizes, device, k_scale, v_scale)
         caches = [cls.__new__(cls) for _ in layers]
         for cache, layer in zip(caches, layers, strict=True):
@@ -185,14 +195,19 @@ class KVCache(CountedCache):
         *,
         window: LayerWindows = None,
         tokens_per_call: int = TOKENS,
+        k_scale: LayerScales = None,
+        v_scale: LayerScales = None,
     ) -> int:
-        """Bytes that such caches would take, their lengths included; allocates nothing.
+        """Bytes that such caches would take, their lengths and scales of tokens included.
+
+        Allocates nothing.
 
         Raises:
-            InputError: A size, the type or a window is not allowed.
+            InputError: A size, the type or a window is not allowed, or one scale alone is "token".
         """
         shape = batch_size, max_seq_len, num_kv_heads, head_dim, dtype, head_dim_v
-        return sizes_of(num_layers, *shape, window, tokens_per_call).total_bytes
+        scaled = by_token("KVCache", k_scale, v_scale)
+        return sizes_of(num_layers, *shape, window, tokens_per_call, scaled).total_bytes
 
     def _adopt(
         self,
@@ -204,6 +219,7 @@ class KVCache(CountedCache):
         ring: Ring | None = None,
     ) -> None:
         self.k, self.v, self._lengths, self._scales, self._ring = k, v, lengths, scales, ring
+        self._asked = scales if ring is None else scales.in_pages(ring.window.page)
         mark_static(k, v)
         self._leads = leads  # of the caches that share the lengths, the one that moves them
 
@@ -260,7 +276,7 @@ class KVCache(CountedCache):
             GqaError: As for `gqa_decode`. The lengths are as they were, though the tokens may have
                 been written behind them.
         """
-        options = self._scales.asked("KVCache.decode", options)
+        options = self._asked.asked("KVCache.decode", options)
         if rows is not None or (options and is_foreign(options)):
             given = (q, k, v), rows, self._leads, self._ring
             return decode_some(self, self._lengths, *given, return_lse=return_lse, **options)
@@ -329,7 +345,7 @@ class KVCache(CountedCache):
         k, v = prompt("prefill", k, v, (self.k, self.v))
         growth = self._lengths.growth(k.shape[1], lengths)
         if isinstance(growth.device, Tensor):
-            check_apart("KVCache.prefill", "lengths", growth.device, (self.k, self.v))
+            check_apart("KVCache.prefill", "lengths", growth.device, self._held())
         self._extend("prefill", k, v, growth)
 
     @guarded
@@ -362,11 +378,15 @@ class KVCache(CountedCache):
                 for rows in (host, *lengths.moves(host))
             )
         reach = min(lengths.reach, self.k.shape[1])
-        caches = raw(self.k), raw(self.v)
+        caches = [raw(held) for held in self._held()]
         through = buffer(widest(caches), len(sources), reach)
         with lengths.reordering(order, host, self._leads):
             if len(sources):
                 gather(caches, reach, sources, targets, through)
+
+    def _held(self) -> tuple[Tensor, ...]:
+        """What it has of every token."""
+        return self.k, self.v, *self._scales.of_tokens
 
     def _decode_traced(
         self, q: Tensor, k: Tensor | None, v: Tensor | None, **options: Any
@@ -382,9 +402,10 @@ class KVCache(CountedCache):
     def _extend(self, method: str, k: Tensor, v: Tensor, growth: Growth) -> None:
         """Write tokens behind every sequence's, where there is room, and count them."""
         self._lengths.check_room(method, growth)
-        k = self._scales.stored(self.k, "k", k[:, : growth.most])
-        v = self._scales.stored(self.v, "v", v[:, : growth.most])
-        pairs = (raw(self.k), raw(k)), (raw(self.v), raw(v))
+        pairs = [
+            *self._scales.stored(self.k, "k", k[:, : growth.most]),
+            *self._scales.stored(self.v, "v", v[:, : growth.most]),
+        ]
         extend(pairs, self._lengths, growth, leads=self._leads)
 
 
@@ -396,8 +417,7 @@ def _layers(
     Raises:
         GqaError: As for `KVCache`.
     """
-    scales = scales_of_layers(sizes, device, k_scale, v_scale)
-    memory = allocate(sizes, device)
+    memory, scales = allocate_scaled(sizes, device, k_scale, v_scale)
     lengths, last = lengths_of(sizes, memory), len(memory.layers) - 1
     pairs = zip(memory.layers, rings(sizes, memory), strict=True)
     return [

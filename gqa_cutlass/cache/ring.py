@@ -113,7 +113,7 @@ class WindowedSizes(BatchSizes):
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of K and V of all layers, and of what they share."""
+        """Bytes of K and V of all layers, of their scales, and of what they share."""
         return self._bytes(1)
 
     def largest(self, available: int) -> int:
@@ -206,6 +206,7 @@ def lengths_of(sizes: BatchSizes, memory: Memory) -> Lengths:
 def sizes_of(
     num_layers: int, batch_size: int, max_seq_len: int, num_kv_heads: int, head_dim: int,
     dtype: torch.dtype, head_dim_v: int | None, window: LayerWindows, tokens_per_call: int,
+    by_token: bool,
 ) -> BatchSizes:  # fmt: skip
     """The sizes of caches, given in this order.
 
@@ -215,6 +216,7 @@ def sizes_of(
     sizes = BatchSizes(
         num_layers=num_layers, batch_size=batch_size, max_seq_len=max_seq_len,
         num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype, head_dim_v=head_dim_v,
+        by_token=by_token,
     )  # fmt: skip
     windows = _windows(num_layers, window, tokens_per_call)
     if not windows:

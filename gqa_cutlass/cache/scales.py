@@ -4,21 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from gqa_cutlass.cache.allocation import placed
+from gqa_cutlass.cache.allocation import Memory, allocate, placed
 from gqa_cutlass.cache.inputs import plain, refuse_in
 from gqa_cutlass.cache.sizes import Sizes, refuse
-from gqa_cutlass.call.stored import FP8, FP8_NAMES, SCALE_RULE, SCALES, check_number, is_number
+from gqa_cutlass.call.stored import (
+    FP8,
+    FP8_NAMES,
+    SCALE_RULE,
+    SCALES,
+    check_number,
+    is_number,
+    of_tokens,
+)
 from gqa_cutlass.errors import shown
 from gqa_cutlass.tensors import is_tensor, memory_flaw
 
+TOKEN = "token"  # in place of a scale: one for every token and KV head, which the cache computes
 Scale = float | Tensor | None
+GivenScale = Scale | Literal["token"]
 # Of a cache's layers: one for all of them, or one for each.
-LayerScales = Scale | Sequence[Scale]
+LayerScales = GivenScale | Sequence[Scale]
 _PIECE_BYTES = 2**24  # of tokens in float32, on their way to 8 bits
 
 
@@ -27,12 +37,26 @@ class Scales:
     """What the elements of a layer are multiplied by, None for 1.
 
     Args:
-        k_scale: Of keys: a number, or float32 [] or [num_kv_heads].
+        k_scale: Of keys: a number, or float32 [] or [num_kv_heads]; or of tokens, as keys are
+            without head_dim, and so are those of values then.
         v_scale: Of values, likewise.
     """
 
     k_scale: Scale = None
     v_scale: Scale = None
+
+    @property
+    def of_tokens(self) -> tuple[Tensor, ...]:
+        """Those of tokens, of keys and of values, if they are; they go where their tokens go."""
+        given = self.k_scale, self.v_scale
+        return tuple(s for s in given if isinstance(s, Tensor) and of_tokens(s.shape))
+
+    def in_pages(self, page_size: int) -> Scales:
+        """As kernels see them that see caches as pages of so many tokens."""
+        if not self.of_tokens:
+            return self
+        k, v = (t.view(-1, page_size, t.shape[-1]) for t in self.of_tokens)
+        return Scales(k_scale=k, v_scale=v)
 
     def asked(self, call: str, options: dict[str, Any]) -> dict[str, Any]:
         """The options of a decode call, with the cache's scales.
@@ -48,37 +72,92 @@ class Scales:
                 options[name] = own
         return options
 
-    def stored(self, cache: Tensor, name: str, tokens: Tensor) -> Tensor:
+    def stored(self, cache: Tensor, name: str, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Tokens as a cache has them: the nearest of x / scale, or the last number of its type.
 
         Args:
-            cache: Keys or values.
+            cache: Keys or values, [rows, tokens, num_kv_heads, head_dim].
             name: "k" or "v".
-            tokens: [..., tokens, num_kv_heads, head_dim] in 16 bits.
+            tokens: [batch, tokens, num_kv_heads, head_dim] in 16 bits.
 
         Returns:
-            Of the cache's type; the tokens themselves, where that is theirs.
+            What is to be written, beside where: `raw` of the cache and of the tokens, and, if
+            scales are of tokens, of those and of the new tokens'.
         """
         if cache.dtype not in FP8:
-            return tokens
+            return [(cache, tokens)]
         scale = getattr(self, f"{name}_scale")
         if is_number(scale):  # by which torch would not divide on CUDA, but multiply by 1 / scale
             scale = torch.full((), scale, dtype=torch.float32, device=tokens.device)
-        elif scale is not None and scale.dim():
-            scale = scale.unsqueeze(-1)
         most = torch.finfo(cache.dtype).max
         result = tokens.new_empty(tokens.shape, dtype=cache.dtype)
+        pairs, new = [(cache, result)], None
+        if self.of_tokens:
+            new = tokens.new_empty(tokens.shape[:-1], dtype=torch.float32)
+            pairs.append((scale, new))
         each = max(1, 4 * tokens.numel() // max(1, tokens.shape[1]))
-        pieces = (t.split(max(1, _PIECE_BYTES // each), dim=1) for t in (result, tokens))
-        for piece, given in zip(*pieces, strict=True):
-            quotient = given.float() if scale is None else given.float() / scale
-            piece.copy_(quotient.clamp_(-most, most))
-        return result
+        step = max(1, _PIECE_BYTES // each)
+        for start in range(0, tokens.shape[1], step):
+            piece = slice(start, start + step)
+            quotient = tokens[:, piece].float()
+            if new is not None:
+                scale = new[:, piece].copy_(_scales_of(quotient, most))
+            if scale is not None:
+                quotient /= scale.unsqueeze(-1) if scale.dim() else scale
+            result[:, piece].copy_(quotient.clamp_(-most, most))
+        return [(raw(held), raw(given)) for held, given in pairs]
 
 
-def raw(cache: Tensor) -> Tensor:
-    """What can be moved about: bytes, of elements that torch does not index everywhere."""
-    return cache.view(torch.uint8) if cache.dtype in FP8 else cache
+def raw(held: Tensor) -> Tensor:
+    """What can be moved about: bytes, of elements that torch does not index everywhere.
+
+    Args:
+        held: A cache, or scales of tokens, which become one of 4 bytes a head.
+    """
+    if held.dtype == torch.float32:
+        return held.unsqueeze(-1).view(torch.uint8)
+    return held.view(torch.uint8) if held.dtype in FP8 else held
+
+
+def picked(held: Tensor, dim: int, index: Tensor) -> Tensor:
+    """Copies of what there is at some indices, int64, of a dimension but the last."""
+    return held.view(torch.uint8).index_select(dim, index).view(held.dtype)
+
+
+def by_token(owner: str, k_scale: LayerScales, v_scale: LayerScales) -> bool:
+    """Whether scales are to be of tokens.
+
+    Raises:
+        InputError: Only one of the two is.
+    """
+    given = {"k_scale": k_scale, "v_scale": v_scale}
+    found = [name for name, scale in given.items() if isinstance(scale, str) and scale == TOKEN]
+    if len(found) == 1:
+        (other,) = given.keys() - found
+        allowed = f"{TOKEN!r}, as {found[0]}: both have a scale for every token, or none"
+        refuse(owner, other, shown(given[other]), allowed)
+    return len(found) > 0
+
+
+def allocate_scaled(
+    sizes: Sizes, device: torch.device | int | str, k_scale: LayerScales, v_scale: LayerScales
+) -> tuple[Memory, list[Scales]]:
+    """Memory for caches, and the scales of every layer, or one for all.
+
+    Args:
+        sizes: Of the caches; they say whether scales are `by_token`.
+        device: Where to allocate.
+        k_scale: Of keys.
+        v_scale: Of values.
+
+    Raises:
+        GqaError: As for `allocate` and `scales_of_layers`. Nothing stays allocated.
+    """
+    if not sizes.by_token:
+        scales = scales_of_layers(sizes, device, k_scale, v_scale)
+        return allocate(sizes, device), scales
+    memory = allocate(sizes, device)
+    return memory, [Scales(k_scale=k, v_scale=v) for k, v in memory.scales]
 
 
 def scales_of_layers(
@@ -122,7 +201,10 @@ def _checked(sizes: Sizes, device: torch.device, name: str, scale: Scale) -> Sca
         got = f"{shown(scale) if is_number(scale) else 'a scale'}, with caches of {sizes.dtype}"
         refuse(owner, name, got, f"None, or caches of {FP8_NAMES}")
     if not is_tensor(scale):
-        return check_number(name, scale, lambda *why: refuse(owner, *why))
+        remedy = f"; or {TOKEN!r} of both, for all layers"
+        return check_number(
+            name, scale, lambda what, got, allowed: refuse(owner, what, got, allowed + remedy)
+        )
     scale = plain(owner, name, scale)
     heads = sizes.num_kv_heads
     right = scale.dtype == torch.float32 and scale.device == device
@@ -133,3 +215,11 @@ def _checked(sizes: Sizes, device: torch.device, name: str, scale: Scale) -> Sca
     if found := memory_flaw(scale):
         refuse(owner, name, *found)
     return scale.detach()
+
+
+def _scales_of(rows: Tensor, most: float) -> Tensor:
+    """What an append computes of rows, float32 [..., head_dim]: largest over largest."""
+    largest = rows.abs().nan_to_num_(nan=0.0, posinf=torch.inf).amax(-1)
+    # By a tensor, for by a number torch would not divide on CUDA, but multiply by 1 / number.
+    scale = largest / torch.full((), most, dtype=torch.float32, device=rows.device)
+    return scale.masked_fill_(largest == 0, 1.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from dataclasses import dataclass
 from typing import ClassVar, NoReturn
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from gqa_cutlass.cache.paged.page_allocator import MAX_PAGES
 from gqa_cutlass.call.layout import DTYPES
-from gqa_cutlass.call.stored import FP8
+from gqa_cutlass.call.stored import FP8, FP8_NAMES
 from gqa_cutlass.codegen.config import HEAD_DIM_RULE, HEAD_DIMS
 from gqa_cutlass.codegen.schema.problem import MAX_BATCH, MAX_SEQ_LEN
 from gqa_cutlass.errors import InputError, shown
@@ -20,7 +21,7 @@ from gqa_cutlass.errors import InputError, shown
 _MOST = 2**31 - 1  # of what has no other limit; a kernel's int is no larger
 BLOCK = 2**21  # torch's allocator, and the driver below it, hand out large blocks in such steps
 SPARE_SHARE = 256  # one part in so many is left to the driver's tables and to workspaces
-_INT_BYTES = 4
+_INT_BYTES = _SCALE_BYTES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,7 @@ class Sizes(ABC):
         head_dim: Dimension per head of keys.
         dtype: Element type: torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2.
         head_dim_v: Dimension per head of values; None: as head_dim.
+        by_token: Whether there is a float32 scale beside every head of every token.
 
     Attributes:
         owner: In whose name errors are.
@@ -49,6 +51,7 @@ class Sizes(ABC):
     head_dim: int
     dtype: torch.dtype
     head_dim_v: int | None = None
+    by_token: bool = False
 
     owner: ClassVar[str]
     limits: ClassVar[dict[str, int]]
@@ -66,6 +69,9 @@ class Sizes(ABC):
         types = *DTYPES, *FP8
         if not isinstance(self.dtype, torch.dtype) or self.dtype not in types:
             refuse(self.owner, "dtype", shown(self.dtype), " or ".join(map(str, types)))
+        if self.by_token and self.dtype not in FP8:
+            got = f"'token', with caches of {self.dtype}"
+            refuse(self.owner, "k_scale", got, f"None, or caches of {FP8_NAMES}")
 
     @property
     @abstractmethod
@@ -100,11 +106,12 @@ class Sizes(ABC):
         shapes = f"k and v of {k}" if k == v else f"k of {k} and v of {v}"
         layers = f" in each of {self.num_layers} layers" * (self.num_layers > 1)
         names = ", ".join(self.rows)
-        return f"{shapes} ({names}, num_kv_heads, head_dim), {self.dtype}{layers}"
+        scales = ", float32 scales of tokens and KV heads" * self.by_token
+        return f"{shapes} ({names}, num_kv_heads, head_dim), {self.dtype}{scales}{layers}"
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of K and V of all layers, and of what they share."""
+        """Bytes of K and V of all layers, of their scales, and of what they share."""
         grown: int = getattr(self, self.grows)
         return self.num_layers * grown * sum(self._unit_bytes) + self._state_bytes
 
@@ -112,11 +119,12 @@ class Sizes(ABC):
         """The largest of what grows that is sure to fit into so many bytes; 0 for none."""
         usable = available - available // SPARE_SHARE - self._state_bytes
         blocks = usable // BLOCK - 1  # one for the state
-        blocks = max(0, blocks // self.num_layers)
-        k, v = self._unit_bytes
-        of_keys = blocks * k // (k + v)
-        of_values = blocks - of_keys
-        return min(of_keys * BLOCK // k, of_values * BLOCK // v, self.limits[self.grows])
+        units = self._unit_bytes
+
+        def taken(count: int) -> int:
+            return self.num_layers * sum(-(-count * unit // BLOCK) for unit in units)
+
+        return bisect_right(range(1, self.limits[self.grows] + 1), blocks, key=taken)
 
     @property
     def _dims(self) -> tuple[int, int]:
@@ -124,11 +132,12 @@ class Sizes(ABC):
         return self.head_dim, self.head_dim if self.head_dim_v is None else self.head_dim_v
 
     @property
-    def _unit_bytes(self) -> tuple[int, int]:
-        """Bytes of the keys, and of the values, of one of what grows, in one layer."""
+    def _unit_bytes(self) -> list[int]:
+        """Bytes of one of what grows, in one layer: of keys, of values, of scales of each."""
         each = math.prod(n for name, n in self.rows.items() if name != self.grows)
-        k, v = (each * self.num_kv_heads * dim * self.dtype.itemsize for dim in self._dims)
-        return k, v
+        rows = [dim * self.dtype.itemsize for dim in self._dims]
+        rows += [_SCALE_BYTES] * (2 * self.by_token)
+        return [each * self.num_kv_heads * row for row in rows]
 
     @property
     def _state_bytes(self) -> int:

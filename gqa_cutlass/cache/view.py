@@ -7,6 +7,7 @@ from torch import Tensor
 
 from gqa_cutlass.cache.lengths import Lengths
 from gqa_cutlass.cache.ring import Ring
+from gqa_cutlass.cache.scales import Scale, Scales
 from gqa_cutlass.cache.sizes import rows_text
 
 
@@ -21,7 +22,22 @@ class CacheView:
     k: Tensor
     v: Tensor
     _lengths: Lengths
+    _scales: Scales
     _ring: Ring | None = None
+
+    @property
+    def k_scale(self) -> Scale:
+        """What stored keys are multiplied by; None for 1.
+
+        A number, float32 [] or [num_kv_heads]; or, if scales are of tokens, float32 as k is without
+        head_dim: 1 where there has been no token yet.
+        """
+        return self._scales.k_scale
+
+    @property
+    def v_scale(self) -> Scale:
+        """The same of values."""
+        return self._scales.v_scale
 
     @property
     def seqlens(self) -> Tensor:
@@ -59,7 +75,7 @@ class CacheView:
         return self.k.device
 
     def __repr__(self) -> str:
-        size = self.k.nbytes + self.v.nbytes
+        size = sum(t.nbytes for t in (self.k, self.v, *self._scales.of_tokens))
         window = "" if self.window is None else f"window={self.window}, "
         return (
             f"KVCache(batch_size={self.batch_size}, max_seq_len={self.max_seq_len}, {window}"

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from gqa_cutlass.cache.allocation import allocate
 from gqa_cutlass.cache.growth import ONE_TOKEN, Growth
 from gqa_cutlass.cache.guard import with_memory
 from gqa_cutlass.cache.inputs import new_tokens, refuse_in
 from gqa_cutlass.cache.kv_cache import KVCache
 from gqa_cutlass.cache.lengths import Lengths
 from gqa_cutlass.cache.rows import buffer, scatter, widest
-from gqa_cutlass.cache.scales import LayerScales, Scale, raw, scales_of_layers
+from gqa_cutlass.cache.scales import GivenScale, LayerScales, allocate_scaled, by_token
 from gqa_cutlass.cache.sizes import BatchSizes
 from gqa_cutlass.cache.some import Rows
 from gqa_cutlass.call.options import Options, listed
@@ -64,7 +63,7 @@ class _Sizes(BatchSizes):
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of K and V of all layers, and of what they share, on a rank."""
+        """Bytes of K and V of all layers, of their scales, and of what they share, on a rank."""
         return self.num_layers * self.local_max * sum(self._unit_bytes) + self._state_bytes
 
     def largest(self, available: int) -> int:
@@ -139,14 +138,15 @@ class ShardedKVCache(KVCache):
         *,
         group: Group = None,
         interleave: int = 1,
-        k_scale: Scale = None,
-        v_scale: Scale = None,
+        k_scale: GivenScale = None,
+        v_scale: GivenScale = None,
     ) -> None:
         ranks = ranks_of(group)
         sizes = _Sizes(
             num_layers=1, batch_size=batch_size, max_seq_len=max_seq_len,
             num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype, head_dim_v=head_dim_v,
             size=ranks.size, interleave=interleave,
+            by_token=by_token("ShardedKVCache", k_scale, v_scale),
         )  # fmt: skip
         _fill([self], sizes, device, ranks, (k_scale, v_scale))
 
@@ -180,7 +180,7 @@ class ShardedKVCache(KVCache):
             head_dim_v: As for `ShardedKVCache`.
             group: As for `ShardedKVCache`.
             interleave: As for `ShardedKVCache`.
-            k_scale: As for `ShardedKVCache`; or a list, with one for each layer.
+            k_scale: As for `ShardedKVCache`; or a list, with one for each layer. "token" is of all.
             v_scale: As k_scale.
 
         Raises:
@@ -191,6 +191,7 @@ class ShardedKVCache(KVCache):
             num_layers=num_layers, batch_size=batch_size, max_seq_len=max_seq_len,
             num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype, head_dim_v=head_dim_v,
             size=ranks.size, interleave=interleave,
+            by_token=by_token("ShardedKVCache", k_scale, v_scale),
         )  # fmt: skip
         caches = [cls.__new__(cls) for _ in range(num_layers)]
         _fill(caches, sizes, device, ranks, (k_scale, v_scale))
@@ -208,16 +209,19 @@ class ShardedKVCache(KVCache):
         *,
         size: int = 1,
         interleave: int = 1,
+        k_scale: LayerScales = None,
+        v_scale: LayerScales = None,
     ) -> int:
         """Bytes that such caches would take on each of `size` ranks; allocates nothing.
 
         Raises:
-            InputError: A size or the type is not allowed.
+            InputError: A size or the type is not allowed, or one scale alone is "token".
         """
         return _Sizes(
             num_layers=num_layers, batch_size=batch_size, max_seq_len=max_seq_len,
             num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype, head_dim_v=head_dim_v,
             size=size, interleave=interleave,
+            by_token=by_token("ShardedKVCache", k_scale, v_scale),
         ).total_bytes  # fmt: skip
 
     @property
@@ -350,8 +354,7 @@ class ShardedKVCache(KVCache):
         pairs = []
         for name, cache, piece in zip("kv", (self.k, self.v), pieces, strict=True):
             places = index[..., None, None].expand(-1, -1, *piece.shape[2:])
-            new = self._scales.stored(cache, name, piece.gather(1, places))
-            pairs.append((raw(cache), raw(new)))
+            pairs += self._scales.stored(cache, name, piece.gather(1, places))
         through = buffer(widest(cache for cache, _ in pairs), self.batch_size, most)
         scatter(pairs, held, here, room, through)
 
@@ -368,8 +371,7 @@ def _fill(
     Raises:
         InputError: As `allocate` says, or a scale is not allowed.
     """
-    of_layers = scales_of_layers(sizes, device, *scales)
-    memory = allocate(sizes, device)
+    memory, of_layers = allocate_scaled(sizes, device, *scales)
     sharding = Sharding(rank=ranks.rank, size=ranks.size, interleave=sizes.interleave)
     lengths = _Lengths(memory.state, sharding.capacity(sizes.local_max), sharding)
     for i, (cache, (k, v)) in enumerate(zip(caches, memory.layers, strict=True)):

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from gqa_cutlass.cache.allocation import allocate
 from gqa_cutlass.cache.paged.inputs import check_reach
 from gqa_cutlass.cache.paged.paged_kv_cache import PagedKVCache
-from gqa_cutlass.cache.scales import LayerScales, scales_of_layers
+from gqa_cutlass.cache.scales import LayerScales, allocate_scaled, by_token
 from gqa_cutlass.cache.sizes import PoolSizes, refuse
 from gqa_cutlass.distributed.exchange import Exchange
 from gqa_cutlass.distributed.groups import Group, ranks_of
@@ -113,10 +112,11 @@ class ShardedPagedKVCache(PagedKVCache):
             num_layers=num_layers, num_pages=num_pages, page_size=page_size,
             num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype, head_dim_v=head_dim_v,
             size=ranks.size, interleave=interleave,
+            by_token=by_token("ShardedPagedKVCache", k_scale, v_scale),
         )  # fmt: skip
-        scales = scales_of_layers(sizes, device, k_scale, v_scale)
-        layers = allocate(sizes, device).layers
-        self._adopt(ShardedPools(layers, scales, ranks, interleave, q_heads, exchange), window)
+        memory, scales = allocate_scaled(sizes, device, k_scale, v_scale)
+        pools = ShardedPools(memory.layers, scales, ranks, interleave, q_heads, exchange)
+        self._adopt(pools, window)
 
     @property
     def sharding(self) -> Sharding:
@@ -134,17 +134,20 @@ class ShardedPagedKVCache(PagedKVCache):
         num_layers: int = 1,
         head_dim_v: int | None = None,
         window: int | None = None,
+        k_scale: LayerScales = None,
+        v_scale: LayerScales = None,
         size: int = 1,
         interleave: int = 1,
     ) -> int:
         """Bytes that such a cache would take on each of `size` ranks; allocates nothing.
 
         Raises:
-            InputError: A size or the type is not allowed.
+            InputError: A size or the type is not allowed, or one scale alone is "token".
         """
         check_reach("ShardedPagedKVCache", window)
         return _Sizes(
             num_layers=num_layers, num_pages=num_pages, page_size=page_size,
             num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype, head_dim_v=head_dim_v,
             size=size, interleave=interleave,
+            by_token=by_token("ShardedPagedKVCache", k_scale, v_scale),
         ).total_bytes  # fmt: skip

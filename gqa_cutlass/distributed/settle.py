@@ -18,7 +18,7 @@ from torch import Tensor
 from gqa_cutlass.api import plan
 from gqa_cutlass.call.flag import OverflowFlag
 from gqa_cutlass.call.options import NO_WINDOW, check_window
-from gqa_cutlass.call.stored import SCALES
+from gqa_cutlass.call.stored import SCALES, of_tokens
 from gqa_cutlass.call.tokens import TREE, WORD_BITS, packed_tree
 from gqa_cutlass.devices import executor_of
 from gqa_cutlass.distributed.exchange import EXCHANGES, Exchange, chosen
@@ -33,6 +33,7 @@ from gqa_cutlass.distributed.several import (
 )
 from gqa_cutlass.distributed.sharding import Sharding, Table, tabulate
 from gqa_cutlass.errors import shown
+from gqa_cutlass.tensors import is_tensor
 
 Heads = Literal["whole", "sharded"]
 Tensors = Sequence[Any]  # q, k_cache, v_cache, k, v
@@ -100,7 +101,7 @@ def key_of(
             v_cache.shape[paged:], v_cache.dtype,
             _kind(k), _kind(v), _kind(lengths) if isinstance(lengths, Tensor) else type(lengths),
             *asked.items(), *map(type, asked.values()),
-            *((name, _kind(value)) for name, value in options.items()),
+            *((n, _kind(value, paged and n in SCALES)) for n, value in options.items()),
         )  # fmt: skip
         hash(key)
     except Exception:  # no tensors, or options that are none
@@ -108,10 +109,11 @@ def key_of(
     return key
 
 
-def _kind(value: Any) -> object:
+def _kind(value: Any, of_pages: bool = False) -> object:
     """What settling looks at of a tensor, or another value."""
     if isinstance(value, Tensor):
-        return value.shape, value.dtype
+        shape = value.shape
+        return shape[1:] if of_pages and of_tokens(shape) else shape, value.dtype
     return type(value), tuple(value) if isinstance(value, list) else value
 
 
@@ -121,12 +123,14 @@ def terms_of(
     """What ranks must have in common, by argument: pools alone may have other numbers of pages."""
     names = "q", "k_cache", "v_cache", "k", "v"
     terms = {name: _text(value) for name, value in zip(names, given, strict=True)}
-    if options.get("block_table") is not None:
-        for name, pool in zip(names[1:3], given[1:3], strict=True):
-            terms[name] = f"pages of {list(pool.shape[1:])}, {pool.dtype} on {pool.device.type}"
     terms["cache_seqlens"] = _text(lengths) if isinstance(lengths, Tensor) else "an int"
     terms |= asked
     terms |= {n: _text(options[n]) for n in sorted(options) if options[n] is not None}
+    if options.get("block_table") is not None:
+        pools = {"k_cache": given[1], "v_cache": given[2]}
+        pools |= {n: t for n in SCALES if is_tensor(t := options.get(n)) and of_tokens(t.shape)}
+        for name, pool in pools.items():
+            terms[name] = f"pages of {list(pool.shape[1:])}, {pool.dtype} on {pool.device.type}"
     return terms
 
 

@@ -23,7 +23,7 @@ from gqa_cutlass.distributed import agreement, decode_context_parallel
 from gqa_cutlass.distributed.exchange import Part
 from gqa_cutlass.distributed.groups import Ranks
 from gqa_cutlass.distributed.local import attend, here_of
-from gqa_cutlass.distributed.settle import settle
+from gqa_cutlass.distributed.settle import key_of, settle, terms_of
 from gqa_cutlass.proof.reference import attend as reference
 from gqa_cutlass.proof.reference import errors
 
@@ -172,10 +172,10 @@ class Parts:
             return lengths
         scales = Scales(**{name: self.features.get(name) for name in ("k_scale", "v_scale")})
         for name, cache, new in zip("kv", self.caches, self.new, strict=True):
-            stored = scales.stored(cache, name, new.view(BATCH, -1, KV_HEADS, DIM))
+            ((_, stored),) = scales.stored(cache, name, new.view(BATCH, -1, KV_HEADS, DIM))
             for b, length in enumerate(lengths):
                 if length >= 0:
-                    raw(cache)[b, length : length + self.case.added] = raw(stored)[b]
+                    raw(cache)[b, length : length + self.case.added] = stored[b]
         return [length + self.case.added if length >= 0 else length for length in lengths]
 
 
@@ -238,3 +238,18 @@ def test_a_layout_is_agreed_on_once_and_not_in_a_capture(monkeypatch: pytest.Mon
     decode_context_parallel(q, *caches, k, k, cache_seqlens=lengths)
     with pytest.raises(InputError, match="in a CUDA-graph capture; .* once before the capture"):
         decode_context_parallel(q, *caches, k, k, cache_seqlens=lengths, softcap=2.0)
+
+
+def test_ranks_may_have_other_numbers_of_pages_with_scales_of_tokens() -> None:
+    """Nothing that they compare says how many, nor what a rank takes for a layout that it knows."""
+    found = []
+    for pages in (4, 9):
+        pools = torch.zeros(2, pages, 8, 1, DIM).to(torch.float8_e4m3fn)
+        scale = torch.ones(pages, 8, 1)
+        given = torch.zeros(2, 4, DIM).half(), *pools, None, None
+        table = torch.zeros(2, 3, dtype=torch.int32)
+        options = {"block_table": table, "k_scale": scale, "v_scale": scale.clone()}
+        lengths = torch.zeros(2, dtype=torch.int32)
+        found.append([make(given, lengths, ASKED, options) for make in (key_of, terms_of)])
+    assert found[0] == found[1] and found[0][0] is not None
+    assert "pages of [8, 1], torch.float32 on cpu" in str(found[0][1])

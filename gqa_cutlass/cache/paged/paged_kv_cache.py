@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gqa_cutlass.api import check_overflow
-from gqa_cutlass.cache.allocation import allocate, available_bytes
+from gqa_cutlass.cache.allocation import available_bytes
 from gqa_cutlass.cache.guard import raise_no_temporaries, with_memory
 from gqa_cutlass.cache.inputs import new_tokens
 from gqa_cutlass.cache.paged.batch import PagedBatch
@@ -22,7 +22,7 @@ from gqa_cutlass.cache.paged.sequences import refuse
 from gqa_cutlass.cache.paged.step import Step
 from gqa_cutlass.cache.paged.tables import Tables
 from gqa_cutlass.cache.paged.view import PagedView
-from gqa_cutlass.cache.scales import LayerScales, scales_of_layers
+from gqa_cutlass.cache.scales import LayerScales, allocate_scaled, by_token
 from gqa_cutlass.cache.sizes import PoolSizes
 from gqa_cutlass.call.options import Options, listed
 from gqa_cutlass.call.plan import Pair, Result
@@ -70,7 +70,9 @@ class PagedKVCache(PagedView):
             wholly before them are freed when a step is over. None: all, and no page is freed.
         k_scale: Of a cache of 8 bits: what its keys are multiplied by, and new ones divided by. A
             number, or float32 [] or [num_kv_heads] on the device; or a list, with one for each
-            layer; see `gqa_decode`. None: 1.
+            layer; see `gqa_decode`. Or "token", of both: one for every token and KV head, which the
+            cache keeps, and computes of the tokens that it is given. `gqa_decode` says what does
+            not go with these. None: 1.
         v_scale: The same of values.
 
     Raises:
@@ -98,9 +100,10 @@ class PagedKVCache(PagedView):
         sizes = PoolSizes(
             num_layers=num_layers, num_pages=num_pages, page_size=page_size,
             num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype, head_dim_v=head_dim_v,
+            by_token=by_token("PagedKVCache", k_scale, v_scale),
         )  # fmt: skip
-        scales = scales_of_layers(sizes, device, k_scale, v_scale)
-        self._adopt(Pools(allocate(sizes, device).layers, scales), window)
+        memory, scales = allocate_scaled(sizes, device, k_scale, v_scale)
+        self._adopt(Pools(memory.layers, scales), window)
 
     def _adopt(self, pools: Pools, window: int | None) -> None:
         super().__init__(pools, window)
@@ -117,6 +120,8 @@ class PagedKVCache(PagedView):
         num_layers: int = 1,
         head_dim_v: int | None = None,
         window: int | None = None,
+        k_scale: LayerScales = None,
+        v_scale: LayerScales = None,
     ) -> int:
         """Bytes that such a cache would take, whatever its window; allocates nothing.
 
@@ -129,17 +134,20 @@ class PagedKVCache(PagedView):
             num_layers: As for the class.
             head_dim_v: As for the class.
             window: As for the class; the pools are as large without.
+            k_scale: As for the class; only those of tokens take memory of the cache's.
+            v_scale: As k_scale.
 
         Returns:
-            Bytes of the pools of all layers, keys and values.
+            Bytes of the pools of all layers, keys and values, and of their tokens' scales.
 
         Raises:
-            InputError: A size or the type is not allowed.
+            InputError: A size or the type is not allowed, or one scale alone is "token".
         """
         check_reach("PagedKVCache", window)
         sizes = PoolSizes(
             num_layers=num_layers, num_pages=num_pages, page_size=page_size,
             num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype, head_dim_v=head_dim_v,
+            by_token=by_token("PagedKVCache", k_scale, v_scale),
         )  # fmt: skip
         return sizes.total_bytes
 

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gqa_cutlass.cache.paged.sequences import Held
+from gqa_cutlass.cache.paged.sequences import Held, refuse
 from gqa_cutlass.cache.rows import buffer, gather, widest
-from gqa_cutlass.cache.scales import Scales, raw
+from gqa_cutlass.cache.scales import Scales, picked, raw
 from gqa_cutlass.call.plan import Result
 from gqa_cutlass.codegen.schema.rounding import ceil_div
 
@@ -33,6 +33,7 @@ class Pools:
         self.rows: int = self.k[0].shape[1]  # of a page
         self.num_layers = len(layers)
         self.device: torch.device = self.k[0].device
+        self.of_tokens = tuple(each for layer in self.scales for each in layer.of_tokens)
 
     @property
     def page_size(self) -> int:
@@ -51,7 +52,7 @@ class Pools:
         """
         if pairs:
             sources, targets = to_device(np.array(pairs, dtype=np.int64).T, self.device)
-            pools = [raw(pool) for pool in (*self.k, *self.v)]
+            pools = [raw(pool) for pool in (*self.k, *self.v, *self.of_tokens)]
             through = buffer(widest(pools), len(pairs), self.rows)
             gather(pools, self.rows, sources, targets, through)
 
@@ -71,9 +72,9 @@ class Pools:
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Write tokens of a layer, [tokens, num_kv_heads, head_dim], where `slots` says."""
-        for name, pool, new in (("k", self.k[layer], k), ("v", self.v[layer], v)):
-            new = self.scales[layer].stored(pool, name, new[None])[0]
-            raw(pool).view(-1, *pool.shape[2:]).index_copy_(0, slots, raw(new))
+        for name, pool, tokens in (("k", self.k[layer], k), ("v", self.v[layer], v)):
+            for held, new in self.scales[layer].stored(pool, name, tokens[None]):
+                held.view(-1, *held.shape[2:]).index_copy_(0, slots, new[0])
 
     def write_all(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Write tokens of all layers, [layers, tokens, num_kv_heads, head_dim], likewise."""
@@ -82,14 +83,25 @@ class Pools:
 
     def read(self, layer: int, held: Held, tokens: int) -> tuple[Tensor, Tensor]:
         """The first tokens of a sequence, but those that are gone: [tokens, ...], new tensors."""
+        return self._read((self.k[layer], self.v[layer]), held, tokens)
+
+    def read_scales(self, layer: int, held: Held, tokens: int) -> tuple[Tensor, Tensor]:
+        """The scales of these tokens, of keys and of values, which are of tokens."""
+        return self._read(self.scales[layer].of_tokens, held, tokens)
+
+    def _read(self, pools: Sequence[Tensor], held: Held, tokens: int) -> tuple[Tensor, Tensor]:
         pages = np.asarray(held.pages[held.gone : ceil_div(tokens, self.page_size)], dtype=np.int64)
         rows = self.here(tokens) - held.gone * self.rows
         index = to_device(pages, self.device)
-        k, v = (
-            raw(pool).index_select(0, index).flatten(0, 1)[:rows].view(pool.dtype)
-            for pool in (self.k[layer], self.v[layer])
-        )
+        k, v = (picked(pool, 0, index).flatten(0, 1)[:rows] for pool in pools)
         return k, v
+
+
+def check_scaled(call: str, pools: Pools) -> None:
+    """Raise InputError unless scales are of tokens."""
+    if not pools.of_tokens:
+        allowed = "a cache with k_scale='token'; others have their scales in k_scale and v_scale"
+        refuse(call, "scales", "none of tokens", allowed, "Nothing was copied.")
 
 
 def to_device(values: np.ndarray, device: torch.device) -> Tensor:

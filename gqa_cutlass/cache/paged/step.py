@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any, Literal, Self, Unpack, overload
 
@@ -15,7 +15,7 @@ from gqa_cutlass.cache.inputs import new_tokens, surroundings_flaw, turned
 from gqa_cutlass.cache.overflow import raise_no_positions
 from gqa_cutlass.cache.paged.host import on_host
 from gqa_cutlass.cache.paged.inputs import UNWRITTEN, check_seen, packed
-from gqa_cutlass.cache.paged.pools import Pools
+from gqa_cutlass.cache.paged.pools import Pools, check_scaled
 from gqa_cutlass.cache.paged.sequences import Held, refuse
 from gqa_cutlass.cache.paged.tables import Table
 from gqa_cutlass.call.options import NO_WINDOW, Options, listed
@@ -265,6 +265,28 @@ class Step(DecodeStep):
         Raises:
             InputError: There is no such layer, or the step does not have the sequence.
         """
+        return self._gather(self._pools.read, layer, sequence)
+
+    @on_host
+    def gather_scales(self, layer: int, sequence: int) -> tuple[Tensor, Tensor]:
+        """Copies of the scales of the tokens that `gather` gives.
+
+        Args:
+            layer: Which of the cache's, from 0.
+            sequence: Which of the step's.
+
+        Returns:
+            Of keys and of values, float32 [tokens, num_kv_heads].
+
+        Raises:
+            InputError: As for `gather`, or scales are not of tokens.
+        """
+        check_scaled(self._call, self._pools)
+        return self._gather(self._pools.read_scales, layer, sequence)
+
+    def _gather(
+        self, read: Callable[..., tuple[Tensor, Tensor]], layer: int, sequence: int
+    ) -> tuple[Tensor, Tensor]:
         self._check(layer, writes=False)
         self._check_surroundings()
         if type(sequence) is not int or sequence not in self._given:
@@ -272,8 +294,7 @@ class Step(DecodeStep):
             refuse(self._call, "sequence", got, allowed)
         held = self._given[sequence]
         length = held.length + self._tokens[sequence] * (layer in self._written)
-        read = partial(self._pools.read, layer, held, length)
-        return with_memory(self._call, self._pools.device, read)
+        return with_memory(self._call, self._pools.device, partial(read, layer, held, length))
 
     def _check_surroundings(self) -> None:
         if found := surroundings_flaw():

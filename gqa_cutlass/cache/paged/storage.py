@@ -114,8 +114,9 @@ class Storage:
         if capturing(self.device):
             allowed = "PagedKVCache.batch(), whose steps can be captured; or a call before it"
             refuse(call, "in a CUDA-graph capture", "what no replay could repeat", allowed)
-        for name, pools in (("k", self.pools.k), ("v", self.pools.v)):
-            for pool in pools:
+        pools = self.pools
+        for name, held in (("k", pools.k), ("v", pools.v), ("scales", pools.of_tokens)):
+            for pool in held:
                 if found := memory_flaw(pool):
                     refuse(call, f"the cache's {name}", *found)
 

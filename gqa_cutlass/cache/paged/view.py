@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -11,10 +11,11 @@ from torch import Tensor
 from gqa_cutlass.cache.guard import with_memory
 from gqa_cutlass.cache.paged.host import on_host
 from gqa_cutlass.cache.paged.inputs import counts
-from gqa_cutlass.cache.paged.pools import Pools
+from gqa_cutlass.cache.paged.pools import Pools, check_scaled
 from gqa_cutlass.cache.paged.sequences import refuse
 from gqa_cutlass.cache.paged.storage import Storage
 from gqa_cutlass.cache.paged.tables import Tables
+from gqa_cutlass.cache.scales import Scale
 from gqa_cutlass.cache.sizes import rows_text
 from gqa_cutlass.errors import shown
 
@@ -40,6 +41,20 @@ class PagedView:
     def v(self) -> tuple[Tensor, ...]:
         """Values of each layer, as keys but for head_dim_v."""
         return self._pools.v
+
+    @property
+    def k_scale(self) -> tuple[Scale, ...]:
+        """What stored keys of each layer are multiplied by; None for 1.
+
+        A number, float32 [] or [num_kv_heads]; or, if scales are of tokens, float32 [num_pages,
+        page_size, num_kv_heads].
+        """
+        return tuple(scales.k_scale for scales in self._pools.scales)
+
+    @property
+    def v_scale(self) -> tuple[Scale, ...]:
+        """The same of values."""
+        return tuple(scales.v_scale for scales in self._pools.scales)
 
     @property
     def num_layers(self) -> int:
@@ -78,7 +93,7 @@ class PagedView:
 
     def __repr__(self) -> str:
         window = f"window={self.window}, " if self.window is not None else ""
-        size = sum(pool.nbytes for pool in (*self.k, *self.v))
+        size = sum(pool.nbytes for pool in (*self.k, *self.v, *self._pools.of_tokens))
         return (
             f"{type(self).__name__}(num_pages={self.num_pages}, page_size={self.page_size}, "
             f"{rows_text(self.k[0], self.v[0])}, "
@@ -146,13 +161,35 @@ class PagedView:
             InputError: There is no such layer or sequence.
             CacheAllocationError: There is no memory for them.
         """
-        call = "PagedKVCache.gather"
+        return self._gather("PagedKVCache.gather", self._pools.read, layer, sequence)
+
+    @on_host
+    def gather_scales(self, layer: int, sequence: int) -> tuple[Tensor, Tensor]:
+        """Copies of the scales of the tokens that `gather` gives.
+
+        Args:
+            layer: Which, from 0.
+            sequence: Which.
+
+        Returns:
+            Of keys and of values, float32 [tokens, num_kv_heads].
+
+        Raises:
+            InputError: There is no such layer or sequence, or scales are not of tokens.
+            CacheAllocationError: There is no memory for them.
+        """
+        call = "PagedKVCache.gather_scales"
+        check_scaled(call, self._pools)
+        return self._gather(call, self._pools.read_scales, layer, sequence)
+
+    def _gather(
+        self, call: str, read: Callable[..., tuple[Tensor, Tensor]], layer: int, sequence: int
+    ) -> tuple[Tensor, Tensor]:
         self._storage.check_surroundings(call)
         if type(layer) is not int or not 0 <= layer < self.num_layers:
             refuse(call, "layer", shown(layer), f"an int from 0 to {self.num_layers - 1}")
         held = self._storage.sequences.get(call, sequence)
-        read = partial(self._pools.read, layer, held, held.length)
-        return with_memory(call, self.device, read)
+        return with_memory(call, self.device, partial(read, layer, held, held.length))
 
     @on_host
     def table(self, sequences: Sequence[int]) -> tuple[Tensor, Tensor]:
