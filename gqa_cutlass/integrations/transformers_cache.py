@@ -9,24 +9,21 @@ rotated before), so that where they are stored does not matter.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import (
-    Cache,
-    CacheLayerMixin,
-    StaticCache,
-)
+from transformers.cache_utils import Cache, CacheLayerMixin, StaticCache
 
 from gqa_cutlass.cache import KVCache
 from gqa_cutlass.cache.lengths import capturing
 from gqa_cutlass.cache.ring import TOKENS
-from gqa_cutlass.cache.scales import LayerScales, raw
-from gqa_cutlass.call.stored import SCALES
+from gqa_cutlass.cache.scales import LayerScales, picked
+from gqa_cutlass.call.stored import FP8
 from gqa_cutlass.codegen.schema.problem import MAX_SEQ_LEN, MAX_TOKENS
 from gqa_cutlass.errors import InputError, shown
-from gqa_cutlass.integrations.transformers_scales import LayersScales, Stored
+from gqa_cutlass.integrations.transformers_scales import LayersScales, Stored, multiplied
 from gqa_cutlass.integrations.transformers_windows import windows_of
 from gqa_cutlass.tracing import break_graph, is_traced, mark_static
 
@@ -55,7 +52,9 @@ class GqaCache(Cache):  # type: ignore[misc]
         k_scale: With it, what stored keys are multiplied by: a number, or float32 [] or
             [num_kv_heads] on the model's device, for all such layers or a list with one for each.
             None: the first prompt's largest number, in each layer, becomes a quarter of the
-            type's largest; numbers beyond that are cut off.
+            type's largest; numbers beyond that are cut off. "token", of both: a scale for every
+            token and KV head, which cuts nothing off; steps of several tokens are SDPA's then, and
+            none is compiled.
         v_scale: As k_scale, of values.
 
     Raises:
@@ -112,6 +111,7 @@ class Storage:
     Attributes:
         caches: One per layer, once there was a prompt. The last one moves the lengths.
         scales: Of caches of 8 bits.
+        by_token: Whether every token has scales of its own.
         dtype: Of the model's keys and values.
         padded: Whether a prompt had padding, which is not stored.
         pads: Padding per sequence, int32 [batch] on the device: what transformers counts beyond the
@@ -134,6 +134,7 @@ class Storage:
         self.num_layers = len(windows)
         self.max_cache_len = max_cache_len
         self._kept = kept
+        self.by_token = kept.by_token
 
     def allocate(self, k: Tensor, v: Tensor) -> None:
         """Make the caches, for keys and values like these, [batch, heads, tokens, head_dim].
@@ -214,13 +215,13 @@ class GqaLayer(CacheLayerMixin):  # type: ignore[misc]
         position: Which of the caches is its own.
     """
 
-    is_compileable = True
     is_croppable = True
     is_calibrated = False  # whether the scales of a cache of 8 bits are those of its tokens
 
     def __init__(self, storage: Storage, position: int) -> None:
         self.storage = storage
         self.position = position
+        self.is_compileable = not storage.by_token
 
     @property
     def cache(self) -> KVCache:
@@ -240,6 +241,8 @@ class GqaLayer(CacheLayerMixin):  # type: ignore[misc]
     @property
     def most_tokens(self) -> int:
         """New tokens that the kernel takes at once."""
+        if self.storage.by_token:
+            return 1
         return MAX_TOKENS if self.window is None else TOKENS
 
     @property
@@ -268,16 +271,19 @@ class GqaLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def views(self, tokens: int) -> tuple[Tensor, Tensor]:
         """The first tokens' keys and values, as transformers lays them out, in the model's type."""
-        return self._multiplied(self.cache.k[:, :tokens], self.cache.v[:, :tokens])
+        return self._seen(lambda held: held[:, :tokens])
 
-    def _multiplied(self, *stored: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values as `views` has them, of [batch, tokens, heads, head_dim]."""
-        k, v = (
-            self.storage.scales.multiplied(
-                self.position, name, t.transpose(1, 2), self.storage.dtype
-            )
-            for name, t in zip(SCALES, stored, strict=True)
-        )
+    def _seen(self, pick: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys and values as `views` has them, picked from [batch, slots, ...]."""
+        cache = self.cache
+        found = []
+        for held, scale in ((cache.k, cache.k_scale), (cache.v, cache.v_scale)):
+            tokens = pick(held)
+            if held.dtype in FP8:
+                own = pick(scale) if self.storage.by_token and isinstance(scale, Tensor) else scale
+                tokens = multiplied(tokens, own, self.storage.dtype)
+            found.append(tokens.transpose(1, 2))
+        k, v = found
         return k, v
 
     @property
@@ -339,8 +345,7 @@ class GqaLayer(CacheLayerMixin):  # type: ignore[misc]
             return self.views(held + pending.k.shape[2])
         seen = torch.arange(held - self.past(held), held, device=self.cache.device)
         slots = seen % self.cache.k.shape[1]
-        stored = (raw(t).index_select(1, slots).view(t.dtype) for t in (self.cache.k, self.cache.v))
-        pairs = zip(self._multiplied(*stored), new, strict=True)
+        pairs = zip(self._seen(lambda held: picked(held, 1, slots)), new, strict=True)
         k, v = (torch.cat(pair, dim=2) for pair in pairs)
         self.append(pending)
         return k, v

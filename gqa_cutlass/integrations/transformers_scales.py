@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gqa_cutlass.cache.scales import LayerScales, Scale
+from gqa_cutlass.cache.scales import LayerScales, Scale, by_token
 from gqa_cutlass.call.stored import FP8, FP8_NAMES, SCALES
 from gqa_cutlass.errors import InputError, shown
 from gqa_cutlass.tracing import mark_static
@@ -24,11 +24,11 @@ class Stored:
     Args:
         dtype: torch.float8_e4m3fn or torch.float8_e5m2; None: as the model has them.
         k_scale: Of keys: for all layers, or a list with one for each; None: what the first prompt
-            says.
+            says; "token", of both: what each token says, per KV head.
         v_scale: Of values, likewise.
 
     Raises:
-        InputError: Another type, or scales without one.
+        InputError: Another type, or scales without one, or only one of tokens.
     """
 
     dtype: torch.dtype | None = None
@@ -42,6 +42,12 @@ class Stored:
         for name in SCALES:
             if self.dtype is None and getattr(self, name) is not None:
                 _refuse(name, "one without cache_dtype", f"None, or a cache_dtype of {FP8_NAMES}")
+        by_token("GqaCache", self.k_scale, self.v_scale)
+
+    @property
+    def by_token(self) -> bool:
+        """Whether every token has scales of its own."""
+        return by_token("GqaCache", self.k_scale, self.v_scale)
 
     def scales(self, num_layers: int, device: torch.device) -> LayersScales:
         """Those of all layers; 1 until there was a prompt, where it is to say them."""
@@ -90,18 +96,22 @@ class LayersScales:
                 assert isinstance(own, Tensor)
                 own.copy_(torch.where(largest > 0, scale, 1.0))
 
-    def multiplied(self, layer: int, name: str, stored: Tensor, dtype: torch.dtype) -> Tensor:
-        """What is stored, [batch, heads, tokens, head_dim], as it counts, in the model's type."""
-        if self._dtype is None:
-            return stored
-        scale = self._of(name, layer)
-        if isinstance(scale, Tensor) and scale.dim():
-            scale = scale.view(-1, 1, 1)
-        return (stored.float() * (1.0 if scale is None else scale)).to(dtype)
-
     def _of(self, name: str, layer: int) -> Scale:
         given = self.given[name]
         return given[layer] if isinstance(given, (list, tuple)) else given  # type: ignore[return-value]
+
+
+def multiplied(stored: Tensor, scale: Scale, dtype: torch.dtype) -> Tensor:
+    """What is stored, as it counts.
+
+    Args:
+        stored: [batch, tokens, heads, head_dim], in 8 bits.
+        scale: For all, [heads], or [batch, tokens, heads]; None: 1.
+        dtype: Of the model.
+    """
+    if isinstance(scale, Tensor) and scale.dim():
+        scale = scale.unsqueeze(-1)
+    return (stored.float() * (1.0 if scale is None else scale)).to(dtype)
 
 
 def _refuse(name: str, got: str, allowed: str) -> None:

@@ -98,6 +98,35 @@ def test_the_first_prompt_says_the_scales_of_each_layer_until_the_cache_is_empti
     assert all(not torch.equal(a, b) for a, b in zip(again, said[0], strict=True))
 
 
+BY_TOKEN = {"k_scale": "token", "v_scale": "token"}
+
+
+def test_scales_of_tokens_need_no_prompt_to_say_them(llama: Any) -> None:
+    """Prompts, steps and beams; and prompts behind others, whose past is multiplied out."""
+    padded = ours(llama, cache_for(llama, **BY_TOKEN), "left")
+    assert 1e-4 < differences(llama, padded) < TOLERANCE[E4M3]
+    cache = cache_for(llama, **BY_TOKEN)
+    assert not cache.is_compileable and cache_for(llama).is_compileable
+    longer = torch.cat([ours(llama, cache).sequences, prompt()[:, :3]], dim=1)
+    assert differences(llama, generate(llama, longer, cache, tokens=2)) < TOLERANCE[E4M3]
+    assert ours(llama, cache_for(llama, **BY_TOKEN), num_beams=2).scores is not None
+
+
+def test_what_is_seen_of_a_cache_counts_by_the_scales_of_its_tokens(llama: Any) -> None:
+    cache = cache_for(llama, **BY_TOKEN)
+    ours(llama, cache)
+    for layer, kept in zip(cache.layers, cache.storage.caches, strict=True):
+        count = int(kept.seqlens[0])
+        sides = (kept.k, kept.k_scale), (kept.v, kept.v_scale)
+        for seen, (held, scale) in zip(layer.views(count), sides, strict=True):
+            assert isinstance(scale, Tensor)
+            held, scale = held[:, :count].float(), scale[:, :count]
+            assert held.abs().amax(-1).eq(448).all()
+            assert scale.unique().numel() > count  # of two sequences
+            counted = (held * scale.unsqueeze(-1)).to(seen.dtype)
+            assert torch.equal(seen, counted.transpose(1, 2))
+
+
 @pytest.mark.parametrize("form", ["numbers", "of heads", "of layers"])
 def test_scales_may_be_given(llama: Any, form: str) -> None:
     k_scale, v_scale = {
@@ -167,6 +196,8 @@ def test_compiled_steps_are_those_that_are_not() -> None:
         ({"cache_dtype": "fp8"}, "cache_dtype: got 'fp8'; allowed: None, for the model's, or tor"),
         ({"k_scale": 0.5}, "k_scale: got one without cache_dtype; allowed: None, or a cache_dtype"),
         ({"v_scale": [1, 2]}, "v_scale: got one without cache_dtype; allowed: None"),
+        ({"k_scale": "token"}, "k_scale: got one without cache_dtype; allowed: None, or a cache_d"),
+        ({"cache_dtype": E4M3, "k_scale": "token"}, "v_scale: got None; allowed: 'token', as k_s"),
     ],
 )  # fmt: skip
 def test_what_is_not_allowed_is_refused(llama: Any, options: dict[str, Any], says: str) -> None:
