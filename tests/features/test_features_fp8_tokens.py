@@ -3,126 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 from helpers import diagonal
+from token_scales import BF16, E4M3, F16, FEATURES, HEADS, Case, case
 from torch import Tensor
 
 import gqa_cutlass
 from gqa_cutlass import gqa_decode
 from gqa_cutlass.call.stored import FP8
 from gqa_cutlass.errors import CacheOverflowError, InputError
-from gqa_cutlass.proof.reference import attend, errors, scale_of_row, stored
+from gqa_cutlass.proof.reference import attend, scale_of_row
 
 PROCESS = "features"  # has all tests of this folder, for they have kernels in common
-
-E4M3, E5M2 = FP8
-F16, BF16 = torch.float16, torch.bfloat16
-HEADS, GROUP = 2, 4
-
-
-@dataclass
-class Case:
-    """A step.
-
-    Args:
-        q: [batch, heads, head_dim].
-        k: New keys, [batch, KV heads, head_dim].
-        v: Likewise.
-        k_cache: In 8 bits, as are values; in rows or pages.
-        v_cache: Likewise.
-        k_scale: Of its tokens.
-        v_scale: Likewise.
-        lengths: Tokens of each sequence.
-        options: Of the call.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    k_cache: Tensor
-    v_cache: Tensor
-    k_scale: Tensor
-    v_scale: Tensor
-    lengths: list[int]
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def place(self, b: int, token: int) -> tuple[int, int]:
-        """Where a token of a sequence is."""
-        if "block_table" in self.options:
-            page, at = divmod(token, self.k_cache.shape[1])
-            return int(self.options["block_table"][b, page]), at
-        rows = self.options.get("cache_batch_idx")
-        return b if rows is None else int(rows[b]), token
-
-    def run(self) -> Tensor:
-        """Call, with lengths on the device."""
-        lengths = torch.tensor(self.lengths, dtype=torch.int32, device=self.q.device)
-        return gqa_decode(
-            self.q, self.k_cache, self.v_cache, self.k, self.v, cache_seqlens=lengths,
-            k_scale=self.k_scale, v_scale=self.v_scale, **self.options,
-        )  # fmt: skip
-
-    def check(self) -> None:
-        """Run it: rows and scales as they should be, to the bit, others as they were, and the
-        output within the error rule."""
-        names = "k_cache", "v_cache", "k_scale", "v_scale"
-        right = {name: getattr(self, name).clone() for name in names}
-        for b, length in enumerate(self.lengths):
-            for side in "kv":
-                token, dtype = getattr(self, side)[b], self.k_cache.dtype
-                scale = scale_of_row(token, dtype)
-                held = stored(token, scale.unsqueeze(-1), dtype)
-                right[f"{side}_scale"][self.place(b, length)] = scale
-                right[f"{side}_cache"].view(torch.uint8)[self.place(b, length)] = held.view(
-                    torch.uint8
-                )
-        out = self.run()
-        for name in names:
-            assert torch.equal(
-                getattr(self, name).view(torch.uint8), right[name].view(torch.uint8)
-            ), name
-        assert not out.isnan().any()
-        results = [
-            attend(
-                self.q, right["k_cache"].to(kind), right["v_cache"].to(kind),
-                [n + 1 for n in self.lengths], self.q.shape[-1] ** -0.5, kind,
-                k_scale=right["k_scale"], v_scale=right["v_scale"], **self.options,
-            )[0]
-            for kind in (torch.float64, self.q.dtype)
-        ]  # fmt: skip
-        assert errors(out, *results).share <= 1
-
-
-def case(
-    device: str, dtype: torch.dtype = E4M3, queries: torch.dtype = F16, *,
-    lengths: tuple[int, ...] = (37, 300), capacity: int = 320, head_dim: int = 64, seed: int = 0,
-    tail: float = 1.0,
-) -> Case:  # fmt: skip
-    """Random tokens whose sizes differ, as a prompt stores them; `tail` is by how much."""
-    generator = torch.Generator().manual_seed(seed)
-    batch = len(lengths)
-
-    def random(*shape: int) -> Tensor:
-        sizes = torch.randn(*shape[:-1], 1, generator=generator).mul(tail).exp()
-        return (torch.randn(shape, generator=generator) * sizes).to(queries).to(device)
-
-    k, v = random(batch, HEADS, head_dim), random(batch, HEADS, head_dim)
-    caches, scales = [], []
-    for _ in range(2):
-        rows = random(batch, capacity, HEADS, head_dim)
-        scales.append(scale_of_row(rows, dtype))
-        caches.append(stored(rows, scales[-1].unsqueeze(-1), dtype))
-    q = torch.randn(batch, HEADS * GROUP, head_dim, generator=generator).to(queries).to(device)
-    made = Case(q, k, v, *caches, *scales, list(lengths))
-    for b, length in enumerate(lengths):  # nobody reads what is behind
-        for name in ("k_cache", "v_cache"):
-            getattr(made, name)[b, length:].view(torch.uint8).fill_(0x7F)
-        made.k_scale[b, length:] = made.v_scale[b, length:] = torch.nan
-    return made
 
 
 @pytest.mark.parametrize(
@@ -133,50 +28,6 @@ def test_appends_compute_scales_and_attention_counts_them(
     dtype: torch.dtype, queries: torch.dtype, head_dim: int, lengths: tuple[int, ...], device: str
 ) -> None:
     case(device, dtype, queries, lengths=lengths, capacity=520, head_dim=head_dim).check()
-
-
-def in_pages(made: Case, page_size: int = 16) -> None:
-    """The same in pages, of which no sequence has the first."""
-    batch, room, *_ = made.k_cache.shape
-    most = -(-room // page_size)
-    order = torch.randperm(batch * most, generator=torch.Generator().manual_seed(1)) + 1
-    table = order.view(batch, most).to(torch.int32).to(made.q.device)
-    for name in ("k_cache", "v_cache", "k_scale", "v_scale"):
-        rows = getattr(made, name)
-        raw = rows.view(torch.uint8) if rows.dtype in FP8 else rows
-        pool = torch.zeros(batch * most + 1, page_size, *raw.shape[2:], dtype=raw.dtype)
-        pool = pool.to(made.q.device)
-        for b in range(batch):
-            for token in range(room):
-                pool[order[b * most + token // page_size], token % page_size] = raw[b, token]
-        setattr(made, name, pool.view(rows.dtype))
-    made.options["block_table"] = table
-
-
-def windowed(made: Case) -> None:
-    made.options |= {"window_size": (100, 0), "softcap": 1.5}
-
-
-def with_sinks_and_slopes(made: Case) -> None:
-    slopes = torch.linspace(0, 0.3, HEADS * GROUP, device=made.q.device)
-    made.options |= {"sinks": slopes * 10, "alibi_slopes": slopes}
-
-
-def padded_rows(made: Case) -> None:
-    """And rows by an index, of which there are more."""
-    for name in ("k_cache", "v_cache", "k_scale", "v_scale"):
-        rows = getattr(made, name)
-        raw = rows.view(torch.uint8) if rows.dtype in FP8 else rows
-        setattr(made, name, torch.cat([raw, raw[:1]]).flip(0).contiguous().view(rows.dtype))
-    device = made.q.device
-    made.options["cache_leftpad"] = torch.tensor([5, 20], dtype=torch.int32, device=device)
-    made.options["cache_batch_idx"] = torch.tensor([2, 1], dtype=torch.int32, device=device)
-
-
-FEATURES = {
-    "pages": in_pages, "pages of 7": lambda c: in_pages(c, 7), "window and cap": windowed,
-    "sinks and slopes": with_sinks_and_slopes, "padding and an index": padded_rows,
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FEATURES)

@@ -1,0 +1,189 @@
+"""Steps over caches of 8 bits that have a scale for every token and KV head."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gqa_cutlass import gqa_decode
+from gqa_cutlass.call.stored import FP8
+from gqa_cutlass.proof.reference import attend, errors, same_bits, scale_of_row, stored
+
+E4M3, E5M2 = FP8
+F16, BF16 = torch.float16, torch.bfloat16
+HEADS, GROUP = 2, 4
+STORED = "k_cache", "v_cache", "k_scale", "v_scale"  # what appends write to
+_OF_CALLS = "cu_seqlens_k_new", "slot_mapping"  # and not of the reference
+
+
+@dataclass
+class Case:
+    """A step.
+
+    Args:
+        q: [batch, heads, head_dim]; [batch, tokens, heads, head_dim]; or of all sequences, [tokens,
+            heads, head_dim], with cu_seqlens_q.
+        k: New keys, [batch, KV heads, head_dim]; likewise.
+        v: Likewise.
+        k_cache: In 8 bits, as are values; in rows or pages.
+        v_cache: Likewise.
+        k_scale: Of its tokens.
+        v_scale: Likewise.
+        lengths: Tokens of each sequence.
+        options: Of the call.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    k_scale: Tensor
+    v_scale: Tensor
+    lengths: list[int]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def place(self, b: int, token: int) -> tuple[int, int]:
+        """Where a token of a sequence is."""
+        if "block_table" in self.options:
+            page, at = divmod(token, self.k_cache.shape[1])
+            return int(self.options["block_table"][b, page]), at
+        rows = self.options.get("cache_batch_idx")
+        return b if rows is None else int(rows[b]), token
+
+    def new(self, side: str, b: int) -> Tensor:
+        """A sequence's new keys or values, [tokens, KV heads, head_dim]."""
+        tokens, ends = getattr(self, side), self.options.get("cu_seqlens_k_new")
+        own = tokens[b] if ends is None else tokens[ends[b] : ends[b + 1]]
+        return own.view(-1, *tokens.shape[-2:])  # type: ignore[no-any-return]
+
+    def held(self) -> dict[str, Tensor]:
+        """A copy of what appends write to."""
+        return {name: getattr(self, name).clone() for name in STORED}
+
+    def run(self) -> Tensor:
+        """Call, with lengths on the device."""
+        lengths = torch.tensor(self.lengths, dtype=torch.int32, device=self.q.device)
+        return gqa_decode(
+            self.q, self.k_cache, self.v_cache, self.k, self.v, cache_seqlens=lengths,
+            k_scale=self.k_scale, v_scale=self.v_scale, **self.options,
+        )  # fmt: skip
+
+    def right(self, left_out: Collection[int] = ()) -> dict[str, Tensor]:
+        """What appends are to leave, of all sequences but some."""
+        right, dtype = self.held(), self.k_cache.dtype
+        for b, length in enumerate(self.lengths):
+            for side in "kv" if b not in left_out else "":
+                for i, token in enumerate(self.new(side, b)):
+                    scale, place = scale_of_row(token, dtype), self.place(b, length + i)
+                    held = stored(token, scale.unsqueeze(-1), dtype)
+                    right[f"{side}_scale"][place] = scale
+                    right[f"{side}_cache"].view(torch.uint8)[place] = held.view(torch.uint8)
+        return right
+
+    def reference(
+        self, right: dict[str, Tensor], dtype: torch.dtype, left_out: Collection[int] = ()
+    ) -> Tensor:
+        """The output over what appends are to leave, every step in `dtype`."""
+        lengths = [
+            1 if b in left_out else n + len(self.new("k", b)) for b, n in enumerate(self.lengths)
+        ]
+        return attend(
+            self.q, right["k_cache"].to(dtype), right["v_cache"].to(dtype), lengths,
+            self.q.shape[-1] ** -0.5, dtype, k_scale=right["k_scale"], v_scale=right["v_scale"],
+            **{name: value for name, value in self.options.items() if name not in _OF_CALLS},
+        )[0]  # fmt: skip
+
+    def check(self, left_out: Collection[int] = ()) -> Tensor:
+        """Run it: rows and scales as they should be, to the bit, others as they were, and the
+        output within the error rule, but of sequences that are refused or inactive."""
+        right = self.right(left_out)
+        out = self.run()
+        for name in STORED:
+            assert same_bits(getattr(self, name), right[name]), name
+        kinds = torch.float64, self.q.dtype
+        found = [out, *(self.reference(right, kind, left_out) for kind in kinds)]
+        if left_out:
+            others = [b for b in range(len(self.lengths)) if b not in left_out]
+            found = [rows[others] for rows in found]
+        assert not found[0].isnan().any()
+        assert errors(*found).share <= 1
+        return out
+
+
+def case(
+    device: str, dtype: torch.dtype = E4M3, queries: torch.dtype = F16, *,
+    lengths: tuple[int, ...] = (37, 300), capacity: int = 320, head_dim: int = 64, seed: int = 0,
+    tail: float = 1.0, group: int = GROUP, tokens: tuple[int, int] | None = None,
+) -> Case:  # fmt: skip
+    """Random tokens whose sizes differ, as a prompt stores them; `tail` is by how much. One per
+    sequence, or so many queries and new ones."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = len(lengths)
+
+    def random(*shape: int) -> Tensor:
+        sizes = torch.randn(*shape[:-1], 1, generator=generator).mul(tail).exp()
+        return (torch.randn(shape, generator=generator) * sizes).to(queries).to(device)
+
+    asking, new = ((), ()) if tokens is None else ((tokens[0],), (tokens[1],))
+    k, v = random(batch, *new, HEADS, head_dim), random(batch, *new, HEADS, head_dim)
+    caches, scales = [], []
+    for _ in range(2):
+        rows = random(batch, capacity, HEADS, head_dim)
+        scales.append(scale_of_row(rows, dtype))
+        caches.append(stored(rows, scales[-1].unsqueeze(-1), dtype))
+    q = torch.randn(batch, *asking, HEADS * group, head_dim, generator=generator).to(queries)
+    made = Case(q.to(device), k, v, *caches, *scales, list(lengths))
+    for b, length in enumerate(lengths):  # nobody reads what is behind
+        for name in ("k_cache", "v_cache"):
+            getattr(made, name)[b, max(length, 0) :].view(torch.uint8).fill_(0x7F)
+        made.k_scale[b, max(length, 0) :] = made.v_scale[b, max(length, 0) :] = torch.nan
+    return made
+
+
+def in_pages(made: Case, page_size: int = 16) -> None:
+    """The same in pages, of which no sequence has the first."""
+    batch, room, *_ = made.k_cache.shape
+    most = -(-room // page_size)
+    order = torch.randperm(batch * most, generator=torch.Generator().manual_seed(1)) + 1
+    table = order.view(batch, most).to(torch.int32).to(made.q.device)
+    for name in ("k_cache", "v_cache", "k_scale", "v_scale"):
+        rows = getattr(made, name)
+        raw = rows.view(torch.uint8) if rows.dtype in FP8 else rows
+        pool = torch.zeros(batch * most + 1, page_size, *raw.shape[2:], dtype=raw.dtype)
+        pool = pool.to(made.q.device)
+        for b in range(batch):
+            for token in range(room):
+                pool[order[b * most + token // page_size], token % page_size] = raw[b, token]
+        setattr(made, name, pool.view(rows.dtype))
+    made.options["block_table"] = table
+
+
+def windowed(made: Case) -> None:
+    made.options |= {"window_size": (100, 0), "softcap": 1.5}
+
+
+def with_sinks_and_slopes(made: Case) -> None:
+    slopes = torch.linspace(0, 0.3, HEADS * GROUP, device=made.q.device)
+    made.options |= {"sinks": slopes * 10, "alibi_slopes": slopes}
+
+
+def padded_rows(made: Case) -> None:
+    """And rows by an index, of which there are more."""
+    for name in ("k_cache", "v_cache", "k_scale", "v_scale"):
+        rows = getattr(made, name)
+        raw = rows.view(torch.uint8) if rows.dtype in FP8 else rows
+        setattr(made, name, torch.cat([raw, raw[:1]]).flip(0).contiguous().view(rows.dtype))
+    device = made.q.device
+    made.options["cache_leftpad"] = torch.tensor([5, 20], dtype=torch.int32, device=device)
+    made.options["cache_batch_idx"] = torch.tensor([2, 1], dtype=torch.int32, device=device)
+
+
+FEATURES = {
+    "pages": in_pages, "pages of 7": lambda c: in_pages(c, 7), "window and cap": windowed,
+    "sinks and slopes": with_sinks_and_slopes, "padding and an index": padded_rows,
+}  # fmt: skip
