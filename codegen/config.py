@@ -389,6 +389,9 @@ class KernelConfig:
             queries = self.block_h // 8 * ceil_div(self.head_dim, 16) * 2
             masks = 16 if any(policy.feature == "tree_mask" for policy in self.policies) else 0
             scales = 16 if {*OF_TOKENS} & {*self.policies} else 0
+            slots = {policy.slot for policy in self.policies}
+            if scales and QUERIES in slots:
+                scales += 3 * self.block_h + (8 if slots & {NORM, ROTARY} else 0)
             # With tma and 8 bits no more than that was needed, and two blocks have room.
             rest = 64 if self.tma and self.packed > 1 else 72
             held = accumulators + queries + self.block_n // 2 + masks + scales + rest

@@ -16,6 +16,7 @@ from gqa_cutlass.codegen.schema.policies import (
     E5M2,
     OF_TOKENS,
     POLICIES,
+    QUERIES,
     Policy,
     named,
     packed,
@@ -64,8 +65,9 @@ _FP8_TILES: tuple[tuple[int, int, int, int], ...] = (
     (176, 16, 8, 1),
     (256, 16, 4, 2),
 )
-# With scales of tokens, which take registers: more blocks, of fewer warps.
+# With scales of tokens, which take registers: more blocks, of fewer warps; and with several tokens.
 _TOKENS_TILES: tuple[tuple[int, int, int, int], ...] = ((80, 32, 8, 1), (256, 16, 4, 2))
+_SEVERAL_TOKENS_TILES: tuple[tuple[int, int, int, int], ...] = ((80, 32, 4, 1), (256, 16, 4, 2))
 _FP8_TMA_TILES: tuple[tuple[int, int, int, int], ...] = ((128, 32, 8, 2), (256, 32, 8, 1))
 
 
@@ -103,10 +105,12 @@ def default_config(
     largest = max(head_dim, value_dim)
     each = packed(policies)
     paged = any(p.feature == "block_table" for p in policies)
+    of_tokens = bool({*OF_TOKENS} & {*policies})
+    several = any(p.slot is QUERIES for p in policies)
     if each == 1:
         tiles = _TMA_TILES if schedule is Schedule.TMA else _TILES
-    elif {*OF_TOKENS} & {*policies}:
-        tiles = _TOKENS_TILES
+    elif of_tokens:
+        tiles = _SEVERAL_TOKENS_TILES if several else _TOKENS_TILES
     else:
         tiles = _FP8_TMA_TILES if schedule is Schedule.TMA else _FP8_TILES
     block_n, num_warps, num_stages = next(tile for limit, *tile in tiles if largest <= limit)
@@ -117,6 +121,9 @@ def default_config(
     room = tiles_bytes // (4 * value_dim) if schedule is Schedule.TMA else None
     if largest > 224 and room is None and (paged or each > 1):
         room = 8  # more heads of 256 dims spill, with addresses of pages or conversions beside them
+    elif of_tokens and several:
+        # More rows of several tokens spill, with scales and what each sees beside them.
+        room = 16 if largest <= 128 else 8
     return KernelConfig(
         math=math,
         dtype=dtype,

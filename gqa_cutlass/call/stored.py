@@ -13,7 +13,6 @@ from gqa_cutlass.codegen.schema.policies import (
     E4M3_OF_TOKENS,
     E5M2,
     E5M2_OF_TOKENS,
-    QUERIES,
     Policy,
 )
 from gqa_cutlass.codegen.schema.problem import MAX_CACHE_SCALE, MIN_CACHE_SCALE, Problem
@@ -97,16 +96,11 @@ def _have_tokens(layout: Layout) -> bool:
 
 def check_of_tokens(problem: Problem) -> None:
     """Raise InputError where scales of tokens go with what no kernel has beside them."""
-    if not {*_OF_TOKENS.values()} & {*problem.policies}:
-        return
-    remedy = "or pass scales of KV heads, or of sequences and KV heads"
-    if any(policy.slot is QUERIES for policy in problem.policies):
-        fail("k_scale", "scales of tokens with several tokens", f"one token; {remedy}")
-    if problem.vec_width < SMALLEST_WIDTH:
+    if {*_OF_TOKENS.values()} & {*problem.policies} and problem.vec_width < SMALLEST_WIDTH:
         fail(
             "k_scale",
             "scales of tokens with narrow rows",
-            f"rows at multiples of 4 bytes; {remedy}",
+            "rows at multiples of 4 bytes; or pass scales of KV heads, or of sequences and heads",
         )
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextvars import Context
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,7 +34,7 @@ from gqa_cutlass.codegen.compile import (
     compiles_for,
     shared_headers,
 )
-from gqa_cutlass.codegen.schema.policies import named
+from gqa_cutlass.codegen.schema.policies import OF_TOKENS, named
 from gqa_cutlass.errors import CompileError, CompilerMissingError, ConfigError, GqaError
 
 SAMPLE = [
@@ -61,6 +62,15 @@ NOT_SHIPPED = [
 ]
 
 
+# Caches of 8 bits with scales of tokens, and several of these.
+OF_TOKENS_SEVERAL = [
+    default_config(
+        Math.TENSOROP, dtype, head_dim, group_size, 8, policies=(*others, stored), num_tokens=4
+    )
+    for stored, dtype in zip(OF_TOKENS, DType, strict=True)
+    for others in ((named("SeveralQueries"),), (named("PagedCache"), named("TreeOfQueries")))
+    for head_dim, group_size in product((128, 64, 256), (8, 4, 1))
+]
 TMA = default_config(Math.TENSOROP, DType.F16, 128, 4, 8, Schedule.TMA)
 
 
@@ -103,7 +113,7 @@ def kind_of(config: KernelConfig) -> object:
     return config.schedule, config.math, config.policies, config.pdl
 
 
-@pytest.mark.parametrize("config", sampled(NOT_SHIPPED, kind_of))
+@pytest.mark.parametrize("config", sampled(NOT_SHIPPED + OF_TOKENS_SEVERAL, kind_of))
 def test_kernels_outside_the_grid_compile_without_spills(config: KernelConfig) -> None:
     assert config not in shipped()
     check_registers(compiled(config), config.max_registers)

@@ -144,12 +144,6 @@ BAD: dict[str, tuple[Callable[[Case], dict[str, Any]], str]] = {
         lambda c: {"k_scale": c.k_cache.view(torch.float32).flatten()[:128].view(1, 64, 2)},
         "k_scale: got memory that k_cache also uses|k_cache: got memory that k_scale also uses",
     ),
-    "several tokens": (
-        lambda c: {"q": c.q[:, None].expand(1, 2, 8, 64).contiguous(),
-                   "k": c.k[:, None].expand(1, 2, 2, 64).contiguous(),
-                   "v": c.v[:, None].expand(1, 2, 2, 64).contiguous()},
-        "k_scale: got scales of tokens with several tokens; allowed: one token; or pass scales of",
-    ),
     "narrow rows": (
         lambda c: {"q": torch.zeros(8 * 65, dtype=F16, device=c.q.device)[1:513].view(1, 8, 64)},
         "k_scale: got scales of tokens with narrow rows; allowed: rows at multiples of 4 bytes",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gqa_cutlass.codegen import DType, KernelConfig, Math, default_config
-from gqa_cutlass.codegen.schema.policies import OF_TOKENS, POLICIES, QUERIES, named
+from gqa_cutlass.codegen.schema.policies import OF_TOKENS, POLICIES, named
 from gqa_cutlass.errors import InputError
 from gqa_cutlass.proof.sim import run_sim
 from gqa_cutlass.ptxsim import report
@@ -81,8 +81,8 @@ def test_a_run_counts_what_the_kernel_must_move(config: KernelConfig) -> None:
 
 @pytest.mark.parametrize("scaled", ["of heads", "of tokens"])
 def test_a_run_of_a_kernel_with_features_asks_for_them(scaled: str) -> None:
-    """One per slot: the caches are of 8 bits. Several tokens have no scales of their own."""
-    left_out = OF_TOKENS if scaled == "of heads" else [p for p in POLICIES if p.slot is QUERIES]
+    """One per slot: the caches are of 8 bits, and sequences have several tokens."""
+    left_out = OF_TOKENS if scaled == "of heads" else ()
     policies = {p.slot: p for p in POLICIES if p.tag and p not in left_out}
     config = replace(CONFIG, policies=tuple(policies.values()))
     found = run_sim(config, cache_len=20, kv_heads=4)

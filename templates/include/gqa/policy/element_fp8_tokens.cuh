@@ -7,6 +7,9 @@
 // so far do not exceed, which the outputs are multiplied by in the end. 2^15 over that, the
 // operands of values that count 2^-29 as much as others still are normal numbers.
 //
+// Several new tokens have a scale each, which a row takes along into its tile: it lies in what
+// keeps rows apart there, and the lane that has the row's scales finds it.
+//
 // The main loop is that of the multistage schedule with both factors in it. It stands here, as an
 // overload for kernels that include this header, so that no other kernel is concerned.
 #pragma once
@@ -27,6 +30,13 @@ CUTE_DEVICE float scale_of_row(float largest) {
   return largest > 0.f ? __fdiv_rn(largest, Format::kMax) : 1.f;
 }
 
+// Where the scale of a tile's row is: between the row and the next.
+template <class Tile>
+CUTE_DEVICE float* scale_in_tile(uint16_t* tile, int row) {
+  static_assert(Tile::kRowStride - Tile::kDimsPadded == kChunk);
+  return reinterpret_cast<float*>(tile + typename Tile::Layout{}(row, Tile::kDimsPadded));
+}
+
 // A new token's row, with a scale of its own.
 template <class T, int kDims, class Format>
 struct ScaledRow : QuantisedRow<T, kDims, Format> {
@@ -42,6 +52,11 @@ struct ScaledRow : QuantisedRow<T, kDims, Format> {
     scale = scale_of_row<Format>(largest);
     this->quantise(scale);
   }
+  template <class Tile>
+  CUTE_DEVICE void store_to(uint16_t* tile, int row) const {
+    QuantisedRow<T, kDims, Format>::template store_to<Tile>(tile, row);
+    if (int(threadIdx.x) % kWarpSize == 0) *scale_in_tile<Tile>(tile, row) = scale;
+  }
 };
 template <class T, class Format>
 struct ScaledPreparedRow : QuantisedPreparedRow<T, Format> {
@@ -55,6 +70,11 @@ struct ScaledPreparedRow : QuantisedPreparedRow<T, Format> {
     });
     scale = scale_of_row<Format>(largest);
     this->quantise(scale);
+  }
+  template <class Tile>
+  CUTE_DEVICE void store_to(uint16_t* tile, int row) const {
+    QuantisedPreparedRow<T, Format>::template store_to<Tile>(tile, row);
+    if (int(threadIdx.x) % kWarpSize == 0) *scale_in_tile<Tile>(tile, row) = scale;
   }
 };
 
@@ -103,7 +123,7 @@ struct E5m2OfTokens : TokensOperands<T, E5m2> {
 template <class T>
 class TokenScales {
  public:
-  static_assert(T::kBlockN <= kWarpSize && T::kTensorOp && !T::kTma && kOneQuery<T>);
+  static_assert(T::kBlockN <= kWarpSize && T::kTensorOp && !T::kTma);
 
   float key, value;  // 1 and 0 where there is no token
 
@@ -133,16 +153,41 @@ class TokenScales {
   }
   // Into the cache, for which one warp per KV head calls.
   CUTE_DEVICE void append(NewToken<T> const& token) const {
-    if (!token.row.exists(params_) || int(threadIdx.x) % kWarpSize != 0) return;
-    int first = work_.cache_row(), place = work_.num_cached;
-    if constexpr (!CacheOf<T>::by_number()) first = token.row.page, place = token.row.place;
-    const_cast<float*>(params_.k_scales)[index(params_.k_scale_batch, first, place)] =
-        token.key.scale;
-    const_cast<float*>(params_.v_scales)[index(params_.v_scale_batch, first, place)] =
-        token.value.scale;
+    if (int(threadIdx.x) % kWarpSize != 0) return;
+    write(token.row, 0, params_.k_scales, params_.k_scale_batch, token.key.scale);
+    write(token.row, 0, params_.v_scales, params_.v_scale_batch, token.value.scale);
+  }
+  // Of several new tokens, those in a tile, which has their rows; into the cache, too, where this
+  // block appends. All lanes take part.
+  CUTE_DEVICE void take_keys(int tile, uint16_t* rows) {
+    take<typename T::KeyTile>(tile, rows, params_.k_scales, params_.k_scale_batch, key);
+  }
+  CUTE_DEVICE void take_values(int tile, uint16_t* rows) {
+    take<typename T::ValueTile>(tile, rows, params_.v_scales, params_.v_scale_batch, value);
   }
 
  private:
+  template <class Tile>
+  CUTE_DEVICE void take(int tile, uint16_t* rows, float const* scales, int batch_stride,
+                        float& scale) const {
+    if (!NewTokens<T>::are_in(work_, tile)) return;
+    bool const appends = work_.head_block == 0 && !NewTokens<T>::any_lost(params_, work_);
+    int const row = int(threadIdx.x) % kWarpSize;
+    int const number = tile * T::kBlockN + row - work_.num_cached;
+    if (row >= T::kBlockN || number < 0 || number >= work_.new_tokens.count) return;
+    scale = *scale_in_tile<Tile>(rows, row);
+    if (!appends) return;
+    typename CacheOf<T>::NewRow place;
+    place.find(params_, work_, number);
+    write(place, number, scales, batch_stride, scale);
+  }
+  CUTE_DEVICE void write(typename CacheOf<T>::NewRow const& row, int number, float const* scales,
+                         int batch_stride, float scale) const {
+    if (!row.exists(params_)) return;
+    int first = work_.cache_row(), place = work_.num_cached + number;
+    if constexpr (!CacheOf<T>::by_number()) first = row.page, place = row.place;
+    const_cast<float*>(scales)[index(batch_stride, first, place)] = scale;
+  }
   CUTE_DEVICE int64_t index(int batch_stride, int first, int place) const {
     return int64_t(first) * batch_stride + int64_t(place) * params_.num_kv_heads + work_.kv_head;
   }
@@ -240,13 +285,16 @@ CUTE_DEVICE void attend(Params const& p, Work<Traits<V>> const& w, SharedStorage
     bool const last = tile == w.num_tiles - 1;
     float scores[T::kLaneHeads][T::kLaneTokens];
     NewToken<T> token;
-    if constexpr (kPreparesRows<T>) {
+    if constexpr (kOneQuery<T> && kPreparesRows<T>) {
       token = prepared.token();
     } else {
-      if (last && w.appends) token.load(p, w);
+      if (kOneQuery<T> && last && w.appends) token.load(p, w);
     }
+    NewTokensOfTile<T> new_tokens(p, w, tile, ring);
     auto* keys = ring.wait_keys();
-    if (last && w.appends) {
+    new_tokens.put_keys(keys);
+    if constexpr (!kOneQuery<T>) scales.take_keys(tile, keys);
+    if (kOneQuery<T> && last && w.appends) {
       put_new_row<typename T::KeyTile>(token.key, left, keys);
       scales.put(left - 1, token);
       if (kMayLoseTokens<T> && token.row.lost(p)) ring.lose();
@@ -259,13 +307,21 @@ CUTE_DEVICE void attend(Params const& p, Work<Traits<V>> const& w, SharedStorage
     hide_padding<T>(w, tile, scores);
     ring.refill_keys(w, tile);
     softmax.update(scores, [&](auto const& factor) { acc.rescale(factor); });
-    range.scale(scales.value, acc, scores);
-    scales.load(tile + w.tile_step());
+    auto const count_values = [&] {
+      range.scale(scales.value, acc, scores);
+      scales.load(tile + w.tile_step());
+    };
+    if constexpr (kOneQuery<T>) count_values();
     auto* values = ring.wait_values();
     if (last) {
       clear_value_rows<T>(values, left);
-      if (w.appends) put_new_row<typename T::ValueTile>(token.value, left, values);
+      if (kOneQuery<T> && w.appends) put_new_row<typename T::ValueTile>(token.value, left, values);
       __syncwarp();
+    }
+    new_tokens.put_values(values);
+    if constexpr (!kOneQuery<T>) {  // whose values' scales come with their rows
+      scales.take_values(tile, values);
+      count_values();
     }
     acc.add(values, scores);
     ring.refill_values(w, tile);
