@@ -1,0 +1,221 @@
+"""Bugs planted in kernels whose caches have a scale for every token, and what finds them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from helpers import THOROUGH
+from mutants.planted import program
+from token_scales import Case, case, in_pages, unlike_sizes
+
+import gqa_cutlass
+from gqa_cutlass import api
+from gqa_cutlass.codegen.headers import include_dir
+from gqa_cutlass.cpu import executor as cpu
+from gqa_cutlass.errors import CacheOverflowError, KernelFault
+
+PROCESS = "features"  # has all tests of this folder, for they have kernels in common
+
+HEADER = "element_fp8_tokens.cuh"
+
+
+def one_token() -> Case:
+    return case("cpu", lengths=(20, 35), capacity=64)
+
+
+def zeros() -> Case:
+    made = one_token()
+    made.k[0, 0] = 0
+    return made
+
+
+def unlike_rows() -> Case:
+    return unlike_sizes("cpu")
+
+
+def drafts() -> Case:
+    return case("cpu", lengths=(20, 35), capacity=64, tokens=(5, 5))
+
+
+def many_drafts() -> Case:
+    """Of several blocks of rows, in several tiles."""
+    return case("cpu", lengths=(50, 3), capacity=96, tokens=(40, 40))
+
+
+def lost() -> Case:
+    """The last draft of a sequence has no page."""
+    made = case("cpu", lengths=(20, 30), capacity=64, tokens=(3, 3))
+    in_pages(made)
+    made.options["block_table"][1, 2] = -1
+    return made
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planted:
+    """One bug.
+
+    Args:
+        name: What is wrong.
+        old: Text that occurs once in the header.
+        new: What it becomes.
+        wrong: What is not as it should be, or what the fault says.
+        made: The step that shows it.
+        left_out: Sequences of that which are refused.
+    """
+
+    name: str
+    old: str
+    new: str
+    wrong: str
+    made: Callable[[], Case] = one_token
+    left_out: frozenset[int] = field(default_factory=frozenset)
+
+
+BUGS = (
+    Planted(
+        name="rows of zeros that have no scale",
+        old="return largest > 0.f ? __fdiv_rn(largest, Format::kMax) : 1.f;",
+        new="return __fdiv_rn(largest, Format::kMax);",
+        wrong="k_cache",
+        made=zeros,
+    ),
+    Planted(
+        name="the scale of the row behind the new one",
+        old="bool const own = int(threadIdx.x) % kWarpSize == row;",
+        new="bool const own = int(threadIdx.x) % kWarpSize == row + 1;",
+        wrong="output",
+    ),
+    Planted(
+        name="keys without their scales",
+        old="sum[1][h / 2][i], h) * scale;",
+        new="sum[1][h / 2][i], h);",
+        wrong="output",
+    ),
+    Planted(
+        name="scales of the first KV head",
+        old=" + work_.kv_head;",
+        new=";",
+        wrong="k_scale",
+    ),
+    Planted(
+        name="sums of another range",
+        old="multiply(acc, most_ / most);",
+        new="",
+        wrong="output",
+        made=unlike_rows,
+    ),
+    Planted(
+        name="outputs that are relative",
+        old="{ multiply(acc, most_ / kRoom); }",
+        new="{}",
+        wrong="output",
+    ),
+    Planted(
+        name="the scale of the draft before",
+        old="scale = *scale_in_tile<Tile>(rows, row);",
+        new="scale = *scale_in_tile<Tile>(rows, max(row - 1, 0));",
+        wrong="shared memory that was never written",
+        made=drafts,
+    ),
+    Planted(
+        name="values that are counted before their scales are known",
+        old="      scales.take_values(tile, values);\n      count_values();",
+        new="      count_values();\n      scales.take_values(tile, values);",
+        wrong="output",
+        made=drafts,
+    ),
+    Planted(
+        name="keys that are counted before their scales are known",
+        old="if constexpr (!kOneQuery<T>) scales.take_keys(tile, keys);",
+        new="",
+        wrong="k_scale",
+        made=drafts,
+    ),
+    Planted(
+        name="scales behind the last draft",
+        old=" || number >= work_.new_tokens.count",
+        new="",
+        wrong="shared memory that was never written",
+        made=drafts,
+    ),
+    Planted(
+        name="scales of drafts one of which is lost",
+        old="work_.head_block == 0 && !NewTokens<T>::any_lost(params_, work_)",
+        new="work_.head_block == 0",
+        wrong="k_scale",
+        made=lost,
+        left_out=frozenset({1}),
+    ),
+    Planted(
+        name="scales that every block writes",
+        old="work_.head_block == 0 && !NewTokens<T>::any_lost",
+        new="!NewTokens<T>::any_lost",
+        wrong="race in global memory",
+        made=many_drafts,
+    ),
+    Planted(
+        name="scales that are read where this launch writes them",
+        old="row < T::kBlockN && token < work_.num_cached &&",
+        new="row < T::kBlockN && token < work_.num_tokens &&",
+        wrong="race in global memory",
+        made=many_drafts,
+    ),
+    Planted(
+        name="scales that two lanes write into a tile",
+        old="    QuantisedRow<T, kDims, Format>::template store_to<Tile>(tile, row);\n"
+        "    if (int(threadIdx.x) % kWarpSize == 0) ",
+        new="    QuantisedRow<T, kDims, Format>::template store_to<Tile>(tile, row);\n"
+        "    if (int(threadIdx.x) % kWarpSize < 2) ",
+        wrong="race",
+        made=drafts,
+    ),
+)
+STEPS = {bug.made: bug.left_out for bug in BUGS}
+
+
+@pytest.fixture
+def planted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Planted | None], None]]:
+    """Plants a bug in the kernels of the calls to come, whose plans nobody else has."""
+
+    def plant(bug: Planted | None) -> None:
+        change = (HEADER, bug.old, bug.new) if bug else ()
+        monkeypatch.setattr(cpu, "program_of", lambda config: program(config, *change))
+
+    for name in ("known", "latest"):
+        monkeypatch.setattr(api._PLANS, name, {})
+    yield plant
+    with suppress(CacheOverflowError):
+        gqa_cutlass.check_overflow("cpu")
+
+
+@pytest.mark.parametrize("made", STEPS, ids=lambda made: made.__name__)
+def test_the_kernels_as_they_are_pass(
+    made: Callable[[], Case], planted: Callable[[Planted | None], None]
+) -> None:
+    planted(None)
+    made().check(STEPS[made])
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [
+        pytest.param(
+            bug, id=bug.name.replace(" ", "-"),
+            marks=THOROUGH if bug.wrong in {other.wrong for other in BUGS[:i]} else (),
+        )
+        for i, bug in enumerate(BUGS)
+    ],
+)  # fmt: skip
+def test_planted_bugs_are_found(bug: Planted, planted: Callable[[Planted | None], None]) -> None:
+    planted(bug)
+    with pytest.raises((AssertionError, KernelFault), match=bug.wrong):
+        bug.made().check(bug.left_out)
+
+
+def test_every_bug_has_its_place_in_the_source() -> None:
+    text = Path(include_dir(), "gqa", "policy", HEADER).read_text(encoding="utf-8")
+    assert [bug.name for bug in BUGS if text.count(bug.old) != 1 or bug.new == bug.old] == []
