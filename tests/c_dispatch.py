@@ -375,6 +375,8 @@ def edge_cases() -> Iterator[Case]:
             1,
             MODEL.tma_few_heads,
             MODEL.tma_few_heads + 1,
+            MODEL.tma_blocks // 3,  # that get three of those blocks, and just not four
+            MODEL.tma_blocks // 4,
             MODEL.tma_large_heads,
             MODEL.tma_large_heads + 1,
         ),
@@ -383,6 +385,13 @@ def edge_cases() -> Iterator[Case]:
     ):
         length = MODEL.tma_mib * 2**20 // (4 * 128 * heads) + 1
         yield case_of(usual, 8, hopper, batch=batch, kv_heads=heads, tokens=length, ragged=ragged)
+    for tokens_each, heads in product((512, 1024, 1025, 2048, 16384), (1, 8, 16)):
+        wide = Kind(DType.F16, 256, 2)
+        yield case_of(wide, 8, hopper, batch=1, kv_heads=heads, tokens=tokens_each, ragged=False)
+    for heads, beyond, ragged in product((31, 32, 63, 64), (0, 1), (False, True)):
+        length = int(MODEL.tma_pairs_mib * 2**20 // (4 * 128 * heads)) + beyond
+        yield case_of(usual, 8, hopper, batch=1, kv_heads=heads, tokens=length, ragged=ragged)
+        yield case_of(usual, 8, hopper, batch=heads, kv_heads=1, tokens=length, ragged=ragged)
     for batch, beyond, ragged in product((1, 4), (0, 1), (False, True)):
         most = MODEL.prefetch_mib * 2**20 // (4 * 128 * 4 * batch)
         yield case_of(

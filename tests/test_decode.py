@@ -109,7 +109,7 @@ def test_clusters_of_large_caches(
 ) -> None:
     """What is large is lowered to a size that ptxsim can take."""
     step = make_step(device=device, lengths=lengths, max_seq_len=capacity)
-    with remodelled(tma_mib=0):
+    with remodelled(tma_mib=0, tma_blocks=12):
         plan = gqa_cutlass.plan(*step.tensors(), cache_seqlens=step.seqlens, ragged=False)
     if device == "cuda" and not plan.dispatch.config.tma:
         pytest.skip("tensor copies are for Hopper")

@@ -123,6 +123,8 @@ MODEL = _struct(
     ("tma_mib_partial_boxes", DOUBLE, ""),
     ("tma_heads", INT64, ""),
     ("tma_blocks", INT64, ""),
+    ("tma_pairs_mib", DOUBLE, ""),
+    ("tma_early_dims", INT64, ""),
     ("tma_large_heads", INT64, ""),
     ("tma_large_cluster", INT64, ""),
     ("tma_few_heads", INT64, ""),

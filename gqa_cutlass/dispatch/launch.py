@@ -121,8 +121,6 @@ def dispatch(
         why_config = "batch-invariant: the schedule that suits every batch and room"
     else:
         config, why_config = choose_config(sized, device, ragged)
-    early = choice.prefetch if choice else None
-    prefetch = _may_prefetch_first_tile(sized, config, device, early)
     next_starts, why_pdl = Pdl.NONE, ""
     if pdl:
         pdl_config = replace(config, pdl=True)
@@ -153,6 +151,8 @@ def dispatch(
     spare = 0
     if ragged and not num_splits and may_balance(problem, config):
         spare = choice.spare if choice else spare_splits(sized, config, device)
+    early = choice.prefetch if choice else None
+    prefetch = _may_prefetch_first_tile(sized, config, device, early, splits.splits)
     columns = problem.num_kv_heads * config.row_blocks(problem.num_tokens)
     grid = (columns, splits.splits + spare, problem.batch_size)
     shared_bytes = config.shared_bytes_with(splits.num_stages)
@@ -293,16 +293,17 @@ def _choose_schedule(problem: Problem, device: Device, ragged: bool) -> tuple[Sc
         return Schedule.MULTISTAGE, f"several blocks for the rows of {problem.num_tokens} tokens"
     heads = problem.num_kv_heads * problem.batch_size
     alone = problem.tiles(tma.block_n) <= tma.num_warps  # one block's warps at once
-    if mib <= limit and heads <= model.tma_heads and not alone:
-        return Schedule.TMA, f"{mib:.1f} MiB, at most {limit}; few heads"
     equal = problem.batch_size == 1 or not ragged
+    pairs = equal and ceil_div(model.tma_blocks, heads) == 2 and mib > model.tma_pairs_mib
+    if mib <= limit and heads <= model.tma_heads and not (alone or pairs):
+        return Schedule.TMA, f"{mib:.1f} MiB, at most {limit}; few heads"
     if mib > limit and whole_boxes and heads <= model.tma_large_heads and equal:
         return Schedule.TMA, f"{mib:.1f} MiB of at most {model.tma_large_heads} heads, not ragged"
     return Schedule.MULTISTAGE, f"{mib:.1f} MiB of {problem.reach} tokens"
 
 
 def _may_prefetch_first_tile(
-    problem: Problem, config: KernelConfig, device: Device, asked: bool | None
+    problem: Problem, config: KernelConfig, device: Device, asked: bool | None, splits: int
 ) -> bool:
     """Whether warps should ask for their first tile before they know the length.
 
@@ -311,9 +312,13 @@ def _may_prefetch_first_tile(
     """
     model = MODELS[device.arch.name]
     limit = model.tma_mib if config.tma else model.prefetch_mib
+    if asked is None:
+        a_tile_each = problem.tiles(config.block_n) <= splits * config.num_warps
+        wide = config.tma and config.value_dim > model.tma_early_dims
+        asked = problem.cache_mib <= limit and not (wide and a_tile_each)
     return (
         config.vec_width >= SMALLEST_COPY
-        and (problem.cache_mib <= limit if asked is None else asked)
+        and asked
         and all(policy.prefetches_first_tile for policy in problem.policies)
     )
 

@@ -19,11 +19,16 @@ class Model:
         tma_mib_partial_boxes: The same where rows are no multiple of 128 bytes.
         tma_heads: Up to how many KV heads in the batch.
         tma_blocks: Blocks that it then takes.
+        tma_pairs_mib: From how many MiB on it lost where these are two for every head, for as many
+            heads as leave half of the multiprocessors without one, and sequences equally long.
+        tma_early_dims: Above how many dims of values warps do not ask for the first tile early
+            where they have one each.
         tma_large_heads: In larger caches whose rows are whole boxes and whose sequences are equally
             long: up to how many KV heads in the batch.
-        tma_large_cluster: Blocks of a cluster there, where one runs on every multiprocessor.
-        tma_few_heads: Up to how many heads clusters are the largest instead, for pairs would meet
-            too often in global memory.
+        tma_large_cluster: Blocks of a cluster there where heads would get fewer than four of those
+            blocks; one block then runs on every multiprocessor.
+        tma_few_heads: Up to how many heads one does so, too, and clusters are the largest, for
+            pairs would meet too often in global memory.
         prefetch_mib: Up to how many MiB first tiles are read before lengths are known: with so few
             bytes latency counts, and reading a tile per warp too many costs little.
         pdl_whole_mib: Up to how many MiB of caches the next dependent launch may start at once
@@ -44,6 +49,8 @@ class Model:
     tma_mib_partial_boxes: float
     tma_heads: int
     tma_blocks: int
+    tma_pairs_mib: float
+    tma_early_dims: int
     tma_large_heads: int
     tma_large_cluster: int
     tma_few_heads: int
@@ -67,6 +74,8 @@ H200 = Model(
     tma_mib_partial_boxes=16,
     tma_heads=64,
     tma_blocks=64,
+    tma_pairs_mib=64,
+    tma_early_dims=128,
     tma_large_heads=32,
     tma_large_cluster=2,
     tma_few_heads=2,

@@ -37,14 +37,15 @@ def choose_clusters(problem: Problem, config: KernelConfig, device: Device) -> S
 
     As many blocks as keep memory busy and no more, in clusters of at most 8: clusters that share a
     head meet in global memory, which costs a microsecond. A second stage pays once warps walk
-    several tiles, and takes the room of a second block.
+    several tiles, and takes the room of a second block. More blocks for larger caches, whose
+    sequences may be short, cost them up to half: only where clusters would be of fewer than four.
     """
     model = MODELS[device.arch.name]
     heads = problem.num_kv_heads * config.row_blocks(problem.num_tokens) * problem.batch_size
     tiles = problem.tiles(config.block_n)
-    if problem.cache_mib > model.tma_mib:
-        return _fill_with_clusters(heads, tiles, config, device)
     wanted = max(2, ceil_div(model.tma_blocks, heads))
+    if problem.cache_mib > model.tma_mib and (wanted < 4 or heads <= model.tma_few_heads):
+        return _fill_with_clusters(heads, tiles, config, device)
     splits = _power_of_two(min(wanted, ceil_div(tiles, config.num_warps)))
     per_warp = ceil_div(tiles, splits * config.num_warps)
     deep = per_warp > 2 and heads * splits < 2 * model.tma_blocks
@@ -172,8 +173,8 @@ def spare_splits(problem: Problem, config: KernelConfig, device: Device) -> int:
 
     They cost every block a look at all lengths, for which short caches are not worth it; and where
     blocks come in many rounds, the hardware evens out when they finish. One is what rounding
-    needs. Where one block per sequence fills the multiprocessors more than once, shares of a third
-    end more evenly; a finer cut costs more merges than it gains.
+    needs. Three end more evenly where lengths differ much and are long, by 2%; of shorter sequences
+    they cost 15% and more.
     """
     model = MODELS[device.arch.name]
     rounds = ceil_div(
@@ -185,4 +186,4 @@ def spare_splits(problem: Problem, config: KernelConfig, device: Device) -> int:
         and problem.reach >= model.balanced_tokens
         and rounds <= model.balanced_rounds
     )
-    return (1 if rounds == 1 else 3) if worth_it else 0
+    return 1 if worth_it else 0

@@ -34,8 +34,8 @@ Cubin = tuple[KernelConfig, str, bytes]  # a kernel, an architecture, and the co
 # Of the model, what the C library needs: all.
 _COSTS_AND_CLUSTERS = (
     "bytes_per_sm_and_microsecond", "microseconds_per_split", "bytes_in_flight", "tma_mib",
-    "tma_mib_partial_boxes", "tma_heads", "tma_blocks", "tma_large_heads", "tma_large_cluster",
-    "tma_few_heads",
+    "tma_mib_partial_boxes", "tma_heads", "tma_blocks", "tma_pairs_mib", "tma_early_dims",
+    "tma_large_heads", "tma_large_cluster", "tma_few_heads",
 )  # fmt: skip
 _LAUNCHES_AND_BALANCED = (
     "prefetch_mib", "pdl_whole_mib", "pdl_end_mib", "balanced_batch", "balanced_tokens",

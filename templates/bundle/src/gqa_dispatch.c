@@ -108,7 +108,9 @@ static int prefers_tma(gqa_problem const* problem, gqa_kernel const* tma) {
   int64_t const heads = problem->num_kv_heads * problem->batch_size;
   int const alone = tiles_of(problem, tma) <= tma->num_warps;
   int const equal = problem->batch_size == 1 || !problem->ragged;
-  if (mib <= limit) return heads <= model->tma_heads && !alone;
+  int const pairs = equal && ceil_div(model->tma_blocks, heads) == 2 && mib > model->tma_pairs_mib;
+  if (mib <= limit && heads <= model->tma_heads && !alone && !pairs) return 1;
+  if (mib <= limit) return 0;
   return whole_boxes && heads <= model->tma_large_heads && equal;
 }
 
@@ -138,7 +140,7 @@ static uint32_t shared_bytes_alone(int64_t blocks, gqa_target const* target) {
   return (uint32_t)(gqa_archs[target->arch].shared_per_sm / shares);
 }
 
-// For large caches: a block for every multiprocessor.
+// For large caches of many heads, or very few: a block for every multiprocessor.
 static gqa_splits fill_with_clusters(int64_t heads, int64_t tiles, gqa_kernel const* kernel,
                                      gqa_target const* target) {
   gqa_model const* model = &gqa_dispatch_model;
@@ -160,8 +162,10 @@ static gqa_splits choose_clusters(gqa_problem const* problem, gqa_kernel const* 
   gqa_model const* model = &gqa_dispatch_model;
   int64_t const heads = columns_of(problem, kernel) * problem->batch_size;
   int64_t const tiles = tiles_of(problem, kernel);
-  if (cache_mib(problem) > model->tma_mib) return fill_with_clusters(heads, tiles, kernel, target);
   int64_t const wanted = most(2, ceil_div(model->tma_blocks, heads));
+  if (cache_mib(problem) > model->tma_mib && (wanted < 4 || heads <= model->tma_few_heads)) {
+    return fill_with_clusters(heads, tiles, kernel, target);
+  }
   int64_t const splits = power_of_two(least(wanted, ceil_div(tiles, kernel->num_warps)));
   int64_t const per_warp = ceil_div(tiles, splits * kernel->num_warps);
   int const deep = per_warp > 2 && heads * splits < 2 * model->tma_blocks;
@@ -211,26 +215,28 @@ static gqa_splits choose_splits(gqa_problem const* problem, gqa_kernel const* ke
   return chosen;
 }
 
-// Rows of blocks beyond the splits, so that ragged sequences can be cut by their lengths.
+// A row of blocks beyond the splits, so that ragged sequences can be cut by their lengths; or none.
 static int64_t spare_splits(gqa_problem const* problem, gqa_kernel const* kernel,
                             gqa_target const* target) {
   gqa_model const* model = &gqa_dispatch_model;
   int64_t const blocks = columns_of(problem, kernel) * problem->batch_size;
   int64_t const slots = (int64_t)target->num_sms * kernel->blocks_per_sm[target->arch];
   int64_t const rounds = ceil_div(blocks, slots);
-  int const worth_it =
+  return
       problem->ragged && !kernel->tma && problem->batch_size >= 2 &&
       problem->batch_size <= model->balanced_batch && reach(problem) >= model->balanced_tokens &&
       reach(problem) <= model->most_tiles / problem->batch_size && rounds <= model->balanced_rounds;
-  if (!worth_it) return 0;
-  return rounds == 1 ? 1 : 3;
 }
 
 // Whether warps should ask for their first tile before they know the length. It may reach into the
 // row that another block appends meanwhile: asynchronous copies of it are of no consequence, but
 // the loads by which single elements come (cp.async moves no less than four bytes) would race.
-static int may_prefetch_first_tile(gqa_problem const* problem, gqa_kernel const* kernel) {
+// Wide rows gain nothing where a warp has one tile.
+static int may_prefetch_first_tile(gqa_problem const* problem, gqa_kernel const* kernel,
+                                   int64_t splits) {
   gqa_model const* model = &gqa_dispatch_model;
+  int const wide = kernel->tma && problem->head_dim_v > model->tma_early_dims;
+  if (wide && tiles_of(problem, kernel) <= splits * kernel->num_warps) return 0;
   return kernel->vec_width > 1 && (kernel->features & kGqaNoPrefetch) == 0 &&
          cache_mib(problem) <= (kernel->tma ? model->tma_mib : model->prefetch_mib);
 }
@@ -260,7 +266,7 @@ int gqa_choose(gqa_problem const* problem, gqa_target const* target, gqa_dispatc
   chosen->pdl = pdl;
   chosen->num_splits = (int32_t)splits.splits;
   chosen->num_stages = splits.num_stages;
-  chosen->prefetch_first_tile = spare == 0 && may_prefetch_first_tile(problem, kernel);
+  chosen->prefetch_first_tile = spare == 0 && may_prefetch_first_tile(problem, kernel, splits.splits);
   chosen->num_merge_counters =
       num_partials > 1 ? columns * problem->batch_size * splits.cluster : 0;
   chosen->partial_floats = chosen->num_merge_counters * num_partials * kernel->partial_floats;
