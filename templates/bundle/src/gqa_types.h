@@ -117,6 +117,8 @@ typedef struct gqa_model {
   double tma_mib_partial_boxes;
   int64_t tma_heads;
   int64_t tma_blocks;
+  double tma_pairs_mib;
+  int64_t tma_early_dims;
   int64_t tma_large_heads;
   int64_t tma_large_cluster;
   int64_t tma_few_heads;
