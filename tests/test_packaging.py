@@ -95,7 +95,7 @@ def _repository_files(folder: str, *patterns: str) -> set[str]:
 
 
 def test_wheel_holds_every_module_template_and_header(wheel: set[PurePosixPath]) -> None:
-    expected = _repository_files("gqa_cutlass", "*.py")
+    expected = _repository_files("gqa_cutlass", "*.py", "*.json")
     for folder, patterns in (
         ("codegen", ("*.py",)),
         ("templates", ("*.py", "*.jinja", "*.cuh")),
@@ -137,7 +137,8 @@ def test_wheel_declares_its_command(built: Path) -> None:
 
 
 def test_sdist_holds_what_the_wheel_is_made_from(sdist: set[PurePosixPath]) -> None:
-    expected = _repository_files("gqa_cutlass", "*.py") | _repository_files("codegen", "*.py")
+    expected = _repository_files("gqa_cutlass", "*.py", "*.json")
+    expected |= _repository_files("codegen", "*.py")
     expected |= _repository_files("templates", "*.py", "*.jinja", "*.cuh")
     expected |= {"pyproject.toml", "README.md", "LICENSE", "templates/bundle/LICENSE"}
     expected |= {"CHANGELOG.md", "CITATION.cff", "SECURITY.md", "setup.py"}

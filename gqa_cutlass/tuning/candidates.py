@@ -68,7 +68,9 @@ def candidates(problem: Problem, device: Device) -> list[Choice]:
     tma = _kernel(problem, device, Schedule.TMA)
     if tma:
         found += _clusters(problem, tma, device)
-    return list(dict.fromkeys(found))
+    return list(
+        dict.fromkeys(chosen(dispatch(problem, device, 0, each, ragged=True)) for each in found)
+    )
 
 
 def chosen(found: Dispatch) -> Choice:
@@ -76,20 +78,19 @@ def chosen(found: Dispatch) -> Choice:
     return Choice(
         config=replace(found.config, pdl=False), splits=found.num_splits,
         num_stages=found.num_stages, cluster=found.shape.cluster,
-        spare=found.shape.grid[1] - found.num_splits,
+        spare=found.shape.grid[1] - found.num_splits, prefetch=found.prefetch_first_tile,
     )  # fmt: skip
 
 
-def variants(choice: Choice, early: bool, tiles: bool = True) -> list[Choice]:
+def variants(choice: Choice, tiles: bool = True) -> list[Choice]:
     """The same launch of kernels with other tiles, and with the first tile early or not.
 
     Args:
         choice: What to vary.
-        early: Whether it asks for first tiles before lengths are known.
         tiles: Whether tiles vary; kernels with other tiles are compiled on first use.
     """
     base = choice.config
-    found = [] if choice.spare else [replace(choice, prefetch=not early)]
+    found = [] if choice.spare else [replace(choice, prefetch=not choice.prefetch)]
     if not tiles:
         return found
     sizes = ((n // 2, n, n * 2) for n in (base.block_n, base.num_warps, base.num_stages))
@@ -106,7 +107,7 @@ def variants(choice: Choice, early: bool, tiles: bool = True) -> list[Choice]:
 def kernels_of(problem: Problem, device: Device, tiles: bool = True) -> list[KernelConfig]:
     """The kernels of candidates and of their variants, each once."""
     bases = {choice.config: choice for choice in candidates(problem, device)}
-    varied = (other.config for base in bases.values() for other in variants(base, False, tiles))
+    varied = (other.config for base in bases.values() for other in variants(base, tiles))
     return list(dict.fromkeys((*bases, *varied)))
 
 

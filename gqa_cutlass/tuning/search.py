@@ -39,10 +39,13 @@ class Tuned:
         """What loses least over all lengths, and nothing where the cache is full."""
         return next(iter(self.times))
 
-    def best_of(self, *, ragged: bool, longest: int | None) -> Choice | None:
+    def best_of(
+        self, usual: Choice | None = None, *, ragged: bool, longest: int | None
+    ) -> Choice | None:
         """The same where something is known of the lengths.
 
         Args:
+            usual: What the model takes there, which may not be slower in the longest of them.
             ragged: Whether sequences may differ in length.
             longest: Tokens of the longest one after the call; None: anything.
 
@@ -59,7 +62,7 @@ class Tuned:
         if len(names) == len(self.lengths):
             return self.best
         seen = {c: {name: times[name] for name in names} for c, times in self.times.items()}
-        return ranked(seen, self.best if ragged else None)[0]
+        return ranked(seen, self.best if ragged else usual)[0]
 
 
 def _is_near(held: int, longest: int | None) -> bool:
@@ -112,11 +115,7 @@ def tune(problem: Problem, device: Device, measure: Measure, tiles: bool = True)
 
     first = measured(candidates(problem, device), FIRST, _EARLY_SLACK)
     measured(
-        [
-            other
-            for choice in _unlike(first)
-            for other in variants(choice, _is_early(problem, device, choice), tiles)
-        ],
+        [other for choice in _unlike(first) for other in variants(choice, tiles)],
         FIRST,
         _EARLY_SLACK,
     )
@@ -136,7 +135,3 @@ def _unlike(ranked: Sequence[Choice]) -> list[Choice]:
     """The best few of unlike kernels, or ways to balance."""
     best = {(c.config, c.spare > 0): c for c in reversed(ranked)}
     return [c for c in ranked if c in best.values()][:VARIED]
-
-
-def _is_early(problem: Problem, device: Device, choice: Choice) -> bool:
-    return dispatch(problem, device, 0, choice, True).prefetch_first_tile

@@ -21,8 +21,9 @@ from gqa_cutlass.codegen.schema.kinds import DType, Math, Schedule
 from gqa_cutlass.codegen.schema.policies import tagged
 from gqa_cutlass.codegen.schema.problem import MAX_SEQ_LEN, WIDEST, Problem
 from gqa_cutlass.codegen.variants import default_config
-from gqa_cutlass.dispatch import Choice, Device
+from gqa_cutlass.dispatch import Choice, Device, dispatch
 from gqa_cutlass.errors import GqaError, InputError, StoreError, shown
+from gqa_cutlass.tuning.candidates import chosen
 from gqa_cutlass.tuning.search import Tuned
 
 LOG = logging.getLogger("gqa_cutlass")
@@ -113,7 +114,10 @@ def choice_for(
         return None
     for table in tables(device.name):
         tuned = table.find(problem)
-        best = tuned and tuned.best_of(ragged=ragged, longest=longest)
+        if tuned is None:
+            continue
+        usual = chosen(dispatch(tuned.problem, device, ragged=ragged, longest=longest))
+        best = tuned.best_of(usual, ragged=ragged, longest=longest)
         if choice := best and _rebuilt(best, problem):
             why = f"by the table of {table.run['gpu']}, {table.run.get('date', 'no date')}"
             return replace(choice, why=why)

@@ -19,13 +19,14 @@ from c_library import NUMBERS, Config, config_of, scales_of
 from torch import Tensor
 
 import gqa_cutlass
-from gqa_cutlass import GQADecodeConfig, gqa_attention_decode, gqa_decode
+from gqa_cutlass import GQADecodeConfig, api, gqa_attention_decode, gqa_decode
 from gqa_cutlass.call.record import parse
 from gqa_cutlass.codegen import DType, Math, Schedule, default_config
 from gqa_cutlass.codegen.schema.policies import tagged
 from gqa_cutlass.kernels.export import compiled, plan_export, write_bundle
 from gqa_cutlass.kernels.store import Store
 from gqa_cutlass.proof.reference import same_bits
+from gqa_cutlass.tuning import table
 
 pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("gpu_export")]
 
@@ -87,6 +88,14 @@ EXAMPLES = (
     SHAPES["odd group"],
     Shape(1, 32, 32, 96, 50, 80, "f16"),
 )
+
+
+@pytest.fixture(autouse=True)
+def without_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """C has no tables of launches, and is compared with Python's model."""
+    monkeypatch.setattr(table, "tables", lambda gpu: ())
+    for name in ("known", "latest"):
+        monkeypatch.setattr(api._PLANS, name, {})
 
 
 @pytest.fixture(scope="module")
