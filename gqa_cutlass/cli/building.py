@@ -233,7 +233,10 @@ def _write_report(out: Path, facts: Sequence[KernelFacts]) -> None:
     earlier: object = None
     with suppress(InputError):  # there is none
         earlier = read_json("build", out / REPORT, "a report")
-    content = report(facts, version=__version__, compiler=compiler_version(), earlier=earlier)
+    there = {(name, arch) for name, arch, *_ in (p.name.split(".") for p in out.glob("*.*.json"))}
+    content = report(
+        facts, version=__version__, compiler=compiler_version(), earlier=earlier, there=there
+    )
     with writing("build: --out", out):
         update(out, {REPORT: json.dumps(content, indent=1) + "\n"})
 

@@ -165,6 +165,11 @@ def _problem(
             f"tune: --cache-dtype: got {cache_dtype!r}; allowed: float8_e4m3fn, float8_e5m2, or no "
             "such option for caches of 16 bits."
         )
+    if cache_dtype and head_dim % (2 * WIDEST):  # kernels see pairs of 8 bits
+        raise InputError(
+            f"tune: --cache-dtype: got {cache_dtype} with head_dim {head_dim}; allowed: multiples "
+            f"of {2 * WIDEST}, whose rows tables are for. Search the others without it."
+        )
     features = ["block_table"] * (page_size > 0) + [cache_dtype] * (cache_dtype != "")
     return Problem(
         batch_size=batch, num_q_heads=q_heads, num_kv_heads=kv_heads, head_dim=head_dim,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -78,7 +78,12 @@ def planned(config: Kernel, arch: str, stored: StoredKernel | None) -> KernelFac
 
 
 def report(
-    facts: Sequence[KernelFacts], *, version: str, compiler: str, earlier: object = None
+    facts: Sequence[KernelFacts],
+    *,
+    version: str,
+    compiler: str,
+    earlier: object = None,
+    there: Container[tuple[str, str]] = (),
 ) -> dict[str, object]:
     """A report as JSON has it: nothing in it depends on when or where kernels were compiled.
 
@@ -86,12 +91,17 @@ def report(
         facts: Of the kernels that were asked for.
         version: The package's.
         compiler: What compiled them.
-        earlier: The report of what is there already; its other kernels stay, if they are of the
-            same version and compiler. Anything that is no report counts as none.
+        earlier: The report so far; its other kernels stay, if they are of the same version and
+            compiler, and there or failed. Anything that is no report counts as none.
+        there: Names and targets of kernels that there are.
     """
     rows = [asdict(f) | ({} if f.state == FAILED else {"state": "built"}) for f in facts]
     rows = [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
-    rows = _others(earlier, rows, (version, compiler)) + rows
+    known = {_key(row): row for row in rows}
+    for row in _rows_of(earlier, version, compiler):
+        if row["state"] == FAILED or _key(row) in there:
+            known.setdefault(_key(row), row)
+    rows = [known[key] for key in sorted(known)]
     return {
         "version": version,
         "compiler": compiler,
@@ -101,17 +111,18 @@ def report(
     }
 
 
-def _others(
-    earlier: object, rows: Sequence[dict[str, Any]], made_by: tuple[str, str]
-) -> list[dict[str, Any]]:
-    """The kernels of an earlier report that are not among these."""
-    known = {(row["name"], row["arch"]) for row in rows}
+def _key(row: Mapping[str, Any]) -> tuple[str, str]:
+    return row["name"], row["arch"]
+
+
+def _rows_of(report: object, version: str, compiler: str) -> list[dict[str, Any]]:
+    """The kernels of a report of this version and compiler; none, if there is anything odd."""
     try:
-        content: Any = earlier
-        if (content["version"], content["compiler"]) != made_by:
-            return []
-        others = [row for row in content["kernels"] if (row["name"], row["arch"]) not in known]
-        return [row for row in others if isinstance(row["state"], str)]
+        content: Any = report
+        made_by, rows = (content["version"], content["compiler"]), content["kernels"]
+        named = (row[name] for row in rows for name in ("name", "arch", "state"))
+        right = made_by == (version, compiler) and all(isinstance(each, str) for each in named)
+        return [*rows] if right else []
     except (KeyError, TypeError):
         return []
 

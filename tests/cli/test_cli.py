@@ -324,8 +324,10 @@ def test_clean_empties_the_store(store_root: Path) -> None:
          "head counts: got 30 query heads and 8 KV heads"),
         (["explain", "--q-heads", "32", "--kv-heads", "8", "--head-dim", "128", "--dtype", "int8"],
          "explain: dtype: got 'int8'; allowed: float16, bfloat16"),
+        (["tune", "--heads", "8/8/64,8/8/40", "--cache-dtype", "float8_e5m2", "--dry-run"],
+         "--cache-dtype: got float8_e5m2 with head_dim 40; allowed: multiples of 16, whose rows"),
     ],
-    ids=["list", "build", "build-arch", "build-arch-of-none", "explain", "explain-dtype"],
+    ids=["list", "build", "build-arch", "build-arch-of-none", "explain", "explain-dtype", "tune"],
 )  # fmt: skip
 def test_error_is_one_line_and_status_2(
     monkeypatch: pytest.MonkeyPatch,

@@ -87,7 +87,7 @@ def test_a_build_reports_what_it_built(fake: set[str], place: Path) -> None:
         "[1/6", "[2/6", "[3/6", "[4/6", "[5/6", "[6/6",
     ]  # fmt: skip
     report = json.loads((place / "out" / building.REPORT).read_text())
-    assert [row["name"] for row in report["kernels"]] == NAMES
+    assert [row["name"] for row in report["kernels"]] == sorted(NAMES)
     assert (report["built"], report["failed"]) == (6, 0)
     assert {row["state"] for row in report["kernels"]} == {"built"}
     before = {path.name: path.read_bytes() for path in (place / "out").iterdir()}
@@ -97,19 +97,31 @@ def test_a_build_reports_what_it_built(fake: set[str], place: Path) -> None:
 
 
 @pytest.mark.usefixtures("fake")
-def test_a_build_into_the_same_folder_keeps_what_was_reported(place: Path) -> None:
+def test_a_report_says_what_the_folder_holds(place: Path) -> None:
+    """Whatever was built before, in whichever order, and removed since."""
+
+    def reported(*excluded: str) -> bytes:
+        left_out = ("--exclude-kernels", *excluded) if excluded else ()
+        built = console_script("build", *SELECTED, "--out", "out", "--jobs", "1", *left_out)
+        assert built.status == 0
+        return path.read_bytes()
+
     path = place / "out" / building.REPORT
-    for exclude in ("tma", "multistage"):
-        console_script("build", *SELECTED, "--out", "out", "--jobs", "1",
-                       "--exclude-kernels", exclude)  # fmt: skip
-    both = json.loads(path.read_text())
-    assert sorted(row["name"] for row in both["kernels"]) == sorted(NAMES)
-    assert (both["built"], both["failed"]) == (6, 0)
-    for damaged in ("[]", "{}", '{"kernels": 1}', json.dumps({**both, "kernels": [{"name": 1}]}),
-                    json.dumps({**both, "version": "0"}), "\0"):  # fmt: skip
+    multistage = json.loads(reported("tma"))
+    assert multistage["built"] == 3
+    both = reported("multistage")
+    whole = json.loads(both)
+    assert [row["name"] for row in whole["kernels"]] == sorted(NAMES)
+    assert (whole["built"], whole["failed"]) == (6, 0)
+    assert reported("tma") == reported() == both
+    odd = {"name": ["x"], "arch": "sm_90a", "state": "built"}, {"name": "x", "arch": 1}, 1
+    for damaged in ("[]", "{}", '{"kernels": 1}', json.dumps({**whole, "version": "0"}), "\0",
+                    *(json.dumps({**whole, "kernels": [row]}) for row in odd)):  # fmt: skip
         path.write_text(damaged)
-        assert console_script("build", *SELECTED, "--out", "out", "--jobs", "1").status == 0
-        assert [row["name"] for row in json.loads(path.read_text())["kernels"]] == NAMES
+        assert reported() == both
+    for removed in (place / "out").glob("*_tma_*"):
+        removed.unlink()
+    assert json.loads(reported("tma")) == multistage
 
 
 def test_a_kernel_that_fails_does_not_lose_the_others(fake: set[str], place: Path) -> None:
@@ -122,8 +134,10 @@ def test_a_kernel_that_fails_does_not_lose_the_others(fake: set[str], place: Pat
     assert {path.name.split(".")[0] for path in (place / "out").glob("*.cubin")} == {
         *NAMES[:1], *NAMES[2:],
     }  # fmt: skip
-    failed = json.loads((place / "out" / building.REPORT).read_text())["kernels"][1]
+    report = json.loads((place / "out" / building.REPORT).read_text())
+    (failed,) = (row for row in report["kernels"] if row["name"] == NAMES[1])
     assert failed["state"] == "failed" and "no such thing" in failed["error"]
+    assert (report["built"], report["failed"]) == (5, 1)
 
 
 def test_a_full_disk_is_one_line_and_keeps_what_is_done(
