@@ -233,11 +233,12 @@ def _write_report(out: Path, facts: Sequence[KernelFacts]) -> None:
     earlier: object = None
     with suppress(InputError):  # there is none
         earlier = read_json("build", out / REPORT, "a report")
-    there = {(name, arch) for name, arch, *_ in (p.name.split(".") for p in out.glob("*.*.json"))}
-    content = report(
-        facts, version=__version__, compiler=compiler_version(), earlier=earlier, there=there
-    )
     with writing("build: --out", out):
+        names = (path.name.split(".") for path in out.glob("*.*.json"))
+        content = report(
+            facts, version=__version__, compiler=compiler_version(), earlier=earlier,
+            there={(name, arch) for name, arch, *_ in names},
+        )  # fmt: skip
         update(out, {REPORT: json.dumps(content, indent=1) + "\n"})
 
 
