@@ -203,7 +203,7 @@ class KVCache(CountedCache):
         Allocates nothing.
 
         Raises:
-            InputError: A size, the type or a window is not allowed, or one scale alone is "token".
+            InputError: A size, the type, a window or a scale is not allowed.
         """
         shape = batch_size, max_seq_len, num_kv_heads, head_dim, dtype, head_dim_v
         scaled = by_token("KVCache", k_scale, v_scale)

@@ -128,15 +128,23 @@ def by_token(owner: str, k_scale: LayerScales, v_scale: LayerScales) -> bool:
     """Whether scales are to be of tokens.
 
     Raises:
-        InputError: Only one of the two is.
+        InputError: Only one of the two is; or there is something that is no scale anywhere.
     """
     given = {"k_scale": k_scale, "v_scale": v_scale}
-    found = [name for name, scale in given.items() if isinstance(scale, str) and scale == TOKEN]
+    for name, scale in given.items():
+        for each in scale if isinstance(scale, (list, tuple)) else [scale]:
+            if each is not None and not is_tensor(each) and not (each is scale and _is_token(each)):
+                _number(owner, name, each)
+    found = [name for name, scale in given.items() if _is_token(scale)]
     if len(found) == 1:
         (other,) = given.keys() - found
         allowed = f"{TOKEN!r}, as {found[0]}: both have a scale for every token, or none"
         refuse(owner, other, shown(given[other]), allowed)
     return len(found) > 0
+
+
+def _is_token(scale: object) -> bool:
+    return isinstance(scale, str) and scale == TOKEN
 
 
 def allocate_scaled(
@@ -201,10 +209,7 @@ def _checked(sizes: Sizes, device: torch.device, name: str, scale: Scale) -> Sca
         got = f"{shown(scale) if is_number(scale) else 'a scale'}, with caches of {sizes.dtype}"
         refuse(owner, name, got, f"None, or caches of {FP8_NAMES}")
     if not is_tensor(scale):
-        remedy = f"; or {TOKEN!r} of both, for all layers"
-        return check_number(
-            name, scale, lambda what, got, allowed: refuse(owner, what, got, allowed + remedy)
-        )
+        return _number(owner, name, scale)
     scale = plain(owner, name, scale)
     heads = sizes.num_kv_heads
     right = scale.dtype == torch.float32 and scale.device == device
@@ -215,6 +220,14 @@ def _checked(sizes: Sizes, device: torch.device, name: str, scale: Scale) -> Sca
     if found := memory_flaw(scale):
         refuse(owner, name, *found)
     return scale.detach()
+
+
+def _number(owner: str, name: str, scale: object) -> float:
+    """A scale that is no tensor."""
+    remedy = f"; or {TOKEN!r} of both, for all layers"
+    return check_number(
+        name, scale, lambda what, got, allowed: refuse(owner, what, got, allowed + remedy)
+    )
 
 
 def _scales_of(rows: Tensor, most: float) -> Tensor:

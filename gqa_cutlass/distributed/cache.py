@@ -215,7 +215,7 @@ class ShardedKVCache(KVCache):
         """Bytes that such caches would take on each of `size` ranks; allocates nothing.
 
         Raises:
-            InputError: A size or the type is not allowed, or one scale alone is "token".
+            InputError: A size, the type or a scale is not allowed.
         """
         return _Sizes(
             num_layers=num_layers, batch_size=batch_size, max_seq_len=max_seq_len,

@@ -142,7 +142,7 @@ class ShardedPagedKVCache(PagedKVCache):
         """Bytes that such a cache would take on each of `size` ranks; allocates nothing.
 
         Raises:
-            InputError: A size or the type is not allowed, or one scale alone is "token".
+            InputError: A size, the type or a scale is not allowed.
         """
         check_reach("ShardedPagedKVCache", window)
         return _Sizes(

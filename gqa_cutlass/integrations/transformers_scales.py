@@ -28,7 +28,7 @@ class Stored:
         v_scale: Of values, likewise.
 
     Raises:
-        InputError: Another type, or scales without one, or only one of tokens.
+        InputError: Another type, or scales without one; or a scale is not allowed.
     """
 
     dtype: torch.dtype | None = None

@@ -198,6 +198,8 @@ def test_compiled_steps_are_those_that_are_not() -> None:
         ({"v_scale": [1, 2]}, "v_scale: got one without cache_dtype; allowed: None"),
         ({"k_scale": "token"}, "k_scale: got one without cache_dtype; allowed: None, or a cache_d"),
         ({"cache_dtype": E4M3, "k_scale": "token"}, "v_scale: got None; allowed: 'token', as k_s"),
+        ({"cache_dtype": E4M3, "k_scale": 0.0}, "^GqaCache: k_scale: got 0.0; allowed: a number"),
+        ({"cache_dtype": E4M3, "v_scale": [1.0, "x"]}, "^GqaCache: v_scale: got 'x'; allowed: a n"),
     ],
 )  # fmt: skip
 def test_what_is_not_allowed_is_refused(llama: Any, options: dict[str, Any], says: str) -> None:
@@ -205,10 +207,7 @@ def test_what_is_not_allowed_is_refused(llama: Any, options: dict[str, Any], say
         GqaCache(llama.config, **{"max_cache_len": ROOM} | options)
 
 
-@pytest.mark.parametrize(
-    ("scale", "says"),
-    [(0.0, "k_scale: got 0.0; allowed: a number"), ([1.0], "k_scale: got 1 scales; allowed: one")],
-)
-def test_scales_are_checked_with_the_first_prompt(llama: Any, scale: Any, says: str) -> None:
-    with pytest.raises(InputError, match=says):
-        ours(llama, cache_for(llama, k_scale=scale))
+def test_a_scale_for_each_layer_is_counted_with_the_first_prompt(llama: Any) -> None:
+    cache = cache_for(llama, k_scale=[1.0])
+    with pytest.raises(InputError, match="k_scale: got 1 scales; allowed: one"):
+        ours(llama, cache)

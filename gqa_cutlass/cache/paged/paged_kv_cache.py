@@ -141,7 +141,7 @@ class PagedKVCache(PagedView):
             Bytes of the pools of all layers, keys and values, and of their tokens' scales.
 
         Raises:
-            InputError: A size or the type is not allowed, or one scale alone is "token".
+            InputError: A size, the type or a scale is not allowed.
         """
         check_reach("PagedKVCache", window)
         sizes = PoolSizes(
