@@ -13,6 +13,7 @@ from gqa_cutlass.cache.allocation import available_bytes, gib
 from gqa_cutlass.cache.inputs import check_memory, refuse, surroundings_flaw
 from gqa_cutlass.call.stored import SCALES
 from gqa_cutlass.errors import CacheAllocationError, GqaError
+from gqa_cutlass.tracing import untraced
 
 
 class Stored(Protocol):
@@ -36,7 +37,10 @@ R = TypeVar("R")
 
 
 def guarded(method: Callable[Concatenate[Cache, P], R]) -> Callable[Concatenate[Cache, P], R]:
-    """Refuse where a cache cannot be worked on; let a lack of memory be an error of ours."""
+    """Refuse where a cache cannot be worked on; let a lack of memory be an error of ours.
+
+    Compiled code breaks its graph for it.
+    """
     name = method.__name__.lstrip("_")
 
     @wraps(method)
@@ -49,7 +53,7 @@ def guarded(method: Callable[Concatenate[Cache, P], R]) -> Callable[Concatenate[
         work = partial(method, self, *args, **kwargs)
         return with_memory(f"KVCache.{name}", self.device, work)
 
-    return call
+    return untraced(call, f"KVCache.{name} runs on the host; in one graph are decode and accept")
 
 
 def lack_of_memory(error: RuntimeError) -> str:

@@ -54,7 +54,7 @@ class KVCache(CountedCache):
 
     `decode` works in code that torch.compile compiles, where the device counts and the host forgets
     with every call; what was compiled can be captured as well, if `forget` follows every replay.
-    The other methods work there too, but are compiled anew whenever the host knows other lengths.
+    The other methods work there too, but for `accept` and `forget` outside of its graphs.
 
     Whoever writes into `seqlens` takes the host's knowledge away, and must call `refresh` (which
     waits) or `forget` (which does not) before the next operation.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import torch
 from cache_model import (
     DIM,
     F16,
@@ -18,6 +19,7 @@ from cache_model import (
     token,
     tokens,
 )
+from compiling import GROUP
 
 from gqa_cutlass import (
     CacheOverflowError,
@@ -139,3 +141,29 @@ def test_layers_share_lengths_that_the_last_one_moves(device: str) -> None:
         assert first.lengths == last.lengths and first.bound == last.bound
     first.truncate(2)
     assert last.seqlens.tolist() == [2, 2] and last.bound == 2
+
+
+@pytest.mark.xdist_group(GROUP)
+def test_what_compiled_code_calls_does_what_it_does_elsewhere() -> None:
+    cache, other = new_cache(2), new_cache(2)
+    k, v = tokens(cache, 4)
+    for operation in (
+        lambda cache: cache.prefill(k, v, [4, 2]),
+        lambda cache: cache.append(k[:, 0], v[:, 1]),
+        lambda cache: cache.prefill(k, v, on_device(cache, 3, 1)),
+        lambda cache: cache.refresh(),
+        lambda cache: cache.reorder([1, 0]),
+        lambda cache: cache.truncate(3),
+        lambda cache: cache.check(),
+        lambda cache: cache.reset([0]),
+    ):
+        torch._dynamo.reset()
+        torch.compile(operation, backend="eager")(cache)
+        operation(other)
+        assert cache.lengths == other.lengths and torch.equal(cache.seqlens, other.seqlens)
+        lengths = other.seqlens.tolist()
+        held = (
+            [t[b, :n] for b, n in enumerate(lengths) for t in (c.k, c.v)] for c in (cache, other)
+        )
+        assert same(*(bits(*each) for each in held))
+    torch._dynamo.reset()
