@@ -14,19 +14,25 @@ import torch
 from torch import Tensor
 
 from gqa_cutlass import PagedKVCache
+from gqa_cutlass.cache.scales import raw
+from gqa_cutlass.proof.reference import scale_of_row, stored
 
 HEADS, DIM, GROUP = 1, 64, 4  # those of other tests, and so their kernel
-F16 = torch.float16
+F16, E4M3 = torch.float16, torch.float8_e4m3fn
 _BASE = 2000  # float16 has all ints up to 2048
+_BASE_OF_8 = 16  # and 8 bits those up to 16, of a row whose scale is a power of two
 
 
 def new_cache(
     num_pages: int = 12, page_size: int = 4, layers: int = 1, device: str = "cpu",
-    window: int | None = None,
+    window: int | None = None, by_token: bool = False,
 ) -> PagedKVCache:  # fmt: skip
+    """By token: of 8 bits, with scales of tokens."""
+    scales: dict[str, Any] = {"k_scale": "token", "v_scale": "token"} if by_token else {}
     return PagedKVCache(
-        num_pages, page_size, HEADS, DIM, F16, device, num_layers=layers, window=window
-    )
+        num_pages, page_size, HEADS, DIM, E4M3 if by_token else F16, device, num_layers=layers,
+        window=window, **scales,
+    )  # fmt: skip
 
 
 class Told:
@@ -46,15 +52,30 @@ class Told:
 
     def rows(self, tokens: Sequence[int], layer: int) -> tuple[Tensor, Tensor]:
         """Their keys and values in a layer, [tokens, heads, dim]."""
-        number = torch.tensor(tokens, dtype=torch.int64, device=self.cache.device)
+        number = torch.tensor(tokens, dtype=torch.int64, device=self.cache.device)[:, None]
         k = torch.zeros(len(tokens), HEADS, DIM, dtype=F16, device=self.cache.device)
-        k[:, :, 0], k[:, :, 1], k[:, :, 2] = (
-            number[:, None] // _BASE,
-            number[:, None] % _BASE,
-            layer,
-        )
+        base = _BASE_OF_8 if self.by_token else _BASE
+        for i in range(4):
+            k[:, :, i] = number // base**i % base
+        k[:, :, 4] = layer
         v = k.clone()
-        v[:, :, 3] = 1
+        v[:, :, 5] = 1
+        if self.by_token:  # of unlike scales, in which the digits are what they are
+            k[:, :, 6], v[:, :, 6] = torch.finfo(E4M3).max, -torch.finfo(E4M3).max
+            k, v = ((t * 2.0 ** (number % n)[..., None]).half() for t, n in ((k, 7), (v, 5)))
+        return k, v
+
+    @property
+    def by_token(self) -> bool:
+        """Whether tokens are of 8 bits, each with its scale."""
+        return self.cache.k[0].dtype == E4M3
+
+    def gathered(self, layer: int, sequence: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a sequence, multiplied by their scales."""
+        k, v = self.cache.gather(layer, sequence)
+        if self.by_token:
+            scales = self.cache.gather_scales(layer, sequence)
+            k, v = ((t.float() * s[..., None]).to(F16) for t, s in zip((k, v), scales, strict=True))
         return k, v
 
     def all_rows(self, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -158,7 +179,7 @@ class Told:
             assert all(page < 0 for page in pages[: first // cache.page_size])
             for layer in self.layers:
                 for found, expected in zip(
-                    cache.gather(layer, sequence), self.rows(tokens[first:], layer), strict=True
+                    self.gathered(layer, sequence), self.rows(tokens[first:], layer), strict=True
                 ):
                     assert torch.equal(found, expected), (sequence, layer)
         self.check_pages()
@@ -186,7 +207,8 @@ class State:
     def __init__(self, cache: PagedKVCache, bits: bool = True) -> None:
         self.seen = {s: (cache.length(s), cache.pages(s)) for s in cache.sequences}
         self.free = cache.free_pages
-        self.bits = [pool.clone() for pool in (*cache.k, *cache.v)] if bits else []
+        of_tokens = [s for s in (*cache.k_scale, *cache.v_scale) if isinstance(s, Tensor)]
+        self.bits = [raw(t).clone() for t in (*cache.k, *cache.v, *of_tokens)] if bits else []
 
     def __eq__(self, other: object) -> bool:
         assert isinstance(other, State)
@@ -196,7 +218,7 @@ class State:
 
 def same_bits(some: list[Tensor], others: list[Tensor]) -> bool:
     pairs = zip(some, others, strict=True)
-    return all(torch.equal(*(t.view(torch.int16) for t in pair)) for pair in pairs)
+    return all(torch.equal(*(t.view(torch.uint8) for t in pair)) for pair in pairs)
 
 
 @contextmanager
@@ -209,10 +231,12 @@ def nothing_changed(cache: PagedKVCache) -> Iterator[None]:
 
 def appending(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None, *,
-    cache_seqlens: Tensor, block_table: Tensor, **options: Any,
+    cache_seqlens: Tensor, block_table: Tensor, k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None, **options: Any,
 ) -> Tensor:  # fmt: skip
     """In place of `gqa_decode`: appends as it does, and attends to nothing."""
     num_pages, page_size = k_cache.shape[:2]
+    caches = k_cache, v_cache
     assert cache_seqlens.dtype == block_table.dtype == torch.int32
     assert cache_seqlens.shape == block_table.shape[:1] == q.shape[:1]
     if k is not None and v is not None:
@@ -221,5 +245,10 @@ def appending(
             for i in range(several[0].shape[1] if length >= 0 else 0):
                 page, row = int(block_table[b, (length + i) // page_size]), (length + i) % page_size
                 assert 0 <= page < num_pages
-                k_cache[page, row], v_cache[page, row] = (new[b, i] for new in several)
+                for cache, scales, new in zip(caches, (k_scale, v_scale), several, strict=True):
+                    token = new[b, i]
+                    if scales is not None:
+                        scales[page, row] = scale_of_row(token, cache.dtype)
+                        token = stored(token, scales[page, row, :, None], cache.dtype)
+                    raw(cache)[page, row] = raw(token)
     return torch.zeros_like(q)

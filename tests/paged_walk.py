@@ -35,18 +35,20 @@ class Walk(Told):
     Args:
         seed: Of what is done, and of the cache's sizes; odd: it has a window.
         device: Of the cache.
+        by_token: Whether it is of 8 bits, with scales of tokens; then no step has drafts.
     """
 
-    def __init__(self, seed: int, device: str = "cpu") -> None:
+    def __init__(self, seed: int, device: str = "cpu", by_token: bool = False) -> None:
         self.random = random.Random(seed)
         page_size, layers = self.random.choice([1, 3, 4, 16]), self.random.choice([1, 2])
         most, window = self.random.randint(8, 40), None
         if seed % 2:  # so that there is less to hold
             most, window = max(8, most // 2), self.random.choice([1, 3, page_size + 1])
-        super().__init__(new_cache(most, page_size, layers, device, window))
-        self.batch = self.cache.batch(ROWS, ROOM, self.random.choice([1, 1, 3]))
+        super().__init__(new_cache(most, page_size, layers, device, window, by_token))
+        self.batch = self.cache.batch(ROWS, ROOM, 1 if by_token else self.random.choice([1, 1, 3]))
         self.done: Counter[str] = Counter()
-        self._operations = [name for name in dir(self) if name.startswith("do_")]
+        names = [name for name in dir(self) if name.startswith("do_")]
+        self._operations = [name for name in names if name != "do_draft" or not by_token]
 
     def seen(self, sequences: Sequence[int]) -> dict[str, tuple[int, int]]:
         """A window that sequences have all tokens of; one that is wider is refused."""
@@ -327,7 +329,7 @@ class Walk(Told):
         return list(self.batch.sequences)
 
 
-def walk(seed: int, operations: int, device: str = "cpu") -> Counter[str]:
+def walk(seed: int, operations: int, device: str = "cpu", by_token: bool = False) -> Counter[str]:
     """Do so many, on several caches one after the other; returns how many of which.
 
     On the CPU without a kernel, on a GPU with it.
@@ -336,7 +338,7 @@ def walk(seed: int, operations: int, device: str = "cpu") -> Counter[str]:
     decode = appending if device == "cpu" else gqa_decode
     with mock.patch.object(step_module, "gqa_decode", decode):
         for start in range(0, operations, 1000):
-            one = Walk(seed + start // 1000, device)
+            one = Walk(seed + start // 1000, device, by_token)
             for _ in range(min(1000, operations - start)):
                 one.step()
             one.close()
@@ -350,8 +352,9 @@ def main() -> int:
     parser.add_argument("--operations", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help="cuda: with the kernel")
+    parser.add_argument("--by-token", action="store_true", help="8 bits, with scales of tokens")
     given = parser.parse_args()
-    done = walk(given.seed, given.operations, given.device)
+    done = walk(given.seed, given.operations, given.device, given.by_token)
     print(f"{given.operations} operations, nothing lost: {dict(done)}")
     return 0
 

@@ -67,10 +67,14 @@ def test_repr_names_sizes_and_what_is_free() -> None:
 # What is held
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_any_sequence_of_operations_keeps_the_tokens(seed: int, device: str) -> None:
-    """`python tests/paged_walk.py --operations 100000` does more of them."""
-    done = walk(seed, 250, device)
+@pytest.mark.parametrize(
+    ("seed", "by_token"), [(seed, False) for seed in range(6)] + [(0, True), (1, True)], ids=str
+)
+def test_any_sequence_of_operations_keeps_the_tokens(
+    seed: int, by_token: bool, device: str
+) -> None:
+    """Scales of tokens too. `python tests/paged_walk.py --operations 100000` does more of them."""
+    done = walk(seed, 250, device, by_token)
     freed = done.pop("steps with pages freed", 0)
     assert min(done.values()) > 0 and done["out of pages"] > 0
     assert (freed > 50) == seed % 2  # it had a window
