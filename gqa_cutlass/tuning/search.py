@@ -52,17 +52,18 @@ class Tuned:
         Returns:
             None where nothing of the kind was measured.
         """
+        unlike = {name for name, held in self.lengths.items() if len(set(held)) > 1}
         names = [
             name
             for name, held in self.lengths.items()
-            if (ragged or len(set(held)) == 1) and _is_near(max(held) + 1, longest)
+            if (ragged or name not in unlike) and _is_near(max(held) + 1, longest)
         ]
         if not names:
             return None
-        if len(names) == len(self.lengths):
-            return self.best
+        if ragged and unlike or len(names) == len(self.lengths):
+            return self.best  # a bound does not say how unlike lengths are
         seen = {c: {name: times[name] for name in names} for c, times in self.times.items()}
-        return ranked(seen, self.best if ragged else usual)[0]
+        return ranked(seen, usual)[0]
 
 
 def _is_near(held: int, longest: int | None) -> bool:

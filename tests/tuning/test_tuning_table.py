@@ -107,6 +107,7 @@ def test_what_is_known_of_lengths_counts(folder: Path) -> None:
     first, second = tuned_of(PROBLEM).times
     for ragged, longest, expected in (
         (True, None, first), (False, None, second), (True, 4096, first), (False, 512, second),
+        (True, 64, first), (False, 64, second),
     ):  # fmt: skip
         found = choice_for(PROBLEM, X1, ragged=ragged, longest=longest)
         assert found is not None and replace(found, why=expected.why) == expected
