@@ -33,6 +33,7 @@ class Result:
     k_cache: Tensor
     v_cache: Tensor
     lse: Tensor | None = None
+    scales: tuple[Tensor, ...] = ()  # of tokens
 
     @classmethod
     def of(cls, launched: Launched, step: Step, lse: Tensor | None = None) -> Result:
@@ -111,6 +112,8 @@ def assert_same(ours: Result, theirs: Result) -> None:
     assert (ours.lse is None) == (theirs.lse is None)
     if ours.lse is not None and theirs.lse is not None:
         assert same_bits(ours.lse, theirs.lse), "lse differs"
+    assert len(ours.scales) == len(theirs.scales)
+    assert all(map(same_bits, ours.scales, theirs.scales)), "scales differ"
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -52,7 +52,7 @@ KERNELS = dispatched(
 DEPENDENTS = as_dependents(KERNELS)
 TENSORS = "out", "q", "k", "v", "k_cache", "v_cache"  # in C's order
 CAP, SINK, WINDOW = named("SoftCapped"), named("SinkInSum"), named("SlidingWindow")
-IN_FLOAT32, PAGED = named("InFloat32"), named("PagedCache")
+IN_FLOAT32, PAGED, TREE = named("InFloat32"), named("PagedCache"), named("TreeOfQueries")
 _CPU, _LAID_OUT = torch.device("cpu"), ctypes.create_string_buffer(4096)  # gqa_tensors
 MODEL, H200 = MODELS["sm_90a"], model_device(ARCHES["sm_90a"])
 
@@ -172,7 +172,8 @@ class Case:
             head_dim_v=p.head_dim_v or 0, output_float32=IN_FLOAT32 in p.policies,
             dependent=self.dependent, lse=1 << 41, num_tokens=p.num_tokens,
             num_new_tokens=p.num_new_tokens, cache_type=CACHE_TYPES.get(cache_dtype(p), 0),
-            **self.strides(), **self.pages(), **self.scales(),
+            tree_mask=1 << 45 if TREE in p.policies else None, **self.strides(), **self.pages(),
+            **self.scales(),
         )  # fmt: skip
 
     def pages(self) -> dict[str, int]:

@@ -8,13 +8,24 @@ from typing import Any
 
 import torch
 from c_and_python import Result
-from c_library import DTYPES, NUM_MERGE_COUNTERS, NUMBERS, STATUSES, Config, Library, float32
+from c_driver import Launched
+from c_library import (
+    DTYPES,
+    NUM_MERGE_COUNTERS,
+    NUMBERS,
+    STATUSES,
+    Config,
+    Library,
+    float32,
+    scales_of,
+)
 from c_simulator import Simulator, recorded
 from torch import Tensor
 
 import gqa_cutlass
 from gqa_cutlass import CacheOverflowError, gqa_decode
 from gqa_cutlass.call.given import ROWS
+from gqa_cutlass.call.stored import SCALES
 from gqa_cutlass.codegen import KernelConfig
 
 _TORCH = {"f16": torch.float16, "bf16": torch.bfloat16}
@@ -46,7 +57,7 @@ class Call:
     def __post_init__(self) -> None:
         self.out = torch.full_like(self.q, torch.nan)
         self.seqlens = torch.tensor(self.lengths, dtype=torch.int32)
-        self.before = self.k_cache.clone(), self.v_cache.clone()
+        self.before = tuple(t.clone() for t in self.written)
         self.scale = float32(self.q.shape[-1] ** -0.5)
         tokens = self.q.shape[-3]
         shape = *self.q.shape[:1], self.q.shape[-2], tokens
@@ -54,10 +65,20 @@ class Call:
             shape = self.q.shape[1], tokens
         self.lse = torch.full(shape, torch.nan)
 
+    @property
+    def scales(self) -> tuple[Tensor, ...]:
+        """Those of tokens, if there are any."""
+        return tuple(self.options[name] for name in SCALES if name in self.options)
+
+    @property
+    def written(self) -> tuple[Tensor, ...]:
+        """What tokens are appended to."""
+        return self.k_cache, self.v_cache, *self.scales
+
     def restore(self) -> None:
         """Make memory as it was."""
-        self.k_cache.copy_(self.before[0])
-        self.v_cache.copy_(self.before[1])
+        for now, before in zip(self.written, self.before, strict=True):
+            now.copy_(before)
         self.out.fill_(torch.nan)
         self.lse.fill_(torch.nan)
 
@@ -71,11 +92,8 @@ class Call:
             )  # fmt: skip
         with suppress(CacheOverflowError):
             gqa_cutlass.check_overflow("cpu")
-        launched = launches[-1]
-        result = Result(
-            launched, self.out.clone(), self.k_cache.clone(), self.v_cache.clone(),
-            lse.view(self.lse.shape),
-        )  # fmt: skip
+        self.lse.copy_(lse.view(self.lse.shape))
+        result = self._result(launches[-1])
         self.restore()
         return result
 
@@ -102,10 +120,11 @@ class Call:
         if simulator.fault is not None:
             raise simulator.fault
         assert status == "GQA_SUCCESS", library.error
-        return Result(
-            simulator.launches[-1], self.out.clone(), self.k_cache.clone(), self.v_cache.clone(),
-            self.lse.clone(),
-        )  # fmt: skip
+        return self._result(simulator.launches[-1])
+
+    def _result(self, launched: Launched) -> Result:
+        k_cache, v_cache, *scales = (t.clone() for t in self.written)
+        return Result(launched, self.out.clone(), k_cache, v_cache, self.lse.clone(), tuple(scales))
 
     def decode(self, library: Library, config: Config, flag: Tensor | None = None) -> str:
         """Call the library, with lengths on the device where there is a flag; the status' name."""
@@ -157,8 +176,14 @@ class Call:
         """What options ask for, by the fields of GQADecodeConfig."""
         options = self.options
         found: dict[str, Any] = {
-            name: t.data_ptr() for name, t in options.items() if isinstance(t, Tensor)
+            name: t.data_ptr()
+            for name, t in options.items()
+            if isinstance(t, Tensor) and name not in SCALES
         }
+        found |= scales_of(self.k_cache, *(options.get(name) for name in SCALES))
+        if "cache_batch_idx" in options:
+            rows: Tensor = options.get("block_table", self.k_cache)
+            found["cache_rows"] = rows.shape[0]
         left, right = options.get("window_size", (-1, -1))
         found["window"] = left + 1
         if not options.get("causal", True):

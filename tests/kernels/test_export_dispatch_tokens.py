@@ -12,7 +12,7 @@ from c_dispatch import PAGED, WINDOW, Case, Kind, case_of, library_of
 from c_library import Library
 
 from gqa_cutlass.codegen import ARCHES, DType, KernelConfig, Math, Schedule, default_config
-from gqa_cutlass.codegen.schema.policies import named, special
+from gqa_cutlass.codegen.schema.policies import OF_TOKENS, named, special, tagged
 from gqa_cutlass.codegen.schema.problem import MAX_TOKENS
 from gqa_cutlass.dispatch import Device
 from gqa_cutlass.kernels.export import plan_export
@@ -24,9 +24,20 @@ KINDS = [
     Kind(DType.F16, 256, 2, (PAGED, MULTI)),
     Kind(DType.BF16, 96, 1, (MULTI,)),
     Kind(DType.BF16, 128, 4, special((MULTI, named("E4m3Operands")))),
+    Kind(DType.F16, 128, 4, tagged("multi_e4m3t")),
+    Kind(DType.BF16, 256, 2, tagged("paged_multi_e5m2t")),
+    Kind(DType.BF16, 64, 8, tagged("tree_e4m3t")),
 ]
 WIDTHS = 8, 2, 1
 PROBLEMS = 4000
+
+
+def widths_of(kind: Kind, schedule: Schedule) -> tuple[int, ...]:
+    """Those that kernels of a schedule have; none with scales of tokens is narrow."""
+    of_tokens = bool({*OF_TOKENS} & {*kind.policies})
+    if schedule is Schedule.TMA:
+        return () if of_tokens else WIDTHS[:1]
+    return WIDTHS[: len(WIDTHS) - of_tokens]
 
 
 def kernels_of(kind: Kind) -> list[KernelConfig]:
@@ -37,7 +48,7 @@ def kernels_of(kind: Kind) -> list[KernelConfig]:
             width, schedule, kind.policies, None, tokens,
         )
         for schedule in Schedule
-        for width in (WIDTHS if schedule is Schedule.MULTISTAGE else (8,))
+        for width in widths_of(kind, schedule)
         for tokens in range(1, MAX_TOKENS + 1)
     ]  # fmt: skip
     return list(dict.fromkeys(found))
@@ -61,8 +72,9 @@ def random_cases(count: int) -> Iterator[Case]:
 
     for _ in range(count):
         tokens = chance.randint(1, 16) if chance.random() < 0.5 else size(MAX_TOKENS)
+        kind = chance.choice(KINDS)
         yield case_of(
-            chance.choice(KINDS), chance.choice(WIDTHS),
+            kind, chance.choice(widths_of(kind, Schedule.MULTISTAGE)),
             Device(index=-1, arch=chance.choice(archs), num_sms=chance.randint(46, 160)),
             batch=size(100), kv_heads=size(16), tokens=MAX_TOKENS + size(2**18),
             ragged=chance.random() < 0.5, window=size(2**12), dependent=chance.random() < 0.5,

@@ -69,15 +69,8 @@ INVALID: dict[str, tuple[dict[str, Any], str]] = {
     "of tokens aligned": (
         TOKENS | dict(v_scales=2), "v_scales: got address 0x2; allowed: multiples of 4. Nothing w",
     ),
-    "of several tokens": (
-        TOKENS | dict(num_tokens=2),
-        "scales_of_tokens: got 1 with several tokens; allowed: one token. Nothing was launched. D",
-    ),
-    "of several new tokens": (
-        TOKENS | dict(num_new_tokens=2), "scales_of_tokens: got 1 with several tokens; allowed: on",
-    ),
-    "of drafts": (
-        TOKENS | dict(tree_mask=1 << 52), "scales_of_tokens: got 1 with several tokens; allowed: o",
+    "of several tokens of keys alone": (
+        WITHOUT | dict(num_tokens=2), "v_scales: got null with scales_of_tokens; needed: scales on",
     ),
     "heads apart": (
         TOKENS | dict(k_scale_head_stride=2),
@@ -143,7 +136,12 @@ def test_types_that_were_not_exported_are_unsupported_and_named(
     asked: dict[str, Any], name: str
 ) -> None:
     library = fresh_library()
-    for changes, features in ((dict(softcap=30), " with softcap"), ({}, "")):
+    several: list[tuple[dict[str, Any], str]] = [
+        ({}, ""), (dict(softcap=30), " with softcap"), (dict(num_tokens=2), " with num_tokens"),
+        (dict(num_new_tokens=2), " with num_tokens"),
+        (dict(num_tokens=2, tree_mask=1 << 52), " with tree_mask"),
+    ]  # fmt: skip
+    for changes, features in several:
         config = Config(**VALID | changes | asked)
         status = STATUSES[library.c.gqa_explain(config, b"sm_90a", 132, 0, Explained())]
         assert status == "GQA_ERROR_UNSUPPORTED"
@@ -160,22 +158,41 @@ def test_what_asks_for_nothing_is_launched() -> None:
 
 WRITTEN = ("output", "kv_cache_k", "kv_cache_v", "k_scales", "v_scales")
 READ = ("q", "k", "v", "sinks", "cache_seqlens")
+# Query and new tokens of both sequences, how they are asked for, and the bytes of what says so.
+COUNTS: dict[str, tuple[int, int, dict[str, int], dict[str, int]]] = {
+    "one": (2, 2, {}, {}),
+    "several": (6, 8, dict(num_tokens=3, num_new_tokens=4), {}),
+    "drafts": (6, 6, dict(num_tokens=3, tree_mask=1 << 55), {"tree_mask": 24}),
+    "unlike numbers": (
+        5, 7,
+        dict(num_tokens=4, total_tokens=5, cu_seqlens_q=1 << 56, total_new_tokens=7,
+             cu_seqlens_k_new=1 << 57),
+        {"cu_seqlens_q": 12, "cu_seqlens_k_new": 12},
+    ),
+}  # fmt: skip
+PAIRS = [
+    (scales, other, name)
+    for name, (*_, said) in COUNTS.items()
+    for scales in WRITTEN[-2:]
+    for other in (*WRITTEN, *READ, "lse", *said)
+    if other != scales
+]
 
 
-PAIRS = [(s, o) for s in WRITTEN[-2:] for o in (*WRITTEN, *READ, "lse") if o != s]
-
-
-@pytest.mark.parametrize(("scales", "other"), PAIRS)
-def test_scales_of_tokens_have_memory_of_their_own(scales: str, other: str) -> None:
+@pytest.mark.parametrize(("scales", "other", "count"), PAIRS)
+def test_scales_of_tokens_have_memory_of_their_own(scales: str, other: str, count: str) -> None:
     """Of which they have as much as they reach over: rows apart, with their tokens and heads."""
     library, step = fresh_library(), make_step(**STEP)
-    fields = TOKENS | {f"{scales[:-1]}_batch_stride": 100}
+    queries, new, asked, said = COUNTS[count]
+    fields = TOKENS | asked | {f"{scales[:-1]}_batch_stride": 100}
     config = Config(**VALID | fields | dict(sinks=1 << 52, sinks_type=2, lse=1 << 53))
     size = 4 * (100 + 30 * 2)
     overflow = torch.zeros(1, dtype=torch.int32)
     given = far_apart(step) | {"cache_seqlens": 1 << 54, "overflow": overflow.data_ptr()}
-    sizes = sizes_of(step, in_8_bits=True) | {
-        "k_scales": 4 * 120, "v_scales": 4 * 120, "sinks": 32, "lse": 64, "cache_seqlens": 8,
+    sizes = sizes_of(step, in_8_bits=True) | said | {
+        "k_scales": 4 * 120, "v_scales": 4 * 120, "sinks": 32, "cache_seqlens": 8,
+        "lse": 4 * 8 * queries, **dict.fromkeys(("output", "q"), 2 * 64 * 8 * queries),
+        **dict.fromkeys(("k", "v"), 2 * 64 * 2 * new),
     }  # fmt: skip
     start = given.get(other) or getattr(config, other)
     for at, is_shared in (
@@ -192,10 +209,10 @@ def test_scales_of_tokens_have_memory_of_their_own(scales: str, other: str) -> N
 
 
 def _says(scales: str, other: str) -> tuple[str, ...]:
-    if other in READ:
-        return (f"{other}: got memory of {scales}, to which the new token is written",)
     if other in ("output", "lse"):
         return (f"{other}: got memory that {scales} also uses; allowed: memory of its own",)
+    if other not in WRITTEN:
+        return (f"{other}: got memory of {scales}, to which the new token is written",)
     first, second = sorted((scales, other), key=WRITTEN.index)
     return (f"{second}: got memory that {first} also uses; allowed: memory of its own",)
 

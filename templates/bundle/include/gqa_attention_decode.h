@@ -338,9 +338,9 @@ typedef struct gqa_launch {
 //   scales_of_tokens 1: k_scales and v_scales, both, have a scale for every token and KV head,
 //                    [batch_size, max_seq_len, num_kv_heads], or cache_rows rows, or with pages
 //                    [num_pages, page_size, num_kv_heads], contiguous but for the batch stride,
-//                    which is 0 for packed ones. The new token's are computed, the largest number
-//                    of its row over that of the type (1 for a row of zeros), and written, so that
-//                    they have memory of their own as the caches do. One token a step; rows of all
+//                    which is 0 for packed ones. Those of every new token are computed, the
+//                    largest number of its row over that of the type (1 for a row of zeros), and
+//                    written, so that they have memory of their own as the caches do. Rows of all
 //                    tensors are at multiples of 4 bytes
 //   dependent        1 for programmatic dependent launch, where it pays (Hopper and newer, caches
 //                    of up to 32 MiB): the kernel may start while the kernel before it in the

@@ -48,9 +48,8 @@ pub enum Scale<'a> {
     },
     /// One of every token and KV head, `[batch_size, max_seq_len, num_kv_heads]`, or of as many rows as
     /// the caches have; with pages `[num_pages, page_size, num_kv_heads]`. A step computes those of its
-    /// new token, with which the largest number of a row becomes the last one of its type, and writes
-    /// them. Keys and values both have such, or none; a step has one token, and rows of all tensors are
-    /// at multiples of 4 bytes.
+    /// new tokens, with which the largest number of a row becomes the last one of its type, and writes
+    /// them. Keys and values both have such, or none; rows of all tensors are at multiples of 4 bytes.
     OfTokens {
         /// The scales, as the caches' tokens lie but contiguous within a sequence or page.
         values: Written<'a>,

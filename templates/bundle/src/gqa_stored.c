@@ -145,7 +145,7 @@ static gqa_status check_rows(GQADecodeConfig const* config, scale const* given) 
       given->field, (long long)stride, (long long)least, INT32_MAX);
 }
 
-// Scales of tokens come both or not at all, of one token a step.
+// Scales of tokens come both or not at all.
 static gqa_status check_of_tokens(GQADecodeConfig const* config, scale const* given) {
   if (given->address == NULL) {
     return gqa_fail(GQA_ERROR_INVALID_VALUE,
@@ -158,12 +158,6 @@ static gqa_status check_of_tokens(GQADecodeConfig const* config, scale const* gi
     return gqa_fail(GQA_ERROR_INVALID_VALUE,
                     "config: %ss: got address %p; allowed: multiples of %d. Nothing was launched.",
                     given->field, (void const*)given->address, (int)sizeof(float));
-  }
-  if ((gqa_features_of(config) & (kGqaSeveralQueries | kGqaTreeOfQueries)) != 0) {
-    return gqa_fail(GQA_ERROR_INVALID_VALUE,
-                    "config: scales_of_tokens: got 1 with several tokens; allowed: one token. "
-                    "Nothing was launched. Decode token by token, or have scales of KV heads, or "
-                    "of sequences and KV heads.");
   }
   return check_rows(config, given);
 }
