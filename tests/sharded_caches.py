@@ -151,6 +151,16 @@ def caches_of_8_bits_with_scales_of_tokens(group: Group) -> None:
     both.run("decode", (4,), token, token)
     both.run("reorder", indices=[1, 0, 0])
     both.run("decode", (4,), token, token)
+    tree = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]]).bool().expand(BATCH, 3, 3)
+    drafts: dict[str, Any]
+    for accepted, drafts in (([2, 3, 0], {}), (_int32(3, 0, 1), {"tree_mask": tree})):
+        both.run("decode", (3, 4), (3, 1), (3, 1), **drafts)
+        for cache in both.shards[1], both.wholes[1]:
+            cache.accept(accepted)
+        both.compare()
+    for cache in both.shards[1], both.wholes[1]:
+        cache.truncate(5)
+    both.run("prefill", (4, 1), (4, 1))
     sizes = BATCH, both.shards[0].max_seq_len, 1, DIM, torch.float8_e4m3fn
     ranks = {"size": group.size, "interleave": 2}
     told = ShardedKVCache.bytes_needed(*sizes, num_layers=2, **ranks, **by_token)

@@ -166,6 +166,10 @@ def pages_of_8_bits_with_scales_of_tokens(group: Group) -> None:
     third = both.run("fork", first)
     both.run("append", [second, third], *both.random(2, LAYERS, 2, 1))
     both.step([first, third])
+    both.step([first, second, third], 3)
+    both.run("accept", [first, third], [1, 2])
+    both.run("truncate", third, 3)
+    both.step([third, first], 2)
     sizes: tuple[Any, ...] = PAGES, 2 * group.size, 1, DIM, torch.float8_e4m3fn
     told = ShardedPagedKVCache.bytes_needed(*sizes, num_layers=LAYERS, size=group.size, **by_token)
     assert told == LAYERS * 2 * PAGES * 2 * (DIM + 4)

@@ -53,8 +53,7 @@ class GqaCache(Cache):  # type: ignore[misc]
             [num_kv_heads] on the model's device, for all such layers or a list with one for each.
             None: the first prompt's largest number, in each layer, becomes a quarter of the
             type's largest; numbers beyond that are cut off. "token", of both: a scale for every
-            token and KV head, which cuts nothing off; steps of several tokens are SDPA's then, and
-            none is compiled.
+            token and KV head, which cuts nothing off; no step is compiled then.
         v_scale: As k_scale, of values.
 
     Raises:
@@ -241,8 +240,6 @@ class GqaLayer(CacheLayerMixin):  # type: ignore[misc]
     @property
     def most_tokens(self) -> int:
         """New tokens that the kernel takes at once."""
-        if self.storage.by_token:
-            return 1
         return MAX_TOKENS if self.window is None else TOKENS
 
     @property

@@ -44,8 +44,12 @@ def tokens(count: int, device: str, batch: int = BATCH, **options: Any) -> tuple
     return k, v
 
 
-def queries(device: str, batch: int = BATCH, dtype: torch.dtype = F16) -> Tensor:
-    return random(batch, HEADS * GROUP, DIM, device=device, seed=9, dtype=dtype)
+def queries(
+    device: str, batch: int = BATCH, dtype: torch.dtype = F16, count: int | None = None
+) -> Tensor:
+    """One of each sequence, or with a dimension of so many."""
+    several = () if count is None else (count,)
+    return random(batch, *several, HEADS * GROUP, DIM, device=device, seed=9, dtype=dtype)
 
 
 def int32(device: str, *values: int) -> Tensor:
@@ -108,15 +112,17 @@ def test_prompts_are_stored_as_if_appended_one_by_one(
     assert same_bits(outs[0], outs[1]) and same_bits(outs[0], outs[2])
 
 
+@pytest.mark.parametrize("count", [1, 3], ids=["one", "several"])
 @pytest.mark.parametrize("rows", [None, [1], [2, 0]], ids=str)
 def test_steps_are_those_of_gqa_decode_with_the_same_scales(
-    rows: list[int] | None, device: str
+    rows: list[int] | None, count: int, device: str
 ) -> None:
     cache = new_cache(device, 3)
     k, v = tokens(20, device, 3)
     cache.prefill(k, v, [20, 5, 11])
     chosen = [0, 1, 2] if rows is None else rows
-    q, new = queries(device, len(chosen)), tokens(1, device, len(chosen))
+    q = queries(device, len(chosen), count=count if count > 1 else None)
+    new = tokens(count, device, len(chosen))
     before = copies(cache)
     lengths = cache.seqlens[chosen]
     index = {} if rows is None else {"cache_batch_idx": int32(device, *rows)}
@@ -127,9 +133,55 @@ def test_steps_are_those_of_gqa_decode_with_the_same_scales(
     assert same_bits(out, right) and same_bits(lse, right_lse)
     for held, expected in zip(parts(cache), before.values(), strict=True):
         assert same_bits(raw(held), raw(expected))
-    assert cache.lengths == [n + (b in chosen) for b, n in enumerate([20, 5, 11])]
+    assert cache.lengths == [n + count * (b in chosen) for b, n in enumerate([20, 5, 11])]
     attended = cache.decode(q, rows=rows)
-    assert torch.equal(attended, gqa_decode(q, cache_seqlens=lengths + 1, **before, **index))
+    assert torch.equal(attended, gqa_decode(q, cache_seqlens=lengths + count, **before, **index))
+
+
+@pytest.mark.parametrize("window", [None, 20], ids=["all", "a ring"])
+def test_drafts_are_stored_as_one_step_after_another_stores_them(
+    window: int | None, device: str
+) -> None:
+    """To the bit, and so are those behind what was accepted."""
+    asked: dict[str, Any] = {} if window is None else {"window_size": (window - 1, 0)}
+    kind = BATCH, 160, HEADS, DIM, E4M3, device
+    rings: dict[str, Any] = {"window": window, "tokens_per_call": 4}
+    several, single = (KVCache(*kind, **rings, **BY_TOKEN) for _ in range(2))
+    prompt, q = tokens(30, device), queries(device, count=4)
+    for cache in (several, single):
+        for held in (cache.k, cache.v):
+            raw(held).zero_()
+        cache.prefill(*prompt, [30, 3])
+    for seed, accepted in ((20, [2, 4]), (30, int32(device, 0, 3)), (40, 1)):
+        k, v = (random(BATCH, 4, HEADS, DIM, device=device, seed=seed + i) for i in range(2))
+        outs = [single.decode(q[:, i], k[:, i], v[:, i], **asked) for i in range(4)]
+        out = several.decode(q, k, v, **asked)
+        largest = max(t.abs().max().item() for t in (v, prompt[1]))
+        torch.testing.assert_close(out, torch.stack(outs, 1), rtol=0, atol=2**-7 * largest)
+        for held, right in zip(parts(several), parts(single), strict=True):
+            assert same_bits(raw(held), raw(right))
+        several.accept(accepted)
+        single.truncate(several.seqlens.tolist())
+    assert several.refresh() == single.refresh() == [30 + 2 + 0 + 1, 3 + 4 + 3 + 1]
+
+
+def test_drafts_without_room_have_no_scales(device: str) -> None:
+    """Not those that would fit either; a sequence beside them has its own."""
+    cache = new_cache(device)
+    k, v = tokens(ROOM - 2, device)
+    cache.prefill(k, v, int32(device, ROOM - 2, 3))
+    before = copies(cache)
+    more = random(BATCH, 4, HEADS, DIM, device=device, seed=5)
+    out = cache.decode(queries(device, count=4), more, more)
+    assert out[0].isnan().all() and not out[1].isnan().any()
+    for held, right in zip(parts(cache), before.values(), strict=True):
+        assert same_bits(raw(held)[0], raw(right)[0])
+    assert holds(cache, 1, *(torch.cat([t[1, :3], more[1]]) for t in (k, v)))
+    with pytest.raises(CacheOverflowError):
+        cache.check()
+    assert cache.refresh() == [ROOM - 2, 3 + 4]
+    with pytest.raises(CacheOverflowError, match="KVCache.decode: cache overflow: sequence 0"):
+        cache.decode(queries(device, count=4), more, more)
 
 
 @pytest.mark.parametrize("on_device", [False, True])
@@ -304,12 +356,14 @@ def test_scales_are_no_options_and_keep_their_memory() -> None:
     assert cache.lengths == [0, 0]
 
 
-def test_compiled_code_says_that_it_has_no_such_scales() -> None:
+@pytest.mark.parametrize("count", [1, 3], ids=["one", "several"])
+def test_compiled_code_says_that_it_has_no_such_scales(count: int) -> None:
     cache = new_cache("cpu")
     decode = torch.compile(cache.decode, backend="eager", fullgraph=True)
-    k, v = tokens(1, "cpu")
+    k, v = tokens(count, "cpu")
     with pytest.raises(Exception, match="k_scale: got scales of tokens in compiled code"):
-        decode(queries("cpu"), k, v)
+        decode(queries("cpu", count=count), k, v)
+    assert cache.lengths == [0, 0]
 
 
 @pytest.mark.gpu

@@ -51,13 +51,23 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
+E4M3: dict[str, Any] = {"cache_dtype": torch.float8_e4m3fn}
+KINDS = {
+    "16 bits": {},
+    "8 bits": E4M3,
+    "scales of tokens": E4M3 | dict(k_scale="token", v_scale="token"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_assisted_generation_has_the_tokens_of_eager_attention(
-    model: Any, counts: list[int]
+    model: Any, counts: list[int], kind: str
 ) -> None:
     """Drafts are decoded at once, and taken back by `crop`."""
     prompt = torch.tensor([[11, 12, 13, 14, 11, 12, 13, 14]])
-    cache = GqaCache(model.config, 24)
-    check(model, generate(model, prompt, cache, tokens=6, prompt_lookup_num_tokens=3))
+    cache = GqaCache(model.config, 24, **KINDS[kind])
+    found = generate(model, prompt, cache, tokens=6, prompt_lookup_num_tokens=3)
+    check(model, found, 4e-3 if kind == "16 bits" else 0.03)
     assert max(counts) > 1
     assert cache.storage.caches[0].lengths == [8 + 6 - 1]
 

@@ -12,12 +12,13 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
 
-from test_transformers import NAME, PROMPT, ROOM, make_model, ours, prompt  # noqa: E402
+from test_transformers import NAME, PROMPT, ROOM, make_model, ours, prompt, step  # noqa: E402
 
-from gqa_cutlass import InputError  # noqa: E402
+from gqa_cutlass import InputError, KVCache  # noqa: E402
 from gqa_cutlass.integrations import transformers as integration  # noqa: E402
 from gqa_cutlass.integrations.transformers import GqaCache  # noqa: E402
 from gqa_cutlass.integrations.transformers_scales import HEADROOM  # noqa: E402
+from gqa_cutlass.proof.reference import same_bits, scale_of_row, stored  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group(GROUP)
 
@@ -102,14 +103,48 @@ BY_TOKEN = {"k_scale": "token", "v_scale": "token"}
 
 
 def test_scales_of_tokens_need_no_prompt_to_say_them(llama: Any) -> None:
-    """Prompts, steps and beams; and prompts behind others, whose past is multiplied out."""
+    """Prompts, steps and beams."""
     padded = ours(llama, cache_for(llama, **BY_TOKEN), "left")
     assert 1e-4 < differences(llama, padded) < TOLERANCE[E4M3]
     cache = cache_for(llama, **BY_TOKEN)
     assert not cache.is_compileable and cache_for(llama).is_compileable
-    longer = torch.cat([ours(llama, cache).sequences, prompt()[:, :3]], dim=1)
-    assert differences(llama, generate(llama, longer, cache, tokens=2)) < TOLERANCE[E4M3]
+    assert differences(llama, ours(llama, cache)) < TOLERANCE[E4M3]
     assert ours(llama, cache_for(llama, **BY_TOKEN), num_beams=2).scores is not None
+
+
+def test_several_tokens_behind_others_have_a_scale_each(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the kernel, once more where some were taken back."""
+    given, decode = list[tuple[KVCache, int, Tensor, Tensor]](), KVCache.decode
+
+    def noted(self: KVCache, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+        given.append((self, int(self.seqlens[0]), k.clone(), v.clone()))
+        out = decode(self, q, k, v, **options)
+        assert is_held(*given[-1])
+        return out
+
+    monkeypatch.setattr(KVCache, "decode", noted)
+    llama.set_attn_implementation(NAME)
+    cache = cache_for(llama, **BY_TOKEN)
+    step(llama, cache, prompt())
+    step(llama, cache, prompt()[:, :4])
+    cache.crop(-3)
+    step(llama, cache, prompt()[:, 2:5])
+    assert [(held, k.shape[1]) for _, held, k, _ in given] == 2 * [(6, 4)] + 2 * [(7, 3)]
+    assert all(is_held(kept, held, k[:, :1], v[:, :1]) for kept, held, k, v in given)
+
+
+def is_held(cache: KVCache, held: int, k: Tensor, v: Tensor) -> bool:
+    """Whether a cache has these tokens behind so many, [batch, tokens, heads, dim], as steps store
+    them."""
+    right = []
+    for name, rows in (("k", k), ("v", v)):
+        new = slice(held, held + rows.shape[1])
+        kept, scales = getattr(cache, name)[:, new], getattr(cache, f"{name}_scale")[:, new]
+        scale = scale_of_row(rows, kept.dtype)
+        right += [same_bits(scales, scale), same_bits(kept, stored(rows, scale[..., None], E4M3))]
+    return all(right)
 
 
 def test_what_is_seen_of_a_cache_counts_by_the_scales_of_its_tokens(llama: Any) -> None:
@@ -143,9 +178,10 @@ def test_scales_may_be_given(llama: Any, form: str) -> None:
     assert differences(llama, ours(llama, far)) > TOLERANCE[E4M3]
 
 
-def test_a_conversation_goes_on(llama: Any) -> None:
+@pytest.mark.parametrize("scales", [{}, BY_TOKEN], ids=["of the prompt", "of tokens"])
+def test_a_conversation_goes_on(llama: Any, scales: dict[str, Any]) -> None:
     """Several tokens behind others, by the kernel and by SDPA, which gets them multiplied out."""
-    cache = cache_for(llama)
+    cache = cache_for(llama, **scales)
     first = ours(llama, cache).sequences
     longer = torch.cat([first, prompt()[:, :3]], dim=1)
     assert differences(llama, generate(llama, longer, cache, tokens=2)) < TOLERANCE[E4M3]

@@ -33,8 +33,8 @@ def tokens(*shape: int, device: str, seed: int = 0) -> Pair:
     return k, v
 
 
-def queries(batch: int, device: str) -> Tensor:
-    return torch.randn(batch, HEADS * GROUP, DIM, dtype=torch.float32).half().to(device)
+def queries(*shape: int, device: str) -> Tensor:
+    return torch.randn(*shape, HEADS * GROUP, DIM, dtype=torch.float32).half().to(device)
 
 
 def joined(*pieces: Pair) -> Pair:
@@ -73,12 +73,12 @@ def test_scales_are_shared_and_copied_with_pages(device: str) -> None:
     assert cache.free_pages == free - 1
     told = {one: joined(prompt, first(new, slice(0, 1))), two: prompt}
     check(cache, told)
-    cache.decode([two, one], queries(2, device), *first(new, slice(1, 3)))
+    cache.decode([two, one], queries(2, device=device), *first(new, slice(1, 3)))
     told[two] = joined(told[two], first(new, slice(1, 2)))
     told[one] = joined(told[one], first(new, slice(2, 3)))
     check(cache, told)
     cache.reorder([one, two], [1, 1])
-    cache.decode([two], queries(1, device), *first(new, slice(3, 4)))
+    cache.decode([two], queries(1, device=device), *first(new, slice(3, 4)))
     told = {one: told[two], two: joined(told[two], first(new, slice(3, 4)))}
     check(cache, told)
     cache.truncate(two, 5)
@@ -93,7 +93,7 @@ def test_steps_are_those_of_gqa_decode_with_the_same_scales(device: str) -> None
     prompts = [tokens(2, count, device=device, seed=count) for count in (7, 2)]
     for sequence, prompt in zip(sequences, prompts, strict=True):
         cache.prefill(sequence, *prompt)
-    new, q = tokens(2, 2, device=device, seed=9), queries(2, device)
+    new, q = tokens(2, 2, device=device, seed=9), queries(2, device=device)
     with cache.step(sequences) as step:
         for layer in range(2):
             pools = cache.k, cache.v, cache.k_scale, cache.v_scale
@@ -112,6 +112,66 @@ def test_steps_are_those_of_gqa_decode_with_the_same_scales(device: str) -> None
             for i, (sequence, prompt) in enumerate(zip(sequences, prompts, strict=True))
         }
         check(cache, told, layer)
+
+
+def test_drafts_are_stored_as_one_step_after_another_stores_them(device: str) -> None:
+    """To the bit, in pages that sequences share as well; those that are accepted stay."""
+    caches = several, single = [new_cache(device, 16, layers=2) for _ in range(2)]
+    prompts = [tokens(2, count, device=device, seed=count) for count in (7, 2)]
+    named = list[list[int]]()
+    for cache in caches:
+        one, two = cache.allocate(), cache.allocate()
+        for sequence, prompt in zip((one, two), prompts, strict=True):
+            cache.prefill(sequence, *prompt)
+        named.append([one, two, cache.fork(one)])
+    told = [{i: first(prompts[b], layer) for i, b in enumerate((0, 1, 0))} for layer in range(2)]
+    for seed, accepted in ((20, [1, 3, 0]), (21, [3, 0, 2])):
+        q, new = queries(3, 3, device=device), tokens(2, 3, 3, device=device, seed=seed)
+        with several.step(named[0], 3) as step:
+            found = [step.decode(i, q, *first(new, i)) for i in range(2)]
+        outs = list[list[Tensor]]()
+        for t in range(3):
+            with single.step(named[1]) as step:
+                given = [(q[:, t], *first(new, i, slice(None), t)) for i in range(2)]
+                outs.append([step.decode(i, *of) for i, of in enumerate(given)])
+        largest = max(float(v.abs().max()) for _, v in (*prompts, new))
+        for out, *right in zip(found, *outs, strict=True):
+            torch.testing.assert_close(out, torch.stack(right, 1), rtol=0, atol=2**-7 * largest)
+        for index, pairs in enumerate(told):
+            for i in pairs:
+                everything = joined(pairs[i], first(new, index, i))
+                for cache, names in zip(caches, named, strict=True):
+                    check(cache, {names[i]: everything}, index)
+                pairs[i] = joined(pairs[i], first(new, index, i, slice(0, accepted[i])))
+        several.accept(named[0], accepted)
+        for sequence, count in zip(named[1], accepted, strict=True):
+            single.truncate(sequence, single.length(sequence) - 3 + count)
+        for index, pairs in enumerate(told):
+            for cache, names in zip(caches, named, strict=True):
+                check(cache, {names[i]: pair for i, pair in pairs.items()}, index)
+
+
+def test_a_batch_decodes_drafts_and_accepts_some(device: str) -> None:
+    """As a cache does, to the bit."""
+    cache, other = new_cache(device), new_cache(device)
+    prompt, new = tokens(5, device=device), tokens(3, 1, 2, device=device, seed=1)
+    sequence, single = cache.allocate(), other.allocate()
+    cache.prefill(sequence, *prompt)
+    other.prefill(single, *prompt)
+    batch = cache.batch(2, 24, tokens=2)
+    batch.assign([sequence], steps=3)
+    told = prompt
+    for i, count in enumerate((2, 0, 1)):
+        given = [queries(1, 2, device=device), *first(new, i)]
+        with batch.step() as step:
+            out = step.decode(0, *(t.expand(2, -1, -1, -1).contiguous() for t in given))
+        assert torch.equal(out[:1], other.decode([single], *given)) and not out[1].any()
+        batch.accept(count)
+        other.accept([single], count)
+        told = joined(told, first(new, i, 0, slice(0, count)))
+        check(cache, {sequence: told})
+        check(other, {single: told})
+    batch.check()
 
 
 def test_prompts_in_a_step_are_gathered_with_their_scales(device: str) -> None:
@@ -140,7 +200,7 @@ def test_a_batch_and_a_window_have_them_too(device: str) -> None:
     batch = cache.batch(2, 24)
     batch.assign([sequence], steps=3)
     for i in range(3):
-        q = queries(1, device)
+        q = queries(1, device=device)
         both = [t.expand(2, -1, -1).contiguous() for t in (q, *first(new, i))]
         with batch.step() as step:
             out = step.decode(0, *both, window_size=(5, 0))
@@ -189,7 +249,7 @@ def test_graphs_of_batches_write_the_scales_of_their_tokens() -> None:
     sequence, prompt = cache.allocate(), tokens(3, device="cuda")
     new = tokens(6, 1, device="cuda", seed=1)
     cache.prefill(sequence, *prompt)
-    batch, q = cache.batch(1, 16), queries(1, "cuda")
+    batch, q = cache.batch(1, 16), queries(1, device="cuda")
     given = [t[0].clone() for t in new]
     batch.assign([sequence], steps=6)
 
