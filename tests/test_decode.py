@@ -118,6 +118,14 @@ def test_clusters_of_large_caches(
     check(step, plan(*step.tensors(), step.seqlens))
 
 
+@pytest.mark.parametrize("bound", [1, 20, 64, 300])
+def test_a_bound_of_lengths_that_is_wrong_changes_no_result(bound: int, device: str) -> None:
+    """Whether first tiles are asked for early or not, in either schedule."""
+    for lengths, capacity in (([9, 250, 40], 512), ([700], 1024)):
+        step = make_step(device=device, lengths=lengths, max_seq_len=capacity)
+        check(step, run(step, max_seqlen=bound))
+
+
 def test_int_and_device_lengths_agree_to_the_bit(device: str) -> None:
     steps = [make_step(device=device, lengths=[333] * 2, max_seq_len=512) for _ in range(2)]
     from_tensor = run(steps[0])

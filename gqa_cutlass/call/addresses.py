@@ -20,6 +20,7 @@ from gqa_cutlass.call.given import ALIGNMENT, LENGTHS, PAGES, ROWS, Layout, fail
 from gqa_cutlass.call.stored import SCALES, in_pairs, of_tokens
 from gqa_cutlass.codegen.schema.arguments import Access
 from gqa_cutlass.codegen.schema.params import CacheStrides, Params
+from gqa_cutlass.codegen.schema.rounding import round_up
 from gqa_cutlass.codegen.schema.storage import ELEMENT_BYTES
 from gqa_cutlass.errors import CacheOverflowError, shown
 from gqa_cutlass.tensormap import map_of
@@ -331,11 +332,19 @@ def _reach_within(tensor: Tensor, pitch: int) -> int:
     return reach if reach <= pitch else 0
 
 
+def _read_early(task: Task) -> int:
+    """Tokens that may be read before lengths are known: whole tiles, or all that there is."""
+    chosen, room, bound = task.dispatch, task.problem.max_seq_len, task.asked.max_seqlen
+    if not chosen.prefetch_first_tile:
+        return 0
+    return room if bound is None else min(room, round_up(bound, chosen.config.block_n))
+
+
 def constants(task: Task, overflow_flag: int) -> Params:
     """The kernel's argument, with everything set that does not change from call to call."""
     problem, chosen = task.problem, task.dispatch
     params = Params(
-        prefetch_limit=problem.max_seq_len if chosen.prefetch_first_tile else 0,
+        prefetch_limit=_read_early(task),
         max_seq_len=problem.max_seq_len,
         num_kv_heads=problem.num_kv_heads,
         num_splits=chosen.num_splits,

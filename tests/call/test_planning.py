@@ -71,6 +71,19 @@ def test_lengths_on_the_device_say_nothing_of_what_may_be_read_before(
     assert params.prefetch_limit == (tensors["k_cache"].shape[1] if early else 0)
 
 
+@pytest.mark.parametrize(("bound", "limit"), [(1, 32), (32, 32), (33, 64), (100, 64)])
+def test_no_more_is_read_early_than_sequences_are_said_to_have(
+    notes: Notes, bound: int, limit: int
+) -> None:
+    """In whole tiles: what lies behind may be of a sequence after all."""
+    tensors = inputs_of(max_seq_len=64)
+    seqlens = torch.full((len(tensors["q"]),), 9, dtype=torch.int32)
+    gqa_decode(**tensors, cache_seqlens=seqlens, max_seqlen=bound)
+    (params,) = notes.launches
+    assert notes.loaded[0].block_n == 32 and tensors["k_cache"].shape[1] == 64
+    assert params.prefetch_limit == limit
+
+
 def test_attend_only_passes_no_token(notes: Notes) -> None:
     gqa_decode(**inputs_of() | {"k": None, "v": None}, cache_seqlens=16)
     (params,) = notes.launches
