@@ -2,8 +2,8 @@
 
 A table is for the GPU that it names and no other. It says for a problem, by its heads, head
 dimensions, features, batch and room, which launches were tried and how long they took over several
-lengths; the first is the one to take. It serves both 16-bit types, and rooms of up to twice or half
-as much. Whatever it does not have is left to dispatch's model.
+lengths; the first is the one to take. It serves both 16-bit types, and rooms of up to a quarter
+more or less. Whatever it does not have is left to dispatch's model.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _COLUMNS = (
     "early first tile", "microseconds",
 )  # fmt: skip
 _ODD = KeyError, TypeError, ValueError, AttributeError, ArithmeticError, GqaError
-_FARTHEST = 2  # room of a problem over a table's, or the reverse
+_FARTHEST = 1.25  # room of a problem over a table's, or the reverse
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,11 +57,15 @@ def test_graph_of_clusters_replays_with_changing_lengths(tma: KernelConfig, spli
     replay_with_changing_lengths(graph, step)
 
 
-@pytest.mark.parametrize("length", [39_999, 20_000, 100, 0])
-def test_a_large_cache_of_one_sequence(tma: KernelConfig, length: int) -> None:
-    step = make_step(lengths=[length], max_seq_len=40_000, num_kv_heads=8)
+@pytest.mark.parametrize(("heads", "capacity", "cluster"), [(8, 40_000, 8), (32, 10_000, 2)])
+@pytest.mark.parametrize("held", [1, 0.5, 0.01, 0])
+def test_a_large_cache_of_one_sequence(
+    tma: KernelConfig, held: float, heads: int, capacity: int, cluster: int
+) -> None:
+    length = int(held * (capacity - 1))
+    step = make_step(lengths=[length], max_seq_len=capacity, num_kv_heads=heads)
     plan = gqa_cutlass.plan(*step.tensors(), cache_seqlens=step.seqlens)
-    assert plan.dispatch.config == tma and plan.dispatch.shape.cluster == 2
+    assert plan.dispatch.config == tma and plan.dispatch.shape.cluster == cluster
     check(step, plan(*step.tensors(), step.seqlens))
 
 

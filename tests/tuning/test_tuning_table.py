@@ -79,18 +79,18 @@ def test_a_table_survives_its_file(folder: Path) -> None:
         assert tuned == tuned_of(problem) and list(tuned.times) == list(tuned_of(problem).times)
 
 
-def test_a_table_serves_both_types_and_rooms_up_to_twice_or_half_as_large(folder: Path) -> None:
+def test_a_table_serves_both_types_and_rooms_that_are_nearly_as_large(folder: Path) -> None:
     _saved(folder, tuned_of(PROBLEM))
     best = tuned_of(PROBLEM).best
-    for changes in ({}, {"max_seq_len": 2048}, {"max_seq_len": 8192}, {"dtype": DType.BF16}):
+    for changes in ({}, {"max_seq_len": 3277}, {"max_seq_len": 5120}, {"dtype": DType.BF16}):
         problem = replace(PROBLEM, **changes)  # type: ignore[arg-type]
         found = choice_for(problem, X1, ragged=True)
         assert found is not None and found.config.dtype is problem.dtype
         assert (found.splits, found.cluster, found.spare) == (best.splits, best.cluster, best.spare)
         assert dispatch(problem, X1, 0, found, True).num_splits == best.splits
     for changes in (
-        {"max_seq_len": 8193}, {"batch_size": 5}, {"num_q_heads": 16}, {"vec_width": 4},
-        {"num_tokens": 2}, {"window": 7}, {"head_dim_v": 128}, {"page_size": 64},
+        {"max_seq_len": 3276}, {"max_seq_len": 5121}, {"batch_size": 5}, {"num_q_heads": 16},
+        {"vec_width": 4}, {"num_tokens": 2}, {"window": 7}, {"head_dim_v": 128}, {"page_size": 64},
     ):  # fmt: skip
         assert choice_for(replace(PROBLEM, **changes), X1, ragged=True) is None  # type: ignore[arg-type]
 
