@@ -19,13 +19,15 @@ from gqa_cutlass import (
     merge_states,
 )
 from gqa_cutlass.cache.scales import Scales, raw
+from gqa_cutlass.call.stored import SCALES as NAMES
+from gqa_cutlass.call.stored import of_tokens
 from gqa_cutlass.distributed import agreement, decode_context_parallel
 from gqa_cutlass.distributed.exchange import Part
 from gqa_cutlass.distributed.groups import Ranks
 from gqa_cutlass.distributed.local import attend, here_of
 from gqa_cutlass.distributed.settle import key_of, settle, terms_of
 from gqa_cutlass.proof.reference import attend as reference
-from gqa_cutlass.proof.reference import errors
+from gqa_cutlass.proof.reference import errors, scale_of_row, stored
 
 ASKED = {"interleave": 1, "q_heads": "whole", "exchange": None, "return_lse": True}
 SIZE, LOCAL_MAX, BATCH, HEADS, KV_HEADS, DIM = 3, 8, 4, 12, 3, 64
@@ -70,6 +72,10 @@ SLOPES = torch.linspace(0.01, 0.4, HEADS)
 SINKS = torch.linspace(-1, 2, HEADS)
 PADDING = torch.tensor([0, 1, 2, 3], dtype=torch.int32)
 SCALES = {"k_scale": torch.tensor([0.5, 0.7, 0.02]), "v_scale": 0.4}
+OF_TOKENS = {
+    name: torch.rand(BATCH, CAPACITY, KV_HEADS, generator=torch.Generator().manual_seed(i)) + 0.1
+    for i, name in enumerate(NAMES)
+}
 TREE = torch.rand(BATCH, 5, 5, generator=torch.Generator().manual_seed(1)) < 0.5
 CASES = {
     "window-sinks": Case(features={"window_size": (7, -1), "sinks": SINKS}),
@@ -85,6 +91,10 @@ CASES = {
     "more-queries": Case(queries=4, new=0),
     "fp8-several": Case(queries=3, new=3, interleave=2, features=SCALES),
     "tree": Case(queries=5, new=5, interleave=2, features={"tree_mask": TREE}),
+    "fp8-tokens": Case(features=OF_TOKENS | {"cache_leftpad": PADDING}),
+    "fp8-tokens-several": Case(queries=3, new=3, interleave=2, features=OF_TOKENS),
+    "fp8-tokens-fewer": Case(queries=2, new=5, features=OF_TOKENS | {"causal": False}),
+    "fp8-tokens-tree": Case(queries=5, new=5, features=OF_TOKENS | {"tree_mask": TREE}),
 }
 
 
@@ -98,7 +108,7 @@ class Parts:
         torch.manual_seed(5)
         self.case = case
         self.features = {
-            name: value.to(device) if isinstance(value, Tensor) else value
+            name: value.clone().to(device) if isinstance(value, Tensor) else value
             for name, value in case.features.items()
         }
         self.caches = random(2, BATCH, CAPACITY, KV_HEADS, DIM)
@@ -109,6 +119,15 @@ class Parts:
             for rank in range(SIZE)
         ]
         self.shards = [raw(self.caches)[:, :, held].view(self.caches.dtype) for held in self.held]
+        self.of_tokens = {
+            name: scale
+            for name in NAMES
+            if isinstance(scale := self.features.get(name), Tensor) and of_tokens(scale.shape)
+        }
+        self.scales = [
+            {name: scale[:, held].contiguous() for name, scale in self.of_tokens.items()}
+            for held in self.held
+        ]
         self.q = random(BATCH, *(case.queries,) * (case.queries > 0), HEADS, DIM)
         new = () if case.new is None else (case.new,) * (case.new > 0)
         self.new = random(2, BATCH, *new, KV_HEADS, DIM)
@@ -116,9 +135,14 @@ class Parts:
         asked = ASKED | {"interleave": case.interleave}
         self.settled = [
             settle(Ranks(group=None, rank=rank, size=SIZE), self.given(rank), self.asked, asked,  # type: ignore[arg-type]
-                   self.features)
+                   self.features | self.scales[rank])
             for rank in range(SIZE)
         ]  # fmt: skip
+
+    @property
+    def of_heads(self) -> Scales:
+        """Those that the call is given, where tokens have none."""
+        return Scales(**{name: self.features.get(name) for name in NAMES})
 
     @property
     def asked(self) -> int | Tensor:
@@ -135,7 +159,8 @@ class Parts:
         for rank, part in enumerate(parts):
             here = here_of(self.settled[rank], self.asked, self.features.get("cache_leftpad"))
             with self.settled[rank].flag.kept():
-                attend(self.settled[rank], self.given(rank), here, self.features, part)
+                features = self.features | self.scales[rank]
+                attend(self.settled[rank], self.given(rank), here, features, part)
         outs, lses = [part.out for part in parts], [part.lse for part in parts]
         return merge_states(outs, lses, out_dtype=self.q.dtype)
 
@@ -147,8 +172,9 @@ class Parts:
         tokens = max(self.case.queries, 1)
         out = out.view(BATCH, tokens, HEADS, DIM)
         lse = lse.view(BATCH, tokens, HEADS)
+        of_sequences = {"cache_leftpad", "tree_mask", *self.of_tokens}
         features = {
-            name: value[active] if name in ("cache_leftpad", "tree_mask") else value
+            name: value[active] if name in of_sequences else value
             for name, value in self.features.items()
         }
         k, v = (cache[active] for cache in self.caches)
@@ -162,20 +188,28 @@ class Parts:
         assert torch.allclose(lse[active].double(), sums, rtol=1e-3, atol=1e-3)
         if "sinks" not in features:
             assert not out[idle].any() and bool((lse[idle] == -math.inf).all())
-        for held, shard in zip(self.held, self.shards, strict=True):
+        for held, shard, scales in zip(self.held, self.shards, self.scales, strict=True):
             assert torch.equal(raw(shard), raw(self.caches)[:, :, held])
+            for name, scale in scales.items():
+                assert torch.equal(scale, self.of_tokens[name][:, held])
 
     def append(self) -> list[int]:
         """Append the new tokens to the caches in one place; returns the lengths then."""
         lengths: list[int] = self.lengths.tolist()
         if self.case.new is None:
             return lengths
-        scales = Scales(**{name: self.features.get(name) for name in ("k_scale", "v_scale")})
-        for name, cache, new in zip("kv", self.caches, self.new, strict=True):
-            ((_, stored),) = scales.stored(cache, name, new.view(BATCH, -1, KV_HEADS, DIM))
+        for side, cache, new in zip("kv", self.caches, self.new, strict=True):
+            rows, scale = new.view(BATCH, -1, KV_HEADS, DIM), self.of_tokens.get(f"{side}_scale")
+            if scale is None:
+                ((_, kept),) = self.of_heads.stored(cache, side, rows)
+            else:
+                own = scale_of_row(rows, cache.dtype)
+                kept = raw(stored(rows, own.unsqueeze(-1), cache.dtype))
             for b, length in enumerate(lengths):
                 if length >= 0:
-                    raw(cache)[b, length : length + self.case.added] = stored[b]
+                    raw(cache)[b, length : length + self.case.added] = kept[b]
+                    if scale is not None:
+                        scale[b, length : length + self.case.added] = own[b]
         return [length + self.case.added if length >= 0 else length for length in lengths]
 
 
