@@ -222,10 +222,10 @@ static int64_t spare_splits(gqa_problem const* problem, gqa_kernel const* kernel
   int64_t const blocks = columns_of(problem, kernel) * problem->batch_size;
   int64_t const slots = (int64_t)target->num_sms * kernel->blocks_per_sm[target->arch];
   int64_t const rounds = ceil_div(blocks, slots);
-  return
-      problem->ragged && !kernel->tma && problem->batch_size >= 2 &&
-      problem->batch_size <= model->balanced_batch && reach(problem) >= model->balanced_tokens &&
-      reach(problem) <= model->most_tiles / problem->batch_size && rounds <= model->balanced_rounds;
+  return problem->ragged && !kernel->tma && problem->batch_size >= 2 &&
+         problem->batch_size <= model->balanced_batch && reach(problem) >= model->balanced_tokens &&
+         reach(problem) <= model->most_tiles / problem->batch_size &&
+         rounds <= model->balanced_rounds;
 }
 
 // Whether warps should ask for their first tile before they know the length. It may reach into the
@@ -266,7 +266,8 @@ int gqa_choose(gqa_problem const* problem, gqa_target const* target, gqa_dispatc
   chosen->pdl = pdl;
   chosen->num_splits = (int32_t)splits.splits;
   chosen->num_stages = splits.num_stages;
-  chosen->prefetch_first_tile = spare == 0 && may_prefetch_first_tile(problem, kernel, splits.splits);
+  chosen->prefetch_first_tile =
+      spare == 0 && may_prefetch_first_tile(problem, kernel, splits.splits);
   chosen->num_merge_counters =
       num_partials > 1 ? columns * problem->batch_size * splits.cluster : 0;
   chosen->partial_floats = chosen->num_merge_counters * num_partials * kernel->partial_floats;
