@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Literal
 
 import torch
@@ -95,17 +96,24 @@ class Scales:
         if self.of_tokens:
             new = tokens.new_empty(tokens.shape[:-1], dtype=torch.float32)
             pairs.append((scale, new))
-        each = max(1, 4 * tokens.numel() // max(1, tokens.shape[1]))
-        step = max(1, _PIECE_BYTES // each)
-        for start in range(0, tokens.shape[1], step):
-            piece = slice(start, start + step)
-            quotient = tokens[:, piece].float()
+        for piece in _pieces(tokens.shape):
+            quotient = tokens[piece].float()
             if new is not None:
-                scale = new[:, piece].copy_(_scales_of(quotient, most))
+                scale = new[piece].copy_(_scales_of(quotient, most))
             if scale is not None:
                 quotient /= scale.unsqueeze(-1) if scale.dim() else scale
-            result[:, piece].copy_(quotient.clamp_(-most, most))
+            result[piece].copy_(quotient.clamp_(-most, most))
         return [(raw(held), raw(given)) for held, given in pairs]
+
+
+def _pieces(shape: Sequence[int]) -> Iterator[tuple[slice, slice]]:
+    """Sequences and tokens that are turned into 8 bits at a time."""
+    batch, tokens, heads, dims = shape
+    fitting = max(1, _PIECE_BYTES // (4 * heads * dims))
+    rows = max(1, min(batch, fitting))
+    step = fitting // rows
+    for first, start in product(range(0, batch, rows), range(0, tokens, step)):
+        yield slice(first, first + rows), slice(start, start + step)
 
 
 def raw(held: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gqa_cutlass import KVCache, PagedKVCache
-from gqa_cutlass.cache.scales import raw
+from gqa_cutlass.cache.scales import _pieces, raw
 from gqa_cutlass.errors import InputError
 from gqa_cutlass.proof.reference import attend, errors, scaled, scales_of, stored
 
@@ -122,8 +122,17 @@ def test_layers_of_pages_have_scales_of_their_own(device: str) -> None:
         assert same(keys, k[layer], scale) and same(values, k[layer], None)
 
 
-def test_large_prompts_are_rounded_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gqa_cutlass.cache.scales._PIECE_BYTES", 4 * HEADS * DIM * BATCH * 3)
+@pytest.mark.parametrize("rows", [BATCH * 3, BATCH, 1])
+def test_large_prompts_are_rounded_piece_by_piece(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a few tokens of all sequences, or a token of a few."""
+    monkeypatch.setattr("gqa_cutlass.cache.scales._PIECE_BYTES", 4 * HEADS * DIM * rows)
+    sizes = [
+        (min(BATCH, each.stop) - each.start) * (min(10, part.stop) - part.start)
+        for each, part in _pieces((BATCH, 10, HEADS, DIM))
+    ]
+    assert max(sizes) <= rows and sum(sizes) == BATCH * 10
     cache = KVCache(BATCH, ROOM, HEADS, DIM, E4M3, "cpu")
     k = random(BATCH, 10, HEADS, DIM, device="cpu")
     cache.prefill(k, -k)

@@ -271,8 +271,11 @@ def test_heavy_tails_lose_less_than_by_one_scale(device: str) -> None:
     assert errors[0] < 0.04 and errors[0] < errors[1] / 1.5, errors
 
 
-def test_large_prompts_are_scaled_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gqa_cutlass.cache.scales._PIECE_BYTES", 4 * HEADS * DIM * BATCH * 3)
+@pytest.mark.parametrize("rows", [BATCH * 3, 1])
+def test_large_prompts_are_scaled_piece_by_piece(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gqa_cutlass.cache.scales._PIECE_BYTES", 4 * HEADS * DIM * rows)
     cache = new_cache("cpu")
     k, v = tokens(10, "cpu")
     cache.prefill(k, v)
