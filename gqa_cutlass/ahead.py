@@ -35,6 +35,7 @@ from gqa_cutlass.errors import InputError, shown
 from gqa_cutlass.gpu.driver import load
 from gqa_cutlass.kernels.store import Store
 from gqa_cutlass.tracing import untraced
+from gqa_cutlass.tuning.table import choice_for
 
 
 @untraced
@@ -48,7 +49,8 @@ def warmup(
 
     Args:
         configs: Kernels, or decode steps as in `GQADecodeConfig` (contiguous tensors are assumed;
-            of dependent launches, give the kernel: `plan.dispatch.config`).
+            of dependent launches, give the kernel: `plan.dispatch.config`), which take the
+            kernels of dispatch's model and of the GPU's tables of launches.
         dtype: Element type for the decode steps.
         device: The GPU to load them on, or "cpu" for ptxsim.
 
@@ -98,7 +100,10 @@ def _listed(
 
 
 def _kernels(config: Kernel | GQADecodeConfig, dtype: torch.dtype, device: Device) -> list[Kernel]:
-    """The kernel, or those that a decode step may take, by what is known of its lengths."""
+    """The kernel, or those that a decode step may take, by what is known of its lengths.
+
+    Those of the model, which calls that say more than their lengths have, and of the GPU's tables.
+    """
     if isinstance(config, Kernel):
         return [config]
     problem = Problem(
@@ -113,7 +118,13 @@ def _kernels(config: Kernel | GQADecodeConfig, dtype: torch.dtype, device: Devic
     )
     told = [1 << n for n in range(problem.max_seq_len.bit_length())]  # by max_seqlen
     rooms = [replace(problem, max_seq_len=room) for room in (problem.max_seq_len, *told)]
-    return [choose_config(room, device, ragged)[0] for room in rooms for ragged in (False, True)]
+    modelled = [choose_config(r, device, ragged)[0] for r in rooms for ragged in (False, True)]
+    tabled = (
+        choice_for(problem, device, ragged=ragged, longest=longest)
+        for longest in (None, *told, 2 * told[-1])  # which counts as a power of two
+        for ragged in (False, True)
+    )
+    return [*modelled, *(choice.config for choice in tabled if choice)]
 
 
 @dataclass(frozen=True, kw_only=True)

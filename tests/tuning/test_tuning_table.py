@@ -15,7 +15,7 @@ from executors import Notes
 from helpers import call_tensors
 
 import gqa_cutlass
-from gqa_cutlass import gqa_decode
+from gqa_cutlass import GQADecodeConfig, gqa_decode
 from gqa_cutlass.codegen import ARCHES, DType
 from gqa_cutlass.codegen.schema.problem import Problem
 from gqa_cutlass.codegen.variants import policies_for
@@ -208,6 +208,24 @@ def test_explain_says_which_decided(folder: Path, monkeypatch: pytest.MonkeyPatc
     _saved(folder, tuned_of(PROBLEM))
     table_module._all.cache_clear(), table_module.tables.cache_clear()
     assert "by the table of NVIDIA X1, 2026-01-02" in str(gqa_cutlass.explain(**tensors))
+
+
+def test_warmup_loads_what_the_tables_take(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A capture may compile nothing, other tiles included."""
+    monkeypatch.setattr("gqa_cutlass.ahead.gpu", lambda device: X1)
+    monkeypatch.setattr("gqa_cutlass.ahead.device_of", lambda device: torch.device("cuda", 0))
+    monkeypatch.setattr("gqa_cutlass.ahead.load", lambda config, device: None)
+    tuned = tuned_of(PROBLEM)
+    half = {c: replace(c.config, num_warps=c.config.num_warps // 2) for c in tuned.times}
+    tiled = {replace(c, config=half[c]): times for c, times in tuned.times.items()}
+    _saved(folder, replace(tuned, times=tiled))
+    step = GQADecodeConfig(
+        batch_size=4, cache_len=0, num_q_heads=8, num_kv_heads=2, head_dim=64, scale=0.125,
+        max_seq_len=4096,
+    )  # fmt: skip
+    loaded = gqa_cutlass.warmup([step])
+    assert {choice.config for choice in tiled} <= {*loaded}
+    assert dispatch(PROBLEM, X1).config in loaded
 
 
 @pytest.mark.parametrize(("changes", "found"), [
