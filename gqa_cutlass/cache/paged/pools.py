@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +35,16 @@ class Pools:
         self.num_layers = len(layers)
         self.device: torch.device = self.k[0].device
         self.of_tokens = tuple(each for layer in self.scales for each in layer.of_tokens)
+
+    def __getstate__(self) -> dict[str, object]:
+        """The same with elements of 8 bits as bytes: torch cannot read those that it pickled."""
+        k, v = ([each.view(torch.uint8) for each in pools] for pools in (self.k, self.v))
+        return vars(self) | {"k": k, "v": v, "dtype": self.k[0].dtype}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        dtype = state.pop("dtype")
+        self.__dict__.update(state)
+        self.k, self.v = (tuple(t.view(dtype) for t in pools) for pools in (self.k, self.v))
 
     @property
     def page_size(self) -> int:
