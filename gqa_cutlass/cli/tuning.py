@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -61,14 +62,15 @@ def tune(
     Started again, it goes on where it was interrupted. Of a model it takes the heads: its windows,
     soft caps and sinks are other problems, which it does not search.
     """
-    problems = [
-        problem
-        for each in _sizes(heads, model, tp)
-        for sequences in _numbers("batch", batch)
-        for tokens in _numbers("room", room)
-        if (problem := _problem(each, sequences, tokens, page_size, cache_dtype)).cache_mib
-        <= most_gib << 10
-    ]
+    problems = _fitting(
+        most_gib,
+        [
+            _problem(each, sequences, tokens, page_size, cache_dtype)
+            for each in _sizes(heads, model, tp)
+            for sequences in _numbers("batch", batch)
+            for tokens in _numbers("room", room)
+        ],
+    )
     if dry_run:
         from gqa_cutlass.tuning.run import name_of
 
@@ -85,6 +87,26 @@ def tune(
         say_json({"run": table.run, "best": {name(t.problem): str(t.best) for t in table.found}})
         return
     _show(table)
+
+
+def _fitting(most_gib: int, asked: list[Problem]) -> list[Problem]:
+    """Those whose caches are not too large; how many are, is said.
+
+    Raises:
+        InputError: All are.
+    """
+    from gqa_cutlass.errors import InputError
+
+    problems = [problem for problem in asked if problem.cache_mib <= most_gib << 10]
+    if not problems:
+        least = math.ceil(min(problem.cache_mib for problem in asked) / 1024)
+        raise InputError(
+            f"tune: --most-gib: got {most_gib}, which leaves out all that was asked for; "
+            f"allowed: {least} and more, or fewer sequences or tokens."
+        )
+    if left := len(asked) - len(problems):
+        note(f"tune: {left} of {len(asked)} problems are left out, of more than {most_gib} GiB")
+    return problems
 
 
 def _tuned(problems: list[Problem], out: Path | None, tiles: bool) -> Table:
@@ -137,7 +159,8 @@ def _numbers(name: str, given: str) -> list[int]:
 
     entries = [entry.strip() for entry in given.split(",")]
     if not all(re.fullmatch(r"[1-9]\d{0,9}", entry) for entry in entries):
-        raise InputError(f"tune: --{name}: got {given!r}; allowed: whole numbers, with commas.")
+        allowed = "whole numbers from 1, with commas between"
+        raise InputError(f"tune: --{name}: got {given!r}; allowed: {allowed}.")
     return list(dict.fromkeys(map(int, entries)))
 
 

@@ -326,8 +326,11 @@ def test_clean_empties_the_store(store_root: Path) -> None:
          "explain: dtype: got 'int8'; allowed: float16, bfloat16"),
         (["tune", "--heads", "8/8/64,8/8/40", "--cache-dtype", "float8_e5m2", "--dry-run"],
          "--cache-dtype: got float8_e5m2 with head_dim 40; allowed: multiples of 16, whose rows"),
+        (["tune", "--heads", "32/8/128", "--batch", "64", "--room", "131072", "--dry-run"],
+         "--most-gib: got 8, which leaves out all that was asked for; allowed: 32 and more"),
     ],
-    ids=["list", "build", "build-arch", "build-arch-of-none", "explain", "explain-dtype", "tune"],
+    ids=["list", "build", "build-arch", "build-arch-of-none", "explain", "explain-dtype", "tune",
+         "tune-too-large"],
 )  # fmt: skip
 def test_error_is_one_line_and_status_2(
     monkeypatch: pytest.MonkeyPatch,
@@ -340,6 +343,12 @@ def test_error_is_one_line_and_status_2(
     assert captured.err.startswith("gqa-cutlass: ") and message in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out.strip() == ""
+
+
+def test_tune_says_what_it_leaves_out() -> None:
+    result = run("tune", "--heads", "32/8/128", "--batch", "1,64", "--room", "65536", "--dry-run")
+    assert result.stdout == "32/8/128 1x65536\n"
+    assert result.stderr == "tune: 1 of 2 problems are left out, of more than 8 GiB\n"
 
 
 def test_no_command_prints_the_commands() -> None:
