@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gqa_cutlass.cli.options import DTypes, Json, Model, Tp, fraction, number
+from gqa_cutlass.cli.options import Json, Model, Tp, fraction, number
 from gqa_cutlass.cli.output import say, say_json, say_labelled
 from gqa_cutlass.cli.picking import archs_of, choose, dtypes_of
 
@@ -42,7 +42,12 @@ def explain(
     batch: Annotated[int, number("Sequences.")] = 1,
     max_seq_len: Annotated[int, number("Tokens that the cache holds.")] = 4096,
     page_size: Annotated[int, number("Tokens of a page. 0: caches in one piece.")] = 0,
-    dtype: DTypes = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float16, bfloat16 or both, with a comma. Default: the model's; of sizes float16."
+        ),
+    ] = None,
     arch: Annotated[
         str, typer.Option("--arch", help="Comma-separated targets, or `all`.")
     ] = "sm_90a",
@@ -58,7 +63,8 @@ def explain(
 ) -> None:
     """Say which kernel a decode step would run, why, and how it is launched.
 
-    Of sizes (--q-heads, --kv-heads, --head-dim), or of every type of layers of a --model.
+    Of sizes (--q-heads, --kv-heads, --head-dim), or of every type of layers of a --model. On a GPU
+    whose table of launches (`gqa-cutlass tune`) has the problem, calls take what that says instead.
     """
     from gqa_cutlass.codegen.models import LayerType
     from gqa_cutlass.codegen.schema.kinds import DType
