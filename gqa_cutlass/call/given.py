@@ -115,7 +115,8 @@ def _check_kinds(given: Given) -> None:
         if name == LENGTHS:
             _check_kind_of_lengths(value)
         elif not (ROWS[name].optional and value is None) and (found := flaw(value)):
-            fail(name, found.got, found.allowed + ROWS[name].optional * " or None")
+            number = name.endswith("_scale") * "a number or "
+            fail(name, found.got, number + found.allowed + ROWS[name].optional * " or None")
 
 
 def _check_kind_of_lengths(lengths: object) -> None:

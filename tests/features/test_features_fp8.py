@@ -179,7 +179,7 @@ BAD: dict[str, tuple[Callable[[Step], dict[str, Any]], str]] = {
     "negative": (lambda s: {"v_scale": -1}, "v_scale: got -1; allowed: a number"),
     "no number": (lambda s: {"k_scale": math.nan}, "k_scale: got nan"),
     "endless": (lambda s: {"v_scale": math.inf}, "v_scale: got inf"),
-    "text": (lambda s: {"k_scale": "1"}, "k_scale: got a str; allowed: a torch.Tensor"),
+    "text": (lambda s: {"k_scale": "1"}, "k_scale: got a str; allowed: a number or a torch.T"),
     "truth": (lambda s: {"k_scale": True}, "k_scale: got a bool"),
     "more heads": (lambda s: {"k_scale": s.q.new_ones(3).float()}, r"k_scale: got shape \[3\]"),
     "more sequences": (
