@@ -18,6 +18,7 @@ from gqa_cutlass.kernels.export import compiled, plan_export, write_bundle
 from gqa_cutlass.kernels.store import Store
 
 KERNELS = "d64_g7,f16_f16_d128_g4_align8_multistage"
+BY_TOKEN = "gqa_decode_sm80_tensorop_f16_e4m3t_d128_g4_align8_multistage_h8n16w4s2"
 NO_GPU = 77
 USAGE = 2
 
@@ -73,8 +74,12 @@ class Crate:
 
 @pytest.fixture(scope="module")
 def crate(tmp_path_factory: pytest.TempPathFactory) -> Crate:
-    folder = tmp_path_factory.mktemp("rust")
-    export = plan_export(KERNELS, ["sm_90a"])
+    return exported(tmp_path_factory.mktemp("rust"), KERNELS)
+
+
+def exported(folder: Path, kernels: str) -> Crate:
+    """A crate with these kernels."""
+    export = plan_export(kernels, ["sm_90a"])
     paths = write_bundle(folder / "bundle", export, compiled(export, Store.default(), jobs=1))
     files = {str(path.relative_to(folder / "bundle")) for path in paths}
     return Crate(folder / "bundle", files, folder / "target")
@@ -93,6 +98,10 @@ class TestCrate:
         assert len(results) == 5  # unit tests, three files, examples in the documentation
         assert all(line.startswith("test result: ok. ") for line in results)
         assert not any(line.startswith("test result: ok. 0 passed") for line in results)
+
+    def test_its_tests_pass_without_plain_kernels(self, tmp_path: Path) -> None:
+        """As of an export of one kernel with scales of tokens."""
+        exported(tmp_path, BY_TOKEN).check("cargo", "test", "--offline", "--tests")
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
     def test_the_example_says_that_it_needs_a_gpu(self, crate: Crate) -> None:
