@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gqa_cutlass import gqa_decode
+from gqa_cutlass import gqa_decode, plan
 from gqa_cutlass.call.stored import FP8
 from gqa_cutlass.proof.reference import attend, errors, same_bits, scale_of_row, stored
 
@@ -72,6 +72,15 @@ class Case:
             self.q, self.k_cache, self.v_cache, self.k, self.v, cache_seqlens=lengths,
             k_scale=self.k_scale, v_scale=self.v_scale, **self.options,
         )  # fmt: skip
+
+    def attend_only(self, splits: int) -> Tensor:
+        """A step of no new tokens, in so many splits."""
+        lengths = torch.tensor(self.lengths, dtype=torch.int32, device=self.q.device)
+        made = plan(
+            self.q, self.k_cache, self.v_cache, cache_seqlens=lengths, num_splits=splits,
+            k_scale=self.k_scale, v_scale=self.v_scale,
+        )  # fmt: skip
+        return made(self.q, self.k_cache, self.v_cache, None, None, lengths)
 
     def right(self, left_out: Collection[int] = ()) -> dict[str, Tensor]:
         """What appends are to leave, of all sequences but some."""

@@ -87,13 +87,8 @@ def test_splits_and_attending_without_a_token(device: str) -> None:
         k_scale=made.k_scale, v_scale=made.v_scale,
     )[0]  # fmt: skip
     before = made.k_scale.clone()
-    lengths = torch.tensor(made.lengths, dtype=torch.int32, device=device)
     for splits in (1, 3):
-        plan = gqa_cutlass.plan(
-            made.q, made.k_cache, made.v_cache, cache_seqlens=lengths, num_splits=splits,
-            k_scale=made.k_scale, v_scale=made.v_scale,
-        )  # fmt: skip
-        out = plan(made.q, made.k_cache, made.v_cache, None, None, lengths)
+        out = made.attend_only(splits)
         torch.testing.assert_close(out.double(), right, atol=2e-3, rtol=2e-3)
     assert torch.equal(made.k_scale.nan_to_num(), before.nan_to_num())
 
