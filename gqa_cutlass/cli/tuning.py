@@ -168,6 +168,7 @@ def _problem(
     sizes: tuple[int, int, int], batch: int, room: int, page_size: int, cache_dtype: str
 ) -> Problem:
     from gqa_cutlass.codegen.schema.kinds import DType
+    from gqa_cutlass.codegen.schema.policies import FP8
     from gqa_cutlass.codegen.schema.problem import WIDEST, Problem
     from gqa_cutlass.codegen.variants import policies_for
     from gqa_cutlass.errors import InputError
@@ -183,10 +184,11 @@ def _problem(
         )
     if page_size < 0 or page_size and room % page_size:
         raise InputError(f"tune: --page-size: got {page_size}; allowed: 0, or what divides {room}.")
-    if cache_dtype not in ("", "float8_e4m3fn", "float8_e5m2"):
+    names = [str(policy.feature) for policy in FP8]
+    if cache_dtype not in ("", *names):
         raise InputError(
-            f"tune: --cache-dtype: got {cache_dtype!r}; allowed: float8_e4m3fn, float8_e5m2, or no "
-            "such option for caches of 16 bits."
+            f"tune: --cache-dtype: got {cache_dtype!r}; allowed: {', '.join(names)}, or no such "
+            "option for caches of 16 bits."
         )
     if cache_dtype and head_dim % (2 * WIDEST):  # kernels see pairs of 8 bits
         raise InputError(

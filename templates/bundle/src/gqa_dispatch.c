@@ -109,8 +109,7 @@ static int prefers_tma(gqa_problem const* problem, gqa_kernel const* tma) {
   int const alone = tiles_of(problem, tma) <= tma->num_warps;
   int const equal = problem->batch_size == 1 || !problem->ragged;
   int const pairs = equal && ceil_div(model->tma_blocks, heads) == 2 && mib > model->tma_pairs_mib;
-  if (mib <= limit && heads <= model->tma_heads && !alone && !pairs) return 1;
-  if (mib <= limit) return 0;
+  if (mib <= limit) return heads <= model->tma_heads && !alone && !pairs;
   return whole_boxes && heads <= model->tma_large_heads && equal;
 }
 
