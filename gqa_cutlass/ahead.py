@@ -264,14 +264,16 @@ def explain(
         device = model_device(ARCHES[arch or "sm_90a"])
     chosen = launch_of(problem, device, asked, ragged=asked.ragged)
     stored = Store.default().find(chosen.config, device.arch.name)
-    other = runner_up(problem, device, chosen, ragged=asked.ragged)
+    longest = min(asked.max_seqlen or problem.max_seq_len, problem.max_seq_len)
+    sized = replace(problem, max_seq_len=longest)  # as the model weighed it
+    other = runner_up(sized, device, chosen, ragged=asked.ragged)
     return Explanation(
         problem=problem,
         device=device,
         dispatch=chosen,
         cubin=None if stored is None else stored.path,
         kv_bytes=problem.cache_bytes,
-        terms=terms(problem, device, chosen),
+        terms=terms(sized, device, chosen),
         runner_up=other,
-        runner_up_terms=() if other is None else terms(problem, device, other),
+        runner_up_terms=() if other is None else terms(sized, device, other),
     )

@@ -115,6 +115,17 @@ def test_explanation_shows_the_terms_of_the_model() -> None:
     assert tma["caches"].value <= tma["caches"].limit
 
 
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_80"])
+def test_explanation_shows_the_figures_of_the_lengths_that_were_weighed(arch: str) -> None:
+    told = _explain(*MODELS["llama-3-8b"], arch=arch, max_seqlen=1000)
+    tensors = call_tensors(
+        q_heads=32, kv_heads=8, head_dim=128, max_seq_len=1024, dtype=torch.bfloat16, device="meta"
+    )
+    short, full = explain(**tensors, arch=arch), _explain(*MODELS["llama-3-8b"], arch=arch)
+    assert told.terms == short.terms != full.terms
+    assert told.runner_up_terms == short.runner_up_terms != full.runner_up_terms
+
+
 def test_explanation_names_the_runner_up() -> None:
     hopper = _explain(*MODELS["llama-3-8b"])
     assert hopper.dispatch.config.tma and not hopper.runner_up.config.tma
