@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from gqa_cutlass.call.given import see, tokens_of
-from gqa_cutlass.call.layout import DTYPES, launch_of, problem_of
+from gqa_cutlass.call.layout import DTYPES, launch_of, problem_of, tabled
 from gqa_cutlass.call.options import (
+    Asked,
     PlanOptions,
     check,
     check_softcap,
@@ -28,8 +29,8 @@ from gqa_cutlass.codegen.config import ARCHES
 from gqa_cutlass.codegen.merge import Kernel
 from gqa_cutlass.codegen.schema.problem import WIDEST, Problem
 from gqa_cutlass.decode_config import GQADecodeConfig, check_config
-from gqa_cutlass.devices import device_of, gpu
-from gqa_cutlass.dispatch import Device, Dispatch, choose_config, model_device
+from gqa_cutlass.devices import device_of, gpu, gpu_named
+from gqa_cutlass.dispatch import Choice, Device, Dispatch, choose_config, model_device
 from gqa_cutlass.dispatch.compare import Term, runner_up, terms
 from gqa_cutlass.errors import InputError, shown
 from gqa_cutlass.gpu.driver import load
@@ -135,6 +136,8 @@ class Explanation:
         problem: What the call asks for.
         device: The GPU that was assumed.
         dispatch: The kernel, its launch shape and the reasons.
+        decided: Who decided for them: a table of launches, with its GPU and date, or the model.
+        by_table: Whether a table did.
         cubin: Where the compiled kernel is, or None when the first call would compile it.
         kv_bytes: Bytes of cache that a call with a full cache reads.
         terms: The model's figures for it.
@@ -145,6 +148,8 @@ class Explanation:
     problem: Problem
     device: Device
     dispatch: Dispatch
+    decided: str
+    by_table: bool
     cubin: Path | None
     kv_bytes: int
     terms: tuple[Term, ...] = ()
@@ -156,8 +161,11 @@ class Explanation:
         shape, config, other = self.dispatch.shape, self.dispatch.config, self.runner_up
         return {
             "kernel": config.name,
+            "decided": self.decided,
+            "by_table": self.by_table,
             "reasons": list(self.dispatch.reasons),
             "features": [policy.feature for policy in config.policies],
+            "gpu": self.device.name or None,
             "arch": self.device.arch.name,
             "num_sms": self.device.num_sms,
             "grid": list(shape.grid),
@@ -181,13 +189,15 @@ class Explanation:
 
     def __str__(self) -> str:
         shape, policies = self.dispatch.shape, self.dispatch.config.policies
+        name = f", {self.device.name}" if self.device.name else ""
         lines = {
             "kernel": self.dispatch.config.name,
+            "decided": self.decided,
             "why": "; ".join(self.dispatch.reasons),
             "model": "; ".join(map(str, self.terms)) or "nothing was weighed",
             "runner-up": self._next(),
             "features": ", ".join(policy.feature for policy in policies) or "none",
-            "arch": f"{self.device.arch.name}, {self.device.num_sms} SMs",
+            "arch": f"{self.device.arch.name}, {self.device.num_sms} SMs{name}",
             "grid": f"{shape.grid} (KV heads x head blocks, splits, batch)",
             "cluster": f"{shape.cluster} blocks, along the splits",
             "block": f"{shape.block} threads, {shape.shared_bytes} bytes of shared memory, "
@@ -217,13 +227,15 @@ def explain(
     v: Tensor | None = None,
     *,
     arch: str | None = None,
+    gpu: str | None = None,
     out: Tensor | None = None,
     **options: Any,
 ) -> Explanation:
     """Say which kernel a call would run and why, how it is launched, and where its cubin is.
 
     Launches and compiles nothing. Works without a GPU: tensors on the CPU or on the meta device
-    are taken to be on a GPU with an H200's number of multiprocessors.
+    are taken to be on `gpu`, whose table of launches then counts, or else on one with an H200's
+    number of multiprocessors and no table.
 
     Args:
         q: As for `gqa_decode`, as is all that follows unless it says otherwise.
@@ -231,16 +243,21 @@ def explain(
         v_cache: As for `gqa_decode`.
         k: As for `gqa_decode`.
         v: As for `gqa_decode`.
-        arch: One of `codegen.ARCHES`, for tensors that are not on a GPU; "sm_90a" by default.
+        arch: One of `codegen.ARCHES`, for tensors that are not on a GPU; by default that of `gpu`,
+            or "sm_90a".
+        gpu: The name of a GPU, "NVIDIA H200" for instance: say what a call there would run. One at
+            hand, or one with a table of launches, which came with the package or was made by
+            `gqa-cutlass tune`. None, the default: the one that the tensors are on, if they are.
         out: As for `gqa_decode`.
         **options: `PlanOptions`.
 
     Returns:
-        What can be printed, or asked for its `dispatch` (kernel and launch), `problem`, `device`,
-        `cubin` (None: not compiled yet), `kv_bytes`, the model's `terms`, and the `runner_up`.
+        What can be printed, or asked for its `dispatch` (kernel and launch), who `decided` for it,
+        `problem`, `device`, `cubin` (None: not compiled yet), `kv_bytes`, the model's `terms`, and
+        the `runner_up`.
 
     Raises:
-        InputError: An argument is not allowed.
+        InputError: An argument is not allowed, or there is no table of such a GPU.
     """
     rename(options)
     if "tree_mask" in options:
@@ -256,12 +273,8 @@ def explain(
     problem = problem_of(layout, policies, asked.window_size[0], asked.out_dtype, tokens)
     check_softcap(asked.softcap, problem.head_dim**-0.5)
     scale_fields(asked, layout)
-    if not (arch is None or type(arch) is str and arch in ARCHES):
-        raise InputError(f"explain: arch: got {shown(arch)}; allowed: {', '.join(ARCHES)}.")
-    if q.device.type == "cuda" and arch is None:
-        device = gpu(q.device)
-    else:
-        device = model_device(ARCHES[arch or "sm_90a"])
+    device = _device(q, arch, gpu)
+    choice = tabled(problem, device, asked, ragged=asked.ragged)
     chosen = launch_of(problem, device, asked, ragged=asked.ragged)
     stored = Store.default().find(chosen.config, device.arch.name)
     longest = min(asked.max_seqlen or problem.max_seq_len, problem.max_seq_len)
@@ -271,9 +284,43 @@ def explain(
         problem=problem,
         device=device,
         dispatch=chosen,
+        decided=_decided(choice, device, asked),
+        by_table=choice is not None,
         cubin=None if stored is None else stored.path,
         kv_bytes=problem.cache_bytes,
         terms=terms(sized, device, chosen),
         runner_up=other,
         runner_up_terms=() if other is None else terms(sized, device, other),
     )
+
+
+def _device(q: Tensor, arch: str | None, name: str | None) -> Device:
+    """The GPU that a call is taken to be on.
+
+    Raises:
+        InputError: There is no such architecture, or no such GPU, or it has another one.
+    """
+    if not (arch is None or type(arch) is str and arch in ARCHES):
+        raise InputError(f"explain: arch: got {shown(arch)}; allowed: {', '.join(ARCHES)}.")
+    if name is not None:
+        found = gpu_named(name)
+        if arch not in (None, found.arch.name):
+            raise InputError(
+                f"explain: arch: got {arch} for {name}; allowed: {found.arch.name}, which that is, "
+                "or nothing."
+            )
+        return found
+    if q.device.type == "cuda" and arch is None:
+        return gpu(q.device)
+    return model_device(ARCHES[arch or "sm_90a"])
+
+
+def _decided(choice: Choice | None, device: Device, asked: Asked) -> str:
+    """Who decided for a launch."""
+    if choice is not None:
+        return choice.why
+    if asked.num_splits or asked.batch_invariant:
+        return "by the model, within what was asked for"
+    if device.name:
+        return f"by the model: no table of {device.name} has this"
+    return "by the model: no GPU is named, whose table would count"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import torch
 
 from gqa_cutlass.call.executor import Executor
 from gqa_cutlass.dispatch import Device
-from gqa_cutlass.errors import DeviceError, shown
+from gqa_cutlass.errors import DeviceError, InputError, shown
 from gqa_cutlass.gpu.driver import describe_device
 from gqa_cutlass.gpu.executor import gpu_executor
+from gqa_cutlass.tuning.table import gpus
 
 
 def executor_of(device: torch.device) -> Executor:
@@ -49,6 +52,31 @@ def device_of(device: torch.device | int | str) -> torch.device:
 def gpu(device: torch.device) -> Device:
     """What dispatch wants to know of a GPU."""
     return describe_device(gpu_index(device))
+
+
+def at_hand() -> list[Device]:
+    """The GPUs that can be used here."""
+    found = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        with suppress(DeviceError):
+            found.append(gpu(torch.device("cuda", index)))
+    return found
+
+
+def gpu_named(name: str) -> Device:
+    """A GPU by the name that its driver has for it: one at hand, or one that a table is of.
+
+    Raises:
+        InputError: There is none.
+    """
+    known = gpus() | {device.name: device for device in at_hand()}
+    if not isinstance(name, str) or name not in known:
+        names = ", ".join(map(repr, sorted(known))) or "there is none"
+        raise InputError(
+            f"explain: gpu: got {shown(name)}; allowed: the name of a GPU at hand, or of one with "
+            f"a table of launches: {names}. `gqa-cutlass tune` makes one of the GPU at hand."
+        )
+    return known[name]
 
 
 def gpu_index(device: torch.device) -> int:

@@ -15,6 +15,7 @@ _GRID_X = 2**31 - 1  # blocks, of which every KV head takes one or more
 _ALLOWED = {
     "cache_len": range(MAX_SEQ_LEN),
     "max_seq_len": range(1, MAX_SEQ_LEN + 1),
+    "max_seqlen": range(1, MAX_SEQ_LEN + 1),
     "batch": range(1, MAX_BATCH + 1),
     "q_heads": range(1, _GRID_X + 1),
     "kv_heads": range(1, _GRID_X + 1),

@@ -46,7 +46,7 @@ from gqa_cutlass.codegen.schema.problem import (
     Problem,
 )
 from gqa_cutlass.codegen.schema.storage import ELEMENT_BYTES
-from gqa_cutlass.dispatch import Device, Dispatch, dispatch
+from gqa_cutlass.dispatch import Choice, Device, Dispatch, dispatch
 from gqa_cutlass.errors import shown
 from gqa_cutlass.tuning.table import choice_for
 
@@ -169,13 +169,25 @@ def launch_of(problem: Problem, device: Device, asked: Asked, *, ragged: bool) -
     Raises:
         InputError: The kernel that the call asks for cannot solve the problem.
     """
-    kernel = asked.kernel
-    if device.name and not (kernel or asked.num_splits or asked.batch_invariant):
-        kernel = choice_for(problem, device, ragged=ragged, longest=asked.max_seqlen)
+    kernel = asked.kernel or tabled(problem, device, asked, ragged=ragged)
     return dispatch(
         problem, device, asked.num_splits, kernel, ragged, asked.dependent, asked.max_seqlen,
         asked.batch_invariant,
     )  # fmt: skip
+
+
+def tabled(problem: Problem, device: Device, asked: Asked, *, ragged: bool) -> Choice | None:
+    """What a table of the GPU says, unless the call itself asks for a kernel or splits.
+
+    Args:
+        problem: As for `launch_of`.
+        device: As for `launch_of`.
+        asked: As for `launch_of`.
+        ragged: As for `dispatch`.
+    """
+    if not device.name or asked.kernel or asked.num_splits or asked.batch_invariant:
+        return None
+    return choice_for(problem, device, ragged=ragged, longest=asked.max_seqlen)
 
 
 def check_pages(num_pages: int, page_size: int, table: Seen) -> int:

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gqa_cutlass.cli.options import Json, Model, Tp, fraction, number
+from gqa_cutlass.cli.options import CacheDType, Json, Model, Tp, fraction, number
 from gqa_cutlass.cli.output import say, say_json, say_labelled
-from gqa_cutlass.cli.picking import archs_of, choose, dtypes_of
+from gqa_cutlass.cli.picking import archs_of, cache_dtype_of, choose, dtypes_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
 
     from gqa_cutlass.ahead import Explanation
@@ -28,7 +30,9 @@ class _Call:
 
     batch: int
     max_seq_len: int
+    max_seqlen: int | None
     page_size: int
+    cache_dtype: str | None
     ragged: bool
     dependent: bool
 
@@ -41,6 +45,9 @@ def explain(
     tp: Tp = None,
     batch: Annotated[int, number("Sequences.")] = 1,
     max_seq_len: Annotated[int, number("Tokens that the cache holds.")] = 4096,
+    max_seqlen: Annotated[
+        int | None, number("Tokens of the longest sequence after the step. Default: any number.")
+    ] = None,
     page_size: Annotated[int, number("Tokens of a page. 0: caches in one piece.")] = 0,
     dtype: Annotated[
         str | None,
@@ -48,9 +55,21 @@ def explain(
             help="float16, bfloat16 or both, with a comma. Default: the model's; of sizes float16."
         ),
     ] = None,
+    cache_dtype: CacheDType = None,
     arch: Annotated[
-        str, typer.Option("--arch", help="Comma-separated targets, or `all`.")
-    ] = "sm_90a",
+        str | None,
+        typer.Option(
+            "--arch",
+            help="Comma-separated targets, or `all`. Default: sm_90a, or that of --gpu.",
+        ),
+    ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            help="Name of a GPU whose table of launches counts: 'NVIDIA H200'. Default: the one "
+            "at hand, if it is of the target."
+        ),
+    ] = None,
     ragged: Annotated[bool, typer.Option(help="Whether lengths may differ much.")] = True,
     dependent: Annotated[
         bool, typer.Option(help="Start while the kernel before finishes, where it pays.")
@@ -63,8 +82,9 @@ def explain(
 ) -> None:
     """Say which kernel a decode step would run, why, and how it is launched.
 
-    Of sizes (--q-heads, --kv-heads, --head-dim), or of every type of layers of a --model. On a GPU
-    whose table of launches (`gqa-cutlass tune`) has the problem, calls take what that says instead.
+    Of sizes (--q-heads, --kv-heads, --head-dim), or of every type of layers of a --model. Calls
+    take what a table of launches of their GPU (`gqa-cutlass tune`) says of them, or else what the
+    model says; `decided` says which it was.
     """
     from gqa_cutlass.codegen.models import LayerType
     from gqa_cutlass.codegen.schema.kinds import DType
@@ -72,8 +92,8 @@ def explain(
 
     chosen = choose("explain", model, tp, dtype)
     call = _Call(
-        batch=batch, max_seq_len=max_seq_len, page_size=page_size, ragged=ragged,
-        dependent=dependent,
+        batch=batch, max_seq_len=max_seq_len, max_seqlen=max_seqlen, page_size=page_size,
+        cache_dtype=cache_dtype_of("explain", cache_dtype), ragged=ragged, dependent=dependent,
     )  # fmt: skip
     asked: dict[str, tuple[LayerType, DType]]
     if chosen is None:
@@ -96,22 +116,37 @@ def explain(
             f"{each.layers.name}, tp {each.tp}, {each.dtype}": (each.layers, each.dtype)
             for each in chosen.layers
         }
-    found = {
-        (what, target): _explain(layers, kind, call, target)
+    places = list(_places(arch, gpu))
+    found = [
+        (what, _explain(layers, kind, call, *place))
         for what, (layers, kind) in asked.items()
-        for target in archs_of(arch)
-    }
+        for place in places
+    ]
     if as_json:
-        rows = [{"for": what, **each.facts()} for (what, _), each in found.items()]
+        rows = [{"for": what, **each.facts()} for what, each in found]
         say_json({"model": chosen.model.source if chosen else None, "explanations": rows})
         return
-    for position, ((what, target), each) in enumerate(found.items()):
+    for position, (what, each) in enumerate(found):
         if len(found) > 1:
-            say("\n" * (position > 0) + f"{what}, {target}")
+            say("\n" * (position > 0) + f"{what}, {each.device.arch.name}")
         say_labelled(str(each), _INDENT)
 
 
-def _explain(layers: LayerType, dtype: DType, call: _Call, arch: str) -> Explanation:
+def _places(arch: str | None, gpu: str | None) -> Iterator[tuple[str | None, str | None]]:
+    """Targets, and names of GPUs whose tables count there."""
+    from gqa_cutlass.devices import at_hand
+
+    if gpu is not None and arch is None:
+        yield None, gpu
+        return
+    here = {} if gpu else {device.arch.name: device.name for device in reversed(at_hand())}
+    for target in archs_of(arch or "sm_90a"):
+        yield target, gpu or here.get(target)
+
+
+def _explain(
+    layers: LayerType, dtype: DType, call: _Call, arch: str | None, gpu: str | None
+) -> Explanation:
     """What a call of such sizes would run."""
     import torch
 
@@ -121,11 +156,14 @@ def _explain(layers: LayerType, dtype: DType, call: _Call, arch: str) -> Explana
     batch, kv_heads, head_dim = call.batch, layers.num_kv_heads, layers.head_dim
     check_sizes("explain", batch=batch, max_seq_len=call.max_seq_len, q_heads=layers.num_q_heads,
                 kv_heads=kv_heads, head_dim=head_dim, window=layers.window)  # fmt: skip
+    if call.max_seqlen is not None:
+        check_sizes("explain", max_seqlen=call.max_seqlen)
     check_room(
         "explain", "max_seq_len", call.max_seq_len, least=1, each=4 * batch * kv_heads * head_dim,
         fixed=0, room=_ADDRESSES, where="what can be addressed",
     )  # fmt: skip
     kind = getattr(torch, {"f16": "float16", "bf16": "bfloat16"}[dtype])
+    stored = getattr(torch, call.cache_dtype) if call.cache_dtype else kind
     value_dim = layers.head_dim_v or head_dim
 
     def empty(*shape: int, dtype: torch.dtype = kind) -> torch.Tensor:
@@ -138,9 +176,11 @@ def _explain(layers: LayerType, dtype: DType, call: _Call, arch: str) -> Explana
     per_head = empty(layers.num_q_heads, dtype=torch.float32)
     return explain_call(
         empty(batch, layers.num_q_heads, head_dim),
-        empty(rows, length, kv_heads, head_dim), empty(rows, length, kv_heads, value_dim),
+        empty(rows, length, kv_heads, head_dim, dtype=stored),
+        empty(rows, length, kv_heads, value_dim, dtype=stored),
         empty(batch, kv_heads, head_dim), empty(batch, kv_heads, value_dim),
-        ragged=call.ragged, dependent=call.dependent, arch=arch,
+        ragged=call.ragged, dependent=call.dependent, max_seqlen=call.max_seqlen, arch=arch,
+        gpu=gpu,
         window_size=(layers.window - 1, 0), softcap=layers.softcap,
         sinks=per_head if layers.sinks else None, alibi_slopes=per_head if layers.alibi else None,
         block_table=table,

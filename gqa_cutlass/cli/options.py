@@ -105,6 +105,13 @@ DTypes = Annotated[
         help="float16, bfloat16 or both, with a comma. Default: the model's; without a model all.",
     ),
 ]
+CacheDType = Annotated[
+    str | None,
+    typer.Option(
+        "--cache-dtype",
+        help="float8_e4m3fn or float8_e5m2. Default: 16 bits, as queries have.",
+    ),
+]
 Paged = Annotated[
     bool, typer.Option("--paged", help="With --model: all kernels for caches in pages.")
 ]

@@ -137,6 +137,24 @@ def dtypes_of(command: str, given: str | None) -> tuple[DType, ...]:
     return tuple(dict.fromkeys(DType(_DTYPES[name]) for name in names))
 
 
+def cache_dtype_of(command: str, given: str | None) -> str | None:
+    """The type of 8 bits that `--cache-dtype` names; None: caches have that of queries.
+
+    Raises:
+        InputError: Caches have no such type.
+    """
+    from gqa_cutlass.codegen.schema.policies import FP8
+    from gqa_cutlass.errors import InputError, shown
+
+    names = [str(policy.feature) for policy in FP8]
+    if given not in (None, *names):
+        raise InputError(
+            f"{command}: --cache-dtype: got {shown(given)}; allowed: {', '.join(names)}, or no "
+            "such option for caches of 16 bits."
+        )
+    return given
+
+
 def _ranks(given: str | None) -> tuple[int, ...]:
     """Numbers of ranks, each once; one rank where the option is not given.
 

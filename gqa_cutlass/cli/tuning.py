@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gqa_cutlass.cli.options import DryRun, Json, Model, Tp, number
+from gqa_cutlass.cli.options import CacheDType, DryRun, Json, Model, Tp, number
 from gqa_cutlass.cli.output import note, print_table, progress, say, say_json
-from gqa_cutlass.cli.picking import choose
+from gqa_cutlass.cli.picking import cache_dtype_of, choose
 from gqa_cutlass.cli.table import Column
 
 if TYPE_CHECKING:
@@ -42,9 +42,7 @@ def tune(
         bool,
         typer.Option(help="Try kernels with other tiles too, which calls compile on first use."),
     ] = True,
-    cache_dtype: Annotated[
-        str, typer.Option(help="float8_e4m3fn or float8_e5m2. Default: 16 bits, as queries have.")
-    ] = "",
+    cache_dtype: CacheDType = None,
     most_gib: Annotated[
         int, number("Leave out problems whose caches have more GiB than this.")
     ] = 8,
@@ -62,10 +60,11 @@ def tune(
     Started again, it goes on where it was interrupted. Of a model it takes the heads: its windows,
     soft caps and sinks are other problems, which it does not search.
     """
+    stored = cache_dtype_of("tune", cache_dtype)
     problems = _fitting(
         most_gib,
         [
-            _problem(each, sequences, tokens, page_size, cache_dtype)
+            _problem(each, sequences, tokens, page_size, stored)
             for each in _sizes(heads, model, tp)
             for sequences in _numbers("batch", batch)
             for tokens in _numbers("room", room)
@@ -165,10 +164,9 @@ def _numbers(name: str, given: str) -> list[int]:
 
 
 def _problem(
-    sizes: tuple[int, int, int], batch: int, room: int, page_size: int, cache_dtype: str
+    sizes: tuple[int, int, int], batch: int, room: int, page_size: int, cache_dtype: str | None
 ) -> Problem:
     from gqa_cutlass.codegen.schema.kinds import DType
-    from gqa_cutlass.codegen.schema.policies import FP8
     from gqa_cutlass.codegen.schema.problem import WIDEST, Problem
     from gqa_cutlass.codegen.variants import policies_for
     from gqa_cutlass.errors import InputError
@@ -184,18 +182,12 @@ def _problem(
         )
     if page_size < 0 or page_size and room % page_size:
         raise InputError(f"tune: --page-size: got {page_size}; allowed: 0, or what divides {room}.")
-    names = [str(policy.feature) for policy in FP8]
-    if cache_dtype not in ("", *names):
-        raise InputError(
-            f"tune: --cache-dtype: got {cache_dtype!r}; allowed: {', '.join(names)}, or no such "
-            "option for caches of 16 bits."
-        )
     if cache_dtype and head_dim % (2 * WIDEST):  # kernels see pairs of 8 bits
         raise InputError(
             f"tune: --cache-dtype: got {cache_dtype} with head_dim {head_dim}; allowed: multiples "
             f"of {2 * WIDEST}, whose rows tables are for. Search the others without it."
         )
-    features = ["block_table"] * (page_size > 0) + [cache_dtype] * (cache_dtype != "")
+    features = ["block_table"] * (page_size > 0) + ([cache_dtype] if cache_dtype else [])
     return Problem(
         batch_size=batch, num_q_heads=q_heads, num_kv_heads=kv_heads, head_dim=head_dim,
         max_seq_len=room, page_size=page_size or None, dtype=DType.F16, vec_width=WIDEST,

@@ -40,7 +40,8 @@ def tune_all(problems: Sequence[Problem], path: Path, say: Said, tiles: bool = T
         OutputError: The file cannot be written.
     """
     device = gpu(torch.device("cuda"))
-    table = _begun(path, run := {**provenance(), "version": __version__})
+    like = {"arch": device.arch.name, "num_sms": str(device.num_sms)}
+    table = _begun(path, run := {**provenance(), **like, "version": __version__})
     left = [p for p in problems if p not in {tuned.problem for tuned in table.found}]
     free = int(_SHARE * torch.cuda.mem_get_info()[0])
     for problem in left:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gqa_cutlass import env
+from gqa_cutlass.codegen.config import ARCHES
 from gqa_cutlass.codegen.files import read_json, update, writing
 from gqa_cutlass.codegen.schema.kinds import DType, Math, Schedule
 from gqa_cutlass.codegen.schema.policies import tagged
@@ -43,12 +44,18 @@ class Table:
     """What was measured on a GPU.
 
     Args:
-        run: GPU, driver, compiler, torch, date and version.
+        run: GPU with its architecture and multiprocessors, driver, compiler, torch, date and
+            version.
         found: By problem.
     """
 
     run: dict[str, str]
     found: tuple[Tuned, ...] = ()
+
+    @property
+    def device(self) -> Device | None:
+        """The GPU; None where the run does not say what it is like."""
+        return _device(self.run)
 
     @classmethod
     def load(cls, path: Path) -> Table:
@@ -59,8 +66,9 @@ class Table:
         """
         content: Any = read_json("tune: table", path, _ALLOWED)
         try:
-            run = {str(key): str(value) for key, value in content["run"].items()}
-            return cls(run={"gpu": "", **run}, found=tuple(map(_tuned, content["problems"])))
+            run = {"gpu": ""} | {str(key): str(value) for key, value in content["run"].items()}
+            _device(run)  # or an error
+            return cls(run=run, found=tuple(map(_tuned, content["problems"])))
         except _ODD as wrong:
             reason = f"{type(wrong).__name__}: {wrong}"
             raise InputError(
@@ -130,6 +138,12 @@ def tables(gpu: str) -> tuple[Table, ...]:
     return tuple(table for table in _all() if _is_for(table, gpu))
 
 
+def gpus() -> dict[str, Device]:
+    """The GPUs that there are tables of, by name; those of the user's tables before the others."""
+    found = [table.device for table in _all()]
+    return {device.name: device for device in reversed(found) if device}
+
+
 def _is_for(table: Table, gpu: str) -> bool:
     if table.run["gpu"] != gpu:
         LOG.info("tune: a table of %s is not used on %s", table.run["gpu"], gpu)
@@ -149,6 +163,14 @@ def _all() -> tuple[Table, ...]:
         except InputError as error:
             LOG.warning("%s It is not used.", error)
     return tuple(found)
+
+
+def _device(run: dict[str, str]) -> Device | None:
+    """The GPU of a run; anything wrong raises one of what `Table.load` catches."""
+    if "arch" not in run:
+        return None
+    num_sms = _whole(int(run["num_sms"]), "num_sms")
+    return Device(index=-1, arch=ARCHES[run["arch"]], num_sms=num_sms, name=run["gpu"])
 
 
 def _key(problem: Problem) -> tuple[object, ...]:

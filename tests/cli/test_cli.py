@@ -223,43 +223,6 @@ def test_check_fails_on_a_kernel_without_current_evidence(
     assert "1 kernels without GPU evidence" in words(result)
 
 
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ([], "to balance ragged lengths"),
-        (["--no-ragged"], "1 splits of at most 2"),
-        (["--dependent", "--batch", "1", "--max-seq-len", "128"], "may start at once"),
-    ],
-    ids=["ragged", "equal", "dependent"],
-)
-def test_explain_knows_what_plans_are_told(options: list[str], reason: str) -> None:
-    sizes = ["--q-heads", "32", "--kv-heads", "8", "--head-dim", "128", "--batch", "16"]
-    said = run("explain", *sizes, "--max-seq-len", "8192", *options).output
-    why = next(line for line in said.splitlines() if line.startswith("why"))
-    assert reason in why
-    assert ("ragged" in why) == (not options)
-
-
-def test_explain_prints_the_report() -> None:
-    result = run("explain", "--q-heads", "32", "--kv-heads", "8", "--head-dim", "128",
-                 "--dtype", "bfloat16", "--arch", "sm_80")  # fmt: skip
-    assert result.exit_code == 0
-    assert re.search(r"^kernel +gqa_decode_sm80_tensorop_bf16_bf16_d128_g4_", result.output, re.M)
-    assert re.search(r"^arch +sm_80, 132 SMs$", result.output, re.M)
-
-
-def test_explain_knows_features() -> None:
-    """Of Gemma 2, and of gpt-oss; a window says what is attended to."""
-    sizes = ["--q-heads", "16", "--kv-heads", "8", "--head-dim", "256", "--max-seq-len", "8192"]
-    said = run("explain", *sizes, "--window", "4096", "--softcap", "50").output
-    assert re.search(r"^kernel .*_win_cap$", said, re.M)
-    assert "a window of 4096 of at most 8192 tokens" in said
-    said = run("explain", *sizes, "--sinks", "--alibi").output
-    assert re.search(r"^kernel .*_alibi_sink$", said, re.M) and "window" not in said
-    wrong = run("explain", *sizes, "--window", "-1")
-    assert wrong.exit_code != 0 and "explain: window: got -1; allowed: 0 to" in str(wrong.exception)
-
-
 def test_doctor_reports_every_part(store_root: Path) -> None:
     output = run("doctor").output
     for what in ("package", "dependencies", "compiler and headers", "disassembler", "torch",
@@ -402,21 +365,3 @@ def test_sim_refuses_what_it_cannot_run(
         main()
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
-
-
-def test_explain_fits_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = ("--q-heads", "32", "--kv-heads", "8", "--head-dim", "128")
-    whole = run("explain", *sizes).stdout
-    monkeypatch.setenv("COLUMNS", "80")
-    narrow = run("explain", *sizes).stdout
-    assert max(map(len, narrow.splitlines())) <= 80 < max(map(len, whole.splitlines()))
-    assert narrow.split() == whole.split()
-
-
-def test_explain_knows_pages() -> None:
-    sizes = ["explain", "--q-heads", "32", "--kv-heads", "8", "--head-dim", "128", "--page-size"]
-    said = run(*sizes, "16").output
-    assert "pages of 16 tokens, at most 4096 of a sequence" in said and "block_table" in said
-    assert "the copy engine wants pages of multiples of 16" in run(*sizes, "10").output
-    for wrong in ("-1", "4097"):
-        assert f"explain: page_size: got {wrong}; allowed: 0" in str(run(*sizes, wrong).exception)

@@ -238,6 +238,7 @@ def test_a_run_goes_on_where_it_was_interrupted(searched: list[Problem], tmp_pat
     assert searched == [SMALL, other] and len(said) == 2 and "4/2/64 2x64" in said[0]
     assert "s left" in said[0]
     assert Table.load(path) == table and [t.problem for t in table.found] == searched
+    assert table.device == replace(H200, name="NVIDIA X1")
 
 
 @pytest.mark.usefixtures("searched")

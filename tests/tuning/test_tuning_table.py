@@ -19,8 +19,8 @@ from gqa_cutlass import GQADecodeConfig, gqa_decode
 from gqa_cutlass.codegen import ARCHES, DType
 from gqa_cutlass.codegen.schema.problem import Problem
 from gqa_cutlass.codegen.variants import policies_for
-from gqa_cutlass.dispatch import Choice, dispatch, model_device
-from gqa_cutlass.errors import InputError
+from gqa_cutlass.dispatch import Choice, Device, dispatch, model_device
+from gqa_cutlass.errors import DeviceError, InputError
 from gqa_cutlass.tuning import table as table_module
 from gqa_cutlass.tuning.candidates import candidates, lengths_of
 from gqa_cutlass.tuning.search import Tuned
@@ -58,9 +58,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     table_module._all.cache_clear(), table_module.tables.cache_clear()
 
 
-def _saved(folder: Path, *found: Tuned, gpu: str = "NVIDIA X1") -> Path:
-    path = folder / FOLDER / file_name(gpu)
-    Table(run={"gpu": gpu, "date": "2026-01-02"}, found=found).save(path)
+RUN = {"gpu": "NVIDIA X1", "date": "2026-01-02", "arch": "sm_90a", "num_sms": "132"}
+
+
+def _saved(folder: Path, *found: Tuned, **run: str) -> Path:
+    path = folder / FOLDER / file_name(run.get("gpu", RUN["gpu"]))
+    Table(run=RUN | run, found=found).save(path)
     return path
 
 
@@ -128,6 +131,28 @@ def test_the_users_table_comes_before_the_shipped_one(folder: Path) -> None:
     _saved(folder, tuned_of(PROBLEM, best=5))
     found = choice_for(PROBLEM, X1, ragged=True)
     assert found is not None and found.splits == tuned_of(PROBLEM, best=5).best.splits
+
+
+def test_tables_say_what_their_gpus_are_like(folder: Path) -> None:
+    """The user's before the shipped ones; those that do not say it are of no GPU to be named."""
+    _saved(folder, num_sms="100"), _saved(folder, gpu="NVIDIA Y2", arch="sm_80", num_sms="108")
+    (folder / FOLDER).rename(folder / "shipped")
+    _saved(folder)
+    Table(run={"gpu": "NVIDIA Z3"}).save(folder / FOLDER / "old.json")
+    y2 = replace(model_device(ARCHES["sm_80"]), name="NVIDIA Y2", num_sms=108)
+    assert table_module.gpus() == {"NVIDIA X1": X1, "NVIDIA Y2": y2}
+    assert Table.load(folder / FOLDER / "old.json").device is None
+
+
+@pytest.mark.parametrize(
+    "run", [{"arch": "sm_70"}, {"num_sms": "0"}, {"num_sms": "many"}, {"num_sms": "9" * 5000}],
+    ids=lambda run: ",".join(f"{key} {value[:5]}" for key, value in run.items()),
+)  # fmt: skip
+def test_a_gpu_that_there_cannot_be_is_refused(run: dict[str, str], folder: Path) -> None:
+    path = _saved(folder, tuned_of(PROBLEM), **run)
+    with pytest.raises(InputError, match=r"tune: table: got .*nvidia-x1\.json"):
+        Table.load(path)
+    assert table_module.gpus() == {}
 
 
 BAD: dict[str, Any] = {
@@ -200,14 +225,65 @@ def test_calls_launch_what_the_table_says(folder: Path, notes: Notes) -> None:
     ]  # fmt: skip
 
 
-def test_explain_says_which_decided(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gqa_cutlass.ahead.model_device", lambda arch: X1)
-    tensors = call_tensors(batch=4, max_seq_len=4096)
-    tensors.pop("out")
-    assert "table" not in str(gqa_cutlass.explain(**tensors))
+def _explained(changes: dict[str, Any], **options: Any) -> Any:
+    tensors = call_tensors(**{"batch": 4, "max_seq_len": 4096, "device": "meta"} | changes)
+    return gqa_cutlass.explain(**tensors, **options)
+
+
+def test_explain_says_which_decided(folder: Path) -> None:
+    _saved(folder, tuned_of(PROBLEM))
+    best, second = tuned_of(PROBLEM).times
+    named: dict[str, Any] = {"gpu": "NVIDIA X1"}
+    found = _explained({}, **named)
+    assert (found.decided, found.by_table) == ("by the table of NVIDIA X1, 2026-01-02", True)
+    assert found.device == X1 and found.dispatch.config == best.config
+    assert found.dispatch.num_splits == best.splits
+    equal = _explained({}, **named, ragged=False, max_seqlen=512)
+    assert equal.by_table and equal.dispatch.num_splits == second.splits
+    of_bf16 = _explained({"dtype": torch.bfloat16}, **named, arch="sm_90a")
+    assert of_bf16.by_table and of_bf16.dispatch.config.dtype is DType.BF16
+    for changes, options, by in (
+        ({"batch": 5}, named, "by the model: no table of NVIDIA X1 has this"),
+        ({}, named | {"num_splits": 3}, "by the model, within what was asked for"),
+        ({}, named | {"batch_invariant": True}, "by the model, within what was asked for"),
+        ({}, {}, "by the model: no GPU is named, whose table would count"),
+        ({}, {"arch": "sm_90a"}, "by the model: no GPU is named, whose table would count"),
+    ):
+        found = _explained(changes, **options)
+        assert (found.decided, found.by_table) == (by, False)
+        assert "by the table" not in str(found)
+
+
+def test_explain_refuses_gpus_that_nothing_is_known_of(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gqa_cutlass.devices.at_hand", list)
+    _saved(folder), _saved(folder, gpu="NVIDIA Y2", arch="sm_80")
+    for name in ("NVIDIA Z3", "", 3, ["NVIDIA X1"]):
+        with pytest.raises(InputError, match="gpu: got .* of launches: 'NVIDIA X1', 'NVIDIA Y2'"):
+            _explained({}, gpu=name)
+    with pytest.raises(InputError, match="arch: got sm_90a for NVIDIA Y2; allowed: sm_80"):
+        _explained({}, gpu="NVIDIA Y2", arch="sm_90a")
+
+
+def test_explain_takes_the_gpu_at_hand_by_name(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is, whatever a table says of it; those that cannot be used are none."""
+
+    def described(device: torch.device) -> Device:
+        if device.index == 1:
+            raise DeviceError("too old")
+        return replace(X1, index=device.index, num_sms=100 + device.index)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr("gqa_cutlass.devices.gpu", described)
+    assert _explained({}, gpu="NVIDIA X1").decided.endswith("no table of NVIDIA X1 has this")
     _saved(folder, tuned_of(PROBLEM))
     table_module._all.cache_clear(), table_module.tables.cache_clear()
-    assert "by the table of NVIDIA X1, 2026-01-02" in str(gqa_cutlass.explain(**tensors))
+    found = _explained({}, gpu="NVIDIA X1")
+    assert found.by_table and found.device.num_sms == 100
 
 
 def test_warmup_loads_what_the_tables_take(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
