@@ -32,6 +32,8 @@ from gqa_cutlass.call.stored import SCALES
 from gqa_cutlass.tensors import is_tensor
 from gqa_cutlass.tracing import is_traced, mark_static
 
+_VIEWS = "_ring", "_asked"  # attributes that see the memory in pages
+
 
 class KVCache(CountedCache):
     """Keys and values of a batch of sequences, and how many tokens each holds.
@@ -71,6 +73,9 @@ class KVCache(CountedCache):
     host cannot check. A `prefill` that an error ends in its middle must be repeated, or the
     sequences be reset; so must lengths that somebody else writes to `seqlens`, if they are not the
     latest, for older tokens are gone.
+
+    A copy (`copy.deepcopy`, `pickle`, `torch.save`) has the same sequences, in memory of its own.
+    Layers that share their lengths go together, in their list.
 
     Works in inference mode or outside; nothing is recorded for gradients. Not thread-safe: one
     thread and one stream at a time.
@@ -222,6 +227,22 @@ class KVCache(CountedCache):
         self._asked = scales if ring is None else scales.in_pages(ring.window.page)
         mark_static(k, v)
         self._leads = leads  # of the caches that share the lengths, the one that moves them
+
+    def __getstate__(self) -> dict[str, object]:
+        """The same without views of its memory, for pickling makes memory of its own of each.
+
+        Elements of 8 bits are bytes, for torch cannot read those that it pickled.
+        """
+        own = {name: value for name, value in vars(self).items() if name not in _VIEWS}
+        ring = self._ring and (self._ring.window, self._ring.table)
+        return own | {"k": raw(self.k), "v": raw(self.v), "dtype": self.k.dtype, "ring": ring}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        dtype, ring = state.pop("dtype"), state.pop("ring")
+        k, v = (state.pop(name).view(dtype) for name in ("k", "v"))
+        self.__dict__.update(state)
+        ring = ring and Ring(ring[0], k, v, ring[1])
+        self._adopt(k, v, self._lengths, self._scales, self._leads, ring)
 
     @overload
     def decode(
