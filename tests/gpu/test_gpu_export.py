@@ -136,15 +136,19 @@ class Library:
             self.lines.append(self.c.gqa_last_error().decode())
         return status
 
-    def workspace(self, shape: Shape, config: Config | None = None) -> Tensor:
+    def workspace(self, asked: Config) -> Tensor:
         """Zeroed memory, as much as the library asks for."""
-        return self.workspace_for(config or shape.config())
-
-    def workspace_for(self, asked: Config) -> Tensor:
-        """The same for a configuration."""
         size = ctypes.c_size_t()
         assert self.c.gqa_workspace_size(ctypes.byref(asked), ctypes.byref(size)) == 0
         return torch.zeros(size.value, dtype=torch.uint8, device="cuda")
+
+    def decode(self, step: Step, config: Config, times: int = 1) -> None:
+        """Launch a step, with a workspace that every launch finds as the one before left it."""
+        workspace = self.workspace(config)
+        config.workspace, config.workspace_size = workspace.data_ptr(), workspace.numel()
+        for _ in range(times):
+            status = self.call("gqa_attention_decode", *step.addresses(), config, current_stream())
+            assert status == 0, self.lines[-1]
 
 
 @pytest.fixture(scope="module")
@@ -233,12 +237,7 @@ def test_c_gives_the_bits_of_python(library: Library, shape: Shape) -> None:
     ours = step_of(shape)
     theirs = ours.copy()
     by_python(ours, shape)
-    workspace = library.workspace(shape)
-    for _ in range(2):  # the second launch finds the workspace as the first left it
-        status = library.call(
-            "gqa_attention_decode", *theirs.addresses(), shape.config(workspace), current_stream()
-        )
-        assert status == 0, library.lines[-1]
+    library.decode(theirs, shape.config(), times=2)
     assert all(map(torch.equal, ours.bits(), theirs.bits()))
     assert not ours.out.isnan().any()
     launched = parse(library.lines[-1])
@@ -271,10 +270,7 @@ def test_features_give_the_bits_of_python(
         softmax_scale=shape.scale, out=ours.out.unflatten(-1, (shape.q_heads, shape.head_dim)),
         window_size=(window - 1, 0), softcap=softcap, sinks=sinks,
     )  # fmt: skip
-    workspace = library.workspace(shape, config)
-    config.workspace, config.workspace_size = workspace.data_ptr(), workspace.numel()
-    status = library.call("gqa_attention_decode", *theirs.addresses(), config, current_stream())
-    assert status == 0, library.lines[-1]
+    library.decode(theirs, config)
     assert all(map(torch.equal, ours.bits(), theirs.bits()))
     assert not ours.out.isnan().any()
     assert parse(library.lines[-1])["kernel"].endswith(tags)
@@ -305,10 +301,7 @@ def test_caches_of_8_bits_give_the_bits_of_python(
     config = shape.config()
     for field, value in scales_of(ours.k_cache, scales, 0.375).items():
         setattr(config, field, value)
-    workspace = library.workspace(shape, config)
-    config.workspace, config.workspace_size = workspace.data_ptr(), workspace.numel()
-    status = library.call("gqa_attention_decode", *theirs.addresses(), config, current_stream())
-    assert status == 0, library.lines[-1]
+    library.decode(theirs, config)
     assert all(map(torch.equal, ours.bits(), theirs.bits()))
     assert not ours.out.isnan().any()
     assert f"_{str(dtype)[len('torch.float8_') :][:4]}_" in parse(library.lines[-1])["kernel"]
@@ -342,10 +335,7 @@ def test_scales_of_tokens_give_the_bits_of_python(
     config = shape.config()
     for field, value in scales_of(ours.k_cache, *their_scales).items():
         setattr(config, field, value)
-    workspace = library.workspace(shape, config)
-    config.workspace, config.workspace_size = workspace.data_ptr(), workspace.numel()
-    status = library.call("gqa_attention_decode", *theirs.addresses(), config, current_stream())
-    assert status == 0, library.lines[-1]
+    library.decode(theirs, config)
     assert all(map(torch.equal, ours.bits(), theirs.bits()))
     assert all(map(torch.equal, our_scales, their_scales))
     for now, then in zip((apart, packed), before, strict=True):
@@ -386,11 +376,7 @@ def test_strides_and_lse_give_the_bits_of_python(
     for cache in ("kv_cache_k", "kv_cache_v"):
         setattr(config, f"{cache}_token_stride", shape.head_dim)
         setattr(config, f"{cache}_head_stride", shape.head_dim * shape.max_seq_len)
-    workspace = library.workspace(shape, config)
-    config.workspace, config.workspace_size = workspace.data_ptr(), workspace.numel()
-    for _ in range(3):  # launches that may overlap
-        status = library.call("gqa_attention_decode", *theirs.addresses(), config, current_stream())
-        assert status == 0, library.lines[-1]
+    library.decode(theirs, config, times=3)  # launches that may overlap
     assert all(map(torch.equal, ours.bits(), theirs.bits()))
     assert torch.equal(lse, expected) and lse.isfinite().all()
     launched = parse(library.lines[-1])
@@ -412,7 +398,7 @@ def test_ragged_lengths_give_the_bits_of_python_and_one_overflow_spoils_itself_a
     with pytest.raises(gqa_cutlass.CacheOverflowError):
         gqa_cutlass.check_overflow()
     overflow = torch.zeros(1, dtype=torch.int32, device="cuda")
-    workspace = library.workspace(shape)
+    workspace = library.workspace(shape.config())
     status = library.call(
         "gqa_attention_decode_ragged", *theirs.addresses(), lengths.data_ptr(),
         overflow.data_ptr(), shape.config(workspace), current_stream(),
@@ -472,7 +458,7 @@ def test_rows_of_features_give_the_bits_of_python(library: Library, row: Row) ->
     for name in ("k_cache", "v_cache"):
         getattr(step, name).copy_(step.before[name])
     lse, overflow = torch.full_like(expected, torch.nan), torch.zeros(1, dtype=torch.int32).cuda()
-    workspace = library.workspace_for(config_of(step, lse=lse))
+    workspace = library.workspace(config_of(step, lse=lse))
     q, k_cache, v_cache, k, v = step.tensors()
     assert k is not None and v is not None
     status = library.call(
@@ -491,8 +477,8 @@ def test_a_launch_from_c_can_be_captured(library: Library) -> None:
     ours = step_of(shape)
     theirs = ours.copy()
     by_python(ours, shape)
-    workspace, config = library.workspace(shape), shape.config()
-    config.workspace, config.workspace_size = workspace.data_ptr(), workspace.numel()
+    workspace = library.workspace(shape.config())
+    config = shape.config(workspace)
     assert library.call("gqa_prepare", config) == 0, library.lines[-1]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -507,7 +493,7 @@ def test_an_overflow_is_refused_and_nothing_written(library: Library) -> None:
     shape = replace(SHAPES["cluster"], cache_len=4096)
     step = step_of(shape)
     before = step.copy()
-    config = shape.config(library.workspace(shape))
+    config = shape.config(library.workspace(shape.config()))
     status = library.call("gqa_attention_decode", *step.addresses(), config, current_stream())
     torch.cuda.synchronize()
     assert status == 3 and "cache overflow" in library.lines[-1]
