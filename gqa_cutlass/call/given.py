@@ -114,9 +114,9 @@ def _check_kinds(given: Given) -> None:
     for name, value in values.items():
         if name == LENGTHS:
             _check_kind_of_lengths(value)
-        elif not (ROWS[name].optional and value is None) and (found := flaw(value)):
-            number = name.endswith("_scale") * "a number or "
-            fail(name, found.got, number + found.allowed + ROWS[name].optional * " or None")
+        elif not ((row := ROWS[name]).optional and value is None) and (found := flaw(value)):
+            number = row.spread * "a number or "
+            fail(name, found.got, number + found.allowed + row.optional * " or None")
 
 
 def _check_kind_of_lengths(lengths: object) -> None:
