@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bench.data import Data, check
 from bench.pages import PagedData, check_paged
-from bench.points import Point
+from bench.points import GRID, Point
 from bench.record import Featured
 from bench.timing import interleaved
 from bench.unusual import SCALE, Fp8Data, TokensData, check_unusual, tables
@@ -149,7 +149,7 @@ CASES = (
             options=lambda data: {"k_scale": SCALE, "v_scale": SCALE},
             most=1 / 1.8 if point.read_bytes >= 512 << 20 else 1.0,
         )
-        for point in (*_UNUSUAL, Point("llama3-8b", 32, 8, 128, 64, 4096))
+        for point in GRID
     ),
     Case(
         feature="window of 128, sinks (gpt-oss)",

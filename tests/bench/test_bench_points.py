@@ -14,8 +14,10 @@ from helpers import REPOSITORY
 from bench import baselines, recorded_pages
 from bench import data as bench_data
 from bench.data import Data, check, num_sets, pool_bytes
+from bench.features import CASES
 from bench.points import GRID, PREFILL, RAGGED, Label, Point, Ragged
 from bench.record import Featured, Record
+from bench.unusual import SCALE, Fp8Data, check_unusual
 from gqa_cutlass.errors import InputError
 
 POINTS = {str(point): point for point in (*GRID, *RAGGED)}
@@ -69,6 +71,18 @@ def test_recorded_times_over_pages_are_scaled_by_our_dense_step() -> None:
     assert found[3:7] == ["141.4", "138.6", "137.8", "148.0"]
     assert found[7:] == ["1.60×", "0.42×", "1.94×"]  # 137.8 / 86, 137.8 / 326, 137.8 / 71
     assert not recorded_pages.cells([replace(row, point="mqa 8/1/128 1x8192") for row in rows])
+
+
+def test_caches_of_8_bits_are_measured_over_the_grid() -> None:
+    cases = [case for case in CASES if case.is_fp8]
+    assert [case.point for case in cases] == list(GRID)
+    large = {str(case.point) for case in cases if case.most < 1}
+    assert large == {
+        "llama3-8b 32/8/128 1x131072", "llama3-8b 32/8/128 64x4096", "llama3-8b 32/8/128 256x1024",
+        "llama3-70b 64/8/128 256x1024", "mha 32/32/128 16x2048", "phi3-mini 32/32/96 16x4096",
+        "phi3-mini 32/32/96 64x2048", "gemma2-9b 16/8/256 16x4096", "gemma2-9b 16/8/256 64x2048",
+    }  # fmt: skip
+    assert {case.most for case in cases} == {1.0, 1 / 1.8}
 
 
 @pytest.mark.parametrize(
@@ -226,3 +240,17 @@ def test_a_plan_is_checked_and_no_nan_remains(point: Point) -> None:
 def test_a_wrong_plan_is_refused(fault: str, found: str) -> None:
     with pytest.raises(AssertionError, match=found):
         check(FakePlan(fault), Data(SMALL_RAGGED, pool(SMALL_RAGGED)))
+
+
+HEADS = sorted({(point.num_q_heads // point.num_kv_heads, point.head_dim) for point in GRID})
+
+
+@pytest.mark.parametrize(("group", "head_dim"), HEADS)
+def test_caches_of_8_bits_are_checked_whatever_the_heads(group: int, head_dim: int) -> None:
+    point = Point("small", group, 1, head_dim, 2, 40)
+    data = Fp8Data(point, pool(point))
+    right = {"k_scale": SCALE, "v_scale": SCALE}
+    assert check_unusual(data.plan(**right), data, **right) < 1e-3
+    wrong = {"k_scale": SCALE, "v_scale": 1.02 * SCALE}
+    with pytest.raises(AssertionError, match="relative error 0.0"):
+        check_unusual(data.plan(**wrong), data, **wrong)

@@ -196,9 +196,10 @@ def test_a_terminal_shows_every_part(full: Record, capsys: pytest.CaptureFixture
         assert title in said
     assert f"\n{SERVING[0]} " in said and "serving, room: 1.25x the floor" in said
     rows = [line for line in said.splitlines() if " 8x1024  " in line]
-    of_step, of_prompts = (re.split("  +", row) for row in rows)
+    of_step, of_prompts, of_8_bits = (re.split("  +", row) for row in rows)
     assert of_step[1:8] == ["32.0", "10.00", "12.50", "-", "10.00", "1.56", "2684"]
     assert of_prompts[1:] == ["12.50", "1.56", "500.00", "400.00", "0.0488", "32.0x"]
+    assert of_8_bits[1:] == ["float8_e4m3fn", "32.0", "12.50", "13.75", "1.10x", "12.50", "no"]
 
 
 @pytest.mark.parametrize("width", [80, 120])
