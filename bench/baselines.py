@@ -41,11 +41,14 @@ def scaled(point: Point, floor: float) -> dict[str, float]:
     return {name: micros * floor / then for name, micros, then in _figures(point)}
 
 
-def pages_recorded(point: str) -> dict[str, float] | None:
-    """Recorded microseconds of a point over pages, ours without pages among them, by name."""
-    pages = _RECORD["pages"]
-    figures = pages["micros"].get(point)
-    return None if figures is None else dict(zip(pages["columns"], figures, strict=True))
+def feature_recorded(feature: str, point: str) -> dict[str, float] | None:
+    """Recorded microseconds of a point over "pages" or "fp8", our dense step among them, by name.
+
+    None: the point was not recorded.
+    """
+    found = _RECORD[feature]
+    figures = found["micros"].get(point)
+    return None if figures is None else dict(zip(found["columns"], figures, strict=True))
 
 
 def _figures(point: Point) -> list[tuple[str, float, float]]:

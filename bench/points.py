@@ -124,6 +124,11 @@ class Label:
         """The model and its heads."""
         return f"{self.model} {self.num_q_heads}/{self.num_kv_heads}/{self.head_dim}"
 
+    @property
+    def cells(self) -> tuple[str, str]:
+        """What tables of points begin with: the model and its heads, sequences and tokens."""
+        return self.heads, f"{self.batch} × {self.tokens}"
+
 
 _GRID: tuple[tuple[str, int, int, int, tuple[tuple[int, int], ...]], ...] = (
     ("llama3-8b", 32, 8, 128, ((1, 128), (1, 1024), (1, 4096), (1, 16384), (1, 131072), (8, 1024),

@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Callable, Collection, Iterable, Mapping
 
 from bench.baselines import SDPA
-from bench.points import Label
 from bench.record import Baseline, Featured, Merged, Prefill, Record, Row, Served
+from bench.recorded_features import FP8_HEADER, PAGES_HEADER, fp8_cells, pages_cells
 from gqa_cutlass.cli.output import print_table, say, say_labelled
 from gqa_cutlass.cli.table import Column
 
@@ -294,6 +294,9 @@ def markdown(record: Record) -> str:
         tables.append(_markdown_table(_PREFILL_HEADER, map(_prefill_cells, record.prefill)))
     if record.features:
         tables.append(_markdown_table(_FEATURES_HEADER, map(_features_cells, record.features)))
+    for header, beside in ((PAGES_HEADER, pages_cells), (FP8_HEADER, fp8_cells)):
+        if cells := beside(record.features):
+            tables.append(_markdown_table(header, cells))
     if record.merges:
         tables.append(_markdown_table(_MERGES_HEADER, map(_merges_cells, record.merges)))
     if record.serving:
@@ -313,7 +316,7 @@ def _markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str
 
 def _grid_cells(row: Row, names: Iterable[str]) -> list[str]:
     return [
-        *_split(row.label), f"{row.mib:g}", f"{row.floor:.1f}", f"**{row.ours:.1f}**",
+        *row.label.cells, f"{row.mib:g}", f"{row.floor:.1f}", f"**{row.ours:.1f}**",
         _micro(row.dependent, digits=1), _short(row.per_token), _bandwidth(row),
         *_micros(row.measured, names, digits=1), _times(row, row.best_sdpa, "×"), _share(row),
         _times(row, row.best_baseline, "×"), str(row.best_baseline or ABSENT),
@@ -322,7 +325,7 @@ def _grid_cells(row: Row, names: Iterable[str]) -> list[str]:
 
 def _ragged_cells(row: Row, names: Iterable[str]) -> list[str]:
     return [
-        *_split(row.label), row.label.lengths or ABSENT, f"{row.mib:.0f}", f"{row.floor:.1f}",
+        *row.label.cells, row.label.lengths or ABSENT, f"{row.mib:.0f}", f"{row.floor:.1f}",
         f"**{row.ours:.1f}**", *_micros(row.measured, names, digits=1),
         f"{row.ours / row.floor:.2f}×", _limit(row, "×"),
     ]  # fmt: skip
@@ -330,14 +333,14 @@ def _ragged_cells(row: Row, names: Iterable[str]) -> list[str]:
 
 def _prefill_cells(row: Prefill) -> list[str]:
     return [
-        *_split(row.label), f"**{row.decode:.1f}**", _short(row.per_token),
+        *row.label.cells, f"**{row.decode:.1f}**", _short(row.per_token),
         *_micros(row.measured, SDPA, digits=1), f"{row.per_prompt_token:.3f}", f"{row.ratio:.1f}×",
     ]  # fmt: skip
 
 
 def _features_cells(row: Featured) -> list[str]:
     return [
-        *_split(row.label), row.feature, f"{row.mib:g}", f"{row.plain:.1f}", f"**{row.ours:.1f}**",
+        *row.label.cells, row.feature, f"{row.mib:g}", f"{row.plain:.1f}", f"**{row.ours:.1f}**",
         f"{row.ours / row.plain:.2f}×", f"{row.limit:.1f}",
     ]  # fmt: skip
 
@@ -351,14 +354,10 @@ def _merges_cells(row: Merged) -> list[str]:
 
 def _serving_cells(row: Served) -> list[str]:
     return [
-        *_split(row.label), row.label.lengths or ABSENT, f"{row.mib:.1f}", f"{row.floor:.1f}",
+        *row.label.cells, row.label.lengths or ABSENT, f"{row.mib:.1f}", f"{row.floor:.1f}",
         f"**{row.ours:.1f}**", f"{row.over_floor:.2f}×", _micro(row.limit, 1),
         *_micros(row.told, _TOLD, 1), _over(row.best_recorded, "×"),
     ]  # fmt: skip
-
-
-def _split(label: Label) -> tuple[str, str]:
-    return label.heads, f"{label.batch} × {label.tokens}"
 
 
 def _bandwidth(row: Row) -> str:

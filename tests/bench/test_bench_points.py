@@ -11,7 +11,7 @@ import torch
 from bench_fakes import SMALL, SMALL_RAGGED, FakePlan, pool
 from helpers import REPOSITORY
 
-from bench import baselines, recorded_pages
+from bench import baselines, recorded_features, report
 from bench import data as bench_data
 from bench.data import Data, check, num_sets, pool_bytes
 from bench.features import CASES
@@ -48,29 +48,51 @@ def test_the_record_names_no_other_points() -> None:
     assert baselines.NOT_SHIPPED <= record["versions"].keys()
 
 
-def test_pages_are_recorded_of_points_that_are_measured() -> None:
-    """The page has the table that the records make."""
+@pytest.mark.parametrize(
+    ("section", "feature"), [("pages", "pages of 16"), ("fp8", "float8_e4m3fn")]
+)
+def test_features_are_recorded_of_points_that_are_measured(section: str, feature: str) -> None:
+    known = json.loads((REPOSITORY / "bench" / "baselines.json").read_text())[section]["micros"]
+    assert list(known) == [str(case.point) for case in CASES if case.feature == feature]
+
+
+def test_the_page_has_the_tables_beside_recorded_features() -> None:
+    """As `gqa-cutlass bench --from bench/results/nvidia-h200.json --markdown` prints them."""
     record = Record.load(REPOSITORY / "bench" / "results" / "nvidia-h200.json")
-    cells = recorded_pages.cells(record.features)
-    known = json.loads((REPOSITORY / "bench" / "baselines.json").read_text())["pages"]["micros"]
-    measured = {row.point for row in record.features if row.feature == "pages of 16"}
-    assert known.keys() == measured and len(cells) == len(known)
+    tables = report.markdown(record).split("\n\n")
+    beside = [table for table in tables if "| XQA" in table.splitlines()[0]]
+    assert [len(table.splitlines()) for table in beside] == [
+        2 + sum(row.feature == feature for row in record.features)
+        for feature in ("pages of 16", "float8_e4m3fn")
+    ]
     page = (REPOSITORY / "docs" / "benchmark.md").read_text()
-    missing = [line for row in cells if (line := f"| {' | '.join(row)} |") not in page]
-    assert not missing
+    assert all(f"\n\n{table}\n\n" in page for table in beside)
+
+
+def _featured(feature: str, ours: float) -> Featured:
+    """A step over a cache of 8 x 8192 tokens, on a GPU that is half as fast as the record's."""
+    return Featured(
+        point="llama3-8b 32/8/128 8x8192", feature=feature, kernel="", mib=256.0,
+        relative_error=0.0, ours=ours, plain=2 * 65.3, limit=1.0,
+    )  # fmt: skip
 
 
 def test_recorded_times_over_pages_are_scaled_by_our_dense_step() -> None:
-    point, plain = "llama3-8b 32/8/128 8x8192", 2 * 65.3
-    rows = [
-        Featured(point=point, feature=f"pages of {size}", kernel="", mib=256.0, relative_error=0.0,
-                 ours=float(size + 70), plain=plain, limit=1.0)
-        for size in (1, 16, 64, 256)
-    ]  # fmt: skip
-    (found,) = recorded_pages.cells([*rows, replace(rows[0], feature="sinks")])
+    rows = [_featured(f"pages of {size}", size + 70.0) for size in (1, 16, 64, 256)]
+    (found,) = recorded_features.pages_cells([*rows, replace(rows[0], feature="sinks")])
     assert found[3:7] == ["141.4", "138.6", "137.8", "148.0"]
     assert found[7:] == ["1.60×", "0.42×", "1.94×"]  # 137.8 / 86, 137.8 / 326, 137.8 / 71
-    assert not recorded_pages.cells([replace(row, point="mqa 8/1/128 1x8192") for row in rows])
+    elsewhere = [replace(row, point="mqa 8/1/128 1x8192") for row in rows]
+    assert not recorded_features.pages_cells([*elsewhere, *rows[1:]])  # nor without pages of one
+
+
+def test_recorded_times_over_8_bits_are_scaled_by_our_dense_step() -> None:
+    row = _featured("float8_e4m3fn", 80.0)
+    elsewhere = replace(row, point="llama3-8b 32/8/128 8x8193")
+    (found,) = recorded_features.fp8_cells([replace(row, feature="sinks"), row, elsewhere])
+    assert found == [
+        "llama3-8b 32/8/128", "8 × 8192", "130.6", "**80.0**", "1.63×", "100.2", "1.25×",
+    ]  # fmt: skip
 
 
 def test_caches_of_8_bits_are_measured_over_the_grid() -> None:

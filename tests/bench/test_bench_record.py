@@ -136,10 +136,10 @@ def test_prompts_are_compared_by_the_faster_backend() -> None:
 
 def test_markdown_has_a_row_per_point(full: Record) -> None:
     tables = report.markdown(full).split("\n\n")
-    grid, ragged, prefill, features, merges, serving, host, sentences = tables
+    grid, ragged, prefill, features, pages, fp8, merges, serving, host, sentences = tables
     for table, rows, columns in (
         (grid, len(GRID), 14), (ragged, len(RAGGED), 8), (prefill, len(PREFILL), 8),
-        (features, len(CASES), 8), (merges, len(MERGES), 7),
+        (features, len(CASES), 8), (pages, 6, 10), (fp8, len(GRID), 7), (merges, len(MERGES), 7),
         (serving, len(SERVING), 12), (host, 4, 3),
     ):  # fmt: skip
         lines = table.splitlines()
@@ -156,6 +156,9 @@ def test_markdown_has_a_row_per_point(full: Record) -> None:
     )
     assert features.splitlines()[2] == (
         "| llama3-8b 32/8/128 | 1 × 16384 | softcap | 64 | 22.1 | **24.3** | 1.10× | 22.8 |"
+    )
+    assert fp8.splitlines()[7] == (
+        "| llama3-8b 32/8/128 | 8 × 1024 | 12.5 | **13.8** | 0.91× | 11.6 | 0.85× |"
     )
     assert merges.splitlines()[4] == (
         "| 2 parts of 4096x32x128 in float32 | 161.5 | 39.9 | **43.9** | 1.10× | 1.2× | 159.8 |"
