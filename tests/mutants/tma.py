@@ -211,7 +211,7 @@ TMA = (
     Mutant(
         name="sent before the other blocks are ready",
         header="decode_tma.cuh",
-        old="if (w.log_cluster_size > 0) cute::cluster_wait();",
+        old="if (w.log_num_ranks > 0) cute::cluster_wait();",
         new="",
         fault="uses what another thread wrote.* in `st.async",
         case=CLUSTER,

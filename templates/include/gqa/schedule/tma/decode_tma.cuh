@@ -116,7 +116,11 @@ CUTE_DEVICE void decode_tma(TmaParams const& p) {
   bool const brings_token = kOneQuery<T> && w.appends && warp == T::kNumWarps - 1;
   if (kPreparesRows<T> && brings_token) token.load(p.decode, w);
   Scorer<T> const score(p.decode, w, shared);
-  if (w.is_idle()) return ring.drain();
+  if (w.is_idle()) {
+    // The others wait for whoever has not arrived: for this block's tiles, then, and for its end.
+    if (w.log_num_ranks > 0) cute::cluster_arrive_relaxed();
+    return ring.drain();
+  }
   if (!kLate) ring.fill(w, w.first_tile(warp));
   ClusterCombine<T> const cluster_combine(shared, w);
   if (threadIdx.x == T::kNumThreads - kWarpSize) {
@@ -124,7 +128,7 @@ CUTE_DEVICE void decode_tma(TmaParams const& p) {
     barrier_init_fence();
     cluster_combine.expect();
   }
-  if (w.log_cluster_size > 0) cute::cluster_arrive_relaxed();
+  if (w.log_num_ranks > 0) cute::cluster_arrive_relaxed();
   if (brings_token) {
     if (!kPreparesRows<T>) token.load(p.decode, w);
     token.key.store(shared.new_key);
@@ -132,7 +136,8 @@ CUTE_DEVICE void decode_tma(TmaParams const& p) {
     if (kMayLoseTokens<T> && w.split == 0 && token.row.lost(p.decode)) ring.lose();
     if (w.split == 0 && w.head_block == 0) token.append(p.decode, w);
   }
-  if (w.log_cluster_size > 0) cute::cluster_wait();  // every block's barrier is ready
+  // Every block's barrier is ready. A block that is alone sends nothing, and waits for nobody.
+  if (w.log_num_ranks > 0) cute::cluster_wait();
   if (w.num_walked_tiles() <= w.tile_step()) {
     attend_single_tile(p, w, shared, ring, score, cluster_combine);
   } else {
