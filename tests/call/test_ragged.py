@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from math import prod
 
 import pytest
 from cases import Step, make_step
@@ -11,6 +12,7 @@ from helpers import THOROUGH
 import gqa_cutlass
 from gqa_cutlass import CacheOverflowError
 from gqa_cutlass.codegen import DType, KernelConfig, Math, default_config
+from gqa_cutlass.dispatch import Choice
 
 MAX_SEQ_LEN = 4096
 TENSOROP = default_config(Math.TENSOROP, DType.F16, 64, 4, 8)
@@ -25,7 +27,7 @@ def step_of(config: KernelConfig, lengths: list[int], device: str, append: bool 
     )  # fmt: skip
 
 
-def plan_of(step: Step, config: KernelConfig) -> gqa_cutlass.Plan:
+def plan_of(step: Step, config: KernelConfig | Choice) -> gqa_cutlass.Plan:
     plan = gqa_cutlass.plan(
         *step.tensors(), cache_seqlens=step.seqlens, return_lse=True, out=step.out, kernel=config
     )
@@ -33,7 +35,7 @@ def plan_of(step: Step, config: KernelConfig) -> gqa_cutlass.Plan:
     return plan
 
 
-def check(step: Step, config: KernelConfig) -> None:
+def check(step: Step, config: KernelConfig | Choice) -> None:
     out, _ = plan_of(step, config)(*step.tensors(), step.seqlens, step.out)
     assert step.errors(out).share <= 1
     step.check_memory()
@@ -73,6 +75,15 @@ def test_any_lengths_fit_into_the_blocks_of_the_launch(seed: int, device: str) -
     count = chosen.choice((2, 3, 5, 31, 33))
     lengths = [int(chosen.paretovariate(0.7)) % 400 for _ in range(count)]
     check(step_of(TENSOROP, lengths, device, append=seed % 2 == 0), TENSOROP)
+
+
+def test_parts_of_a_sequence_are_kept_apart_among_many_blocks(device: str) -> None:
+    """More blocks than run at a time, and parts of more than two rounds."""
+    config = default_config(Math.TENSOROP, DType.F16, 256, 2, 8)
+    launch = Choice(config=config, splits=3, num_stages=config.num_stages, spare=1)
+    step = step_of(config, [3] * 99 + [4090] + [0, 40] * 50, device)
+    assert prod(plan_of(step, launch).dispatch.shape.grid) > 768
+    check(step, launch)
 
 
 def test_wrong_and_negative_lengths_count_as_nothing(device: str) -> None:

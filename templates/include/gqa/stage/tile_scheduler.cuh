@@ -16,6 +16,10 @@
 
 namespace gqa {
 
+// Up to how many blocks parts of a sequence run side by side: it was faster with 512 of them, and
+// slower with 1024.
+constexpr int kManyBlocks = 768;
+
 template <class T>
 struct Work {
   int batch, kv_head, head_block, split;
@@ -201,7 +205,14 @@ struct Work {
       take_equal_part(p, part);
     } else {
       int const average = ceil_div(total, (int(gridDim.y) - 1) * num_sequences);
-      take_balanced_part(p, part, round_up(average, T::kNumWarps));
+      // One block merges a sequence's parts: not many more than the square root of its tiles pay.
+      int const least = longest < 1 ? 1 : 1 << (31 - __clz(longest)) / 2;
+      int const share = round_up(average > least ? average : least, T::kNumWarps);
+      // Blocks that run side by side are better not parts of the same sequences, which begin and
+      // end together: where there are many of them, and long ones.
+      bool const apart = int64_t(gridDim.x) * gridDim.y * num_sequences > kManyBlocks &&
+                         share > 2 * T::kNumWarps;
+      take_balanced_part(p, apart ? blockIdx.y * num_sequences + blockIdx.z : part, share);
     }
   }
 
