@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from itertools import product
 from math import gcd, log
@@ -26,8 +27,9 @@ _MOST_BLOCKS = 128  # per multiprocessor: rows that have nothing to do cost litt
 def lengths_of(problem: Problem) -> dict[str, tuple[int, ...]]:
     """Tokens that sequences may hold before a step, by what they are called.
 
-    Equal ones from all that there is room for down to a few; and unlike ones: lognormal with a
-    standard deviation of 1 in the logarithm, and a long one among short ones.
+    Equal ones from all that there is room for down to a few; and unlike ones: as many of every
+    length, lognormal with a standard deviation of 1 in the logarithm, and a long one among short
+    ones.
     """
     batch, room = problem.batch_size, problem.max_seq_len
     most = room - problem.appended
@@ -38,6 +40,8 @@ def lengths_of(problem: Problem) -> dict[str, tuple[int, ...]]:
         found[f"{each} each"] = (each,) * batch
         held //= APART
     if batch >= _RAGGED_BATCH and room >= _RAGGED_ROOM:
+        evenly = [most * (2 * i + 1) // (2 * batch) for i in range(batch)]
+        found["uniform"] = tuple(random.Random(batch).sample(evenly, batch))
         for mean in (room // 4, room // 16):
             found[f"lognormal {mean}"] = lognormal(batch, mean, 1.0, most)
         found[f"one of {most}"] = (most, *[min(63, most)] * (batch - 1))
@@ -95,12 +99,16 @@ def variants(choice: Choice, tiles: bool = True) -> list[Choice]:
         return found
     sizes = ((n // 2, n, n * 2) for n in (base.block_n, base.num_warps, base.num_stages))
     for block_n, num_warps, num_stages in product(*sizes):
-        try:
-            config = replace(base, block_n=block_n, num_warps=num_warps, num_stages=num_stages)
-            stages = min(choice.num_stages, num_stages) if config.tma else num_stages
-            found.append(replace(choice, config=config, num_stages=stages))
-        except (ConfigError, InputError):  # there is no such kernel
-            continue
+        smaller = max(base.block_n * base.num_warps // (block_n * num_warps), 1)
+        for splits in {choice.splits, choice.splits * smaller}:  # as many blocks, or tokens of one
+            with suppress(ConfigError, InputError):  # there is no such kernel
+                config = replace(base, block_n=block_n, num_warps=num_warps, num_stages=num_stages)
+                other = replace(
+                    choice, config=config, splits=splits,
+                    cluster=gcd(splits, MAX_CLUSTER) if choice.cluster > 1 else 1,
+                    num_stages=min(choice.num_stages, num_stages) if config.tma else num_stages,
+                )  # fmt: skip
+                found.append(other)
     return [other for other in dict.fromkeys(found) if other != choice]
 
 

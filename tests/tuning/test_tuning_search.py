@@ -59,6 +59,7 @@ def test_lengths_fill_the_room_and_less_and_differ_where_there_are_several() -> 
     assert lengths["8191 each"] == (8191,) * 8 and lengths["15 each"] == (15,) * 8
     assert lengths["one of 8191"] == (8191, *[63] * 7)
     assert len(set(lengths["lognormal 2048"])) > 4 and lengths == lengths_of(LLAMA)
+    assert sorted(lengths["uniform"]) == [8191 * (2 * i + 1) // 16 for i in range(8)]
     for problem in (LLAMA, replace(LLAMA, batch_size=64), replace(LLAMA, max_seq_len=1)):
         held = lengths_of(problem)
         assert all(0 <= n < problem.max_seq_len for each in held.values() for n in each)
@@ -72,6 +73,15 @@ def test_variants_have_other_tiles_that_fit_or_another_first_tile() -> None:
     assert len({c.config for c in found}) > 3
     assert all(c.config.shared_bytes <= H200.arch.shared_per_block for c in found)
     assert variants(choice, tiles=False) == [replace(choice, prefetch=False)]
+
+
+def test_variants_with_smaller_tiles_have_as_many_blocks_or_as_many_tokens_for_each() -> None:
+    choice = chosen(dispatch(replace(LLAMA, batch_size=1), H200))
+    choice = replace(choice, splits=2, cluster=2)
+    base = choice.config
+    smaller = [c for c in variants(choice) if c.config.num_warps == base.num_warps // 2
+               and c.config.block_n == base.block_n]  # fmt: skip
+    assert base.tma and {(c.splits, c.cluster) for c in smaller} == {(2, 2), (4, 4)}
 
 
 def _fake(cost: Callable[[Choice, str], float]) -> tuple[search.Measure, list[tuple[int, int]]]:
