@@ -61,12 +61,17 @@ _TMA_TILES: tuple[tuple[int, int, int, int], ...] = (
 # The same of caches with elements of 8 bits, whose tiles have more tokens for as many bytes.
 _FP8_TILES: tuple[tuple[int, int, int, int], ...] = (
     (80, 32, 8, 1),
+    (128, 16, 4, 2),
     (160, 16, 8, 2),
     (176, 16, 8, 1),
     (256, 16, 4, 2),
 )
 # With scales of tokens, which take registers: more blocks, of fewer warps; and with several tokens.
-_TOKENS_TILES: tuple[tuple[int, int, int, int], ...] = ((80, 32, 8, 1), (256, 16, 4, 2))
+_TOKENS_TILES: tuple[tuple[int, int, int, int], ...] = (
+    (80, 32, 8, 1),
+    (128, 16, 4, 1),
+    (256, 16, 4, 2),
+)
 _SEVERAL_TOKENS_TILES: tuple[tuple[int, int, int, int], ...] = ((80, 32, 4, 1), (256, 16, 4, 2))
 _FP8_TMA_TILES: tuple[tuple[int, int, int, int], ...] = ((128, 32, 8, 2), (256, 32, 8, 1))
 

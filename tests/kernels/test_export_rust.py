@@ -18,7 +18,7 @@ from gqa_cutlass.kernels.export import compiled, plan_export, write_bundle
 from gqa_cutlass.kernels.store import Store
 
 KERNELS = "d64_g7,f16_f16_d128_g4_align8_multistage"
-BY_TOKEN = "gqa_decode_sm80_tensorop_f16_e4m3t_d128_g4_align8_multistage_h8n16w4s2"
+BY_TOKEN = "gqa_decode_sm80_tensorop_f16_e4m3t_d128_g4_align8_multistage_h8n16w4s1"
 NO_GPU = 77
 USAGE = 2
 
