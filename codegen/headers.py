@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import posixpath
 import re
+from collections.abc import Callable
 from functools import cache
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -14,6 +15,22 @@ from gqa_cutlass.errors import ConfigError
 _OURS = "gqa/"
 # `#include <gqa/...>` from the include path, `#include "..."` from beside the includer.
 _INCLUDE = re.compile(rf'^\s*#\s*include\s+(?:<({_OURS}[^>]+)>|"([^"]+)")', re.MULTILINE)
+# Comments; directives, which end with their line; literals; names and numbers; all else.
+_TOKEN = re.compile(
+    r"""//[^\n]*|/\*.*?\*/|^[ \t]*\#(?:\\\n|(?!//)[^\n])*"""
+    r"""|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|\w+|\S""",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+def code_of(text: str) -> str:
+    """C++ without its comments and its layout, on which no machine code depends."""
+    tokens = (found.group().strip() for found in _TOKEN.finditer(text))
+    return "\n".join(
+        " ".join(token.split()) if token.startswith("#") else token
+        for token in tokens
+        if not token.startswith(("//", "/*"))
+    )
 
 
 class Headers:
@@ -39,11 +56,16 @@ class Headers:
         direct = _includes(source, at="")
         return frozenset(direct).union(*map(self._closure_of, direct))
 
-    def digest(self, source: str) -> str:
-        """Digest of a source and of the names and contents of the headers in its closure."""
-        digest = hashlib.sha256(source.encode())
+    def digest(self, source: str, seen: Callable[[str], str] = str) -> str:
+        """Digest of a source and of the names and contents of the headers in its closure.
+
+        Args:
+            source: What is compiled.
+            seen: What counts of a text; by default all of it.
+        """
+        digest = hashlib.sha256(seen(source).encode())
         for name in sorted(self.closure(source)):
-            digest.update(b"\0" + name.encode() + b"\0" + self.text(name).encode())
+            digest.update(b"\0" + name.encode() + b"\0" + seen(self.text(name)).encode())
         return digest.hexdigest()[:16]
 
     def text(self, name: str) -> str:

@@ -7,7 +7,7 @@ from functools import cache
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from gqa_cutlass.codegen.config import KernelConfig
-from gqa_cutlass.codegen.headers import our_headers
+from gqa_cutlass.codegen.headers import code_of, our_headers
 from gqa_cutlass.codegen.merge import Kernel, MergeConfig
 from gqa_cutlass.codegen.schema.emit import check_emitted
 from gqa_cutlass.codegen.schema.kinds import DType, Math, Schedule
@@ -70,6 +70,12 @@ def _check_policy(policy: Policy) -> None:
 def source_digest(config: Kernel) -> str:
     """Digest of all of ours that a kernel is compiled from: rendered text, headers it includes."""
     return our_headers().digest(render(config))
+
+
+@cache
+def code_digest(config: Kernel) -> str:
+    """The same without comments and layout: what is true of a kernel's machine code stays so."""
+    return our_headers().digest(render(config), code_of)
 
 
 @cache

@@ -15,8 +15,9 @@ from calibration import Calibration
 from executors import Notes, running_on
 from instant import InstantCompiler
 
-from gqa_cutlass.codegen import Kernel, carried, source_digest
+from gqa_cutlass.codegen import Kernel, carried
 from gqa_cutlass.codegen.compile import shared_headers
+from gqa_cutlass.codegen.render import code_digest
 from gqa_cutlass.kernels import store as store_module
 from gqa_cutlass.kernels.store import Store
 from gqa_cutlass.proof.evidence import Evidence, provenance
@@ -149,7 +150,7 @@ class Record:
     def add(self, config: Kernel, cases: int, share: float) -> None:
         """Note a kernel's test: how many cases, and the worst error over what is allowed."""
         self.kernels[config.name] = {
-            "digest": source_digest(config),
+            "digest": code_digest(config),
             "cases": cases,
             "worst_error_over_bound": round(share, 3),
         }

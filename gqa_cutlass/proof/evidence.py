@@ -15,7 +15,7 @@ from typing import Any
 from gqa_cutlass.checkout import ROOT, is_checkout
 from gqa_cutlass.codegen.files import read_json
 from gqa_cutlass.codegen.merge import Kernel
-from gqa_cutlass.codegen.render import source_digest
+from gqa_cutlass.codegen.render import code_digest
 from gqa_cutlass.errors import InputError
 
 FILE = ROOT / "tests" / "gpu_evidence.json"
@@ -28,7 +28,7 @@ class Evidence:
 
     Args:
         run: GPU, driver, CUDA, torch and date of the run that wrote it.
-        kernels: Per kernel name: the source's digest, cases run, and the worst error as a share
+        kernels: Per kernel name: the digest of its code, cases run, and the worst error as a share
             of what the error rule allows.
         known: Whether there is a record to look into: a checkout has one, an installed package not.
     """
@@ -54,8 +54,8 @@ class Evidence:
         raise InputError(f"evidence: got {FILE}, which is no record; allowed: {_ALLOWED}.")
 
     def is_current(self, config: Kernel) -> bool:
-        """Whether the kernel's present source is what was tested."""
-        return self.kernels.get(config.name, {}).get("digest") == source_digest(config)
+        """Whether the kernel's present source is what was tested, comments and layout aside."""
+        return self.kernels.get(config.name, {}).get("digest") == code_digest(config)
 
     def missing(self, configs: Iterable[Kernel]) -> list[Kernel]:
         """Kernels whose present source was not tested."""

@@ -13,8 +13,9 @@ from typer.testing import CliRunner, Result
 
 from gqa_cutlass import checkout
 from gqa_cutlass.cli import app, main
-from gqa_cutlass.codegen import ARCHES, carried, manifest, select, shipped, source_digest
+from gqa_cutlass.codegen import ARCHES, carried, manifest, select, shipped
 from gqa_cutlass.codegen.compile import Compiled
+from gqa_cutlass.codegen.render import code_digest
 from gqa_cutlass.errors import CompilerMissingError, DeviceError
 from gqa_cutlass.kernels import export as export_module
 from gqa_cutlass.kernels import store as store_module
@@ -38,7 +39,7 @@ def store_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def proven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An evidence file by which every shipped kernel was tested."""
     file = tmp_path / "gpu_evidence.json"
-    kernels = {config.name: {"digest": source_digest(config)} for config in carried()}
+    kernels = {config.name: {"digest": code_digest(config)} for config in carried()}
     run = {"gpu": "Testing GPU", "date": "2026-01-01"}
     file.write_text(json.dumps({"run": run, "kernels": kernels}))
     monkeypatch.setattr(evidence_module, "FILE", file)

@@ -18,7 +18,7 @@ from gqa_cutlass.codegen import (
     default_config,
     shipped,
 )
-from gqa_cutlass.codegen.headers import Headers, include_dir
+from gqa_cutlass.codegen.headers import Headers, code_of, include_dir
 from gqa_cutlass.codegen.render import render
 from gqa_cutlass.codegen.schema.policies import POLICIES, named
 from gqa_cutlass.errors import ConfigError
@@ -117,3 +117,35 @@ def test_a_kernel_is_what_its_name_says(config: KernelConfig) -> None:
     """Rendered anew: `render` keeps what it made of equal configurations."""
     rebuilt = KernelConfig.from_name(config.name)
     assert render.__wrapped__(rebuilt) == render.__wrapped__(config)
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        "int  a;\nint b = 'x';",
+        "int a; // why\nint b /* of\n what */ = 'x';",
+        "int a;\n\n\n  int\nb='x' ;",
+    ],
+)
+def test_comments_and_layout_are_no_code(same: str) -> None:
+    assert code_of(same) == code_of("int a; int b = 'x';")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("int a;", "int b;"),
+        ("int a;", "inta;"),
+        ('f("a b");', 'f("a  b");'),
+        ('f("// a");', 'f("");'),
+        ("f('\"'); // a", "f('\"'); g();"),
+        ("#define A 1\nint b;", "#define A 1 int b;"),
+        ("#define A 1  \\\n  + 2\nb", "#define A 1\n+ 2\nb"),
+    ],
+)
+def test_what_the_compiler_sees_is_code(one: str, other: str) -> None:
+    assert code_of(one) != code_of(other)
+
+
+def test_directives_end_with_their_line() -> None:
+    assert code_of("#include <a>  // why\nint b;") == code_of("#include  <a>\n\n int b;")

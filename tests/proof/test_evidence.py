@@ -9,7 +9,8 @@ import conftest
 import pytest
 from calibration import Calibration, Timing
 
-from gqa_cutlass.codegen import shipped, source_digest
+from gqa_cutlass.codegen import shipped
+from gqa_cutlass.codegen.render import code_digest
 from gqa_cutlass.proof.evidence import FILE, Evidence
 
 
@@ -18,7 +19,7 @@ def test_evidence_counts_for_the_source_that_was_tested() -> None:
     evidence = Evidence(
         run={"gpu": "H200", "date": "2026-01-01"},
         kernels={
-            proven.name: {"digest": source_digest(proven)},
+            proven.name: {"digest": code_digest(proven)},
             outdated.name: {"digest": "0" * 16},
         },
     )
