@@ -210,8 +210,8 @@ struct Work {
       int const share = round_up(average > least ? average : least, T::kNumWarps);
       // Blocks that run side by side are better not parts of the same sequences, which begin and
       // end together: where there are many of them, and long ones.
-      bool const apart = int64_t(gridDim.x) * gridDim.y * num_sequences > kManyBlocks &&
-                         share > 2 * T::kNumWarps;
+      bool const apart =
+          int64_t(gridDim.x) * gridDim.y * num_sequences > kManyBlocks && share > 2 * T::kNumWarps;
       take_balanced_part(p, apart ? blockIdx.y * num_sequences + blockIdx.z : part, share);
     }
   }

@@ -25,8 +25,8 @@ class TmaRing {
   using ValueTile = typename T::ValueTile;
   using Boxes = typename CacheOf<T>::Boxes;
 
-  // Initialises the barriers. The maps, which are not in any cache, are fetched while the length is:
-  // 0.2 us less at 16/8/256, 1 x 1024. A tile that is asked for at once fetches them itself.
+  // Initialises the barriers. The maps, which are not in any cache, are fetched while the length
+  // is: 0.2 us less at 16/8/256, 1 x 1024. A tile that is asked for at once fetches them itself.
   CUTE_DEVICE TmaRing(TmaParams const& p, ClusterStorage<T>& shared, int warp, int first_tile)
       : params_(p),
         shared_(shared),
