@@ -323,4 +323,4 @@ def _decided(choice: Choice | None, device: Device, asked: Asked) -> str:
         return "by the model, within what was asked for"
     if device.name:
         return f"by the model: no table of {device.name} has this"
-    return "by the model: no GPU is named, whose table would count"
+    return "by the model: no GPU is named, so no table is looked into"

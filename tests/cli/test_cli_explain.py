@@ -154,7 +154,7 @@ def test_what_no_table_has_the_model_decides() -> None:
     windowed = facts(*sizes_of(0), "--gpu", "NVIDIA H200", "--window", "100")
     assert windowed["decided"] == "by the model: no table of NVIDIA H200 has this"
     unnamed = facts(*sizes_of(0))
-    assert unnamed["decided"] == "by the model: no GPU is named, whose table would count"
+    assert unnamed["decided"] == "by the model: no GPU is named, so no table is looked into"
     assert unnamed["gpu"] is None and not (unnamed["by_table"] or windowed["by_table"])
 
 

@@ -246,8 +246,8 @@ def test_explain_says_which_decided(folder: Path) -> None:
         ({"batch": 5}, named, "by the model: no table of NVIDIA X1 has this"),
         ({}, named | {"num_splits": 3}, "by the model, within what was asked for"),
         ({}, named | {"batch_invariant": True}, "by the model, within what was asked for"),
-        ({}, {}, "by the model: no GPU is named, whose table would count"),
-        ({}, {"arch": "sm_90a"}, "by the model: no GPU is named, whose table would count"),
+        ({}, {}, "by the model: no GPU is named, so no table is looked into"),
+        ({}, {"arch": "sm_90a"}, "by the model: no GPU is named, so no table is looked into"),
     ):
         found = _explained(changes, **options)
         assert (found.decided, found.by_table) == (by, False)
