@@ -187,7 +187,9 @@ def tabled(problem: Problem, device: Device, asked: Asked, *, ragged: bool) -> C
     """
     if not device.name or asked.kernel or asked.num_splits or asked.batch_invariant:
         return None
-    return choice_for(problem, device, ragged=ragged, longest=asked.max_seqlen)
+    return choice_for(
+        problem, device, ragged=ragged, longest=asked.max_seqlen, dependent=asked.dependent
+    )
 
 
 def check_pages(num_pages: int, page_size: int, table: Seen) -> int:

@@ -20,10 +20,11 @@ from gqa_cutlass.codegen.config import ARCHES
 from gqa_cutlass.codegen.files import read_json, update, writing
 from gqa_cutlass.codegen.schema.kinds import DType, Math, Schedule
 from gqa_cutlass.codegen.schema.policies import tagged
-from gqa_cutlass.codegen.schema.problem import MAX_SEQ_LEN, WIDEST, Problem
+from gqa_cutlass.codegen.schema.problem import MAX_SEQ_LEN, MAX_SPLITS, WIDEST, Problem
 from gqa_cutlass.codegen.variants import default_config
 from gqa_cutlass.dispatch import Choice, Device, dispatch
 from gqa_cutlass.errors import GqaError, InputError, StoreError, shown
+from gqa_cutlass.kernels.store import Store
 from gqa_cutlass.tuning.candidates import chosen
 from gqa_cutlass.tuning.search import Tuned
 
@@ -36,6 +37,7 @@ _COLUMNS = (
     "early first tile", "microseconds",
 )  # fmt: skip
 _ODD = KeyError, TypeError, ValueError, AttributeError, ArithmeticError, GqaError
+_MUCH = 256 << 20  # bytes of parts that no GPU lacks
 _FARTHEST = 1.25  # room of a problem over a table's, or the reverse
 
 
@@ -67,8 +69,11 @@ class Table:
         content: Any = read_json("tune: table", path, _ALLOWED)
         try:
             run = {"gpu": ""} | {str(key): str(value) for key, value in content["run"].items()}
-            _device(run)  # or an error
-            return cls(run=run, found=tuple(map(_tuned, content["problems"])))
+            device, found = _device(run), tuple(map(_tuned, content["problems"]))
+            for choice in (choice for tuned in found for choice in tuned.times):
+                if device and device.arch.name not in choice.config.archs:
+                    raise ValueError(f"{choice.config.name} on {device.arch.name}")
+            return cls(run=run, found=found)
         except _ODD as wrong:
             reason = f"{type(wrong).__name__}: {wrong}"
             raise InputError(
@@ -104,15 +109,23 @@ def file_name(gpu: str) -> str:
 
 
 def choice_for(
-    problem: Problem, device: Device, *, ragged: bool, longest: int | None = None
+    problem: Problem,
+    device: Device,
+    *,
+    ragged: bool,
+    longest: int | None = None,
+    dependent: bool = False,
 ) -> Choice | None:
     """What the tables say of a problem on a GPU, the user's before the shipped one.
+
+    A launch that cannot be is logged and left out.
 
     Args:
         problem: What is asked for.
         device: The GPU.
         ragged: As for `dispatch`.
         longest: As for `dispatch`.
+        dependent: Whether the kernel may start before the kernel before it is done.
 
     Returns:
         None where no table says anything.
@@ -120,22 +133,60 @@ def choice_for(
     several = problem.num_tokens > 1 or problem.num_new_tokens > 1
     if not device.name or problem.vec_width < WIDEST or several or problem.window is not None:
         return None
-    for table in tables(device.name):
-        tuned = table.find(problem)
-        if tuned is None:
+    for table in tables(device):
+        try:
+            choice = _taken(table, problem, device, ragged, longest, dependent)
+        except GqaError as error:
+            _warn(f"tune: a launch of the table of {device.name} is not used. {error}")
             continue
-        usual = chosen(dispatch(tuned.problem, device, ragged=ragged, longest=longest))
-        best = tuned.best_of(usual, ragged=ragged, longest=longest)
-        if choice := best and _rebuilt(best, problem):
-            why = f"by the table of {table.run['gpu']}, {table.run.get('date', 'no date')}"
-            return replace(choice, why=why)
+        if choice:
+            return choice
     return None
 
 
+def _taken(
+    table: Table,
+    problem: Problem,
+    device: Device,
+    ragged: bool,
+    longest: int | None,
+    dependent: bool,
+) -> Choice | None:
+    """What a table says of a problem; None: nothing.
+
+    Raises:
+        GqaError: There is no such launch, or nothing may be compiled and its kernel is not there.
+    """
+    tuned = table.find(problem)
+    if tuned is None:
+        return None
+    usual = chosen(dispatch(tuned.problem, device, ragged=ragged, longest=longest))
+    best = tuned.best_of(usual, ragged=ragged, longest=longest)
+    if best is None:
+        return None
+    why = f"by the table of {table.run['gpu']}, {table.run.get('date', 'no date')}"
+    choice = replace(_rebuilt(best, problem), why=why)
+    found = dispatch(problem, device, 0, choice, ragged, dependent, longest)
+    if found.workspace_bytes > max(problem.cache_bytes, _MUCH):
+        raise InputError(
+            f"tune: table: got {choice}, whose parts take {found.workspace_bytes} bytes, more than "
+            "the caches; allowed: launches that `gqa-cutlass tune` found."
+        )
+    if env.jit_disabled():
+        Store.default().get(found.config, device.arch.name)
+    return choice
+
+
+@cache
+def _warn(message: str) -> None:
+    """Say something once."""
+    LOG.warning("%s", message)
+
+
 @lru_cache(maxsize=8)
-def tables(gpu: str) -> tuple[Table, ...]:
+def tables(device: Device) -> tuple[Table, ...]:
     """The tables for a GPU, read once; a file that is none is logged and left out."""
-    return tuple(table for table in _all() if _is_for(table, gpu))
+    return tuple(table for table in _all() if _is_for(table, device))
 
 
 def gpus() -> dict[str, Device]:
@@ -144,10 +195,18 @@ def gpus() -> dict[str, Device]:
     return {device.name: device for device in reversed(found) if device}
 
 
-def _is_for(table: Table, gpu: str) -> bool:
-    if table.run["gpu"] != gpu:
-        LOG.info("tune: a table of %s is not used on %s", table.run["gpu"], gpu)
-    return table.run["gpu"] == gpu
+def _is_for(table: Table, device: Device) -> bool:
+    named, said = table.run["gpu"], table.device
+    if named != device.name:
+        LOG.info("tune: a table of %s is not used on %s", named, device.name)
+        return False
+    if said and said.arch != device.arch:
+        LOG.warning(
+            "tune: a table of %s is not used: it says %s, and the GPU is %s. Tune it again.",
+            named, said.arch.name, device.arch.name,
+        )  # fmt: skip
+        return False
+    return True
 
 
 @cache
@@ -157,7 +216,7 @@ def _all() -> tuple[Table, ...]:
     except StoreError:
         folders = [SHIPPED]
     found = []
-    for path in (path for folder in folders for path in sorted(folder.glob("*.json"))):
+    for path in (path for folder in folders for path in _listed(folder)):
         try:
             found.append(Table.load(path))
         except InputError as error:
@@ -165,11 +224,20 @@ def _all() -> tuple[Table, ...]:
     return tuple(found)
 
 
+def _listed(folder: Path) -> list[Path]:
+    """The files of tables in a folder; none where it cannot be looked into."""
+    try:
+        return sorted(folder.glob("*.json"))
+    except OSError as error:
+        LOG.warning("tune: no table of %s is used: %s", folder, error)
+        return []
+
+
 def _device(run: dict[str, str]) -> Device | None:
     """The GPU of a run; anything wrong raises one of what `Table.load` catches."""
     if "arch" not in run:
         return None
-    num_sms = _whole(int(run["num_sms"]), "num_sms")
+    num_sms = _whole(int(run["num_sms"]), "num_sms", MAX_SPLITS)  # more than any GPU has
     return Device(index=-1, arch=ARCHES[run["arch"]], num_sms=num_sms, name=run["gpu"])
 
 
@@ -181,20 +249,21 @@ def _key(problem: Problem) -> tuple[object, ...]:
     return *sizes, problem.page_size is None, whole_pages, tags
 
 
-def _rebuilt(choice: Choice, problem: Problem) -> Choice | None:
-    """The same launch of the problem's kernel with these tiles."""
+def _rebuilt(choice: Choice, problem: Problem) -> Choice:
+    """The same launch of the problem's kernel with these tiles.
+
+    Raises:
+        ConfigError: There is no such kernel.
+    """
     tiles = choice.config
-    try:
-        config = default_config(
-            Math.TENSOROP, problem.dtype, problem.head_dim, problem.group_size, WIDEST,
-            tiles.schedule, problem.policies, problem.head_dim_v,
-        )  # fmt: skip
-        config = replace(
-            config, block_n=tiles.block_n, num_warps=tiles.num_warps, num_stages=tiles.num_stages
-        )
-        return replace(choice, config=config)
-    except GqaError:
-        return None
+    config = default_config(
+        Math.TENSOROP, problem.dtype, problem.head_dim, problem.group_size, WIDEST,
+        tiles.schedule, problem.policies, problem.head_dim_v,
+    )  # fmt: skip
+    config = replace(
+        config, block_n=tiles.block_n, num_warps=tiles.num_warps, num_stages=tiles.num_stages
+    )
+    return replace(choice, config=config)
 
 
 def _as_json(tuned: Tuned) -> str:
@@ -264,10 +333,10 @@ def _held(lengths: Any) -> tuple[int, ...]:
     return tuple(lengths)
 
 
-def _whole(value: object, name: str) -> Any:
+def _whole(value: object, name: str, most: int = MAX_SEQ_LEN) -> Any:
     """A size; None where there may be none."""
     if value is None and name in ("head_dim_v", "page_size"):
         return None
-    if type(value) is not int or not 1 <= value <= MAX_SEQ_LEN:
+    if type(value) is not int or not 1 <= value <= most:
         raise ValueError(f"{name}: got {shown(value)}")
     return value

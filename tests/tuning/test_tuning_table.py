@@ -21,6 +21,7 @@ from gqa_cutlass.codegen.schema.problem import Problem
 from gqa_cutlass.codegen.variants import policies_for
 from gqa_cutlass.dispatch import Choice, Device, dispatch, model_device
 from gqa_cutlass.errors import DeviceError, InputError
+from gqa_cutlass.kernels.store import Store
 from gqa_cutlass.tuning import table as table_module
 from gqa_cutlass.tuning.candidates import candidates, lengths_of
 from gqa_cutlass.tuning.search import Tuned
@@ -53,9 +54,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A store of this user's, and no tables of the package's."""
     monkeypatch.setenv("GQA_CUTLASS_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(table_module, "SHIPPED", tmp_path / "shipped")
-    table_module._all.cache_clear(), table_module.tables.cache_clear()
+    _forget()
     yield tmp_path
-    table_module._all.cache_clear(), table_module.tables.cache_clear()
+    _forget()
+
+
+def _forget() -> None:
+    """What was read of tables, and said of them."""
+    for cached in (table_module._all, table_module.tables, table_module._warn):
+        cached.cache_clear()
 
 
 RUN = {"gpu": "NVIDIA X1", "date": "2026-01-02", "arch": "sm_90a", "num_sms": "132"}
@@ -145,7 +152,8 @@ def test_tables_say_what_their_gpus_are_like(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "run", [{"arch": "sm_70"}, {"num_sms": "0"}, {"num_sms": "many"}, {"num_sms": "9" * 5000}],
+    "run", [{"arch": "sm_70"}, {"num_sms": "0"}, {"num_sms": "many"}, {"num_sms": "9" * 5000},
+     {"num_sms": "1025"}],
     ids=lambda run: ",".join(f"{key} {value[:5]}" for key, value in run.items()),
 )  # fmt: skip
 def test_a_gpu_that_there_cannot_be_is_refused(run: dict[str, str], folder: Path) -> None:
@@ -206,6 +214,94 @@ def test_odd_launches_are_refused(column: int, folder: Path) -> None:
         with pytest.raises(InputError, match="tune: table"):
             Table.load(path)
         _saved(folder, tuned_of(PROBLEM))
+
+
+# What cannot be launched is left out.
+
+
+CLUSTERS = next(c for c in candidates(PROBLEM, X1) if c.config.tma)
+A1 = replace(model_device(ARCHES["sm_80"]), name="NVIDIA X1")
+
+
+def _of(*choices: Choice, problem: Problem = PROBLEM) -> Tuned:
+    """A table's entry with these launches, the first the best."""
+    lengths = lengths_of(problem)
+    return Tuned(
+        problem=problem, lengths=lengths,
+        times={c: dict.fromkeys(lengths, 1.0 + n) for n, c in enumerate(choices)},
+    )  # fmt: skip
+
+
+def test_a_table_of_kernels_for_another_architecture_is_refused(folder: Path) -> None:
+    path = _saved(folder, _of(CLUSTERS), arch="sm_80")
+    with pytest.raises(InputError, match=r"tune: table: got .*_tma_.* on sm_80"):
+        Table.load(path)
+    assert choice_for(PROBLEM, A1, ragged=True) is None
+
+
+def test_a_table_that_says_another_architecture_is_left_out(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _saved(folder, _of(CLUSTERS))
+    assert choice_for(PROBLEM, A1, ragged=True) is None
+    assert "NVIDIA X1 is not used: it says sm_90a, and the GPU is sm_80" in caplog.text
+
+
+def test_kernels_for_another_architecture_are_left_out_of_tables_that_say_none(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Table(run={"gpu": "NVIDIA X1"}, found=(_of(CLUSTERS),)).save(folder / FOLDER / "old.json")
+    assert choice_for(PROBLEM, X1, ragged=True) is not None
+    assert not caplog.records
+    for _ in range(2):
+        assert choice_for(PROBLEM, A1, ragged=True) is None
+    assert [record.message.count("_tma_") for record in caplog.records] == [1]
+
+
+def test_the_next_table_is_asked_where_one_cannot_be_followed(folder: Path) -> None:
+    plain = next(c for c in candidates(PROBLEM, X1) if not c.config.tma)
+    _saved(folder, _of(plain), arch="sm_80")
+    (folder / FOLDER).rename(folder / "shipped")
+    Table(run={"gpu": "NVIDIA X1"}, found=(_of(CLUSTERS),)).save(folder / FOLDER / "old.json")
+    for device, expected in ((X1, CLUSTERS), (A1, plain)):
+        found = choice_for(PROBLEM, device, ragged=True)
+        assert found is not None and found.config == expected.config
+
+
+def test_parts_that_take_more_memory_than_caches_are_left_out(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    short = replace(PROBLEM, batch_size=4096, max_seq_len=256)
+    plain = next(c for c in candidates(short, X1) if not c.config.tma and not c.spare)
+    _saved(folder, _of(replace(plain, splits=1024), problem=short))
+    assert choice_for(short, X1, ragged=True) is None
+    assert "1024 splits" in caplog.text and "more than the caches" in caplog.text
+
+
+def test_a_folder_that_cannot_be_looked_into_has_no_tables(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("GQA_CUTLASS_CACHE_DIR", str(folder / ("x" * 300)))
+    assert choice_for(PROBLEM, X1, ragged=True) is None
+    assert "File name too long" in caplog.text
+
+
+def test_kernels_that_may_not_be_compiled_are_left_to_the_model(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those of a table that were not built: the model's may have been."""
+    best = tuned_of(PROBLEM).best
+    tiled = replace(best, config=replace(best.config, num_warps=best.config.num_warps // 2))
+    _saved(folder, _of(tiled))
+    assert choice_for(PROBLEM, X1, ragged=True) is not None
+    monkeypatch.setenv("GQA_CUTLASS_DISABLE_JIT", "1")
+    assert choice_for(PROBLEM, X1, ragged=True) is None
+    assert f"gqa-cutlass build --arch sm_90a --kernels {tiled.config.name}" in caplog.text
+    monkeypatch.delenv("GQA_CUTLASS_DISABLE_JIT")
+    Store.default().get(tiled.config, "sm_90a")
+    monkeypatch.setenv("GQA_CUTLASS_DISABLE_JIT", "1")
+    assert choice_for(PROBLEM, X1, ragged=True) is not None
+    assert choice_for(PROBLEM, X1, ragged=True, dependent=True) is None
 
 
 # What calls make of it.
@@ -281,7 +377,7 @@ def test_explain_takes_the_gpu_at_hand_by_name(
     monkeypatch.setattr("gqa_cutlass.devices.gpu", described)
     assert _explained({}, gpu="NVIDIA X1").decided.endswith("no table of NVIDIA X1 has this")
     _saved(folder, tuned_of(PROBLEM))
-    table_module._all.cache_clear(), table_module.tables.cache_clear()
+    _forget()
     found = _explained({}, gpu="NVIDIA X1")
     assert found.by_table and found.device.num_sms == 100
 
