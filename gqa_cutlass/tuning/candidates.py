@@ -18,7 +18,7 @@ from gqa_cutlass.codegen.variants import default_config
 from gqa_cutlass.dispatch import Choice, Device, Dispatch, dispatch
 from gqa_cutlass.errors import ConfigError, InputError
 
-APART = 8  # factor between equal lengths
+_APART = 8  # factor between equal lengths
 _SHORTEST, _RAGGED_BATCH, _RAGGED_ROOM = 16, 4, 512
 _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 _MOST_BLOCKS = 128  # per multiprocessor: rows that have nothing to do cost little
@@ -38,7 +38,7 @@ def lengths_of(problem: Problem) -> dict[str, tuple[int, ...]]:
     while held >= _SHORTEST or not found:
         each = max(held - problem.appended, 0)
         found[f"{each} each"] = (each,) * batch
-        held //= APART
+        held //= _APART
     if batch >= _RAGGED_BATCH and room >= _RAGGED_ROOM:
         evenly = [most * (2 * i + 1) // (2 * batch) for i in range(batch)]
         found["uniform"] = tuple(random.Random(batch).sample(evenly, batch))

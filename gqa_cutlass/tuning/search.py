@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from gqa_cutlass.codegen.schema.problem import Problem
 from gqa_cutlass.dispatch import Choice, Device, dispatch
-from gqa_cutlass.tuning.candidates import APART, candidates, chosen, lengths_of, variants
+from gqa_cutlass.tuning.candidates import candidates, chosen, lengths_of, variants
 
 FIRST, VARIED = 3, 2  # repeats of the first round, which doubles; how many choices are varied
 _KEPT, _FEWEST = 1 / 3, 2
@@ -39,36 +39,18 @@ class Tuned:
         """What loses least over all lengths, and nothing where the cache is full."""
         return next(iter(self.times))
 
-    def best_of(
-        self, usual: Choice | None = None, *, ragged: bool, longest: int | None
-    ) -> Choice | None:
-        """The same where something is known of the lengths.
+    def best_of(self, usual: Choice | None = None, *, ragged: bool) -> Choice:
+        """The same where sequences may be known to be equally long.
 
         Args:
-            usual: What the model takes there, which may not be slower in the longest of them.
+            usual: What the model takes then, which may not be slower where the cache is full.
             ragged: Whether sequences may differ in length.
-            longest: Tokens of the longest one after the call; None: anything.
-
-        Returns:
-            None where nothing of the kind was measured.
         """
-        unlike = {name for name, held in self.lengths.items() if len(set(held)) > 1}
-        names = [
-            name
-            for name, held in self.lengths.items()
-            if (ragged or name not in unlike) and _is_near(max(held) + 1, longest)
-        ]
-        if not names:
-            return None
-        if ragged and unlike or len(names) == len(self.lengths):
-            return self.best  # a bound does not say how unlike lengths are
-        seen = {c: {name: times[name] for name in names} for c, times in self.times.items()}
+        equal = [name for name, held in self.lengths.items() if len(set(held)) == 1]
+        if ragged or len(equal) == len(self.lengths):
+            return self.best
+        seen = {c: {name: times[name] for name in equal} for c, times in self.times.items()}
         return ranked(seen, usual)[0]
-
-
-def _is_near(held: int, longest: int | None) -> bool:
-    """Whether what was held is about as long as the longest sequence is said to be."""
-    return longest is None or longest / APART < held <= longest
 
 
 def regret(times: Mapping[str, float], lowest: Mapping[str, float]) -> float:

@@ -157,13 +157,12 @@ def _taken(
     Raises:
         GqaError: There is no such launch, or nothing may be compiled and its kernel is not there.
     """
-    tuned = table.find(problem)
+    room = problem.max_seq_len if longest is None else min(longest, problem.max_seq_len)
+    tuned = table.find(replace(problem, max_seq_len=room))  # as the model weighs a bound, too
     if tuned is None:
         return None
-    usual = chosen(dispatch(tuned.problem, device, ragged=ragged, longest=longest))
-    best = tuned.best_of(usual, ragged=ragged, longest=longest)
-    if best is None:
-        return None
+    usual = chosen(dispatch(tuned.problem, device, ragged=ragged))
+    best = tuned.best_of(usual, ragged=ragged)
     why = f"by the table of {table.run['gpu']}, {table.run.get('date', 'no date')}"
     choice = replace(_rebuilt(best, problem), why=why)
     found = dispatch(problem, device, 0, choice, ragged, dependent, longest)

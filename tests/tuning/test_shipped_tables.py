@@ -29,8 +29,7 @@ def behind(tuned: Tuned, device: Device, *, ragged: bool) -> float:
     names = [n for n, held in tuned.lengths.items() if ragged or len(set(held)) == 1]
     times = {c: {n: each[n] for n in names} for c, each in tuned.times.items()}
     model = chosen(dispatch(tuned.problem, device, ragged=ragged))
-    best = tuned.best_of(model, ragged=ragged, longest=None)
-    assert best is not None
+    best = tuned.best_of(model, ragged=ragged)
     lowest = lowest_of(times)
     return regret(times[model], lowest) / regret(times[best], lowest)
 

@@ -112,16 +112,25 @@ def test_the_nearest_room_is_taken(folder: Path) -> None:
     assert found is not None and found.splits == tuned_of(near, best=5).best.splits
 
 
-def test_what_is_known_of_lengths_counts(folder: Path) -> None:
+def test_lengths_that_are_known_to_be_equal_count(folder: Path) -> None:
     _saved(folder, tuned_of(PROBLEM))
     first, second = tuned_of(PROBLEM).times
-    for ragged, longest, expected in (
-        (True, None, first), (False, None, second), (True, 4096, first), (False, 512, second),
-        (True, 64, first), (False, 64, second),
-    ):  # fmt: skip
-        found = choice_for(PROBLEM, X1, ragged=ragged, longest=longest)
+    for ragged, expected in ((True, first), (False, second)):
+        found = choice_for(PROBLEM, X1, ragged=ragged)
         assert found is not None and replace(found, why=expected.why) == expected
-    assert choice_for(PROBLEM, X1, ragged=True, longest=1) is None
+
+
+def test_a_bound_of_lengths_counts_as_a_room(folder: Path) -> None:
+    bounded = replace(PROBLEM, max_seq_len=512)
+    _saved(folder, tuned_of(PROBLEM, best=3), tuned_of(bounded, best=5))
+    best = tuned_of(bounded, best=5).best
+    for longest in (512, 600):
+        found = choice_for(PROBLEM, X1, ragged=True, longest=longest)
+        assert found is not None and replace(found, why=best.why) == best
+    assert choice_for(PROBLEM, X1, ragged=True, longest=8192) == choice_for(
+        PROBLEM, X1, ragged=True
+    )
+    assert choice_for(PROBLEM, X1, ragged=True, longest=1024) is None
 
 
 def test_another_gpus_table_is_not_used(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -334,12 +343,13 @@ def test_explain_says_which_decided(folder: Path) -> None:
     assert (found.decided, found.by_table) == ("by the table of NVIDIA X1, 2026-01-02", True)
     assert found.device == X1 and found.dispatch.config == best.config
     assert found.dispatch.num_splits == best.splits
-    equal = _explained({}, **named, ragged=False, max_seqlen=512)
+    equal = _explained({}, **named, ragged=False, max_seqlen=4096)
     assert equal.by_table and equal.dispatch.num_splits == second.splits
     of_bf16 = _explained({"dtype": torch.bfloat16}, **named, arch="sm_90a")
     assert of_bf16.by_table and of_bf16.dispatch.config.dtype is DType.BF16
     for changes, options, by in (
         ({"batch": 5}, named, "by the model: no table of NVIDIA X1 has this"),
+        ({}, named | {"max_seqlen": 512}, "by the model: no table of NVIDIA X1 has this"),
         ({}, named | {"num_splits": 3}, "by the model, within what was asked for"),
         ({}, named | {"batch_invariant": True}, "by the model, within what was asked for"),
         ({}, {}, "by the model: no GPU is named, so no table is looked into"),
