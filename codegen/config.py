@@ -10,18 +10,9 @@ from typing import TypeVar
 
 from gqa_cutlass.codegen.schema import storage
 from gqa_cutlass.codegen.schema.kinds import DType, Math, Schedule
-from gqa_cutlass.codegen.schema.policies import (
-    ELEMENT,
-    NORM,
-    OF_TOKENS,
-    QUERIES,
-    ROTARY,
-    Policy,
-    packed,
-    special,
-    tagged,
-)
+from gqa_cutlass.codegen.schema.policies import OF_TOKENS, Policy, packed, special, tagged
 from gqa_cutlass.codegen.schema.rounding import ceil_div, round_up
+from gqa_cutlass.codegen.schema.slots import ELEMENT, NORM, QUERIES, ROTARY
 from gqa_cutlass.codegen.schema.storage import (
     BOX_DIMS,
     ELEMENT_BYTES,

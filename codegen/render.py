@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -11,7 +12,8 @@ from gqa_cutlass.codegen.headers import code_of, our_headers
 from gqa_cutlass.codegen.merge import Kernel, MergeConfig
 from gqa_cutlass.codegen.schema.emit import check_emitted
 from gqa_cutlass.codegen.schema.kinds import DType, Math, Schedule
-from gqa_cutlass.codegen.schema.policies import Policy, check_contract, in_every_slot
+from gqa_cutlass.codegen.schema.policies import Policy, in_every_slot
+from gqa_cutlass.errors import ConfigError
 
 _DECODE, _MERGE = "decode.cu.jinja", "merge.cu.jinja"
 _ELEMENT = {DType.F16: "cutlass::half_t", DType.BF16: "cutlass::bfloat16_t"}
@@ -64,6 +66,31 @@ def _check_params(header: str) -> None:
 @cache
 def _check_policy(policy: Policy) -> None:
     check_contract(policy, our_headers().text(f"gqa/{policy.header}"))
+
+
+def check_contract(policy: Policy, header: str) -> None:
+    """Compare a policy's header with what its slot asks for.
+
+    Args:
+        policy: The policy.
+        header: The text.
+
+    Raises:
+        ConfigError: The struct, or something in it, is missing; the message names it.
+    """
+    body = re.search(rf"^struct {policy.cpp}\b.*?^}};", header, re.MULTILINE | re.DOTALL)
+    missing = [
+        name
+        for name in policy.slot.contract
+        if body is None
+        or not re.search(rf"(?<!\w){re.escape(name)}\(|(struct|using) {re.escape(name)}\b", body[0])
+    ]
+    if missing:
+        what = f"{policy.cpp} without {', '.join(missing)}" if body else f"no struct {policy.cpp}"
+        raise ConfigError(
+            f"{policy.header}: got {what}; the slot {policy.slot.alias} asks for "
+            f"{', '.join(policy.slot.contract)}, as policy/slots.cuh says. No kernel was generated."
+        )
 
 
 @cache

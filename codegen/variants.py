@@ -16,12 +16,12 @@ from gqa_cutlass.codegen.schema.policies import (
     E5M2,
     OF_TOKENS,
     POLICIES,
-    QUERIES,
     Policy,
     named,
     packed,
 )
 from gqa_cutlass.codegen.schema.rounding import ceil_div
+from gqa_cutlass.codegen.schema.slots import QUERIES
 from gqa_cutlass.codegen.schema.storage import BOX_DIMS, PAGE_TOKENS, box_tile_bytes
 
 # (why, head_dim, that of values if it is another, group_size, vec_widths, policies) of what ships

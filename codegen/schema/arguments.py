@@ -39,7 +39,7 @@ class Argument:
         name: As calls name it.
         dims: The names of its dimensions' sizes; strides of the last one are 1.
         elements: What it holds.
-        field: The field of `Params` that holds its address.
+        field: The field of `Params` that holds its address; empty where that has the same name.
         stride: The field of `Params` that holds its strides; None for contiguous memory.
         access: What kernels do with it.
         optional: Whether a call may leave it out: its address is then null, unless the call
@@ -56,7 +56,7 @@ class Argument:
     name: str
     dims: tuple[str, ...]
     elements: Elements = Elements.ELEMENT
-    field: str
+    field: str = ""
     stride: str | None = None
     access: Access = Access.READ
     optional: bool = False
@@ -66,6 +66,9 @@ class Argument:
     rows_apart: bool = False
     type_field: str | None = None
     feature: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "field", self.field or self.name)
 
 
 @dataclass(frozen=True, kw_only=True)

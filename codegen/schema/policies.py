@@ -1,18 +1,34 @@
 """Features: a policy each, one policy per slot of the kernel.
 
 A policy is a struct template in a header of its own below templates/include/gqa/policy/, which
-slots.cuh explains; here is all else that generator and runtime know of it.
+slots.cuh explains and whose names slots.py lists; here is all else that is known of it.
 """
 
 from __future__ import annotations
 
 import ctypes
-import re
 from dataclasses import dataclass, replace
 
 from gqa_cutlass.codegen.schema.arguments import ARGUMENTS, Argument, Elements, Table
 from gqa_cutlass.codegen.schema.kinds import Schedule
 from gqa_cutlass.codegen.schema.launch import NumberType
+from gqa_cutlass.codegen.schema.slots import (
+    BIAS,
+    CACHE,
+    ELEMENT,
+    LOGIT,
+    MASK,
+    NEW_TOKEN,
+    NORM,
+    OUTPUT,
+    QUERIES,
+    RESULT,
+    ROTARY,
+    ROW,
+    SLOTS,
+    START,
+    Slot,
+)
 from gqa_cutlass.codegen.schema.structs import (
     FLOAT,
     INT32,
@@ -24,40 +40,6 @@ from gqa_cutlass.codegen.schema.structs import (
     pointer,
 )
 from gqa_cutlass.errors import ConfigError
-
-
-@dataclass(frozen=True, kw_only=True)
-class Slot:
-    """A place in the kernel where features differ.
-
-    Args:
-        alias: What a generated file calls its policy.
-        contract: The names that a policy's struct must define.
-    """
-
-    alias: str
-    contract: tuple[str, ...]
-
-
-ROW = Slot(alias="Row", contract=("row", "is_own"))
-CACHE = Slot(
-    alias="Cache",
-    contract=("by_number", "Pages", "Rows", "keys", "values", "NewRow", "Boxes"),
-)
-START = Slot(alias="Start", contract=("padding", "none"))
-MASK = Slot(alias="Mask", contract=("sees", "first_token", "from_start"))
-LOGIT = Slot(alias="Logit", contract=("operator()",))
-BIAS = Slot(alias="Bias", contract=("operator()",))
-NEW_TOKEN = Slot(alias="NewToken", contract=("load_key", "load_value"))
-ELEMENT = Slot(alias="Operands", contract=("Stored", "Multiplied"))
-OUTPUT = Slot(alias="Output", contract=("finish",))
-RESULT = Slot(alias="Result", contract=("rounded",))
-QUERIES = Slot(alias="Queries", contract=("is_one",))
-NORM = Slot(alias="Norm", contract=("none", "Weights"))
-ROTARY = Slot(alias="Rotary", contract=("none",))
-SLOTS = (
-    ROW, CACHE, START, MASK, LOGIT, BIAS, NEW_TOKEN, ELEMENT, OUTPUT, RESULT, QUERIES, NORM, ROTARY,
-)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -72,7 +54,7 @@ class Policy:
         feature: The option of a call that asks for it; empty for a slot's default. Its fields and
             arguments are told that it is theirs.
         fields: Of the kernel's argument, that it reads.
-        arguments: Tensors of a call, that it reads.
+        arguments: Tensors of a call, that it reads; calls may leave each of them out.
         schedules: Those that implement it.
         prefetches_first_tile: Whether warps may ask for their first tile before they know the
             length of their sequence.
@@ -89,9 +71,10 @@ class Policy:
     prefetches_first_tile: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("fields", "arguments"):
-            rows = tuple(replace(row, feature=self.feature) for row in getattr(self, name))
-            object.__setattr__(self, name, rows)
+        fields = tuple(replace(row, feature=self.feature) for row in self.fields)
+        tensors = (replace(row, feature=self.feature, optional=True) for row in self.arguments)
+        object.__setattr__(self, "fields", fields)
+        object.__setattr__(self, "arguments", tuple(tensors))
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
         """Pickle by name, so that another process has its own."""
@@ -101,7 +84,10 @@ class Policy:
         return self.cpp
 
 
+_INT32S, _FLOATS = pointer("int32_t", const=True), pointer("float", const=True)
+_NUMBERS = pointer("void", const=True)  # of the type that a field of _NUMBER_TYPE says
 _NUMBER_TYPE = Type(cpp=NumberType.__name__, c="int32_t", ctype=ctypes.c_int32)
+_ROTARY_TABLE = ("rotary_positions", "rotary_half")
 POLICIES: tuple[Policy, ...] = (
     Policy(slot=ROW, cpp="OwnRow", header="policy/row_own.cuh"),
     Policy(
@@ -111,26 +97,10 @@ POLICIES: tuple[Policy, ...] = (
         header="policy/row_indexed.cuh",
         feature="cache_batch_idx",
         fields=(
-            Field(
-                name="cache_batch_idx",
-                type=pointer("int32_t", const=True),
-                doc="[batch], rows of the caches",
-            ),
-            Field(
-                name="cache_rows",
-                type=INT32,
-                doc="how many there are",
-            ),
+            Field(name="cache_batch_idx", type=_INT32S, doc="[batch], rows of the caches"),
+            Field(name="cache_rows", type=INT32, doc="how many there are"),
         ),
-        arguments=(
-            Argument(
-                name="cache_batch_idx",
-                dims=("batch",),
-                elements=Elements.INT32,
-                field="cache_batch_idx",
-                optional=True,
-            ),
-        ),
+        arguments=(Argument(name="cache_batch_idx", dims=("batch",), elements=Elements.INT32),),
         prefetches_first_tile=False,
     ),
     Policy(slot=CACHE, cpp="DenseCache", header="policy/cache_dense.cuh"),
@@ -141,22 +111,8 @@ POLICIES: tuple[Policy, ...] = (
         cpp="LeftPadded",
         header="policy/start_leftpad.cuh",
         feature="cache_leftpad",
-        fields=(
-            Field(
-                name="cache_leftpad",
-                type=pointer("int32_t", const=True),
-                doc="[batch], tokens of padding",
-            ),
-        ),
-        arguments=(
-            Argument(
-                name="cache_leftpad",
-                dims=("batch",),
-                elements=Elements.INT32,
-                field="cache_leftpad",
-                optional=True,
-            ),
-        ),
+        fields=(Field(name="cache_leftpad", type=_INT32S, doc="[batch], tokens of padding"),),
+        arguments=(Argument(name="cache_leftpad", dims=("batch",), elements=Elements.INT32),),
         prefetches_first_tile=False,
     ),
     Policy(slot=MASK, cpp="WholeSequence", header="policy/mask_whole.cuh"),
@@ -166,13 +122,7 @@ POLICIES: tuple[Policy, ...] = (
         cpp="SlidingWindow",
         header="policy/mask_window.cuh",
         feature="window_size",
-        fields=(
-            Field(
-                name="window_left",
-                type=INT32,
-                doc="tokens seen before the newest",
-            ),
-        ),
+        fields=(Field(name="window_left", type=INT32, doc="tokens seen before the newest"),),
         prefetches_first_tile=False,
     ),
     Policy(slot=LOGIT, cpp="Scaled", header="policy/logit_scaled.cuh"),
@@ -195,25 +145,15 @@ POLICIES: tuple[Policy, ...] = (
         header="policy/bias_alibi.cuh",
         feature="alibi_slopes",
         fields=(
-            Field(
-                name="alibi_slopes",
-                type=pointer("float", const=True),
-                doc="[num_q_heads], or of each sequence",
-            ),
-            Field(
-                name="alibi_batch_stride",
-                type=INT32,
-                doc="between sequences, or 0",
-            ),
+            Field(name="alibi_slopes", type=_FLOATS, doc="[num_q_heads], or of each sequence"),
+            Field(name="alibi_batch_stride", type=INT32, doc="between sequences, or 0"),
         ),
         arguments=(
             Argument(
                 name="alibi_slopes",
                 dims=("batch", "num_q_heads"),
                 elements=Elements.FLOAT32,
-                field="alibi_slopes",
                 any_first=True,
-                optional=True,
             ),
         ),
     ),
@@ -227,24 +167,14 @@ POLICIES: tuple[Policy, ...] = (
         header="policy/output_sink.cuh",
         feature="sinks",
         fields=(
-            Field(
-                name="sinks",
-                type=pointer("void", const=True),
-                doc="[num_q_heads] contiguous",
-            ),
-            Field(
-                name="sinks_type",
-                type=_NUMBER_TYPE,
-                doc="what they are",
-            ),
+            Field(name="sinks", type=_NUMBERS, doc="[num_q_heads] contiguous"),
+            Field(name="sinks_type", type=_NUMBER_TYPE, doc="what they are"),
         ),
         arguments=(
             Argument(
                 name="sinks",
                 dims=("num_q_heads",),
                 elements=Elements.NUMBER,
-                field="sinks",
-                optional=True,
                 type_field="sinks_type",
             ),
         ),
@@ -264,15 +194,9 @@ POLICIES: tuple[Policy, ...] = (
         header="policy/cache_paged.cuh",
         feature="block_table",
         fields=(
+            Field(name="num_pages", type=INT32, doc="of the pools, a batch stride apart"),
             Field(
-                name="num_pages",
-                type=INT32,
-                doc="of the pools, a batch stride apart",
-            ),
-            Field(
-                name="block_table",
-                type=pointer("int32_t", const=True),
-                doc="[rows, max_pages], pages of each sequence",
+                name="block_table", type=_INT32S, doc="[rows, max_pages], pages of each sequence"
             ),
             Field(name="block_table_stride", type=INT64, doc="between rows"),
             Field(
@@ -289,17 +213,9 @@ POLICIES: tuple[Policy, ...] = (
                 name="block_table",
                 dims=("rows", "max_pages"),
                 elements=Elements.INT32,
-                field="block_table",
-                optional=True,
                 rows_apart=True,
             ),
-            Argument(
-                name="slot_mapping",
-                dims=("batch",),
-                elements=Elements.INT64,
-                field="slot_mapping",
-                optional=True,
-            ),
+            Argument(name="slot_mapping", dims=("batch",), elements=Elements.INT64),
         ),
         prefetches_first_tile=False,
     ),
@@ -326,30 +242,16 @@ POLICIES: tuple[Policy, ...] = (
             Field(name="lse_head_stride", type=INT64, doc="between heads"),
             Field(
                 name="cu_seqlens_q",
-                type=pointer("int32_t", const=True),
+                type=_INT32S,
                 doc="[batch + 1], where each begins in q, or null",
             ),
             Field(
-                name="cu_seqlens_k_new",
-                type=pointer("int32_t", const=True),
-                doc="[batch + 1], and in k and v, or null",
+                name="cu_seqlens_k_new", type=_INT32S, doc="[batch + 1], and in k and v, or null"
             ),
         ),
         arguments=(
-            Argument(
-                name="cu_seqlens_q",
-                dims=("batch_ends",),
-                elements=Elements.INT32,
-                field="cu_seqlens_q",
-                optional=True,
-            ),
-            Argument(
-                name="cu_seqlens_k_new",
-                dims=("batch_ends",),
-                elements=Elements.INT32,
-                field="cu_seqlens_k_new",
-                optional=True,
-            ),
+            Argument(name="cu_seqlens_q", dims=("batch_ends",), elements=Elements.INT32),
+            Argument(name="cu_seqlens_k_new", dims=("batch_ends",), elements=Elements.INT32),
         ),
     ),
     Policy(
@@ -370,8 +272,6 @@ POLICIES: tuple[Policy, ...] = (
                 name="tree_mask",
                 dims=("batch", "num_tokens", "tree_words"),
                 elements=Elements.UINT32,
-                field="tree_mask",
-                optional=True,
             ),
         ),
     ),
@@ -383,16 +283,8 @@ POLICIES: tuple[Policy, ...] = (
         header="policy/norm_rms.cuh",
         feature="q_norm_weight",
         fields=(
-            Field(
-                name="q_norm_weight",
-                type=pointer("void", const=True),
-                doc="[head_dim], or null",
-            ),
-            Field(
-                name="k_norm_weight",
-                type=pointer("void", const=True),
-                doc="likewise",
-            ),
+            Field(name="q_norm_weight", type=_NUMBERS, doc="[head_dim], or null"),
+            Field(name="k_norm_weight", type=_NUMBERS, doc="likewise"),
             Field(name="q_norm_type", type=_NUMBER_TYPE, doc="what they are"),
             Field(name="k_norm_type", type=_NUMBER_TYPE, doc="likewise"),
             Field(name="norm_eps", type=FLOAT, doc="added to mean squares"),
@@ -403,8 +295,6 @@ POLICIES: tuple[Policy, ...] = (
                 name=name,
                 dims=("head_dim",),
                 elements=Elements.NUMBER,
-                field=name,
-                optional=True,
                 type_field=f"{name[0]}_norm_type",
             )
             for name in ("q_norm_weight", "k_norm_weight")
@@ -418,15 +308,11 @@ POLICIES: tuple[Policy, ...] = (
         header="policy/rotary_tables.cuh",
         feature="rotary_cos",
         fields=(
-            Field(
-                name="rotary_cos",
-                type=pointer("void", const=True),
-                doc="[positions, rotary_dim / 2]",
-            ),
-            Field(name="rotary_sin", type=pointer("void", const=True), doc="likewise"),
+            Field(name="rotary_cos", type=_NUMBERS, doc="[positions, rotary_dim / 2]"),
+            Field(name="rotary_sin", type=_NUMBERS, doc="likewise"),
             Field(
                 name="rotary_seqlens",
-                type=pointer("int32_t", const=True),
+                type=_INT32S,
                 doc="[batch], first positions, or null: the lengths",
             ),
             Field(name="rotary_cos_stride", type=INT64, doc="between positions"),
@@ -440,28 +326,15 @@ POLICIES: tuple[Policy, ...] = (
         arguments=(
             Argument(
                 name="rotary_cos",
-                dims=("rotary_positions", "rotary_half"),
+                dims=_ROTARY_TABLE,
                 elements=Elements.NUMBER,
-                field="rotary_cos",
-                optional=True,
                 rows_apart=True,
                 type_field="rotary_type",
             ),
             Argument(
-                name="rotary_sin",
-                dims=("rotary_positions", "rotary_half"),
-                elements=Elements.NUMBER,
-                field="rotary_sin",
-                optional=True,
-                rows_apart=True,
+                name="rotary_sin", dims=_ROTARY_TABLE, elements=Elements.NUMBER, rows_apart=True
             ),
-            Argument(
-                name="rotary_seqlens",
-                dims=("batch",),
-                elements=Elements.INT32,
-                field="rotary_seqlens",
-                optional=True,
-            ),
+            Argument(name="rotary_seqlens", dims=("batch",), elements=Elements.INT32),
         ),
     ),
 )
@@ -474,12 +347,8 @@ E4M3, E5M2 = FP8 = (
         header="policy/element_e4m3.cuh",
         feature="float8_e4m3fn",
         fields=(
-            Field(
-                name="k_scales",
-                type=pointer("float", const=True),
-                doc="[batch, num_kv_heads], or null: k_scale",
-            ),
-            Field(name="v_scales", type=pointer("float", const=True), doc="likewise"),
+            Field(name="k_scales", type=_FLOATS, doc="[batch, num_kv_heads], or null: k_scale"),
+            Field(name="v_scales", type=_FLOATS, doc="likewise"),
             Field(name="k_scale", type=FLOAT, doc="what stored keys are multiplied by"),
             Field(name="v_scale", type=FLOAT, doc="likewise"),
             Field(name="k_scale_batch", type=INT32, doc="between sequences, or 0"),
@@ -493,7 +362,6 @@ E4M3, E5M2 = FP8 = (
                 dims=("batch", "num_kv_heads"),
                 elements=Elements.FLOAT32,
                 field=f"{part}_scales",
-                optional=True,
                 spread=True,
             )
             for part in ("k", "v")
@@ -580,28 +448,3 @@ def in_every_slot(policies: tuple[Policy, ...]) -> tuple[Policy, ...]:
     """One per slot: the given ones, and defaults."""
     by_slot = DEFAULTS | {policy.slot: policy for policy in policies}
     return tuple(by_slot[slot] for slot in SLOTS)
-
-
-def check_contract(policy: Policy, header: str) -> None:
-    """Compare a policy's header with what its slot asks for.
-
-    Args:
-        policy: The policy.
-        header: The text.
-
-    Raises:
-        ConfigError: The struct, or something in it, is missing; the message names it.
-    """
-    body = re.search(rf"^struct {policy.cpp}\b.*?^}};", header, re.MULTILINE | re.DOTALL)
-    missing = [
-        name
-        for name in policy.slot.contract
-        if body is None
-        or not re.search(rf"(?<!\w){re.escape(name)}\(|(struct|using) {re.escape(name)}\b", body[0])
-    ]
-    if missing:
-        what = f"{policy.cpp} without {', '.join(missing)}" if body else f"no struct {policy.cpp}"
-        raise ConfigError(
-            f"{policy.header}: got {what}; the slot {policy.slot.alias} asks for "
-            f"{', '.join(policy.slot.contract)}, as policy/slots.cuh says. No kernel was generated."
-        )

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from gqa_cutlass.call.given import NEW_ENDS, Q_ENDS, Layout, Tokens, fail, shape_text
-from gqa_cutlass.codegen.schema.policies import QUERIES, Policy, named, special
+from gqa_cutlass.codegen.schema.policies import Policy, named, special
+from gqa_cutlass.codegen.schema.slots import QUERIES
 from gqa_cutlass.errors import shown
 
 TREE = "tree_mask"

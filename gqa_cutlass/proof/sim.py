@@ -18,8 +18,9 @@ from gqa_cutlass.call.stored import FP8, SCALES
 from gqa_cutlass.call.tokens import pack_tree_mask
 from gqa_cutlass.codegen.config import KernelConfig
 from gqa_cutlass.codegen.schema.launch import LaunchShape
-from gqa_cutlass.codegen.schema.policies import OF_TOKENS, QUERIES
+from gqa_cutlass.codegen.schema.policies import OF_TOKENS
 from gqa_cutlass.codegen.schema.rounding import ceil_div
+from gqa_cutlass.codegen.schema.slots import QUERIES
 from gqa_cutlass.codegen.schema.storage import PAGE_TOKENS
 from gqa_cutlass.cpu.executor import CpuKernel
 from gqa_cutlass.proof.reference import attend, errors, scale_of_row, stored

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from gqa_cutlass.codegen import ARCHES, DType, KernelConfig, Math, Schedule, default_config
 from gqa_cutlass.codegen.config import MAX_GROUP_SIZE
-from gqa_cutlass.codegen.schema.policies import POLICIES, SLOTS
+from gqa_cutlass.codegen.schema.policies import POLICIES
+from gqa_cutlass.codegen.schema.slots import SLOTS
 from gqa_cutlass.errors import ConfigError
 
 TENSOROP: dict[str, Any] = {

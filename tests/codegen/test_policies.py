@@ -14,16 +14,10 @@ import pytest
 
 from gqa_cutlass.codegen import DType, KernelConfig, Math, Schedule, default_config, render
 from gqa_cutlass.codegen.headers import Headers, include_dir, our_headers
+from gqa_cutlass.codegen.render import check_contract
 from gqa_cutlass.codegen.schema.params import PARAMS
-from gqa_cutlass.codegen.schema.policies import (
-    DEFAULTS,
-    LOGIT,
-    POLICIES,
-    SLOTS,
-    Policy,
-    Slot,
-    check_contract,
-)
+from gqa_cutlass.codegen.schema.policies import DEFAULTS, POLICIES, Policy
+from gqa_cutlass.codegen.schema.slots import LOGIT, SLOTS, Slot
 from gqa_cutlass.errors import ConfigError
 
 CONFIG = default_config(Math.TENSOROP, DType.F16, 128, 4, 8)

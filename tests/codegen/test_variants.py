@@ -15,7 +15,8 @@ from gqa_cutlass.codegen import (
     shipped,
 )
 from gqa_cutlass.codegen.models import MODELS, Model
-from gqa_cutlass.codegen.schema.policies import QUERIES, named
+from gqa_cutlass.codegen.schema.policies import named
+from gqa_cutlass.codegen.schema.slots import QUERIES
 from gqa_cutlass.codegen.variants import PROOFS, policies_of
 
 SHIPPED = set(shipped())

@@ -26,15 +26,8 @@ from cases import Step
 import gqa_cutlass
 from gqa_cutlass.call.record import LaunchRecord, parse
 from gqa_cutlass.codegen import DType, KernelConfig, Math, Schedule, default_config
-from gqa_cutlass.codegen.schema.policies import (
-    ELEMENT,
-    FEATURES,
-    NORM,
-    QUERIES,
-    ROTARY,
-    special,
-    tagged,
-)
+from gqa_cutlass.codegen.schema.policies import FEATURES, special, tagged
+from gqa_cutlass.codegen.schema.slots import ELEMENT, NORM, QUERIES, ROTARY
 
 # What steps ask for: nothing is done to their rows, and they have one token. Caches have one type.
 OF_STEPS = tuple(
