@@ -11,17 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gqa_cutlass.call.asked import Asked, check, check_softcap, features_of, rename
 from gqa_cutlass.call.given import see, tokens_of
 from gqa_cutlass.call.layout import DTYPES, launch_of, problem_of, tabled
-from gqa_cutlass.call.options import (
-    Asked,
-    PlanOptions,
-    check,
-    check_softcap,
-    features_of,
-    listed,
-    rename,
-)
+from gqa_cutlass.call.options import PlanOptions, listed
 from gqa_cutlass.call.stored import scale_fields
 from gqa_cutlass.call.tokens import check_tree, packed_tree, with_tokens
 from gqa_cutlass.call.turning import check_turning

@@ -8,16 +8,9 @@ from typing import Any, Literal, Unpack, overload
 import torch
 from torch import Tensor
 
+from gqa_cutlass.call.asked import TENSORS, features_of, rename, rounded
 from gqa_cutlass.call.given import fail
-from gqa_cutlass.call.options import (
-    TENSORS,
-    CallOptions,
-    PlanOptions,
-    features_of,
-    listed,
-    rename,
-    rounded,
-)
+from gqa_cutlass.call.options import CallOptions, PlanOptions, listed
 from gqa_cutlass.call.plan import Pair, Plan, Result
 from gqa_cutlass.call.plans import Plans
 from gqa_cutlass.call.tokens import is_tree, packed_tree

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from gqa_cutlass.api import gqa_decode
+from gqa_cutlass.call.asked import check_options
 from gqa_cutlass.call.layout import check_sizes
-from gqa_cutlass.call.options import check_options
 from gqa_cutlass.errors import InputError, shown
 from gqa_cutlass.tensors import Flaw, flaw
 from gqa_cutlass.tracing import is_traced

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from gqa_cutlass.api import gqa_decode, plan
+from gqa_cutlass.call.asked import TENSORS
 from gqa_cutlass.call.given import fail
-from gqa_cutlass.call.options import TENSORS
 from gqa_cutlass.call.stored import SCALES, of_tokens
 from gqa_cutlass.merge import merge_states
 from gqa_cutlass.tracing import break_graph

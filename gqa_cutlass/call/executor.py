@@ -11,10 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from gqa_cutlass.call.asked import Asked
 from gqa_cutlass.call.flag import OverflowFlag
 from gqa_cutlass.call.given import Layout, Tokens
 from gqa_cutlass.call.merge import MergeCall
-from gqa_cutlass.call.options import Asked
 from gqa_cutlass.codegen.schema.problem import Problem
 from gqa_cutlass.dispatch import Device, Dispatch
 from gqa_cutlass.tensormap import TensorMap

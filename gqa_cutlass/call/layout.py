@@ -51,7 +51,7 @@ from gqa_cutlass.errors import shown
 from gqa_cutlass.tuning.table import choice_for
 
 if TYPE_CHECKING:
-    from gqa_cutlass.call.options import Asked
+    from gqa_cutlass.call.asked import Asked
 
 DTYPES = {torch.float16: DType.F16, torch.bfloat16: DType.BF16}
 _EXACT = {

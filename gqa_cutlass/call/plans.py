@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from gqa_cutlass.call.asked import check, fields_of
 from gqa_cutlass.call.executor import Executor, Task
 from gqa_cutlass.call.given import LENGTHS, Given, check_mode, key_of, see, tokens_of
 from gqa_cutlass.call.layout import check_lengths, launch_of, problem_of
-from gqa_cutlass.call.options import check, fields_of
 from gqa_cutlass.call.plan import Plan
 from gqa_cutlass.call.tokens import check_tree, with_tokens
 from gqa_cutlass.call.turning import check_turning, longest_to_turn

@@ -20,7 +20,7 @@ from gqa_cutlass.codegen.schema.storage import ELEMENT_BYTES
 from gqa_cutlass.errors import shown
 
 if TYPE_CHECKING:
-    from gqa_cutlass.call.options import Asked
+    from gqa_cutlass.call.asked import Asked
 
 FP8 = {torch.float8_e4m3fn: E4M3, torch.float8_e5m2: E5M2}
 _OF_TOKENS = {E4M3: E4M3_OF_TOKENS, E5M2: E5M2_OF_TOKENS}

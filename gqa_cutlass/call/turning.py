@@ -10,7 +10,7 @@ from gqa_cutlass.call.given import Layout, Tokens, fail, shape_text
 from gqa_cutlass.errors import shown
 
 if TYPE_CHECKING:
-    from gqa_cutlass.call.options import Asked
+    from gqa_cutlass.call.asked import Asked
 
 COS, SIN, STARTS = "rotary_cos", "rotary_sin", "rotary_seqlens"
 WEIGHTS = "q_norm_weight", "k_norm_weight"

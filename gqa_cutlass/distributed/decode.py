@@ -8,7 +8,8 @@ from typing import Any, Literal, Unpack, overload
 import torch
 from torch import Tensor
 
-from gqa_cutlass.call.options import CallOptions, listed, rename
+from gqa_cutlass.call.asked import rename
+from gqa_cutlass.call.options import CallOptions, listed
 from gqa_cutlass.call.plan import Pair, Result
 from gqa_cutlass.distributed import agreement
 from gqa_cutlass.distributed.exchange import Exchange, Part, by_heads, whole

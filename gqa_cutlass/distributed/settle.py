@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from gqa_cutlass.api import plan
+from gqa_cutlass.call.asked import NO_WINDOW, check_window
 from gqa_cutlass.call.flag import OverflowFlag
-from gqa_cutlass.call.options import NO_WINDOW, check_window
 from gqa_cutlass.call.stored import SCALES, of_tokens
 from gqa_cutlass.call.tokens import TREE, WORD_BITS, packed_tree
 from gqa_cutlass.devices import executor_of

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gqa_cutlass.call.options import NO_WINDOW
+from gqa_cutlass.call.asked import NO_WINDOW
 from gqa_cutlass.call.tokens import TREE, WORD_BITS, is_tree, pack_tree_mask
 from gqa_cutlass.codegen.schema.problem import MAX_TOKENS
 from gqa_cutlass.distributed.refusal import refuse

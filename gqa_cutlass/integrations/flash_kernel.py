@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from gqa_cutlass.api import gqa_decode
-from gqa_cutlass.call.options import check_window
+from gqa_cutlass.call.asked import check_window
 from gqa_cutlass.call.stored import is_number
 from gqa_cutlass.codegen.schema.problem import MAX_SEQ_LEN, MAX_TOKENS
 from gqa_cutlass.errors import InputError, shown

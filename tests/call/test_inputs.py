@@ -13,10 +13,10 @@ from torch import Tensor
 
 from gqa_cutlass import gqa_decode
 from gqa_cutlass.call.addresses import check_length
+from gqa_cutlass.call.asked import check_options
 from gqa_cutlass.call.given import see
 from gqa_cutlass.call.layout import check_lengths
 from gqa_cutlass.call.layout import problem_of as problem_of_call
-from gqa_cutlass.call.options import check_options
 from gqa_cutlass.codegen.schema.problem import MAX_BATCH, MAX_SEQ_LEN, MAX_SPLITS
 from gqa_cutlass.errors import CacheOverflowError, GqaError, InputError
 

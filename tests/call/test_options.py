@@ -14,7 +14,8 @@ from helpers import call_tensors
 
 import gqa_cutlass.ops  # noqa: F401 - registers the operators
 from gqa_cutlass import KVCache, explain, flash_attn_with_kvcache, gqa_decode, plan
-from gqa_cutlass.call.options import TENSORS, CallOptions, Options, PlanOptions
+from gqa_cutlass.call.asked import TENSORS
+from gqa_cutlass.call.options import CallOptions, Options, PlanOptions
 from gqa_cutlass.codegen.schema.policies import CALL, FP8, OF_TOKENS, POLICIES
 
 CALLS: dict[str, tuple[Callable[..., Any], set[str]]] = {

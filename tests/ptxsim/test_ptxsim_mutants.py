@@ -22,10 +22,10 @@ from torch import Tensor
 
 from gqa_cutlass import api  # noqa: F401 - whose calls `check` knows
 from gqa_cutlass.call.addresses import constants
+from gqa_cutlass.call.asked import TENSORS, check, fields_of
 from gqa_cutlass.call.executor import Task
 from gqa_cutlass.call.given import Seen, see, tokens_of
 from gqa_cutlass.call.layout import problem_of
-from gqa_cutlass.call.options import TENSORS, check, fields_of
 from gqa_cutlass.call.stored import in_pairs
 from gqa_cutlass.codegen import KernelConfig, render
 from gqa_cutlass.codegen.schema.params import Params, TmaParams

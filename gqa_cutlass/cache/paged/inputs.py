@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gqa_cutlass.cache.inputs import check_apart, check_no_grad, plain, types_of_tokens
 from gqa_cutlass.cache.paged.sequences import refuse
-from gqa_cutlass.call.options import check_window
+from gqa_cutlass.call.asked import check_window
 from gqa_cutlass.codegen.schema.problem import MAX_SEQ_LEN
 from gqa_cutlass.errors import shown
 from gqa_cutlass.tensors import memory_flaw

@@ -18,7 +18,8 @@ from gqa_cutlass.cache.paged.inputs import UNWRITTEN, check_seen, packed
 from gqa_cutlass.cache.paged.pools import Pools, check_scaled
 from gqa_cutlass.cache.paged.sequences import Held, refuse
 from gqa_cutlass.cache.paged.tables import Table
-from gqa_cutlass.call.options import NO_WINDOW, Options, listed
+from gqa_cutlass.call.asked import NO_WINDOW
+from gqa_cutlass.call.options import Options, listed
 from gqa_cutlass.call.plan import Pair, Result
 from gqa_cutlass.call.stored import SCALES
 from gqa_cutlass.errors import shown
