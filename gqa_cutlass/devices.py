@@ -1,4 +1,4 @@
-"""Devices as calls name them, and what runs kernels there."""
+"""Devices as calls name them, what runs kernels there, and whether graphs capture it."""
 
 from __future__ import annotations
 
@@ -99,3 +99,11 @@ def gpu_index(device: torch.device) -> int:
     except RuntimeError as error:  # after a fork, for one
         raise DeviceError(f"no usable GPU: {error}; needed: CUDA in this process.") from error
     return index
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether calls are being captured into a CUDA graph, on a GPU's current stream."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from gqa_cutlass.cache.inputs import surroundings_flaw
-from gqa_cutlass.cache.lengths import capturing
 from gqa_cutlass.cache.sizes import Sizes, refuse
+from gqa_cutlass.devices import capturing
 from gqa_cutlass.errors import CacheAllocationError, DeviceError, InputError, shown
 
 _MEMINFO = Path("/proc/meminfo")

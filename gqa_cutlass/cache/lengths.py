@@ -23,6 +23,7 @@ from gqa_cutlass.cache.growth import Drafts, Growth, Turned
 from gqa_cutlass.cache.inputs import ints, per_sequence, refuse
 from gqa_cutlass.cache.overflow import raise_no_positions, raise_overflow
 from gqa_cutlass.codegen.schema.problem import MAX_TOKENS
+from gqa_cutlass.devices import capturing
 from gqa_cutlass.errors import InputError, shown
 from gqa_cutlass.tensors import is_tensor
 from gqa_cutlass.tracing import mark_static
@@ -266,13 +267,15 @@ class Lengths:
         Raises:
             InputError: The lengths are not allowed.
         """
+        most: int | Tensor
         if is_tensor(lengths):
             given = per_sequence("truncate", "lengths", lengths, self.seqlens, torch.int32)
-            self._at_most(given.clamp(min=0), None, self._bound)
-            return
-        counts, most = self._counts("truncate", lengths, self.limit)
-        known = None if self._known is None else list(map(min, self._known, counts))
-        self._at_most(most, known, min(self._bound, max(counts)))
+            most, known, bound = given.clamp(min=0), None, self._bound
+        else:
+            counts, most = self._counts("truncate", lengths, self.limit)
+            known = None if self._known is None else list(map(min, self._known, counts))
+            bound = min(self._bound, max(counts))
+        self._change(partial(self.seqlens.clamp_, max=most), known, bound)
 
     def order(self, indices: Tensor) -> Tensor:
         """Indices on the device as int64, -1 for all that name no row.
@@ -404,9 +407,6 @@ class Lengths:
     def _each(self, counts: int | list[int]) -> list[int]:
         return [counts] * self.batch_size if isinstance(counts, int) else counts
 
-    def _at_most(self, lengths: int | Tensor, known: list[int] | None, bound: int) -> None:
-        self._change(partial(self.seqlens.clamp_, max=lengths), known, bound)
-
     def _grow(
         self, change: Callable[[], object], known: list[int] | None, most: int, drafts: bool
     ) -> None:
@@ -444,11 +444,3 @@ class Lengths:
         if capturing(self.device):
             allowed = "calls that do not; make it after the capture, and after every replay"
             refuse(method, "in a CUDA-graph capture", "a call that waits for the GPU", allowed)
-
-
-def capturing(device: torch.device) -> bool:
-    """Whether calls are being captured into a CUDA graph, on a GPU's current stream."""
-    if device.type != "cuda":
-        return False
-    with torch.cuda.device(device):
-        return torch.cuda.is_current_stream_capturing()

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 
-from gqa_cutlass.cache.lengths import capturing
+from gqa_cutlass.devices import capturing
 from gqa_cutlass.distributed.groups import Ranks
 from gqa_cutlass.errors import InputError
 

@@ -29,9 +29,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from gqa_cutlass.api import gqa_decode
-from gqa_cutlass.cache.lengths import capturing
 from gqa_cutlass.call.layout import DTYPES
 from gqa_cutlass.codegen.config import HEAD_DIMS, MAX_GROUP_SIZE
+from gqa_cutlass.devices import capturing
 from gqa_cutlass.errors import InputError
 from gqa_cutlass.integrations.continuous import FLASH, PREFIXED, adopt, attend_packed, is_packed
 from gqa_cutlass.integrations.eager import attend_eagerly

@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, StaticCache
 
 from gqa_cutlass.cache import KVCache
-from gqa_cutlass.cache.lengths import capturing
 from gqa_cutlass.cache.ring import TOKENS
 from gqa_cutlass.cache.scales import LayerScales, picked
 from gqa_cutlass.call.stored import FP8
 from gqa_cutlass.codegen.schema.problem import MAX_SEQ_LEN, MAX_TOKENS
+from gqa_cutlass.devices import capturing
 from gqa_cutlass.errors import InputError, shown
 from gqa_cutlass.integrations.transformers_scales import LayersScales, Stored, multiplied
 from gqa_cutlass.integrations.transformers_windows import windows_of

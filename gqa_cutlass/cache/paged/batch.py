@@ -11,13 +11,13 @@ from torch import Tensor
 
 from gqa_cutlass.cache.guard import with_memory
 from gqa_cutlass.cache.inputs import surroundings_flaw
-from gqa_cutlass.cache.lengths import capturing
 from gqa_cutlass.cache.paged.host import on_host
 from gqa_cutlass.cache.paged.inputs import counts
 from gqa_cutlass.cache.paged.sequences import NONE, Held, refuse
 from gqa_cutlass.cache.paged.step import DecodeStep
 from gqa_cutlass.cache.paged.storage import Storage
 from gqa_cutlass.cache.paged.tables import Table, fill_rows
+from gqa_cutlass.devices import capturing
 from gqa_cutlass.errors import InputError, shown
 from gqa_cutlass.tracing import is_traced, mark_static
 

@@ -19,11 +19,11 @@ import torch
 
 from gqa_cutlass.cache.guard import with_memory
 from gqa_cutlass.cache.inputs import surroundings_flaw
-from gqa_cutlass.cache.lengths import capturing
 from gqa_cutlass.cache.paged.host import on_host
 from gqa_cutlass.cache.paged.page_allocator import PageAllocator
 from gqa_cutlass.cache.paged.pools import Pools
 from gqa_cutlass.cache.paged.sequences import Held, Sequences, refuse
+from gqa_cutlass.devices import capturing
 from gqa_cutlass.tensors import memory_flaw
 
 _CACHES = itertools.count()  # in this process, so that no sequence of one is another's
