@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Edge, Step, make_step, snapshot
+from cases import Step, make_step, snapshot
+from edges import Edge
 from helpers import THOROUGH
 from tokens import see_tree, take_tokens
 

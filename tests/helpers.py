@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Edge, Step
+from cases import Step
+from edges import Edge
 from torch import Tensor
 
 import gqa_cutlass

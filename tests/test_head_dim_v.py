@@ -6,7 +6,8 @@ from itertools import product
 
 import pytest
 import torch
-from cases import Edge, Step, make_step
+from cases import Step, make_step
+from edges import Edge
 from helpers import THOROUGH, check, run, share_of_step, skip_unless_it_runs
 
 import gqa_cutlass

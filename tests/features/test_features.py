@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import edges_of, make_step
+from cases import make_step
+from edges import edges_of
 from featured import (
     ALL,
     ALL_IN_8_BITS,

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Edge, make_step, snapshot
+from cases import make_step, snapshot
+from edges import Edge
 from featured import KINDS, every_schedule, kernel_of, step_of, with_feature
 from helpers import check, diagonal, run, skip_unless_it_runs
 

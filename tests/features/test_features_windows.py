@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Edge, make_step, snapshot
+from cases import make_step, snapshot
+from edges import Edge
 from featured import KINDS, WINDOW, add_window, kernel_of, step_of
 from helpers import check, diagonal, run, share_of_step, skip_unless_it_runs
 from torch import Tensor

@@ -6,8 +6,9 @@ import itertools
 from dataclasses import replace
 
 import pytest
-from cases import Edge, Layout, edges_of, make_step
+from cases import Layout, make_step
 from conftest import Record
+from edges import Edge, edges_of
 from helpers import (
     check_registers,
     compiled,

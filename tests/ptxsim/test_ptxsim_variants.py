@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Edge, edges_of
+from edges import Edge, edges_of
 from helpers import THOROUGH, by_name, diagonal, lengths_of, plan_of, sampled, share_of_bound
 
 import gqa_cutlass
