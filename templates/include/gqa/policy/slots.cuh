@@ -1,7 +1,7 @@
 // What a variant chooses: one policy per slot, a struct template over the traits.
 //
 // A generated file names all of them. Both schedules and the append ask them, and nothing else, for
-// what features change; codegen/schema/policies.py lists what each must define.
+// what features change; codegen/schema/slots.py lists what each must define.
 //
 //   Row       which row of the       int row(p, batch): below zero if there is no such row. bool
 //             cache holds a          is_own(): whether it is always that of the same number.
