@@ -48,13 +48,17 @@ class Lengths:
         mark_static(self.seqlens, self._before)
         self.batch_size = len(self.seqlens)
         self.limit = limit
-        self.device = state.device
         self._known: list[int] | None = [0] * self.batch_size
         self._bound = 0
         self._captured = False  # a graph changes the lengths, whenever it is replayed
         self._drafts: Drafts | None = None
         self._unseen_drafts = False  # graphs or compiled code append some, whenever they run
         self._foreign = False  # somebody else wrote them: some may be negative, of inactive rows
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are: of a copy that `torch.load` was told a place for, another one."""
+        return self.seqlens.device
 
     @property
     def known(self) -> list[int] | None:

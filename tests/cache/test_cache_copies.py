@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gqa_cutlass import KVCache
+from gqa_cutlass import KVCache, PagedKVCache
 
 BATCH, ROOM, HEADS, GROUP, DIM = 2, 64, 2, 2, 64
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -101,3 +101,24 @@ def test_what_graphs_write_to_stays_where_it_is_in_a_copy_too() -> None:
         caches = way(new_caches("cpu", KINDS["e5m2, windows, scales of tokens"]))
         told = [t for c in caches for t in (c.k, c.v, c.seqlens)]
         assert {getattr(t, "_dynamo_static_input_type", None) for t in told} == {"unguarded"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_is_loaded_where_torch_is_told_to(kind: str) -> None:
+    """Of a cache of a GPU, on another one or none; what asks for the place finds the new one."""
+    file = io.BytesIO()
+    torch.save(new_caches("cpu", KINDS[kind]), file)
+    file.seek(0)
+    caches = torch.load(file, map_location="meta", weights_only=False)
+    for cache in caches:
+        places = cache.device, cache.seqlens.device, cache._lengths.device
+        assert {place.type for place in places} == {"meta"}
+        assert cache._lengths.upload("append", [1, 2], torch.int32).device.type == "meta"
+
+
+def test_pages_are_loaded_where_torch_is_told_to() -> None:
+    file = io.BytesIO()
+    torch.save(PagedKVCache(4, 16, HEADS, DIM, device="cpu", dtype=E4M3), file)
+    file.seek(0)
+    cache = torch.load(file, map_location="meta", weights_only=False)
+    assert cache.device.type == cache.k[0].device.type == "meta"

@@ -33,7 +33,6 @@ class Pools:
         self.attend: Callable[..., Result] | None = None  # what decodes instead of `gqa_decode`
         self.rows: int = self.k[0].shape[1]  # of a page
         self.num_layers = len(layers)
-        self.device: torch.device = self.k[0].device
         self.of_tokens = tuple(each for layer in self.scales for each in layer.of_tokens)
 
     def __getstate__(self) -> dict[str, object]:
@@ -45,6 +44,12 @@ class Pools:
         dtype = state.pop("dtype")
         self.__dict__.update(state)
         self.k, self.v = (tuple(t.view(dtype) for t in pools) for pools in (self.k, self.v))
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are: of a copy that `torch.load` was told a place for, another one."""
+        place: torch.device = self.k[0].device
+        return place
 
     @property
     def page_size(self) -> int:
