@@ -310,7 +310,8 @@ def test_kernels_that_may_not_be_compiled_are_left_to_the_model(
     Store.default().get(tiled.config, "sm_90a")
     monkeypatch.setenv("GQA_CUTLASS_DISABLE_JIT", "1")
     assert choice_for(PROBLEM, X1, ragged=True) is not None
-    assert choice_for(PROBLEM, X1, ragged=True, dependent=True) is None
+    for dependent in (False, True):  # of which the kernel is another one
+        assert _explained({}, gpu="NVIDIA X1", dependent=dependent).by_table is not dependent
 
 
 # What calls make of it.
