@@ -15,10 +15,11 @@ from gqa_cutlass.errors import ConfigError
 _OURS = "gqa/"
 # `#include <gqa/...>` from the include path, `#include "..."` from beside the includer.
 _INCLUDE = re.compile(rf'^\s*#\s*include\s+(?:<({_OURS}[^>]+)>|"([^"]+)")', re.MULTILINE)
-# Comments; directives, which end with their line; literals; names and numbers; all else.
+# Comments; directives, which end with their line; literals; numbers; names; operators; all else.
 _TOKEN = re.compile(
     r"""//[^\n]*|/\*.*?\*/|^[ \t]*\#(?:\\\n|(?!//)[^\n])*"""
-    r"""|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|\w+|\S""",
+    r"""|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|\.?\d(?:[eEpP][+-]|[\w.'])*|\w+"""
+    r"""|<<=|>>=|<=>|->\*|\.\.\.|\.\*|::|->|\+\+|--|<<|>>|&&|\|\||[-+*/%&|^!=<>]=|\S""",
     re.MULTILINE | re.DOTALL,
 )
 

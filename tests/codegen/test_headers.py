@@ -136,6 +136,12 @@ def test_comments_and_layout_are_no_code(same: str) -> None:
     [
         ("int a;", "int b;"),
         ("int a;", "inta;"),
+        ("a + +b;", "a ++b;"),
+        ("a < < b", "a << b"),
+        ("a - > b", "a -> b"),
+        ("a = = b", "a == b"),
+        ("x < 1e-3", "x < 1e - 3"),
+        ("f(1'000);", "f(1'00 0);"),
         ('f("a b");', 'f("a  b");'),
         ('f("// a");', 'f("");'),
         ("f('\"'); // a", "f('\"'); g();"),
