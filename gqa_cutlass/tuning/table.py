@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from gqa_cutlass import env
-from gqa_cutlass.codegen.config import ARCHES
+from gqa_cutlass.codegen.config import ARCHES, KernelConfig
 from gqa_cutlass.codegen.files import read_json, update, writing
 from gqa_cutlass.codegen.schema.kinds import DType, Math, Schedule
-from gqa_cutlass.codegen.schema.policies import tagged
+from gqa_cutlass.codegen.schema.policies import Policy, tagged
 from gqa_cutlass.codegen.schema.problem import MAX_SEQ_LEN, MAX_SPLITS, WIDEST, Problem
 from gqa_cutlass.codegen.variants import default_config
 from gqa_cutlass.dispatch import Choice, Device, dispatch
@@ -93,12 +93,12 @@ class Table:
 
     def find(self, problem: Problem) -> Tuned | None:
         """The measurement that is for a problem: of the nearest room, the larger of two."""
+        key, wanted = _key(problem), problem.max_seq_len
         fitting = [
             (max(room, wanted) / min(room, wanted), -room, tuned)
             for tuned in self.found
-            if _key(tuned.problem) == _key(problem)
-            for room, wanted in ((tuned.problem.max_seq_len, problem.max_seq_len),)
-            if max(room, wanted) <= _FARTHEST * min(room, wanted)
+            if max(room := tuned.problem.max_seq_len, wanted) <= _FARTHEST * min(room, wanted)
+            and _key(tuned.problem) == key
         ]
         return min(fitting, key=lambda entry: entry[:2])[2] if fitting else None
 
@@ -255,14 +255,31 @@ def _rebuilt(choice: Choice, problem: Problem) -> Choice:
         ConfigError: There is no such kernel.
     """
     tiles = choice.config
-    config = default_config(
-        Math.TENSOROP, problem.dtype, problem.head_dim, problem.group_size, WIDEST,
-        tiles.schedule, problem.policies, problem.head_dim_v,
-    )  # fmt: skip
-    config = replace(
-        config, block_n=tiles.block_n, num_warps=tiles.num_warps, num_stages=tiles.num_stages
-    )
+    config = _kernel(problem, tiles.schedule, tiles.block_n, tiles.num_warps, tiles.num_stages)
     return replace(choice, config=config)
+
+
+def _kernel(problem: Problem, schedule: Schedule, *tiles: int) -> KernelConfig:
+    """The kernel of a problem that has these tiles.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    return _tiled(
+        problem.dtype, problem.head_dim, problem.group_size, problem.policies, problem.head_dim_v,
+        schedule, *tiles,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=4096, typed=True)  # of many launches, few kernels; and 16.0 tokens are not 16
+def _tiled(
+    dtype: DType, head_dim: int, group_size: int, policies: tuple[Policy, ...],
+    head_dim_v: int | None, schedule: Schedule, block_n: int, num_warps: int, num_stages: int,
+) -> KernelConfig:  # fmt: skip
+    base = default_config(
+        Math.TENSOROP, dtype, head_dim, group_size, WIDEST, schedule, policies, head_dim_v
+    )
+    return replace(base, block_n=block_n, num_warps=num_warps, num_stages=num_stages)
 
 
 def _as_json(tuned: Tuned) -> str:
@@ -311,12 +328,8 @@ def _tuned(entry: Any) -> Tuned:
 
 def _launch(row: Any, problem: Problem, lengths: list[str]) -> tuple[Choice, dict[str, float]]:
     schedule, block_n, warps, stages, splits, cluster, used, spare, prefetch, micros = row
-    base = default_config(
-        Math.TENSOROP, problem.dtype, problem.head_dim, problem.group_size, WIDEST,
-        Schedule(schedule), problem.policies, problem.head_dim_v,
-    )  # fmt: skip
     choice = Choice(
-        config=replace(base, block_n=block_n, num_warps=warps, num_stages=stages), splits=splits,
+        config=_kernel(problem, Schedule(schedule), block_n, warps, stages), splits=splits,
         num_stages=used, cluster=cluster, spare=spare, prefetch=prefetch,
     )  # fmt: skip
     times = dict(zip(lengths, map(float, micros), strict=True))

@@ -211,6 +211,18 @@ def test_a_file_that_is_no_table_is_refused_and_by_calls_left_out(
     assert "It is not used." in caplog.text
 
 
+@pytest.mark.parametrize("column", [1, 2, 3])  # tokens, warps and stages
+def test_a_size_that_equals_a_whole_number_is_none(column: int, folder: Path) -> None:
+    path = _saved(folder, tuned_of(PROBLEM))
+    Table.load(path)  # whose kernels are known from now on
+    content = json.loads(path.read_text())
+    launch = content["problems"][0]["launches"][0]
+    launch[column] = float(launch[column])
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="tune: table"):
+        Table.load(path)
+
+
 @pytest.mark.parametrize("column", range(10))
 def test_odd_launches_are_refused(column: int, folder: Path) -> None:
     path = _saved(folder, tuned_of(PROBLEM))
