@@ -29,16 +29,25 @@ CUTE_DEVICE uint64_t evict_first_policy() {
 }
 
 // Starts copying one vector (4, 8 or 16 bytes) to shared memory; zeros where it does not exist.
-// Goes through L1 (.ca): it asks L2 for whole lines where .cg asks for pieces, which costs 6% of
-// the bandwidth on an H200. Prefetching 128 bytes instead of 64 costs up to 6% where rows are no
-// multiple of 128 bytes. PTX ISA 9.7.9.25.3.1, cp.async.
-template <class Vec>
+// Goes through L1 (.ca): it asks L2 for whole lines where .cg asks for pieces, which costs 6 to 13%
+// of the bandwidth on an H200. Where several rows share a line of 128 bytes, L2 fetches all of it,
+// for whoever reads the others at about the same time: a fifth less time with rows of 64 bytes.
+// Where rows are of other sizes that costs up to 12%. PTX ISA 9.7.9.25.3.1, cp.async.
+template <bool kFetchesLine, class Vec>
 CUTE_DEVICE void copy_async(Vec const* source, Vec* target, bool exists, uint64_t policy) {
-  asm volatile("cp.async.ca.shared.global.L2::cache_hint.L2::64B [%0], [%1], %2, %3, %4;"
-               :
-               : "r"(cute::cast_smem_ptr_to_uint(target)), "l"(source), "n"(sizeof(Vec)),
-                 "r"(exists ? int(sizeof(Vec)) : 0), "l"(policy)
-               : "memory");
+  uint32_t const place = cute::cast_smem_ptr_to_uint(target);
+  int const num_bytes = exists ? int(sizeof(Vec)) : 0;
+  if constexpr (kFetchesLine) {
+    asm volatile("cp.async.ca.shared.global.L2::cache_hint.L2::128B [%0], [%1], %2, %3, %4;"
+                 :
+                 : "r"(place), "l"(source), "n"(sizeof(Vec)), "r"(num_bytes), "l"(policy)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global.L2::cache_hint.L2::64B [%0], [%1], %2, %3, %4;"
+                 :
+                 : "r"(place), "l"(source), "n"(sizeof(Vec)), "r"(num_bytes), "l"(policy)
+                 : "memory");
+  }
 }
 
 // Adds one to a counter and returns what it was; at `last` it goes back to zero instead. Release:

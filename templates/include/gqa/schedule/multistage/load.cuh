@@ -15,10 +15,10 @@
 namespace gqa {
 
 // Copies one vector to shared memory, or zeros where there is nothing to read.
-template <class Vec>
+template <bool kFetchesLine, class Vec>
 CUTE_DEVICE void copy_or_zero(Vec const* source, Vec* target, bool exists, uint64_t policy) {
   if constexpr (sizeof(Vec) >= 4) {
-    copy_async(source, target, exists, policy);
+    copy_async<kFetchesLine>(source, target, exists, policy);
   } else {
     *target = exists ? *source : Vec(0);  // cp.async moves no less than four bytes
   }
@@ -49,6 +49,8 @@ struct RowSource {
   // idle where head_dim is no power of two: rows cut in two would ask for the same lines twice.
   CUTE_DEVICE void copy_tile(typename CacheOf<T>::Pages const& pages, int tile, int first, int end,
                              typename T::Stored* target) const {
+    constexpr int kRowBytes = Tile::kDims * int(sizeof(typename T::Stored));
+    constexpr bool kSharesLine = kRowBytes < 128 && 128 % kRowBytes == 0;
     constexpr int kVecs = Tile::kDims / T::kVecWidth;
     constexpr int kLanes = kVecs < kWarpSize ? kVecs : kWarpSize;  // lanes per row
     constexpr int kRows = kWarpSize / kLanes;
@@ -67,9 +69,10 @@ struct RowSource {
       CUTE_UNROLL
       for (int dim = lane % kLanes * T::kVecWidth; dim < Tile::kDims;
            dim += kLanes * T::kVecWidth) {
-        copy_or_zero(reinterpret_cast<Vector<T> const*>(place.row + dim),
-                     reinterpret_cast<Vector<T>*>(target + typename Tile::Layout{}(at, dim)),
-                     place.exists, policy);
+        copy_or_zero<kSharesLine>(
+            reinterpret_cast<Vector<T> const*>(place.row + dim),
+            reinterpret_cast<Vector<T>*>(target + typename Tile::Layout{}(at, dim)), place.exists,
+            policy);
       }
     }
   }
