@@ -60,46 +60,6 @@ def _wide(config: KernelConfig) -> KernelConfig:
     return replace(config, policies=(*config.policies, named("InFloat32")))
 
 
-def _halfway(dtype: torch.dtype) -> Tensor:
-    """All numbers, what lies between neighbours, and what lies beyond the last."""
-    codes = torch.arange(256, dtype=torch.uint8).view(dtype).float()
-    ordered = codes[codes.isfinite()].unique()
-    between = (ordered[1:] + ordered[:-1]) / 2
-    most = torch.finfo(dtype).max
-    beyond = torch.tensor([most * 1.03125, most * 1.0625, most * 1.1, math.inf, math.nan, 0.0])
-    return torch.cat([ordered, between, beyond, -beyond])
-
-
-@pytest.mark.parametrize(
-    ("dtype", "queries", "kind", "scale"),
-    diagonal(FP8, DType, ["multistage", "tma"], [1.0, 0.3, 1e-3]),
-)
-def test_new_tokens_are_rounded_as_torch_rounds_their_quotient(
-    dtype: torch.dtype, queries: DType, kind: str, scale: float, device: str
-) -> None:
-    """To the nearest, ties to even, and to the last what is beyond it; NaN stays NaN."""
-    config = default_config(*_of(kind, queries), (FP8[dtype],))
-    skip_unless_it_runs(config, device)
-    values = (_halfway(dtype) * scale).to(TORCH_DTYPE[queries])
-    count = -(-len(values) // 64)
-    rows = torch.nn.functional.pad(values, (0, 64 * count - len(values))).view(count, 1, 64)
-    k = rows.to(device)
-    cache = torch.zeros(count, 32, 1, 64, dtype=dtype, device=device)
-    caches = cache, cache.clone()
-    q = torch.zeros(count, 4, 64, dtype=k.dtype, device=device)
-    made = gqa_cutlass.plan(
-        q, *caches, k, -k, cache_seqlens=7, k_scale=scale, v_scale=scale, kernel=config
-    )
-    made(q, *caches, k, -k, 7)
-    for held, token in zip(caches, (k, -k), strict=True):
-        expected = stored(token, torch.tensor(scale, device=device), dtype)
-        nan = expected.float().isnan()
-        bits, wanted = held[:, 7].view(torch.uint8), expected.view(torch.uint8)
-        assert torch.equal(held[:, 7].float().isnan(), nan)
-        assert torch.equal(bits[~nan], wanted[~nan])
-        assert not held[:, :7].view(torch.uint8).any() and not held[:, 8:].view(torch.uint8).any()
-
-
 def _of(kind: str, queries: DType) -> tuple[Any, ...]:
     math_, width, schedule = KINDS[kind]
     return math_, queries, 64, 4, width, schedule

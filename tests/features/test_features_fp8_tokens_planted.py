@@ -166,9 +166,9 @@ BUGS = (
     ),
     Planted(
         name="scales that two lanes write into a tile",
-        old="    QuantisedRow<T, kDims, Format>::template store_to<Tile>(tile, row);\n"
+        old="    QuantisedRow<T, kDims, Format, is_value>::template store_to<Tile>(tile, row);\n"
         "    if (int(threadIdx.x) % kWarpSize == 0) ",
-        new="    QuantisedRow<T, kDims, Format>::template store_to<Tile>(tile, row);\n"
+        new="    QuantisedRow<T, kDims, Format, is_value>::template store_to<Tile>(tile, row);\n"
         "    if (int(threadIdx.x) % kWarpSize < 2) ",
         wrong="race",
         made=drafts,

@@ -49,7 +49,7 @@ FP8 = (
     Mutant(
         name="tokens stored without their scale",
         header="element_fp8.cuh",
-        old="scale == 1.f ? float(given[j]) : __fdiv_rn(float(given[j]), scale)",
+        old="scale.under(float(given[j]))",
         new="float(given[j])",
         wrong="caches",
         case=IN_8_BITS,

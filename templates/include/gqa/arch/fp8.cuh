@@ -4,6 +4,8 @@
 #include <cute/config.hpp>
 #include <cutlass/numeric_types.h>
 
+#include <gqa/arch/ptx.cuh>
+
 namespace gqa {
 
 // Rounds to the nearest number of `Format`, ties to even, and numbers beyond its last to that one;
@@ -97,6 +99,40 @@ struct E5m2 {
     return rounded_to<E5m2>(low) | rounded_to<E5m2>(high) << 8;
 #endif
   }
+};
+
+// A divisor of 16-bit numbers whose quotients are rounded to one of the types: they become what the
+// nearest float32 becomes. Division itself is a subroutine, which a row would call for every
+// number.
+//
+// A product with an approximate reciprocal is corrected by what it leaves of the dividend
+// (Markstein, Computation of elementary functions on the IBM RISC System/6000 processor). What is
+// rounded then is off by less than 2^-20 of a unit in the last place, so it becomes another float32
+// only if the quotient is as close to halfway between two; beside a number where rounding to
+// either type changes, no quotient of 11 bits by 24 is. Remainders are exact enough where a power
+// of two keeps the divisor away from the ends of the range.
+class Divisor {
+ public:
+  CUTE_DEVICE explicit Divisor(float divisor) {
+    float const magnitude = fabsf(divisor);
+    factor_ = magnitude < kSmall ? 1 / kSmall : magnitude > kLarge ? 1 / kLarge : 1.f;
+    divisor_ = magnitude * factor_;
+    factor_ = copysignf(factor_, divisor);
+    reciprocal_ = reciprocal_approx(divisor_);
+  }
+
+  // x over it. The remainder's sign keeps that of a zero; there is none of infinities and NaN.
+  CUTE_DEVICE float under(float x) const {
+    float const number = x * factor_;
+    float const first = number * reciprocal_;
+    float const negated_rest = fmaf(first, divisor_, -number);
+    return fabsf(negated_rest) <= fabsf(number) ? fmaf(-negated_rest, reciprocal_, first) : first;
+  }
+
+ private:
+  static constexpr float kSmall = 5.4210109e-20f, kLarge = 1.8446744e19f;  // 2^-64 and 2^64
+
+  float factor_, divisor_, reciprocal_;
 };
 
 // The same of two, as floats.

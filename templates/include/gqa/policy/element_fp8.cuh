@@ -37,29 +37,37 @@ CUTE_DEVICE float value_scale(Params const& p, Work<T> const& w) {
   return p.v_scales[int64_t(w.batch) * p.v_scale_batch + int64_t(w.kv_head) * p.v_scale_head];
 }
 
-// A new token's row: as it was given, and divided by its scale and rounded.
-template <class T, int kDims, class Format>
-struct QuantisedRow : WarpRow<T, kDims> {
-  using Base = WarpRow<T, kDims>;
+// What one lane has of a row, divided by its scale and rounded.
+template <class T, class Format>
+CUTE_DEVICE uint64_t quantised(Vector<T> const& vec, Divisor const& scale) {
+  auto const* given = reinterpret_cast<typename T::Element const*>(&vec);
+  float quotient[ceil_div(T::kVecWidth, 2) * 2] = {};
+  CUTE_UNROLL
+  for (int j = 0; j < T::kVecWidth; ++j) quotient[j] = scale.under(float(given[j]));
+  uint64_t packed = 0;
+  CUTE_UNROLL
+  for (int j = 0; j < T::kVecWidth; j += 2) {
+    packed |= uint64_t(Format::rounded(quotient[j], quotient[j + 1])) << 8 * j;
+  }
+  return packed;
+}
+
+// Whether half of the lanes hold a row.
+template <class T, int kDims>
+constexpr bool kTakesHalf = kDims <= T::kVecWidth * kWarpSize / 2;
+
+// A new token's row: as it was given, and quantised. Keys begin with the first lane, values with
+// the first of the other half where that is enough: then both are quantised at once.
+template <class T, int kDims, class Format, bool is_value = false>
+struct QuantisedRow : WarpRow<T, kDims, is_value && kTakesHalf<T, kDims> ? kWarpSize / 2 : 0> {
   using Bytes = cute::uint_bit_t<T::kVecWidth * 8>;
 
-  Bytes bytes[Base::kPerLane];
+  Bytes bytes[QuantisedRow::kPerLane];
 
   CUTE_DEVICE void quantise(float scale) {
-    this->for_each([&](int i, int) {
-      auto const* given = reinterpret_cast<typename T::Element const*>(&this->vec[i]);
-      float quotient[ceil_div(T::kVecWidth, 2) * 2] = {};
-      CUTE_UNROLL
-      for (int j = 0; j < T::kVecWidth; ++j) {
-        quotient[j] = scale == 1.f ? float(given[j]) : __fdiv_rn(float(given[j]), scale);
-      }
-      uint64_t packed = 0;
-      CUTE_UNROLL
-      for (int j = 0; j < T::kVecWidth; j += 2) {
-        packed |= uint64_t(Format::rounded(quotient[j], quotient[j + 1])) << 8 * j;
-      }
-      bytes[i] = Bytes(packed);
-    });
+    Divisor const divisor(scale);
+    this->for_each(
+        [&](int i, int) { bytes[i] = Bytes(quantised<T, Format>(this->vec[i], divisor)); });
   }
   CUTE_DEVICE void store(uint16_t* row) const {
     this->for_each([&](int i, int at) { reinterpret_cast<Bytes*>(row)[at] = bytes[i]; });
@@ -80,15 +88,12 @@ struct QuantisedPreparedRow : PreparedRow<T> {
   uint16_t bytes[PreparedRow<T>::kCount];
 
   CUTE_DEVICE void quantise(float scale) {
+    Divisor const divisor(scale);
     CUTE_UNROLL
     for (int i = 0; i < PreparedRow<T>::kCount; ++i) {
-      float quotient[2];
-      CUTE_UNROLL
-      for (int j = 0; j < 2; ++j) {
-        float const x = float(this->pair[i][j]);
-        quotient[j] = scale == 1.f ? x : __fdiv_rn(x, scale);
-      }
-      bytes[i] = uint16_t(Format::rounded(quotient[0], quotient[1]));
+      float const low = divisor.under(float(this->pair[i][0]));
+      float const high = divisor.under(float(this->pair[i][1]));
+      bytes[i] = uint16_t(Format::rounded(low, high));
     }
   }
   CUTE_DEVICE void store(uint16_t* row) const {
@@ -172,8 +177,8 @@ template <class T, class Format>
 struct Fp8Operands {
   static constexpr int kPacked = 2;
 
-  template <int kDims>
-  using TokenRow = QuantisedRow<T, kDims, Format>;
+  using KeyTokenRow = QuantisedRow<T, T::kHeadDim, Format>;
+  using ValueTokenRow = QuantisedRow<T, T::kHeadDimV, Format, true>;
   using PreparedTokenRow = QuantisedPreparedRow<T, Format>;
   template <class Key>
   CUTE_DEVICE static void quantise_key(Params const& p, Work<T> const& w, Key& key) {
@@ -182,6 +187,26 @@ struct Fp8Operands {
   template <class Value>
   CUTE_DEVICE static void quantise_value(Params const& p, Work<T> const& w, Value& value) {
     value.quantise(value_scale(p, w));
+  }
+  struct NewScales {
+    float key, value;
+
+    CUTE_DEVICE NewScales(Params const& p, Work<T> const& w)
+        : key(key_scale(p, w)), value(value_scale(p, w)) {}
+  };
+  template <class Key, class Value>
+  CUTE_DEVICE static void quantise(NewScales const& scales, Key& key, Value& value) {
+    if constexpr (kTakesHalf<T, T::kHeadDim> && kTakesHalf<T, T::kHeadDimV> && !kPreparesRows<T>) {
+      bool const has_key = int(threadIdx.x) % kWarpSize < kWarpSize / 2;
+      Divisor const divisor(has_key ? scales.key : scales.value);
+      auto vec = key.vec[0];
+      if (!has_key) vec = value.vec[0];
+      uint64_t const bytes = quantised<T, Format>(vec, divisor);
+      key.bytes[0] = value.bytes[0] = typename Value::Bytes(bytes);
+    } else {
+      key.quantise(scales.key);
+      value.quantise(scales.value);
+    }
   }
 
   using KeyScale = Fp8KeyScale<T>;

@@ -38,8 +38,8 @@ CUTE_DEVICE float* scale_in_tile(uint16_t* tile, int row) {
 }
 
 // A new token's row, with a scale of its own.
-template <class T, int kDims, class Format>
-struct ScaledRow : QuantisedRow<T, kDims, Format> {
+template <class T, int kDims, class Format, bool is_value = false>
+struct ScaledRow : QuantisedRow<T, kDims, Format, is_value> {
   float scale;
 
   CUTE_DEVICE void quantise_by_largest() {
@@ -54,7 +54,7 @@ struct ScaledRow : QuantisedRow<T, kDims, Format> {
   }
   template <class Tile>
   CUTE_DEVICE void store_to(uint16_t* tile, int row) const {
-    QuantisedRow<T, kDims, Format>::template store_to<Tile>(tile, row);
+    QuantisedRow<T, kDims, Format, is_value>::template store_to<Tile>(tile, row);
     if (int(threadIdx.x) % kWarpSize == 0) *scale_in_tile<Tile>(tile, row) = scale;
   }
 };
@@ -92,8 +92,8 @@ struct TokensKeyScale : Fp8KeyScale<T> {
 
 template <class T, class Format>
 struct TokensOperands : Fp8Operands<T, Format> {
-  template <int kDims>
-  using TokenRow = ScaledRow<T, kDims, Format>;
+  using KeyTokenRow = ScaledRow<T, T::kHeadDim, Format>;
+  using ValueTokenRow = ScaledRow<T, T::kHeadDimV, Format, true>;
   using PreparedTokenRow = ScaledPreparedRow<T, Format>;
   template <class Row>
   CUTE_DEVICE static void quantise_key(Params const&, Work<T> const&, Row& key) {
@@ -101,6 +101,14 @@ struct TokensOperands : Fp8Operands<T, Format> {
   }
   template <class Row>
   CUTE_DEVICE static void quantise_value(Params const&, Work<T> const&, Row& value) {
+    value.quantise_by_largest();
+  }
+  struct NewScales {
+    CUTE_DEVICE NewScales(Params const&, Work<T> const&) {}
+  };
+  template <class Key, class Value>
+  CUTE_DEVICE static void quantise(NewScales const&, Key& key, Value& value) {
+    key.quantise_by_largest();
     value.quantise_by_largest();
   }
   using KeyScale = TokensKeyScale<T>;

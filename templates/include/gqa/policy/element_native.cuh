@@ -19,13 +19,18 @@ struct NativeOperands {
   static constexpr int kPacked = 1;  // elements in what is stored
 
   // The new token is stored as it is.
-  template <int kDims>
-  using TokenRow = WarpRow<T, kDims>;
+  struct NewScales {
+    CUTE_DEVICE NewScales(Params const&, Work<T> const&) {}
+  };
+  using KeyTokenRow = WarpRow<T, T::kHeadDim>;
+  using ValueTokenRow = WarpRow<T, T::kHeadDimV>;
   using PreparedTokenRow = PreparedRow<T>;
   template <class Key>
   CUTE_DEVICE static void quantise_key(Params const&, Work<T> const&, Key&) {}
   template <class Value>
   CUTE_DEVICE static void quantise_value(Params const&, Work<T> const&, Value&) {}
+  template <class Key, class Value>
+  CUTE_DEVICE static void quantise(NewScales const&, Key&, Value&) {}
 
   // Products are what they are, and so are outputs.
   struct KeyScale {

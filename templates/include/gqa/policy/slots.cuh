@@ -39,11 +39,12 @@
 //   Bias      what is added to it.   float operator()(logit, head, Position), likewise. Made once,
 //                                    of p and work: it may load what it needs.
 //   NewToken  what is appended.      load_key(p, work, token, row), load_value likewise: the rows
-//                                    of this block's KV head, as they are stored.
+//                                    of this block's KV head, before they are quantised.
 //   Operands  what is stored, and    Stored: what caches and tiles consist of, kPacked elements in
 //             what is multiplied.    16 bits; Multiplied: what the MMA takes. TokenRow: of a token
 //                                    that is stored, PreparedTokenRow of a key that is prepared;
-//                                    quantise_key, quantise_value: once. KeyScale: what a product
+//                                    quantise_key, quantise_value, quantise (both): once, when
+//                                    all rows are on the way. KeyScale: what a product
 //                                    counts, scaled(), set() once queries are there; scale_values:
 //                                    of an output. query_dim, is_padding, kHalfStep, kRowStep:
 //                                    which dims a lane's operands have. add_keys, add_values:

@@ -19,12 +19,10 @@ struct CopiedToken {
     } else {
       key.prepare(p, Side::kKey, row, position_of(p, w, token));
     }
-    OperandsOf<T>::quantise_key(p, w, key);
   }
   CUTE_DEVICE static void load_value(Params const& p, Work<T> const& w, int token,
                                      ValueRow<T>& value) {
     value.load(w.template row<Element>(p.v_new, p.v_new_stride, p.v_new_token_stride, token));
-    OperandsOf<T>::quantise_value(p, w, value);
   }
 };
 

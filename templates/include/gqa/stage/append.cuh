@@ -16,9 +16,11 @@ struct NewToken {
   typename CacheOf<T>::NewRow row;  // where it goes
 
   CUTE_DEVICE void load(Params const& p, Work<T> const& w) {
+    typename OperandsOf<T>::NewScales const scales(p, w);
     NewTokenOf<T>::load_key(p, w, 0, key);
     NewTokenOf<T>::load_value(p, w, 0, value);
     row.find(p, w, 0);  // behind it, for it may wait for what it reads
+    OperandsOf<T>::quantise(scales, key, value);
   }
 
   // Writes it to the cache, for which one warp per KV head calls. What this launch reads of these
@@ -100,11 +102,13 @@ class NewTokensOfTile {
   CUTE_DEVICE void put_keys(Stored* tile) {
     put<typename T::KeyTile>(
         tile, keys_, [&](int token, auto& rows) { load_keys(token, rows); },
+        [&](auto& row) { OperandsOf<T>::quantise_key(params_, work_, row); },
         [&](auto const& place) { return place.key(params_, work_); });
   }
   CUTE_DEVICE void put_values(Stored* tile) {
     put<typename T::ValueTile>(
         tile, values_, [&](int token, auto& rows) { load_values(token, rows); },
+        [&](auto& row) { OperandsOf<T>::quantise_value(params_, work_, row); },
         [&](auto const& place) { return place.value(params_, work_); });
   }
 
@@ -125,8 +129,9 @@ class NewTokensOfTile {
     }
   }
 
-  template <class Tile, class Row, class Load, class PlaceOf>
-  CUTE_DEVICE void put(Stored* tile, Row (&rows)[kBatch], Load&& load, PlaceOf&& place_of) {
+  template <class Tile, class Row, class Load, class Quantise, class PlaceOf>
+  CUTE_DEVICE void put(Stored* tile, Row (&rows)[kBatch], Load&& load, Quantise&& quantise,
+                       PlaceOf&& place_of) {
     if (end_ == 0) return;
     CUTE_NO_UNROLL
     for (int token = max(first_, 0); token < end_; token += kBatch) {
@@ -134,6 +139,7 @@ class NewTokensOfTile {
       CUTE_UNROLL
       for (int i = 0; i < kBatch; ++i) {
         if (token + i >= end_) break;
+        quantise(rows[i]);
         rows[i].template store_to<Tile>(tile, token + i - first_);
         if (!appends_) continue;
         typename CacheOf<T>::NewRow place;

@@ -148,7 +148,7 @@ CUTE_DEVICE void prepare_query(Params const& p, Work<T> const& w, int row,
 // Rows of a token that is stored: of a key as it is, or prepared, and of a value.
 template <class T, bool prepared = kPreparesRows<T>>
 struct KeyRowOf {
-  using Type = typename OperandsOf<T>::template TokenRow<T::kHeadDim>;
+  using Type = typename OperandsOf<T>::KeyTokenRow;
 };
 template <class T>
 struct KeyRowOf<T, true> {
@@ -157,6 +157,6 @@ struct KeyRowOf<T, true> {
 template <class T>
 using KeyRow = typename KeyRowOf<T>::Type;
 template <class T>
-using ValueRow = typename OperandsOf<T>::template TokenRow<T::kHeadDimV>;
+using ValueRow = typename OperandsOf<T>::ValueTokenRow;
 
 }  // namespace gqa

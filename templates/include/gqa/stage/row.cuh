@@ -19,8 +19,8 @@ CUTE_DEVICE typename T::Stored* place_in_tile(typename T::Stored* tile, int row,
   }
 }
 
-// Lanes take vectors in turn.
-template <class T, int kDims>
+// Lanes take vectors in turn, the first of them kFirstLane.
+template <class T, int kDims, int kFirstLane = 0>
 struct WarpRow {
   static constexpr int kVecs = kDims / T::kVecWidth;
   static constexpr int kPerLane = ceil_div(kVecs, kWarpSize);
@@ -47,7 +47,7 @@ struct WarpRow {
   CUTE_DEVICE static void for_each(Visit&& visit) {
     CUTE_UNROLL
     for (int i = 0; i < kPerLane; ++i) {
-      int const at = i * kWarpSize + int(threadIdx.x) % kWarpSize;
+      int const at = i * kWarpSize + (int(threadIdx.x) % kWarpSize ^ kFirstLane);
       if (kVecs % kWarpSize == 0 || at < kVecs) visit(i, at);
     }
   }
