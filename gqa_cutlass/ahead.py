@@ -25,6 +25,7 @@ from gqa_cutlass.decode_config import GQADecodeConfig, check_config
 from gqa_cutlass.devices import device_of, gpu, gpu_named
 from gqa_cutlass.dispatch import Choice, Device, Dispatch, choose_config, model_device
 from gqa_cutlass.dispatch.compare import Term, runner_up, terms
+from gqa_cutlass.dispatch.splits import counted
 from gqa_cutlass.errors import InputError, shown
 from gqa_cutlass.gpu.driver import load
 from gqa_cutlass.kernels.store import Store
@@ -192,9 +193,9 @@ class Explanation:
             "features": ", ".join(policy.feature for policy in policies) or "none",
             "arch": f"{self.device.arch.name}, {self.device.num_sms} SMs{name}",
             "grid": f"{shape.grid} (KV heads x head blocks, splits, batch)",
-            "cluster": f"{shape.cluster} blocks, along the splits",
+            "cluster": f"{shape.cluster} blocks, along the splits" if shape.cluster > 1 else "none",
             "block": f"{shape.block} threads, {shape.shared_bytes} bytes of shared memory, "
-            f"{self.dispatch.num_stages} stages",
+            f"{counted(self.dispatch.num_stages, 'stage')}",
             "workspace": f"{self.dispatch.workspace_bytes} bytes",
             "reads": f"{self.kv_bytes} bytes of K and V with a full cache",
             "cubin": str(self.cubin or "not built yet; the first call compiles it"),
@@ -206,7 +207,7 @@ class Explanation:
         if self.runner_up is None:
             return "none: nothing else can do this"
         figures = "; ".join(map(str, self.runner_up_terms))
-        grid = f"grid {self.runner_up.shape.grid}, {self.runner_up.num_splits} splits"
+        grid = f"grid {self.runner_up.shape.grid}, {counted(self.runner_up.num_splits, 'split')}"
         return f"{self.runner_up.config.name}; {grid}; {figures}"
 
 

@@ -219,10 +219,11 @@ def _print_sim(run: SimRun) -> None:
 
     shape, stats = run.shape, run.stats
     moved, stored = report.global_bytes(stats)
+    clusters = f" in clusters of {shape.cluster}" if shape.cluster > 1 else ""
     for what, value in (
         (
             "launch",
-            f"grid {shape.grid} in clusters of {shape.cluster}, {shape.block} threads, "
+            f"grid {shape.grid}{clusters}, {shape.block} threads, "
             f"{shape.shared_bytes} bytes shared",
         ),
         ("ptxsim", f"{run.seconds:.2f} s, no fault"),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from gqa_cutlass.codegen.config import KernelConfig
 from gqa_cutlass.codegen.schema.problem import MAX_SPLITS
 from gqa_cutlass.codegen.schema.storage import MAX_CLUSTER
+from gqa_cutlass.dispatch.splits import counted
 from gqa_cutlass.errors import InputError, shown
 
 _MOST_SPARE = 3
@@ -26,7 +27,7 @@ class Choice:
             lengths that only the device knows; none where the host knows them, or of one sequence.
         prefetch: Whether warps ask for their first tile before they know the length, where they
             may; None: where the model says so.
-        why: Who decided for it.
+        why: What speaks for it, as the end of a sentence: "this kernel and launch, as asked".
 
     Raises:
         InputError: No launch is like that.
@@ -63,10 +64,15 @@ class Choice:
 
     def __str__(self) -> str:
         c = self.config
-        clusters = f" in clusters of {self.cluster}" if self.cluster > 1 else ""
         spare = f", {self.spare} spare" if self.spare else ""
         early = "" if self.prefetch is None else f", {'' if self.prefetch else 'no '}early tile"
         return (
-            f"{c.schedule} n{c.block_n}w{c.num_warps}, {self.splits} splits{clusters}, "
-            f"{self.num_stages} stages{spare}{early}"
+            f"{c.schedule} n{c.block_n}w{c.num_warps}, {self.shared}, "
+            f"{counted(self.num_stages, 'stage')}{spare}{early}"
         )
+
+    @property
+    def shared(self) -> str:
+        """How blocks share a sequence, in words."""
+        clusters = f" in clusters of {self.cluster}" if self.cluster > 1 else ""
+        return f"{counted(self.splits, 'split')}{clusters}"

@@ -20,6 +20,7 @@ from gqa_cutlass.dispatch.splits import (
     Splits,
     choose_clusters,
     choose_splits,
+    counted,
     may_balance,
     spare_splits,
 )
@@ -27,7 +28,7 @@ from gqa_cutlass.errors import InputError
 
 SMALLEST_COPY = 2  # elements that an asynchronous copy moves at least (cp.async: four bytes)
 _WORD_BYTES = 4
-_BALANCED = "spare splits, to balance ragged lengths"
+_ASKED = "as asked"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +116,8 @@ def dispatch(
     if forced is not None:
         _check_fits(forced, problem, device)
         config = forced
-        why_config = f"this kernel, {choice.why if choice else 'as asked'}"
+        launch = " and launch" if choice and not num_splits and not invariant else ""
+        why_config = f"this kernel{launch}, {choice.why if choice else _ASKED}"
     elif invariant:
         config = _config_of(problem, Schedule.MULTISTAGE)
         why_config = "batch-invariant: the schedule that suits every batch and room"
@@ -134,14 +136,14 @@ def dispatch(
             cluster=gcd(num_splits, MAX_CLUSTER) if config.tma else 1,
             splits=num_splits,
             num_stages=config.num_stages,
-            why=f"{num_splits} splits, {'the same for all' if invariant else 'as asked'}",
+            why=f"{counted(num_splits, 'split')}, {'the same for all' if invariant else _ASKED}",
         )
     elif choice:
         splits = Splits(
             cluster=choice.cluster,
             splits=choice.splits,
             num_stages=choice.num_stages,
-            why=f"{choice.splits} splits in clusters of {choice.cluster}, {choice.why}",
+            why=choice.shared,
         )
     elif config.tma:
         splits = choose_clusters(sized, config, device)
@@ -180,12 +182,16 @@ def dispatch(
                     _paged(problem),
                     _hinted(problem, sized),
                     splits.why,
-                    _BALANCED if spare else "",
+                    _balanced(spare),
                     why_pdl,
                 ),
             )  # fmt: skip
         ),
     )
+
+
+def _balanced(spare: int) -> str:
+    return f"{counted(spare, 'spare split')}, to balance ragged lengths" if spare else ""
 
 
 def _windowed(problem: Problem) -> str:
@@ -203,7 +209,8 @@ def _hinted(problem: Problem, sized: Problem) -> str:
 def _paged(problem: Problem) -> str:
     if problem.page_size is None:
         return ""
-    return f"pages of {problem.page_size} tokens, at most {problem.max_seq_len} of a sequence"
+    size = counted(problem.page_size, "token")
+    return f"pages of {size}, at most {problem.max_seq_len} of a sequence"
 
 
 def _check_fits(kernel: KernelConfig, problem: Problem, device: Device) -> None:
@@ -296,10 +303,27 @@ def _choose_schedule(problem: Problem, device: Device, ragged: bool) -> tuple[Sc
     equal = problem.batch_size == 1 or not ragged
     pairs = equal and ceil_div(model.tma_blocks, heads) == 2 and mib > model.tma_pairs_mib
     if mib <= limit and heads <= model.tma_heads and not (alone or pairs):
-        return Schedule.TMA, f"{mib:.1f} MiB, at most {limit}; few heads"
+        return Schedule.TMA, f"{_shown(mib)} MiB, at most {limit}; few heads"
     if mib > limit and whole_boxes and heads <= model.tma_large_heads and equal:
-        return Schedule.TMA, f"{mib:.1f} MiB of at most {model.tma_large_heads} heads, not ragged"
-    return Schedule.MULTISTAGE, f"{mib:.1f} MiB of {problem.reach} tokens"
+        return Schedule.TMA, f"{_shown(mib)} MiB, more than {limit}; few heads, not ragged"
+    most = model.tma_heads if mib <= limit else model.tma_large_heads
+    if mib > limit and not whole_boxes:
+        why = f"more than {limit}, in rows of partial copies"
+    elif heads > most:
+        why = f"{heads} KV heads in the batch, more than {most}"
+    elif mib > limit:
+        why = f"more than {limit}, ragged"
+    elif alone:
+        why = "which the warps of one block read at once"
+    else:
+        why = f"of which {heads} pairs of blocks would leave multiprocessors idle"
+    tokens = f"{problem.reach} token{'s' if problem.reach > 1 else ''}"
+    return Schedule.MULTISTAGE, f"{_shown(mib)} MiB of {tokens}, {why}"
+
+
+def _shown(mib: float) -> str:
+    """A size that is small, or not: 0.0039, 0.5, 32.0."""
+    return f"{mib:.1f}" if mib >= 1 else f"{mib:.2g}"
 
 
 def _may_prefetch_first_tile(

@@ -32,6 +32,11 @@ class Splits:
     why: str
 
 
+def counted(number: int, noun: str) -> str:
+    """How many there are of something, as reasons say it: 1 split, 2 splits."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def choose_clusters(problem: Problem, config: KernelConfig, device: Device) -> Splits:
     """How the blocks of the tma schedule share sequences, when caches are full.
 
@@ -54,8 +59,8 @@ def choose_clusters(problem: Problem, config: KernelConfig, device: Device) -> S
         splits=splits,
         cluster=cluster,
         num_stages=config.num_stages if deep else 1,
-        why=f"{splits // cluster} clusters of {cluster} for each of {heads} heads, at most "
-        f"{per_warp} tiles per warp",
+        why=f"{_clusters(splits, cluster)} {_for_each(heads)}, at most "
+        f"{counted(per_warp, 'tile')} per warp",
     )
 
 
@@ -70,8 +75,19 @@ def _fill_with_clusters(heads: int, tiles: int, config: KernelConfig, device: De
         splits=clusters * cluster,
         cluster=cluster,
         num_stages=1 if few else config.num_stages,
-        why=f"{clusters} clusters of {cluster} for each of {heads} heads: {device.num_sms} SMs",
+        why=f"{_clusters(clusters * cluster, cluster)} {_for_each(heads)}: {device.num_sms} SMs",
     )
+
+
+def _clusters(blocks: int, cluster: int) -> str:
+    """Blocks that share a head, in words."""
+    if cluster == 1:
+        return counted(blocks, "block")
+    return f"{counted(blocks // cluster, 'cluster')} of {cluster}"
+
+
+def _for_each(heads: int) -> str:
+    return "for the only head" if heads == 1 else f"for each of {heads} heads"
 
 
 def _power_of_two(n: int) -> int:
@@ -93,9 +109,9 @@ def choose_splits(problem: Problem, config: KernelConfig, device: Device) -> tup
     }
     splits = min(costs, key=lambda s: (costs[s], s))
     return splits, (
-        f"{splits} splits of at most {most}: {blocks * splits} blocks of {config.num_warps} warps "
-        f"for {blocks * tiles} tiles on {device.num_sms} SMs; modelled reading and merging "
-        f"{costs[splits]:.1f} us"
+        f"{counted(splits, 'split')} of at most {most}: {counted(blocks * splits, 'block')} of "
+        f"{counted(config.num_warps, 'warp')} for {counted(blocks * tiles, 'tile')} on "
+        f"{device.num_sms} SMs; modelled reading and merging {costs[splits]:.1f} us"
     )
 
 

@@ -50,7 +50,7 @@ def refused(*options: str) -> str:
     ("options", "reason"),
     [
         ([], "to balance ragged lengths"),
-        (["--no-ragged"], "1 splits of at most 2"),
+        (["--no-ragged"], "1 split of at most 2"),
         (["--dependent", "--batch", "1", "--max-seq-len", "128"], "may start at once"),
     ],
     ids=["ragged", "equal", "dependent"],

@@ -117,12 +117,29 @@ def test_few_heads_and_small_caches_are_shared_by_clusters_of_hopper(
     ("problem", "why"),
     [
         pytest.param(
-            _problem(1, 16384, (40, 40, 128)), "320.0 MiB of 16384 tokens", id="large-of-many-heads"
+            _problem(1, 16384, (40, 40, 128)),
+            "320.0 MiB of 16384 tokens, 40 KV heads in the batch, more than 32",
+            id="large-of-many-heads",
         ),
-        pytest.param(_problem(1, 128), "0.5 MiB of 128 tokens", id="one-blocks-tiles"),
-        pytest.param(_problem(16, 1024), "64.0 MiB of 1024 tokens", id="many-heads"),
         pytest.param(
-            _problem(1, 4096, (32, 32, 96)), "48.0 MiB of 4096 tokens", id="partial-boxes"
+            _problem(1, 128),
+            "0.5 MiB of 128 tokens, which the warps of one block read at once",
+            id="one-blocks-tiles",
+        ),
+        pytest.param(
+            _problem(16, 1024),
+            "64.0 MiB of 1024 tokens, 128 KV heads in the batch, more than 64",
+            id="many-heads",
+        ),
+        pytest.param(
+            _problem(1, 4096, (32, 32, 96)),
+            "48.0 MiB of 4096 tokens, more than 16, in rows of partial copies",
+            id="partial-boxes",
+        ),
+        pytest.param(
+            _problem(4, 5000),
+            "78.1 MiB of 5000 tokens, of which 32 pairs of blocks would leave multiprocessors idle",
+            id="pairs-of-blocks",
         ),
         pytest.param(
             replace(LLAMA_3_8B, vec_width=4),
@@ -151,7 +168,10 @@ def test_other_architectures_are_served_by_the_multistage_schedule(arch: str) ->
 def test_large_caches_are_shared_by_clusters_if_none_can_be_ragged(
     batch: int, ragged: bool, schedule: Schedule
 ) -> None:
-    assert dispatch(_problem(batch, 65536), H200, ragged=ragged).config.schedule is schedule
+    chosen = dispatch(_problem(batch, 65536), H200, ragged=ragged)
+    assert chosen.config.schedule is schedule
+    rest = "of 65536 tokens, more than 128, ragged" if ragged else "more than 128; few heads"
+    assert batch == 1 or rest in chosen.reasons[0]
 
 
 @pytest.mark.parametrize("vec_width", [8, 4, 2, 1])
@@ -291,7 +311,7 @@ def test_full_gpu_and_short_sequences_are_not_split() -> None:
 def test_splits_that_are_asked_for_are_used(num_splits: int) -> None:
     chosen = dispatch(LLAMA_3_8B, H200, num_splits)
     assert chosen.num_splits == chosen.shape.grid[1] == num_splits
-    assert f"{num_splits} splits, as asked" in chosen.reasons
+    assert f"{num_splits} split{'s' * (num_splits > 1)}, as asked" in chosen.reasons
 
 
 @pytest.mark.parametrize("group_size", [1, 4, 7, 16, 32, 48])

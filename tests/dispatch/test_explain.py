@@ -78,7 +78,7 @@ def test_explanation_says_why_this_schedule(arch: str, schedule: Schedule, why: 
 
 def test_explanation_of_clusters_counts_them() -> None:
     found = str(_explain(*MODELS["llama-3-8b"]))
-    assert "1 clusters of 4 for each of 16 heads, at most 8 tiles per warp" in found
+    assert "1 cluster of 4 for each of 16 heads, at most 8 tiles per warp" in found
 
 
 def test_explanation_of_misaligned_tensors_names_the_reason() -> None:
