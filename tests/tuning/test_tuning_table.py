@@ -1,4 +1,4 @@
-"""Tables of what was measured: what they hold, for whom, and what calls make of them."""
+"""Tables of what was measured: what they hold, and for whom."""
 
 from __future__ import annotations
 
@@ -10,74 +10,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from executors import Notes
-from helpers import call_tensors
+from tuned import PROBLEM, X1, entry_of, own_tables, saved, tuned_of
 
-import gqa_cutlass
-from gqa_cutlass import GQADecodeConfig, gqa_decode
 from gqa_cutlass.codegen import ARCHES, DType
-from gqa_cutlass.codegen.schema.problem import Problem
 from gqa_cutlass.codegen.variants import policies_for
-from gqa_cutlass.dispatch import Choice, Device, dispatch, model_device
-from gqa_cutlass.errors import DeviceError, InputError
+from gqa_cutlass.dispatch import Choice, dispatch, model_device
+from gqa_cutlass.errors import InputError
 from gqa_cutlass.kernels.store import Store
 from gqa_cutlass.tuning import table as table_module
-from gqa_cutlass.tuning.candidates import candidates, lengths_of
-from gqa_cutlass.tuning.search import Tuned
-from gqa_cutlass.tuning.table import FOLDER, Table, choice_for, file_name
-
-X1 = replace(model_device(ARCHES["sm_90a"]), name="NVIDIA X1")
-PROBLEM = Problem(
-    batch_size=4, num_q_heads=8, num_kv_heads=2, head_dim=64, max_seq_len=4096, dtype=DType.F16,
-    vec_width=8, append=True,
-)  # fmt: skip
-
-
-def tuned_of(problem: Problem, best: int = 3) -> Tuned:
-    """As if this candidate were the best over all lengths, and the next one over equal ones."""
-    first, second = candidates(problem, X1)[best : best + 2]
-    lengths = lengths_of(problem)
-    equal = {name: len(set(held)) == 1 for name, held in lengths.items()}
-    full, *others = lengths
-    return Tuned(
-        problem=problem, lengths=lengths,
-        times={
-            first: {full: 4.0, **{name: 5.0 if equal[name] else 2.0 for name in others}},
-            second: {name: 4.0 if equal[name] else 9.0 for name in lengths},
-        },
-    )  # fmt: skip
+from gqa_cutlass.tuning.candidates import candidates
+from gqa_cutlass.tuning.table import FOLDER, Table, choice_for
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A store of this user's, and no tables of the package's."""
-    monkeypatch.setenv("GQA_CUTLASS_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(table_module, "SHIPPED", tmp_path / "shipped")
-    _forget()
-    yield tmp_path
-    _forget()
-
-
-def _forget() -> None:
-    """What was read of tables, and said of them."""
-    for cached in (table_module._all, table_module.tables, table_module._warn):
-        cached.cache_clear()
-
-
-RUN = {"gpu": "NVIDIA X1", "date": "2026-01-02", "arch": "sm_90a", "num_sms": "132"}
-
-
-def _saved(folder: Path, *found: Tuned, **run: str) -> Path:
-    path = folder / FOLDER / file_name(run.get("gpu", RUN["gpu"]))
-    Table(run=RUN | run, found=found).save(path)
-    return path
+    yield from own_tables(tmp_path, monkeypatch)
 
 
 def test_a_table_survives_its_file(folder: Path) -> None:
     paged = replace(PROBLEM, page_size=64, policies=policies_for(["block_table"]))
     halved = replace(PROBLEM, policies=policies_for(["float8_e4m3fn"]))
-    path = _saved(
+    path = saved(
         folder, tuned_of(PROBLEM), tuned_of(paged), tuned_of(halved),
         tuned_of(replace(PROBLEM, head_dim_v=128)),
     )  # fmt: skip
@@ -90,7 +43,7 @@ def test_a_table_survives_its_file(folder: Path) -> None:
 
 
 def test_a_table_serves_both_types_and_rooms_that_are_nearly_as_large(folder: Path) -> None:
-    _saved(folder, tuned_of(PROBLEM))
+    saved(folder, tuned_of(PROBLEM))
     best = tuned_of(PROBLEM).best
     for changes in ({}, {"max_seq_len": 3277}, {"max_seq_len": 5120}, {"dtype": DType.BF16}):
         problem = replace(PROBLEM, **changes)  # type: ignore[arg-type]
@@ -107,13 +60,13 @@ def test_a_table_serves_both_types_and_rooms_that_are_nearly_as_large(folder: Pa
 
 def test_the_nearest_room_is_taken(folder: Path) -> None:
     near = replace(PROBLEM, max_seq_len=6000)
-    _saved(folder, tuned_of(PROBLEM, best=3), tuned_of(near, best=5))
+    saved(folder, tuned_of(PROBLEM, best=3), tuned_of(near, best=5))
     found = choice_for(replace(PROBLEM, max_seq_len=5600), X1, ragged=True)
     assert found is not None and found.splits == tuned_of(near, best=5).best.splits
 
 
 def test_lengths_that_are_known_to_be_equal_count(folder: Path) -> None:
-    _saved(folder, tuned_of(PROBLEM))
+    saved(folder, tuned_of(PROBLEM))
     first, second = tuned_of(PROBLEM).times
     for ragged, expected in ((True, first), (False, second)):
         found = choice_for(PROBLEM, X1, ragged=ragged)
@@ -122,7 +75,7 @@ def test_lengths_that_are_known_to_be_equal_count(folder: Path) -> None:
 
 def test_a_bound_of_lengths_counts_as_a_room(folder: Path) -> None:
     bounded = replace(PROBLEM, max_seq_len=512)
-    _saved(folder, tuned_of(PROBLEM, best=3), tuned_of(bounded, best=5))
+    saved(folder, tuned_of(PROBLEM, best=3), tuned_of(bounded, best=5))
     best = tuned_of(bounded, best=5).best
     for longest in (512, 600):
         found = choice_for(PROBLEM, X1, ragged=True, longest=longest)
@@ -134,7 +87,7 @@ def test_a_bound_of_lengths_counts_as_a_room(folder: Path) -> None:
 
 
 def test_another_gpus_table_is_not_used(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    _saved(folder, tuned_of(PROBLEM), gpu="NVIDIA Y2")
+    saved(folder, tuned_of(PROBLEM), gpu="NVIDIA Y2")
     with caplog.at_level(logging.INFO, "gqa_cutlass"):
         assert choice_for(PROBLEM, X1, ragged=True) is None
     assert "a table of NVIDIA Y2 is not used on NVIDIA X1" in caplog.text
@@ -142,18 +95,18 @@ def test_another_gpus_table_is_not_used(folder: Path, caplog: pytest.LogCaptureF
 
 
 def test_the_users_table_comes_before_the_shipped_one(folder: Path) -> None:
-    _saved(folder, tuned_of(PROBLEM, best=3))
+    saved(folder, tuned_of(PROBLEM, best=3))
     (folder / FOLDER).rename(folder / "shipped")
-    _saved(folder, tuned_of(PROBLEM, best=5))
+    saved(folder, tuned_of(PROBLEM, best=5))
     found = choice_for(PROBLEM, X1, ragged=True)
     assert found is not None and found.splits == tuned_of(PROBLEM, best=5).best.splits
 
 
 def test_tables_say_what_their_gpus_are_like(folder: Path) -> None:
     """The user's before the shipped ones; those that do not say it are of no GPU to be named."""
-    _saved(folder, num_sms="100"), _saved(folder, gpu="NVIDIA Y2", arch="sm_80", num_sms="108")
+    saved(folder, num_sms="100"), saved(folder, gpu="NVIDIA Y2", arch="sm_80", num_sms="108")
     (folder / FOLDER).rename(folder / "shipped")
-    _saved(folder)
+    saved(folder)
     Table(run={"gpu": "NVIDIA Z3"}).save(folder / FOLDER / "old.json")
     y2 = replace(model_device(ARCHES["sm_80"]), name="NVIDIA Y2", num_sms=108)
     assert table_module.gpus() == {"NVIDIA X1": X1, "NVIDIA Y2": y2}
@@ -166,7 +119,7 @@ def test_tables_say_what_their_gpus_are_like(folder: Path) -> None:
     ids=lambda run: ",".join(f"{key} {value[:5]}" for key, value in run.items()),
 )  # fmt: skip
 def test_a_gpu_that_there_cannot_be_is_refused(run: dict[str, str], folder: Path) -> None:
-    path = _saved(folder, tuned_of(PROBLEM), **run)
+    path = saved(folder, tuned_of(PROBLEM), **run)
     with pytest.raises(InputError, match=r"tune: table: got .*nvidia-x1\.json"):
         Table.load(path)
     assert table_module.gpus() == {}
@@ -196,7 +149,7 @@ BAD: dict[str, Any] = {
 def test_a_file_that_is_no_table_is_refused_and_by_calls_left_out(
     name: str, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = _saved(folder, tuned_of(PROBLEM))
+    path = saved(folder, tuned_of(PROBLEM))
     content = BAD[name]
     if isinstance(content, tuple):
         part, key, value = content
@@ -213,7 +166,7 @@ def test_a_file_that_is_no_table_is_refused_and_by_calls_left_out(
 
 @pytest.mark.parametrize("column", [1, 2, 3])  # tokens, warps and stages
 def test_a_size_that_equals_a_whole_number_is_none(column: int, folder: Path) -> None:
-    path = _saved(folder, tuned_of(PROBLEM))
+    path = saved(folder, tuned_of(PROBLEM))
     Table.load(path)  # whose kernels are known from now on
     content = json.loads(path.read_text())
     launch = content["problems"][0]["launches"][0]
@@ -225,7 +178,7 @@ def test_a_size_that_equals_a_whole_number_is_none(column: int, folder: Path) ->
 
 @pytest.mark.parametrize("column", range(10))
 def test_odd_launches_are_refused(column: int, folder: Path) -> None:
-    path = _saved(folder, tuned_of(PROBLEM))
+    path = saved(folder, tuned_of(PROBLEM))
     for odd in (None, -1, "x", [], 10**30, 10**400, 1.5):
         content = json.loads(path.read_text())
         content["problems"][0]["launches"][0][column] = odd
@@ -234,7 +187,7 @@ def test_odd_launches_are_refused(column: int, folder: Path) -> None:
             continue
         with pytest.raises(InputError, match="tune: table"):
             Table.load(path)
-        _saved(folder, tuned_of(PROBLEM))
+        saved(folder, tuned_of(PROBLEM))
 
 
 # What cannot be launched is left out.
@@ -244,17 +197,8 @@ CLUSTERS = next(c for c in candidates(PROBLEM, X1) if c.config.tma)
 A1 = replace(model_device(ARCHES["sm_80"]), name="NVIDIA X1")
 
 
-def _of(*choices: Choice, problem: Problem = PROBLEM) -> Tuned:
-    """A table's entry with these launches, the first the best."""
-    lengths = lengths_of(problem)
-    return Tuned(
-        problem=problem, lengths=lengths,
-        times={c: dict.fromkeys(lengths, 1.0 + n) for n, c in enumerate(choices)},
-    )  # fmt: skip
-
-
 def test_a_table_of_kernels_for_another_architecture_is_refused(folder: Path) -> None:
-    path = _saved(folder, _of(CLUSTERS), arch="sm_80")
+    path = saved(folder, entry_of(CLUSTERS), arch="sm_80")
     with pytest.raises(InputError, match=r"tune: table: got .*_tma_.* on sm_80"):
         Table.load(path)
     assert choice_for(PROBLEM, A1, ragged=True) is None
@@ -263,7 +207,7 @@ def test_a_table_of_kernels_for_another_architecture_is_refused(folder: Path) ->
 def test_a_table_that_says_another_architecture_is_left_out(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    _saved(folder, _of(CLUSTERS))
+    saved(folder, entry_of(CLUSTERS))
     assert choice_for(PROBLEM, A1, ragged=True) is None
     assert "NVIDIA X1 is not used: it says sm_90a, and the GPU is sm_80" in caplog.text
 
@@ -271,7 +215,7 @@ def test_a_table_that_says_another_architecture_is_left_out(
 def test_kernels_for_another_architecture_are_left_out_of_tables_that_say_none(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    Table(run={"gpu": "NVIDIA X1"}, found=(_of(CLUSTERS),)).save(folder / FOLDER / "old.json")
+    Table(run={"gpu": "NVIDIA X1"}, found=(entry_of(CLUSTERS),)).save(folder / FOLDER / "old.json")
     assert choice_for(PROBLEM, X1, ragged=True) is not None
     assert not caplog.records
     for _ in range(2):
@@ -281,9 +225,9 @@ def test_kernels_for_another_architecture_are_left_out_of_tables_that_say_none(
 
 def test_the_next_table_is_asked_where_one_cannot_be_followed(folder: Path) -> None:
     plain = next(c for c in candidates(PROBLEM, X1) if not c.config.tma)
-    _saved(folder, _of(plain), arch="sm_80")
+    saved(folder, entry_of(plain), arch="sm_80")
     (folder / FOLDER).rename(folder / "shipped")
-    Table(run={"gpu": "NVIDIA X1"}, found=(_of(CLUSTERS),)).save(folder / FOLDER / "old.json")
+    Table(run={"gpu": "NVIDIA X1"}, found=(entry_of(CLUSTERS),)).save(folder / FOLDER / "old.json")
     for device, expected in ((X1, CLUSTERS), (A1, plain)):
         found = choice_for(PROBLEM, device, ragged=True)
         assert found is not None and found.config == expected.config
@@ -294,7 +238,7 @@ def test_parts_that_take_more_memory_than_caches_are_left_out(
 ) -> None:
     short = replace(PROBLEM, batch_size=4096, max_seq_len=256)
     plain = next(c for c in candidates(short, X1) if not c.config.tma and not c.spare)
-    _saved(folder, _of(replace(plain, splits=1024), problem=short))
+    saved(folder, entry_of(replace(plain, splits=1024), problem=short))
     assert choice_for(short, X1, ragged=True) is None
     assert "1024 splits" in caplog.text and "more than the caches" in caplog.text
 
@@ -313,7 +257,7 @@ def test_kernels_that_may_not_be_compiled_are_left_to_the_model(
     """Those of a table that were not built: the model's may have been."""
     best = tuned_of(PROBLEM).best
     tiled = replace(best, config=replace(best.config, num_warps=best.config.num_warps // 2))
-    _saved(folder, _of(tiled))
+    saved(folder, entry_of(tiled))
     assert choice_for(PROBLEM, X1, ragged=True) is not None
     monkeypatch.setenv("GQA_CUTLASS_DISABLE_JIT", "1")
     assert choice_for(PROBLEM, X1, ragged=True) is None
@@ -323,104 +267,8 @@ def test_kernels_that_may_not_be_compiled_are_left_to_the_model(
     monkeypatch.setenv("GQA_CUTLASS_DISABLE_JIT", "1")
     assert choice_for(PROBLEM, X1, ragged=True) is not None
     for dependent in (False, True):  # of which the kernel is another one
-        assert _explained({}, gpu="NVIDIA X1", dependent=dependent).by_table is not dependent
-
-
-# What calls make of it.
-
-
-def test_calls_launch_what_the_table_says(folder: Path, notes: Notes) -> None:
-    _saved(folder, tuned_of(PROBLEM))
-    notes.device = replace(notes.device, name="NVIDIA X1")
-    tensors = call_tensors(batch=4, max_seq_len=4096)
-    lengths = torch.zeros(4, dtype=torch.int32)
-    gqa_decode(**tensors, cache_seqlens=lengths)
-    gqa_decode(**tensors, cache_seqlens=lengths, num_splits=1)
-    gqa_decode(**tensors, cache_seqlens=lengths, batch_invariant=True)
-    first = tuned_of(PROBLEM).best
-    assert [shape.grid[1] for shape in notes.shapes] == [
-        first.splits + first.spare, 1, dispatch(PROBLEM, X1, invariant=True).num_splits,
-    ]  # fmt: skip
-
-
-def _explained(changes: dict[str, Any], **options: Any) -> Any:
-    tensors = call_tensors(**{"batch": 4, "max_seq_len": 4096, "device": "meta"} | changes)
-    return gqa_cutlass.explain(**tensors, **options)
-
-
-def test_explain_says_which_decided(folder: Path) -> None:
-    _saved(folder, tuned_of(PROBLEM))
-    best, second = tuned_of(PROBLEM).times
-    named: dict[str, Any] = {"gpu": "NVIDIA X1"}
-    found = _explained({}, **named)
-    assert (found.decided, found.by_table) == ("by the table of NVIDIA X1, 2026-01-02", True)
-    assert found.device == X1 and found.dispatch.config == best.config
-    assert found.dispatch.num_splits == best.splits
-    equal = _explained({}, **named, ragged=False, max_seqlen=4096)
-    assert equal.by_table and equal.dispatch.num_splits == second.splits
-    of_bf16 = _explained({"dtype": torch.bfloat16}, **named, arch="sm_90a")
-    assert of_bf16.by_table and of_bf16.dispatch.config.dtype is DType.BF16
-    for changes, options, by in (
-        ({"batch": 5}, named, "by the model: no table of NVIDIA X1 has this"),
-        ({}, named | {"max_seqlen": 512}, "by the model: no table of NVIDIA X1 has this"),
-        ({}, named | {"num_splits": 3}, "by the model, within what was asked for"),
-        ({}, named | {"batch_invariant": True}, "by the model, within what was asked for"),
-        ({}, {}, "by the model: no GPU is named, so no table is looked into"),
-        ({}, {"arch": "sm_90a"}, "by the model: no GPU is named, so no table is looked into"),
-    ):
-        found = _explained(changes, **options)
-        assert (found.decided, found.by_table) == (by, False)
-        assert "by the table" not in str(found)
-
-
-def test_explain_refuses_gpus_that_nothing_is_known_of(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("gqa_cutlass.devices.at_hand", list)
-    _saved(folder), _saved(folder, gpu="NVIDIA Y2", arch="sm_80")
-    for name in ("NVIDIA Z3", "", 3, ["NVIDIA X1"]):
-        with pytest.raises(InputError, match="gpu: got .* of launches: 'NVIDIA X1', 'NVIDIA Y2'"):
-            _explained({}, gpu=name)
-    with pytest.raises(InputError, match="arch: got sm_90a for NVIDIA Y2; allowed: sm_80"):
-        _explained({}, gpu="NVIDIA Y2", arch="sm_90a")
-
-
-def test_explain_takes_the_gpu_at_hand_by_name(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As it is, whatever a table says of it; those that cannot be used are none."""
-
-    def described(device: torch.device) -> Device:
-        if device.index == 1:
-            raise DeviceError("too old")
-        return replace(X1, index=device.index, num_sms=100 + device.index)
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr("gqa_cutlass.devices.gpu", described)
-    assert _explained({}, gpu="NVIDIA X1").decided.endswith("no table of NVIDIA X1 has this")
-    _saved(folder, tuned_of(PROBLEM))
-    _forget()
-    found = _explained({}, gpu="NVIDIA X1")
-    assert found.by_table and found.device.num_sms == 100
-
-
-def test_warmup_loads_what_the_tables_take(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A capture may compile nothing, other tiles included."""
-    monkeypatch.setattr("gqa_cutlass.ahead.gpu", lambda device: X1)
-    monkeypatch.setattr("gqa_cutlass.ahead.device_of", lambda device: torch.device("cuda", 0))
-    monkeypatch.setattr("gqa_cutlass.ahead.load", lambda config, device: None)
-    tuned = tuned_of(PROBLEM)
-    half = {c: replace(c.config, num_warps=c.config.num_warps // 2) for c in tuned.times}
-    tiled = {replace(c, config=half[c]): times for c, times in tuned.times.items()}
-    _saved(folder, replace(tuned, times=tiled))
-    step = GQADecodeConfig(
-        batch_size=4, cache_len=0, num_q_heads=8, num_kv_heads=2, head_dim=64, scale=0.125,
-        max_seq_len=4096,
-    )  # fmt: skip
-    loaded = gqa_cutlass.warmup([step])
-    assert {choice.config for choice in tiled} <= {*loaded}
-    assert dispatch(PROBLEM, X1).config in loaded
+        found = choice_for(PROBLEM, X1, ragged=True, dependent=dependent)
+        assert (found is None) is dependent
 
 
 @pytest.mark.parametrize(("changes", "found"), [

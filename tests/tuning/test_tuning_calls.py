@@ -1,0 +1,119 @@
+"""What calls, `explain` and `warmup` make of tables of launches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from executors import Notes
+from helpers import call_tensors
+from tuned import PROBLEM, X1, forget, own_tables, saved, tuned_of
+
+import gqa_cutlass
+from gqa_cutlass import GQADecodeConfig, gqa_decode
+from gqa_cutlass.codegen import DType
+from gqa_cutlass.dispatch import Device, dispatch
+from gqa_cutlass.errors import DeviceError, InputError
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    yield from own_tables(tmp_path, monkeypatch)
+
+
+def test_calls_launch_what_the_table_says(folder: Path, notes: Notes) -> None:
+    saved(folder, tuned_of(PROBLEM))
+    notes.device = replace(notes.device, name="NVIDIA X1")
+    tensors = call_tensors(batch=4, max_seq_len=4096)
+    lengths = torch.zeros(4, dtype=torch.int32)
+    gqa_decode(**tensors, cache_seqlens=lengths)
+    gqa_decode(**tensors, cache_seqlens=lengths, num_splits=1)
+    gqa_decode(**tensors, cache_seqlens=lengths, batch_invariant=True)
+    first = tuned_of(PROBLEM).best
+    assert [shape.grid[1] for shape in notes.shapes] == [
+        first.splits + first.spare, 1, dispatch(PROBLEM, X1, invariant=True).num_splits,
+    ]  # fmt: skip
+
+
+def _explained(changes: dict[str, Any], **options: Any) -> Any:
+    tensors = call_tensors(**{"batch": 4, "max_seq_len": 4096, "device": "meta"} | changes)
+    return gqa_cutlass.explain(**tensors, **options)
+
+
+def test_explain_says_which_decided(folder: Path) -> None:
+    saved(folder, tuned_of(PROBLEM))
+    best, second = tuned_of(PROBLEM).times
+    named: dict[str, Any] = {"gpu": "NVIDIA X1"}
+    found = _explained({}, **named)
+    assert (found.decided, found.by_table) == ("by the table of NVIDIA X1, 2026-01-02", True)
+    assert found.device == X1 and found.dispatch.config == best.config
+    assert found.dispatch.num_splits == best.splits
+    equal = _explained({}, **named, ragged=False, max_seqlen=4096)
+    assert equal.by_table and equal.dispatch.num_splits == second.splits
+    of_bf16 = _explained({"dtype": torch.bfloat16}, **named, arch="sm_90a")
+    assert of_bf16.by_table and of_bf16.dispatch.config.dtype is DType.BF16
+    for changes, options, by in (
+        ({"batch": 5}, named, "by the model: no table of NVIDIA X1 has this"),
+        ({}, named | {"max_seqlen": 512}, "by the model: no table of NVIDIA X1 has this"),
+        ({}, named | {"num_splits": 3}, "by the model, within what was asked for"),
+        ({}, named | {"batch_invariant": True}, "by the model, within what was asked for"),
+        ({}, {}, "by the model: no GPU is named, so no table is looked into"),
+        ({}, {"arch": "sm_90a"}, "by the model: no GPU is named, so no table is looked into"),
+    ):
+        found = _explained(changes, **options)
+        assert (found.decided, found.by_table) == (by, False)
+        assert "by the table" not in str(found)
+
+
+def test_explain_refuses_gpus_that_nothing_is_known_of(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gqa_cutlass.devices.at_hand", list)
+    saved(folder), saved(folder, gpu="NVIDIA Y2", arch="sm_80")
+    for name in ("NVIDIA Z3", "", 3, ["NVIDIA X1"]):
+        with pytest.raises(InputError, match="gpu: got .* of launches: 'NVIDIA X1', 'NVIDIA Y2'"):
+            _explained({}, gpu=name)
+    with pytest.raises(InputError, match="arch: got sm_90a for NVIDIA Y2; allowed: sm_80"):
+        _explained({}, gpu="NVIDIA Y2", arch="sm_90a")
+
+
+def test_explain_takes_the_gpu_at_hand_by_name(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is, whatever a table says of it; those that cannot be used are none."""
+
+    def described(device: torch.device) -> Device:
+        if device.index == 1:
+            raise DeviceError("too old")
+        return replace(X1, index=device.index, num_sms=100 + device.index)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr("gqa_cutlass.devices.gpu", described)
+    assert _explained({}, gpu="NVIDIA X1").decided.endswith("no table of NVIDIA X1 has this")
+    saved(folder, tuned_of(PROBLEM))
+    forget()
+    found = _explained({}, gpu="NVIDIA X1")
+    assert found.by_table and found.device.num_sms == 100
+
+
+def test_warmup_loads_what_the_tables_take(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A capture may compile nothing, other tiles included."""
+    monkeypatch.setattr("gqa_cutlass.ahead.gpu", lambda device: X1)
+    monkeypatch.setattr("gqa_cutlass.ahead.device_of", lambda device: torch.device("cuda", 0))
+    monkeypatch.setattr("gqa_cutlass.ahead.load", lambda config, device: None)
+    tuned = tuned_of(PROBLEM)
+    half = {c: replace(c.config, num_warps=c.config.num_warps // 2) for c in tuned.times}
+    tiled = {replace(c, config=half[c]): times for c, times in tuned.times.items()}
+    saved(folder, replace(tuned, times=tiled))
+    step = GQADecodeConfig(
+        batch_size=4, cache_len=0, num_q_heads=8, num_kv_heads=2, head_dim=64, scale=0.125,
+        max_seq_len=4096,
+    )  # fmt: skip
+    loaded = gqa_cutlass.warmup([step])
+    assert {choice.config for choice in tiled} <= {*loaded}
+    assert dispatch(PROBLEM, X1).config in loaded
