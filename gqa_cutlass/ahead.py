@@ -23,14 +23,14 @@ from gqa_cutlass.codegen.merge import Kernel
 from gqa_cutlass.codegen.schema.problem import WIDEST, Problem
 from gqa_cutlass.decode_config import GQADecodeConfig, check_config
 from gqa_cutlass.devices import device_of, gpu, gpu_named
-from gqa_cutlass.dispatch import Choice, Device, Dispatch, choose_config, model_device
+from gqa_cutlass.dispatch import Device, Dispatch, choose_config, model_device
 from gqa_cutlass.dispatch.compare import Term, runner_up, terms
 from gqa_cutlass.dispatch.splits import counted
 from gqa_cutlass.errors import InputError, shown
 from gqa_cutlass.gpu.driver import load
 from gqa_cutlass.kernels.store import Store
 from gqa_cutlass.tracing import untraced
-from gqa_cutlass.tuning.table import choice_for
+from gqa_cutlass.tuning.table import Answer, look_up
 
 
 @untraced
@@ -115,7 +115,7 @@ def _kernels(config: Kernel | GQADecodeConfig, dtype: torch.dtype, device: Devic
     rooms = [replace(problem, max_seq_len=room) for room in (problem.max_seq_len, *told)]
     modelled = [choose_config(r, device, ragged)[0] for r in rooms for ragged in (False, True)]
     tabled = (
-        choice_for(problem, device, ragged=ragged, longest=longest)
+        look_up(problem, device, ragged=ragged, longest=longest).choice
         for longest in (None, *told, 2 * told[-1])  # which counts as a power of two
         for ragged in (False, True)
     )
@@ -268,8 +268,8 @@ def explain(
     check_softcap(asked.softcap, problem.head_dim**-0.5)
     scale_fields(asked, layout)
     device = _device(q, arch, gpu)
-    choice = tabled(problem, device, asked, ragged=asked.ragged)
-    chosen = launch_of(problem, device, asked, ragged=asked.ragged)
+    found = tabled(problem, device, asked, ragged=asked.ragged)
+    chosen = launch_of(problem, device, asked, ragged=asked.ragged, found=found)
     stored = Store.default().find(chosen.config, device.arch.name)
     longest = min(asked.max_seqlen or problem.max_seq_len, problem.max_seq_len)
     sized = replace(problem, max_seq_len=longest)  # as the model weighed it
@@ -278,8 +278,8 @@ def explain(
         problem=problem,
         device=device,
         dispatch=chosen,
-        decided=_decided(choice, device, asked),
-        by_table=choice is not None,
+        decided=_decided(found, device, asked),
+        by_table=found.choice is not None,
         cubin=None if stored is None else stored.path,
         kv_bytes=problem.cache_bytes,
         terms=terms(sized, device, chosen),
@@ -309,10 +309,10 @@ def _device(q: Tensor, arch: str | None, name: str | None) -> Device:
     return model_device(ARCHES[arch or "sm_90a"])
 
 
-def _decided(choice: Choice | None, device: Device, asked: Asked) -> str:
+def _decided(found: Answer, device: Device, asked: Asked) -> str:
     """Who decided for a launch."""
-    if choice is not None:
-        return choice.why
+    if found.choice is not None:
+        return f"by the table of {found.table}"
     if asked.num_splits or asked.batch_invariant:
         return "by the model, within what was asked for"
     if device.name:

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gqa_cutlass.codegen import ARCHES, DType
 from gqa_cutlass.codegen.schema.problem import Problem
-from gqa_cutlass.dispatch import Choice, model_device
+from gqa_cutlass.dispatch import Choice, Device, model_device
 from gqa_cutlass.tuning import table as table_module
 from gqa_cutlass.tuning.candidates import candidates, lengths_of
 from gqa_cutlass.tuning.search import Tuned
-from gqa_cutlass.tuning.table import FOLDER, Table, file_name
+from gqa_cutlass.tuning.table import FOLDER, Table, file_name, look_up
 
 RUN = {"gpu": "NVIDIA X1", "date": "2026-01-02", "arch": "sm_90a", "num_sms": "132"}
 X1 = replace(model_device(ARCHES["sm_90a"]), name="NVIDIA X1")
@@ -46,6 +47,11 @@ def entry_of(*choices: Choice, problem: Problem = PROBLEM) -> Tuned:
         problem=problem, lengths=lengths,
         times={c: dict.fromkeys(lengths, 1.0 + n) for n, c in enumerate(choices)},
     )  # fmt: skip
+
+
+def choice_for(problem: Problem, device: Device, **options: Any) -> Choice | None:
+    """The launch that tables say; None: nothing."""
+    return look_up(problem, device, **options).choice
 
 
 def own_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:

@@ -46,9 +46,9 @@ from gqa_cutlass.codegen.schema.problem import (
     Problem,
 )
 from gqa_cutlass.codegen.schema.storage import ELEMENT_BYTES
-from gqa_cutlass.dispatch import Choice, Device, Dispatch, dispatch
+from gqa_cutlass.dispatch import Device, Dispatch, dispatch
 from gqa_cutlass.errors import shown
-from gqa_cutlass.tuning.table import choice_for
+from gqa_cutlass.tuning.table import Answer, look_up
 
 if TYPE_CHECKING:
     from gqa_cutlass.call.asked import Asked
@@ -157,7 +157,9 @@ def problem_of(
     return problem
 
 
-def launch_of(problem: Problem, device: Device, asked: Asked, *, ragged: bool) -> Dispatch:
+def launch_of(
+    problem: Problem, device: Device, asked: Asked, *, ragged: bool, found: Answer | None = None
+) -> Dispatch:
     """The kernel and the launch of a call: what it asks for, or a table, or the model says.
 
     Args:
@@ -165,19 +167,21 @@ def launch_of(problem: Problem, device: Device, asked: Asked, *, ragged: bool) -
         device: The GPU, or what stands in for one, which has no name and no table.
         asked: The call's options.
         ragged: As for `dispatch`.
+        found: What `tabled` says of it; None: to be asked.
 
     Raises:
         InputError: The kernel that the call asks for cannot solve the problem.
     """
-    kernel = asked.kernel or tabled(problem, device, asked, ragged=ragged)
+    found = found or tabled(problem, device, asked, ragged=ragged)
+    kernel = asked.kernel or found.choice
     return dispatch(
         problem, device, asked.num_splits, kernel, ragged, asked.dependent, asked.max_seqlen,
         asked.batch_invariant,
     )  # fmt: skip
 
 
-def tabled(problem: Problem, device: Device, asked: Asked, *, ragged: bool) -> Choice | None:
-    """What a table of the GPU says, unless the call itself asks for a kernel or splits.
+def tabled(problem: Problem, device: Device, asked: Asked, *, ragged: bool) -> Answer:
+    """What the tables of the GPU say, unless the call itself asks for a kernel or splits.
 
     Args:
         problem: As for `launch_of`.
@@ -186,8 +190,8 @@ def tabled(problem: Problem, device: Device, asked: Asked, *, ragged: bool) -> C
         ragged: As for `dispatch`.
     """
     if not device.name or asked.kernel or asked.num_splits or asked.batch_invariant:
-        return None
-    return choice_for(
+        return Answer()
+    return look_up(
         problem, device, ragged=ragged, longest=asked.max_seqlen, dependent=asked.dependent
     )
 

@@ -59,6 +59,11 @@ class Table:
         """The GPU; None where the run does not say what it is like."""
         return _device(self.run)
 
+    @property
+    def title(self) -> str:
+        """Its GPU and date."""
+        return f"{self.run['gpu']}, {self.run.get('date', 'no date')}"
+
     @classmethod
     def load(cls, path: Path) -> Table:
         """Read what `save` wrote.
@@ -103,19 +108,32 @@ class Table:
         return min(fitting, key=lambda entry: entry[:2])[2] if fitting else None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What the tables of a GPU say of a problem.
+
+    Args:
+        choice: The kernel and its launch; None: nothing that could be followed.
+        table: Which one says so: its GPU and date.
+    """
+
+    choice: Choice | None = None
+    table: str = ""
+
+
 def file_name(gpu: str) -> str:
     """The name of a GPU's table."""
     return "".join(c if c.isalnum() else "-" for c in gpu.lower()) + ".json"
 
 
-def choice_for(
+def look_up(
     problem: Problem,
     device: Device,
     *,
     ragged: bool,
     longest: int | None = None,
     dependent: bool = False,
-) -> Choice | None:
+) -> Answer:
     """What the tables say of a problem on a GPU, the user's before the shipped one.
 
     A launch that cannot be is logged and left out.
@@ -126,13 +144,10 @@ def choice_for(
         ragged: As for `dispatch`.
         longest: As for `dispatch`.
         dependent: Whether the kernel may start before the kernel before it is done.
-
-    Returns:
-        None where no table says anything.
     """
     several = problem.num_tokens > 1 or problem.num_new_tokens > 1
     if not device.name or problem.vec_width < WIDEST or several or problem.window is not None:
-        return None
+        return Answer()
     for table in tables(device):
         try:
             choice = _taken(table, problem, device, ragged, longest, dependent)
@@ -140,8 +155,8 @@ def choice_for(
             _warn(f"tune: a launch of the table of {device.name} is not used. {error}")
             continue
         if choice:
-            return choice
-    return None
+            return Answer(choice=choice, table=table.title)
+    return Answer()
 
 
 def _taken(
@@ -163,7 +178,7 @@ def _taken(
         return None
     usual = chosen(dispatch(tuned.problem, device, ragged=ragged))
     best = tuned.best_of(usual, ragged=ragged)
-    why = f"by the table of {table.run['gpu']}, {table.run.get('date', 'no date')}"
+    why = f"which measured best over {'all' if ragged else 'equal'} lengths"
     choice = replace(_rebuilt(best, problem), why=why)
     found = dispatch(problem, device, 0, choice, ragged, dependent, longest)
     if found.workspace_bytes > max(problem.cache_bytes, _MUCH):

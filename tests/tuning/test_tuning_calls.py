@@ -18,6 +18,7 @@ from gqa_cutlass import GQADecodeConfig, gqa_decode
 from gqa_cutlass.codegen import DType
 from gqa_cutlass.dispatch import Device, dispatch
 from gqa_cutlass.errors import DeviceError, InputError
+from gqa_cutlass.tuning.table import look_up
 
 
 @pytest.fixture
@@ -67,6 +68,33 @@ def test_explain_says_which_decided(folder: Path) -> None:
         found = _explained(changes, **options)
         assert (found.decided, found.by_table) == (by, False)
         assert "by the table" not in str(found)
+
+
+def test_explain_looks_into_tables_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that who decided and what runs are of one answer."""
+    asked = []
+
+    def noted(*given: Any, **options: Any) -> Any:
+        asked.append(options)
+        return look_up(*given, **options)
+
+    monkeypatch.setattr("gqa_cutlass.call.layout.look_up", noted)
+    saved(folder, tuned_of(PROBLEM))
+    assert _explained({}, gpu="NVIDIA X1", dependent=True, max_seqlen=4000).by_table
+    assert asked == [{"ragged": True, "longest": 4096, "dependent": True}]
+    assert not _explained({"batch": 5}, gpu="NVIDIA X1").by_table
+    assert len(asked) == 2
+    _explained({}, gpu="NVIDIA X1", num_splits=3)
+    assert len(asked) == 2
+
+
+def test_explain_names_the_table_once(folder: Path) -> None:
+    saved(folder, tuned_of(PROBLEM))
+    for options, lengths in (({}, "all"), ({"ragged": False}, "equal")):
+        found = _explained({}, gpu="NVIDIA X1", **options)
+        first = f"this kernel and launch, which measured best over {lengths} lengths"
+        assert found.dispatch.reasons[0] == first
+        assert str(found).count("table") == str(found).count("2026-01-02") == 1
 
 
 def test_explain_refuses_gpus_that_nothing_is_known_of(

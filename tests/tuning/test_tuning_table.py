@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tuned import PROBLEM, X1, entry_of, own_tables, saved, tuned_of
+from tuned import PROBLEM, X1, choice_for, entry_of, own_tables, saved, tuned_of
 
 from gqa_cutlass.codegen import ARCHES, DType
 from gqa_cutlass.codegen.variants import policies_for
@@ -19,7 +19,7 @@ from gqa_cutlass.errors import InputError
 from gqa_cutlass.kernels.store import Store
 from gqa_cutlass.tuning import table as table_module
 from gqa_cutlass.tuning.candidates import candidates
-from gqa_cutlass.tuning.table import FOLDER, Table, choice_for
+from gqa_cutlass.tuning.table import FOLDER, Table
 
 
 @pytest.fixture
