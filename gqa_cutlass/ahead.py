@@ -114,12 +114,14 @@ def _kernels(config: Kernel | GQADecodeConfig, dtype: torch.dtype, device: Devic
     told = [1 << n for n in range(problem.max_seq_len.bit_length())]  # by max_seqlen
     rooms = [replace(problem, max_seq_len=room) for room in (problem.max_seq_len, *told)]
     modelled = [choose_config(r, device, ragged)[0] for r in rooms for ragged in (False, True)]
-    tabled = (
-        look_up(problem, device, ragged=ragged, longest=longest).choice
+    answers = [
+        look_up(problem, device, ragged=ragged, longest=longest)
         for longest in (None, *told, 2 * told[-1])  # which counts as a power of two
         for ragged in (False, True)
-    )
-    return [*modelled, *(choice.config for choice in tabled if choice)]
+    ]
+    for answer in answers:
+        answer.warn()
+    return [*modelled, *(answer.choice.config for answer in answers if answer.choice)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +134,7 @@ class Explanation:
         dispatch: The kernel, its launch shape and the reasons.
         decided: Who decided for them: a table of launches, with its GPU and date, or the model.
         by_table: Whether a table did.
+        left_out: What tables have for it that cannot be launched, and why.
         cubin: Where the compiled kernel is, or None when the first call would compile it.
         kv_bytes: Bytes of cache that a call with a full cache reads.
         terms: The model's figures for it.
@@ -149,6 +152,7 @@ class Explanation:
     terms: tuple[Term, ...] = ()
     runner_up: Dispatch | None = None
     runner_up_terms: tuple[Term, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     def facts(self) -> dict[str, Any]:
         """The same for programs: what JSON has."""
@@ -157,6 +161,7 @@ class Explanation:
             "kernel": config.name,
             "decided": self.decided,
             "by_table": self.by_table,
+            "left_out": list(self.left_out),
             "reasons": list(self.dispatch.reasons),
             "features": [policy.feature for policy in config.policies],
             "gpu": self.device.name or None,
@@ -187,6 +192,7 @@ class Explanation:
         lines = {
             "kernel": self.dispatch.config.name,
             "decided": self.decided,
+            **({"left out": "; ".join(self.left_out)} if self.left_out else {}),
             "why": "; ".join(self.dispatch.reasons),
             "model": "; ".join(map(str, self.terms)) or "nothing was weighed",
             "runner-up": self._next(),
@@ -247,8 +253,8 @@ def explain(
 
     Returns:
         What can be printed, or asked for its `dispatch` (kernel and launch), who `decided` for it,
-        `problem`, `device`, `cubin` (None: not compiled yet), `kv_bytes`, the model's `terms`, and
-        the `runner_up`.
+        what was `left_out` of tables because it cannot be launched, `problem`, `device`, `cubin`
+        (None: not compiled yet), `kv_bytes`, the model's `terms`, and the `runner_up`.
 
     Raises:
         InputError: An argument is not allowed, or there is no table of such a GPU.
@@ -285,6 +291,7 @@ def explain(
         terms=terms(sized, device, chosen),
         runner_up=other,
         runner_up_terms=() if other is None else terms(sized, device, other),
+        left_out=found.left_out,
     )
 
 
@@ -315,6 +322,8 @@ def _decided(found: Answer, device: Device, asked: Asked) -> str:
         return f"by the table of {found.table}"
     if asked.num_splits or asked.batch_invariant:
         return "by the model, within what was asked for"
+    if found.left_out:
+        return f"by the model: what a table of {device.name} has cannot be launched"
     if device.name:
         return f"by the model: no table of {device.name} has this"
     return "by the model: no GPU is named, so no table is looked into"

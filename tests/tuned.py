@@ -50,8 +50,10 @@ def entry_of(*choices: Choice, problem: Problem = PROBLEM) -> Tuned:
 
 
 def choice_for(problem: Problem, device: Device, **options: Any) -> Choice | None:
-    """The launch that tables say; None: nothing."""
-    return look_up(problem, device, **options).choice
+    """The launch that tables say, as calls ask for it; None: nothing."""
+    answer = look_up(problem, device, **options)
+    answer.warn()
+    return answer.choice
 
 
 def own_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:

@@ -172,7 +172,10 @@ def launch_of(
     Raises:
         InputError: The kernel that the call asks for cannot solve the problem.
     """
-    found = found or tabled(problem, device, asked, ragged=ragged)
+    if found is None:
+        found = tabled(problem, device, asked, ragged=ragged)
+        if found.left_out:
+            found.warn()
     kernel = asked.kernel or found.choice
     return dispatch(
         problem, device, asked.num_splits, kernel, ragged, asked.dependent, asked.max_seqlen,

@@ -84,7 +84,7 @@ def explain(
 
     Of sizes (--q-heads, --kv-heads, --head-dim), or of every type of layers of a --model. Calls
     take what a table of launches of their GPU (`gqa-cutlass tune`) says of them, or else what the
-    model says; `decided` says which it was.
+    model says; `decided` says which it was, and `left out` why a launch of a table cannot be.
     """
     from gqa_cutlass.codegen.models import LayerType
     from gqa_cutlass.codegen.schema.kinds import DType

@@ -115,10 +115,17 @@ class Answer:
     Args:
         choice: The kernel and its launch; None: nothing that could be followed.
         table: Which one says so: its GPU and date.
+        left_out: What tables say that cannot be launched, and why: a sentence for each.
     """
 
     choice: Choice | None = None
     table: str = ""
+    left_out: tuple[str, ...] = ()
+
+    def warn(self) -> None:
+        """Log what was left out, once."""
+        for reason in self.left_out:
+            _warn(f"tune: a launch is not used: {reason}")
 
 
 def file_name(gpu: str) -> str:
@@ -136,7 +143,7 @@ def look_up(
 ) -> Answer:
     """What the tables say of a problem on a GPU, the user's before the shipped one.
 
-    A launch that cannot be is logged and left out.
+    A launch that cannot be is left out; the next table is asked.
 
     Args:
         problem: What is asked for.
@@ -148,15 +155,16 @@ def look_up(
     several = problem.num_tokens > 1 or problem.num_new_tokens > 1
     if not device.name or problem.vec_width < WIDEST or several or problem.window is not None:
         return Answer()
+    left_out: list[str] = []
     for table in tables(device):
         try:
             choice = _taken(table, problem, device, ragged, longest, dependent)
         except GqaError as error:
-            _warn(f"tune: a launch of the table of {device.name} is not used. {error}")
+            left_out.append(f"the table of {table.title}: {error}")
             continue
         if choice:
-            return Answer(choice=choice, table=table.title)
-    return Answer()
+            return Answer(choice=choice, table=table.title, left_out=tuple(left_out))
+    return Answer(left_out=tuple(left_out))
 
 
 def _taken(
@@ -176,15 +184,26 @@ def _taken(
     tuned = table.find(replace(problem, max_seq_len=room))  # as the model weighs a bound, too
     if tuned is None:
         return None
+    said = table.device
+    if said and said.arch != device.arch:
+        raise InputError(
+            f"it says {said.arch.name}, and the GPU is {device.arch.name}. Tune it again."
+        )
     usual = chosen(dispatch(tuned.problem, device, ragged=ragged))
     best = tuned.best_of(usual, ragged=ragged)
     why = f"which measured best over {'all' if ragged else 'equal'} lengths"
     choice = replace(_rebuilt(best, problem), why=why)
-    found = dispatch(problem, device, 0, choice, ragged, dependent, longest)
-    if found.workspace_bytes > max(problem.cache_bytes, _MUCH):
+    if device.arch.name not in choice.config.archs:
         raise InputError(
-            f"tune: table: got {choice}, whose parts take {found.workspace_bytes} bytes, more than "
-            "the caches; allowed: launches that `gqa-cutlass tune` found."
+            f"it says {choice.config.name}, which is for {', '.join(choice.config.archs)}, and the "
+            f"GPU is {device.arch.name}. Tune it again."
+        )
+    found = dispatch(problem, device, 0, choice, ragged, dependent, longest)
+    most = max(problem.cache_bytes, _MUCH)
+    if found.workspace_bytes > most:
+        raise InputError(
+            f"it says {choice}, whose parts take {found.workspace_bytes} bytes, more than the "
+            f"caches; allowed: {most}. Tune it again."
         )
     if env.jit_disabled():
         Store.default().get(found.config, device.arch.name)
@@ -200,27 +219,19 @@ def _warn(message: str) -> None:
 @lru_cache(maxsize=8)
 def tables(device: Device) -> tuple[Table, ...]:
     """The tables for a GPU, read once; a file that is none is logged and left out."""
-    return tuple(table for table in _all() if _is_for(table, device))
+    found = []
+    for table in _all():
+        if table.run["gpu"] == device.name:
+            found.append(table)
+        else:
+            LOG.info("tune: a table of %s is not used on %s", table.run["gpu"], device.name)
+    return tuple(found)
 
 
 def gpus() -> dict[str, Device]:
     """The GPUs that there are tables of, by name; those of the user's tables before the others."""
     found = [table.device for table in _all()]
     return {device.name: device for device in reversed(found) if device}
-
-
-def _is_for(table: Table, device: Device) -> bool:
-    named, said = table.run["gpu"], table.device
-    if named != device.name:
-        LOG.info("tune: a table of %s is not used on %s", named, device.name)
-        return False
-    if said and said.arch != device.arch:
-        LOG.warning(
-            "tune: a table of %s is not used: it says %s, and the GPU is %s. Tune it again.",
-            named, said.arch.name, device.arch.name,
-        )  # fmt: skip
-        return False
-    return True
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +12,17 @@ import pytest
 import torch
 from executors import Notes
 from helpers import call_tensors
-from tuned import PROBLEM, X1, forget, own_tables, saved, tuned_of
+from tuned import PROBLEM, X1, entry_of, forget, own_tables, saved, tuned_of
 
 import gqa_cutlass
 from gqa_cutlass import GQADecodeConfig, gqa_decode
 from gqa_cutlass.codegen import DType
 from gqa_cutlass.dispatch import Device, dispatch
 from gqa_cutlass.errors import DeviceError, InputError
-from gqa_cutlass.tuning.table import look_up
+from gqa_cutlass.tuning.candidates import candidates
+from gqa_cutlass.tuning.table import FOLDER, look_up
+
+SHORT = replace(PROBLEM, batch_size=4096, max_seq_len=256)
 
 
 @pytest.fixture
@@ -95,6 +99,52 @@ def test_explain_names_the_table_once(folder: Path) -> None:
         first = f"this kernel and launch, which measured best over {lengths} lengths"
         assert found.dispatch.reasons[0] == first
         assert str(found).count("table") == str(found).count("2026-01-02") == 1
+
+
+LEFT_OUT = {
+    "another architecture": "it says sm_80, and the GPU is sm_90a. Tune it again.",
+    "not built": "nothing is compiled during a CUDA-graph capture or with GQA_CUTLASS_DISABLE_JIT",
+    "too much memory": "1024 splits, .* parts take .*, more than the caches; allowed: 536870912.",
+}
+
+
+@pytest.mark.parametrize("case", LEFT_OUT)
+def test_explain_says_why_a_tables_launch_was_left_out(
+    case: str, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing is logged for that, which calls do once."""
+    plain = next(c for c in candidates(SHORT, X1) if not c.config.tma and not c.spare)
+    if case == "another architecture":
+        monkeypatch.setattr("gqa_cutlass.devices.at_hand", lambda: [X1])
+        saved(folder, entry_of(plain, problem=SHORT), arch="sm_80")
+    elif case == "not built":
+        monkeypatch.setenv("GQA_CUTLASS_DISABLE_JIT", "1")
+        saved(folder, entry_of(plain, problem=SHORT))
+    else:
+        saved(folder, entry_of(replace(plain, splits=1024), problem=SHORT))
+    sizes = {"batch": SHORT.batch_size, "max_seq_len": SHORT.max_seq_len}
+    found = _explained(sizes, gpu="NVIDIA X1")
+    (why,) = found.facts()["left_out"]
+    assert re.fullmatch(f"the table of NVIDIA X1, 2026-01-02: .*{LEFT_OUT[case]}.*", why)
+    assert found.left_out == (why,) and f"\nleft out   {why}\n" in str(found)
+    by = "by the model: what a table of NVIDIA X1 has cannot be launched"
+    assert (found.decided, found.by_table) == (by, False)
+    assert found.dispatch == dispatch(SHORT, X1, ragged=True)
+    assert not caplog.records
+    other = _explained(sizes | {"batch": 5}, gpu="NVIDIA X1")
+    assert other.facts()["left_out"] == [] and "left out" not in str(other)
+
+
+def test_explain_says_what_was_left_out_before_another_table_decided(folder: Path) -> None:
+    plain = next(c for c in candidates(SHORT, X1) if not c.config.tma and not c.spare)
+    saved(folder, entry_of(plain, problem=SHORT), date="2026-02-03")
+    (folder / FOLDER).rename(folder / "shipped")
+    saved(folder, entry_of(replace(plain, splits=1024), problem=SHORT))
+    sizes = {"batch": SHORT.batch_size, "max_seq_len": SHORT.max_seq_len}
+    found = _explained(sizes, gpu="NVIDIA X1")
+    assert found.decided == "by the table of NVIDIA X1, 2026-02-03"
+    (why,) = found.left_out
+    assert why.startswith("the table of NVIDIA X1, 2026-01-02: it says")
 
 
 def test_explain_refuses_gpus_that_nothing_is_known_of(

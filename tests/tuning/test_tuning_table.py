@@ -19,7 +19,7 @@ from gqa_cutlass.errors import InputError
 from gqa_cutlass.kernels.store import Store
 from gqa_cutlass.tuning import table as table_module
 from gqa_cutlass.tuning.candidates import candidates
-from gqa_cutlass.tuning.table import FOLDER, Table
+from gqa_cutlass.tuning.table import FOLDER, Table, look_up
 
 
 @pytest.fixture
@@ -209,7 +209,10 @@ def test_a_table_that_says_another_architecture_is_left_out(
 ) -> None:
     saved(folder, entry_of(CLUSTERS))
     assert choice_for(PROBLEM, A1, ragged=True) is None
-    assert "NVIDIA X1 is not used: it says sm_90a, and the GPU is sm_80" in caplog.text
+    why = "the table of NVIDIA X1, 2026-01-02: it says sm_90a, and the GPU is sm_80. Tune it again."
+    assert f"tune: a launch is not used: {why}" in caplog.text
+    assert look_up(PROBLEM, A1, ragged=True).left_out == (why,)
+    assert look_up(replace(PROBLEM, batch_size=5), A1, ragged=True).left_out == ()
 
 
 def test_kernels_for_another_architecture_are_left_out_of_tables_that_say_none(
