@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gqa_cutlass import env
 from gqa_cutlass.call.asked import Asked, check, check_softcap, features_of, rename
 from gqa_cutlass.call.given import see, tokens_of
 from gqa_cutlass.call.layout import DTYPES, launch_of, problem_of, tabled
@@ -204,7 +205,7 @@ class Explanation:
             f"{counted(self.dispatch.num_stages, 'stage')}",
             "workspace": f"{self.dispatch.workspace_bytes} bytes",
             "reads": f"{self.kv_bytes} bytes of K and V with a full cache",
-            "cubin": str(self.cubin or "not built yet; the first call compiles it"),
+            "cubin": str(self.cubin or f"not built yet; {_first_call()}"),
         }
         return "\n".join(f"{key:<10} {value}" for key, value in lines.items())
 
@@ -215,6 +216,13 @@ class Explanation:
         figures = "; ".join(map(str, self.runner_up_terms))
         grid = f"grid {self.runner_up.shape.grid}, {counted(self.runner_up.num_splits, 'split')}"
         return f"{self.runner_up.config.name}; {grid}; {figures}"
+
+
+def _first_call() -> str:
+    """What a call does whose kernel was not built."""
+    if env.jit_disabled():
+        return "calls raise KernelMissingError, for GQA_CUTLASS_DISABLE_JIT is set"
+    return "the first call compiles it"
 
 
 @untraced

@@ -62,6 +62,14 @@ def test_explanation_is_a_readable_report() -> None:
     assert lines["cubin"].startswith("not built yet")
 
 
+def test_explanation_says_what_becomes_of_a_kernel_that_is_not_built(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert "not built yet; the first call compiles it" in str(_explain(*MODELS["llama-3-8b"]))
+    monkeypatch.setenv("GQA_CUTLASS_DISABLE_JIT", "1")
+    assert "not built yet; calls raise KernelMissingError" in str(_explain(*MODELS["llama-3-8b"]))
+
+
 @pytest.mark.parametrize(
     ("arch", "schedule", "why"),
     [
