@@ -351,9 +351,10 @@ typedef struct gqa_launch {
 //
 // What follows wants no kernels of its own; every library has it:
 //
-//   equal_lengths    a hint, 1 where lengths on the device are about equal: long sequences get no
-//                    more blocks than others then, which is up to 3% faster where they are, and up
-//                    to several times slower where they are not. Results are right either way
+//   equal_lengths    a hint, 1 where lengths on the device are about equal: kernel and splits are
+//                    chosen for such, without spare blocks, which balance unlike lengths and may
+//                    cost time where they are equal. A long sequence among short ones then has no
+//                    more blocks than they have. Results are right either way
 //   lse              float32 [batch_size, num_q_heads], or as num_tokens says, contiguous, memory
 //   of
 //                    its own, written: the natural logarithm of the sum of the exponentials of the

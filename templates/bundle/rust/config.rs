@@ -145,9 +145,10 @@ pub struct Config<'a> {
     /// others start early, as this one does; after one that does not, a launch takes up to a
     /// microsecond longer. Where it does not pay, the launch is an ordinary one.
     pub dependent: bool,
-    /// A hint: lengths on the device are about equal. Long sequences get no more blocks than others
-    /// then, which is up to 3% faster where they are, and up to several times slower where they are
-    /// not. Results are right either way.
+    /// A hint: lengths on the device are about equal. Kernel and splits are chosen for such, without
+    /// spare blocks, which balance unlike lengths and may cost time where they are equal. A long
+    /// sequence among short ones then has no more blocks than they have. Results are right either
+    /// way.
     pub equal_lengths: bool,
     /// Where to write the natural logarithm of the sum of the exponentials of the scores, sinks
     /// included: `[batch_size, num_q_heads]`, or as `num_tokens` says. Minus infinity, or the sink, for
