@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,8 +15,7 @@ import torch
 from compiling import GROUP
 from conftest import Record
 from helpers import THOROUGH, by_name, check_registers, compiled, diagonal
-from merging import DTYPES, merged_by_kernel
-from mutants.planted import headers, program
+from merging import DTYPES, FLOAT32, merged_by_kernel, parts, worst_share
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -24,13 +23,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import gqa_cutlass.merge as module
 from gqa_cutlass import merge_states, warmup
 from gqa_cutlass.call.merge import MergeCall, merge
-from gqa_cutlass.codegen import ARCHES, MergeConfig, NumberType, merges, render
+from gqa_cutlass.codegen import ARCHES, MergeConfig, NumberType, merges
 from gqa_cutlass.codegen.schema.launch import LaunchShape
 from gqa_cutlass.codegen.schema.merge import MergeParams
-from gqa_cutlass.cpu import executor as cpu
 from gqa_cutlass.cpu.executor import cpu_executor
 from gqa_cutlass.dispatch import model_device
-from gqa_cutlass.errors import ConfigError, KernelFault, KernelMissingError
+from gqa_cutlass.errors import ConfigError, KernelMissingError
 from gqa_cutlass.gpu import executor as gpu
 from gqa_cutlass.merge import by_operators
 
@@ -42,39 +40,6 @@ TYPES = {
     NumberType.FLOAT16: torch.float16,
     NumberType.BFLOAT16: torch.bfloat16,
 }
-HEADER = "merge_parts.cuh"
-
-
-def parts(
-    num_parts: int, *shape: int, dtype: torch.dtype = torch.float32, seed: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Outputs [parts, batch, tokens, heads, dim] or without tokens, and their log-sum-exps."""
-    generator = torch.Generator().manual_seed(seed)
-    batch, *tokens, heads, dim = shape
-    outs = torch.randn(num_parts, *shape, generator=generator).to(dtype)
-    lses = torch.randn(num_parts, batch, heads, *tokens, generator=generator) * 4
-    return outs, lses
-
-
-def exact(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
-    """The formula in double."""
-    empty = lses == -math.inf
-    shares = torch.softmax(lses.double(), 0).masked_fill(empty, 0)
-    if outs.dim() == 5:
-        shares, empty = shares.transpose(2, 3), empty.transpose(2, 3)
-    products = (outs.double() * shares.unsqueeze(-1)).masked_fill(empty.unsqueeze(-1), 0)
-    return products.sum(0), torch.logsumexp(lses.double(), 0)
-
-
-def worst_share(found: tuple[Tensor, Tensor], outs: Tensor, lses: Tensor) -> float:
-    """The worst error over what is allowed: rounding once, and what float32 loses before."""
-    out, lse = found
-    right, right_lse = exact(outs, lses)
-    rounding = torch.finfo(out.dtype).eps / 2 * right.abs()
-    of_outs = (out.double() - right).abs() / (rounding + 2e-6 * outs.double().abs().amax(0))
-    off = (lse.double() - right_lse).abs().masked_fill(lse.double() == right_lse, 0)
-    of_lses = off / (1e-6 * right_lse.abs() + 1e-6)
-    return torch.cat([of_outs.flatten(), of_lses.flatten()]).max().item()  # NaN if one is
 
 
 def wide(tensor: Tensor, dim: int) -> Tensor:
@@ -135,96 +100,6 @@ def test_parts_of_a_sequence_may_have_strides_of_their_own(device: str) -> None:
     right = merged_by_kernel(device, outs, lses)
     apart = [outs[0], wide(outs[1], 1), wide(outs[2], 0)]
     assert all(map(torch.equal, merged_by_kernel(device, apart, lses), right))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Planted:
-    """A bug in the kernel, and the fault that it must end in; without one, the result is wrong."""
-
-    name: str
-    old: str
-    new: str
-    fault: str = ""
-    num_parts: int = 20
-
-
-BUGS = (
-    Planted(
-        name="threads beyond the last",
-        old="if (index >= p.num_threads) return;",
-        new="",
-        fault="outside",
-    ),
-    Planted(
-        name="a second vector behind an odd row",
-        old="has_two ? p.row_threads.number : 0",
-        new="p.row_threads.number",
-        fault="outside|race",
-        num_parts=4,  # of more, a thread has one vector
-    ),
-    Planted(
-        name="empty parts counted",
-        old="if (batch.lse[i] == kEmptyPart) continue;",
-        new="",
-    ),
-    Planted(
-        name="sums of earlier parts not scaled",
-        old="sum * weight(old_base)",
-        new="sum",
-    ),
-    Planted(
-        name="the first parts again",
-        old="merged.add(parts.load(part)",
-        new="merged.add(parts.load(0)",
-    ),
-    Planted(
-        name="parts behind the listed at no distance",
-        old="part / kListed * p_.outs_step + out_offset_",
-        new="out_offset_",
-    ),
-    Planted(
-        name="tokens and heads of sums the wrong way round",
-        old="token * p.lse_token + head * p.lse_head",
-        new="head * p.lse_token + token * p.lse_head",
-    ),
-    Planted(
-        name="a logarithm to base 2",
-        old="log2f(sum) * kLn2",
-        new="log2f(sum)",
-    ),
-)
-BUGGY = MergeConfig(
-    dtype=NumberType.FLOAT32, out_dtype=NumberType.FLOAT32, vec_width=4, parts_at_once=4
-)
-
-
-def share_with(monkeypatch: pytest.MonkeyPatch, bug: Planted | None, num_parts: int) -> float:
-    """Merge in ptxsim what shows all of the bugs; returns the error over what is allowed."""
-    change = (HEADER, bug.old, bug.new) if bug else ()
-    monkeypatch.setattr(cpu, "program_of", lambda config: program(config, *change))
-    outs, lses = parts(num_parts, 2, 3, 3, 20)
-    lses[:, 0, 1] = torch.linspace(-40, 40, num_parts).unsqueeze(-1)
-    outs[1, 1], lses[1, 1] = math.nan, -math.inf
-    return worst_share(merged_by_kernel("cpu", outs, lses), outs.nan_to_num(), lses)
-
-
-@pytest.mark.parametrize("num_parts", sorted({bug.num_parts for bug in BUGS}))
-def test_the_kernels_as_they_are_pass(num_parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert share_with(monkeypatch, None, num_parts) <= 1
-
-
-@pytest.mark.parametrize("bug", [pytest.param(b, id=b.name.replace(" ", "-")) for b in BUGS])
-def test_ptxsim_finds_planted_bugs(bug: Planted, monkeypatch: pytest.MonkeyPatch) -> None:
-    if bug.fault:
-        with pytest.raises(KernelFault, match=bug.fault):
-            share_with(monkeypatch, bug, bug.num_parts)
-    else:
-        assert not share_with(monkeypatch, bug, bug.num_parts) <= 1
-
-
-def test_every_bug_has_its_place_in_the_source() -> None:
-    text = headers(render(BUGGY))[HEADER]
-    assert all(text.count(bug.old) == 1 for bug in BUGS)
 
 
 # What no kernel may do, as it is given: outs and lses of 2 parts.
@@ -316,7 +191,7 @@ def test_the_operator_is_what_torch_expects() -> None:
     torch.library.opcheck(operator, (list(outs), list(lses), torch.float32))
 
 
-UNUSUAL = replace(BUGGY, dtype=NumberType.FLOAT16, out_dtype=NumberType.BFLOAT16, vec_width=2)
+UNUSUAL = replace(FLOAT32, dtype=NumberType.FLOAT16, out_dtype=NumberType.BFLOAT16, vec_width=2)
 
 
 @ON
@@ -362,7 +237,7 @@ def test_a_gpu_launches_with_every_argument_by_what_it_prepared_once(
 
 
 def test_warmup_takes_kernels_that_merge(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert warmup([BUGGY], device="cpu") == [BUGGY]
+    assert warmup([FLOAT32], device="cpu") == [FLOAT32]
     monkeypatch.setenv("GQA_CUTLASS_DISABLE_JIT", "1")
     merged_by_kernel("cpu", *parts(2, 2, 3, 64))
 
@@ -371,7 +246,7 @@ def test_a_launch_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, "gqa_cutlass"):
         merged_by_kernel("cpu", *parts(2, 2, 3, 64))
     (line,) = (r.getMessage() for r in caplog.records if r.levelno == logging.DEBUG)
-    assert line == f"merge kernel={BUGGY.name} parts=2 shape=[2, 3, 64] device=cpu stream=0"
+    assert line == f"merge kernel={FLOAT32.name} parts=2 shape=[2, 3, 64] device=cpu stream=0"
 
 
 def test_names_are_parsed_back() -> None:
@@ -380,9 +255,9 @@ def test_names_are_parsed_back() -> None:
     with pytest.raises(ConfigError, match="MergeConfig: name: got 'gqa_merge_x'; allowed: names"):
         MergeConfig.from_name("gqa_merge_x")
     with pytest.raises(ConfigError, match=r"vec_width: got 8; allowed: one of \[1, 2, 4\] with"):
-        replace(BUGGY, vec_width=8)
+        replace(FLOAT32, vec_width=8)
     with pytest.raises(ConfigError, match=r"parts_at_once: got 2; allowed: one of \[4, 8\]"):
-        replace(BUGGY, parts_at_once=2)
+        replace(FLOAT32, parts_at_once=2)
 
 
 @pytest.mark.parametrize(("arch", "config"), diagonal(["sm_90a", "sm_100f"], merges()[::5]))
