@@ -74,8 +74,9 @@ class KVCache(CountedCache):
     sequences be reset; so must lengths that somebody else writes to `seqlens`, if they are not the
     latest, for older tokens are gone.
 
-    A copy (`copy.deepcopy`, `pickle`, `torch.save`) has the same sequences, in memory of its own.
-    Layers that share their lengths go together, in their list.
+    A copy (`copy.deepcopy`, `pickle`, `torch.save`) has the same sequences, in memory of its own;
+    `torch.load(file, map_location=..., weights_only=False)` makes it on any device. Layers that
+    share their lengths go together, in their list.
 
     Works in inference mode or outside; nothing is recorded for gradients. Not thread-safe: one
     thread and one stream at a time.
