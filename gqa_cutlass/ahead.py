@@ -243,7 +243,8 @@ def explain(
 
     Launches and compiles nothing. Works without a GPU: tensors on the CPU or on the meta device
     are taken to be on `gpu`, whose table of launches then counts, or else on one with an H200's
-    number of multiprocessors and no table.
+    number of multiprocessors and no table. Lengths are taken to be on the device; a call that has
+    one int for all runs what `ragged=False` says.
 
     Args:
         q: As for `gqa_decode`, as is all that follows unless it says otherwise.

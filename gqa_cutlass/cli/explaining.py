@@ -70,7 +70,10 @@ def explain(
             "at hand, if it is of the target."
         ),
     ] = None,
-    ragged: Annotated[bool, typer.Option(help="Whether lengths may differ much.")] = True,
+    ragged: Annotated[
+        bool,
+        typer.Option(help="Whether lengths may differ much. Not where calls have one for all."),
+    ] = True,
     dependent: Annotated[
         bool, typer.Option(help="Start while the kernel before finishes, where it pays.")
     ] = False,

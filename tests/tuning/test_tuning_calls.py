@@ -44,6 +44,25 @@ def test_calls_launch_what_the_table_says(folder: Path, notes: Notes) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("table", [False, True], ids=["model", "table"])
+def test_explain_says_what_calls_launch(table: bool, folder: Path, notes: Notes) -> None:
+    """Of lengths on the device, or of one int for all, which cannot differ."""
+    if table:
+        saved(folder, tuned_of(PROBLEM))
+    notes.device = replace(notes.device, name="NVIDIA X1")
+    sizes = {} if table else {"batch": 9, "q_heads": 8, "kv_heads": 8, "head_dim": 32}
+    tensors = call_tensors(**{"batch": 4, "max_seq_len": 4096} | sizes)
+    gqa_decode(**tensors, cache_seqlens=torch.zeros(len(tensors["q"]), dtype=torch.int32))
+    gqa_decode(**tensors, cache_seqlens=0)
+    said = [
+        gqa_cutlass.explain(**tensors, gpu="NVIDIA X1" if table else None, ragged=ragged)
+        for ragged in (True, False)
+    ]
+    assert [found.by_table for found in said] == [table, table]
+    assert [found.dispatch.shape for found in said] == notes.shapes
+    assert notes.shapes[0] != notes.shapes[1]
+
+
 def _explained(changes: dict[str, Any], **options: Any) -> Any:
     tensors = call_tensors(**{"batch": 4, "max_seq_len": 4096, "device": "meta"} | changes)
     return gqa_cutlass.explain(**tensors, **options)
