@@ -113,10 +113,16 @@ def _tuned(problems: list[Problem], out: Path | None, tiles: bool) -> Table:
 
     from gqa_cutlass import env
     from gqa_cutlass.devices import gpu
+    from gqa_cutlass.errors import DeviceError
     from gqa_cutlass.tuning.run import tune_all
     from gqa_cutlass.tuning.table import FOLDER, file_name
 
-    gpu(torch.device("cuda"))  # or an error that says what is missing
+    if not torch.cuda.is_available():
+        raise DeviceError(
+            "tune: measures on a GPU, and torch finds none; `gqa-cutlass doctor` says what is "
+            "missing, and --dry-run what would be measured."
+        )
+    gpu(torch.device("cuda"))  # or an error that says why it cannot be used
     path = out or env.cache_dir() / FOLDER / file_name(torch.cuda.get_device_name())
     with progress(len(problems)) as step:
         table = tune_all(problems, path, step, tiles)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from command_line import console_script
 from typer.testing import CliRunner, Result
 
@@ -313,6 +314,17 @@ def test_tune_says_what_it_leaves_out() -> None:
     result = run("tune", "--heads", "32/8/128", "--batch", "1,64", "--room", "65536", "--dry-run")
     assert result.stdout == "32/8/128 1x65536\n"
     assert result.stderr == "tune: 1 of 2 problems are left out, of more than 8 GiB\n"
+
+
+def test_tune_without_a_gpu_says_what_can_be_done(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing that it has no option for."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert fail(monkeypatch, "tune", "--heads", "32/8/128") == 2
+    said = capsys.readouterr().err
+    assert "tune: measures on a GPU, and torch finds none" in said and "--dry-run" in said
+    assert "device=" not in said
 
 
 def test_no_command_prints_the_commands() -> None:
