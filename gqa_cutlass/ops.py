@@ -19,8 +19,9 @@ from gqa_cutlass.api import gqa_decode, plan
 from gqa_cutlass.call.asked import TENSORS
 from gqa_cutlass.call.given import fail
 from gqa_cutlass.call.stored import SCALES, of_tokens
+from gqa_cutlass.errors import InputError
 from gqa_cutlass.merge import merge_states
-from gqa_cutlass.tracing import break_graph
+from gqa_cutlass.tracing import break_graph, is_traced
 
 _LENGTHS = "Tensor? cache_seqlens, SymInt cache_len"  # on the device, or else one for all
 _NUMBERS_OF_SCALES = {f"{name}_number": name for name in SCALES}  # which come as tensors, or so
@@ -123,6 +124,8 @@ def traced(
                                and isinstance(options[n], Tensor)):  # fmt: skip
         break_graph(_refuse_scales, f"gqa_decode: {_NO_SCALES}")()
     if wrong is not None:
+        if not is_traced():  # but exported without Dynamo: no tensor is what it will be
+            raise InputError(f"gqa_decode: {wrong}. Nothing was exported.")
         check: Any = break_graph(plan, f"gqa_decode: {wrong}")
         check(q, k_cache, v_cache, k, v, cache_seqlens=cache_seqlens, out=out, **asked)  # raises
     on_device = isinstance(cache_seqlens, Tensor)

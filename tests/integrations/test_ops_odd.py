@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +33,27 @@ def test_an_operator_makes_up_no_result_beside_a_tensor_without_values() -> None
     for call in calls:
         with pytest.raises(InputError, match="tensors: got some on meta and some on cpu; allowed"):
             call()
+
+
+class Model(torch.nn.Module):
+    def forward(self, given: dict[str, Any]) -> Any:
+        return gqa_decode(**given, cache_seqlens=4)
+
+
+FLAWS: dict[str, tuple[dict[str, Any], str]] = {
+    "k alone": ({"v": None}, "k and v: one of them came without the other"),
+    "a wrong out": ({"out": torch.zeros(2, 8, 32)}, "out: its dtype is neither q's nor out_dtype"),
+    "a wrong type": ({"softcap": "x"}, "softcap: it is of a type that is not allowed"),
+    "learning": ({"sinks": torch.zeros(8, requires_grad=True)}, "a tensor requires grad, and dec"),
+}
+
+
+@pytest.mark.parametrize("name", FLAWS)
+def test_export_without_dynamo_says_what_no_graph_can_hold(name: str) -> None:
+    """And not that tensors are FakeTensors, which no caller made."""
+    changes, told = FLAWS[name]
+    with pytest.raises(InputError, match=f"^gqa_decode: {told}"):
+        torch.export.export(Model(), (random_step() | changes,), strict=False)
 
 
 @pytest.mark.parametrize("name", ["k_cache", "v_cache"])
