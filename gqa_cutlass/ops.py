@@ -1,16 +1,18 @@
 """The decode step as operators of torch, for programs that are compiled, exported or traced.
 
 `torch.ops.gqa_cutlass.gqa_decode` appends a token and attends; its schema says that it writes to
-the caches. `gqa_attend` attends only and writes nothing, so that a graph that only reads caches
-may share them. Both return the output and the log-sum-exp, which is empty unless asked for, and run
-the plans, kernels and checks of `gqa_cutlass.gqa_decode`, which goes through them by itself in code
-that torch traces. `merge_states` is the function of that name, for parts that are on a GPU. A
-program that loads an exported graph needs `import gqa_cutlass.ops`.
+the caches. `gqa_decode_scales_of_tokens` does with scales of tokens, which it also writes to: a
+schema cannot say that an argument is written to at times. `gqa_attend` attends only and writes
+nothing, so that a graph that only reads caches may share them. All return the output and the
+log-sum-exp, which is empty unless asked for, and run the plans, kernels and checks of
+`gqa_cutlass.gqa_decode`, which goes through them by itself in code that torch traces.
+`merge_states` is the function of that name, for parts that are on a GPU. A program that loads an
+exported graph needs `import gqa_cutlass.ops`.
 """
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,10 +81,14 @@ _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(TENSORS, (Tensor, type(None))),
     **dict.fromkeys(SCALES, (*_NUMBER, Tensor, type(None))),
 }
-_SAID = ", ".join(_OPTIONS.values())
+_UNSCALED = {n: s for n, s in _OPTIONS.items() if n not in (*SCALES, *_NUMBERS_OF_SCALES)}
+_SAID, _SAID_UNSCALED = (", ".join(options.values()) for options in (_OPTIONS, _UNSCALED))
+_APPENDED_TO = "Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v"
+_OF_TOKENS = "gqa_decode_scales_of_tokens"
 _SCHEMAS = (
-    "gqa_decode(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, "
-    f"{_LENGTHS}, {_SAID}) -> (Tensor, Tensor)",
+    f"gqa_decode({_APPENDED_TO}, {_LENGTHS}, {_SAID}) -> (Tensor, Tensor)",
+    f"{_OF_TOKENS}({_APPENDED_TO}, Tensor(c!) k_scale, Tensor(d!) v_scale, {_LENGTHS}, "
+    f"{_SAID_UNSCALED}) -> (Tensor, Tensor)",
     f"gqa_attend(Tensor q, Tensor k_cache, Tensor v_cache, {_LENGTHS}, {_SAID})"
     " -> (Tensor, Tensor)",
     "merge_states(Tensor[] outs, Tensor[] lses, ScalarType out_dtype) -> (Tensor, Tensor)",
@@ -108,6 +114,8 @@ def traced(
     """
     q, k_cache, v_cache, k, v, out = tensors
     given = [t for t in (q, k_cache, v_cache, k, v) if t is not None]
+    found = [options[name] for name in SCALES if isinstance(options.get(name), Tensor)]
+    scales = [scale for scale in found if of_tokens(scale.shape)]
     asked = {"return_lse": return_lse, "softcap": softcap, **options}
     wrong = _flaw_of_types((*given, out), {"cache_seqlens": cache_seqlens, **asked})
     if wrong is None:
@@ -116,13 +124,12 @@ def traced(
             wrong = "a tensor requires grad, and decode has no backward pass; use torch.no_grad()"
         elif len(given) == 4:
             wrong = "k and v: one of them came without the other"
-        elif len(given) == 5 and (_repeats(k_cache) or _repeats(v_cache)):
-            wrong = "the caches: elements to which tokens are appended share memory"
+        elif len(given) == 5 and any(_repeats(t) for t in (k_cache, v_cache, *scales)):
+            wrong = "caches or scales of tokens: elements to which tokens are appended share memory"
+        elif len(given) == 5 and len(scales) == 1:
+            wrong = "k_scale and v_scale: of tokens is one of them, and not the other"
         elif out is not None:
             wrong = _flaw_of_out(out, q, v_cache, options.get("out_dtype"))
-    if len(given) == 5 and any(of_tokens(options[n].shape) for n in SCALES if n in options
-                               and isinstance(options[n], Tensor)):  # fmt: skip
-        break_graph(_refuse_scales, f"gqa_decode: {_NO_SCALES}")()
     if wrong is not None:
         if not is_traced():  # but exported without Dynamo: no tensor is what it will be
             raise InputError(f"gqa_decode: {wrong}. Nothing was exported.")
@@ -133,29 +140,20 @@ def traced(
     call = torch.ops.gqa_cutlass.gqa_decode
     if len(given) == 3:
         call = torch.ops.gqa_cutlass.gqa_attend
+    elif scales:
+        call = torch.ops.gqa_cutlass.gqa_decode_scales_of_tokens
+        given += [options.pop(name) for name in SCALES]
     # A float that may vary makes torch start again; calls without a cap have the int 0, and pass
     # none on.
     if softcap:
         options["softcap"] = softcap
     for number, name in _NUMBERS_OF_SCALES.items():
-        if not isinstance(options.get(name), Tensor):
-            options[number] = options.pop(name, None)
+        if name in options and not isinstance(options[name], Tensor):
+            options[number] = options.pop(name)
     result, lse = call(*given, *lengths, return_lse=return_lse, **options)
     if out is not None:
         result = out.copy_(result)
     return (result, lse) if return_lse else result
-
-
-_NO_SCALES = "k_scale: got scales of tokens in compiled code"
-
-
-def _refuse_scales() -> NoReturn:
-    """Operators do not say that they write to scales."""
-    fail(
-        "k_scale",
-        "scales of tokens in compiled code",
-        "a call that is not compiled, or other scales",
-    )
 
 
 def _flaw_of_types(tensors: tuple[object, ...], options: dict[str, Any]) -> str | None:
@@ -217,28 +215,81 @@ def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any, **named: An
     return _decode(q, k_cache, v_cache, None, None, *rest, **named)
 
 
-def _shapes_of_decode(
+def _decode_scales_of_tokens(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
     cache_seqlens: Tensor | None,
     cache_len: int,
     *options: Any,
     **named: Any,
 ) -> _Pair:
-    """Results without their values, for tracing."""
-    _check_without_values(q)
+    """As `_decode`, with scales that are written to."""
+    named |= dict(zip(_UNSCALED, options, strict=False))
+    given = q, k_cache, v_cache, k, v, cache_seqlens, cache_len
+    return _decode(*given, k_scale=k_scale, v_scale=v_scale, **named)
+
+
+def _shapes_of_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache_seqlens: Tensor | None,
+    cache_len: int,
+    *options: Any,
+    **named: Any,
+) -> _Pair:
+    """Results without their values, for tracing.
+
+    Raises:
+        InputError: Scales are of tokens: no graph would know that they are written to.
+    """
     given = _by_name(options, named)
-    out = q.new_empty((*q.shape[:-1], v_cache.shape[-1]), dtype=given.get("out_dtype"))
-    return out, q.new_empty(_lse_shape(q, given), dtype=torch.float32)
+    for name in SCALES:
+        if isinstance(scale := given.get(name), Tensor) and of_tokens(scale.shape):
+            fail(name, "scales of tokens", f"others; or the operator {_OF_TOKENS}")
+    return _shapes(q, v_cache, given)
+
+
+def _shapes_of_decode_scales_of_tokens(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    cache_seqlens: Tensor | None,
+    cache_len: int,
+    *options: Any,
+    **named: Any,
+) -> _Pair:
+    return _shapes(q, v_cache, dict(zip(_UNSCALED, options, strict=False)) | named)
 
 
 def _shapes_of_attend(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any, **named: Any
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor | None,
+    cache_len: int,
+    *options: Any,
+    **named: Any,
 ) -> _Pair:
-    return _shapes_of_decode(q, k_cache, v_cache, None, None, *rest, **named)
+    return _shapes(q, v_cache, _by_name(options, named))
+
+
+def _shapes(q: Tensor, v_cache: Tensor, given: dict[str, Any]) -> _Pair:
+    """Results of a call with these options, without their values."""
+    _check_without_values(q)
+    out = q.new_empty((*q.shape[:-1], v_cache.shape[-1]), dtype=given.get("out_dtype"))
+    return out, q.new_empty(_lse_shape(q, given), dtype=torch.float32)
 
 
 def _merge(outs: list[Tensor], lses: list[Tensor], out_dtype: torch.dtype) -> _Pair:
@@ -283,6 +334,7 @@ for _schema in _SCHEMAS:
     LIBRARY.define(_schema, tags=_TAGS)
 for _name, _kernel, _fake in (
     ("gqa_decode", _decode, _shapes_of_decode),
+    (_OF_TOKENS, _decode_scales_of_tokens, _shapes_of_decode_scales_of_tokens),
     ("gqa_attend", _attend, _shapes_of_attend),
     ("merge_states", _merge, _shapes_of_merge),
 ):

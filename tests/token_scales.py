@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,13 +65,15 @@ class Case:
         """A copy of what appends write to."""
         return {name: getattr(self, name).clone() for name in STORED}
 
-    def run(self) -> Tensor:
+    def given(self) -> dict[str, Any]:
+        """The arguments of a call, but for the lengths."""
+        return {name: getattr(self, name) for name in ("q", "k", "v", *STORED)} | self.options
+
+    def run(self, call: Callable[..., Any] = gqa_decode) -> Tensor:
         """Call, with lengths on the device."""
         lengths = torch.tensor(self.lengths, dtype=torch.int32, device=self.q.device)
-        return gqa_decode(
-            self.q, self.k_cache, self.v_cache, self.k, self.v, cache_seqlens=lengths,
-            k_scale=self.k_scale, v_scale=self.v_scale, **self.options,
-        )  # fmt: skip
+        out: Tensor = call(**self.given(), cache_seqlens=lengths)
+        return out
 
     def attend_only(self, splits: int) -> Tensor:
         """A step of no new tokens, in so many splits."""
@@ -107,11 +109,13 @@ class Case:
             **{name: value for name, value in self.options.items() if name not in _OF_CALLS},
         )[0]  # fmt: skip
 
-    def check(self, left_out: Collection[int] = ()) -> Tensor:
+    def check(
+        self, left_out: Collection[int] = (), call: Callable[..., Any] = gqa_decode
+    ) -> Tensor:
         """Run it: rows and scales as they should be, to the bit, others as they were, and the
         output within the error rule, but of sequences that are refused or inactive."""
         right = self.right(left_out)
-        out = self.run()
+        out = self.run(call)
         for name in STORED:
             assert same_bits(getattr(self, name), right[name]), name
         kinds = torch.float64, self.q.dtype
@@ -202,4 +206,34 @@ def unlike_sizes(device: str, tokens: tuple[int, int] | None = None) -> Case:
 FEATURES = {
     "pages": in_pages, "pages of 7": lambda c: in_pages(c, 7), "window and cap": windowed,
     "sinks and slopes": with_sinks_and_slopes, "padding and an index": padded_rows,
+}  # fmt: skip
+
+
+def _apart(scale: Tensor) -> Tensor:
+    """With room between the rows of heads."""
+    return torch.cat([scale, scale], -1)[..., : scale.shape[-1]]
+
+
+# What is refused, of a step of one sequence, in a room of 64: what is given in its place, and why.
+BAD: dict[str, tuple[Callable[[Case], dict[str, Any]], str]] = {
+    "one alone": (lambda c: {"v_scale": 0.5}, "v_scale: got none of tokens; allowed: as k_scale"),
+    "and one of heads": (lambda c: {"k_scale": c.k_scale[0, 0]}, "k_scale: got none of tokens"),
+    "too few": (
+        lambda c: {"k_scale": c.k_scale[:, 1:]},
+        r"k_scale: got shape \[1, 63, 2\]; allowed: \[1, 64, 2\], those of the cache without head",
+    ),
+    "heads apart": (
+        lambda c: {"v_scale": _apart(c.v_scale)},
+        r"v_scale: got strides \[256, 4, 1\]; allowed: \[128 or more, 2, 1\]; allocate it so, for",
+    ),
+    "in half": (lambda c: {"k_scale": c.k_scale.half()}, "k_scale: got torch.float16; allowed: t"),
+    "one for both": (lambda c: {"v_scale": c.k_scale}, "v_scale: got memory that k_scale also us"),
+    "of the cache": (
+        lambda c: {"k_scale": c.k_cache.view(torch.float32).flatten()[:128].view(1, 64, 2)},
+        "k_scale: got memory that k_cache also uses|k_cache: got memory that k_scale also uses",
+    ),
+    "narrow rows": (
+        lambda c: {"q": torch.zeros(8 * 65, dtype=F16, device=c.q.device)[1:513].view(1, 8, 64)},
+        "k_scale: got scales of tokens with narrow rows; allowed: rows at multiples of 4 bytes",
+    ),
 }  # fmt: skip

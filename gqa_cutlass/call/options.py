@@ -91,7 +91,7 @@ class Options(TypedDict, total=False):
             max_seq_len, num_kv_heads], or [num_pages, page_size, num_kv_heads], as caches are
             without head_dim, contiguous but for the first dimension: appends compute those of new
             rows, the largest number over the type's largest, or 1 where all are 0, and write them;
-            not in compiled code, and with v_scale of the same kind. None, the default: 1.
+            with v_scale of the same kind. None, the default: 1.
         v_scale: The same of values.
         out_dtype: torch.float32: the output as it was computed, before it is rounded, as a part to
             be merged with others by `merge_states`. None, the default, or q's dtype: that of q.

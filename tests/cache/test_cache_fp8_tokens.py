@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from compiling import GROUP as GROUP_OF_COMPILING
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from gqa_cutlass import (
     CacheAllocationError,
@@ -359,14 +361,44 @@ def test_scales_are_no_options_and_keep_their_memory() -> None:
     assert cache.lengths == [0, 0]
 
 
-@pytest.mark.parametrize("count", [1, 3], ids=["one", "several"])
-def test_compiled_code_says_that_it_has_no_such_scales(count: int) -> None:
-    cache = new_cache("cpu")
-    decode = torch.compile(cache.decode, backend="eager", fullgraph=True)
-    k, v = tokens(count, "cpu")
-    with pytest.raises(Exception, match="k_scale: got scales of tokens in compiled code"):
-        decode(queries("cpu", count=count), k, v)
-    assert cache.lengths == [0, 0]
+@pytest.mark.xdist_group(GROUP_OF_COMPILING)
+@pytest.mark.parametrize("count", [None, 3], ids=["one", "several"])
+@pytest.mark.parametrize("kind", ["all", "some", "a ring"])
+def test_compiled_steps_write_the_scales_of_their_tokens(count: int | None, kind: str) -> None:
+    """As others do, to the bit; what is behind them in the graph reads those."""
+    ring, rows = kind == "a ring", int32("cpu", 2, 0) if kind == "some" else None
+    room, window = (160, [20, None]) if ring else (ROOM, None)
+    graphed, eager = (
+        KVCache.for_layers(
+            2, 3, room, HEADS, DIM, E4M3, "cpu", window=window, tokens_per_call=3, **BY_TOKEN
+        )
+        for _ in range(2)
+    )  # fmt: skip
+
+    def through(caches: list[KVCache], q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        for cache in caches:
+            q = cache.decode(q, k, v, rows=rows)
+        return q, torch.stack([scale.sum((0, 1)) for c in caches for scale in parts(c)[2:]])
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(through, backend=counter, fullgraph=True)
+    held = graphed[0].k.shape[1] - (1 if ring else 8)  # so that steps go round
+    for cache in (*graphed, *eager):
+        for part in parts(cache):
+            raw(part).zero_()
+        cache.prefill(*tokens(held, "cpu", 3))
+    for seed in range(2):
+        batch = 3 if rows is None else len(rows)
+        k, v = (t if count else t[:, 0] for t in tokens(count or 1, "cpu", batch))
+        q = queries("cpu", batch, count=count) + seed
+        right = through(eager, q, k, v)
+        assert all(map(same_bits, compiled(graphed, q, k, v), right))
+        assert right[1].isfinite().all() and graphed[0].lengths is None
+    assert counter.frame_count == 1
+    assert graphed[0].refresh() == eager[0].refresh() != [held] * 3
+    for ours, theirs in zip(graphed, eager, strict=True):
+        assert all(map(same_bits, map(raw, parts(ours)), map(raw, parts(theirs))))
 
 
 @pytest.mark.gpu

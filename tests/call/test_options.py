@@ -70,7 +70,10 @@ def test_every_feature_is_an_option_of_every_call() -> None:
     theirs = {name.replace("_descale", "_scale") for name in
               inspect.signature(flash_attn_with_kvcache).parameters}  # fmt: skip
     assert features - {"tree_mask", "q_norm_weight"} <= theirs
-    for operator in (torch.ops.gqa_cutlass.gqa_decode, torch.ops.gqa_cutlass.gqa_attend):
+    operators = torch.ops.gqa_cutlass
+    for operator in (
+        operators.gqa_decode, operators.gqa_attend, operators.gqa_decode_scales_of_tokens,
+    ):  # fmt: skip
         assert features <= {argument.name for argument in operator.default._schema.arguments}
     assert set(TENSORS) == {row.name for p in POLICIES for row in p.arguments}
     assert [row.name for row in CALL.rows][-len(TENSORS) :] == list(TENSORS)

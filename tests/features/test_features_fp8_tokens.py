@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 from helpers import diagonal
-from token_scales import BF16, E4M3, F16, FEATURES, HEADS, Case, case, unlike_sizes
-from torch import Tensor
+from token_scales import BAD, BF16, E4M3, F16, FEATURES, HEADS, case, unlike_sizes
 
 import gqa_cutlass
 from gqa_cutlass import gqa_decode
@@ -118,56 +114,12 @@ def test_a_token_that_does_not_fit_writes_no_scale(device: str) -> None:
         gqa_cutlass.check_overflow(device)
 
 
-def _apart(scale: Tensor) -> Tensor:
-    return torch.cat([scale, scale], -1)[..., : scale.shape[-1]]
-
-
-BAD: dict[str, tuple[Callable[[Case], dict[str, Any]], str]] = {
-    "one alone": (lambda c: {"v_scale": 0.5}, "v_scale: got none of tokens; allowed: as k_scale"),
-    "and one of heads": (lambda c: {"k_scale": c.k_scale[0, 0]}, "k_scale: got none of tokens"),
-    "too few": (
-        lambda c: {"k_scale": c.k_scale[:, 1:]},
-        r"k_scale: got shape \[1, 63, 2\]; allowed: \[1, 64, 2\], those of the cache without head",
-    ),
-    "heads apart": (
-        lambda c: {"v_scale": _apart(c.v_scale)},
-        r"v_scale: got strides \[256, 4, 1\]; allowed: \[128 or more, 2, 1\]; allocate it so, for",
-    ),
-    "in half": (lambda c: {"k_scale": c.k_scale.half()}, "k_scale: got torch.float16; allowed: t"),
-    "one for both": (lambda c: {"v_scale": c.k_scale}, "v_scale: got memory that k_scale also us"),
-    "of the cache": (
-        lambda c: {"k_scale": c.k_cache.view(torch.float32).flatten()[:128].view(1, 64, 2)},
-        "k_scale: got memory that k_cache also uses|k_cache: got memory that k_scale also uses",
-    ),
-    "narrow rows": (
-        lambda c: {"q": torch.zeros(8 * 65, dtype=F16, device=c.q.device)[1:513].view(1, 8, 64)},
-        "k_scale: got scales of tokens with narrow rows; allowed: rows at multiples of 4 bytes",
-    ),
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("name", BAD)
 def test_what_is_not_allowed_is_refused_and_nothing_written(name: str, device: str) -> None:
     made = case(device, lengths=(20,), capacity=64)
     before = made.k_scale.clone(), made.k_cache.view(torch.uint8).clone()
     changes, message = BAD[name]
-    given: dict[str, Any] = {n: getattr(made, n) for n in ("q", "k_cache", "v_cache", "k", "v")}
-    scales = {"k_scale": made.k_scale, "v_scale": made.v_scale}
     with pytest.raises(InputError, match=message):
-        gqa_decode(**given | scales | changes(made), cache_seqlens=20)
+        gqa_decode(**made.given() | changes(made), cache_seqlens=20)
     assert torch.equal(made.k_scale.nan_to_num(), before[0].nan_to_num())
     assert torch.equal(made.k_cache.view(torch.uint8), before[1])
-
-
-def test_compiled_code_has_no_scales_of_tokens() -> None:
-    made = case("cpu", lengths=(20,), capacity=64)
-
-    @torch.compile(backend="eager", fullgraph=True)
-    def decode(q: Tensor, k_scale: Tensor, v_scale: Tensor) -> Any:
-        return gqa_decode(
-            q, made.k_cache, made.v_cache, made.k, made.v, cache_seqlens=20, k_scale=k_scale,
-            v_scale=v_scale,
-        )  # fmt: skip
-
-    with pytest.raises(Exception, match="k_scale: got scales of tokens in compiled code"):
-        decode(made.q, made.k_scale, made.v_scale)

@@ -55,10 +55,14 @@ def test_operators_are_what_torch_expects(append: bool, lengths: int | Tensor) -
 def test_the_schema_says_what_is_written() -> None:
     written = {
         name: [a.name for a in operator._schema.arguments if a.is_write]
-        for name in ("gqa_decode", "gqa_attend")
+        for name in ("gqa_decode", "gqa_attend", "gqa_decode_scales_of_tokens")
         if (operator := getattr(torch.ops.gqa_cutlass, name).default)
     }
-    assert written == {"gqa_decode": ["k_cache", "v_cache"], "gqa_attend": []}
+    assert written == {
+        "gqa_decode": ["k_cache", "v_cache"],
+        "gqa_attend": [],
+        "gqa_decode_scales_of_tokens": ["k_cache", "v_cache", "k_scale", "v_scale"],
+    }
 
 
 def test_an_operator_returns_what_the_call_does() -> None:
@@ -242,7 +246,8 @@ def test_inductor_writes_to_the_caches_in_place(
     monkeypatch.setattr(ops, "gqa_decode", noted)
     # Most of the time would go into trying vector instructions, and precompiling torch's headers.
     quick = {"cpp.vec_isa_ok": False, "cpp_cache_precompile_headers": False}
-    with inductor_config.patch(quick):
+    fresh = {"force_disable_caches": True}  # whose keys do not have what operators write to
+    with inductor_config.patch(quick | fresh):
         torch.testing.assert_close(torch.compile(model, fullgraph=True)(step, lengths), right)
     assert same(step, expected) and lengths.tolist() == [4, 6]
     for tensor, name in zip(seen, CACHES, strict=True):

@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from compiling import GROUP as GROUP_OF_COMPILING
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from gqa_cutlass import InputError, OutOfPagesError, PagedKVCache, gqa_decode
+from gqa_cutlass.cache.paged.step import DecodeStep
 from gqa_cutlass.cache.scales import raw
 from gqa_cutlass.proof.reference import same_bits, scale_of_row, stored
 
@@ -172,6 +175,49 @@ def test_a_batch_decodes_drafts_and_accepts_some(device: str) -> None:
         check(cache, {sequence: told})
         check(other, {single: told})
     batch.check()
+
+
+@pytest.mark.xdist_group(GROUP_OF_COMPILING)
+@pytest.mark.parametrize("count", [None, 3], ids=["one", "several"])
+@pytest.mark.parametrize("batched", [False, True], ids=["a step", "of a batch"])
+def test_compiled_steps_write_the_scales_of_their_tokens(batched: bool, count: int | None) -> None:
+    """In one graph, which serves later steps as well, to the bit as others do."""
+    caches = [new_cache("cpu", 16, layers=2) for _ in range(2)]
+    prompts = [tokens(2, held, device="cpu", seed=held) for held in (9, 2)]
+    named = [[cache.allocate(), cache.allocate()] for cache in caches]
+    for cache, sequences in zip(caches, named, strict=True):
+        for sequence, prompt in zip(sequences, prompts, strict=True):
+            cache.prefill(sequence, *prompt)
+    batches = [cache.batch(2, 24, count or 1) for cache in caches if batched]
+    for batch, sequences in zip(batches, named, strict=False):
+        batch.assign(sequences, steps=2)
+
+    def forward(step: DecodeStep, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        for layer in range(2):
+            q = step.decode(layer, q, k[layer], v[layer]) * 0.5
+        return q
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(forward, backend=counter, fullgraph=True)
+    told = [{i: first(prompts[i], layer) for i in range(2)} for layer in range(2)]
+    for seed in range(2):
+        several = () if count is None else (count,)
+        q, new = queries(2, *several, device="cpu"), tokens(2, 2, *several, device="cpu", seed=seed)
+        outs = list[Tensor]()
+        for which, each in enumerate((compiled, forward)):
+            with (
+                batches[which].step() if batched else caches[which].step(named[which], count or 1)
+            ) as step:
+                outs.append(each(step, q, *new))
+        assert same_bits(*outs)
+        for layer, pairs in enumerate(told):
+            for i, pair in pairs.items():
+                rows = first(new, layer, i) if count else first(new, layer, slice(i, i + 1))
+                pairs[i] = joined(pair, rows)
+                for cache, sequences in zip(caches, named, strict=True):
+                    check(cache, {sequences[i]: pairs[i]}, layer)
+    assert counter.frame_count == 1
 
 
 def test_prompts_in_a_step_are_gathered_with_their_scales(device: str) -> None:
