@@ -226,7 +226,7 @@ class KVCache(CountedCache):
     ) -> None:
         self.k, self.v, self._lengths, self._scales, self._ring = k, v, lengths, scales, ring
         self._asked = scales if ring is None else scales.in_pages(ring.window.page)
-        mark_static(k, v)
+        mark_static(k, v, *scales.of_tokens, *self._asked.of_tokens)
         self._leads = leads  # of the caches that share the lengths, the one that moves them
 
     def __getstate__(self) -> dict[str, object]:

@@ -99,7 +99,8 @@ def test_what_graphs_write_to_stays_where_it_is_in_a_copy_too() -> None:
     """As torch's compiler must be told."""
     for way in WAYS.values():
         caches = way(new_caches("cpu", KINDS["e5m2, windows, scales of tokens"]))
-        told = [t for c in caches for t in (c.k, c.v, c.seqlens)]
+        told = [t for c in caches for t in (c.k, c.v, c.k_scale, c.v_scale, c.seqlens)]
+        told += [t for c in caches for t in c._asked.of_tokens]  # as kernels see those of a ring
         assert {getattr(t, "_dynamo_static_input_type", None) for t in told} == {"unguarded"}
 
 

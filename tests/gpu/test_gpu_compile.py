@@ -10,11 +10,13 @@ import pytest
 import torch
 from cases import make_step, snapshot
 from helpers import check, run
+from token_scales import E4M3, STORED, case, in_pages
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 from gqa_cutlass import CacheOverflowError, KVCache, explain, gqa_decode
+from gqa_cutlass.cache.scales import raw
 
 pytestmark = pytest.mark.gpu
 
@@ -30,8 +32,15 @@ def nothing_compiled() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def caches(batch: int, layers: int = 3) -> list[KVCache]:
-    made = KVCache.for_layers(layers, batch, ROOM, KV_HEADS, DIM, **F16)
+KINDS: dict[str, dict[str, Any]] = {
+    "16 bits": {},
+    "8 bits": {"dtype": E4M3, "k_scale": 0.02, "v_scale": 0.02},
+    "8 bits, scales of tokens": {"dtype": E4M3, "k_scale": "token", "v_scale": "token"},
+}
+
+
+def caches(batch: int, layers: int = 3, kind: str = "16 bits") -> list[KVCache]:
+    made = KVCache.for_layers(layers, batch, ROOM, KV_HEADS, DIM, **F16 | KINDS[kind])
     generator = torch.Generator("cuda").manual_seed(0)
     for cache in made:
         k, v = torch.randn(2, batch, 3000, KV_HEADS, DIM, generator=generator, **F16)
@@ -62,15 +71,17 @@ def graph_launches(function: Callable[[], object]) -> int:
     return sum(event.name == "cudaGraphLaunch" for event in profile.events())
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("batch", [1, 8, 32])
-def test_reduce_overhead_replays_one_graph_for_all_lengths(batch: int) -> None:
+def test_reduce_overhead_replays_one_graph_for_all_lengths(batch: int, kind: str) -> None:
     """Also where a launch needs workspace, which is not allocated from the graph's pool."""
     q, k, v = token(batch, 0)
-    eager, graphed = caches(batch), caches(batch)
-    chosen = explain(q, eager[0].k, eager[0].v, k, v).dispatch
-    assert (chosen.num_merge_counters > 0) == (batch == 32), (
-        "another batch shows what this one is for"
-    )
+    eager, graphed = caches(batch, kind=kind), caches(batch, kind=kind)
+    if kind == "16 bits":
+        chosen = explain(q, eager[0].k, eager[0].v, k, v).dispatch
+        assert (chosen.num_merge_counters > 0) == (batch == 32), (
+            "another batch shows what this one is for"
+        )
     compiled = torch.compile(through, mode="reduce-overhead", fullgraph=True)
     for seed in range(6):
         torch.compiler.cudagraph_mark_step_begin()
@@ -84,8 +95,14 @@ def test_reduce_overhead_replays_one_graph_for_all_lengths(batch: int) -> None:
     assert graphed[0].refresh() == eager[0].lengths
     for ours, theirs in zip(graphed, eager, strict=True):
         for b, held in enumerate(eager[0].lengths or []):
-            assert torch.equal(ours.k[b, 2900:held], theirs.k[b, 2900:held])
+            for mine, other in zip(of_tokens(ours), of_tokens(theirs), strict=True):
+                assert torch.equal(mine[b, 2400:held], other[b, 2400:held])
     graphed[0].check()
+
+
+def of_tokens(cache: KVCache) -> list[Tensor]:
+    """What a cache has of its tokens, as bytes where they are of 8 bits or scales."""
+    return [raw(held) for held in (cache.k, cache.v, *cache._scales.of_tokens)]
 
 
 def test_a_graph_that_was_compiled_finds_a_full_cache() -> None:
@@ -120,6 +137,38 @@ def test_caches_of_ones_own_replay_once_they_are_marked() -> None:
         check(step, run_compiled(compiled, step))
     assert graph_launches(lambda: run_compiled(compiled, step)) == 1
     assert counters["inductor"]["cudagraph_skips"] == 0
+
+
+def test_scales_of_tokens_of_ones_own_replay_once_they_are_marked() -> None:
+    made = case("cuda", lengths=(300, 10), capacity=320, head_dim=DIM)
+    for name in STORED:
+        torch._dynamo.mark_static_address(getattr(made, name))
+    compiled = torch.compile(gqa_decode, mode="reduce-overhead", fullgraph=True)
+    for _ in range(6):
+        torch.compiler.cudagraph_mark_step_begin()
+        made.check(call=compiled)
+        made.lengths = [length + 1 for length in made.lengths]
+        for tokens in (made.k, made.v):
+            tokens.copy_(tokens.roll(1, dims=0) * 1.25)
+    assert graph_launches(lambda: made.run(compiled)) == 1
+    assert counters["inductor"]["cudagraph_skips"] == 0
+
+
+@pytest.mark.parametrize("paged", [False, True], ids=["rows", "pages"])
+@pytest.mark.parametrize("tokens", [None, (4, 4)], ids=["one", "several"])
+def test_scales_of_tokens_of_dynamic_batches_compile_once(
+    tokens: tuple[int, int] | None, paged: bool
+) -> None:
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(gqa_decode, backend=counter, fullgraph=True, dynamic=True)
+    for batch in (3, 9, 5):
+        for held in (100, 200):
+            lengths = tuple(held - b for b in range(batch))
+            made = case("cuda", lengths=lengths, capacity=272, head_dim=DIM, tokens=tokens)
+            if paged:
+                in_pages(made)
+            made.check(call=compiled)
+    assert counter.frame_count == 1
 
 
 def run_compiled(compiled: Any, step: Any) -> Tensor:
