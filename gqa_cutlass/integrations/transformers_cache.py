@@ -53,7 +53,7 @@ class GqaCache(Cache):  # type: ignore[misc]
             [num_kv_heads] on the model's device, for all such layers or a list with one for each.
             None: the first prompt's largest number, in each layer, becomes a quarter of the
             type's largest; numbers beyond that are cut off. "token", of both: a scale for every
-            token and KV head, which cuts nothing off; no step is compiled then.
+            token and KV head, which cuts nothing off.
         v_scale: As k_scale, of values.
 
     Raises:
@@ -214,13 +214,13 @@ class GqaLayer(CacheLayerMixin):  # type: ignore[misc]
         position: Which of the caches is its own.
     """
 
+    is_compileable = True
     is_croppable = True
     is_calibrated = False  # whether the scales of a cache of 8 bits are those of its tokens
 
     def __init__(self, storage: Storage, position: int) -> None:
         self.storage = storage
         self.position = position
-        self.is_compileable = not storage.by_token
 
     @property
     def cache(self) -> KVCache:

@@ -111,10 +111,11 @@ def test_other_caches_and_padding(llama: Any, kind: str) -> None:
     check(llama, found, allowed(llama))
 
 
-def test_a_cache_of_8_bits_in_compiled_steps(llama: Any) -> None:
+@pytest.mark.parametrize("scale", [None, "token"], ids=["of the prompt", "of tokens"])
+def test_a_cache_of_8_bits_in_compiled_steps(llama: Any, scale: Any) -> None:
     """With CUDA graphs; the logits of other numbers have a standard deviation of 1.3 and more."""
     ids = prompt()
-    cache = GqaCache(llama.config, 600, torch.float8_e4m3fn)
+    cache = GqaCache(llama.config, 600, torch.float8_e4m3fn, k_scale=scale, v_scale=scale)
     found = generate(llama, ids, cache, tokens=20, mask=padded(ids, "left"))
     assert TOLERANCE < compared(llama, found)[1] < 1
     cache.check()

@@ -9,6 +9,7 @@ import torch
 from compiling import GROUP
 from greedy import Generated, cache_of, compared, generate
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 transformers = pytest.importorskip("transformers")
 
@@ -107,7 +108,7 @@ def test_scales_of_tokens_need_no_prompt_to_say_them(llama: Any) -> None:
     padded = ours(llama, cache_for(llama, **BY_TOKEN), "left")
     assert 1e-4 < differences(llama, padded) < TOLERANCE[E4M3]
     cache = cache_for(llama, **BY_TOKEN)
-    assert not cache.is_compileable and cache_for(llama).is_compileable
+    assert cache.is_compileable and cache_for(llama).is_compileable
     assert differences(llama, ours(llama, cache)) < TOLERANCE[E4M3]
     assert ours(llama, cache_for(llama, **BY_TOKEN), num_beams=2).scores is not None
 
@@ -203,13 +204,21 @@ def test_beams_and_a_prompt_of_one_token(llama: Any) -> None:
     assert differences(llama, found) < TOLERANCE[E4M3]
 
 
+def parts(cache: KVCache) -> list[Tensor]:
+    """What a cache has of its tokens."""
+    held = cache.k, cache.v, *cache._scales.of_tokens
+    return [t.view(torch.uint8) if t.dtype == E4M3 else t for t in held]
+
+
 @pytest.mark.slow
-def test_compiled_steps_are_those_that_are_not() -> None:
+@pytest.mark.parametrize("scales", [{}, BY_TOKEN], ids=["of the prompt", "of tokens"])
+def test_compiled_steps_are_those_that_are_not(scales: dict[str, Any]) -> None:
     torch._dynamo.reset()
+    integration.register()
     model = make_model()
     model.set_attn_implementation(NAME)
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    caches = [cache_for(model) for _ in range(2)]
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    caches = [cache_for(model, **scales) for _ in range(2)]
     with torch.no_grad():
         token = prompt()
         for first in (0, PROMPT, PROMPT + 1):
@@ -220,6 +229,26 @@ def test_compiled_steps_are_those_that_are_not() -> None:
             ]
             assert torch.equal(*logits)
             token = logits[0][:, -1:].argmax(-1)
+    for pair in zip(*(cache.storage.caches for cache in caches), strict=True):
+        ours, theirs = ([t[:, : PROMPT + 2] for t in parts(cache)] for cache in pair)
+        assert all(map(same_bits, ours, theirs))
+
+
+@pytest.mark.slow
+def test_generate_compiles_steps_with_scales_of_tokens() -> None:
+    """In one graph, as it does by itself on a GPU."""
+    torch._dynamo.reset()
+    counters.clear()
+    integration.register()
+    model = make_model()
+    how = transformers.CompileConfig(backend="aot_eager", mode=None, fullgraph=True)
+    how._compile_all_devices = True
+    eager = ours(model, cache_for(model, **BY_TOKEN), "left")
+    assert not counters["stats"]["unique_graphs"]
+    found = ours(model, cache_for(model, **BY_TOKEN), "left", compile_config=how)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert found.logits is not None and eager.logits is not None
+    assert torch.equal(found.logits, eager.logits)
 
 
 @pytest.mark.parametrize(
