@@ -202,6 +202,12 @@ class KernelConfig:
             all(row % self.vec_width == 0 for row in rows),
             f"what divides rows of {rows[0]} and {rows[1]} times 16 bits",
         )
+        _check(
+            "block_n",
+            self.block_n,
+            self.block_n <= WARP_SIZE or not {*OF_TOKENS} & {*self.policies},
+            f"at most {WARP_SIZE} with scales of tokens (a lane has those of one)",
+        )
         limit = min(ARCHES[arch].shared_per_block for arch in self.archs)
         _check(
             "shared memory",
@@ -379,9 +385,10 @@ class KernelConfig:
             accumulators = self.block_h // 8 * ceil_div(self.value_dim, 16) * 4
             queries = self.block_h // 8 * ceil_div(self.head_dim, 16) * 2
             masks = 16 if any(policy.feature == "tree_mask" for policy in self.policies) else 0
-            scales = 16 if {*OF_TOKENS} & {*self.policies} else 0
+            of_tokens = bool({*OF_TOKENS} & {*self.policies})
+            scales = 16 if of_tokens and not self.tma else 0
             slots = {policy.slot for policy in self.policies}
-            if scales and QUERIES in slots:
+            if of_tokens and QUERIES in slots:
                 scales += 3 * self.block_h + (8 if slots & {NORM, ROTARY} else 0)
             # With tma and 8 bits no more than that was needed, and two blocks have room.
             rest = 64 if self.tma and self.packed > 1 else 72

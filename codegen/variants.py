@@ -114,10 +114,12 @@ def default_config(
     several = any(p.slot is QUERIES for p in policies)
     if each == 1:
         tiles = _TMA_TILES if schedule is Schedule.TMA else _TILES
+    elif schedule is Schedule.TMA:
+        tiles = _FP8_TMA_TILES
     elif of_tokens:
         tiles = _SEVERAL_TOKENS_TILES if several else _TOKENS_TILES
     else:
-        tiles = _FP8_TMA_TILES if schedule is Schedule.TMA else _FP8_TILES
+        tiles = _FP8_TILES
     block_n, num_warps, num_stages = next(tile for limit, *tile in tiles if largest <= limit)
     if schedule is Schedule.TMA and paged and largest > BOX_DIMS * each:
         block_n = PAGE_TOKENS
@@ -128,7 +130,10 @@ def default_config(
         room = 8  # more heads of 256 dims spill, with addresses of pages or conversions beside them
     elif of_tokens and several:
         # More rows of several tokens spill, with scales and what each sees beside them.
-        room = 16 if largest <= 128 else 8
+        most = 16 if largest <= 128 else 8
+        room = most if room is None else min(room, most)
+    elif of_tokens and room is not None and largest > 224:
+        room = 8
     return KernelConfig(
         math=math,
         dtype=dtype,

@@ -38,12 +38,16 @@ from gqa_cutlass.dispatch import MODELS, MOST_TILES, Device, dispatch, model_dev
 _ELSEWHERE = {"SeveralQueries", "RmsNormed", "RotatedByTables"}
 # None with scales of tokens ships.
 _OF_TOKENS = [
-    default_config(Math.TENSOROP, dtype, head_dim, group_size, width, policies=tagged(tags))
+    default_config(
+        Math.TENSOROP, dtype, head_dim, group_size, width, schedule, policies=tagged(tags)
+    )
     for dtype, head_dim, group_size, widths, tags in (
         (DType.F16, 128, 4, (8, 4, 2), "e4m3t"), (DType.BF16, 64, 8, (8,), "e5m2t"),
         (DType.F16, 256, 2, (8,), "paged_e4m3t"), (DType.BF16, 64, 8, (8,), "win_e5m2t"),
     )
     for width in widths
+    for schedule in Schedule
+    if width == 8 or schedule is not Schedule.TMA
 ]  # fmt: skip
 KERNELS = dispatched(
     (*(k for k in shipped() if not any(policy.cpp in _ELSEWHERE for policy in k.policies)),

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gqa_cutlass import gqa_decode, plan
+from gqa_cutlass import gqa_decode, pack_tree_mask, plan
 from gqa_cutlass.call.stored import FP8
+from gqa_cutlass.codegen import DType, KernelConfig, Math, Schedule, default_config
+from gqa_cutlass.codegen.schema.policies import OF_TOKENS, named, special
+from gqa_cutlass.codegen.variants import policies_for
 from gqa_cutlass.proof.reference import attend, errors, same_bits, scale_of_row, stored
 
-E4M3, E5M2 = FP8
+FP8_TYPES = E4M3, E5M2 = tuple(FP8)
 F16, BF16 = torch.float16, torch.bfloat16
+_DTYPES = {F16: DType.F16, BF16: DType.BF16}
 HEADS, GROUP = 2, 4
 STORED = "k_cache", "v_cache", "k_scale", "v_scale"  # what appends write to
 _OF_CALLS = "cu_seqlens_k_new", "slot_mapping", "num_splits"  # and not of the reference
@@ -35,6 +39,7 @@ class Case:
         v_scale: Likewise.
         lengths: Tokens of each sequence.
         options: Of the call.
+        kernel: That runs it; None: the one that dispatch takes.
     """
 
     q: Tensor
@@ -46,6 +51,7 @@ class Case:
     v_scale: Tensor
     lengths: list[int]
     options: dict[str, Any] = field(default_factory=dict)
+    kernel: KernelConfig | None = None
 
     def place(self, b: int, token: int) -> tuple[int, int]:
         """Where a token of a sequence is."""
@@ -72,15 +78,22 @@ class Case:
     def run(self, call: Callable[..., Any] = gqa_decode) -> Tensor:
         """Call, with lengths on the device."""
         lengths = torch.tensor(self.lengths, dtype=torch.int32, device=self.q.device)
-        out: Tensor = call(**self.given(), cache_seqlens=lengths)
-        return out
+        if self.kernel is None:
+            out: Tensor = call(**self.given(), cache_seqlens=lengths)
+            return out
+        given = self.q, self.k_cache, self.v_cache, self.k, self.v
+        options = self.options | {"k_scale": self.k_scale, "v_scale": self.v_scale}
+        if "tree_mask" in options:
+            options["tree_mask"] = pack_tree_mask(options["tree_mask"])
+        made = plan(*given, cache_seqlens=lengths, kernel=self.kernel, **options)
+        return made(*given, lengths)
 
     def attend_only(self, splits: int) -> Tensor:
         """A step of no new tokens, in so many splits."""
         lengths = torch.tensor(self.lengths, dtype=torch.int32, device=self.q.device)
         made = plan(
             self.q, self.k_cache, self.v_cache, cache_seqlens=lengths, num_splits=splits,
-            k_scale=self.k_scale, v_scale=self.v_scale,
+            k_scale=self.k_scale, v_scale=self.v_scale, kernel=self.kernel,
         )  # fmt: skip
         return made(self.q, self.k_cache, self.v_cache, None, None, lengths)
 
@@ -174,6 +187,21 @@ def in_pages(made: Case, page_size: int = 16) -> None:
                 pool[order[b * most + token // page_size], token % page_size] = raw[b, token]
         setattr(made, name, pool.view(rows.dtype))
     made.options["block_table"] = table
+
+
+def by_tma(made: Case, num_warps: int = 4) -> Case:
+    """The same by a kernel of the tma schedule, whose blocks have few warps: its features are asked
+    for already."""
+    policies = {*policies_for(made.options), OF_TOKENS[FP8_TYPES.index(made.k_cache.dtype)]}
+    tokens = made.q.shape[1] if made.q.dim() == 4 else 1
+    if made.q.dim() == 4 and "tree_mask" not in made.options:
+        policies.add(named("SeveralQueries"))
+    config = default_config(
+        Math.TENSOROP, _DTYPES[made.q.dtype], made.q.shape[-1], made.q.shape[-2] // HEADS, 8,
+        Schedule.TMA, special(tuple(policies)), num_tokens=tokens,
+    )  # fmt: skip
+    made.kernel = replace(config, num_warps=num_warps)
+    return made
 
 
 def windowed(made: Case) -> None:

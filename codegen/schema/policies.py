@@ -51,6 +51,7 @@ class Policy:
         tag: What the names of its kernels end with; empty for a slot's default.
         cpp: Its struct.
         header: Where that is, below templates/include/gqa/.
+        parts: Headers of what belongs to it in one schedule alone, likewise, which include that.
         feature: The option of a call that asks for it; empty for a slot's default. Its fields and
             arguments are told that it is theirs.
         fields: Of the kernel's argument, that it reads.
@@ -64,6 +65,7 @@ class Policy:
     tag: str = ""
     cpp: str
     header: str
+    parts: tuple[tuple[Schedule, str], ...] = ()
     feature: str = ""
     fields: tuple[Field, ...] = ()
     arguments: tuple[Argument, ...] = ()
@@ -75,6 +77,10 @@ class Policy:
         tensors = (replace(row, feature=self.feature, optional=True) for row in self.arguments)
         object.__setattr__(self, "fields", fields)
         object.__setattr__(self, "arguments", tuple(tensors))
+
+    def header_of(self, schedule: Schedule) -> str:
+        """What a kernel of a schedule includes for it."""
+        return dict(self.parts).get(schedule, self.header)
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
         """Pickle by name, so that another process has its own."""
@@ -382,8 +388,11 @@ E4M3_OF_TOKENS, E5M2_OF_TOKENS = OF_TOKENS = tuple(
         tag=f"{policy.tag}t",
         cpp=policy.cpp.replace("Operands", "OfTokens"),
         header="policy/element_fp8_tokens.cuh",
+        parts=(
+            (Schedule.MULTISTAGE, "schedule/multistage/attend_of_tokens.cuh"),
+            (Schedule.TMA, "schedule/tma/scales_of_tokens.cuh"),
+        ),
         feature=f"{policy.feature} with scales of tokens",
-        schedules=frozenset({Schedule.MULTISTAGE}),
     )
     for policy in FP8
 )

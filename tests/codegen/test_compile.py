@@ -62,6 +62,18 @@ NOT_SHIPPED = [
 ]
 
 
+# Caches of 8 bits with scales of tokens, by tensor copies.
+NOT_SHIPPED += [
+    default_config(
+        Math.TENSOROP, DType.BF16, head_dim, group_size, 8, Schedule.TMA, policies, None, tokens
+    )
+    for policies, tokens in (
+        ((OF_TOKENS[0],), 1), ((named("PagedCache"), OF_TOKENS[1]), 1),
+        ((named("SeveralQueries"), OF_TOKENS[0]), 4),
+    )
+    for head_dim, group_size in ((128, 8), (64, 16), (256, 16))
+]  # fmt: skip
+
 # Caches of 8 bits with scales of tokens, and several of these.
 OF_TOKENS_SEVERAL = [
     default_config(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gqa_cutlass.codegen import ARCHES, DType, KernelConfig, Math, Schedule, default_config
 from gqa_cutlass.codegen.config import MAX_GROUP_SIZE
-from gqa_cutlass.codegen.schema.policies import POLICIES
+from gqa_cutlass.codegen.schema.policies import E4M3, E4M3_OF_TOKENS, POLICIES
 from gqa_cutlass.codegen.schema.slots import SLOTS
 from gqa_cutlass.errors import ConfigError
 
@@ -139,6 +139,14 @@ def test_shared_memory_limit_of_tensor_copies_is_that_of_hopper() -> None:
     assert KernelConfig(**TMA | {"num_warps": 8, "num_stages": 3}).shared_bytes <= limit
     with pytest.raises(ConfigError, match=rf"shared memory: got \d+; .*{limit} bytes.* sm_90a;"):
         KernelConfig(**TMA | {"num_warps": 8, "num_stages": 4})
+
+
+@pytest.mark.parametrize("base", [TENSOROP, TMA], ids=["multistage", "tma"])
+def test_a_lane_has_the_scales_of_one_token(base: dict[str, Any]) -> None:
+    wide = base | {"block_n": 64, "num_warps": 4, "num_stages": 1}
+    assert KernelConfig(**wide | {"policies": (E4M3,)}).block_n == 64
+    with pytest.raises(ConfigError, match="block_n: got 64; allowed: at most 32 with scales of to"):
+        KernelConfig(**wide | {"policies": (E4M3_OF_TOKENS,)})
 
 
 def test_choices_may_be_given_as_text() -> None:

@@ -16,7 +16,7 @@ from gqa_cutlass.codegen import DType, KernelConfig, Math, Schedule, default_con
 from gqa_cutlass.codegen.headers import Headers, include_dir, our_headers
 from gqa_cutlass.codegen.render import check_contract
 from gqa_cutlass.codegen.schema.params import PARAMS
-from gqa_cutlass.codegen.schema.policies import DEFAULTS, POLICIES, Policy
+from gqa_cutlass.codegen.schema.policies import DEFAULTS, E4M3_OF_TOKENS, POLICIES, Policy
 from gqa_cutlass.codegen.schema.slots import LOGIT, SLOTS, Slot
 from gqa_cutlass.errors import ConfigError
 
@@ -102,6 +102,15 @@ def test_a_source_spells_out_every_slot() -> None:
     for slot in SLOTS:
         assert f"template <class T> using {slot.alias} = gqa::{DEFAULTS[slot].cpp}<T>;" in text
         assert f"#include <gqa/{DEFAULTS[slot].header}>" in text
+
+
+@pytest.mark.parametrize("schedule", Schedule)
+def test_a_source_includes_what_a_policy_has_for_its_schedule(schedule: Schedule) -> None:
+    config = default_config(Math.TENSOROP, DType.F16, 64, 4, 8, schedule, (E4M3_OF_TOKENS,))
+    included = our_headers().closure(render(config))
+    assert f"gqa/{E4M3_OF_TOKENS.header}" in included
+    for other, header in E4M3_OF_TOKENS.parts:
+        assert (f"gqa/{header}" in included) == (other is schedule)
 
 
 def test_names_tell_policies_apart() -> None:

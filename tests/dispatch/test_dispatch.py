@@ -9,6 +9,7 @@ import pytest
 
 from gqa_cutlass.codegen import ARCHES, DType, KernelConfig, Math, Schedule, default_config, shipped
 from gqa_cutlass.codegen.schema.launch import Pdl
+from gqa_cutlass.codegen.schema.policies import FP8, OF_TOKENS, named
 from gqa_cutlass.codegen.schema.problem import MAX_SPLITS, Problem
 from gqa_cutlass.dispatch import choose_config, dispatch, model_device
 from gqa_cutlass.errors import InputError
@@ -172,6 +173,17 @@ def test_large_caches_are_shared_by_clusters_if_none_can_be_ragged(
     assert chosen.config.schedule is schedule
     rest = "of 65536 tokens, more than 128, ragged" if ragged else "more than 128; few heads"
     assert batch == 1 or rest in chosen.reasons[0]
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3])
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_scales_of_tokens_take_the_schedule_of_one_scale(problem: Problem, num_tokens: int) -> None:
+    several = (named("SeveralQueries"),) if num_tokens > 1 else ()
+    one, each = (
+        dispatch(replace(problem, policies=(*several, stored), num_tokens=num_tokens), H200)
+        for stored in (FP8[0], OF_TOKENS[0])
+    )
+    assert each.config.schedule is one.config.schedule
 
 
 @pytest.mark.parametrize("vec_width", [8, 4, 2, 1])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers import THOROUGH
 from mutants.planted import program
-from token_scales import Case, case, in_pages, unlike_sizes
+from token_scales import BF16, Case, by_tma, case, in_pages, unlike_sizes
 
 import gqa_cutlass
 from gqa_cutlass import api
@@ -20,7 +20,9 @@ from gqa_cutlass.errors import CacheOverflowError, KernelFault
 
 PROCESS = "features"  # has all tests of this folder, for they have kernels in common
 
-HEADER = "element_fp8_tokens.cuh"
+HEADER = "policy/element_fp8_tokens.cuh"
+LOOP = "schedule/multistage/attend_of_tokens.cuh"
+TMA = "schedule/tma/scales_of_tokens.cuh"
 
 
 def one_token() -> Case:
@@ -54,6 +56,28 @@ def lost() -> Case:
     return made
 
 
+def one_token_by_tma() -> Case:
+    return by_tma(one_token())
+
+
+def unlike_rows_by_tma() -> Case:
+    """Of all warps of a block, which have a tile each."""
+    made = by_tma(case("cpu", queries=BF16, lengths=(100, 128), capacity=160, tail=4.0))
+    made.options["num_splits"] = 1
+    return made
+
+
+def many_by_tma() -> Case:
+    """Several tiles of a warp."""
+    made = by_tma(unlike_sizes("cpu"))
+    made.options["num_splits"] = 1
+    return made
+
+
+def drafts_by_tma() -> Case:
+    return by_tma(drafts())
+
+
 @dataclass(frozen=True, kw_only=True)
 class Planted:
     """One bug.
@@ -65,6 +89,7 @@ class Planted:
         wrong: What is not as it should be, or what the fault says.
         made: The step that shows it.
         left_out: Sequences of that which are refused.
+        header: Where it is.
     """
 
     name: str
@@ -73,6 +98,7 @@ class Planted:
     wrong: str
     made: Callable[[], Case] = one_token
     left_out: frozenset[int] = field(default_factory=frozenset)
+    header: str = HEADER
 
 
 BUGS = (
@@ -110,19 +136,20 @@ BUGS = (
     ),
     Planted(
         name="outputs that are relative",
-        old="{ multiply(acc, most_ / kRoom); }",
+        old="{ multiply(acc, unit()); }",
         new="{}",
         wrong="output",
     ),
     Planted(
         name="the scale of the draft before",
-        old="scale = *scale_in_tile<Tile>(rows, row);",
-        new="scale = *scale_in_tile<Tile>(rows, max(row - 1, 0));",
+        old="scale = *scale_in_tile<T, Tile>(rows, row);",
+        new="scale = *scale_in_tile<T, Tile>(rows, max(row - 1, 0));",
         wrong="shared memory that was never written",
         made=drafts,
     ),
     Planted(
         name="values that are counted before their scales are known",
+        header=LOOP,
         old="      scales.take_values(tile, values);\n      count_values();",
         new="      count_values();\n      scales.take_values(tile, values);",
         wrong="output",
@@ -130,6 +157,7 @@ BUGS = (
     ),
     Planted(
         name="keys that are counted before their scales are known",
+        header=LOOP,
         old="if constexpr (!kOneQuery<T>) scales.take_keys(tile, keys);",
         new="",
         wrong="k_scale",
@@ -173,7 +201,93 @@ BUGS = (
         wrong="race",
         made=drafts,
     ),
+    Planted(
+        name="a new key without its scale",
+        header=TMA,
+        old="for (float& factor : scaled.factor) factor *= scale;",
+        new="",
+        wrong="output",
+        made=one_token_by_tma,
+    ),
+    Planted(
+        name="a new value without its scale",
+        old="::number(row, dim) * scale;",
+        new="::number(row, dim);",
+        wrong="output",
+        made=one_token_by_tma,
+    ),
+    Planted(
+        name="a new value that counts its key's scale",
+        header=TMA,
+        old="(shared.new_value) = token.value.scale;",
+        new="(shared.new_value) = token.key.scale;",
+        wrong="output",
+        made=one_token_by_tma,
+    ),
+    Planted(
+        name="values relative to what a warp has alone",
+        header=TMA,
+        old="largest_of_warp(table(shared)[int(threadIdx.x) % T::kNumWarps])",
+        new="largest_of_warp(this->value)",
+        wrong="output",
+        made=unlike_rows_by_tma,
+    ),
+    Planted(
+        name="the largest scale of one lane",
+        header=TMA,
+        old="float const largest = largest_of_warp(this->value);",
+        new="float const largest = this->value;",
+        wrong="output",
+        made=unlike_rows_by_tma,
+    ),
+    Planted(
+        name="outputs of a block that are relative",
+        header=TMA,
+        old="return make_float2(sums.x * range_.unit(), sums.y * range_.unit());",
+        new="return sums;",
+        wrong="output",
+        made=unlike_rows_by_tma,
+    ),
+    Planted(
+        name="outputs of warps that are relative",
+        header=TMA,
+        old="{ range_.finish(acc); }",
+        new="{}",
+        wrong="output",
+        made=many_by_tma,
+    ),
+    Planted(
+        name="scales of the tile before",
+        header="schedule/tma/decode_tma.cuh",
+        old="    scales.load(tile + w.tile_step());\n",
+        new="",
+        wrong="output",
+        made=many_by_tma,
+    ),
+    Planted(
+        name="drafts whose values come after their scales",
+        header=TMA,
+        old="kWithRows = !kOneQuery<T>;",
+        new="kWithRows = false;",
+        wrong="race: writes over what another thread wrote",
+        made=drafts_by_tma,
+    ),
+    Planted(
+        name="a value's scale in the place of a key's that is still read",
+        header=TMA,
+        old="    __syncwarp();  // others take their place\n",
+        new="",
+        wrong="race: writes what another thread reads",
+        made=drafts_by_tma,
+    ),
 )
+
+
+def rule_of(bug: Planted) -> tuple[str, bool]:
+    """What it breaks, of which CI takes one each."""
+    return bug.wrong, bug.made.__name__.endswith("by_tma")
+
+
 STEPS = {bug.made: bug.left_out for bug in BUGS}
 
 
@@ -182,7 +296,7 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Planted | Non
     """Plants a bug in the kernels of the calls to come, whose plans nobody else has."""
 
     def plant(bug: Planted | None) -> None:
-        change = (HEADER, bug.old, bug.new) if bug else ()
+        change = (bug.header.rpartition("/")[2], bug.old, bug.new) if bug else ()
         monkeypatch.setattr(cpu, "program_of", lambda config: program(config, *change))
 
     for name in ("known", "latest"):
@@ -205,7 +319,7 @@ def test_the_kernels_as_they_are_pass(
     [
         pytest.param(
             bug, id=bug.name.replace(" ", "-"),
-            marks=THOROUGH if bug.wrong in {other.wrong for other in BUGS[:i]} else (),
+            marks=THOROUGH if rule_of(bug) in map(rule_of, BUGS[:i]) else (),
         )
         for i, bug in enumerate(BUGS)
     ],
@@ -217,5 +331,8 @@ def test_planted_bugs_are_found(bug: Planted, planted: Callable[[Planted | None]
 
 
 def test_every_bug_has_its_place_in_the_source() -> None:
-    text = Path(include_dir(), "gqa", "policy", HEADER).read_text(encoding="utf-8")
-    assert [bug.name for bug in BUGS if text.count(bug.old) != 1 or bug.new == bug.old] == []
+    texts = {
+        name: Path(include_dir(), "gqa", name).read_text() for name in (b.header for b in BUGS)
+    }
+    wrong = [b.name for b in BUGS if texts[b.header].count(b.old) != 1 or b.new == b.old]
+    assert wrong == []

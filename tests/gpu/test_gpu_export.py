@@ -70,8 +70,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for schedule in Schedule
     ]
     of_tokens = [
-        default_config(Math.TENSOROP, dtype, 128, 4, 8, policies=tagged(tags)).name
+        default_config(Math.TENSOROP, dtype, 128, 4, 8, schedule, tagged(tags)).name
         for dtype, tags in ((DType.F16, "e4m3t"), (DType.BF16, "e5m2t"))
+        for schedule in Schedule
     ]
     wanted = plan_export(",".join((KERNELS, *dependent, *of_tokens)), ["sm_80", "sm_90a"])
     write_bundle(out, wanted, compiled(wanted, Store.default(), 0))

@@ -24,19 +24,20 @@ from torch import Tensor
 
 from gqa_cutlass.call.record import parse
 from gqa_cutlass.call.stored import FP8
-from gqa_cutlass.codegen import DType, KernelConfig, Math, default_config
+from gqa_cutlass.codegen import DType, KernelConfig, Math, Schedule, default_config
 from gqa_cutlass.codegen.schema.policies import OF_TOKENS, named, tagged
 from gqa_cutlass.proof.reference import same_bits, scale_of_row
 
 NARROW = default_config(Math.TENSOROP, DType.F16, 64, 4, 2, policies=tagged("e4m3t"))
 KERNELS = {
-    "_".join(policy.tag for policy in kernel.policies): kernel
+    "_".join(("tma",) * kernel.tma + tuple(policy.tag for policy in kernel.policies)): kernel
     for kernel in (
         default_config(Math.TENSOROP, DType.F16, 64, 4, 8, policies=tagged("e4m3t")),
         default_config(Math.TENSOROP, DType.BF16, 128, 2, 8, policies=tagged("e5m2t")),
         default_config(Math.TENSOROP, DType.BF16, 64, 4, 8, policies=tagged("paged_e5m2t")),
         default_config(Math.TENSOROP, DType.F16, 64, 8, 8, policies=tagged("idx_pad_win_e4m3t")),
         default_config(Math.TENSOROP, DType.F16, 40, 4, 4, policies=tagged("idx_paged_e4m3t")),
+        default_config(Math.TENSOROP, DType.BF16, 128, 4, 8, Schedule.TMA, tagged("e4m3t")),
     )
 }
 

@@ -36,7 +36,7 @@ def widths_of(kind: Kind, schedule: Schedule) -> tuple[int, ...]:
     """Those that kernels of a schedule have; none with scales of tokens is narrow."""
     of_tokens = bool({*OF_TOKENS} & {*kind.policies})
     if schedule is Schedule.TMA:
-        return () if of_tokens else WIDTHS[:1]
+        return WIDTHS[:1]
     return WIDTHS[: len(WIDTHS) - of_tokens]
 
 

@@ -214,8 +214,8 @@ MULTISTAGE = (
     Mutant(
         name="every split of a cluster appends",
         header="decode_tma.cuh",
-        old="if (w.split == 0 && w.head_block == 0) token.append(p.decode, w);",
-        new="token.append(p.decode, w);",
+        old="if (w.split == 0 && w.head_block == 0) {",
+        new="{",
         fault=f"{GLOBAL_RACE}.* of k_cache.* at row.cuh",
         case=CLUSTER,
     ),

@@ -10,31 +10,53 @@
 // Several new tokens have a scale each, which a row takes along into its tile: it lies in what
 // keeps rows apart there, and the lane that has the row's scales finds it.
 //
-// The main loop is that of the multistage schedule with both factors in it. It stands here, as an
-// overload for kernels that include this header, so that no other kernel is concerned.
+// What either schedule does with them stands in a header of its own: schedule/multistage/
+// attend_of_tokens.cuh, schedule/tma/scales_of_tokens.cuh.
 #pragma once
 
 #include <gqa/policy/cache_paged.cuh>
 #include <gqa/policy/element_fp8.cuh>
-#include <gqa/schedule/multistage/decode.cuh>
+#include <gqa/stage/append.cuh>
+#include <gqa/stage/score.cuh>
+#include <gqa/stage/value.cuh>
 
 namespace gqa {
+
+// The largest number of a warp's. All lanes take part.
+CUTE_DEVICE float largest_of_warp(float number) {
+  CUTE_UNROLL
+  for (int bit = kWarpSize / 2; bit > 0; bit /= 2) {
+    number = fmaxf(number, __shfl_xor_sync(0xffffffffu, number, bit));
+  }
+  return number;
+}
 
 // The scale of a row, by the largest of this lane's numbers. All lanes take part.
 template <class Format>
 CUTE_DEVICE float scale_of_row(float largest) {
-  CUTE_UNROLL
-  for (int bit = kWarpSize / 2; bit > 0; bit /= 2) {
-    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, bit));
-  }
+  largest = largest_of_warp(largest);
   return largest > 0.f ? __fdiv_rn(largest, Format::kMax) : 1.f;
 }
 
-// Where the scale of a tile's row is: between the row and the next.
+// Where the scale of a row may be that is followed by another: between them.
 template <class Tile>
-CUTE_DEVICE float* scale_in_tile(uint16_t* tile, int row) {
+CUTE_DEVICE float* scale_behind(uint16_t* row) {
   static_assert(Tile::kRowStride - Tile::kDimsPadded == kChunk);
-  return reinterpret_cast<float*>(tile + typename Tile::Layout{}(row, Tile::kDimsPadded));
+  return reinterpret_cast<float*>(row + Tile::kDimsPadded);
+}
+
+// Where those of a warp's tile are if the copy engine writes it, which leaves no room between rows.
+template <class T>
+CUTE_DEVICE float* scales_of_warp();
+
+// Where the scale of a tile's row is.
+template <class T, class Tile>
+CUTE_DEVICE float* scale_in_tile(uint16_t* tile, int row) {
+  if constexpr (T::kTma) {
+    return scales_of_warp<T>() + row;
+  } else {
+    return reinterpret_cast<float*>(tile + typename Tile::Layout{}(row, Tile::kDimsPadded));
+  }
 }
 
 // A new token's row, with a scale of its own.
@@ -55,7 +77,7 @@ struct ScaledRow : QuantisedRow<T, kDims, Format, is_value> {
   template <class Tile>
   CUTE_DEVICE void store_to(uint16_t* tile, int row) const {
     QuantisedRow<T, kDims, Format, is_value>::template store_to<Tile>(tile, row);
-    if (int(threadIdx.x) % kWarpSize == 0) *scale_in_tile<Tile>(tile, row) = scale;
+    if (int(threadIdx.x) % kWarpSize == 0) *scale_in_tile<T, Tile>(tile, row) = scale;
   }
 };
 template <class T, class Format>
@@ -74,7 +96,7 @@ struct ScaledPreparedRow : QuantisedPreparedRow<T, Format> {
   template <class Tile>
   CUTE_DEVICE void store_to(uint16_t* tile, int row) const {
     QuantisedPreparedRow<T, Format>::template store_to<Tile>(tile, row);
-    if (int(threadIdx.x) % kWarpSize == 0) *scale_in_tile<Tile>(tile, row) = scale;
+    if (int(threadIdx.x) % kWarpSize == 0) *scale_in_tile<T, Tile>(tile, row) = scale;
   }
 };
 
@@ -114,6 +136,11 @@ struct TokensOperands : Fp8Operands<T, Format> {
   using KeyScale = TokensKeyScale<T>;
   template <int kWidth>
   CUTE_DEVICE static void scale_values(Params const&, Work<T> const&, Merged<kWidth>&) {}
+  // Of the new token's value, whose scale lies behind its row.
+  CUTE_DEVICE static float number(uint16_t* row, int dim) {
+    float const scale = *scale_behind<typename T::ValueTile>(row);
+    return Fp8Operands<T, Format>::number(row, dim) * scale;
+  }
 };
 
 template <class T>
@@ -131,7 +158,7 @@ struct E5m2OfTokens : TokensOperands<T, E5m2> {
 template <class T>
 class TokenScales {
  public:
-  static_assert(T::kBlockN <= kWarpSize && T::kTensorOp && !T::kTma);
+  static_assert(T::kBlockN <= kWarpSize && T::kTensorOp);
 
   float key, value;  // 1 and 0 where there is no token
 
@@ -183,7 +210,7 @@ class TokenScales {
     int const row = int(threadIdx.x) % kWarpSize;
     int const number = tile * T::kBlockN + row - work_.num_cached;
     if (row >= T::kBlockN || number < 0 || number >= work_.new_tokens.count) return;
-    scale = *scale_in_tile<Tile>(rows, row);
+    scale = *scale_in_tile<T, Tile>(rows, row);
     if (!appends) return;
     typename CacheOf<T>::NewRow place;
     place.find(params_, work_, number);
@@ -237,12 +264,13 @@ class ValueRange {
   // Multiplies a tile's probabilities by its values' scales, a lane's each. All lanes take part.
   CUTE_DEVICE void scale(float value_scale, Accumulator<T>& acc,
                          float (&probability)[T::kLaneHeads][T::kLaneTokens]) {
-    float largest = value_scale;
-    CUTE_UNROLL
-    for (int bit = kWarpSize / 2; bit > 0; bit /= 2) {
-      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, bit));
-    }
+    float const largest = largest_of_warp(value_scale);
     if (largest > most_) raise(largest, acc);
+    scale(value_scale, probability);
+  }
+  // The same where they are known to be in range.
+  CUTE_DEVICE void scale(float value_scale,
+                         float (&probability)[T::kLaneHeads][T::kLaneTokens]) const {
     float const relative = value_scale * (kRoom / most_);
     CUTE_UNROLL
     for (int t = 0; t < T::kLaneTokens; ++t) {
@@ -252,16 +280,25 @@ class ValueRange {
     }
   }
   // Makes the sums what they count.
-  CUTE_DEVICE void finish(Accumulator<T>& acc) const { multiply(acc, most_ / kRoom); }
+  CUTE_DEVICE void finish(Accumulator<T>& acc) const { multiply(acc, unit()); }
+  CUTE_DEVICE float unit() const { return most_ / kRoom; }
+
+  // Before there are sums: makes it that of scales up to the largest.
+  CUTE_DEVICE void cover(float largest) {
+    if (largest > most_) most_ = power_of_two(largest);
+  }
 
  private:
   static constexpr float kRoom = 32768.f;
 
   CUTE_DEVICE void raise(float largest, Accumulator<T>& acc) {
-    // The next power of two, or the same: quotients of these are exact.
-    float const most = __uint_as_float((__float_as_uint(largest) + 0x7fffff) & 0x7f800000);
+    float const most = power_of_two(largest);
     multiply(acc, most_ / most);
     most_ = most;
+  }
+  // The next, or the same: quotients of these are exact.
+  CUTE_DEVICE static float power_of_two(float number) {
+    return __uint_as_float((__float_as_uint(number) + 0x7fffff) & 0x7f800000);
   }
   CUTE_DEVICE static void multiply(Accumulator<T>& acc, float by) {
     float factor[T::kLaneHeads];
@@ -272,76 +309,5 @@ class ValueRange {
 
   float most_ = 1.1754944e-38f;  // the smallest normal number
 };
-
-template <class V>
-CUTE_DEVICE void attend(Params const& p, Work<Traits<V>> const& w, SharedStorage<Traits<V>>& shared,
-                        TileRing<Traits<V>>& ring) {
-  using T = Traits<V>;
-  int const warp = threadIdx.x / kWarpSize;
-  ring.fill(p, w, w.first_tile(warp));
-  TokenScales<T> scales(p, w);
-  scales.load(w.first_tile(warp));
-  TokenAhead<T> const prepared(p, w, warp);
-  Scorer<T> const score(p, w, shared);
-  Logits<T> const logits(p, w);
-  OnlineSoftmax<T> softmax;
-  Accumulator<T> acc(shared);
-  ValueRange<T> range;
-  CUTE_NO_UNROLL
-  for (int tile = w.first_tile(warp); tile < w.num_tiles; tile += w.tile_step()) {
-    int const left = w.num_tokens - tile * T::kBlockN;
-    bool const last = tile == w.num_tiles - 1;
-    float scores[T::kLaneHeads][T::kLaneTokens];
-    NewToken<T> token;
-    if constexpr (kOneQuery<T> && kPreparesRows<T>) {
-      token = prepared.token();
-    } else {
-      if (kOneQuery<T> && last && w.appends) token.load(p, w);
-    }
-    NewTokensOfTile<T> new_tokens(p, w, tile, ring);
-    auto* keys = ring.wait_keys();
-    new_tokens.put_keys(keys);
-    if constexpr (!kOneQuery<T>) scales.take_keys(tile, keys);
-    if (kOneQuery<T> && last && w.appends) {
-      put_new_row<typename T::KeyTile>(token.key, left, keys);
-      scales.put(left - 1, token);
-      if (kMayLoseTokens<T> && token.row.lost(p)) ring.lose();
-      if (w.head_block == 0) {
-        token.append(p, w);
-        scales.append(token);
-      }
-    }
-    score_tile<T>(score, keys, {left, left - 1}, logits, scales.key, scores);
-    hide_padding<T>(w, tile, scores);
-    ring.refill_keys(w, tile);
-    softmax.update(scores, [&](auto const& factor) { acc.rescale(factor); });
-    auto const count_values = [&] {
-      range.scale(scales.value, acc, scores);
-      scales.load(tile + w.tile_step());
-    };
-    if constexpr (kOneQuery<T>) count_values();
-    auto* values = ring.wait_values();
-    if (last) {
-      clear_value_rows<T>(values, left);
-      if (kOneQuery<T> && w.appends) put_new_row<typename T::ValueTile>(token.value, left, values);
-      __syncwarp();
-    }
-    new_tokens.put_values(values);
-    if constexpr (!kOneQuery<T>) {  // whose values' scales come with their rows
-      scales.take_values(tile, values);
-      count_values();
-    }
-    acc.add(values, scores);
-    ring.refill_values(w, tile);
-  }
-  range.finish(acc);
-  ring.drain();
-  if (kMayLoseTokens<T> && ring.lost()) {
-    softmax.spoil();
-    report(p, w);
-  }
-  acc.store(reinterpret_cast<float*>(shared.warp[warp]));
-  softmax.store(shared.row_max[warp], shared.row_sum[warp]);
-}
 
 }  // namespace gqa

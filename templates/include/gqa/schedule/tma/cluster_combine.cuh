@@ -8,6 +8,7 @@
 
 #include <gqa/arch/ptx_sm90.cuh>
 #include <gqa/schedule/tma/storage_tma.cuh>
+#include <gqa/schedule/tma/tile_scales.cuh>
 #include <gqa/stage/combine.cuh>
 #include <gqa/stage/output.cuh>
 #include <gqa/stage/score.cuh>
@@ -114,7 +115,8 @@ class ClusterCombine {
     if (alone()) __syncthreads();
     int const warp = threadIdx.x / kWarpSize;
     if (warp * kWarpSize < num_slices() && work_.brings_new_token()) {
-      score.score_one(shared_.new_key, Logits<T>(p, work_), shared_.new_score[warp]);
+      TileScales<T>::of_new_key(score, shared_)
+          .score_one(shared_.new_key, Logits<T>(p, work_), shared_.new_score[warp]);
       __syncwarp();
     }
     if (work_.num_clusters > 1) return receive_by_way_of_global(p);

@@ -11,6 +11,7 @@
 
 #include <gqa/schedule/pdl.cuh>
 #include <gqa/schedule/tma/single_tile.cuh>
+#include <gqa/schedule/tma/tile_scales.cuh>
 #include <gqa/stage/append.cuh>
 #include <gqa/stage/softmax.cuh>
 #include <gqa/stage/value.cuh>
@@ -21,7 +22,7 @@ namespace gqa {
 template <class T>
 CUTE_DEVICE void attend_multi_tile(TmaParams const& p, ClusterWork<T> const& w,
                                    ClusterStorage<T>& shared, TmaRing<T>& ring,
-                                   Scorer<T> const& score,
+                                   Scorer<T> const& score, TileScales<T>& scales,
                                    ClusterCombine<T> const& cluster_combine) {
   int const warp = threadIdx.x / kWarpSize;
   BiasOf<T> const bias(p.decode, w);
@@ -35,7 +36,9 @@ CUTE_DEVICE void attend_multi_tile(TmaParams const& p, ClusterWork<T> const& w,
     NewTokensOfTile<T> new_tokens(p.decode, w, tile, ring);
     auto* keys = ring.wait_keys();
     new_tokens.put_keys(keys);
-    score(keys, {left, left - 1 + w.behind_tiles()}, Logits<T>(p.decode, bias, sight), scores);
+    scales.take_keys(tile, keys);
+    TileEnd const end = {left, left - 1 + w.behind_tiles()};
+    scales.score(score, keys, end, Logits<T>(p.decode, bias, sight), scores);
     hide_padding<T>(w, tile, scores);
     ring.refill_keys(w, tile);
     softmax.update(scores, [&](auto const& factor) { acc.rescale(factor); });
@@ -46,9 +49,13 @@ CUTE_DEVICE void attend_multi_tile(TmaParams const& p, ClusterWork<T> const& w,
     }
     new_tokens.put_values(values);
     clear_hidden_rows<T>(w, tile, values);
+    scales.take_values(tile, values);
+    scales.scale(scores, acc);
+    scales.load(tile + w.tile_step());
     acc.add(values, scores);
     ring.refill_values(w, tile);
   }
+  scales.finish(acc);
   if (kMayLoseTokens<T> && ring.lost()) {
     softmax.spoil();
     report(p.decode, w);
@@ -110,6 +117,8 @@ CUTE_DEVICE void decode_tma(TmaParams const& p) {
   // Tiles that were not known before, which everybody waits for, are asked for before the queries.
   constexpr bool kLate = !kKnowsTiles<T>;
   if (kLate && !w.is_idle()) ring.fill(w, w.first_tile(warp));
+  TileScales<T> scales(p.decode, w);
+  scales.load(w.first_tile(warp));
   // Rows that are prepared are waited for, those of the new token by another warp than those of
   // most queries.
   NewToken<T> token;
@@ -133,15 +142,19 @@ CUTE_DEVICE void decode_tma(TmaParams const& p) {
     if (!kPreparesRows<T>) token.load(p.decode, w);
     token.key.store(shared.new_key);
     token.value.store(shared.new_value);
+    scales.store(token, shared);
     if (kMayLoseTokens<T> && w.split == 0 && token.row.lost(p.decode)) ring.lose();
-    if (w.split == 0 && w.head_block == 0) token.append(p.decode, w);
+    if (w.split == 0 && w.head_block == 0) {
+      token.append(p.decode, w);
+      scales.append(token);
+    }
   }
   // Every block's barrier is ready. A block that is alone sends nothing, and waits for nobody.
   if (w.log_num_ranks > 0) cute::cluster_wait();
   if (w.num_walked_tiles() <= w.tile_step()) {
-    attend_single_tile(p, w, shared, ring, score, cluster_combine);
+    attend_single_tile(p, w, shared, ring, score, scales, cluster_combine);
   } else {
-    attend_multi_tile(p, w, shared, ring, score, cluster_combine);
+    attend_multi_tile(p, w, shared, ring, score, scales, cluster_combine);
   }
   if (T::kPdl && p.decode.pdl == Pdl::kEnd) start_next_kernel();
   cluster_combine.receive(p.decode, score);

@@ -7,6 +7,7 @@
 #include <gqa/schedule/tma/block_reduce.cuh>
 #include <gqa/schedule/tma/cluster_combine.cuh>
 #include <gqa/schedule/tma/load_tma.cuh>
+#include <gqa/schedule/tma/tile_scales.cuh>
 #include <gqa/stage/append.cuh>
 #include <gqa/stage/score.cuh>
 
@@ -96,7 +97,7 @@ struct DimTile {
 template <class T>
 CUTE_DEVICE void attend_single_tile(TmaParams const& p, ClusterWork<T> const& w,
                                     ClusterStorage<T>& shared, TmaRing<T>& ring,
-                                    Scorer<T> const& score,
+                                    Scorer<T> const& score, TileScales<T>& scales,
                                     ClusterCombine<T> const& cluster_combine) {
   int const warp = threadIdx.x / kWarpSize;
   int const lane = threadIdx.x % kWarpSize;
@@ -129,10 +130,19 @@ CUTE_DEVICE void attend_single_tile(TmaParams const& p, ClusterWork<T> const& w,
   if (left > 0) {
     auto* keys = ring.wait_keys();
     new_tokens.put_keys(keys);
-    score(keys, {left, left - 1 + w.behind_tiles()}, Logits<T>(p.decode, w), scores);
+    scales.take_keys(w.first_tile(warp), keys);
+    TileEnd const end = {left, left - 1 + w.behind_tiles()};
+    scales.score(score, keys, end, Logits<T>(p.decode, w), scores);
     hide_padding<T>(w, w.first_tile(warp), scores);
+    if constexpr (TileScales<T>::kWithRows) {
+      typename T::Stored* values = ring.wait_values();
+      new_tokens.put_values(values);
+      scales.take_values(w.first_tile(warp), values);
+    }
   }
+  scales.publish(shared);
   softmax_over_block<T>(scores, max, sum, shared);
+  scales.scale(scores, shared);
   if (kMayLoseTokens<T> && ring.lost()) {
     CUTE_UNROLL
     for (float& s : sum) s = kNan;
@@ -144,7 +154,7 @@ CUTE_DEVICE void attend_single_tile(TmaParams const& p, ClusterWork<T> const& w,
   if (left > 0) {
     typename T::Stored* values = ring.wait_values();
     if (left < T::kBlockN) clear_rows<T>(values, left);
-    new_tokens.put_values(values);
+    if constexpr (!TileScales<T>::kWithRows) new_tokens.put_values(values);
     clear_hidden_rows<T>(w, w.first_tile(warp), values);
   } else {
     ring.drain();
@@ -169,7 +179,7 @@ CUTE_DEVICE void attend_single_tile(TmaParams const& p, ClusterWork<T> const& w,
     for (int half = 0; half < 2; ++half) {
       CUTE_UNROLL
       for (int n = 0; n < kHeadTiles; ++n) {
-        target[i][half][n].send(o.pair(n, half), cluster_combine.alone());
+        target[i][half][n].send(scales.finish(o.pair(n, half)), cluster_combine.alone());
       }
     }
   }
