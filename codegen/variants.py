@@ -58,22 +58,25 @@ _TMA_TILES: tuple[tuple[int, int, int, int], ...] = (
     (192, 16, 8, 2),
     (256, 16, 8, 1),
 )
-# The same of caches with elements of 8 bits, whose tiles have more tokens for as many bytes.
+# The same of caches with elements of 8 bits.
 _FP8_TILES: tuple[tuple[int, int, int, int], ...] = (
+    (64, 32, 4, 1),
     (80, 32, 8, 1),
-    (128, 16, 4, 2),
+    (128, 16, 4, 1),
     (160, 16, 8, 2),
-    (176, 16, 8, 1),
-    (256, 16, 4, 2),
+    (192, 16, 8, 1),
+    (256, 32, 4, 1),
 )
 # With scales of tokens, which take registers: more blocks, of fewer warps; and with several tokens.
 _TOKENS_TILES: tuple[tuple[int, int, int, int], ...] = (
+    (64, 32, 4, 1),
     (80, 32, 8, 1),
     (128, 16, 4, 1),
-    (256, 16, 4, 2),
+    (256, 32, 4, 1),
 )
 _SEVERAL_TOKENS_TILES: tuple[tuple[int, int, int, int], ...] = ((80, 32, 4, 1), (256, 16, 4, 2))
-_FP8_TMA_TILES: tuple[tuple[int, int, int, int], ...] = ((128, 32, 8, 2), (256, 32, 8, 1))
+_FP8_TMA_TILES: tuple[tuple[int, int, int, int], ...] = ((128, 32, 8, 2), (256, 16, 8, 2))
+_TOKENS_TMA_TILES: tuple[tuple[int, int, int, int], ...] = ((128, 32, 8, 2), (256, 32, 8, 1))
 
 
 @cache
@@ -112,14 +115,7 @@ def default_config(
     paged = any(p.feature == "block_table" for p in policies)
     of_tokens = bool({*OF_TOKENS} & {*policies})
     several = any(p.slot is QUERIES for p in policies)
-    if each == 1:
-        tiles = _TMA_TILES if schedule is Schedule.TMA else _TILES
-    elif schedule is Schedule.TMA:
-        tiles = _FP8_TMA_TILES
-    elif of_tokens:
-        tiles = _SEVERAL_TOKENS_TILES if several else _TOKENS_TILES
-    else:
-        tiles = _FP8_TILES
+    tiles = _tiles(schedule, each, of_tokens, several)
     block_n, num_warps, num_stages = next(tile for limit, *tile in tiles if largest <= limit)
     if schedule is Schedule.TMA and paged and largest > BOX_DIMS * each:
         block_n = PAGE_TOKENS
@@ -148,6 +144,17 @@ def default_config(
         head_dim_v=head_dim_v,
         policies=policies,
     )
+
+
+def _tiles(
+    schedule: Schedule, each: int, of_tokens: bool, several: bool
+) -> tuple[tuple[int, int, int, int], ...]:
+    """Tile shapes of a schedule, by what a cache holds."""
+    if schedule is Schedule.TMA:
+        return _TMA_TILES if each == 1 else _TOKENS_TMA_TILES if of_tokens else _FP8_TMA_TILES
+    if not of_tokens:
+        return _TILES if each == 1 else _FP8_TILES
+    return _SEVERAL_TOKENS_TILES if several else _TOKENS_TILES
 
 
 def _block_h(math: Math, head_dim: int, rows: int, room: int | None) -> int:
