@@ -12,7 +12,7 @@ from gqa_cutlass.codegen import DType, Math, default_config
 from gqa_cutlass.codegen.schema.policies import FP8
 from gqa_cutlass.codegen.schema.problem import WIDEST, Problem
 from gqa_cutlass.codegen.variants import shipped
-from gqa_cutlass.dispatch import Device, dispatch
+from gqa_cutlass.dispatch import Choice, Device, dispatch
 from gqa_cutlass.tuning.candidates import chosen
 from gqa_cutlass.tuning.run import name_of
 from gqa_cutlass.tuning.search import Tuned, lowest_of, regret
@@ -24,11 +24,16 @@ TABLES = sorted(SHIPPED.glob("*.json"))
 LOST = {"dense": (1.05, 1.15), "pages": (1.05, 1.16), "8 bits": (1.06, 1.35)}
 
 
+def taken(tuned: Tuned, device: Device, ragged: bool) -> Choice:
+    """The model's launch."""
+    return chosen(dispatch(tuned.problem, device, ragged=ragged))
+
+
 def behind(tuned: Tuned, device: Device, *, ragged: bool) -> float:
     """By what factor the model's launch has more regret than the table's, in known lengths."""
     names = [n for n, held in tuned.lengths.items() if ragged or len(set(held)) == 1]
     times = {c: {n: each[n] for n in names} for c, each in tuned.times.items()}
-    model = chosen(dispatch(tuned.problem, device, ragged=ragged))
+    model = taken(tuned, device, ragged)
     best = tuned.best_of(model, ragged=ragged)
     lowest = lowest_of(times)
     return regret(times[model], lowest) / regret(times[best], lowest)
@@ -85,6 +90,8 @@ def test_the_model_loses_little_against_a_table(path: Path, ragged: bool) -> Non
     device = device_of(table)
     for kind, (mean, worst) in LOST.items():
         problems = [tuned for tuned in table.found if kind_of(tuned.problem) == kind]
-        lost = {name_of(t.problem): behind(t, device, ragged=ragged) for t in problems}
+        measured = [tuned for tuned in problems if taken(tuned, device, ragged) in tuned.times]
+        assert 2 * len(measured) > len(problems)  # the others have tiles that are younger than it
+        lost = {name_of(t.problem): behind(t, device, ragged=ragged) for t in measured}
         assert math.exp(math.fsum(map(math.log, lost.values())) / len(lost)) <= mean, lost
         assert {name: each for name, each in lost.items() if each > worst} == {}
