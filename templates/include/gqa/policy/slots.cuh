@@ -41,16 +41,17 @@
 //   NewToken  what is appended.      load_key(p, work, token, row), load_value likewise: the rows
 //                                    of this block's KV head, before they are quantised.
 //   Operands  what is stored, and    Stored: what caches and tiles consist of, kPacked elements in
-//             what is multiplied.    16 bits; Multiplied: what the MMA takes. TokenRow: of a token
-//                                    that is stored, PreparedTokenRow of a key that is prepared;
-//                                    quantise_key, quantise_value, quantise (both): once, when
-//                                    all rows are on the way. KeyScale: what a product
-//                                    counts, scaled(), set() once queries are there; scale_values:
-//                                    of an output. query_dim, is_padding, kHalfStep, kRowStep:
-//                                    which dims a lane's operands have. add_keys, add_values:
-//                                    products of a tile; value_row, value_fragment: an operand of
-//                                    16 dims; load_step: one of a single key. number, Numbers:
-//                                    elements on CUDA cores.
+//             what is multiplied.    16 bits; Multiplied: what the MMA takes. KeyTokenRow,
+//                                    ValueTokenRow: of a token that is stored, PreparedTokenRow of
+//                                    a key that is prepared; quantise_key, quantise_value: once,
+//                                    when all rows are on the way, or both by quantise, with
+//                                    NewScales that were asked for before them. KeyScale: what a
+//                                    product counts, scaled(), set() once queries are there;
+//                                    scale_values: of an output. query_dim, is_padding, kHalfStep,
+//                                    kRowStep: which dims a lane's operands have. add_keys,
+//                                    add_values: products of a tile; value_row, value_fragment: an
+//                                    operand of 16 dims; load_step: one of a single key. number,
+//                                    Numbers: elements on CUDA cores.
 //   Output    what else is divided   finish(p, work, head, merged): called once per output, when
 //             by.                    everything has been merged.
 //   Result    what outputs are       rounded(values): a cutlass array of as many, made of one of
