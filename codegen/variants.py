@@ -105,7 +105,8 @@ def default_config(
         num_tokens: Query tokens of a sequence.
 
     Raises:
-        ConfigError: head_dim, group_size or vec_width is out of range.
+        ConfigError: head_dim, group_size or vec_width is out of range; or, with tma and pages,
+            values are so much wider than keys that a warp's partial output has no room in tiles.
     """
     check_head_dim(head_dim)
     value_dim = head_dim if head_dim_v is None else head_dim_v
@@ -119,9 +120,13 @@ def default_config(
     block_n, num_warps, num_stages = next(tile for limit, *tile in tiles if largest <= limit)
     if schedule is Schedule.TMA and paged and largest > BOX_DIMS * each:
         block_n = PAGE_TOKENS
-    # With tma, a warp's partial output takes the place of its tiles.
-    tiles_bytes = sum(box_tile_bytes(dim // each, block_n) for dim in (head_dim, value_dim))
-    room = tiles_bytes // (4 * value_dim) if schedule is Schedule.TMA else None
+    # With tma, a warp's partial output takes the place of its tiles: wide values beside narrow keys
+    # want longer ones.
+    dims = head_dim, value_dim
+    room = _heads_in_tiles(dims, each, block_n) if schedule is Schedule.TMA else None
+    if room is not None and room < 8 and not paged:
+        block_n, num_stages = 2 * block_n, 1
+        room = _heads_in_tiles(dims, each, block_n)
     if largest > 224 and room is None and (paged or each > 1):
         room = 8  # more heads of 256 dims spill, with addresses of pages or conversions beside them
     elif of_tokens and several:
@@ -130,13 +135,16 @@ def default_config(
         room = most if room is None else min(room, most)
     elif of_tokens and room is not None and largest > 224:
         room = 8
+    block_h = _block_h(math, largest, group_size * num_tokens, room)
+    if tiles is _FP8_TILES and block_h > 8 and largest == value_dim == 192:
+        num_warps, num_stages = 4, 2  # partial outputs of more warps have no room
     return KernelConfig(
         math=math,
         dtype=dtype,
         head_dim=head_dim,
         group_size=group_size,
         vec_width=vec_width,
-        block_h=_block_h(math, largest, group_size * num_tokens, room),
+        block_h=block_h,
         block_n=block_n,
         num_warps=num_warps,
         num_stages=num_stages,
@@ -144,6 +152,12 @@ def default_config(
         head_dim_v=head_dim_v,
         policies=policies,
     )
+
+
+def _heads_in_tiles(dims: tuple[int, int], each: int, block_n: int) -> int:
+    """Heads whose partial outputs have room in a warp's tiles of K and V, with tma."""
+    tiles_bytes = sum(box_tile_bytes(dim // each, block_n) for dim in dims)
+    return tiles_bytes // (4 * dims[1])
 
 
 def _tiles(
@@ -165,7 +179,7 @@ def _block_h(math: Math, head_dim: int, rows: int, room: int | None) -> int:
     # 16 heads of 232 to 248 dims spill, where those of 256 just fit: the shape is the compiler's.
     limit = 32 if head_dim <= 64 else 8 if 224 < head_dim < 256 else 16
     if room is not None:
-        limit = min(limit, room // 8 * 8)
+        limit = max(8, min(limit, room // 8 * 8))
     tiles = ceil_div(rows, 8)
     blocks = ceil_div(tiles * 8, limit)
     return min(limit, 8 * ceil_div(tiles, blocks))

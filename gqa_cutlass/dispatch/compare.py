@@ -14,7 +14,7 @@ from gqa_cutlass.dispatch.device import Device
 from gqa_cutlass.dispatch.launch import Dispatch, dispatch
 from gqa_cutlass.dispatch.model import MODELS
 from gqa_cutlass.dispatch.splits import most_splits, read_terms
-from gqa_cutlass.errors import InputError
+from gqa_cutlass.errors import ConfigError, InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,13 +102,13 @@ def runner_up(
     if config.math is Math.TENSOROP and config.vec_width == WIDEST:
         other = Schedule.MULTISTAGE if config.tma else Schedule.TMA
         if all(other in policy.schedules for policy in config.policies):
-            kernel = default_config(
-                config.math, config.dtype, config.head_dim, config.group_size, WIDEST, other,
-                config.policies, config.head_dim_v,
-            )  # fmt: skip
             try:
+                kernel = default_config(
+                    config.math, config.dtype, config.head_dim, config.group_size, WIDEST, other,
+                    config.policies, config.head_dim_v,
+                )  # fmt: skip
                 return dispatch(problem, device, kernel=kernel, ragged=ragged)
-            except InputError:  # it is for another architecture, or for other pages
+            except (ConfigError, InputError):  # there is none, here or for such pages
                 pass
     return _other_splits(problem, device, chosen, ragged)
 

@@ -24,7 +24,7 @@ from gqa_cutlass.dispatch.splits import (
     may_balance,
     spare_splits,
 )
-from gqa_cutlass.errors import InputError
+from gqa_cutlass.errors import ConfigError, InputError
 
 SMALLEST_COPY = 2  # elements that an asynchronous copy moves at least (cp.async: four bytes)
 _WORD_BYTES = 4
@@ -288,7 +288,10 @@ def _choose_schedule(problem: Problem, device: Device, ragged: bool) -> tuple[Sc
     for policy in problem.policies:
         if Schedule.TMA not in policy.schedules:
             return Schedule.MULTISTAGE, f"{Schedule.TMA} does not have {policy.feature}"
-    tma = _config_of(problem, Schedule.TMA)
+    try:
+        tma = _config_of(problem, Schedule.TMA)
+    except ConfigError:
+        return Schedule.MULTISTAGE, "tiles of pages are too short for values so wide with tma"
     if device.arch.name not in tma.archs:
         return Schedule.MULTISTAGE, f"{device.arch.name} is not among {', '.join(tma.archs)}"
     model = MODELS[device.arch.name]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gqa_cutlass.codegen import ARCHES, DType, KernelConfig, Math, Schedule, default_config
 from gqa_cutlass.codegen.config import MAX_GROUP_SIZE
-from gqa_cutlass.codegen.schema.policies import E4M3, E4M3_OF_TOKENS, POLICIES
+from gqa_cutlass.codegen.schema.policies import E4M3, E4M3_OF_TOKENS, POLICIES, named, special
 from gqa_cutlass.codegen.schema.slots import SLOTS
 from gqa_cutlass.errors import ConfigError
 
@@ -271,6 +271,38 @@ def test_every_head_dim_and_group_has_a_kernel_with_tensor_copies(head_dim: int)
         assert (config.schedule, config.dtype, config.head_dim) == (Schedule.TMA, dtype, head_dim)
         assert (config.head_blocks - 1) * config.block_h < group_size
         assert config.head_blocks * config.block_h >= group_size
+
+
+@pytest.mark.parametrize("schedule", Schedule)
+@pytest.mark.parametrize("element", [None, E4M3, E4M3_OF_TOKENS], ids=str)
+@pytest.mark.parametrize("paged", [False, True], ids=["rows", "pages"])
+def test_values_of_every_head_dim_have_a_kernel_whatever_the_keys(
+    element: Any, paged: bool, schedule: Schedule
+) -> None:
+    """But with tensor copies of pages: their tiles of values so wide lack room for outputs."""
+    elements = [] if element is None else [element]
+    paging = [named("PagedCache")] if paged else []
+    for count in (1, 8):
+        several = [named("SeveralQueries")] if count > 1 else []
+        policies = special((*elements, *paging, *several))
+        dims = range(32, 257, 16)
+        for head_dim, head_dim_v, group_size in product(dims, dims, (1, 8, 16)):
+            narrow = head_dim <= 128 and head_dim_v > 192
+            if paged and elements and schedule is Schedule.TMA and narrow:
+                with pytest.raises(ConfigError, match="warp's partial output has room"):
+                    _with_values(schedule, head_dim, head_dim_v, group_size, policies, count)
+                continue
+            config = _with_values(schedule, head_dim, head_dim_v, group_size, policies, count)
+            assert config.value_dim == head_dim_v
+            assert config.row_blocks(count) * config.block_h >= group_size * count
+
+
+def _with_values(
+    schedule: Schedule, head_dim: int, head_dim_v: int, group_size: int, policies: Any, count: int
+) -> KernelConfig:
+    return default_config(
+        Math.TENSOROP, DType.F16, head_dim, group_size, 8, schedule, policies, head_dim_v, count
+    )
 
 
 @settings(deadline=None)

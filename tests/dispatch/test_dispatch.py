@@ -9,9 +9,10 @@ import pytest
 
 from gqa_cutlass.codegen import ARCHES, DType, KernelConfig, Math, Schedule, default_config, shipped
 from gqa_cutlass.codegen.schema.launch import Pdl
-from gqa_cutlass.codegen.schema.policies import FP8, OF_TOKENS, named
+from gqa_cutlass.codegen.schema.policies import FP8, OF_TOKENS, Policy, named, special
 from gqa_cutlass.codegen.schema.problem import MAX_SPLITS, Problem
 from gqa_cutlass.dispatch import choose_config, dispatch, model_device
+from gqa_cutlass.dispatch.compare import runner_up
 from gqa_cutlass.errors import InputError
 
 H200 = model_device(ARCHES["sm_90a"])
@@ -41,6 +42,24 @@ PROBLEMS = [
     for tokens in (1, 100, 4096, 131072)
     for heads, dim in ((8, 64), (32, 128), (256, 128), (64, 256))
 ]
+
+
+@pytest.mark.parametrize("page_size", [None, 16])
+@pytest.mark.parametrize("element", [*FP8, *OF_TOKENS], ids=str)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_wide_values_beside_narrow_keys_of_8_bits_have_a_launch(
+    element: Policy, page_size: int | None, arch: str
+) -> None:
+    policies = (element,) if page_size is None else (named("PagedCache"), element)
+    problem = replace(
+        LLAMA_3_8B, num_q_heads=16, num_kv_heads=2, head_dim=64, head_dim_v=256,
+        policies=special(policies), page_size=page_size,
+    )  # fmt: skip
+    device = model_device(ARCHES[arch])
+    found = dispatch(problem, device)
+    tma = arch == "sm_90a" and page_size is None
+    assert found.config.tma == tma and found.config.value_dim == 256
+    assert runner_up(problem, device, found) is not None
 
 
 @pytest.mark.parametrize("vec_width", [8, 4, 2])
