@@ -64,7 +64,7 @@ _FP8_TILES: tuple[tuple[int, int, int, int], ...] = (
     (80, 32, 8, 1),
     (128, 16, 4, 1),
     (160, 16, 8, 2),
-    (192, 16, 8, 1),
+    (176, 16, 8, 1),
     (256, 32, 4, 1),
 )
 # With scales of tokens, which take registers: more blocks, of fewer warps; and with several tokens.
@@ -136,8 +136,6 @@ def default_config(
     elif of_tokens and room is not None and largest > 224:
         room = 8
     block_h = _block_h(math, largest, group_size * num_tokens, room)
-    if tiles is _FP8_TILES and block_h > 8 and largest == value_dim == 192:
-        num_warps, num_stages = 4, 2  # partial outputs of more warps have no room
     return KernelConfig(
         math=math,
         dtype=dtype,
