@@ -13,10 +13,11 @@ from torch import Tensor
 import gqa_cutlass
 from gqa_cutlass.call.stored import FP8
 from gqa_cutlass.codegen import DType, KernelConfig, Math, Schedule, default_config
-from gqa_cutlass.proof.reference import stored
+from gqa_cutlass.proof.reference import same_bits, stored
 
 PROCESS = "features"  # has all tests of this folder, for they have kernels in common
 
+E4M3, _ = FP8
 SCALES = (
     1.0, 0.5, 0.3, 0.02, 7e-4, 123.456, 2.0**-64, 2.0**64, 5.3e-20, 1.9e19, 1e-24, 3e24, 1e-30,
     1e30, 2.0**-120, 2.0**120, -0.3, -1.0,
@@ -52,6 +53,25 @@ def test_scales_may_be_of_any_size(dtype: torch.dtype, kind: str, device: str) -
     values = (_halfway(dtype) * scales[:, None]).bfloat16()
     rows = torch.stack([_rows(each) for each in values], 1)
     _check(dtype, kind, DType.BF16, rows, scales.to(device), device)
+
+
+@pytest.mark.parametrize(("math_", "row"), diagonal(Math, [(8, 48), (4, 64), (4, 40), (2, 32)]))
+def test_lanes_without_a_part_of_a_row_quantise_with_the_others(
+    math_: Math, row: tuple[int, int], device: str
+) -> None:
+    """As both rows of a token are quantised at once."""
+    width, head_dim = row
+    config = default_config(math_, DType.F16, head_dim, 4, width, policies=(FP8[E4M3],))
+    skip_unless_it_runs(config, device)
+    generator = torch.Generator().manual_seed(head_dim)
+    k, v = torch.randn(2, 1, 2, head_dim, generator=generator).half().to(device)
+    caches = [torch.zeros(1, 16, 2, head_dim, dtype=E4M3, device=device) for _ in "kv"]
+    q = torch.zeros(1, 8, head_dim, dtype=k.dtype, device=device)
+    scales = {"k_scale": 0.3, "v_scale": 0.02}
+    made = gqa_cutlass.plan(q, *caches, k, v, cache_seqlens=7, kernel=config, **scales)
+    made(q, *caches, k, v, 7)
+    for cache, token, scale in zip(caches, (k, v), scales.values(), strict=True):
+        assert same_bits(cache[:, 7], stored(token, scale, E4M3))
 
 
 @pytest.mark.gpu

@@ -60,10 +60,16 @@ constexpr bool kTakesHalf = kDims <= T::kVecWidth * kWarpSize / 2;
 // the first of the other half where that is enough: then both are quantised at once.
 template <class T, int kDims, class Format, bool is_value = false>
 struct QuantisedRow : WarpRow<T, kDims, is_value && kTakesHalf<T, kDims> ? kWarpSize / 2 : 0> {
+  using Base = WarpRow<T, kDims, is_value && kTakesHalf<T, kDims> ? kWarpSize / 2 : 0>;
   using Bytes = cute::uint_bit_t<T::kVecWidth * 8>;
 
-  Bytes bytes[QuantisedRow::kPerLane];
+  Bytes bytes[Base::kPerLane];
 
+  // Lanes that have no part of a row quantise with the others: zeros, then.
+  CUTE_DEVICE void load(typename T::Element const* row) {
+    if constexpr (kTakesHalf<T, kDims>) this->vec[0] = Vector<T>(0);
+    Base::load(row);
+  }
   CUTE_DEVICE void quantise(float scale) {
     Divisor const divisor(scale);
     this->for_each(
