@@ -231,6 +231,22 @@ def unlike_sizes(device: str, tokens: tuple[int, int] | None = None) -> Case:
     return made
 
 
+def of_values_scaled(
+    device: str, scale: float, until: int, tokens: tuple[int, int] | None = None
+) -> Case:
+    """Values up to a token have one scale, all others, and new ones, theirs; or as many as there
+    are, new ones then being of that size."""
+    made = case(device, queries=BF16, lengths=(300,), tokens=tokens)
+    made.options["num_splits"] = 1
+    made.v_scale[:, :until] = scale
+    if until == 300:
+        made.v *= abs(scale)
+    return made
+
+
+# Zero, as of a cache that is all zeros; less than what appends make of normal numbers; negative.
+ODD_SCALES = [(0.0, 300), (0.0, 64), (1e-36, 300), (-0.5, 300), (-0.5, 64)]
+
 FEATURES = {
     "pages": in_pages, "pages of 7": lambda c: in_pages(c, 7), "window and cap": windowed,
     "sinks and slopes": with_sinks_and_slopes, "padding and an index": padded_rows,

@@ -5,7 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import diagonal
-from token_scales import BAD, BF16, E4M3, F16, FEATURES, HEADS, case, unlike_sizes
+from token_scales import (
+    BAD,
+    BF16,
+    E4M3,
+    F16,
+    FEATURES,
+    HEADS,
+    ODD_SCALES,
+    case,
+    of_values_scaled,
+    unlike_sizes,
+)
 
 import gqa_cutlass
 from gqa_cutlass import gqa_decode
@@ -36,6 +47,13 @@ def test_features_go_with_scales_of_tokens(name: str, device: str) -> None:
 def test_values_of_any_size_count(device: str) -> None:
     """Outputs are those of the largest."""
     unlike_sizes(device).check()
+
+
+@pytest.mark.parametrize(("odd", "tokens"), diagonal(ODD_SCALES, [None, (3, 3)]))
+def test_scales_of_values_may_be_zero_tiny_or_negative(
+    odd: tuple[float, int], tokens: tuple[int, int] | None, device: str
+) -> None:
+    of_values_scaled(device, *odd, tokens).check()
 
 
 def test_values_that_are_small_count_beside_larger_ones_that_are_not_seen(device: str) -> None:

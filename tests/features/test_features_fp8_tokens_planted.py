@@ -235,8 +235,8 @@ BUGS = (
     Planted(
         name="the largest scale of one lane",
         header=TMA,
-        old="float const largest = largest_of_warp(this->value);",
-        new="float const largest = this->value;",
+        old="float const largest = largest_of_warp(fabsf(this->value));",
+        new="float const largest = fabsf(this->value);",
         wrong="output",
         made=unlike_rows_by_tma,
     ),

@@ -13,11 +13,13 @@ from token_scales import (
     E4M3,
     F16,
     FEATURES,
+    ODD_SCALES,
     STORED,
     Case,
     by_tma,
     case,
     in_pages,
+    of_values_scaled,
     unlike_sizes,
 )
 from turnings import Turning
@@ -123,6 +125,13 @@ def test_values_of_any_size_count(splits: int, tokens: tuple[int, int] | None, d
     made = by_tma(unlike_sizes(device, tokens))
     made.options["num_splits"] = splits
     made.check()
+
+
+@pytest.mark.parametrize(("odd", "tokens"), diagonal(ODD_SCALES, [None, (3, 3)]))
+def test_scales_of_values_may_be_zero_tiny_or_negative(
+    odd: tuple[float, int], tokens: tuple[int, int] | None, device: str
+) -> None:
+    by_tma(of_values_scaled(device, *odd, tokens)).check()
 
 
 @pytest.mark.parametrize(("length", "splits"), [(64, 1), (600, 1), (600, 4)])

@@ -264,7 +264,7 @@ class ValueRange {
   // Multiplies a tile's probabilities by its values' scales, a lane's each. All lanes take part.
   CUTE_DEVICE void scale(float value_scale, Accumulator<T>& acc,
                          float (&probability)[T::kLaneHeads][T::kLaneTokens]) {
-    float const largest = largest_of_warp(value_scale);
+    float const largest = largest_of_warp(fabsf(value_scale));
     if (largest > most_) raise(largest, acc);
     scale(value_scale, probability);
   }
@@ -307,7 +307,7 @@ class ValueRange {
     acc.rescale(factor);
   }
 
-  float most_ = 1.1754944e-38f;  // the smallest normal number
+  float most_ = kRoom * 1.1754944e-38f;  // what it is for is a normal number then
 };
 
 }  // namespace gqa

@@ -48,7 +48,7 @@ class TileScalesOfTokens : public TokenScales<T> {
   CUTE_DEVICE void finish(Accumulator<T>& acc) const { range_.finish(acc); }
 
   CUTE_DEVICE void publish(ClusterStorage<T>& shared) const {
-    float const largest = largest_of_warp(this->value);
+    float const largest = largest_of_warp(fabsf(this->value));
     if (int(threadIdx.x) % kWarpSize == 0) table(shared)[threadIdx.x / kWarpSize] = largest;
   }
   CUTE_DEVICE void scale(float (&probability)[T::kLaneHeads][T::kLaneTokens],
