@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import diagonal, skip_unless_it_runs
+from helpers import THOROUGH, diagonal, skip_unless_it_runs
 from token_scales import (
     BF16,
     E4M3,
@@ -67,6 +67,7 @@ def test_every_split_counts_scales(
 
 
 @pytest.mark.parametrize("splits", [1, 4])
+@THOROUGH
 def test_a_length_that_all_sequences_have(splits: int, device: str) -> None:
     """Tiles are asked for before queries are."""
     made = by_tma(case(device, lengths=(200, 200), capacity=208))
@@ -105,6 +106,7 @@ def test_features_go_with_scales_of_tokens(
 
 
 @pytest.mark.parametrize("tokens", [None, (3, 3)], ids=["one", "several"])
+@THOROUGH
 def test_keys_are_normed_and_rotated_before_they_have_a_scale(
     tokens: tuple[int, int] | None, device: str
 ) -> None:
@@ -120,6 +122,7 @@ def test_keys_are_normed_and_rotated_before_they_have_a_scale(
 
 
 @pytest.mark.parametrize(("splits", "tokens"), [(1, None), (2, None), (8, None), (2, (20, 20))])
+@THOROUGH
 def test_values_of_any_size_count(splits: int, tokens: tuple[int, int] | None, device: str) -> None:
     """Outputs are those of the largest; a warp has several tiles, or one."""
     made = by_tma(unlike_sizes(device, tokens))
@@ -154,6 +157,7 @@ def test_values_that_are_small_count_beside_larger_ones_that_are_not_seen(
 
 
 @pytest.mark.parametrize("tokens", [None, (3, 3)], ids=["one", "several"])
+@THOROUGH
 def test_rows_of_zeros_and_of_what_is_no_number(
     tokens: tuple[int, int] | None, device: str
 ) -> None:
@@ -176,6 +180,7 @@ def test_rows_of_zeros_and_of_what_is_no_number(
 
 
 @pytest.mark.parametrize("tokens", [None, (4, 4)], ids=["one", "several"])
+@THOROUGH
 def test_attending_without_a_token(tokens: tuple[int, int] | None, device: str) -> None:
     made = by_tma(case(device, lengths=(300, 301), tokens=tokens))
     if tokens:
@@ -200,6 +205,7 @@ def overflows(device: str) -> Iterator[None]:
 
 @pytest.mark.usefixtures("overflows")
 @pytest.mark.parametrize("tokens", [None, (3, 3)], ids=["one", "several"])
+@THOROUGH
 def test_a_token_that_does_not_fit_writes_no_scale(
     tokens: tuple[int, int] | None, device: str
 ) -> None:
@@ -225,6 +231,7 @@ def test_pages_that_are_missing(page: int, tokens: tuple[int, int] | None, devic
     assert out[1].isnan().all() and not out[0].isnan().any()
 
 
+@THOROUGH
 def test_rows_that_are_inactive_write_no_scale(device: str) -> None:
     made = by_tma(case(device, lengths=(20, -1), capacity=64))
     assert (made.check(left_out={1})[1] == 0).all()
@@ -258,12 +265,14 @@ def test_every_new_token_has_a_scale_of_its_own(
 
 
 @pytest.mark.parametrize("head_dim", [128, 256])
+@THOROUGH
 def test_several_tokens_of_wide_heads(head_dim: int, device: str) -> None:
     made = case(device, queries=BF16, lengths=(37, 300), head_dim=head_dim, tokens=(4, 4))
     by_tma(made).check()
 
 
 @pytest.mark.parametrize("tokens", [None, (4, 4)], ids=["one", "several"])
+@THOROUGH
 def test_values_of_another_head_dim(tokens: tuple[int, int] | None, device: str) -> None:
     made = case(device, lengths=(37, 300), head_dim=128, tokens=tokens)
     made.v, made.v_cache = made.v[..., :64], made.v_cache[..., :64]
@@ -274,12 +283,14 @@ def test_values_of_another_head_dim(tokens: tuple[int, int] | None, device: str)
     made.check()
 
 
+@THOROUGH
 def test_several_blocks_of_heads_share_a_kv_head(device: str) -> None:
     """And one of them appends."""
     by_tma(case(device, lengths=(37, 260), head_dim=128, group=32)).check()
 
 
 @pytest.mark.parametrize("tokens", [None, (4, 4)], ids=["one", "several"])
+@THOROUGH
 def test_kernels_that_start_before_the_one_before_is_done(
     tokens: tuple[int, int] | None, device: str
 ) -> None:
