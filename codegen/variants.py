@@ -135,14 +135,13 @@ def default_config(
         room = most if room is None else min(room, most)
     elif of_tokens and room is not None and largest > 224:
         room = 8
-    block_h = _block_h(math, largest, group_size * num_tokens, room)
     return KernelConfig(
         math=math,
         dtype=dtype,
         head_dim=head_dim,
         group_size=group_size,
         vec_width=vec_width,
-        block_h=block_h,
+        block_h=_block_h(math, largest, group_size * num_tokens, room),
         block_n=block_n,
         num_warps=num_warps,
         num_stages=num_stages,

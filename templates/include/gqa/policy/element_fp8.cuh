@@ -58,9 +58,12 @@ constexpr bool kTakesHalf = kDims <= T::kVecWidth * kWarpSize / 2;
 
 // A new token's row: as it was given, and quantised. Keys begin with the first lane, values with
 // the first of the other half where that is enough: then both are quantised at once.
+template <class T, int kDims, bool is_value>
+using RowInHalf = WarpRow<T, kDims, is_value && kTakesHalf<T, kDims> ? kWarpSize / 2 : 0>;
+
 template <class T, int kDims, class Format, bool is_value = false>
-struct QuantisedRow : WarpRow<T, kDims, is_value && kTakesHalf<T, kDims> ? kWarpSize / 2 : 0> {
-  using Base = WarpRow<T, kDims, is_value && kTakesHalf<T, kDims> ? kWarpSize / 2 : 0>;
+struct QuantisedRow : RowInHalf<T, kDims, is_value> {
+  using Base = RowInHalf<T, kDims, is_value>;
   using Bytes = cute::uint_bit_t<T::kVecWidth * 8>;
 
   Bytes bytes[Base::kPerLane];
