@@ -43,7 +43,10 @@ FEATURED = {
         default_config(Math.TENSOROP, DType.BF16, 64, 8, 8, policies=tagged("win_sink")),
         replace(WIDE_64, policies=tagged("idx_paged")),
         replace(TMA_128, policies=tagged("paged")),
-        *(replace(WIDE_64, policies=tagged(tag)) for tag in ("e4m3", "e5m2", "paged_e5m2")),
+        *(
+            default_config(Math.TENSOROP, DType.F16, 64, 4, 8, policies=tagged(tag))
+            for tag in ("e4m3", "e5m2", "paged_e5m2")
+        ),
         default_config(Math.TENSOROP, DType.BF16, 128, 4, 8, Schedule.TMA, tagged("e4m3")),
         default_config(Math.TENSOROP, DType.F16, 192, 4, 8, Schedule.TMA, tagged("paged_e5m2")),
         default_config(
