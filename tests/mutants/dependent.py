@@ -96,8 +96,8 @@ DEPENDENT = (
     Mutant(
         name="padding behind the rows prefetched",
         header="load.cuh",
-        old="kRowBytes = Tile::kDims * int(",
-        new="kRowBytes = Tile::kDimsPadded * int(",
+        old="prefetch_to_l2(row(token), kRowBytes);",
+        new="prefetch_to_l2(row(token), kRowBytes / Tile::kDims * Tile::kDimsPadded);",
         fault="outside all tensors; at byte 80 of k_cache.* in `cp.async.bulk.prefetch",
         case=PADDED_PDL,
     ),
@@ -112,8 +112,8 @@ DEPENDENT = (
     Mutant(
         name="bytes taken for elements",
         header="load.cuh",
-        old="Tile::kDims * int(sizeof(typename T::Stored));",
-        new="Tile::kDims;",
+        old="prefetch_to_l2(row(token), kRowBytes);",
+        new="prefetch_to_l2(row(token), Tile::kDims);",
         fault="cp.async.bulk: 40 bytes; allowed: positive multiples of 16",
         case=PADDED_PDL,
     ),
