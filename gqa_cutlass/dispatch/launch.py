@@ -320,8 +320,7 @@ def _choose_schedule(problem: Problem, device: Device, ragged: bool) -> tuple[Sc
         why = "which the warps of one block read at once"
     else:
         why = f"of which {heads} pairs of blocks would leave multiprocessors idle"
-    tokens = counted(problem.reach, "token")
-    return Schedule.MULTISTAGE, f"{_shown(mib)} MiB of {tokens}, {why}"
+    return Schedule.MULTISTAGE, f"{_shown(mib)} MiB at length {problem.reach}, {why}"
 
 
 def _shown(mib: float) -> str:

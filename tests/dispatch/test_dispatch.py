@@ -138,27 +138,27 @@ def test_few_heads_and_small_caches_are_shared_by_clusters_of_hopper(
     [
         pytest.param(
             _problem(1, 16384, (40, 40, 128)),
-            "320.0 MiB of 16384 tokens, 40 KV heads in the batch, more than 32",
+            "320.0 MiB at length 16384, 40 KV heads in the batch, more than 32",
             id="large-of-many-heads",
         ),
         pytest.param(
             _problem(1, 128),
-            "0.5 MiB of 128 tokens, which the warps of one block read at once",
+            "0.5 MiB at length 128, which the warps of one block read at once",
             id="one-blocks-tiles",
         ),
         pytest.param(
             _problem(16, 1024),
-            "64.0 MiB of 1024 tokens, 128 KV heads in the batch, more than 64",
+            "64.0 MiB at length 1024, 128 KV heads in the batch, more than 64",
             id="many-heads",
         ),
         pytest.param(
             _problem(1, 4096, (32, 32, 96)),
-            "48.0 MiB of 4096 tokens, more than 16, in rows of partial copies",
+            "48.0 MiB at length 4096, more than 16, in rows of partial copies",
             id="partial-boxes",
         ),
         pytest.param(
             _problem(4, 5000),
-            "78.1 MiB of 5000 tokens, of which 32 pairs of blocks would leave multiprocessors idle",
+            "78.1 MiB at length 5000, of which 32 pairs of blocks would leave multiprocessors idle",
             id="pairs-of-blocks",
         ),
         pytest.param(
@@ -190,7 +190,7 @@ def test_large_caches_are_shared_by_clusters_if_none_can_be_ragged(
 ) -> None:
     chosen = dispatch(_problem(batch, 65536), H200, ragged=ragged)
     assert chosen.config.schedule is schedule
-    rest = "of 65536 tokens, more than 128, ragged" if ragged else "more than 128; few heads"
+    rest = "at length 65536, more than 128, ragged" if ragged else "more than 128; few heads"
     assert batch == 1 or rest in chosen.reasons[0]
 
 
