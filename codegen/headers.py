@@ -24,6 +24,7 @@ _TOKEN = re.compile(
 )
 
 
+@cache
 def code_of(text: str) -> str:
     """C++ without its comments and its layout, on which no machine code depends."""
     tokens = (found.group().strip() for found in _TOKEN.finditer(text))
