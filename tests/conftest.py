@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 from collections.abc import Iterator
@@ -18,9 +19,11 @@ from instant import InstantCompiler
 from gqa_cutlass.codegen import Kernel, carried
 from gqa_cutlass.codegen.compile import shared_headers
 from gqa_cutlass.codegen.render import code_digest
+from gqa_cutlass.cpu import executor
 from gqa_cutlass.kernels import store as store_module
 from gqa_cutlass.kernels.store import Store
 from gqa_cutlass.proof.evidence import Evidence, provenance
+from gqa_cutlass.ptxsim.prepare import Program
 
 # Of what they compare, a failure shows the difference, as in tests.
 pytest.register_assert_rewrite("c_and_python", "c_refusals")
@@ -96,6 +99,22 @@ def _shared_headers() -> Iterator[None]:
     """Most of the time goes into compiling; of several processes each takes space of its own."""
     few = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) <= 4
     with shared_headers() if few else nullcontext():
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _uncollected_programs() -> Iterator[None]:
+    """Programs of ptxsim stay and are millions of objects: the collector need not look again."""
+
+    made = executor.program_from
+
+    def program_from(ptx: str, name: str) -> Program:
+        program = made(ptx, name)
+        gc.freeze()
+        return program
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(executor, "program_from", program_from)
         yield
 
 

@@ -54,14 +54,30 @@ def sampled(items: Iterable[Any], key: Callable[[Any], object]) -> list[Any]:
     return found
 
 
-def diagonal(*axes: Iterable[Any]) -> list[Any]:
+def few(values: Iterable[Any], count: int = 1) -> list[Any]:
+    """Test parameters, tuples of several, of which CI takes the first few; a GPU takes all."""
+    return [_param(value, taken=i < count) for i, value in enumerate(values)]
+
+
+def every_second(values: Iterable[Any]) -> list[Any]:
+    """Test parameters, tuples of several, of which CI takes every second; a GPU takes all."""
+    return [_param(value, taken=i % 2 == 0) for i, value in enumerate(values)]
+
+
+def _param(value: Any, *, taken: bool) -> Any:
+    values = value if isinstance(value, tuple) else (value,)
+    return pytest.param(*values, marks=() if taken else THOROUGH)
+
+
+def diagonal(*axes: Iterable[Any], count: int | None = None) -> list[Any]:
     """The product of axes as test parameters, of which CI takes every value of every axis.
 
-    It takes as many as the longest axis has, going down all axes at once, the shorter ones over and
-    over; a GPU takes all. Axes of equal length go in step, so give what must meet as one axis.
+    It takes as many as the longest axis has, or `count`, going down all axes at once, the shorter
+    ones over and over; a GPU takes all. Axes of equal length go in step, so give what must meet as
+    one axis.
     """
     lists = [list(axis) for axis in axes]
-    steps = range(max(map(len, lists)))
+    steps = range(count or max(map(len, lists)))
     taken = [[axis[step % len(axis)] for axis in lists] for step in steps]
     return [
         pytest.param(

@@ -6,6 +6,7 @@ one after the other; what a rank found wrong is a traceback in its file. As a pr
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -19,6 +20,8 @@ from time import sleep
 
 import torch
 import torch.distributed as dist
+
+from gqa_cutlass.codegen.compile import shared_headers
 
 WORLD = 4
 SIZES = (2, 3, 4)
@@ -67,12 +70,20 @@ def case_for(*sizes: int) -> Callable[[Case], Case]:
     return register
 
 
-def runs() -> list[tuple[str, int]]:
-    """The cases by their names, and the sizes of the groups that run them."""
-    return [(name, size) for name in CASES for size in _ONLY.get(name, SIZES)]
+def runs(*, thorough: bool) -> list[tuple[str, int]]:
+    """The cases by their names, and the sizes of the groups that run them.
+
+    Args:
+        thorough: All of a case's sizes; or one, by turns.
+    """
+    found = []
+    for i, name in enumerate(CASES):
+        sizes = _ONLY.get(name, SIZES)
+        found += [(name, size) for size in (sizes if thorough else [sizes[i % len(sizes)]])]
+    return found
 
 
-def run_ranks(program: Path, folder: Path) -> list[dict[str, str]]:
+def run_ranks(program: Path, folder: Path, *, thorough: bool) -> list[dict[str, str]]:
     """Start the ranks of a program that calls `serve`, and wait for them.
 
     Returns:
@@ -81,7 +92,7 @@ def run_ranks(program: Path, folder: Path) -> list[dict[str, str]]:
     logs = [folder / f"{rank}.log" for rank in range(WORLD)]
     started = [
         subprocess.Popen(
-            [sys.executable, program, str(rank), folder],
+            [sys.executable, program, str(rank), folder, "thorough" if thorough else "some"],
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
             stdout=log.open("w"),
             stderr=subprocess.STDOUT,
@@ -106,7 +117,7 @@ def serve(last: Case) -> None:
     Args:
         last: What spoils the group of all ranks.
     """
-    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+    rank, folder, thorough = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "thorough"
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD,
@@ -126,10 +137,12 @@ def serve(last: Case) -> None:
         outcome[name] = ""
         path.write_text(json.dumps(outcome))
 
-    for size in SIZES:
-        if rank < size:
-            group = Group(group=groups[size], rank=rank, size=size)
-            for name in [name for name, of in runs() if of == size]:
-                note(f"{name}-{size}", CASES[name], group)
+    with shared_headers():
+        for size in SIZES:
+            if rank < size:
+                group = Group(group=groups[size], rank=rank, size=size)
+                for name in [name for name, of in runs(thorough=thorough) if of == size]:
+                    note(f"{name}-{size}", CASES[name], group)
+                    gc.freeze()  # programs of ptxsim, which stay
     note("last", last, Group(group=groups[WORLD], rank=rank, size=WORLD))
     os._exit(0)  # a group that a rank has left cannot be taken down in order

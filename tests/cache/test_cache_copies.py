@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import diagonal
 from torch import Tensor
 
 from gqa_cutlass import KVCache, PagedKVCache
@@ -73,8 +74,7 @@ def held(caches: list[KVCache]) -> list[Tensor]:
     return [part.view(torch.uint8) for part in parts if isinstance(part, Tensor)]
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "way"), diagonal(KINDS, WAYS))
 def test_a_copy_has_the_sequences_and_goes_on_alone(kind: str, way: str, device: str) -> None:
     """Also where windows see the memory as pages, over the edge of their ring."""
     caches = new_caches(device, KINDS[kind])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from compiling import GROUP as GROUP_OF_COMPILING
+from helpers import diagonal
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -114,8 +115,7 @@ def test_prompts_are_stored_as_if_appended_one_by_one(
     assert same_bits(outs[0], outs[1]) and same_bits(outs[0], outs[2])
 
 
-@pytest.mark.parametrize("count", [1, 3], ids=["one", "several"])
-@pytest.mark.parametrize("rows", [None, [1], [2, 0]], ids=str)
+@pytest.mark.parametrize(("rows", "count"), diagonal([None, [1], [2, 0]], [3, 1]))
 def test_steps_are_those_of_gqa_decode_with_the_same_scales(
     rows: list[int] | None, count: int, device: str
 ) -> None:
@@ -362,8 +362,7 @@ def test_scales_are_no_options_and_keep_their_memory() -> None:
 
 
 @pytest.mark.xdist_group(GROUP_OF_COMPILING)
-@pytest.mark.parametrize("count", [None, 3], ids=["one", "several"])
-@pytest.mark.parametrize("kind", ["all", "some", "a ring"])
+@pytest.mark.parametrize(("kind", "count"), diagonal(["all", "some", "a ring"], [3, None]))
 def test_compiled_steps_write_the_scales_of_their_tokens(count: int | None, kind: str) -> None:
     """As others do, to the bit; what is behind them in the graph reads those."""
     ring, rows = kind == "a ring", int32("cpu", 2, 0) if kind == "some" else None

@@ -121,8 +121,8 @@ def test_every_architecture_compiles_without_spills(config: KernelConfig, arch: 
 
 
 def kind_of(config: KernelConfig) -> object:
-    """What the instructions of a kernel depend on beside its sizes."""
-    return config.schedule, config.math, config.policies, config.pdl
+    """By which CI takes some: how much of its own a kernel has beside its sizes."""
+    return config.schedule, config.math, len(config.policies), config.pdl
 
 
 @pytest.mark.parametrize("config", sampled(NOT_SHIPPED + OF_TOKENS_SEVERAL, kind_of))

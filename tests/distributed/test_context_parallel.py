@@ -6,7 +6,7 @@ import context_ranks  # noqa: F401 - which has cases
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import REPOSITORY, call_tensors
+from helpers import REPOSITORY, THOROUGH, call_tensors
 from ranks import run_ranks, runs
 
 from gqa_cutlass import InputError
@@ -14,15 +14,23 @@ from gqa_cutlass.distributed import decode_context_parallel
 from gqa_cutlass.distributed.exchange import chosen, received_bytes
 from gqa_cutlass.distributed.groups import Ranks, check_backend
 
+SOME = runs(thorough=False)
+
 
 @pytest.fixture(scope="module")
-def outcome(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+def outcome(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> list[dict[str, str]]:
     """What came of all cases, by rank."""
     program = REPOSITORY / "tests" / "context_ranks.py"
-    return run_ranks(program, tmp_path_factory.mktemp("ranks"))
+    thorough = bool(request.config.getoption("--thorough"))
+    return run_ranks(program, tmp_path_factory.mktemp("ranks"), thorough=thorough)
 
 
-@pytest.mark.parametrize("name,size", runs())
+@pytest.mark.parametrize(
+    "name,size",
+    [pytest.param(*run, marks=() if run in SOME else THOROUGH) for run in runs(thorough=True)],
+)
 def test_among_ranks(outcome: list[dict[str, str]], name: str, size: int) -> None:
     said = [rank.get(f"{name}-{size}", f"did not run: {rank}") for rank in outcome[:size]]
     assert said == [""] * size, "\n".join(said)

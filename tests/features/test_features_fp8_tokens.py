@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import diagonal
+from helpers import diagonal, few
 from token_scales import (
     BAD,
     BF16,
@@ -37,7 +37,7 @@ def test_appends_compute_scales_and_attention_counts_them(
     case(device, dtype, queries, lengths=lengths, capacity=520, head_dim=head_dim).check()
 
 
-@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize("name", few(FEATURES, 2))
 def test_features_go_with_scales_of_tokens(name: str, device: str) -> None:
     made = case(device, capacity=304)
     FEATURES[name](made)
@@ -69,7 +69,7 @@ def test_values_that_are_small_count_beside_larger_ones_that_are_not_seen(device
     made.check()
 
 
-@pytest.mark.parametrize("group", [1, 32])
+@pytest.mark.parametrize("group", few([32, 1]))
 def test_groups_of_other_sizes(group: int, device: str) -> None:
     """Several blocks of heads share a KV head, and one of them appends."""
     made = case(device, lengths=(37,), capacity=64, head_dim=128)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import diagonal, remodelled
+from helpers import diagonal, few, remodelled
 from token_scales import BF16, E4M3, F16, STORED, Case, case, in_pages, unlike_sizes
 from token_scales import FEATURES as OF_ONE
 from turnings import Turning
@@ -29,7 +29,7 @@ SIZES = [*product((64, 128, 256), (1, 4, 8)), (40, 3)]  # head_dim and group
 
 @pytest.mark.parametrize(
     ("types", "sizes", "lengths"),
-    diagonal(TYPES, SIZES, [(37, 300), (0, 13), (255, 126), (16, 30)]),
+    diagonal(TYPES, SIZES, [(37, 300), (0, 13), (255, 126), (16, 30)], count=2),
 )
 def test_every_new_token_has_a_scale_of_its_own(
     types: tuple[torch.dtype, torch.dtype],
@@ -42,7 +42,9 @@ def test_every_new_token_has_a_scale_of_its_own(
     case(device, *types, lengths=lengths, head_dim=head_dim, group=group, tokens=(4, 4)).check()
 
 
-@pytest.mark.parametrize(("counts", "dtype"), diagonal([(1, 3), (40, 2), (2, 40), (3, 1)], FP8))
+@pytest.mark.parametrize(
+    ("counts", "dtype"), diagonal([(1, 3), (40, 2), (2, 40), (3, 1)], FP8, count=2)
+)
 def test_more_new_tokens_than_queries_and_fewer(
     counts: tuple[int, int], dtype: torch.dtype, device: str
 ) -> None:
@@ -75,14 +77,14 @@ FEATURES: dict[str, Callable[[Case], None]] = OF_ONE | {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize("name", few(FEATURES, 3))
 def test_features_go_with_scales_of_several_tokens(name: str, device: str) -> None:
     made = case(device, lengths=(37, 297), capacity=304, tokens=(5, 5))
     FEATURES[name](made)
     made.check()
 
 
-@pytest.mark.parametrize(("count", "queries"), diagonal([40, 17], [BF16, F16]))
+@pytest.mark.parametrize(("count", "queries"), diagonal([40, 17], [BF16, F16], count=1))
 def test_trees_of_more_drafts_than_a_tile_holds(
     count: int, queries: torch.dtype, device: str
 ) -> None:
@@ -110,8 +112,7 @@ def test_sequences_of_unlike_many_tokens(paged: bool, device: str) -> None:
 
 
 @pytest.mark.sanitized
-@pytest.mark.parametrize("name", ["rows", "pages", "norm and rotation"])
-@pytest.mark.parametrize("types", TYPES)
+@pytest.mark.parametrize(("name", "types"), diagonal(["rows", "pages", "norm and rotation"], TYPES))
 def test_tokens_are_stored_as_one_step_after_another_stores_them(
     name: str, types: tuple[torch.dtype, torch.dtype], device: str
 ) -> None:
@@ -132,7 +133,7 @@ def test_tokens_are_stored_as_one_step_after_another_stores_them(
     torch.testing.assert_close(out, torch.stack(outs, 1), rtol=0, atol=2**-7 * largest)
 
 
-@pytest.mark.parametrize("group", [8, 32])
+@pytest.mark.parametrize("group", few([8, 32]))
 def test_one_block_of_rows_appends(group: int, device: str) -> None:
     """Several share a KV head, and some of its heads or of its tokens have one of their own."""
     made = case(device, lengths=(37,), capacity=64, head_dim=128, group=group, tokens=(9, 9))

@@ -50,7 +50,7 @@ PLACES = [
 
 
 @pytest.mark.sanitized
-@pytest.mark.parametrize(("types", "sizes", "place"), diagonal(TYPES, SIZES, PLACES))
+@pytest.mark.parametrize(("types", "sizes", "place"), diagonal(TYPES, SIZES, PLACES, count=3))
 def test_every_split_counts_scales(
     types: tuple[torch.dtype, torch.dtype],
     sizes: tuple[int, int],
@@ -94,7 +94,7 @@ OF_BOXES = {name: add for name, add in FEATURES.items() if name != "pages of 7"}
 
 @pytest.mark.parametrize(
     ("name", "tokens", "splits"),
-    diagonal(OF_BOXES, [None, (5, 5)], [1, 4]),
+    diagonal(OF_BOXES, [None, (5, 5)], [1, 4], count=2),
 )
 def test_features_go_with_scales_of_tokens(
     name: str, tokens: tuple[int, int] | None, splits: int, device: str
@@ -252,7 +252,7 @@ MANY: dict[str, Callable[[Case], None]] = {
 
 @pytest.mark.parametrize(
     ("name", "lengths", "count", "splits"),
-    diagonal(MANY, [(60, 0), (31, 32), (250, 127)], [4, 40, 17], [1, 2, 4, 16]),
+    diagonal(MANY, [(60, 0), (31, 32), (250, 127)], [4, 40, 17], [1, 2, 4, 16], count=3),
 )
 def test_every_new_token_has_a_scale_of_its_own(
     name: str, lengths: tuple[int, int], count: int, splits: int, device: str

@@ -221,11 +221,11 @@ UNLIKE = {
 @pytest.mark.parametrize(
     ("name", "kind", "feature"),
     [
-        ("both", "simt", "tokens and norm and rotary"), ("both", "tma", "tokens and paged"),
-        ("nothing of one", "tensorop", "tokens and paged"),
+        ("both", "tma", "tokens and paged"), ("nothing of one", "tensorop", "tokens and paged"),
+        pytest.param("both", "simt", "tokens and norm and rotary", marks=THOROUGH),
         *(
-            pytest.param(name, kind, "tokens", marks=() if name in only else THOROUGH)
-            for kind, only in (("tma", {"queries"}), ("tensorop", {"new"}))
+            pytest.param(name, kind, "tokens", marks=THOROUGH)
+            for kind in ("tma", "tensorop")
             for name in UNLIKE
         ),
     ],

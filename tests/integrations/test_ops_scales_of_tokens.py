@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from compiling import GROUP
-from helpers import diagonal
+from helpers import diagonal, every_second, few
 from token_scales import (
     BAD,
     BF16,
@@ -115,7 +115,7 @@ def test_compiled_appends_compute_scales_and_attention_counts_them(
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize("name", few(FEATURES, 2))
 def test_compiled_features_go_with_scales_of_tokens(name: str) -> None:
     made = case("cpu", capacity=304)
     FEATURES[name](made)
@@ -316,7 +316,7 @@ BAD_COMPILED: dict[str, tuple[Callable[[Case], dict[str, Any]], str]] = BAD | {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BAD_COMPILED)
+@pytest.mark.parametrize("name", every_second(BAD_COMPILED))
 def test_what_is_not_allowed_is_refused_as_ever_and_nothing_written(name: str) -> None:
     made = small(lengths=(20,))
     before = made.held()

@@ -115,8 +115,8 @@ def firsts(named: dict[str, Any], kind: Callable[[Any], object]) -> list[Any]:
 
 
 def what_finds(mutant: Mutant) -> object:
-    """The rule that is broken, as the first words of the fault say, or what comes out wrong."""
-    return mutant.wrong or re.findall(r"\w+", mutant.fault)[:2]
+    """The rule that is broken, as the first word of the fault says, or what comes out wrong."""
+    return mutant.wrong or re.findall(r"\w+", mutant.fault)[:1]
 
 
 def way_of(case: Case) -> object:

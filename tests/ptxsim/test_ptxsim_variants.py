@@ -81,7 +81,7 @@ def shapes_of(config: KernelConfig) -> list[Any]:
 @pytest.mark.parametrize(
     ("config", "edge"),
     [
-        pytest.param(*p.values, id=p.id, marks=THOROUGH if i % 6 else ())
+        pytest.param(*p.values, id=p.id, marks=THOROUGH if i % 12 else ())
         for config in TMA
         for i, p in enumerate(shapes_of(config), TMA.index(config))
     ],

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from compiling import GROUP as GROUP_OF_COMPILING
+from helpers import diagonal
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -178,8 +179,7 @@ def test_a_batch_decodes_drafts_and_accepts_some(device: str) -> None:
 
 
 @pytest.mark.xdist_group(GROUP_OF_COMPILING)
-@pytest.mark.parametrize("count", [None, 3], ids=["one", "several"])
-@pytest.mark.parametrize("batched", [False, True], ids=["a step", "of a batch"])
+@pytest.mark.parametrize(("batched", "count"), diagonal([False, True], [None, 3]))
 def test_compiled_steps_write_the_scales_of_their_tokens(batched: bool, count: int | None) -> None:
     """In one graph, which serves later steps as well, to the bit as others do."""
     caches = [new_cache("cpu", 16, layers=2) for _ in range(2)]
