@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from gqa_cutlass.tuning.table import Table
 
 _HEADS = re.compile(r"([1-9]\d{0,4})/([1-9]\d{0,4})/([1-9]\d{0,2})")
+_BATCH, _ROOM = "1,8,64", "1024,8192,32768"
 _COLUMNS = (
     Column(head="problem"),
     Column(head="launch"),
@@ -33,10 +34,15 @@ def tune(
     ] = None,
     model: Model = None,
     tp: Tp = None,
-    batch: Annotated[str, typer.Option(help="Comma-separated numbers of sequences.")] = "1,8,64",
+    batch: Annotated[
+        str | None, typer.Option(help=f"Comma-separated numbers of sequences. Default: {_BATCH}.")
+    ] = None,
     room: Annotated[
-        str, typer.Option(help="Comma-separated tokens that a sequence's cache has room for.")
-    ] = "1024,8192,32768",
+        str | None,
+        typer.Option(
+            help=f"Comma-separated tokens that a sequence's cache has room for. Default: {_ROOM}."
+        ),
+    ] = None,
     page_size: Annotated[int, number("Tokens of a page. 0: caches in one piece.")] = 0,
     tiles: Annotated[
         bool,
@@ -52,24 +58,34 @@ def tune(
             help="File to write, or to go on with. Default: this user's, which calls look into."
         ),
     ] = None,
+    again: Annotated[
+        bool,
+        typer.Option(
+            "--again",
+            help="Search what the file has again: the heads named, or of --cache-dtype, or all.",
+        ),
+    ] = False,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Search for the fastest launch of every problem on this GPU, for all lengths at once.
 
-    Started again, it goes on where it was interrupted. Of a model it takes the heads: its windows,
-    soft caps and sinks are other problems, which it does not search.
+    Started again, it goes on where it was interrupted; with --again, as after an upgrade, it starts
+    anew. Of a model it takes the heads: its windows, soft caps and sinks are other problems, which
+    it does not search.
     """
     stored = cache_dtype_of("tune", cache_dtype)
-    problems = _fitting(
-        most_gib,
-        [
+    if again and heads is model is None:
+        _check_unnamed({"batch": batch, "room": room, "page-size": page_size})
+        asked = _had(out, stored)
+    else:
+        asked = [
             _problem(each, sequences, tokens, page_size, stored)
             for each in _sizes(heads, model, tp)
-            for sequences in _numbers("batch", batch)
-            for tokens in _numbers("room", room)
-        ],
-    )
+            for sequences in _numbers("batch", _BATCH if batch is None else batch)
+            for tokens in _numbers("room", _ROOM if room is None else room)
+        ]
+    problems = _fitting(most_gib, asked)
     if dry_run:
         from gqa_cutlass.tuning.run import name_of
 
@@ -79,7 +95,7 @@ def tune(
         else:
             say("\n".join(names))
         return
-    table = _tuned(problems, out, tiles)
+    table = _tuned(problems, out, tiles, again)
     if as_json:
         from gqa_cutlass.tuning.run import name_of as name
 
@@ -108,14 +124,65 @@ def _fitting(most_gib: int, asked: list[Problem]) -> list[Problem]:
     return problems
 
 
-def _tuned(problems: list[Problem], out: Path | None, tiles: bool) -> Table:
+def _check_unnamed(given: dict[str, str | int | None]) -> None:
+    """Raise InputError for an option of heads where none are named."""
+    from gqa_cutlass.errors import InputError
+
+    for name, value in given.items():
+        if value not in (None, 0):
+            raise InputError(
+                f"tune: --again: got --{name} {value} without heads; allowed: with --heads or "
+                "--model, or without it for all that the file has."
+            )
+
+
+def _had(out: Path | None, cache_dtype: str | None) -> list[Problem]:
+    """The problems of the table's file; with a type of 8 bits, those of that type.
+
+    Raises:
+        InputError: There are none.
+    """
+    from gqa_cutlass.errors import InputError
+    from gqa_cutlass.tuning.table import Table
+
+    path = out or _file_of_user()
+    table = Table.load(path)
+    features = {cache_dtype} if cache_dtype else set()
+    problems = [
+        tuned.problem
+        for tuned in table.found
+        if features <= {policy.feature for policy in tuned.problem.policies}
+    ]
+    if not problems:
+        of = f" of {cache_dtype}" if cache_dtype else ""
+        raise InputError(
+            f"tune: --again: got {path}, which has no problem{of}; allowed: a file that has some. "
+            "Name --heads or --model."
+        )
+    return problems
+
+
+def _file_of_user() -> Path:
+    """The table of the GPU at hand that calls look into first.
+
+    Raises:
+        DeviceError: There is no usable GPU.
+    """
     import torch
 
     from gqa_cutlass import env
+    from gqa_cutlass.tuning.table import FOLDER, file_name
+
+    _check_gpu()
+    return env.cache_dir() / FOLDER / file_name(torch.cuda.get_device_name())
+
+
+def _check_gpu() -> None:
+    """Raise DeviceError unless there is a GPU to measure on."""
+    import torch
+
     from gqa_cutlass.devices import gpu
     from gqa_cutlass.errors import DeviceError
-    from gqa_cutlass.tuning.run import tune_all
-    from gqa_cutlass.tuning.table import FOLDER, file_name
 
     if not torch.cuda.is_available():
         raise DeviceError(
@@ -123,9 +190,15 @@ def _tuned(problems: list[Problem], out: Path | None, tiles: bool) -> Table:
             "missing, and --dry-run what would be measured."
         )
     gpu(torch.device("cuda"))  # or an error that says why it cannot be used
-    path = out or env.cache_dir() / FOLDER / file_name(torch.cuda.get_device_name())
+
+
+def _tuned(problems: list[Problem], out: Path | None, tiles: bool, again: bool) -> Table:
+    from gqa_cutlass.tuning.run import tune_all
+
+    _check_gpu()
+    path = out or _file_of_user()
     with progress(len(problems)) as step:
-        table = tune_all(problems, path, step, tiles)
+        table = tune_all(problems, path, step, tiles, again=again)
     note(f"tune: {path}")
     return table
 

@@ -25,7 +25,9 @@ _SHARE = 0.75  # of the GPU's free memory
 Said = Callable[[str, str], None]
 
 
-def tune_all(problems: Sequence[Problem], path: Path, say: Said, tiles: bool = True) -> Table:
+def tune_all(
+    problems: Sequence[Problem], path: Path, say: Said, tiles: bool = True, *, again: bool = False
+) -> Table:
     """Search for the best launch of each problem, and keep what there is after each.
 
     Args:
@@ -33,6 +35,7 @@ def tune_all(problems: Sequence[Problem], path: Path, say: Said, tiles: bool = T
         path: The table's file.
         say: Told of every problem that is done: its name, and what came of it.
         tiles: Whether other tiles than kernels have by default are tried.
+        again: Whether those that the file has are searched too; each takes its old one's place.
 
     Raises:
         InputError: A problem does not fit into the GPU's memory, or the file is another GPU's.
@@ -42,7 +45,8 @@ def tune_all(problems: Sequence[Problem], path: Path, say: Said, tiles: bool = T
     device = gpu(torch.device("cuda"))
     like = {"arch": device.arch.name, "num_sms": str(device.num_sms)}
     table = _begun(path, run := {**provenance(), **like, "version": __version__})
-    left = [p for p in problems if p not in {tuned.problem for tuned in table.found}]
+    had = frozenset() if again else {tuned.problem for tuned in table.found}
+    left = [problem for problem in problems if problem not in had]
     free = int(_SHARE * torch.cuda.mem_get_info()[0])
     for problem in left:
         check_fits(problem, free)
@@ -58,8 +62,8 @@ def tune_all(problems: Sequence[Problem], path: Path, say: Said, tiles: bool = T
     for done, problem in enumerate(left, 1):
         stand = Stand(problem, lengths_of(problem), pool)
         tuned = tune(problem, device, stand.measure, tiles)
-        others = (each for each in _begun(path, run).found if each.problem != problem)
-        table = Table(run=run, found=(*others, tuned))  # what other runs found meanwhile, too
+        found = {each.problem: each for each in _begun(path, run).found}  # other runs', too
+        table = Table(run=run, found=tuple((found | {problem: tuned.kept(device)}).values()))
         table.save(path)
         del stand
         torch.cuda.empty_cache()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from gqa_cutlass.codegen.schema.problem import Problem
 from gqa_cutlass.dispatch import Choice, Device, dispatch
@@ -12,6 +12,7 @@ from gqa_cutlass.tuning.candidates import candidates, chosen, lengths_of, varian
 
 FIRST, VARIED = 3, 2  # repeats of the first round, which doubles; how many choices are varied
 _KEPT, _FEWEST = 1 / 3, 2
+_IN_TABLES = 10  # launches of a problem, beside those that calls take
 # By what factor a launch may be slower than dispatch's own where the cache is full, in the end and
 # while little is measured; or so many microseconds.
 _SLACK, _EARLY_SLACK, _SLACK_MICROS = 1.005, 1.03, 0.03
@@ -51,6 +52,17 @@ class Tuned:
             return self.best
         seen = {c: {name: times[name] for name in equal} for c, times in self.times.items()}
         return ranked(seen, usual)[0]
+
+    def kept(self, device: Device) -> Tuned:
+        """What a table has of it: the first few launches, and those that calls or the model take.
+
+        Args:
+            device: The GPU.
+        """
+        usual = {r: chosen(dispatch(self.problem, device, ragged=r)) for r in (True, False)}
+        best = (self.best_of(usual[ragged], ragged=ragged) for ragged in usual)
+        kept = {*list(self.times)[:_IN_TABLES], *best, *usual.values()}
+        return replace(self, times={c: each for c, each in self.times.items() if c in kept})
 
 
 def regret(times: Mapping[str, float], lowest: Mapping[str, float]) -> float:

@@ -21,6 +21,8 @@ from gqa_cutlass.errors import CompilerMissingError, DeviceError
 from gqa_cutlass.kernels import export as export_module
 from gqa_cutlass.kernels import store as store_module
 from gqa_cutlass.proof import evidence as evidence_module
+from gqa_cutlass.tuning.run import name_of
+from gqa_cutlass.tuning.table import SHIPPED, Table
 
 ONE = shipped()[0]
 TMA = next(config for config in shipped() if config.tma)
@@ -293,9 +295,11 @@ def test_clean_empties_the_store(store_root: Path) -> None:
          "--cache-dtype: got float8_e5m2 with head_dim 40; allowed: multiples of 16, whose rows"),
         (["tune", "--heads", "32/8/128", "--batch", "64", "--room", "131072", "--dry-run"],
          "--most-gib: got 8, which leaves out all that was asked for; allowed: 32 and more"),
+        (["tune", "--again", "--room", "64"],
+         "--again: got --room 64 without heads; allowed: with --heads or --model, or without it"),
     ],
     ids=["list", "build", "build-arch", "build-arch-of-none", "explain", "explain-dtype", "tune",
-         "tune-too-large"],
+         "tune-too-large", "tune-again"],
 )  # fmt: skip
 def test_error_is_one_line_and_status_2(
     monkeypatch: pytest.MonkeyPatch,
@@ -316,12 +320,36 @@ def test_tune_says_what_it_leaves_out() -> None:
     assert result.stderr == "tune: 1 of 2 problems are left out, of more than 8 GiB\n"
 
 
+def test_tune_again_searches_what_the_table_has() -> None:
+    table = SHIPPED / "nvidia-h200.json"
+    problems = [name_of(tuned.problem) for tuned in Table.load(table).found]
+    asked = "tune", "--again", "--out", str(table), "--dry-run"
+    assert run(*asked).stdout.splitlines() == problems
+    of_8_bits = [name for name in problems if "float8_e4m3fn" in name]
+    assert 0 < len(of_8_bits) < len(problems)
+    assert run(*asked, "--cache-dtype", "float8_e4m3fn").stdout.splitlines() == of_8_bits
+    named = run(*asked, "--heads", "4/2/64", "--batch", "1", "--room", "64").stdout
+    assert named == "4/2/64 1x64\n"
+
+
+def test_tune_again_needs_a_table_with_problems(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    table = tmp_path / "x.json"
+    assert fail(monkeypatch, "tune", "--again", "--out", str(table)) == 2
+    assert f"tune: table: got {table}" in capsys.readouterr().err
+    Table(run={"gpu": "NVIDIA X1"}).save(table)
+    assert fail(monkeypatch, "tune", "--again", "--out", str(table)) == 2
+    assert f"--again: got {table}, which has no problem; allowed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("again", [(), ("--again",)], ids=["", "again"])
 def test_tune_without_a_gpu_says_what_can_be_done(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], again: tuple[str, ...]
 ) -> None:
     """Nothing that it has no option for."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert fail(monkeypatch, "tune", "--heads", "32/8/128") == 2
+    assert fail(monkeypatch, "tune", *(again or ("--heads", "32/8/128"))) == 2
     said = capsys.readouterr().err
     assert "tune: measures on a GPU, and torch finds none" in said and "--dry-run" in said
     assert "device=" not in said

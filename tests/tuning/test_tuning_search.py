@@ -251,6 +251,37 @@ def test_a_run_goes_on_where_it_was_interrupted(searched: list[Problem], tmp_pat
     assert table.device == replace(H200, name="NVIDIA X1")
 
 
+def test_a_run_again_takes_the_place_of_the_one_before(
+    searched: list[Problem], tmp_path: Path
+) -> None:
+    other = replace(SMALL, max_seq_len=32)
+    path, times = tmp_path / "x.json", {chosen(dispatch(SMALL, H200)): {"1 each": 9.5}}
+    old = Tuned(problem=SMALL, lengths={"1 each": (1, 1)}, times=times)
+    Table(run={"gpu": "NVIDIA X1"}, found=(old, replace(old, problem=other))).save(path)
+    run.tune_all([SMALL], path, lambda name, outcome: None)
+    assert searched == []
+    run.tune_all([SMALL], path, lambda name, outcome: None, again=True)
+    assert searched == [SMALL]
+    micros = {t.problem: next(iter(t.times.values()))["1 each"] for t in Table.load(path).found}
+    assert list(micros.items()) == [(SMALL, 2.5), (other, 9.5)]
+
+
+def test_tables_keep_the_first_launches_and_those_that_calls_take() -> None:
+    """Where lengths are equal as where they are not, by the table as by the model."""
+    choices = candidates(LLAMA, H200)
+    model = [chosen(dispatch(LLAMA, H200, ragged=ragged)) for ragged in (True, False)]
+    choices = [c for c in choices if c not in model]
+    times = {c: {"full": 100.0, "unlike": 50.0 + i} for i, c in enumerate(choices)}
+    times[choices[30]]["full"] = 90.0  # best where lengths are equal
+    times |= {choice: {"full": 99.0, "unlike": 99.0} for choice in model}
+    lengths = {"full": (8191,) * 8, "unlike": (8191, *[1] * 7)}
+    kept = Tuned(problem=LLAMA, lengths=lengths, times=times).kept(H200)
+    assert list(kept.times) == [*choices[:10], choices[30], *model]
+    assert all(kept.times[choice] == times[choice] for choice in kept.times)
+    for ragged in (True, False):
+        assert kept.best_of(ragged=ragged) == choices[0 if ragged else 30]
+
+
 @pytest.mark.usefixtures("searched")
 def test_what_another_run_finds_meanwhile_stays(tmp_path: Path) -> None:
     path, other = tmp_path / "x.json", replace(SMALL, max_seq_len=32)
