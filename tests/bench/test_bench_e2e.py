@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from compiling import GROUP
+from helpers import few
 
 pytest.importorskip("transformers")
 
@@ -72,7 +73,7 @@ def test_every_way_is_measured_and_one_that_fails_loses_no_other(
     assert "toy 2 × 8 broken: " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("shape", WINDOWED, ids=lambda shape: shape.name)
+@pytest.mark.parametrize("shape", few(WINDOWED), ids=lambda shape: shape.name)
 def test_models_with_windows_are_compared_with_eager_attention(
     shape: Shape, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from cache_model import DIM, F16, GROUP, HEADS, captured, nothing_written, on_device
 from compiling import GROUP as COMPILING
+from helpers import few
 from torch import Tensor
 
 from gqa_cutlass import CacheAllocationError, CacheOverflowError, InputError, KVCache
@@ -149,7 +150,7 @@ def test_a_token_may_be_appended_many_times_round() -> None:
     twins.decode()
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", few(range(2)))
 def test_a_window_keeps_what_is_seen_whatever_is_done(seed: int) -> None:
     """A random walk; layers share their lengths, one of them keeps all."""
     draw, windows = random.Random(seed), [(WINDOW, None), (5, 50)][seed]

@@ -120,7 +120,7 @@ def test_sinks_that_change_in_place_count_as_they_are(device: str) -> None:
         step.sinks.add_(1)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@every_schedule
 def test_outputs_in_float32_are_those_before_they_are_rounded(kind: str, device: str) -> None:
     """In one block, in splits, and of rows aligned no better than numbers must be."""
     config = kernel_of(kind, "float32")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from compiling import GROUP
 from greedy import NAME, cache_of, check, generate
+from helpers import few
 from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
@@ -59,7 +60,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", few(KINDS))
 def test_assisted_generation_has_the_tokens_of_eager_attention(
     model: Any, counts: list[int], kind: str
 ) -> None:
