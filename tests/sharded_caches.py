@@ -140,7 +140,7 @@ def caches_of_8_bits(group: Group) -> None:
         both.shards[0].decode(both.random(BATCH, 4), k_scale=1.0)
 
 
-@case_for(3)
+@case_for(2, 3)
 def caches_of_8_bits_with_scales_of_tokens(group: Group) -> None:
     """Which are where their tokens are, by whomever they are computed."""
     by_token: dict[str, Any] = {"k_scale": "token", "v_scale": "token"}

@@ -156,7 +156,7 @@ def pages_of_8_bits(group: Group) -> None:
     both.run("append", sequences, *both.random(2, LAYERS, 2, 1))
 
 
-@case_for(3)
+@case_for(2, 3)
 def pages_of_8_bits_with_scales_of_tokens(group: Group) -> None:
     """Which are shared and copied with the pages of their tokens."""
     by_token: dict[str, Any] = {"k_scale": "token", "v_scale": "token"}

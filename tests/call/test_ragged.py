@@ -79,7 +79,7 @@ def test_any_lengths_fit_into_the_blocks_of_the_launch(seed: int, device: str) -
 
 def test_parts_of_a_sequence_are_kept_apart_among_many_blocks(device: str) -> None:
     """More blocks than run at a time, and parts of more than two rounds."""
-    config = default_config(Math.TENSOROP, DType.F16, 64, 2, 8)
+    config = default_config(Math.TENSOROP, DType.F16, 256, 2, 8)
     launch = Choice(config=config, splits=3, num_stages=config.num_stages, spare=1)
     step = step_of(config, [3] * 99 + [4090] + [0, 40] * 50, device)
     assert prod(plan_of(step, launch).dispatch.shape.grid) > 768

@@ -209,7 +209,7 @@ def test_name_round_trips(config: KernelConfig) -> None:
     assert KernelConfig.from_name(config.name) == config
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None)
 @given(configs(), configs())
 def test_configurations_are_equal_exactly_when_their_names_are(
     a: KernelConfig, b: KernelConfig

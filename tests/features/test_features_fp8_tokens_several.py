@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import THOROUGH, diagonal, few, remodelled
+from helpers import diagonal, few, remodelled
 from token_scales import BF16, E4M3, F16, STORED, Case, case, in_pages, unlike_sizes
 from token_scales import FEATURES as OF_ONE
 from turnings import Turning
@@ -161,7 +161,6 @@ def test_ragged_batches_that_are_dealt_out_by_length(device: str) -> None:
     assert errors(out, *(made.reference(right, kind) for kind in (torch.float64, F16))).share <= 1
 
 
-@THOROUGH
 def test_values_of_any_size_count(device: str) -> None:
     """Outputs are those of the largest."""
     unlike_sizes(device, tokens=(20, 20)).check()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from compiling import GROUP
 from greedy import check
-from helpers import THOROUGH, few
+from helpers import few
 
 transformers = pytest.importorskip("transformers")
 
@@ -125,7 +125,6 @@ def test_masks_that_are_more_than_a_window_are_refused() -> None:
         mask(mask_function=window, use_vmap=True, **asked)
 
 
-@THOROUGH
 def test_a_second_prompt_sees_a_window_of_8_bits() -> None:
     model = make_model("qwen2", use_sliding_window=True, max_position_embeddings=256, **WINDOWS)
     model.set_attn_implementation(NAME)
