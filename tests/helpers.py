@@ -59,9 +59,9 @@ def few(values: Iterable[Any], count: int = 1) -> list[Any]:
     return [_param(value, taken=i < count) for i, value in enumerate(values)]
 
 
-def every_second(values: Iterable[Any]) -> list[Any]:
-    """Test parameters, tuples of several, of which CI takes every second; a GPU takes all."""
-    return [_param(value, taken=i % 2 == 0) for i, value in enumerate(values)]
+def every(step: int, values: Iterable[Any]) -> list[Any]:
+    """Test parameters, tuples of several, of which CI takes one of so many; a GPU takes all."""
+    return [_param(value, taken=i % step == 0) for i, value in enumerate(values)]
 
 
 def _param(value: Any, *, taken: bool) -> Any:

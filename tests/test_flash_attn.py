@@ -15,7 +15,7 @@ from compiling import GROUP, copies, random_step, same
 from executors import Notes, running_on
 from featured import PAIRS as ALL_PAIRS
 from featured import POLICIES, step_of
-from helpers import THOROUGH, check, check_lse
+from helpers import check, check_lse, every
 from torch import Tensor
 
 from gqa_cutlass import flash_attn_with_kvcache, gqa_decode
@@ -95,9 +95,7 @@ def test_every_feature_matches_the_reference(feature: str, append: bool, device:
     check_lse(step, lse.squeeze(-1))
 
 
-@pytest.mark.parametrize(
-    "feature", [pytest.param(p, marks=THOROUGH if i % 20 else ()) for i, p in enumerate(PAIRS)]
-)
+@pytest.mark.parametrize("feature", every(20, PAIRS))
 def test_pairs_of_features_match_the_reference(feature: str, device: str) -> None:
     step = step_of(feature, lengths=[37, 20], max_seq_len=64, head_dim=64, device=device)
     check(step, call(step).squeeze(1))

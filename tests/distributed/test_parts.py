@@ -100,7 +100,7 @@ CASES = {
 
 # On a GPU all; of those that CI leaves out, it has another one of each feature and kernel.
 LEFT_TO_GPUS = ("alibi", "fp8", "five-length", "fp8-tokens", "fp8-tokens-fewer", "fp8-tokens-tree")
-CASES_OF_CI = [pytest.param(n, marks=THOROUGH if n in LEFT_TO_GPUS else ()) for n in CASES]
+NAMES_OF_CASES = [pytest.param(n, marks=THOROUGH if n in LEFT_TO_GPUS else ()) for n in CASES]
 
 
 class Parts:
@@ -218,7 +218,7 @@ class Parts:
         return [length + self.case.added if length >= 0 else length for length in lengths]
 
 
-@pytest.mark.parametrize("name", CASES_OF_CI)
+@pytest.mark.parametrize("name", NAMES_OF_CASES)
 def test_parts_make_the_step(device: str, name: str) -> None:
     parts = Parts(device, CASES[name])
     for lengths in parts.case.lengths:

@@ -39,10 +39,7 @@ PROCESS = "features"  # has all tests of this folder, for they have kernels in c
 @pytest.mark.parametrize(
     ("feature", "kind"),
     [
-        pytest.param(
-            *pair,
-            marks=() if pair[0] in OWN[pair[1]] else THOROUGH,
-        )
+        pytest.param(*pair, marks=() if pair[0] in OWN[pair[1]] else THOROUGH)
         for pair in product((*POLICIES, ALL, ALL_IN_8_BITS, *ALL_OF_TOKENS), KINDS)
     ],
 )

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from compiling import GROUP, ROOM, copies, random_step, same
-from helpers import every_second
+from helpers import every
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor import config as inductor_config
@@ -161,7 +161,7 @@ def test_a_wrong_out_is_refused_where_torch_traces_before_anything_is_written(na
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    every_second([
+    every(2, [
         ("softmax_scale", "x"), ("softmax_scale", True), ("num_splits", True), ("num_splits", None),
         ("return_lse", 1), ("ragged", None), ("ragged", 2), ("softcap", False), ("softcap", "x"),
         ("window_size", None), ("window_size", 3), ("window_size", (1.0, 0)),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from compiling import GROUP
-from helpers import diagonal, every_second, few
+from helpers import diagonal, every, few
 from token_scales import (
     BAD,
     BF16,
@@ -316,7 +316,7 @@ BAD_COMPILED: dict[str, tuple[Callable[[Case], dict[str, Any]], str]] = BAD | {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", every_second(BAD_COMPILED))
+@pytest.mark.parametrize("name", every(2, BAD_COMPILED))
 def test_what_is_not_allowed_is_refused_as_ever_and_nothing_written(name: str) -> None:
     made = small(lengths=(20,))
     before = made.held()

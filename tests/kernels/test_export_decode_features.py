@@ -22,7 +22,7 @@ from c_build import build, write_dummies
 from c_library import NUMBERS, config_of, fresh_copy, fresh_library, workspace_of
 from c_simulator import Simulator
 from cases import Step
-from helpers import every_second
+from helpers import every
 
 import gqa_cutlass
 from gqa_cutlass.call.record import LaunchRecord, parse
@@ -69,7 +69,7 @@ def with_features(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(bundle, folder / "libgqa.so")
 
 
-@pytest.mark.parametrize("kernel", every_second(FEATURED.values()), ids=FEATURED)
+@pytest.mark.parametrize("kernel", every(2, FEATURED.values()), ids=FEATURED)
 def test_features_decode_like_python(with_features: Path, kernel: KernelConfig) -> None:
     """With one length for all where that is possible, and with lengths on the device."""
     capacity, features = capacity_for(kernel), {policy.feature for policy in kernel.policies}

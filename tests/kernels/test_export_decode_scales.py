@@ -20,7 +20,7 @@ from c_build import build, write_dummies
 from c_library import Config, config_of, fresh_copy, workspace_of
 from c_simulator import Simulator
 from cases import Step
-from helpers import every_second
+from helpers import every
 from torch import Tensor
 
 from gqa_cutlass.call.record import parse
@@ -111,7 +111,7 @@ def decode_both(library: Path, kernel: KernelConfig, batch: int, *, ragged: bool
     assert overflow.item() == 0
 
 
-@pytest.mark.parametrize("kernel", every_second(KERNELS.values()), ids=KERNELS)
+@pytest.mark.parametrize("kernel", every(2, KERNELS.values()), ids=KERNELS)
 def test_scales_of_tokens_decode_like_python(library: Path, kernel: KernelConfig) -> None:
     """Of two sequences, or, where an index says which, of one that has one of two rows."""
     decode_both(library, kernel, 1 if named("IndexedRow") in kernel.policies else 2, ragged=True)

@@ -13,7 +13,7 @@ from c_and_python import WIDE_64, assert_same
 from c_build import build, write_dummies
 from c_library import fresh_copy
 from c_tokens import Call
-from helpers import every_second
+from helpers import every
 from token_scales import BF16, E5M2, STORED, Case, case, in_pages
 from turnings import Turning
 
@@ -136,7 +136,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(write_dummies(folder, kernels, ("sm_90a",)), folder / "libgqa.so")
 
 
-@pytest.mark.parametrize("name", every_second([*CASES, *RAGGED]))
+@pytest.mark.parametrize("name", every(2, [*CASES, *RAGGED]))
 def test_several_tokens_have_scales_as_in_python(library: Path, name: str) -> None:
     """Written to the bit, with one length for all where it is allowed, and on the device."""
     made = (CASES | RAGGED)[name]()

@@ -12,7 +12,7 @@ from c_and_python import TMA_128, WIDE_64, assert_same
 from c_build import build, write_dummies
 from c_library import fresh_copy
 from c_tokens import Call, make_call
-from helpers import every_second
+from helpers import every
 
 import gqa_cutlass
 from gqa_cutlass import CacheOverflowError, gqa_decode, pack_tree_mask
@@ -90,7 +90,7 @@ CALLS: dict[str, Callable[[], Call]] = {
 }
 
 
-@pytest.mark.parametrize("name", every_second(CALLS))
+@pytest.mark.parametrize("name", every(2, CALLS))
 def test_several_tokens_decode_like_python(library: Path, name: str) -> None:
     """With one length for all, and with lengths on the device."""
     call = CALLS[name]()

@@ -13,7 +13,7 @@ from c_and_python import TMA_128, WIDE_64, assert_same
 from c_build import build, write_dummies
 from c_library import fresh_copy
 from c_tokens import Call, make_call
-from helpers import every_second
+from helpers import every
 from torch import Tensor
 
 from gqa_cutlass import InputError, gqa_decode
@@ -82,7 +82,7 @@ CALLS: dict[str, Callable[[], Call]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", every_second(CALLS))
+@pytest.mark.parametrize("name", every(2, CALLS))
 def test_rows_are_turned_like_in_python(library: Path, name: str) -> None:
     """With one length for all, and with lengths on the device."""
     call = CALLS[name]()
