@@ -106,6 +106,37 @@ def test_queries_of_bfloat16_count_whatever_their_size(power: int, device: str) 
     check(step, out)
 
 
+@pytest.mark.parametrize("power", [-90, 0, 90])
+def test_elements_of_a_query_in_bfloat16_may_differ_by_2_to_28(power: int, device: str) -> None:
+    """Keys are zero where the large element is, so that the small ones are all that counts."""
+    step = step_of(
+        "e4m3", dtype=DType.BF16, lengths=[70], max_seq_len=80, head_dim=64, device=device
+    )
+    step.q.copy_((step.q.sign() + step.q.frac()) * 2.0 ** (power - 28))
+    step.q[..., 5] = 1.5 * 2.0**power
+    step.k_cache[..., 5], step.k[..., 5] = 0, 0
+    step.scale *= 2.0 ** (28 - power)
+    snapshot(step)
+    out = gqa_decode(
+        *step.tensors(), cache_seqlens=step.seqlens, softmax_scale=step.scale, **step.features()
+    )
+    check(step, out)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_what_is_no_number_in_a_query_spoils_its_head_alone(wrong: float, device: str) -> None:
+    step = step_of(
+        "e4m3", dtype=DType.BF16, lengths=[70], max_seq_len=80, head_dim=64, device=device
+    )
+    snapshot(step)
+    right = run(step)
+    step.k_cache.copy_(step.before["k_cache"]), step.v_cache.copy_(step.before["v_cache"])
+    step.q[0, 1, 9] = wrong
+    out = run(step)
+    assert out[0, 1].isnan().all()
+    assert torch.equal(out[0, [0, *range(2, 8)]], right[0, [0, *range(2, 8)]])
+
+
 def test_what_is_no_number_in_a_cache_shows(device: str) -> None:
     step = step_of("e4m3", lengths=[70], max_seq_len=80, head_dim=64, device=device)
     step.v_cache[0, 5, 0, 3] = step.k_cache[0, 9, 1, 3] = torch.nan

@@ -21,6 +21,16 @@ CUTE_DEVICE float reciprocal_approx(float x) {
   return y;
 }
 
+// Keeps a load where it stands, for the compiler would move it behind branches to its first use.
+CUTE_DEVICE void keep_here(uint32_t& loaded) { asm volatile("" : "+r"(loaded)); }
+
+// The larger of two pairs of bfloat16, NaN where there is one. PTX ISA 9.7.4.8, max.
+CUTE_DEVICE uint32_t max_of_bfloat16(uint32_t a, uint32_t b) {
+  uint32_t larger;
+  asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+  return larger;
+}
+
 // L2 policy for data that is read once: first to go when room is needed. PTX ISA 9.7.9.18.
 CUTE_DEVICE uint64_t evict_first_policy() {
   uint64_t policy;

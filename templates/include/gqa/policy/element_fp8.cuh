@@ -12,10 +12,10 @@
 #pragma once
 
 #include <cute/arch/copy_sm75.hpp>
-#include <cutlass/numeric_conversion.h>
 
 #include <gqa/arch/fp8.cuh>
 #include <gqa/arch/mma.cuh>
+#include <gqa/arch/narrow.cuh>
 #include <gqa/arch/tile.cuh>
 #include <gqa/policy/slots.cuh>
 #include <gqa/stage/combine.cuh>
@@ -115,9 +115,8 @@ struct QuantisedPreparedRow : PreparedRow<T> {
   }
 };
 
-// What products count. Queries in bfloat16 become float16, multiplied by a power of two per head
-// with which the largest of a head is near the end of its range, and products are divided by it:
-// exact, but for elements below 2^-32 of the largest.
+// What products count. Queries in bfloat16 become float16, divided by a power of two per head,
+// which products are multiplied by.
 template <class T, Math = T::kMath>
 struct Fp8KeyScale {
   static constexpr bool kNarrows = cute::is_same_v<typename T::Element, cutlass::bfloat16_t>;
@@ -125,59 +124,57 @@ struct Fp8KeyScale {
   float factor[kNarrows ? T::kLaneHeads : 1];
 
   template <int kSteps, int kHeadTiles>
-  CUTE_DEVICE void set(Params const& p, Work<T> const& w,
-                       uint32_t (&query)[kSteps][kHeadTiles][2]) {
-    float const scale = key_scale(p, w);
-    if constexpr (!kNarrows) {
-      factor[0] = scale;
-    } else {
+  CUTE_DEVICE void narrow(uint32_t (&query)[kSteps][kHeadTiles][2]) {
+    factor[0] = 1.f;
+    if constexpr (kNarrows) {
       int const lane = threadIdx.x % kWarpSize;
       CUTE_UNROLL
       for (int n = 0; n < kHeadTiles; ++n) {
-        float const undo = narrow(query, n);
+        float const divisor = narrow_head(query, n);
         CUTE_UNROLL
         for (int i = 0; i < 2; ++i) {
-          factor[2 * n + i] = scale * __shfl_sync(0xffffffffu, undo, (lane % 4 * 2 + i) * 4);
+          factor[2 * n + i] = __shfl_sync(0xffffffffu, divisor, (lane % 4 * 2 + i) * 4);
         }
       }
     }
   }
+  CUTE_DEVICE void take_scale(Params const& p, Work<T> const& w) {
+    float const scale = key_scale(p, w);
+    CUTE_UNROLL
+    for (float& each : factor) each *= scale;
+  }
   CUTE_DEVICE float scaled(float dot, int head) const { return dot * factor[kNarrows ? head : 0]; }
 
  private:
-  // Makes the lane's part of one head's query float16; returns what its products count.
+  // Makes the lane's part of one head's query float16; returns what it was divided by.
   template <int kSteps, int kHeadTiles>
-  CUTE_DEVICE static float narrow(uint32_t (&query)[kSteps][kHeadTiles][2], int n) {
-    uint32_t largest = 0;  // without its sign: bits are ordered as numbers are
+  CUTE_DEVICE static float narrow_head(uint32_t (&query)[kSteps][kHeadTiles][2], int n) {
+    uint32_t pair[2] = {};  // two halve the chain
     CUTE_UNROLL
     for (int i = 0; i < kSteps * 2; ++i) {
-      uint32_t const pair = query[i / 2][n][i % 2] & 0x7fff7fff;
-      largest = max(largest, max(pair >> 16, pair & 0xffff));
+      pair[i / 2 % 2] = max_of_bfloat16(pair[i / 2 % 2], query[i / 2][n][i % 2] & 0x7fff7fff);
     }
+    pair[0] = max_of_bfloat16(pair[0], pair[1]);
+    uint32_t largest = max(pair[0] >> 16, pair[0] & 0xffff);  // bits are ordered as numbers are
     largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
     largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
-    // The exponent of the largest becomes 14; the two factors are normal numbers.
-    uint32_t const exponent = max(largest >> 7, 15u);
-    float const factor = __uint_as_float((127 + 127 + 14 - exponent) << 23);
+    Narrowing const narrowed(largest);
     CUTE_UNROLL
     for (int i = 0; i < kSteps * 2; ++i) {
-      uint32_t& pair = query[i / 2][n][i % 2];
-      cutlass::Array<float, 2> two;
-      two[0] = __uint_as_float(pair << 16) * factor;
-      two[1] = __uint_as_float(pair & 0xffff0000) * factor;
-      auto const halves = cutlass::NumericArrayConverter<cutlass::half_t, float, 2>{}(two);
-      pair = reinterpret_cast<uint32_t const&>(halves);
+      query[i / 2][n][i % 2] = narrowed(query[i / 2][n][i % 2]);
     }
-    return __uint_as_float((exponent - 14) << 23);
+    return narrowed.divisor();
   }
 };
 
 // On CUDA cores, which multiply float32.
 template <class T>
 struct Fp8KeyScale<T, Math::kSimt> {
+  static constexpr bool kNarrows = false;
+
   float factor;
 
-  CUTE_DEVICE void set(Params const& p, Work<T> const& w) { factor = key_scale(p, w); }
+  CUTE_DEVICE void take_scale(Params const& p, Work<T> const& w) { factor = key_scale(p, w); }
   CUTE_DEVICE float scaled(float dot, int) const { return dot * factor; }
 };
 
@@ -200,8 +197,10 @@ struct Fp8Operands {
   struct NewScales {
     float key, value;
 
-    CUTE_DEVICE NewScales(Params const& p, Work<T> const& w)
-        : key(key_scale(p, w)), value(value_scale(p, w)) {}
+    CUTE_DEVICE void load(Params const& p, Work<T> const& w) {
+      key = key_scale(p, w);
+      value = value_scale(p, w);
+    }
   };
   template <class Key, class Value>
   CUTE_DEVICE static void quantise(NewScales const& scales, Key& key, Value& value) {

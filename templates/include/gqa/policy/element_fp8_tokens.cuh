@@ -103,13 +103,7 @@ struct ScaledPreparedRow : QuantisedPreparedRow<T, Format> {
 // Products count what queries say: keys' scales are not those of a block.
 template <class T>
 struct TokensKeyScale : Fp8KeyScale<T> {
-  template <class Query>
-  CUTE_DEVICE void set(Params const& p, Work<T> const& w, Query& query) {
-    Params unscaled = p;
-    unscaled.k_scales = nullptr;
-    unscaled.k_scale = 1.f;
-    Fp8KeyScale<T>::set(unscaled, w, query);
-  }
+  CUTE_DEVICE void take_scale(Params const&, Work<T> const&) {}
 };
 
 template <class T, class Format>
@@ -126,7 +120,7 @@ struct TokensOperands : Fp8Operands<T, Format> {
     value.quantise_by_largest();
   }
   struct NewScales {
-    CUTE_DEVICE NewScales(Params const&, Work<T> const&) {}
+    CUTE_DEVICE void load(Params const&, Work<T> const&) {}
   };
   template <class Key, class Value>
   CUTE_DEVICE static void quantise(NewScales const&, Key& key, Value& value) {

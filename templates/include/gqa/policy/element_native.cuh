@@ -20,7 +20,7 @@ struct NativeOperands {
 
   // The new token is stored as it is.
   struct NewScales {
-    CUTE_DEVICE NewScales(Params const&, Work<T> const&) {}
+    CUTE_DEVICE void load(Params const&, Work<T> const&) {}
   };
   using KeyTokenRow = WarpRow<T, T::kHeadDim>;
   using ValueTokenRow = WarpRow<T, T::kHeadDimV>;
@@ -34,9 +34,11 @@ struct NativeOperands {
 
   // Products are what they are, and so are outputs.
   struct KeyScale {
+    static constexpr bool kNarrows = false;
+
     template <class Query>
-    CUTE_DEVICE void set(Params const&, Work<T> const&, Query&) {}
-    CUTE_DEVICE void set(Params const&, Work<T> const&) {}
+    CUTE_DEVICE void narrow(Query&) {}
+    CUTE_DEVICE void take_scale(Params const&, Work<T> const&) {}
     CUTE_DEVICE float scaled(float dot, int) const { return dot; }
   };
   template <int kWidth>

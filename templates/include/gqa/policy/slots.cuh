@@ -46,7 +46,8 @@
 //                                    a key that is prepared; quantise_key, quantise_value: once,
 //                                    when all rows are on the way, or both by quantise, with
 //                                    NewScales that were asked for before them. KeyScale: what a
-//                                    product counts, scaled(), set() once queries are there;
+//                                    product counts, scaled(), after narrow(), which makes queries
+//                                    what the MMA takes, if it kNarrows them, and take_scale();
 //                                    scale_values: of an output. query_dim, is_padding, kHalfStep,
 //                                    kRowStep: which dims a lane's operands have. add_keys,
 //                                    add_values: products of a tile; value_row, value_fragment: an

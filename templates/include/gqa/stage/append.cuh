@@ -14,14 +14,17 @@ struct NewToken {
   KeyRow<T> key;
   ValueRow<T> value;
   typename CacheOf<T>::NewRow row;  // where it goes
+  typename OperandsOf<T>::NewScales scales;
 
+  // A key that is prepared is waited for.
   CUTE_DEVICE void load(Params const& p, Work<T> const& w) {
-    typename OperandsOf<T>::NewScales const scales(p, w);
+    scales.load(p, w);
     NewTokenOf<T>::load_key(p, w, 0, key);
     NewTokenOf<T>::load_value(p, w, 0, value);
     row.find(p, w, 0);  // behind it, for it may wait for what it reads
-    OperandsOf<T>::quantise(scales, key, value);
   }
+  // Once, when it is there.
+  CUTE_DEVICE void quantise() { OperandsOf<T>::quantise(scales, key, value); }
 
   // Writes it to the cache, for which one warp per KV head calls. What this launch reads of these
   // rows it does not use.
@@ -32,12 +35,16 @@ struct NewToken {
   }
 };
 
-// A single one whose key is prepared, which is waited for: by the warp that has a sequence's last
-// tile before it walks.
-template <class T, bool ahead = kOneQuery<T> && kPreparesRows<T>>
+// Whether a single one is asked for before queries are waited for: it would come late behind them.
+template <class T>
+constexpr bool kTokenAhead =
+    kOneQuery<T> && (kPreparesRows<T> || OperandsOf<T>::KeyScale::kNarrows);
+
+// It, then, of the warp that has a sequence's last tile.
+template <class T, bool ahead = kTokenAhead<T>>
 class TokenAhead {
  public:
-  CUTE_DEVICE TokenAhead(Params const& p, Work<T> const& w, int warp) {
+  CUTE_DEVICE void load(Params const& p, Work<T> const& w, int warp) {
     bool const has_last = (w.num_tiles - 1 - w.first_tile(warp)) % w.tile_step() == 0;
     if (w.appends && has_last) token_.load(p, w);
   }
@@ -49,7 +56,7 @@ class TokenAhead {
 template <class T>
 class TokenAhead<T, false> {
  public:
-  CUTE_DEVICE TokenAhead(Params const&, Work<T> const&, int) {}
+  CUTE_DEVICE void load(Params const&, Work<T> const&, int) {}
 };
 
 // Several new tokens, which are in the last tiles of a sequence: a tile's go into it when the

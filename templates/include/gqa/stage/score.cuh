@@ -93,8 +93,10 @@ struct Scorer<T, Math::kTensorOp> : OperandsOf<T>::KeyScale {
         load_query(n, query_row(head) + OperandsOf<T>::query_dim(0, lane % 4));
       }
     }
-    this->set(p, w, query);
   }
+
+  // What has been asked for becomes what the MMA takes: waits, if queries are narrowed.
+  CUTE_DEVICE void take_queries() { this->narrow(query); }
 
   // Position in the tile of a lane's t-th token.
   CUTE_DEVICE static int token(int t) { return t * 8 + int(threadIdx.x) % kWarpSize / 4; }
@@ -149,6 +151,7 @@ struct Scorer<T, Math::kTensorOp> : OperandsOf<T>::KeyScale {
       bool const padding = OperandsOf<T>::is_padding(i, int(threadIdx.x) % 4);
       auto const* pair = row + OperandsOf<T>::query_dim(i, 0);
       query[i / 2][n][i % 2] = padding ? 0u : *reinterpret_cast<uint32_t const*>(pair);
+      if constexpr (OperandsOf<T>::KeyScale::kNarrows) keep_here(query[i / 2][n][i % 2]);
     }
   }
   CUTE_DEVICE void clear_query() {
@@ -168,7 +171,6 @@ struct Scorer<T, Math::kSimt> : OperandsOf<T>::KeyScale {
 
   CUTE_DEVICE Scorer(Params const& p, Work<T> const& w, SharedStorage<T>& storage)
       : shared(storage) {
-    this->set(p, w);
     if constexpr (kPreparesRows<T>) {  // and rounded, as the tensor cores have it
       prepare_queries(p, w, [&](int row, int dim, auto const& pair) {
         shared.query[row][dim] = float(pair[0]);
@@ -186,6 +188,8 @@ struct Scorer<T, Math::kSimt> : OperandsOf<T>::KeyScale {
     }
     __syncthreads();
   }
+
+  CUTE_DEVICE void take_queries() const {}
 
   CUTE_DEVICE static int token(int = 0) { return int(threadIdx.x) % kWarpSize % T::kBlockN; }
 

@@ -15,8 +15,12 @@ CUTE_DEVICE void attend(Params const& p, Work<Traits<V>> const& w, SharedStorage
   ring.fill(p, w, w.first_tile(warp));
   TokenScales<T> scales(p, w);
   scales.load(w.first_tile(warp));
-  TokenAhead<T> const prepared(p, w, warp);
-  Scorer<T> const score(p, w, shared);
+  TokenAhead<T> ahead;
+  if (kPreparesRows<T>) ahead.load(p, w, warp);
+  Scorer<T> score(p, w, shared);
+  if (!kPreparesRows<T>) ahead.load(p, w, warp);
+  score.take_queries();
+  score.take_scale(p, w);
   Logits<T> const logits(p, w);
   OnlineSoftmax<T> softmax;
   Accumulator<T> acc(shared);
@@ -27,10 +31,10 @@ CUTE_DEVICE void attend(Params const& p, Work<Traits<V>> const& w, SharedStorage
     bool const last = tile == w.num_tiles - 1;
     float scores[T::kLaneHeads][T::kLaneTokens];
     NewToken<T> token;
-    if constexpr (kOneQuery<T> && kPreparesRows<T>) {
-      token = prepared.token();
-    } else {
-      if (kOneQuery<T> && last && w.appends) token.load(p, w);
+    if constexpr (kTokenAhead<T>) token = ahead.token();
+    if (kOneQuery<T> && last && w.appends) {
+      if (!kTokenAhead<T>) token.load(p, w);
+      token.quantise();
     }
     NewTokensOfTile<T> new_tokens(p, w, tile, ring);
     auto* keys = ring.wait_keys();

@@ -33,8 +33,12 @@ CUTE_DEVICE void attend(Params const& p, Work<T> const& w, SharedStorage<T>& sha
                         TileRing<T>& ring) {
   int const warp = threadIdx.x / kWarpSize;
   ring.fill(p, w, w.first_tile(warp));
-  TokenAhead<T> const ahead(p, w, warp);
-  Scorer<T> const score(p, w, shared);
+  TokenAhead<T> ahead;
+  if (kPreparesRows<T>) ahead.load(p, w, warp);
+  Scorer<T> score(p, w, shared);
+  if (!kPreparesRows<T>) ahead.load(p, w, warp);
+  score.take_queries();
+  score.take_scale(p, w);
   Logits<T> const logits(p, w);
   OnlineSoftmax<T> softmax;
   Accumulator<T> acc(shared);
@@ -44,10 +48,10 @@ CUTE_DEVICE void attend(Params const& p, Work<T> const& w, SharedStorage<T>& sha
     bool const last = tile == w.num_tiles - 1;
     float scores[T::kLaneHeads][T::kLaneTokens];
     NewToken<T> token;
-    if constexpr (kOneQuery<T> && kPreparesRows<T>) {
-      token = ahead.token();
-    } else {
-      if (kOneQuery<T> && last && w.appends) token.load(p, w);
+    if constexpr (kTokenAhead<T>) token = ahead.token();
+    if (kOneQuery<T> && last && w.appends) {
+      if (!kTokenAhead<T>) token.load(p, w);
+      token.quantise();
     }
     NewTokensOfTile<T> new_tokens(p, w, tile, ring);
     auto* keys = ring.wait_keys();

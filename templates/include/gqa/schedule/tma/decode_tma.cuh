@@ -124,7 +124,8 @@ CUTE_DEVICE void decode_tma(TmaParams const& p) {
   NewToken<T> token;
   bool const brings_token = kOneQuery<T> && w.appends && warp == T::kNumWarps - 1;
   if (kPreparesRows<T> && brings_token) token.load(p.decode, w);
-  Scorer<T> const score(p.decode, w, shared);
+  Scorer<T> score(p.decode, w, shared);
+  if (kTokenAhead<T> && !kPreparesRows<T> && brings_token) token.load(p.decode, w);
   if (w.is_idle()) {
     // The others wait for whoever has not arrived: for this block's tiles, then, and for its end.
     if (w.log_num_ranks > 0) cute::cluster_arrive_relaxed();
@@ -138,8 +139,11 @@ CUTE_DEVICE void decode_tma(TmaParams const& p) {
     cluster_combine.expect();
   }
   if (w.log_num_ranks > 0) cute::cluster_arrive_relaxed();
+  score.take_queries();  // which may wait for them: behind the arrival, which others wait for
+  score.take_scale(p.decode, w);
   if (brings_token) {
-    if (!kPreparesRows<T>) token.load(p.decode, w);
+    if (!kTokenAhead<T>) token.load(p.decode, w);
+    token.quantise();
     token.key.store(shared.new_key);
     token.value.store(shared.new_value);
     scales.store(token, shared);
