@@ -63,6 +63,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("thorough") and not item.get_closest_marker("gpu"):
                 item.add_marker(sampled)
+    for item in items:
+        on_cpu = hasattr(item, "callspec") and item.callspec.params.get("device") == "cpu"
+        if on_cpu and item.get_closest_marker("gpu"):
+            raise pytest.UsageError(f"{item.nodeid}: marked gpu, and would run in ptxsim")
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a GPU; what it proved on one is in gpu_evidence.json")

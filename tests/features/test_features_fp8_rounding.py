@@ -75,6 +75,7 @@ def test_lanes_without_a_part_of_a_row_quantise_with_the_others(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cuda"])  # ptxsim would take hours
 @pytest.mark.parametrize("queries", DType)
 @pytest.mark.parametrize("dtype", FP8, ids=str)
 def test_every_number_of_16_bits_is_rounded_as_torch_rounds_it(
