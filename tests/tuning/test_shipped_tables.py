@@ -21,7 +21,7 @@ from gqa_cutlass.tuning.table import SHIPPED, Table, file_name
 TABLES = sorted(SHIPPED.glob("*.json"))
 # What the model may lose against a table, in the mean and at worst. Of 8 bits, tables have tiles
 # for each problem, and the model for each head dimension.
-LOST = {"dense": (1.05, 1.15), "pages": (1.05, 1.16), "8 bits": (1.06, 1.35)}
+LOST = {"dense": (1.05, 1.15), "pages": (1.05, 1.16), "8 bits": (1.04, 1.2)}
 
 
 def taken(tuned: Tuned, device: Device, ragged: bool) -> Choice:
@@ -90,8 +90,6 @@ def test_the_model_loses_little_against_a_table(path: Path, ragged: bool) -> Non
     device = device_of(table)
     for kind, (mean, worst) in LOST.items():
         problems = [tuned for tuned in table.found if kind_of(tuned.problem) == kind]
-        measured = [tuned for tuned in problems if taken(tuned, device, ragged) in tuned.times]
-        assert 2 * len(measured) > len(problems)  # the others have tiles that are younger than it
-        lost = {name_of(t.problem): behind(t, device, ragged=ragged) for t in measured}
+        lost = {name_of(t.problem): behind(t, device, ragged=ragged) for t in problems}
         assert math.exp(math.fsum(map(math.log, lost.values())) / len(lost)) <= mean, lost
         assert {name: each for name, each in lost.items() if each > worst} == {}
