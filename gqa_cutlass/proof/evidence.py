@@ -96,8 +96,11 @@ def provenance() -> dict[str, str]:
 
 
 def ask_gpu(fields: str) -> str:
-    """What nvidia-smi says of the first GPU; "unknown" where it cannot be asked."""
-    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]
+    """What nvidia-smi says of torch's current GPU; "unknown" where it cannot be asked."""
+    import torch
+
+    uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", f"--id=GPU-{uuid}"]
     try:
         return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
