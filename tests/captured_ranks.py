@@ -23,6 +23,7 @@ GPU = torch.cuda.is_available()
 BATCH, HEADS, KV_HEADS, DIM = (4, 32, 8, 128) if GPU else (2, 4, 1, 64)
 PROMPT = 1000 if GPU else 9
 STEPS = 4
+GRAPHS: list[torch.cuda.CUDAGraph] = []
 E4M3 = {"dtype": torch.float8_e4m3fn, "k_scale": 0.25, "v_scale": 0.5}
 
 
@@ -32,6 +33,7 @@ def captured(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
         return step
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
+    GRAPHS.append(graph)
     # Meanwhile NCCL's watchdog asks for events, in a thread of its own.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         out = step()
@@ -146,6 +148,8 @@ def main() -> None:
     check_cache(device, 1, **E4M3)
     check_pages(device)
     dist.barrier()
+    for graph in GRAPHS:  # NCCL waits until graphs with its operations are gone
+        graph.reset()
     dist.destroy_process_group()
 
 
