@@ -123,11 +123,25 @@ def test_elements_of_a_query_in_bfloat16_may_differ_by_2_to_28(power: int, devic
     check(step, out)
 
 
-@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
-def test_what_is_no_number_in_a_query_spoils_its_head_alone(wrong: float, device: str) -> None:
+def test_zeros_and_tiny_elements_of_a_query_in_bfloat16_count_nothing(device: str) -> None:
+    """Among others of their head; one has nothing else."""
     step = step_of(
         "e4m3", dtype=DType.BF16, lengths=[70], max_seq_len=80, head_dim=64, device=device
     )
+    step.q[..., 1::4] *= 2.0**-60
+    step.q[..., 2::4] *= 0.0
+    step.q[:, 3] *= 0.0
+    snapshot(step)
+    check(step, run(step))
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_what_is_no_number_in_a_query_spoils_its_head_alone(wrong: float, device: str) -> None:
+    """Multiplied by a zero, too."""
+    step = step_of(
+        "e4m3", dtype=DType.BF16, lengths=[70], max_seq_len=80, head_dim=64, device=device
+    )
+    step.k_cache[..., 9], step.k[..., 9] = 0, 0
     snapshot(step)
     right = run(step)
     step.k_cache.copy_(step.before["k_cache"]), step.v_cache.copy_(step.before["v_cache"])
