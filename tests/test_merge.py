@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from compiling import GROUP, random_step
+from helpers import diagonal
 from merging import DTYPES, merged_by_kernel
 from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
@@ -68,8 +69,7 @@ def test_merged_parts_are_attention_over_all_keys(merge: Merge, lengths: list[in
         torch.testing.assert_close(lse.double(), right_lse, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("wanted", [None, *DTYPES], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("wanted", "dtype"), diagonal([None, *DTYPES], DTYPES))
 def test_every_dtype_is_merged_in_float32_and_rounded_once(
     merge: Merge, dtype: torch.dtype, wanted: torch.dtype | None
 ) -> None:

@@ -267,7 +267,7 @@ def test_a_wrong_plan_is_refused(fault: str, found: str) -> None:
 HEADS = sorted({(point.num_q_heads // point.num_kv_heads, point.head_dim) for point in GRID})
 
 
-@pytest.mark.parametrize(("group", "head_dim"), every(2, HEADS))
+@pytest.mark.parametrize(("group", "head_dim"), every(4, HEADS))
 def test_caches_of_8_bits_are_checked_whatever_the_heads(group: int, head_dim: int) -> None:
     point = Point("small", group, 1, head_dim, 2, 40)
     data = Fp8Data(point, pool(point))

@@ -125,15 +125,13 @@ def test_masks_that_are_more_than_a_window_are_refused() -> None:
         mask(mask_function=window, use_vmap=True, **asked)
 
 
-def test_a_second_prompt_sees_a_window_of_8_bits() -> None:
+@pytest.mark.parametrize("scales", few([{}, {"k_scale": "token", "v_scale": "token"}]), ids=str)
+def test_a_second_prompt_sees_a_window_of_8_bits(scales: dict[str, Any]) -> None:
     model = make_model("qwen2", use_sliding_window=True, max_position_embeddings=256, **WINDOWS)
     model.set_attn_implementation(NAME)
-    kinds: list[dict[str, Any]] = [{}, {"cache_dtype": torch.float8_e4m3fn}]
-    kinds.append(kinds[1] | {"k_scale": "token", "v_scale": "token"})
     results = []
-    for kind in kinds:
+    for kind in ({}, {"cache_dtype": torch.float8_e4m3fn} | scales):
         cache = GqaCache(model.config, 200, **kind)
         tokens = torch.arange(90).remainder(63).add(1).expand(2, -1).split([30, 50, 10], dim=1)
         results.append(torch.cat([step(model, cache, piece) for piece in tokens], dim=1))
-    for result in results[1:]:
-        assert 1e-4 < (results[0] - result).abs().max() < 0.06
+    assert 1e-4 < (results[0] - results[1]).abs().max() < 0.06

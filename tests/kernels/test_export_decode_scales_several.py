@@ -136,7 +136,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(write_dummies(folder, kernels, ("sm_90a",)), folder / "libgqa.so")
 
 
-@pytest.mark.parametrize("name", every(2, [*CASES, *RAGGED]))
+@pytest.mark.parametrize("name", every(3, [*CASES, *RAGGED]))
 def test_several_tokens_have_scales_as_in_python(library: Path, name: str) -> None:
     """Written to the bit, with one length for all where it is allowed, and on the device."""
     made = (CASES | RAGGED)[name]()

@@ -164,11 +164,12 @@ def test_a_plan_and_a_call_agree_to_the_bit() -> None:
     diagonal(
         [  # tokens, head_dim, schedule
             (128, 128, Schedule.MULTISTAGE),
-            (100, 64, Schedule.MULTISTAGE),
             (512, 128, Schedule.TMA),
+            (100, 64, Schedule.MULTISTAGE),
             (500, 96, Schedule.TMA),
         ],
         [(False, Pdl.WHOLE), (True, Pdl.END), (False, Pdl.END), (True, Pdl.WHOLE)],
+        count=2,
     ),
 )
 def test_a_dependent_launch_gives_the_same_bits(
