@@ -49,6 +49,8 @@ _RELEASES = (
 _HEADER_HEAD, _ELF_HEAD = 1 << 15, 1 << 12  # enough for them, and for the note:
 _BUILD_ID = re.compile(rb"\x04\0\0\0\x14\0\0\0\x03\0\0\0GNU\0(.{20})", re.DOTALL)
 _BOUND, _ALONE = re.compile(r"(__launch_bounds__\(\d+), \d+\)"), r"\1, 1)"
+_OTHERS = re.compile(r"^#include <(?:cuda|cute|cutlass)/[^>]+>$", re.MULTILINE)
+_SCHEDULE = "#include <gqa/schedule/"  # which has most of them
 _SHARING: ContextVar[tuple[str, ...]] = ContextVar("options for precompiled headers", default=())
 
 
@@ -125,6 +127,8 @@ def compile_source(source: str, name: str, arch: str, *extra: str) -> Compiled:
     options = [*_OPTIONS, *extra, f"-arch={arch}", *(f"-I{path}" for path in _include_paths())]
     options.append("-lineinfo" if target == "ptx" else "--ptxas-options=-v")
     start = time.perf_counter()
+    if _SCHEDULE in source:
+        source = f'{_others()}#line 1 "{name}.cu"\n{source}'
     with _program(source, name) as program:
         ok, log = _compile(program, [*options, *_SHARING.get()])
         if not ok and _SHARING.get():
@@ -150,9 +154,9 @@ def compile_source(source: str, name: str, arch: str, *extra: str) -> Compiled:
 def shared_headers() -> Iterator[Path]:
     """Within, kernels that this thread compiles share the work of reading their headers.
 
-    That is nearly half of the work, and the code is the same to the byte. The first kernel of a
-    schedule and an architecture takes a quarter longer, and 110 MB of temporary files until the
-    end; once they cannot be written, each kernel reads its headers.
+    That is more than half of the work, and the code is the same to the byte. The first kernel of
+    an architecture takes a quarter longer, and 110 MB of temporary files until the end; once they
+    cannot be written, each kernel reads its headers.
 
     Yields:
         The folder with those files.
@@ -164,6 +168,18 @@ def shared_headers() -> Iterator[Path]:
             yield Path(folder)
         finally:
             _SHARING.reset(token)
+
+
+@cache
+def _others() -> str:
+    """Includes of all headers of others that ours include, which go before a kernel's.
+
+    So kernels can share them whatever policies they have. Only what is read before the pragma is
+    shared, and by kernels that begin alike.
+    """
+    texts = (path.read_text() for path in Path(str(include_dir())).rglob("*.cuh"))
+    lines = sorted({line for text in texts for line in _OTHERS.findall(text)})
+    return "\n".join((*lines, "#pragma nv_hdrstop", ""))
 
 
 def _check_arch(arch: str) -> None:

@@ -34,7 +34,7 @@ from gqa_cutlass.codegen.compile import (
     compiles_for,
     shared_headers,
 )
-from gqa_cutlass.codegen.schema.policies import OF_TOKENS, named
+from gqa_cutlass.codegen.schema.policies import OF_TOKENS, named, tagged
 from gqa_cutlass.errors import CompileError, CompilerMissingError, ConfigError, GqaError
 
 SAMPLE = [
@@ -204,12 +204,14 @@ def test_kernels_compile_for_what_their_schedule_allows_and_nothing_else(arch: s
 @pytest.mark.parametrize("arch", ["compute_80", pytest.param("sm_90a", marks=THOROUGH)])
 def test_code_repeats_to_the_byte_with_shared_headers_and_without(arch: str) -> None:
     def code() -> list[bytes]:
-        return [compile_kernel(config, arch).code for config in (SAMPLE[0], SAMPLE[3])]
+        return [compile_kernel(config, arch).code for config in (SAMPLE[0], SAMPLE[3], featured)]
+
+    featured = default_config(Math.TENSOROP, DType.F16, 64, 4, 8, policies=tagged("win_cap_sink"))
 
     alone = Context().run(code)
     with shared_headers() as folder:
         assert code() == alone
-        assert len(list(folder.glob("*.pch"))) == 1  # the second kernel took the first one's
+        assert len(list(folder.glob("*.pch"))) == 1  # the others took the first one's
 
 
 def test_headers_that_cannot_be_shared_are_read_for_each_kernel(
