@@ -12,7 +12,7 @@ from gqa_cutlass.codegen import DType, Math, default_config
 from gqa_cutlass.codegen.schema.policies import FP8
 from gqa_cutlass.codegen.schema.problem import WIDEST, Problem
 from gqa_cutlass.codegen.variants import shipped
-from gqa_cutlass.dispatch import Choice, Device, dispatch
+from gqa_cutlass.dispatch import Device, dispatch
 from gqa_cutlass.tuning.candidates import chosen
 from gqa_cutlass.tuning.run import name_of
 from gqa_cutlass.tuning.search import Tuned, lowest_of, regret
@@ -24,16 +24,11 @@ TABLES = sorted(SHIPPED.glob("*.json"))
 LOST = {"dense": (1.05, 1.15), "pages": (1.05, 1.16), "8 bits": (1.04, 1.2)}
 
 
-def taken(tuned: Tuned, device: Device, ragged: bool) -> Choice:
-    """The model's launch."""
-    return chosen(dispatch(tuned.problem, device, ragged=ragged))
-
-
 def behind(tuned: Tuned, device: Device, *, ragged: bool) -> float:
     """By what factor the model's launch has more regret than the table's, in known lengths."""
     names = [n for n, held in tuned.lengths.items() if ragged or len(set(held)) == 1]
     times = {c: {n: each[n] for n in names} for c, each in tuned.times.items()}
-    model = taken(tuned, device, ragged)
+    model = chosen(dispatch(tuned.problem, device, ragged=ragged))
     best = tuned.best_of(model, ragged=ragged)
     lowest = lowest_of(times)
     return regret(times[model], lowest) / regret(times[best], lowest)
