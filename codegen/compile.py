@@ -177,7 +177,7 @@ def _others() -> str:
     So kernels can share them whatever policies they have. Only what is read before the pragma is
     shared, and by kernels that begin alike.
     """
-    texts = (path.read_text() for path in Path(str(include_dir())).rglob("*.cuh"))
+    texts = (path.read_text(encoding="utf-8") for path in Path(str(include_dir())).rglob("*.cuh"))
     lines = sorted({line for text in texts for line in _OTHERS.findall(text)})
     return "\n".join((*lines, "#pragma nv_hdrstop", ""))
 
