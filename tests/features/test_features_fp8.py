@@ -90,44 +90,38 @@ def test_scales_count_whatever_their_form(name: str, device: str) -> None:
     check(step, run(step))
 
 
+def step_in_bfloat16(device: str) -> Step:
+    return step_of(
+        "e4m3", dtype=DType.BF16, lengths=[70], max_seq_len=80, head_dim=64, device=device
+    )
+
+
 @pytest.mark.parametrize("power", [-120, -40, 0, 40, 100])
 def test_queries_of_bfloat16_count_whatever_their_size(power: int, device: str) -> None:
     """Each head has a size of its own, and the scale makes up for most of it."""
-    step = step_of(
-        "e4m3", dtype=DType.BF16, lengths=[70], max_seq_len=80, head_dim=64, device=device
-    )
+    step = step_in_bfloat16(device)
     sizes = torch.tensor([2.0**i for i in range(-4, 4)], device=device).view(1, 8, 1)
     step.q.copy_((step.q.float() * sizes * 2.0 ** (power / 2)) * 2.0 ** (power / 2))
     step.scale *= 2.0**-power if power > -100 else 2.0**100
     snapshot(step)
-    out = gqa_decode(
-        *step.tensors(), cache_seqlens=step.seqlens, softmax_scale=step.scale, **step.features()
-    )
-    check(step, out)
+    check(step, run(step, softmax_scale=step.scale))
 
 
 @pytest.mark.parametrize("power", [-90, 0, 90])
 def test_elements_of_a_query_in_bfloat16_may_differ_by_2_to_28(power: int, device: str) -> None:
     """Keys are zero where the large element is, so that the small ones are all that counts."""
-    step = step_of(
-        "e4m3", dtype=DType.BF16, lengths=[70], max_seq_len=80, head_dim=64, device=device
-    )
+    step = step_in_bfloat16(device)
     step.q.copy_((step.q.sign() + step.q.frac()) * 2.0 ** (power - 28))
     step.q[..., 5] = 1.5 * 2.0**power
     step.k_cache[..., 5], step.k[..., 5] = 0, 0
     step.scale *= 2.0 ** (28 - power)
     snapshot(step)
-    out = gqa_decode(
-        *step.tensors(), cache_seqlens=step.seqlens, softmax_scale=step.scale, **step.features()
-    )
-    check(step, out)
+    check(step, run(step, softmax_scale=step.scale))
 
 
 def test_zeros_and_tiny_elements_of_a_query_in_bfloat16_count_nothing(device: str) -> None:
     """Among others of their head; one has nothing else."""
-    step = step_of(
-        "e4m3", dtype=DType.BF16, lengths=[70], max_seq_len=80, head_dim=64, device=device
-    )
+    step = step_in_bfloat16(device)
     step.q[..., 1::4] *= 2.0**-60
     step.q[..., 2::4] *= 0.0
     step.q[:, 3] *= 0.0
@@ -138,9 +132,7 @@ def test_zeros_and_tiny_elements_of_a_query_in_bfloat16_count_nothing(device: st
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
 def test_what_is_no_number_in_a_query_spoils_its_head_alone(wrong: float, device: str) -> None:
     """Multiplied by a zero, too."""
-    step = step_of(
-        "e4m3", dtype=DType.BF16, lengths=[70], max_seq_len=80, head_dim=64, device=device
-    )
+    step = step_in_bfloat16(device)
     step.k_cache[..., 9], step.k[..., 9] = 0, 0
     snapshot(step)
     right = run(step)
