@@ -49,10 +49,11 @@ gpu-test: $(READY) ## Run the GPU tests, write their records in tests/ and the t
 
 # Where the tests so marked are: collecting all of the suite takes each process longer than its share.
 SANITIZED := tests/features tests/test_numerics.py tests/test_head_dim_v.py tests/test_merge_kernel.py
+TOOLS ?= memcheck racecheck synccheck
 
 sanitize: $(READY) ## Run a test of every kind of kernel and launch under compute-sanitizer, on a GPU
-	for tool in memcheck racecheck synccheck; do \
-	  compute-sanitizer --tool $$tool --report-api-errors no --error-exitcode 1 \
+	for tool in $(TOOLS); do \
+	  compute-sanitizer --tool $$tool --max-connections 40 --report-api-errors no --error-exitcode 1 \
 	    $(PYTHON) -m pytest -q -m 'gpu and sanitized' $(SANITIZED) $(ARGS); done
 
 bench: $(READY) ## Time the kernels against PyTorch on a GPU
