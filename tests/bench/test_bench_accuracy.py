@@ -49,9 +49,13 @@ def test_what_the_page_says_of_types_and_scales_holds_of_other_sizes(
 
 
 def test_scales_that_cut_numbers_off_cost_more_than_those_that_are_too_large() -> None:
-    rows = {float(scale): float(found[0].removesuffix(" %")) for scale, *found in misses(SMALL)}
+    found = {
+        float(scale): [float(it.removesuffix(" %")) for it in row] for scale, *row in misses(SMALL)
+    }
+    rows, unlike = ({scale: row[i] for scale, row in found.items()} for i in (0, 2))
     assert rows[0.125] > rows[0.25] > rows[0.5] > 1.3 * rows[1]
     assert rows[16] < 1.1 * rows[1]
+    assert unlike[4] > 1.3 * unlike[1] and unlike[16] > 4 * unlike[1]
 
 
 @pytest.mark.parametrize("kind", MOST, ids=str)
