@@ -45,8 +45,9 @@ def warmup(
 
     Args:
         configs: Kernels, or decode steps as in `GQADecodeConfig` (contiguous tensors are assumed;
-            of dependent launches, give the kernel: `plan.dispatch.config`), which take the
-            kernels of dispatch's model and of the GPU's tables of launches.
+            of dependent launches, give the kernel: `plan.dispatch.config`; of caches of 8 bits and
+            of options, `explain(...).dispatch.config`), which take the kernels of dispatch's model
+            and of the GPU's tables of launches.
         dtype: Element type for the decode steps.
         device: The GPU to load them on, or "cpu" for ptxsim.
 
@@ -59,7 +60,8 @@ def warmup(
     """
     if not isinstance(dtype, torch.dtype) or dtype not in DTYPES:
         raise InputError(
-            f"warmup: dtype: got {shown(dtype)}; allowed: torch.float16, torch.bfloat16."
+            f"warmup: dtype: got {shown(dtype)}; allowed: torch.float16, torch.bfloat16. For "
+            "caches of 8 bits give kernels, explain(...).dispatch.config, and no dtype."
         )
     wanted = _listed(configs)
     where = device_of(device)

@@ -59,7 +59,8 @@ def gqa_attention_decode(
         q: [batch, 1, num_q_heads, head_dim].
         k: The new token's keys, [batch, 1, num_kv_heads, head_dim].
         v: As k.
-        kv_cache_k: [batch, max_seq_len, num_kv_heads, head_dim]; written at position cache_len.
+        kv_cache_k: [batch, max_seq_len, num_kv_heads, head_dim]; written at position cache_len. Of
+            8 bits it counts with a scale of 1: `gqa_decode` takes others.
         kv_cache_v: As kv_cache_k.
         config: Sizes, which must agree with the tensors, the cache's length and the scale.
         stream: A torch stream, a stream's handle, or None for the current stream. The handles 0

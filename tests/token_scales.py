@@ -278,6 +278,6 @@ BAD: dict[str, tuple[Callable[[Case], dict[str, Any]], str]] = {
     ),
     "narrow rows": (
         lambda c: {"q": torch.zeros(8 * 65, dtype=F16, device=c.q.device)[1:513].view(1, 8, 64)},
-        "k_scale: got scales of tokens with narrow rows; allowed: rows at multiples of 4 bytes",
+        "k_scale: got scales of tokens with narrow rows; allowed: rows of q, k, v and caches at",
     ),
 }  # fmt: skip

@@ -95,8 +95,7 @@ class KVCache(CountedCache):
         tokens_per_call: With a window, query tokens and new tokens of a `decode` at most, 1 to 256.
         k_scale: Of a cache of 8 bits, for all calls: a number, or float32 [] or [num_kv_heads] on
             the device; see `gqa_decode`. Or "token", of both: one for every token and KV head,
-            which the cache keeps, and computes of the tokens that it is given. `gqa_decode` says
-            what does not go with these. None: 1.
+            which the cache keeps, and computes of the tokens that it is given. None: 1.
         v_scale: The same of values.
 
     Attributes:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 FP8 = {torch.float8_e4m3fn: E4M3, torch.float8_e5m2: E5M2}
 _OF_TOKENS = {E4M3: E4M3_OF_TOKENS, E5M2: E5M2_OF_TOKENS}
 FP8_NAMES = " or ".join(map(str, FP8))
+_VIEW = "; view bytes that are such numbers: .view(torch.float8_e4m3fn)"  # as engines keep pools
 SCALES = ("k_scale", "v_scale")
 _MAX_STRIDE = 2**31 - 1
 SMALLEST_WIDTH = 2  # elements of 16 bits that tensor cores' loads want
@@ -64,7 +65,8 @@ def stored_policy(layout: Layout) -> tuple[Policy, ...]:
     q, keys, values = layout["q"].dtype, layout["k_cache"].dtype, layout["v_cache"].dtype
     for name, dtype in (("k_cache", keys), ("v_cache", values)):
         if dtype != q and dtype not in FP8:
-            fail(name, str(dtype), f"q's dtype, {q}, or {FP8_NAMES}")
+            view = _VIEW if dtype in (torch.uint8, torch.int8) else ""
+            fail(name, str(dtype), f"q's dtype, {q}, or {FP8_NAMES}{view}")
     if keys != values:
         fail("v_cache", str(values), f"k_cache's dtype, {keys}")
     policy = FP8.get(keys)
@@ -100,7 +102,8 @@ def check_of_tokens(problem: Problem) -> None:
         fail(
             "k_scale",
             "scales of tokens with narrow rows",
-            "rows at multiples of 4 bytes; or pass scales of KV heads, or of sequences and heads",
+            "rows of q, k, v and caches at multiples of 4 bytes, as contiguous ones are; or pass "
+            "scales of KV heads, or of sequences and heads",
         )
 
 

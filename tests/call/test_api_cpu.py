@@ -168,7 +168,7 @@ def test_warmup_loads_what_a_step_may_take(
     assert [config.schedule for config in loaded] == schedules
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int8, "float16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn, "float16"])
 def test_warmup_for_an_unsupported_type_is_refused(dtype: Any) -> None:
     with pytest.raises(InputError, match="warmup: dtype: got .*; allowed: torch.float16, torch.bf"):
         warmup([CONFIG], dtype=dtype)

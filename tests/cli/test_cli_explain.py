@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 from command_line import console_script
+from helpers import REPOSITORY
 
 from gqa_cutlass import devices
 from gqa_cutlass.codegen import ARCHES
@@ -187,3 +189,10 @@ def test_other_gpus_are_refused() -> None:
     for arch in ("sm_80", "all"):
         said = refused(*LLAMA, "--gpu", "NVIDIA H200", "--arch", arch)
         assert "explain: arch: got sm_80 for NVIDIA H200; allowed: sm_90a, which" in said
+
+
+def test_the_kernel_that_the_docs_build_is_the_one_that_is_explained() -> None:
+    page = (REPOSITORY / "docs" / "kernels_for_a_model.md").read_text(encoding="utf-8")
+    (question,) = re.findall(r"^gqa-cutlass explain (.*)$", page, re.MULTILINE)
+    (built,) = re.findall(r"^gqa-cutlass build --kernels (gqa_\w+)", page, re.MULTILINE)
+    assert facts(*shlex.split(question))["kernel"] == built

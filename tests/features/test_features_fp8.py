@@ -204,7 +204,8 @@ BAD: dict[str, tuple[Callable[[Step], dict[str, Any]], str]] = {
     "one of 16 bits": (lambda s: {"v_cache": s.v_cache.half()}, "v_cache: got .*16; allowed: k_ca"),
     "another type": (
         lambda s: {"k_cache": s.k_cache.view(torch.int8)},
-        "k_cache: got torch.int8; allowed: q's dtype, torch.float16, or torch.float8_e4m3fn or ",
+        "k_cache: got torch.int8; allowed: q's dtype, torch.float16, or torch.float8_e4m3fn or "
+        "torch.float8_e5m2; view bytes that are such numbers: ",
     ),
     "odd rows": (
         lambda s: {"k_cache": _rows_apart(s.k_cache, 65)},

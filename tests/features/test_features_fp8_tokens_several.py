@@ -254,7 +254,7 @@ BAD: dict[str, tuple[Callable[[Case], dict[str, Any]], str]] = {
     ),
     "narrow rows": (
         lambda c: {"k": torch.zeros(385, dtype=F16, device=c.q.device)[1:].view(1, 3, 2, 64)},
-        "k_scale: got scales of tokens with narrow rows; allowed: rows at multiples of 4 bytes",
+        "k_scale: got scales of tokens with narrow rows; allowed: rows of q, k, v and caches at",
     ),
     "a tree of others": (
         lambda c: {"tree_mask": torch.ones(1, 2, 2, dtype=torch.bool, device=c.q.device)},

@@ -70,8 +70,7 @@ class PagedKVCache(CountedPages):
         k_scale: Of a cache of 8 bits: what its keys are multiplied by, and new ones divided by. A
             number, or float32 [] or [num_kv_heads] on the device; or a list, with one for each
             layer; see `gqa_decode`. Or "token", of both: one for every token and KV head, which the
-            cache keeps, and computes of the tokens that it is given. `gqa_decode` says what does
-            not go with these. None: 1.
+            cache keeps, and computes of the tokens that it is given. None: 1.
         v_scale: The same of values.
 
     Raises:
