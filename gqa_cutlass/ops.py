@@ -23,7 +23,7 @@ from gqa_cutlass.call.given import fail
 from gqa_cutlass.call.stored import SCALES, of_tokens
 from gqa_cutlass.errors import InputError
 from gqa_cutlass.merge import merge_states
-from gqa_cutlass.tracing import break_graph, is_traced
+from gqa_cutlass.tracing import break_graph, is_traced, untraced
 
 _LENGTHS = "Tensor? cache_seqlens, SymInt cache_len"  # on the device, or else one for all
 _NUMBERS_OF_SCALES = {f"{name}_number": name for name in SCALES}  # which come as tensors, or so
@@ -338,6 +338,6 @@ for _name, _kernel, _fake in (
     ("gqa_attend", _attend, _shapes_of_attend),
     ("merge_states", _merge, _shapes_of_merge),
 ):
-    for _where in ("CPU", "CUDA"):
-        LIBRARY.impl(_name, _kernel, _where)
+    for _where in ("CPU", "CUDA"):  # where frames are run that Dynamo skipped, it would take it up
+        LIBRARY.impl(_name, untraced(_kernel), _where)
     torch.library.register_fake(f"gqa_cutlass::{_name}", _fake, lib=LIBRARY)

@@ -10,6 +10,8 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from gqa_cutlass.gpu.torch_private import frame_callback
+
 _Given = ParamSpec("_Given")
 _Result = TypeVar("_Result")
 
@@ -26,7 +28,8 @@ def untraced(
     def call(*args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
         if is_traced():
             return break_graph(function, why or HOST_ONLY)(*args, **kwargs)
-        if "torch._dynamo" in sys.modules:  # which may take up what a frame calls that it skips
+        # Dynamo may take up what a frame calls that it skips.
+        if "torch._dynamo" in sys.modules and frame_callback() is not None:
             disabled: Callable[_Given, _Result] = _disabled(function)
             return disabled(*args, **kwargs)
         return function(*args, **kwargs)

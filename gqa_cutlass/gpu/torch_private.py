@@ -42,6 +42,13 @@ current_device = _private("_cuda_getDevice", torch.cuda.current_device)
 current_stream = _private("_cuda_getCurrentRawStream", _handle_of_current_stream)
 
 
+# What takes up the frames that run, to compile them: None where nothing does, as outside compiled
+# code and in its graphs. Where torch does not say, something may.
+frame_callback: Callable[[], object] = getattr(
+    torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: True
+)
+
+
 _num_modes = _private("_len_torch_dispatch_stack", lambda: 0)
 _jit_trace: Callable[[], object] = getattr(torch._C, "_get_tracing_state", lambda: None)
 

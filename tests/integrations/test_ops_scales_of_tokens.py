@@ -360,3 +360,17 @@ def test_no_graph_has_scales_of_tokens_in_an_operator_that_does_not_say_so() -> 
         operators.gqa_decode(*given[:5], None, 3, k_scale=given[5], v_scale=given[6])
     out, _ = getattr(operators, OPERATOR)(*given, None, 3)
     assert out.is_meta and out.shape == made.q.shape
+
+
+def test_a_step_runs_where_torch_compiles_no_more() -> None:
+    """It then takes up frames within those that it skips, the operator's too if it were let."""
+    made, again = small(lengths=(20,)), small(lengths=(20,))
+    step = torch.compile(
+        lambda options: gqa_decode(**made.given() | options, cache_seqlens=20), backend="eager"
+    )
+    with torch._dynamo.config.patch(recompile_limit=1):
+        with pytest.raises(InputError, match="of tokens"):
+            step({"v_scale": 2.0})
+        step({"k_scale": 1.0, "v_scale": 1.0})
+        out = step({})
+    assert torch.equal(out, gqa_decode(**again.given(), cache_seqlens=20)) and same(made, again)
