@@ -22,6 +22,7 @@ from gqa_cutlass.cache.scales import (
     Scales,
     allocate_scaled,
     by_token,
+    bytes_with,
     raw,
 )
 from gqa_cutlass.cache.sizes import BatchSizes
@@ -212,7 +213,8 @@ class KVCache(CountedCache):
         """
         shape = batch_size, max_seq_len, num_kv_heads, head_dim, dtype, head_dim_v
         scaled = by_token("KVCache", k_scale, v_scale)
-        return sizes_of(num_layers, *shape, window, tokens_per_call, scaled).total_bytes
+        sizes = sizes_of(num_layers, *shape, window, tokens_per_call, scaled)
+        return bytes_with(sizes, k_scale, v_scale)
 
     def _adopt(
         self,

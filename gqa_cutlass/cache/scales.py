@@ -176,21 +176,33 @@ def allocate_scaled(
     return memory, [Scales(k_scale=k, v_scale=v) for k, v in memory.scales]
 
 
+def bytes_with(sizes: Sizes, k_scale: LayerScales, v_scale: LayerScales) -> int:
+    """Bytes of caches with such scales, wherever these are.
+
+    Raises:
+        InputError: As for `scales_of_layers`.
+    """
+    if not sizes.by_token:
+        scales_of_layers(sizes, None, k_scale, v_scale)
+    return sizes.total_bytes
+
+
 def scales_of_layers(
-    sizes: Sizes, device: torch.device | int | str, k_scale: LayerScales, v_scale: LayerScales
-) -> list[Scales]:
+    sizes: Sizes, device: torch.device | int | str | None, k_scale: LayerScales,
+    v_scale: LayerScales,
+) -> list[Scales]:  # fmt: skip
     """The scales of every layer, or one for all.
 
     Args:
         sizes: Of the caches.
-        device: Where they are.
+        device: Where they are; None: anywhere.
         k_scale: Of keys.
         v_scale: Of values.
 
     Raises:
         InputError: One is not allowed, or the cache's type has none.
     """
-    where = placed(device, sizes.owner)
+    where = None if device is None else placed(device, sizes.owner)
     keys, values = (
         _of_layers(sizes, where, name, given)
         for name, given in zip(SCALES, (k_scale, v_scale), strict=True)
@@ -201,7 +213,9 @@ def scales_of_layers(
     ]
 
 
-def _of_layers(sizes: Sizes, device: torch.device, name: str, given: LayerScales) -> list[Scale]:
+def _of_layers(
+    sizes: Sizes, device: torch.device | None, name: str, given: LayerScales
+) -> list[Scale]:
     if isinstance(given, (list, tuple)):
         if len(given) != sizes.num_layers:
             refuse(sizes.owner, name, f"{len(given)} scales", f"one, or {sizes.num_layers}")
@@ -209,7 +223,7 @@ def _of_layers(sizes: Sizes, device: torch.device, name: str, given: LayerScales
     return [_checked(sizes, device, name, given)]  # type: ignore[arg-type]
 
 
-def _checked(sizes: Sizes, device: torch.device, name: str, scale: Scale) -> Scale:
+def _checked(sizes: Sizes, device: torch.device | None, name: str, scale: Scale) -> Scale:
     owner = sizes.owner
     if scale is None:
         return None
@@ -219,7 +233,7 @@ def _checked(sizes: Sizes, device: torch.device, name: str, scale: Scale) -> Sca
     if not is_tensor(scale):
         return _number(owner, name, scale)
     scale = plain(owner, name, scale)
-    heads = sizes.num_kv_heads
+    heads, device = sizes.num_kv_heads, device or scale.device
     right = scale.dtype == torch.float32 and scale.device == device
     if not right or list(scale.shape) not in ([], [1], [heads]):
         got = f"{scale.dtype} {list(scale.shape)} on {scale.device}"

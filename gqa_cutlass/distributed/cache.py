@@ -17,7 +17,7 @@ from gqa_cutlass.cache.inputs import new_tokens, refuse_in
 from gqa_cutlass.cache.kv_cache import KVCache
 from gqa_cutlass.cache.lengths import Lengths
 from gqa_cutlass.cache.rows import buffer, scatter, widest
-from gqa_cutlass.cache.scales import GivenScale, LayerScales, allocate_scaled, by_token
+from gqa_cutlass.cache.scales import GivenScale, LayerScales, allocate_scaled, by_token, bytes_with
 from gqa_cutlass.cache.sizes import BatchSizes
 from gqa_cutlass.cache.some import Rows
 from gqa_cutlass.call.options import Options, listed
@@ -217,12 +217,13 @@ class ShardedKVCache(KVCache):
         Raises:
             InputError: A size, the type or a scale is not allowed.
         """
-        return _Sizes(
+        sizes = _Sizes(
             num_layers=num_layers, batch_size=batch_size, max_seq_len=max_seq_len,
             num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype, head_dim_v=head_dim_v,
             size=size, interleave=interleave,
             by_token=by_token("ShardedKVCache", k_scale, v_scale),
-        ).total_bytes  # fmt: skip
+        )  # fmt: skip
+        return bytes_with(sizes, k_scale, v_scale)
 
     @property
     def max_seq_len(self) -> int:

@@ -8,7 +8,7 @@ import torch
 
 from gqa_cutlass.cache.paged.inputs import check_reach
 from gqa_cutlass.cache.paged.paged_kv_cache import PagedKVCache
-from gqa_cutlass.cache.scales import LayerScales, allocate_scaled, by_token
+from gqa_cutlass.cache.scales import LayerScales, allocate_scaled, by_token, bytes_with
 from gqa_cutlass.cache.sizes import PoolSizes, refuse
 from gqa_cutlass.distributed.exchange import Exchange
 from gqa_cutlass.distributed.groups import Group, ranks_of
@@ -145,9 +145,10 @@ class ShardedPagedKVCache(PagedKVCache):
             InputError: A size, the type or a scale is not allowed.
         """
         check_reach("ShardedPagedKVCache", window)
-        return _Sizes(
+        sizes = _Sizes(
             num_layers=num_layers, num_pages=num_pages, page_size=page_size,
             num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype, head_dim_v=head_dim_v,
             size=size, interleave=interleave,
             by_token=by_token("ShardedPagedKVCache", k_scale, v_scale),
-        ).total_bytes  # fmt: skip
+        )  # fmt: skip
+        return bytes_with(sizes, k_scale, v_scale)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gqa_cutlass import KVCache, PagedKVCache
 from gqa_cutlass.cache.scales import _pieces, raw
+from gqa_cutlass.distributed import ShardedKVCache, ShardedPagedKVCache
 from gqa_cutlass.errors import InputError
 from gqa_cutlass.proof.reference import attend, errors, scaled, scales_of, stored
 
@@ -167,6 +168,14 @@ def test_bad_scales_allocate_nothing(make: Callable[..., Any], name: str) -> Non
     options, message = BAD[name]
     with pytest.raises(InputError, match=f"{make.__name__}: {message}"):
         make(2, 8, HEADS, DIM, **{"dtype": E4M3, "device": "cpu"} | options)
+
+
+@pytest.mark.parametrize("name", sorted(BAD.keys() - {"elsewhere"}))
+@pytest.mark.parametrize("kind", [KVCache, PagedKVCache, ShardedKVCache, ShardedPagedKVCache])
+def test_bytes_of_bad_scales_are_not_told(kind: Any, name: str) -> None:
+    options, message = BAD[name]
+    with pytest.raises(InputError, match=f"^{kind.__name__}: {message}"):
+        kind.bytes_needed(2, 8, HEADS, DIM, **{"dtype": E4M3} | options)
 
 
 def test_tokens_and_options_that_a_cache_of_8_bits_does_not_take() -> None:

@@ -340,9 +340,8 @@ def test_what_is_not_allowed_allocates_nothing(make: Callable[..., Any], name: s
     options, message = BAD[name]
     with pytest.raises(InputError, match=f"^{make.__name__}: {message}.*Nothing was allocated"):
         make(2, 8, HEADS, DIM, **{"dtype": E4M3, "device": "cpu"} | options)
-    if name != "a tensor":  # of which bytes_needed does not know where it should be
-        with pytest.raises(InputError, match=f"^{make.__name__}: {message}"):
-            make.bytes_needed(2, 8, HEADS, DIM, **{"dtype": E4M3} | options)  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match=f"^{make.__name__}: {message}"):
+        make.bytes_needed(2, 8, HEADS, DIM, **{"dtype": E4M3} | options)  # type: ignore[attr-defined]
 
 
 def test_scales_are_no_options_and_keep_their_memory() -> None:

@@ -21,7 +21,7 @@ from gqa_cutlass.cache.paged.pools import Pools
 from gqa_cutlass.cache.paged.sequences import refuse
 from gqa_cutlass.cache.paged.step import Step
 from gqa_cutlass.cache.paged.tables import Tables
-from gqa_cutlass.cache.scales import LayerScales, allocate_scaled, by_token
+from gqa_cutlass.cache.scales import LayerScales, allocate_scaled, by_token, bytes_with
 from gqa_cutlass.cache.sizes import PoolSizes
 from gqa_cutlass.call.options import Options, listed
 from gqa_cutlass.call.plan import Pair, Result
@@ -147,7 +147,7 @@ class PagedKVCache(CountedPages):
             num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype, head_dim_v=head_dim_v,
             by_token=by_token("PagedKVCache", k_scale, v_scale),
         )  # fmt: skip
-        return sizes.total_bytes
+        return bytes_with(sizes, k_scale, v_scale)
 
     @on_host
     @contextmanager
