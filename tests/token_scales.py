@@ -136,7 +136,7 @@ class Case:
         if left_out:
             others = [b for b in range(len(self.lengths)) if b not in left_out]
             found = [rows[others] for rows in found]
-        assert not found[0].isnan().any()
+        assert not found[0].isnan().any(), "output"
         assert errors(*found).share <= 1, "output"
         return out
 
@@ -222,6 +222,17 @@ def padded_rows(made: Case) -> None:
     device = made.q.device
     made.options["cache_leftpad"] = torch.tensor([5, 20], dtype=torch.int32, device=device)
     made.options["cache_batch_idx"] = torch.tensor([2, 1], dtype=torch.int32, device=device)
+
+
+def growing(device: str, growth: float) -> Case:
+    """All tokens count alike, and values' scales are so many times as large from the middle on.
+    Warps have several tiles each."""
+    made = case(device, lengths=(600,), capacity=640)
+    made.options["num_splits"] = 1
+    made.q.zero_()
+    made.v /= 100
+    made.v_scale[:, :300], made.v_scale[:, 300:600] = 0.01, 0.01 * growth
+    return made
 
 
 def unlike_sizes(device: str, tokens: tuple[int, int] | None = None) -> Case:

@@ -14,6 +14,7 @@ from token_scales import (
     HEADS,
     ODD_SCALES,
     case,
+    growing,
     of_values_scaled,
     unlike_sizes,
 )
@@ -27,6 +28,7 @@ from gqa_cutlass.proof.reference import attend, scale_of_row
 PROCESS = "features"  # has all tests of this folder, for they have kernels in common
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize(
     ("dtype", "queries", "head_dim", "lengths"),
     diagonal(FP8, [F16, BF16], [64, 128, 40], [(37, 300), (0, 16), (511, 127)]),
@@ -35,6 +37,18 @@ def test_appends_compute_scales_and_attention_counts_them(
     dtype: torch.dtype, queries: torch.dtype, head_dim: int, lengths: tuple[int, ...], device: str
 ) -> None:
     case(device, dtype, queries, lengths=lengths, capacity=520, head_dim=head_dim).check()
+
+
+@pytest.mark.parametrize("appends", [True, False], ids=["a new one", "a stored one"])
+@pytest.mark.parametrize("queries", [F16, BF16], ids=str)
+def test_a_single_token_is_its_value_rounded_once(
+    queries: torch.dtype, appends: bool, device: str
+) -> None:
+    """As PyTorch's is: its probability is 1, whatever its scale."""
+    made = case(device, E4M3, queries, lengths=(0, 0) if appends else (1, 1), capacity=16)
+    out = made.run() if appends else made.attend_only(1)
+    values = made.v_cache[:, 0].float() * made.v_scale[:, 0, :, None]
+    assert torch.equal(out, values.repeat_interleave(out.shape[1] // HEADS, 1).to(queries))
 
 
 @pytest.mark.parametrize("name", few(FEATURES, 2))
@@ -54,6 +68,12 @@ def test_scales_of_values_may_be_zero_tiny_or_negative(
     odd: tuple[float, int], tokens: tuple[int, int] | None, device: str
 ) -> None:
     of_values_scaled(device, *odd, tokens).check()
+
+
+@pytest.mark.parametrize("growth", [1.5, 1.89, 2.2])
+def test_scales_of_values_may_grow(growth: float, device: str) -> None:
+    """By what float16 has room for, and by more."""
+    growing(device, growth).check()
 
 
 def test_values_that_are_small_count_beside_larger_ones_that_are_not_seen(device: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers import THOROUGH, few
 from mutants.planted import program
-from token_scales import BF16, Case, by_tma, case, in_pages, unlike_sizes
+from token_scales import BF16, Case, by_tma, case, growing, in_pages, unlike_sizes
 
 import gqa_cutlass
 from gqa_cutlass import api
@@ -37,6 +37,10 @@ def zeros() -> Case:
 
 def unlike_rows() -> Case:
     return unlike_sizes("cpu")
+
+
+def more_than_twice() -> Case:
+    return growing("cpu", 2.2)
 
 
 def drafts() -> Case:
@@ -129,10 +133,17 @@ BUGS = (
     ),
     Planted(
         name="sums of another range",
-        old="multiply(acc, most_ / most);",
+        old="multiply(acc, most_ / largest);",
         new="",
         wrong="output",
         made=unlike_rows,
+    ),
+    Planted(
+        name="scales that float16 has no room for",
+        old="kMore = 1.9f;",
+        new="kMore = 2.5f;",
+        wrong="output",
+        made=more_than_twice,
     ),
     Planted(
         name="outputs that are relative",

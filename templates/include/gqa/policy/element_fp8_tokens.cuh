@@ -3,9 +3,10 @@
 //
 // Scales lie as tokens do, [rows, max_seq_len, num_kv_heads], or in pages, contiguous but for the
 // first dimension. A product is multiplied by its key's scale before it is capped, a probability by
-// its value's before it is rounded to float16: relative to a power of two that the values' scales
-// so far do not exceed, which the outputs are multiplied by in the end. 2^15 over that, the
-// operands of values that count 2^-29 as much as others still are normal numbers.
+// its value's before it is rounded to float16: relative to the largest of the first values' scales,
+// and of others that are about twice as large, which the outputs are multiplied by in the end. So a
+// sequence's first token is exact. 2^15 over that, the operands of values that count 2^-29 as much
+// as others still are normal numbers.
 //
 // Several new tokens have a scale each, which a row takes along into its tile: it lies in what
 // keeps rows apart there, and the lane that has the row's scales finds it.
@@ -259,7 +260,7 @@ class ValueRange {
   CUTE_DEVICE void scale(float value_scale, Accumulator<T>& acc,
                          float (&probability)[T::kLaneHeads][T::kLaneTokens]) {
     float const largest = largest_of_warp(fabsf(value_scale));
-    if (largest > most_) raise(largest, acc);
+    if (largest > kMore * most_) raise(largest, acc);
     scale(value_scale, probability);
   }
   // The same where they are known to be in range.
@@ -278,21 +279,15 @@ class ValueRange {
   CUTE_DEVICE float unit() const { return most_ / kRoom; }
 
   // Before there are sums: makes it that of scales up to the largest.
-  CUTE_DEVICE void cover(float largest) {
-    if (largest > most_) most_ = power_of_two(largest);
-  }
+  CUTE_DEVICE void cover(float largest) { most_ = fmaxf(most_, largest); }
 
  private:
   static constexpr float kRoom = 32768.f;
+  static constexpr float kMore = 1.9f;  // by as much it may be exceeded: float16 ends at 65504
 
   CUTE_DEVICE void raise(float largest, Accumulator<T>& acc) {
-    float const most = power_of_two(largest);
-    multiply(acc, most_ / most);
-    most_ = most;
-  }
-  // The next, or the same: quotients of these are exact.
-  CUTE_DEVICE static float power_of_two(float number) {
-    return __uint_as_float((__float_as_uint(number) + 0x7fffff) & 0x7f800000);
+    multiply(acc, most_ / largest);
+    most_ = largest;
   }
   CUTE_DEVICE static void multiply(Accumulator<T>& acc, float by) {
     float factor[T::kLaneHeads];
