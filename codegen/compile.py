@@ -23,9 +23,9 @@ from cuda.bindings import nvrtc
 from cuda.pathfinder import load_nvidia_dynamic_lib, locate_nvidia_header_directory
 
 from gqa_cutlass.codegen.config import ARCHES
-from gqa_cutlass.codegen.headers import include_dir
+from gqa_cutlass.codegen.headers import Headers, include_dir
 from gqa_cutlass.codegen.merge import Kernel
-from gqa_cutlass.codegen.render import render
+from gqa_cutlass.codegen.render import render, source_digest
 from gqa_cutlass.errors import CompileError, CompilerMissingError, ConfigError
 
 Target = Literal["cubin", "ptx"]
@@ -78,6 +78,7 @@ def compile_kernel(config: Kernel, arch: str) -> Compiled:
 
     Raises:
         ConfigError: Also where the kernel's schedule needs another architecture.
+        CompileError: Also where what is compiled is not what the kernel's digest is of.
     """
     if not compiles_for(config, arch):
         raise ConfigError(
@@ -93,6 +94,12 @@ def compile_kernel(config: Kernel, arch: str) -> Compiled:
         other = compile_source(text, config.name, arch, *options)
         if other.registers <= config.max_registers:
             best = min(best, other, key=lambda c: c.spill_bytes)
+    if Headers(include_dir()).digest(source) != source_digest(config):
+        raise CompileError(
+            f"{config.name} for {arch}: templates or headers are not those that this process has "
+            "read: the package was upgraded or edited meanwhile. Nothing was kept. Start the "
+            "process again."
+        )
     return best
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextvars import Context
 from dataclasses import replace
+from importlib import import_module
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,6 +35,8 @@ from gqa_cutlass.codegen.compile import (
     compiles_for,
     shared_headers,
 )
+from gqa_cutlass.codegen.headers import Headers, include_dir
+from gqa_cutlass.codegen.render import source_digest
 from gqa_cutlass.codegen.schema.policies import OF_TOKENS, named, tagged
 from gqa_cutlass.errors import CompileError, CompilerMissingError, ConfigError, GqaError
 
@@ -231,6 +234,22 @@ def test_headers_that_cannot_be_shared_are_read_for_each_kernel(
             result = compile_source('extern "C" __global__ void f() {}', "f", "compute_80")
             assert b".entry f(" in result.code
     assert tried == [True, False, False]
+
+
+def test_headers_that_changed_since_they_were_read_are_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As by an upgrade: its kernel would have the name, and the digest, of the one before."""
+    read = Headers(include_dir())
+    read._texts["gqa/stage/softmax.cuh"] = read.text("gqa/stage/softmax.cuh") + "// as it was\n"
+    module = import_module("gqa_cutlass.codegen.render")  # not the function of that name
+    monkeypatch.setattr(module, "our_headers", lambda: read)
+    source_digest.cache_clear()
+    try:
+        with pytest.raises(CompileError, match=f"{SAMPLE[0].name} for sm_90a: .* upgraded or edit"):
+            compile_kernel(SAMPLE[0], "sm_90a")
+    finally:
+        source_digest.cache_clear()
 
 
 @pytest.mark.parametrize("arch", ["sm_70", "compute_75", "", "sm_90"])
