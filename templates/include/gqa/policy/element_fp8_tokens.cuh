@@ -3,8 +3,8 @@
 //
 // Scales lie as tokens do, [rows, max_seq_len, num_kv_heads], or in pages, contiguous but for the
 // first dimension. A product is multiplied by its key's scale before it is capped, a probability by
-// its value's before it is rounded to float16: relative to the largest of the first values' scales,
-// and of others that are about twice as large, which the outputs are multiplied by in the end. So a
+// its value's before it is rounded to float16: relative to the largest scale of the first tile, or
+// of a later one if that is much larger, which the outputs are multiplied by in the end. So a
 // sequence's first token is exact. 2^15 over that, the operands of values that count 2^-29 as much
 // as others still are normal numbers.
 //
