@@ -33,6 +33,7 @@ class _Call:
     max_seqlen: int | None
     page_size: int
     cache_dtype: str | None
+    token_scales: bool
     ragged: bool
     dependent: bool
 
@@ -56,6 +57,12 @@ def explain(
         ),
     ] = None,
     cache_dtype: CacheDType = None,
+    token_scales: Annotated[
+        bool,
+        typer.Option(
+            "--token-scales", help="With --cache-dtype: a scale for every token and KV head."
+        ),
+    ] = False,
     arch: Annotated[
         str | None,
         typer.Option(
@@ -94,9 +101,12 @@ def explain(
     from gqa_cutlass.errors import InputError
 
     chosen = choose("explain", model, tp, dtype)
+    if token_scales and cache_dtype is None:
+        raise InputError("explain: --token-scales: got caches of 16 bits; allowed: --cache-dtype.")
     call = _Call(
         batch=batch, max_seq_len=max_seq_len, max_seqlen=max_seqlen, page_size=page_size,
-        cache_dtype=cache_dtype_of("explain", cache_dtype), ragged=ragged, dependent=dependent,
+        cache_dtype=cache_dtype_of("explain", cache_dtype), token_scales=token_scales,
+        ragged=ragged, dependent=dependent,
     )  # fmt: skip
     asked: dict[str, tuple[LayerType, DType]]
     if chosen is None:
@@ -177,6 +187,7 @@ def _explain(
         pages, length = _pages(call), call.page_size
         rows, table = batch * pages, empty(batch, pages, dtype=torch.int32)
     per_head = empty(layers.num_q_heads, dtype=torch.float32)
+    scales = empty(rows, length, kv_heads, dtype=torch.float32) if call.token_scales else None
     return explain_call(
         empty(batch, layers.num_q_heads, head_dim),
         empty(rows, length, kv_heads, head_dim, dtype=stored),
@@ -186,7 +197,7 @@ def _explain(
         gpu=gpu,
         window_size=(layers.window - 1, 0), softcap=layers.softcap,
         sinks=per_head if layers.sinks else None, alibi_slopes=per_head if layers.alibi else None,
-        block_table=table,
+        block_table=table, k_scale=scales, v_scale=scales,
     )  # fmt: skip
 
 

@@ -108,6 +108,14 @@ def test_it_knows_caches_of_8_bits(name: str, tag: str) -> None:
     assert wide["kv_bytes"] == 2 * half["kv_bytes"]
 
 
+@pytest.mark.parametrize("pages", [(), ("--page-size", "16")], ids=["one piece", "pages"])
+def test_it_knows_scales_of_tokens(pages: tuple[str, ...]) -> None:
+    found = facts(*LLAMA, "--cache-dtype", "float8_e5m2", "--token-scales", *pages)
+    assert "_f16_e5m2t_d128_" in found["kernel"]
+    said = refused(*LLAMA, "--token-scales")
+    assert "explain: --token-scales: got caches of 16 bits; allowed: --cache-dtype" in said
+
+
 @pytest.mark.parametrize("name", ["int8", "float16", "", "float8_e4m3fn,float8_e5m2"])
 def test_caches_of_other_types_are_refused_as_tune_refuses_them(name: str) -> None:
     said = refused(*LLAMA, "--cache-dtype", name)
