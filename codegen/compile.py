@@ -96,9 +96,8 @@ def compile_kernel(config: Kernel, arch: str) -> Compiled:
             best = min(best, other, key=lambda c: c.spill_bytes)
     if Headers(include_dir()).digest(source) != source_digest(config):
         raise CompileError(
-            f"{config.name} for {arch}: templates or headers are not those that this process has "
-            "read: the package was upgraded or edited meanwhile. Nothing was kept. Start the "
-            "process again."
+            f"{config.name} for {arch}: headers are not those that this process has read: the "
+            "package was upgraded or edited meanwhile. Nothing was kept. Start the process again."
         )
     return best
 
