@@ -338,6 +338,6 @@ for _name, _kernel, _fake in (
     ("gqa_attend", _attend, _shapes_of_attend),
     ("merge_states", _merge, _shapes_of_merge),
 ):
-    for _where in ("CPU", "CUDA"):  # where frames are run that Dynamo skipped, it would take it up
+    for _where in ("CPU", "CUDA"):  # untraced, or such a call would become the operator again
         LIBRARY.impl(_name, untraced(_kernel), _where)
     torch.library.register_fake(f"gqa_cutlass::{_name}", _fake, lib=LIBRARY)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import cache, wraps
 from typing import ParamSpec, TypeVar
@@ -28,8 +27,7 @@ def untraced(
     def call(*args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
         if is_traced():
             return break_graph(function, why or HOST_ONLY)(*args, **kwargs)
-        # Dynamo may take up what a frame calls that it skips.
-        if "torch._dynamo" in sys.modules and frame_callback() is not None:
+        if frame_callback() is not None:  # Dynamo takes up what is called by frames that it skips
             disabled: Callable[_Given, _Result] = _disabled(function)
             return disabled(*args, **kwargs)
         return function(*args, **kwargs)

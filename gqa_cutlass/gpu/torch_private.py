@@ -6,6 +6,7 @@ What is there is chosen on import; what has to be tried out, when it is first ne
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from functools import cache, partial, reduce
 from operator import or_
@@ -42,10 +43,15 @@ current_device = _private("_cuda_getDevice", torch.cuda.current_device)
 current_stream = _private("_cuda_getCurrentRawStream", _handle_of_current_stream)
 
 
+def _loaded_dynamo() -> object:
+    """What may take up frames, where torch does not say whether it does; None: nothing."""
+    return sys.modules.get("torch._dynamo")
+
+
 # What takes up the frames that run, to compile them: None where nothing does, as outside compiled
-# code and in its graphs. Where torch does not say, something may.
+# code and in its graphs.
 frame_callback: Callable[[], object] = getattr(
-    torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: True
+    torch._C._dynamo.eval_frame, "get_eval_frame_callback", _loaded_dynamo
 )
 
 

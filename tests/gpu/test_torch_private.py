@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -37,6 +38,17 @@ def test_torch_has_what_calls_go_through() -> None:
     one = torch.ones(2, 3)
     assert torch_private.comparison([one])(one.clone())
     assert torch_private._allocation("cpu") is not None
+    assert torch_private.frame_callback is GUARDS.eval_frame.get_eval_frame_callback
+    assert torch_private.frame_callback() is None
+
+
+def test_torch_that_does_not_say_whether_it_takes_up_frames_may(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch._dynamo", torch)
+    assert torch_private._loaded_dynamo() is torch
+    monkeypatch.delitem(sys.modules, "torch._dynamo")
+    assert torch_private._loaded_dynamo() is None
 
 
 def test_comparisons_keep_no_tensors() -> None:
