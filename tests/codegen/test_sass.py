@@ -19,7 +19,8 @@ from sass import (
     tools,
 )
 
-from gqa_cutlass.codegen import DType, KernelConfig, Math, default_config
+from gqa_cutlass.codegen import DType, KernelConfig, Math, Schedule, default_config
+from gqa_cutlass.codegen.schema.policies import Policy, named, special
 
 _OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", re.MULTILINE)
 # Those of the record, and one of every narrower copy; in bfloat16 too, and with wide groups.
@@ -126,6 +127,19 @@ def test_tma_waits_for_the_length_before_it_asks_for_the_queries(config: KernelC
     length, queries = loads[:2]
     assert code[length].sets == code[queries].sets  # or they could not hold each other up
     assert any(code[length].sets in each.awaits for each in code[length + 1 : queries])
+
+
+@pytest.mark.parametrize("features", [(), (named("SeveralQueries"),)], ids=["one", "several"])
+def test_tma_divides_no_more_often_than_the_other_schedule(features: tuple[Policy, ...]) -> None:
+    """The dims that a block of a cluster owns are a constant of every size of it: divisions by what
+    they are in a launch took 1.1 us of a step of 8."""
+    divisions = [
+        text_of(
+            default_config(Math.TENSOROP, DType.F16, 128, 4, 8, schedule, special(features))
+        ).count("F2I")
+        for schedule in (Schedule.TMA, Schedule.MULTISTAGE)
+    ]
+    assert divisions[0] <= divisions[1]
 
 
 def test_every_base_kernel_is_recorded_and_no_other() -> None:

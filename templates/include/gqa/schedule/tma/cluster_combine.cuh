@@ -51,10 +51,9 @@ class ClusterCombine {
       : shared_(shared), work_(w), num_pairs_(ceil_div(w.num_rows(), 2)) {
     // By selection instead of division: there are only four cases.
     num_dims_ = own_dims(0);
-    CUTE_UNROLL
-    for (int log = 1; (1 << log) <= kMaxCluster; ++log) {
+    for_shared([&](auto log) {
       if (w.log_num_ranks == log) num_dims_ = own_dims(log);
-    }
+    });
   }
 
   // Tells this block's barrier how much will come. Called by one thread.
@@ -82,10 +81,10 @@ class ClusterCombine {
   CUTE_DEVICE Target target(int dim, int pair) const {
     bool const exists = pair < num_pairs_ && dim < T::kHeadDimV;
     int owner = 0;
-    CUTE_UNROLL
-    for (int log = 1; (1 << log) <= kMaxCluster; ++log) {
-      if (work_.log_num_ranks == log && dim < T::kHeadDimV) owner = dim / own_dims(log);
-    }
+    for_shared([&](auto log) {
+      constexpr int kDims = own_dims(log);
+      if (work_.log_num_ranks == log && dim < T::kHeadDimV) owner = dim / kDims;
+    });
     return {in_block(out(work_.rank, dim - owner * num_dims_, pair), owner),
             in_block(shared_.combine_barrier, owner), exists};
   }
@@ -147,6 +146,16 @@ class ClusterCombine {
   // Dims that a block owns; the last ones may own fewer, or none.
   static constexpr int own_dims(int log_num_ranks) {
     return round_up(ceil_div(T::kHeadDimV, 1 << log_num_ranks), kWidth);
+  }
+
+  // Calls `visit` with how many blocks may share the work, more than one, as constants of log2:
+  // what is unrolled later, the compiler may divide by instead.
+  template <class Visit>
+  CUTE_DEVICE static void for_shared(Visit&& visit) {
+    visit(cute::Int<1>());
+    visit(cute::Int<2>());
+    visit(cute::Int<3>());
+    static_assert(1 << 3 == kMaxCluster);
   }
 
   // Calls `visit` for this thread's part of the dims that the block owns. Slices of all heads of
