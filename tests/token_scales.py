@@ -192,16 +192,25 @@ def in_pages(made: Case, page_size: int = 16) -> None:
 def by_tma(made: Case, num_warps: int = 4) -> Case:
     """The same by a kernel of the tma schedule, whose blocks have few warps: its features are asked
     for already."""
+    made.kernel = replace(_kernel_for(made, Schedule.TMA), num_warps=num_warps)
+    return made
+
+
+def by_multistage(made: Case) -> Case:
+    """Likewise, by one of the other schedule."""
+    made.kernel = _kernel_for(made, Schedule.MULTISTAGE)
+    return made
+
+
+def _kernel_for(made: Case, schedule: Schedule) -> KernelConfig:
     policies = {*policies_for(made.options), OF_TOKENS[FP8_TYPES.index(made.k_cache.dtype)]}
     tokens = made.q.shape[1] if made.q.dim() == 4 else 1
     if made.q.dim() == 4 and "tree_mask" not in made.options:
         policies.add(named("SeveralQueries"))
-    config = default_config(
+    return default_config(
         Math.TENSOROP, _DTYPES[made.q.dtype], made.q.shape[-1], made.q.shape[-2] // HEADS, 8,
-        Schedule.TMA, special(tuple(policies)), num_tokens=tokens,
+        schedule, special(tuple(policies)), num_tokens=tokens,
     )  # fmt: skip
-    made.kernel = replace(config, num_warps=num_warps)
-    return made
 
 
 def windowed(made: Case) -> None:
@@ -235,6 +244,43 @@ def growing(device: str, growth: float) -> Case:
     return made
 
 
+def seen_alone(device: str, length: int, tokens: tuple[int, int] | None = None) -> Case:
+    """One cached token of each KV head has all weight, which another one had before. Its scale is
+    not the largest, and float16 rounds it worst; numbers of float16 are near its values."""
+    made = case(device, lengths=(length,), capacity=length + 8, tokens=tokens)
+    made.options["num_splits"] = 1
+    made.q.fill_(1)
+    made.k.fill_(-8 * 448)
+    made.k_cache.view(torch.uint8)[:, :length] = 0x38  # 1
+    values = made.v_cache.view(torch.uint8)[:, :length]
+    values.bitwise_and_(0xF8).bitwise_or_(0x06)  # 1.75 times a power of two
+    made.k_scale[:, :length], made.v_scale[:, :length] = -8.0, 2.0**-8
+    for head, seen in enumerate(alone(length)):
+        before = seen - 512 if seen >= 512 else 5  # of the same warp
+        for token, key in (before, -2.0), (seen, 1.0):
+            made.k_scale[:, token, head] = key
+            made.v_scale[:, token, head] = 2.0**-9 * (1 + 0.98 * 2**-11)
+    return made
+
+
+def alone(length: int) -> list[int]:
+    """The tokens that KV heads see so."""
+    return [length // 2 + 7, length - 1]
+
+
+def is_seen_alone(made: Case) -> bool:
+    """Whether outputs are the values of these, to the bit, and sums of exponentials those of their
+    scores."""
+    made.options["return_lse"] = True
+    out, lse = made.run()
+    (length,) = made.lengths
+    seen = alone(length)
+    values = made.v_cache[0, seen, range(HEADS)].float() * made.v_scale[0, seen, range(HEADS), None]
+    right = values.repeat_interleave(GROUP, 0).to(F16)
+    score = made.q.shape[-1] ** 0.5
+    return torch.equal(out, right.expand_as(out)) and bool((lse - score).abs().max() < 1e-5)
+
+
 def unlike_sizes(device: str, tokens: tuple[int, int] | None = None) -> Case:
     """Sizes of rows are e^4 apart, as often as not, and warps have several tiles each."""
     made = case(device, queries=BF16, lengths=(37, 600), capacity=640, tokens=tokens, tail=4.0)
@@ -255,8 +301,23 @@ def of_values_scaled(
     return made
 
 
-# Zero, as of a cache that is all zeros; less than what appends make of normal numbers; negative.
-ODD_SCALES = [(0.0, 300), (0.0, 64), (1e-36, 300), (-0.5, 300), (-0.5, 64)]
+# Zero, as of a cache that is all zeros; less than what appends make of normal numbers; negative;
+# what float16 rounds to a power of two.
+ODD_SCALES = [
+    (0.0, 300), (0.0, 64), (1e-36, 300), (-0.5, 300), (-0.5, 64), (1 - 2.0**-14, 300),
+]  # fmt: skip
+
+NO_NUMBERS = [0x7FC00000, 0x7FFFFFFF, 0x7F800000]  # NaN, as GPUs make it, infinity
+
+
+def check_no_number(made: Case, bits: int) -> None:
+    """A value's scale that is no number leaves none to its KV head, whatever its weight."""
+    made.v_scale.view(torch.int32)[0, 40, 1] = bits
+    made.v_cache.view(torch.uint8)[0, 40, 1, ::2] = 0  # infinity times zero
+    out = made.run().view(HEADS, -1, 64)
+    assert out[0].isfinite().all()
+    assert out[1, :, ::2].isnan().all() and not out[1].isfinite().any()
+
 
 FEATURES = {
     "pages": in_pages, "pages of 7": lambda c: in_pages(c, 7), "window and cap": windowed,

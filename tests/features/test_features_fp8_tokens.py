@@ -12,10 +12,15 @@ from token_scales import (
     F16,
     FEATURES,
     HEADS,
+    NO_NUMBERS,
     ODD_SCALES,
+    by_multistage,
     case,
+    check_no_number,
     growing,
+    is_seen_alone,
     of_values_scaled,
+    seen_alone,
     unlike_sizes,
 )
 
@@ -51,6 +56,24 @@ def test_a_single_token_is_its_value_rounded_once(
     assert torch.equal(out, values.repeat_interleave(out.shape[1] // HEADS, 1).to(queries))
 
 
+@pytest.mark.parametrize("tokens", [None, (3, 3)], ids=["one", "several"])
+@pytest.mark.parametrize("length", [64, 600])
+def test_a_token_that_has_all_weight_is_its_value(
+    length: int, tokens: tuple[int, int] | None, device: str
+) -> None:
+    """Though its scale is not the largest, which its probability is multiplied by and rounded."""
+    made = by_multistage(seen_alone(device, length, tokens))
+    assert is_seen_alone(made)
+
+
+@pytest.mark.parametrize("apart", [3, 10])
+def test_scores_that_are_far_apart(apart: int, device: str) -> None:
+    """In pools of 64 heads, where some have a token with almost all weight."""
+    made = case(device, lengths=(2, 8, 20, 33, 64, 100, 130, 200), capacity=208)
+    made.q *= apart
+    by_multistage(made).check()
+
+
 @pytest.mark.parametrize("name", few(FEATURES, 2))
 def test_features_go_with_scales_of_tokens(name: str, device: str) -> None:
     made = case(device, capacity=304)
@@ -74,6 +97,11 @@ def test_scales_of_values_may_be_zero_tiny_or_negative(
 def test_scales_of_values_may_grow(growth: float, device: str) -> None:
     """By what float16 has room for, and by more."""
     growing(device, growth).check()
+
+
+@pytest.mark.parametrize("bits", NO_NUMBERS)
+def test_scales_that_are_no_number_leave_none(bits: int, device: str) -> None:
+    check_no_number(by_multistage(case(device, lengths=(100,), capacity=128)), bits)
 
 
 def test_values_that_are_small_count_beside_larger_ones_that_are_not_seen(device: str) -> None:

@@ -10,7 +10,19 @@ from pathlib import Path
 import pytest
 from helpers import THOROUGH, few
 from mutants.planted import program
-from token_scales import BF16, Case, by_tma, case, growing, in_pages, unlike_sizes
+from token_scales import (
+    BF16,
+    Case,
+    by_multistage,
+    by_tma,
+    case,
+    growing,
+    in_pages,
+    is_seen_alone,
+    of_values_scaled,
+    seen_alone,
+    unlike_sizes,
+)
 
 import gqa_cutlass
 from gqa_cutlass import api
@@ -43,6 +55,18 @@ def more_than_twice() -> Case:
     return growing("cpu", 2.2)
 
 
+def one_seen() -> Case:
+    return by_multistage(seen_alone("cpu", 600))
+
+
+def scales_of_zero() -> Case:
+    return of_values_scaled("cpu", 0.0, 64)
+
+
+def just_below_a_power_of_two() -> Case:
+    return of_values_scaled("cpu", 1 - 2.0**-14, 300)
+
+
 def drafts() -> Case:
     return case("cpu", lengths=(20, 35), capacity=64, tokens=(5, 5))
 
@@ -69,6 +93,11 @@ def unlike_rows_by_tma() -> Case:
     made = by_tma(case("cpu", queries=BF16, lengths=(100, 128), capacity=160, tail=4.0))
     made.options["num_splits"] = 1
     return made
+
+
+def one_seen_by_tma() -> Case:
+    """In a tile of one of several warps."""
+    return by_tma(seen_alone("cpu", 64))
 
 
 def many_by_tma() -> Case:
@@ -133,15 +162,15 @@ BUGS = (
     ),
     Planted(
         name="sums of another range",
-        old="multiply(acc, most_ / largest);",
+        old="      multiply(acc, __uint_as_float(kOne > grown ? kOne - grown : 0));\n",
         new="",
         wrong="output",
         made=unlike_rows,
     ),
     Planted(
         name="scales that float16 has no room for",
-        old="kMore = 1.9f;",
-        new="kMore = 2.5f;",
+        old="kRoom = 15u << 23;",
+        new="kRoom = 16u << 23;",
         wrong="output",
         made=more_than_twice,
     ),
@@ -152,6 +181,34 @@ BUGS = (
         wrong="output",
     ),
     Planted(
+        name="values whose scales lose what float16 has not",
+        old="share < 1.f ? share : 0.f",
+        new="0.f",
+        wrong="output",
+        made=one_seen,
+    ),
+    Planted(
+        name="sums that count what scores alone should",
+        old="        row_sum[h] = fmaf(probability[h][t], -rest, row_sum[h]);\n",
+        new="",
+        wrong="output",
+        made=one_seen,
+    ),
+    Planted(
+        name="values whose scales are not split",
+        old="    value = kept;\n",
+        new="",
+        wrong="output",
+        made=just_below_a_power_of_two,
+    ),
+    Planted(
+        name="tokens whose scale is zero, of which the rest is no number",
+        old="share < 1.f ? share : 0.f",
+        new="share",
+        wrong="output",
+        made=scales_of_zero,
+    ),
+    Planted(
         name="the scale of the draft before",
         old="scale = *scale_in_tile<T, Tile>(rows, row);",
         new="scale = *scale_in_tile<T, Tile>(rows, max(row - 1, 0));",
@@ -159,19 +216,27 @@ BUGS = (
         made=drafts,
     ),
     Planted(
-        name="values that are counted before their scales are known",
+        name="values that are scored before their scales are known",
         header=LOOP,
-        old="      scales.take_values(tile, values);\n      count_values();",
-        new="      count_values();\n      scales.take_values(tile, values);",
-        wrong="output",
+        old="        scales.take_values(tile, values);\n",
+        new="",
+        wrong="v_scale",
         made=drafts,
     ),
     Planted(
         name="keys that are counted before their scales are known",
         header=LOOP,
-        old="if constexpr (!kOneQuery<T>) scales.take_keys(tile, keys);",
+        old="        scales.take_keys(tile, keys);\n",
         new="",
         wrong="k_scale",
+        made=drafts,
+    ),
+    Planted(
+        name="drafts that go into values before these are there",
+        header=LOOP,
+        old="        ring.drain();\n",
+        new="",
+        wrong="an asynchronous copy is under way",
         made=drafts,
     ),
     Planted(
@@ -246,7 +311,7 @@ BUGS = (
     Planted(
         name="the largest scale of one lane",
         header=TMA,
-        old="float const largest = largest_of_warp(fabsf(this->value));",
+        old="float const largest = largest_of_warp(this->value);",
         new="float const largest = fabsf(this->value);",
         wrong="output",
         made=unlike_rows_by_tma,
@@ -266,6 +331,14 @@ BUGS = (
         new="{}",
         wrong="output",
         made=many_by_tma,
+    ),
+    Planted(
+        name="sums of a block that count what scores alone should",
+        header="schedule/tma/single_tile.cuh",
+        old="scales.scale(scores, sum, shared);",
+        new="float counted[T::kLaneHeads] = {};\n  scales.scale(scores, counted, shared);",
+        wrong="output",
+        made=one_seen_by_tma,
     ),
     Planted(
         name="scales of the tile before",
@@ -315,6 +388,20 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Planted | Non
     yield plant
     with suppress(CacheOverflowError):
         gqa_cutlass.check_overflow("cpu")
+
+
+def test_scores_that_do_not_count_the_rest_of_scales(
+    planted: Callable[[Planted | None], None],
+) -> None:
+    """Outputs of a token alone are right then, but no sum of exponentials."""
+    bug = Planted(
+        name="", old="fmaf(rest, kLog2E, logit(dot, h, end.at(score.token(t))))",
+        new="logit(dot, h, end.at(score.token(t)))", wrong="",
+    )  # fmt: skip
+    made = by_multistage(seen_alone("cpu", 64))
+    assert is_seen_alone(made)
+    planted(bug)
+    assert not is_seen_alone(made)
 
 
 @pytest.mark.parametrize("made", few(STEPS, 4), ids=lambda made: made.__name__)

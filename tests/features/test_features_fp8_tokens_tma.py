@@ -13,13 +13,17 @@ from token_scales import (
     E4M3,
     F16,
     FEATURES,
+    NO_NUMBERS,
     ODD_SCALES,
     STORED,
     Case,
     by_tma,
     case,
+    check_no_number,
     in_pages,
+    is_seen_alone,
     of_values_scaled,
+    seen_alone,
     unlike_sizes,
 )
 from turnings import Turning
@@ -135,6 +139,35 @@ def test_scales_of_values_may_be_zero_tiny_or_negative(
     odd: tuple[float, int], tokens: tuple[int, int] | None, device: str
 ) -> None:
     by_tma(of_values_scaled(device, *odd, tokens)).check()
+
+
+@pytest.mark.parametrize(
+    ("length", "splits", "tokens"),
+    [(64, 1, None), (600, 1, None), (600, 4, None), (64, 1, (3, 3)), (600, 1, (3, 3))],
+)
+def test_a_token_that_has_all_weight_is_its_value(
+    length: int, splits: int, tokens: tuple[int, int] | None, device: str
+) -> None:
+    """In the tile of one warp, which all multiply, and among several; in one block of four."""
+    made = by_tma(seen_alone(device, length, tokens))
+    made.options["num_splits"] = splits
+    assert is_seen_alone(made)
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_scores_that_are_far_apart(splits: int, device: str) -> None:
+    """In pools of 64 heads, where some have a token with almost all weight."""
+    made = case(device, lengths=(2, 8, 20, 33, 64, 100, 130, 200), capacity=208)
+    made.q *= 10
+    made.options["num_splits"] = splits
+    by_tma(made).check()
+
+
+@pytest.mark.parametrize(("bits", "length"), diagonal(NO_NUMBERS, [100, 600]))
+def test_scales_that_are_no_number_leave_none(bits: int, length: int, device: str) -> None:
+    made = by_tma(case(device, lengths=(length,), capacity=640))
+    made.options["num_splits"] = 1
+    check_no_number(made, bits)
 
 
 @pytest.mark.parametrize(("length", "splits"), [(64, 1), (600, 1), (600, 4)])

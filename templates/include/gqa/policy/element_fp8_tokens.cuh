@@ -3,10 +3,13 @@
 //
 // Scales lie as tokens do, [rows, max_seq_len, num_kv_heads], or in pages, contiguous but for the
 // first dimension. A product is multiplied by its key's scale before it is capped, a probability by
-// its value's before it is rounded to float16: relative to the largest scale of the first tile, or
-// of a later one if that is much larger, which the outputs are multiplied by in the end. So a
-// sequence's first token is exact. 2^15 over that, the operands of values that count 2^-29 as much
-// as others still are normal numbers.
+// its value's before it is rounded to float16: relative to the power of two below the largest so
+// far, which the outputs are multiplied by in the end. 2^15 over that, the operands of values that
+// count 2^-29 as much as others still are normal numbers.
+//
+// The largest probability is 1, and it is multiplied by what float16 has of its value's scale:
+// where one token has all weight, nothing is rounded twice. The rest of the scale belongs to the
+// token's score, as the logarithm of a factor, so that probabilities count it, but not their sum.
 //
 // Several new tokens have a scale each, which a row takes along into its tile: it lies in what
 // keeps rows apart there, and the lane that has the row's scales finds it.
@@ -23,13 +26,11 @@
 
 namespace gqa {
 
-// The largest number of a warp's. All lanes take part.
+// The largest magnitude of a warp's numbers, NaN being none. All lanes take part. Bits of what is
+// not negative are in order.
 CUTE_DEVICE float largest_of_warp(float number) {
-  CUTE_UNROLL
-  for (int bit = kWarpSize / 2; bit > 0; bit /= 2) {
-    number = fmaxf(number, __shfl_xor_sync(0xffffffffu, number, bit));
-  }
-  return number;
+  uint32_t const bits = __float_as_uint(fmaxf(fabsf(number), 0.f));
+  return __uint_as_float(__reduce_max_sync(0xffffffffu, bits));
 }
 
 // The scale of a row, by the largest of this lane's numbers. All lanes take part.
@@ -156,6 +157,7 @@ class TokenScales {
   static_assert(T::kBlockN <= kWarpSize && T::kTensorOp);
 
   float key, value;  // 1 and 0 where there is no token
+  float rest = 0.f;  // the share of the value's scale that `value` does not have
 
   CUTE_DEVICE TokenScales(Params const& p, Work<T> const& w) : params_(p), work_(w) {}
 
@@ -181,6 +183,13 @@ class TokenScales {
     key = own ? token.key.scale : key;
     value = own ? token.value.scale : value;
   }
+  // Leaves of values' scales what float16 has.
+  CUTE_DEVICE void split_values() {
+    float const kept = __uint_as_float(__float_as_uint(value) & kFractionOfHalf);
+    float const share = (value - kept) * reciprocal_approx(value);
+    rest = share < 1.f ? share : 0.f;  // nothing of zero, or of what is no number
+    value = kept;
+  }
   // Into the cache, for which one warp per KV head calls.
   CUTE_DEVICE void append(NewToken<T> const& token) const {
     if (int(threadIdx.x) % kWarpSize != 0) return;
@@ -195,8 +204,11 @@ class TokenScales {
   CUTE_DEVICE void take_values(int tile, uint16_t* rows) {
     take<typename T::ValueTile>(tile, rows, params_.v_scales, params_.v_scale_batch, value);
   }
+  CUTE_DEVICE Work<T> const& work() const { return work_; }
 
  private:
+  static constexpr uint32_t kFractionOfHalf = 0xffffe000;  // and what stands before, of a float
+
   template <class Tile>
   CUTE_DEVICE void take(int tile, uint16_t* rows, float const* scales, int batch_stride,
                         float& scale) const {
@@ -226,68 +238,82 @@ class TokenScales {
   Work<T> const& work_;
 };
 
-// Scores of a tile whose keys have these scales, a lane's each.
+// Scores of a tile that has these scales, whose values' are split.
 template <class T>
 CUTE_DEVICE void score_tile(Scorer<T> const& score, typename T::Stored const* keys, TileEnd end,
-                            Logits<T> const& logit, float key_scale,
+                            Logits<T> const& logit, TokenScales<T>& scales,
                             float (&scores)[T::kLaneHeads][T::kLaneTokens]) {
   constexpr int kHeadTiles = Scorer<T>::kHeadTiles;
+  constexpr float kLog2E = 1.44269504088896341f;  // of 1 / (1 - rest), nearly
   int const lane = threadIdx.x % kWarpSize;
   CUTE_UNROLL
   for (int m = 0; m < Scorer<T>::kTokenTiles; ++m) {
     float sum[2][kHeadTiles][4] = {};
     TileRow<T, typename T::KeyTile> const row(keys, m * 16 + lane % 16, lane / 16);
     OperandsOf<T>::add_keys(row, score.query, sum);
+    if (m == 0) scales.split_values();
     CUTE_UNROLL
     for (int half = 0; half < 2; ++half) {
       int const t = 2 * m + half;
-      float const scale = __shfl_sync(0xffffffffu, key_scale, score.token(t));
+      float const scale = __shfl_sync(0xffffffffu, scales.key, score.token(t));
+      float const rest = __shfl_sync(0xffffffffu, scales.rest, score.token(t));
       CUTE_UNROLL
       for (int h = 0; h < T::kLaneHeads; ++h) {
         int const i = half * 2 + h % 2;
         float const dot = score.scaled(sum[0][h / 2][i] + sum[1][h / 2][i], h) * scale;
-        scores[h][t] = logit(dot, h, end.at(score.token(t)));
+        scores[h][t] = fmaf(rest, kLog2E, logit(dot, h, end.at(score.token(t))));
       }
     }
   }
 }
 
-// What values' scales are relative to.
+// What values' scales are relative to: a power of two, so that they stay what they are.
 template <class T>
 class ValueRange {
  public:
-  // Multiplies a tile's probabilities by its values' scales, a lane's each. All lanes take part.
-  CUTE_DEVICE void scale(float value_scale, Accumulator<T>& acc,
-                         float (&probability)[T::kLaneHeads][T::kLaneTokens]) {
-    float const largest = largest_of_warp(fabsf(value_scale));
-    if (largest > kMore * most_) raise(largest, acc);
-    scale(value_scale, probability);
+  // Multiplies a tile's probabilities by its values' scales, and takes out of this lane's sum what
+  // the rest of scales has brought in. All lanes take part.
+  CUTE_DEVICE void scale(TokenScales<T> const& scales, Accumulator<T>& acc,
+                         float (&probability)[T::kLaneHeads][T::kLaneTokens],
+                         float (&row_sum)[T::kLaneHeads]) {
+    uint32_t const exponent = exponent_of(largest_of_warp(scales.value));
+    if (exponent > exponent_) {
+      uint32_t const grown = exponent - exponent_;
+      multiply(acc, __uint_as_float(kOne > grown ? kOne - grown : 0));
+      exponent_ = exponent;
+    }
+    scale(scales, probability, row_sum);
   }
   // The same where they are known to be in range.
-  CUTE_DEVICE void scale(float value_scale,
-                         float (&probability)[T::kLaneHeads][T::kLaneTokens]) const {
-    float const relative = value_scale * (kRoom / most_);
+  CUTE_DEVICE void scale(TokenScales<T> const& scales,
+                         float (&probability)[T::kLaneHeads][T::kLaneTokens],
+                         float (&row_sum)[T::kLaneHeads]) const {
+    float const relative = scales.value * __uint_as_float(2 * kOne + kRoom - exponent_);
     CUTE_UNROLL
     for (int t = 0; t < T::kLaneTokens; ++t) {
       float const factor = __shfl_sync(0xffffffffu, relative, Scorer<T>::token(t));
+      float const rest = __shfl_sync(0xffffffffu, scales.rest, Scorer<T>::token(t));
       CUTE_UNROLL
-      for (int h = 0; h < T::kLaneHeads; ++h) probability[h][t] *= factor;
+      for (int h = 0; h < T::kLaneHeads; ++h) {
+        row_sum[h] = fmaf(probability[h][t], -rest, row_sum[h]);
+        probability[h][t] *= factor;
+      }
     }
   }
   // Makes the sums what they count.
   CUTE_DEVICE void finish(Accumulator<T>& acc) const { multiply(acc, unit()); }
-  CUTE_DEVICE float unit() const { return most_ / kRoom; }
+  CUTE_DEVICE float unit() const { return __uint_as_float(exponent_ - kRoom); }
 
   // Before there are sums: makes it that of scales up to the largest.
-  CUTE_DEVICE void cover(float largest) { most_ = fmaxf(most_, largest); }
+  CUTE_DEVICE void cover(float largest) { exponent_ = max(exponent_, exponent_of(largest)); }
 
  private:
-  static constexpr float kRoom = 32768.f;
-  static constexpr float kMore = 1.9f;  // by as much it may be exceeded: float16 ends at 65504
+  // Exponents, where floats have them.
+  static constexpr uint32_t kOne = 127u << 23;
+  static constexpr uint32_t kRoom = 15u << 23;  // float16 has room for less than 2^16
 
-  CUTE_DEVICE void raise(float largest, Accumulator<T>& acc) {
-    multiply(acc, most_ / largest);
-    most_ = largest;
+  CUTE_DEVICE static uint32_t exponent_of(float number) {
+    return __float_as_uint(number) & 0x7f800000;
   }
   CUTE_DEVICE static void multiply(Accumulator<T>& acc, float by) {
     float factor[T::kLaneHeads];
@@ -296,7 +322,7 @@ class ValueRange {
     acc.rescale(factor);
   }
 
-  float most_ = kRoom * 1.1754944e-38f;  // what it is for is a normal number then
+  uint32_t exponent_ = kRoom + (1u << 23);  // whose unit is a normal number
 };
 
 }  // namespace gqa

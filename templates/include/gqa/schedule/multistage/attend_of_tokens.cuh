@@ -39,7 +39,15 @@ CUTE_DEVICE void attend(Params const& p, Work<Traits<V>> const& w, SharedStorage
     NewTokensOfTile<T> new_tokens(p, w, tile, ring);
     auto* keys = ring.wait_keys();
     new_tokens.put_keys(keys);
-    if constexpr (!kOneQuery<T>) scales.take_keys(tile, keys);
+    if constexpr (!kOneQuery<T>) {
+      if (NewTokens<T>::are_in(w, tile)) {  // whose scales come with their rows
+        scales.take_keys(tile, keys);
+        ring.drain();
+        auto* values = ring.wait_values();
+        new_tokens.put_values(values);
+        scales.take_values(tile, values);
+      }
+    }
     if (kOneQuery<T> && last && w.appends) {
       put_new_row<typename T::KeyTile>(token.key, left, keys);
       scales.put(left - 1, token);
@@ -49,25 +57,17 @@ CUTE_DEVICE void attend(Params const& p, Work<Traits<V>> const& w, SharedStorage
         scales.append(token);
       }
     }
-    score_tile<T>(score, keys, {left, left - 1}, logits, scales.key, scores);
+    score_tile<T>(score, keys, {left, left - 1}, logits, scales, scores);
     hide_padding<T>(w, tile, scores);
     ring.refill_keys(w, tile);
     softmax.update(scores, [&](auto const& factor) { acc.rescale(factor); });
-    auto const count_values = [&] {
-      range.scale(scales.value, acc, scores);
-      scales.load(tile + w.tile_step());
-    };
-    if constexpr (kOneQuery<T>) count_values();
+    range.scale(scales, acc, scores, softmax.row_sum);
+    scales.load(tile + w.tile_step());
     auto* values = ring.wait_values();
     if (last) {
       clear_value_rows<T>(values, left);
       if (kOneQuery<T> && w.appends) put_new_row<typename T::ValueTile>(token.value, left, values);
       __syncwarp();
-    }
-    new_tokens.put_values(values);
-    if constexpr (!kOneQuery<T>) {  // whose values' scales come with their rows
-      scales.take_values(tile, values);
-      count_values();
     }
     acc.add(values, scores);
     ring.refill_values(w, tile);

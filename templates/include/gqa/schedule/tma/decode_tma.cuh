@@ -36,7 +36,7 @@ CUTE_DEVICE void attend_multi_tile(TmaParams const& p, ClusterWork<T> const& w,
     NewTokensOfTile<T> new_tokens(p.decode, w, tile, ring);
     auto* keys = ring.wait_keys();
     new_tokens.put_keys(keys);
-    scales.take_keys(tile, keys);
+    scales.take(tile, new_tokens, keys, ring);
     TileEnd const end = {left, left - 1 + w.behind_tiles()};
     scales.score(score, keys, end, Logits<T>(p.decode, bias, sight), scores);
     hide_padding<T>(w, tile, scores);
@@ -47,10 +47,9 @@ CUTE_DEVICE void attend_multi_tile(TmaParams const& p, ClusterWork<T> const& w,
       clear_rows<T>(values, left);
       __syncwarp();
     }
-    new_tokens.put_values(values);
+    if constexpr (!TileScales<T>::kWithRows) new_tokens.put_values(values);
     clear_hidden_rows<T>(w, tile, values);
-    scales.take_values(tile, values);
-    scales.scale(scores, acc);
+    scales.scale(scores, softmax.row_sum, acc);
     scales.load(tile + w.tile_step());
     acc.add(values, scores);
     ring.refill_values(w, tile);

@@ -25,36 +25,38 @@ class TileScalesOfTokens : public TokenScales<T> {
   CUTE_DEVICE TileScalesOfTokens(Params const& p, Work<T> const& w) : TokenScales<T>(p, w) {}
 
   CUTE_DEVICE void score(Scorer<T> const& scorer, typename T::Stored const* keys, TileEnd end,
-                         Logits<T> const& logit,
-                         float (&scores)[T::kLaneHeads][T::kLaneTokens]) const {
-    score_tile<T>(scorer, keys, end, logit, this->key, scores);
+                         Logits<T> const& logit, float (&scores)[T::kLaneHeads][T::kLaneTokens]) {
+    score_tile<T>(scorer, keys, end, logit, *this, scores);
   }
 
   static constexpr bool kWithRows = !kOneQuery<T>;
-  CUTE_DEVICE void take_keys(int tile, uint16_t* rows) {
-    if constexpr (!kWithRows) return;
-    TokenScales<T>::take_keys(tile, rows);
-    __syncwarp();  // others take their place
-  }
-  CUTE_DEVICE void take_values(int tile, uint16_t* rows) {
-    if constexpr (!kWithRows) return;
-    TokenScales<T>::take_values(tile, rows);
-    __syncwarp();
+  template <class Ring>
+  CUTE_DEVICE void take(int tile, NewTokensOfTile<T>& new_tokens, uint16_t* keys, Ring& ring) {
+    if constexpr (kWithRows) {
+      if (!NewTokens<T>::are_in(this->work(), tile)) return;
+      this->take_keys(tile, keys);
+      __syncwarp();  // others take their place
+      uint16_t* values = ring.wait_values();
+      new_tokens.put_values(values);
+      this->take_values(tile, values);
+      __syncwarp();
+    }
   }
 
-  CUTE_DEVICE void scale(float (&probability)[T::kLaneHeads][T::kLaneTokens], Accumulator<T>& acc) {
-    range_.scale(this->value, acc, probability);
+  CUTE_DEVICE void scale(float (&probability)[T::kLaneHeads][T::kLaneTokens],
+                         float (&row_sum)[T::kLaneHeads], Accumulator<T>& acc) {
+    range_.scale(*this, acc, probability, row_sum);
   }
   CUTE_DEVICE void finish(Accumulator<T>& acc) const { range_.finish(acc); }
 
   CUTE_DEVICE void publish(ClusterStorage<T>& shared) const {
-    float const largest = largest_of_warp(fabsf(this->value));
+    float const largest = largest_of_warp(this->value);
     if (int(threadIdx.x) % kWarpSize == 0) table(shared)[threadIdx.x / kWarpSize] = largest;
   }
   CUTE_DEVICE void scale(float (&probability)[T::kLaneHeads][T::kLaneTokens],
-                         ClusterStorage<T>& shared) {
+                         float (&row_sum)[T::kLaneHeads], ClusterStorage<T>& shared) {
     range_.cover(largest_of_warp(table(shared)[int(threadIdx.x) % T::kNumWarps]));
-    range_.scale(this->value, probability);
+    range_.scale(*this, probability, row_sum);
   }
   CUTE_DEVICE float2 finish(float2 sums) const {
     return make_float2(sums.x * range_.unit(), sums.y * range_.unit());

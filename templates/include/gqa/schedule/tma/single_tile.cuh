@@ -130,19 +130,14 @@ CUTE_DEVICE void attend_single_tile(TmaParams const& p, ClusterWork<T> const& w,
   if (left > 0) {
     auto* keys = ring.wait_keys();
     new_tokens.put_keys(keys);
-    scales.take_keys(w.first_tile(warp), keys);
+    scales.take(w.first_tile(warp), new_tokens, keys, ring);
     TileEnd const end = {left, left - 1 + w.behind_tiles()};
     scales.score(score, keys, end, Logits<T>(p.decode, w), scores);
     hide_padding<T>(w, w.first_tile(warp), scores);
-    if constexpr (TileScales<T>::kWithRows) {
-      typename T::Stored* values = ring.wait_values();
-      new_tokens.put_values(values);
-      scales.take_values(w.first_tile(warp), values);
-    }
   }
   scales.publish(shared);
   softmax_over_block<T>(scores, max, sum, shared);
-  scales.scale(scores, shared);
+  scales.scale(scores, sum, shared);
   if (kMayLoseTokens<T> && ring.lost()) {
     CUTE_UNROLL
     for (float& s : sum) s = kNan;

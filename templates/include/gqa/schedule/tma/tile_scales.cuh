@@ -22,20 +22,22 @@ struct TileScales {
     scorer(keys, end, logit, scores);
   }
 
-  // Whether new tokens bring theirs into tiles, so that rows must be there before.
+  // Whether new tokens bring theirs into tiles: then values are put there before keys are scored.
   static constexpr bool kWithRows = false;
-  CUTE_DEVICE void take_keys(int, typename T::Stored*) const {}
-  CUTE_DEVICE void take_values(int, typename T::Stored*) const {}
+  template <class Ring>
+  CUTE_DEVICE void take(int, NewTokensOfTile<T>&, typename T::Stored*, Ring&) const {}
 
-  // Where a warp has several tiles: makes probabilities what the MMA takes, and in the end sums of
-  // their products what these count.
-  CUTE_DEVICE void scale(float (&)[T::kLaneHeads][T::kLaneTokens], Accumulator<T>&) {}
+  // Where a warp has several tiles: makes probabilities what the MMA takes, and this lane's sums of
+  // them what they count, as in the end sums of their products.
+  CUTE_DEVICE void scale(float (&)[T::kLaneHeads][T::kLaneTokens], float (&)[T::kLaneHeads],
+                         Accumulator<T>&) {}
   CUTE_DEVICE void finish(Accumulator<T>&) const {}
 
   // Where all warps multiply the tiles of a block: what they tell each other before a barrier, and
   // the same behind it.
   CUTE_DEVICE void publish(ClusterStorage<T>&) const {}
-  CUTE_DEVICE void scale(float (&)[T::kLaneHeads][T::kLaneTokens], ClusterStorage<T>&) {}
+  CUTE_DEVICE void scale(float (&)[T::kLaneHeads][T::kLaneTokens], float (&)[T::kLaneHeads],
+                         ClusterStorage<T>&) {}
   CUTE_DEVICE float2 finish(float2 sums) const { return sums; }
 
   // The new token: what of it lies behind its rows in shared memory and in the cache, and what its
