@@ -37,6 +37,9 @@ _REMEDY = (
 # CCCL expands its type lists up to this length by macros that NVRTC takes 0.5 s to read, in every
 # kernel; none of ours is that long, and longer ones still work.
 _OPTIONS = ("-std=c++17", "-default-device", "-D_CCCL_META_UNROLL_LIMIT=2")
+# From here on NVRTC keeps what it has compiled, where there is a driver, and says nothing of registers
+# and spills when it finds that again. NVRTC, section "Caching (CUDA 12.9+)".
+_CACHING = 12, 9
 # For kernels that spill without: ptxas then prefers fewer registers to a better schedule; or
 # allocates them as for a single block, and may happen to need no more.
 _FRUGAL = "--ptxas-options=--register-usage-level=0"
@@ -132,6 +135,8 @@ def compile_source(source: str, name: str, arch: str, *extra: str) -> Compiled:
     target: Target = "ptx" if arch in PTX_ARCHES else "cubin"
     options = [*_OPTIONS, *extra, f"-arch={arch}", *(f"-I{path}" for path in _include_paths())]
     options.append("-lineinfo" if target == "ptx" else "--ptxas-options=-v")
+    if nvrtc_version() >= _CACHING:
+        options.append("--no-cache")
     start = time.perf_counter()
     if _SCHEDULE in source:
         source = f'{_others()}#line 1 "{name}.cu"\n{source}'

@@ -236,6 +236,24 @@ def test_headers_that_cannot_be_shared_are_read_for_each_kernel(
     assert tried == [True, False, False]
 
 
+@pytest.mark.parametrize(("version", "keeps"), [((12, 8), False), ((12, 9), True), ((13, 0), True)])
+def test_the_compiler_keeps_nothing_of_its_own(
+    version: tuple[int, int], keeps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it finds again has no figures, by which spills are known."""
+    given: list[str] = []
+
+    def refuse(_: object, options: list[str]) -> tuple[bool, str]:
+        given.extend(options)
+        return False, "not compiled"
+
+    monkeypatch.setattr(compiler, "nvrtc_version", lambda: version)
+    monkeypatch.setattr(compiler, "_compile", refuse)
+    with pytest.raises(CompileError):
+        compile_source("", "f", "sm_90a")
+    assert ("--no-cache" in given) == keeps
+
+
 def test_headers_that_changed_since_they_were_read_are_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

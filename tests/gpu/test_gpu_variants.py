@@ -19,6 +19,7 @@ from helpers import (
 
 import gqa_cutlass
 from gqa_cutlass.codegen import KernelConfig, shipped
+from gqa_cutlass.codegen.compile import compile_kernel
 from gqa_cutlass.kernels.store import Store, build_all
 
 pytestmark = pytest.mark.gpu
@@ -92,3 +93,12 @@ def test_dispatcher_picks_the_kernel(config: KernelConfig) -> None:
 def test_shipped_kernel_compiles_without_spills(config: KernelConfig) -> None:
     skip_unless_it_runs(config, "cuda")
     check_registers(compiled(config, present_arch()), config.max_registers)
+
+
+def test_a_kernel_that_was_compiled_before_has_its_figures() -> None:
+    """The compiler keeps what it has compiled where there is a driver, without its figures; spills
+    are known by these."""
+    config = next(each for each in shipped() if present_arch() in each.archs)
+    first, second = (compile_kernel(config, present_arch()) for _ in range(2))
+    check_registers(first, config.max_registers)
+    check_registers(second, config.max_registers)
