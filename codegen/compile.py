@@ -37,8 +37,8 @@ _REMEDY = (
 # CCCL expands its type lists up to this length by macros that NVRTC takes 0.5 s to read, in every
 # kernel; none of ours is that long, and longer ones still work.
 _OPTIONS = ("-std=c++17", "-default-device", "-D_CCCL_META_UNROLL_LIMIT=2")
-# From here on NVRTC keeps what it has compiled, where there is a driver, and says nothing of registers
-# and spills when it finds that again. NVRTC, section "Caching (CUDA 12.9+)".
+# From here on NVRTC keeps what it has compiled, where there is a driver, and says nothing of
+# registers and spills when it finds that again. NVRTC, section "Caching (CUDA 12.9+)".
 _CACHING = 12, 9
 # For kernels that spill without: ptxas then prefers fewer registers to a better schedule; or
 # allocates them as for a single block, and may happen to need no more.
