@@ -82,8 +82,7 @@ class ClusterCombine {
     bool const exists = pair < num_pairs_ && dim < T::kHeadDimV;
     int owner = 0;
     for_shared([&](auto log) {
-      constexpr int kDims = own_dims(log);
-      if (work_.log_num_ranks == log && dim < T::kHeadDimV) owner = dim / kDims;
+      if (work_.log_num_ranks == log && dim < T::kHeadDimV) owner = dim / own_dims(log);
     });
     return {in_block(out(work_.rank, dim - owner * num_dims_, pair), owner),
             in_block(shared_.combine_barrier, owner), exists};
@@ -148,14 +147,20 @@ class ClusterCombine {
     return round_up(ceil_div(T::kHeadDimV, 1 << log_num_ranks), kWidth);
   }
 
-  // Calls `visit` with how many blocks may share the work, more than one, as constants of log2:
-  // what is unrolled later, the compiler may divide by instead.
+  // Calls `visit` with how many blocks may share the work, more than one, as log2. The compiler
+  // makes constants of them; in large kernels, as those of several queries, it would rather divide
+  // by what they come to in a launch, unless they are constants from the start.
   template <class Visit>
   CUTE_DEVICE static void for_shared(Visit&& visit) {
-    visit(cute::Int<1>());
-    visit(cute::Int<2>());
-    visit(cute::Int<3>());
-    static_assert(1 << 3 == kMaxCluster);
+    if constexpr (kOneQuery<T>) {
+      CUTE_UNROLL
+      for (int log = 1; (1 << log) <= kMaxCluster; ++log) visit(log);
+    } else {
+      visit(cute::Int<1>());
+      visit(cute::Int<2>());
+      visit(cute::Int<3>());
+      static_assert(1 << 3 == kMaxCluster);
+    }
   }
 
   // Calls `visit` for this thread's part of the dims that the block owns. Slices of all heads of
