@@ -302,9 +302,9 @@ def of_values_scaled(
 
 
 # Zero, as of a cache that is all zeros; less than what appends make of normal numbers; negative;
-# what float16 rounds to a power of two.
+# what float16 rounds to a power of two; so large that what was before counts nothing.
 ODD_SCALES = [
-    (0.0, 300), (0.0, 64), (1e-36, 300), (-0.5, 300), (-0.5, 64), (1 - 2.0**-14, 300),
+    (0.0, 300), (0.0, 64), (1e-36, 300), (-0.5, 300), (-0.5, 64), (1 - 2.0**-14, 300), (2e5, 300),
 ]  # fmt: skip
 
 NO_NUMBERS = [0x7FC00000, 0x7FFFFFFF, 0x7F800000]  # NaN, as GPUs make it, infinity

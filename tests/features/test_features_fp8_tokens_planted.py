@@ -63,6 +63,10 @@ def scales_of_zero() -> Case:
     return of_values_scaled("cpu", 0.0, 64)
 
 
+def very_large() -> Case:
+    return by_multistage(of_values_scaled("cpu", 2e5, 300))
+
+
 def just_below_a_power_of_two() -> Case:
     return of_values_scaled("cpu", 1 - 2.0**-14, 300)
 
@@ -209,6 +213,13 @@ BUGS = (
         made=scales_of_zero,
     ),
     Planted(
+        name="ranges so far apart that the factor between them is no number",
+        old="kOne > grown ? kOne - grown : 0",
+        new="kOne - grown",
+        wrong="output",
+        made=very_large,
+    ),
+    Planted(
         name="the scale of the draft before",
         old="scale = *scale_in_tile<T, Tile>(rows, row);",
         new="scale = *scale_in_tile<T, Tile>(rows, max(row - 1, 0));",
@@ -216,7 +227,7 @@ BUGS = (
         made=drafts,
     ),
     Planted(
-        name="values that are scored before their scales are known",
+        name="drafts whose values' scales nobody takes",
         header=LOOP,
         old="        scales.take_values(tile, values);\n",
         new="",
@@ -224,7 +235,7 @@ BUGS = (
         made=drafts,
     ),
     Planted(
-        name="keys that are counted before their scales are known",
+        name="drafts whose keys' scales nobody takes",
         header=LOOP,
         old="        scales.take_keys(tile, keys);\n",
         new="",

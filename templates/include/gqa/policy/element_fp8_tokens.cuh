@@ -187,7 +187,7 @@ class TokenScales {
   CUTE_DEVICE void split_values() {
     float const kept = __uint_as_float(__float_as_uint(value) & kFractionOfHalf);
     float const share = (value - kept) * reciprocal_approx(value);
-    rest = share < 1.f ? share : 0.f;  // nothing of zero, or of what is no number
+    rest = share < 1.f ? share : 0.f;  // none of zero, of 2^-126 and less, of no number
     value = kept;
   }
   // Into the cache, for which one warp per KV head calls.
